@@ -1,0 +1,37 @@
+"""`python -m config`: the settings in force, as environment variables, secrets masked."""
+
+from __future__ import annotations
+
+import sys
+
+from pydantic import SecretStr, ValidationError
+
+from config.settings import PREFIX, Settings, load
+
+
+def lines(settings: Settings) -> list[str]:
+    """One `IDEFICS_NAME=value` a setting."""
+    return [f"{PREFIX}{name.upper()}={_shown(getattr(settings, name))}" for name in Settings.model_fields]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return _masked_url(value.get_secret_value())
+    if isinstance(value, dict):
+        return ",".join(f"{name}=****" for name in value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _masked_url(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    credentials, at, host = rest.rpartition("@")
+    return f"{scheme}{separator}{'****' if credentials else ''}{at}{host}"
+
+
+if __name__ == "__main__":
+    try:
+        print("\n".join(lines(load())))
+    except (ValidationError, ValueError) as error:
+        sys.exit(str(error))

@@ -1,0 +1,62 @@
+"""Celery's configuration for a serious deployment, from our settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from config.settings import Settings
+
+
+def configuration(settings: Settings, queue: str, default_priority: int) -> dict[str, Any]:
+    """Celery's settings. Where one is not Celery's default, the line says what it is for."""
+    return {
+        "broker_url": settings.broker_url.get_secret_value(),
+        "result_backend": settings.result_backend.get_secret_value(),
+        # JSON only: a pickle from a queue is code.
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "task_default_queue": queue,
+        "task_create_missing_queues": True,
+        "task_default_priority": default_priority,
+        # A job leaves the queue when its result is stored, not when a worker has seen it.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "worker_deduplicate_successful_tasks": True,
+        "task_track_started": True,
+        "task_time_limit": settings.time_limit_s,
+        "task_soft_time_limit": settings.soft_time_limit_s,
+        "worker_pool": "worker.pool:InferencePool",
+        # One model process; the pool itself holds `job_threads` jobs.
+        "worker_concurrency": 1,
+        "worker_prefetch_multiplier": settings.job_threads,
+        # Jobs with a countdown wait in memory beside those: they must not starve the queue, nor be unbounded.
+        "worker_eta_task_limit": settings.job_threads + 10_000,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_soft_shutdown_timeout": settings.soft_shutdown_timeout_s,
+        "worker_enable_soft_shutdown_on_idle": False,
+        "worker_send_task_events": True,
+        "worker_hijack_root_logger": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_transport_options": {
+            "visibility_timeout": settings.visibility_timeout_s,
+            "queue_order_strategy": "priority",
+            "priority_steps": list(range(10)),
+            "socket_timeout": 30,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,
+        },
+        "result_backend_transport_options": {"socket_timeout": 30, "retry_policy": {"timeout": 30.0}},
+        "redis_socket_timeout": 30,
+        "redis_socket_keepalive": True,
+        "redis_backend_health_check_interval": 25,
+        # Results are stored by many job threads at once.
+        "result_backend_thread_safe": True,
+        "result_backend_always_retry": True,
+        "result_backend_max_retries": 20,
+        "result_expires": settings.result_ttl_s,
+        "result_extended": True,
+    }

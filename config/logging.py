@@ -1,0 +1,22 @@
+"""Log lines for both processes of a worker: time, level, process, message."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+FORMAT = "%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s"
+
+#: Libraries that log each request or warn of what we have decided.
+QUIET = ("httpx", "urllib3", "filelock", "accelerate", "bitsandbytes", "celery.redirected")
+
+
+def configure(level: str) -> None:
+    """Send everything from `level` on to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(FORMAT))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)

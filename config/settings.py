@@ -1,0 +1,145 @@
+"""The worker's settings: environment variables with the prefix `IDEFICS_`, read once, frozen.
+
+`python -m config` prints those in force, with secrets masked.
+"""
+
+from __future__ import annotations
+
+import os
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, RedisDsn, SecretStr, TypeAdapter, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "IDEFICS_"
+
+Network = IPv4Network | IPv6Network
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return value
+
+
+def _networks(value: Any) -> Any:
+    return [ip_network(item) if isinstance(item, str) else item for item in _split(value)]
+
+
+#: Comma-separated in the environment.
+CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
+Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_networks)]
+
+
+class Settings(BaseSettings):
+    """Every setting with its unit and reason. An unknown `IDEFICS_` name is refused: it is a misspelt one."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    #: Redis that holds the queues. SecretStr, since the URL may carry a password.
+    broker_url: SecretStr = SecretStr("redis://localhost:6379/0")
+    #: Redis that holds the results; another database or server than the broker's.
+    result_backend: SecretStr = SecretStr("redis://localhost:6379/1")
+
+    #: A hub id, a folder, or `demo`: the checkpoint in worker/demo.
+    model: str = "demo"
+    #: A commit of the hub's repository: what is loaded then never changes under you.
+    model_revision: str | None = None
+    #: `auto` takes the checkpoint's own on a GPU, and float32 on a CPU.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    #: By bitsandbytes.
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    #: `auto`: the GPU that the process sees, else the CPU. As transformers' `device_map`.
+    device_map: str = "auto"
+
+    #: Jobs that the model runs at once.
+    max_batch_size: int = Field(default=32, ge=1, le=1024)
+    #: Tokens of the batch with its padding, prompts and answers together: what bounds its memory.
+    max_batch_tokens: int = Field(default=65_536, ge=1)
+    #: Tokens. Longer prompts are refused: cutting them could cut images away.
+    max_prompt_tokens: int = Field(default=2048, ge=1)
+    #: Tokens. A job that asks for more is refused.
+    max_new_tokens: int = Field(default=512, ge=1)
+    #: Tokens for a job that does not say.
+    default_new_tokens: int = Field(default=64, ge=1)
+    #: Images in one job.
+    max_images: int = Field(default=32, ge=1)
+    #: Jobs in the worker at once; their images load while others compute. 0: twice max_batch_size.
+    prefetch: int = Field(default=0, ge=0)
+    #: Torch threads of the model process; 0: torch's own choice. Matters on a CPU only.
+    torch_threads: int = Field(default=0, ge=0)
+
+    #: Networks that images may come from although they are not public, as 10.1.0.0/16.
+    image_allow_networks: Networks = ()
+    #: When set, images come from these hosts and their sub-domains only.
+    image_allow_domains: CommaSeparated = ()
+    image_ports: Ports = (80, 443)
+    #: Bytes.
+    image_max_bytes: int = Field(default=20_000_000, ge=1)
+    #: Seconds for one image, everything included.
+    image_timeout_s: float = Field(default=20.0, gt=0)
+    #: The folder that {"path": ...} images are read from; unset refuses them.
+    image_root: Path | None = None
+
+    #: `id=whsec_...` pairs: the secrets that sign callbacks.
+    callback_keys: Annotated[dict[str, SecretStr], NoDecode] = {}
+
+    #: Seconds that a result is kept.
+    result_ttl_s: int = Field(default=86_400, ge=1)
+    #: Seconds after which a job that does not end is given up, its process replaced and its neighbours run again.
+    time_limit_s: float = Field(default=600.0, gt=0)
+    #: Seconds after which a running job ends with the text it has.
+    soft_time_limit_s: float = Field(default=540.0, gt=0)
+    #: Seconds that the model may take to load and answer its golden picture.
+    load_timeout_s: float = Field(default=1_800.0, gt=0)
+    #: Seconds that a worker asked to stop waits for its running jobs, before they go back to the queue.
+    soft_shutdown_timeout_s: float = Field(default=60.0, ge=0)
+    #: Attempts of a job whose error may pass (unreachable image, lost worker, out of memory).
+    max_retries: int = Field(default=3, ge=0)
+    #: Seconds before the first retry; it doubles each time, with jitter.
+    retry_backoff_s: float = Field(default=2.0, ge=0)
+    #: Seconds until the jobs of a worker that died come back. More than any job lasts, retries included.
+    visibility_timeout_s: int = Field(default=3_600, ge=1)
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("broker_url", "result_backend")
+    @classmethod
+    def _redis_only(cls, url: SecretStr) -> SecretStr:
+        scheme = url.get_secret_value().partition("://")[0]
+        if scheme not in ("redis", "rediss", "redis+socket", "sentinel", "socket"):
+            raise ValueError("a Redis URL, as redis://localhost:6379/0, rediss:// or redis+socket:///path")
+        return url
+
+    @field_validator("callback_keys", mode="before")
+    @classmethod
+    def _keys_by_id(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [item.partition("=") for item in _split(value)]
+        if any(not name or not secret.startswith("whsec_") for name, _, secret in pairs):
+            raise ValueError("comma-separated id=whsec_... pairs")
+        return {name: secret for name, _, secret in pairs}
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> Settings:
+        if self.soft_time_limit_s >= self.time_limit_s:
+            raise ValueError("soft_time_limit_s must be below time_limit_s")
+        return self
+
+    @property
+    def job_threads(self) -> int:
+        """Jobs that the model process holds at once: some wait for images while others compute."""
+        return self.prefetch or 2 * self.max_batch_size
+
+
+def load() -> Settings:
+    """The settings of this environment. Raises ValueError for an unknown `IDEFICS_` name."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise ValueError(f"Unknown settings: {', '.join(unknown)}. `python -m config` lists all.")
+    return Settings()

@@ -1,0 +1,118 @@
+"""`idefics-jobs`: submit a job and read its result from a shell."""
+
+from __future__ import annotations
+
+import base64
+import json
+import mimetypes
+import sys
+from pathlib import Path
+from typing import Any, get_origin
+
+import click
+
+from .client import Client
+from .errors import JobCanceled, JobError
+from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
+
+#: `caption` for `idefics.caption`.
+TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
+
+
+@click.group()
+@click.version_option(package_name="idefics-jobs")
+@click.option("--broker", help="Redis URL of the queues. [env: IDEFICS_BROKER_URL]")
+@click.option("--results", help="Redis URL of the results. [env: IDEFICS_RESULT_BACKEND]")
+@click.pass_context
+def main(context: click.Context, broker: str | None, results: str | None) -> None:
+    """Jobs for the IDEFICS workers."""
+    context.obj = lambda: Client(broker, result_backend=results)
+
+
+@main.command()
+@click.argument("task", type=click.Choice(sorted(TASKS)))
+@click.argument("fields", nargs=-1)
+@click.option("--priority", type=click.IntRange(0, 9), default=DEFAULT_PRIORITY, show_default=True)
+@click.option("--wait", is_flag=True, help="Wait for the result and print it.")
+@click.option("--timeout", type=float, default=None, help="Seconds to wait.")
+@click.pass_obj
+def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait: bool, timeout: float | None) -> None:
+    """Queue a job; prints its id, or with --wait its result.
+
+    FIELDS are name=value; name:=JSON; name=@FILE for a picture. A list's name may be given several times.
+
+    \b
+    idefics-jobs submit caption image=@cat.png --wait
+    idefics-jobs submit answer image=https://example.com/a.jpg question="What is this?"
+    idefics-jobs submit classify image=@cat.png labels=animal labels=food --wait
+    """
+    try:
+        job = client().submit(parse(f"idefics.{task}", arguments(TASKS[task], fields)), priority=priority)
+    except JobError as error:
+        _fail(error)
+    if wait:
+        _print_result(job, timeout)
+    else:
+        click.echo(job.id)
+
+
+@main.command()
+@click.argument("id")
+@click.option("--timeout", type=float, default=None, help="Seconds to wait.")
+@click.pass_obj
+def result(client: Any, id: str, timeout: float | None) -> None:
+    """Wait for a job and print its result as JSON. A failed job exits with 1 and its code on standard error."""
+    _print_result(client().job(id), timeout)
+
+
+def _print_result(job: Any, timeout: float | None) -> None:
+    try:
+        answer: Result = job.result(timeout)
+    except (JobError, JobCanceled, TimeoutError) as error:
+        _fail(error)
+    click.echo(answer.model_dump_json(indent=2))
+
+
+def _fail(error: Exception) -> Any:
+    code = f"{error.code}: " if isinstance(error, JobError) else ""
+    click.echo(f"{code}{error}", err=True)
+    sys.exit(1)
+
+
+def arguments(payload: type[Job], fields: tuple[str, ...]) -> dict[str, Any]:
+    """The shell's name=value fields as a task's keyword arguments. Raises click.UsageError."""
+    found: dict[str, Any] = {}
+    for field in fields:
+        name, value = _field(field)
+        if _is_list(payload, name) and not isinstance(value, list):
+            found.setdefault(name, []).append(value)
+        else:
+            found[name] = value
+    return found
+
+
+def _field(field: str) -> tuple[str, Any]:
+    name, separator, value = field.partition("=")
+    if not separator:
+        raise click.UsageError(f"{field!r} is not name=value.")
+    if name.endswith(":"):
+        try:
+            return name[:-1], json.loads(value)
+        except ValueError as error:
+            raise click.UsageError(f"{name[:-1]} is no JSON: {error}") from None
+    return name, data_uri(Path(value[1:])) if value.startswith("@") else value
+
+
+def _is_list(payload: type[Job], name: str) -> bool:
+    field = payload.model_fields.get(name)
+    return field is not None and get_origin(field.annotation) is list
+
+
+def data_uri(path: Path) -> str:
+    """A picture's file as a `data:` URI. Raises click.UsageError where it cannot be read."""
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise click.UsageError(f"Cannot read {path}: {error.strerror}.") from None
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,350 @@
+"""What a producer sends and what it gets back: the payloads of the six tasks and their result.
+
+A payload's fields are its Celery task's keyword arguments, as JSON. Both sides check them with these classes:
+our client before it sends, the worker before it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from .errors import ImageBlocked, InvalidRequest
+
+#: The queue that the workers read.
+QUEUE = "idefics"
+#: Celery on Redis: 0 is first and 9 last.
+DEFAULT_PRIORITY = 5
+#: The message header with the producer's clock (unix seconds) at submission.
+SUBMITTED_AT = "idefics_submitted_at"
+
+MAX_TEXT_CHARS = 200_000
+MAX_LABELS = 1_000
+MAX_METADATA_BYTES = 16_384
+
+END_OF_UTTERANCE = "<end_of_utterance>"
+#: A user's text with one of these would become the real token and change what other images mean.
+RESERVED_TOKENS = ("<image>", "<fake_token_around_image>", "<s>", "</s>", "<unk>", "<pad>")
+
+_WEB_IMAGE = re.compile(r"https?://\S+", re.IGNORECASE)
+_DATA_IMAGE = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_IMAGE_FORMS = 'an image is an http(s) URL, a data:image/...;base64, URI or {"path": "a/b.jpg"}'
+
+
+class _Frozen(BaseModel):
+    # Inputs stay out of messages: prompts and signed URLs must not reach logs.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+def is_image_url(text: str) -> bool:
+    """True for a string that is wholly an http(s) URL or a `data:image/...;base64,` URI."""
+    return bool(_WEB_IMAGE.fullmatch(text) or _DATA_IMAGE.match(text))
+
+
+def _checked_image_url(text: str) -> str:
+    if is_image_url(text):
+        return text
+    if _SCHEME.match(text):
+        raise ImageBlocked("An image is an http(s) URL or a data:image/...;base64, URI: no other scheme is read.")
+    raise ValueError(_IMAGE_FORMS)
+
+
+def _checked_image(value: Any) -> Any:
+    if isinstance(value, str):
+        return _checked_image_url(value)
+    if isinstance(value, ImagePath) or (isinstance(value, dict) and set(value) == {"path"}):
+        return value
+    raise ValueError(_IMAGE_FORMS)
+
+
+def _without(tokens: tuple[str, ...]) -> AfterValidator:
+    def check(text: str) -> str:
+        for token in tokens:
+            if token in text:
+                raise ValueError(f"the text holds {token}, which is reserved: remove it")
+        return text
+
+    return AfterValidator(check)
+
+
+ImageUrl = Annotated[str, AfterValidator(_checked_image_url)]
+Text = Annotated[
+    str, StringConstraints(max_length=MAX_TEXT_CHARS), _without((*RESERVED_TOKENS, END_OF_UTTERANCE))
+]
+#: The guide's own lists for instruct models spell out `<end_of_utterance>`.
+RawText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), _without(RESERVED_TOKENS)]
+Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\n\r]*$")]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class ImagePath(_Frozen):
+    """A file below the operator's IDEFICS_IMAGE_ROOT, which is off by default."""
+
+    path: str = Field(min_length=1, max_length=4096)
+
+
+#: An http(s) URL, a `data:` URI, or a path below the worker's image root.
+Image = Annotated[str | ImagePath, BeforeValidator(_checked_image)]
+
+
+class Callback(_Frozen):
+    """Where the outcome is posted, signed with the worker's key of that id."""
+
+    url: str = Field(pattern=r"^https?://\S+$", max_length=4096)
+    key_id: str = Field(min_length=1, max_length=100)
+    events: list[Literal["job.succeeded", "job.failed", "job.canceled"]] = Field(default=[], max_length=3)
+
+
+class Job(_Frozen):
+    """The fields that every task takes."""
+
+    #: The Celery task's name.
+    task: ClassVar[str]
+
+    #: Tokens; None is the worker's default. More than the worker's maximum is refused.
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    num_beams: int = Field(default=1, ge=1, le=16)
+    #: 0 is greedy.
+    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    #: The text ends before the first of these.
+    stop: list[StopString] = Field(default=[], max_length=16)
+    #: Seconds from submission. Past it, a job that has not started fails, and one that runs ends with its text so far.
+    deadline_s: float | None = Field(default=None, gt=0.0)
+    callback: Callback | None = None
+    #: Echoed in the result.
+    metadata: dict[str, Any] = {}
+    idempotency_key: str | None = Field(default=None, min_length=1, max_length=255)
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+            raise ValueError(f"metadata has more than {MAX_METADATA_BYTES} bytes as JSON")
+        return metadata
+
+    @model_validator(mode="after")
+    def _sampling_is_one_of_beams_or_temperature(self) -> Job:
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError("num_beams above 1 needs temperature 0: beams and sampling do not go together")
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """The Celery task's keyword arguments: JSON, without the fields left at their defaults."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+class CaptionExample(_Frozen):
+    image: Image
+    text: Text
+
+
+class Caption(Job):
+    """Describe an image: freely, after a prompt, or in the form that examples show."""
+
+    task = "idefics.caption"
+
+    image: Image
+    prompt: Text | None = None
+    examples: list[CaptionExample] = []
+    instruction: Text = "Describe this image."
+
+
+class AnswerExample(_Frozen):
+    image: Image
+    question: Text
+    answer: Text
+
+
+class Answer(Job):
+    """Answer a question about an image."""
+
+    task = "idefics.answer"
+
+    image: Image
+    question: Text
+    examples: list[AnswerExample] = []
+
+
+class ClassifyExample(_Frozen):
+    image: Image
+    label: Text
+
+
+class Classify(Job):
+    """Choose one label for an image, with a probability for each."""
+
+    task = "idefics.classify"
+
+    image: Image
+    labels: list[Annotated[Label, _without((*RESERVED_TOKENS, END_OF_UTTERANCE))]] = Field(
+        min_length=2, max_length=MAX_LABELS
+    )
+    examples: list[ClassifyExample] = []
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_distinct(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):
+            raise ValueError("the labels must be distinct")
+        return labels
+
+
+class Write(Job):
+    """Write a text that images guide: a story, an advert, a post."""
+
+    task = "idefics.write"
+
+    images: list[Image] = Field(min_length=1)
+    instruction: Text = "Use the image to write a story."
+    lead: Text = "Story:"
+
+
+class ImagePart(_Frozen):
+    image: Image
+
+
+class TextPart(_Frozen):
+    text: RawText
+
+
+class Complete(Job):
+    """Continue a list of texts and images, exactly as the IDEFICS guide writes it.
+
+    A string that is wholly an http(s) URL or a `data:image/` URI is an image; `{"image": ...}` and
+    `{"text": ...}` say it outright.
+    """
+
+    task = "idefics.complete"
+
+    prompt: list[ImagePart | TextPart] = Field(min_length=1)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _strings_say_what_they_are(cls, prompt: Any) -> Any:
+        if not isinstance(prompt, list):
+            return prompt
+        return [_named_part(part) if isinstance(part, str) else part for part in prompt]
+
+
+def _named_part(text: str) -> dict[str, str]:
+    return {"image": text} if is_image_url(text) else {"text": text}
+
+
+class ChatImageUrl(_Frozen):
+    url: ImageUrl
+    #: Accepted for OpenAI's clients; the model has one resolution.
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ChatImagePart(_Frozen):
+    type: Literal["image_url"]
+    image_url: ChatImageUrl
+
+
+class ChatTextPart(_Frozen):
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Frozen):
+    role: Literal["system", "user", "assistant"]
+    content: Text | list[Annotated[ChatTextPart | ChatImagePart, Field(discriminator="type")]]
+
+
+class Chat(Job):
+    """Answer the last of a conversation's messages (OpenAI's form). For instruct checkpoints."""
+
+    task = "idefics.chat"
+
+    messages: list[ChatMessage] = Field(min_length=1)
+
+    @field_validator("messages")
+    @classmethod
+    def _the_user_speaks_last(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        if messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        return messages
+
+
+PAYLOADS: dict[str, type[Job]] = {
+    payload.task: payload for payload in (Caption, Answer, Classify, Write, Complete, Chat)
+}
+
+
+def parse(task: str, arguments: dict[str, Any]) -> Job:
+    """A task's keyword arguments as its payload.
+
+    Raises InvalidRequest, with every wrong field named and no value repeated, or ImageBlocked.
+    """
+    payload = PAYLOADS.get(task)
+    if payload is None:
+        raise InvalidRequest(f"There is no task {task!r}: use one of {', '.join(PAYLOADS)}.")
+    try:
+        return payload.model_validate(arguments)
+    except ValidationError as error:
+        _refuse(error)
+
+
+def _refuse(error: ValidationError) -> NoReturn:
+    faults = [
+        f"{'.'.join(str(step) for step in fault['loc']) or 'payload'}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    raise InvalidRequest("; ".join(faults[:10])) from None
+
+
+class Usage(_Frozen):
+    prompt_tokens: int
+    completion_tokens: int
+    images: int
+    #: How many of them the worker did not have to encode for this job.
+    cached_images: int = 0
+
+
+class ModelInfo(_Frozen):
+    id: str
+    revision: str | None = None
+    family: str
+    dtype: str
+    quantization: str | None = None
+
+
+class Timing(_Frozen):
+    """Seconds."""
+
+    queued_s: float
+    fetch_s: float
+    wait_s: float
+    generate_s: float
+
+
+class Result(_Frozen):
+    """A finished job's answer. `text` is the new text only; `label` and `scores` come from `classify`."""
+
+    # An older client still reads what a newer worker adds.
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+    text: str
+    finish_reason: Literal["stop", "length", "stop_sequence", "canceled", "deadline"]
+    label: str | None = None
+    scores: dict[str, float] | None = None
+    usage: Usage
+    model: ModelInfo
+    timing: Timing
+    metadata: dict[str, Any] = {}

@@ -1,0 +1,86 @@
+"""A client for your tests: no broker, no worker, the answers that you give it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .client import Status
+from .errors import JobError
+from .payloads import Job, ModelInfo, Result, Timing, Usage
+
+Answer = Callable[[Job], Result | str]
+
+
+class FakeJob:
+    """What FakeClient.submit returns: a SubmittedJob that is over."""
+
+    def __init__(self, outcome: Result | JobError) -> None:
+        self.id = str(uuid.uuid4())
+        self._outcome = outcome
+
+    @property
+    def status(self) -> Status:
+        return "failed" if isinstance(self._outcome, JobError) else "succeeded"
+
+    def result(self, timeout: float | None = None) -> Result:
+        if isinstance(self._outcome, JobError):
+            raise self._outcome
+        return self._outcome
+
+    async def aresult(self, timeout: float | None = None) -> Result:
+        return self.result()
+
+    def cancel(self) -> None:
+        """Too late: the job is over."""
+
+
+class FakeClient:
+    """Answers every job with `answer(job)`: a text or a whole Result; a JobError that it raises fails the job."""
+
+    def __init__(self, answer: Answer = lambda job: "an answer") -> None:
+        self._answer = answer
+        self._jobs: dict[str, FakeJob] = {}
+        #: The payloads in the order of submission.
+        self.submitted: list[Job] = []
+
+    def submit(self, job: Job, **options: Any) -> FakeJob:
+        self.submitted.append(job)
+        submitted = FakeJob(self._outcome(job))
+        self._jobs[submitted.id] = submitted
+        return submitted
+
+    def submit_many(self, jobs: Iterable[Job], **options: Any) -> list[FakeJob]:
+        return [self.submit(job) for job in jobs]
+
+    def job(self, id: str) -> FakeJob:
+        return self._jobs[id]
+
+    def result(self, id: str, timeout: float | None = None) -> Result:
+        return self.job(id).result()
+
+    async def asubmit(self, job: Job, **options: Any) -> FakeJob:
+        return self.submit(job)
+
+    async def aresult(self, id: str, timeout: float | None = None) -> Result:
+        return self.result(id)
+
+    def _outcome(self, job: Job) -> Result | JobError:
+        try:
+            answer = self._answer(job)
+        except JobError as error:
+            return error
+        return answer if isinstance(answer, Result) else canned(answer, job)
+
+
+def canned(text: str, job: Job) -> Result:
+    """A Result with this text and plausible figures."""
+    return Result(
+        text=text,
+        finish_reason="stop",
+        usage=Usage(prompt_tokens=10, completion_tokens=len(text.split()), images=1),
+        model=ModelInfo(id="fake", family="fake", dtype="float32"),
+        timing=Timing(queued_s=0.0, fetch_s=0.0, wait_s=0.0, generate_s=0.0),
+        metadata=job.metadata,
+    )

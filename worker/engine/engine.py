@@ -1,0 +1,134 @@
+"""The engine's thread: takes the rows that wait, has the runner run them, and resolves every one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Protocol
+
+from tasks.errors import DeadlineExceeded, Internal, JobError, OutOfMemory
+from worker.engine.row import Output, Row
+from worker.engine.scheduler import Limits, next_batch
+
+logger = logging.getLogger(__name__)
+
+#: Seconds without a newcomer after which an idle engine starts: jobs sent together arrive within it.
+LINGER_S = 0.003
+#: Seconds that it waits so in all.
+MAX_LINGER_S = 0.02
+#: Seconds between two signs of life while there is nothing to do.
+IDLE_BEAT_S = 1.0
+
+
+class Runner(Protocol):
+    """Runs rows on a model. Called from the engine's thread only."""
+
+    def run(self, rows: Sequence[Row], beat: Callable[[], None]) -> None:
+        """Finish or fail each row, as soon as it is known; call `beat` at each step.
+
+        Raises OutOfMemory where the rows were too many, or any error of the model: the engine runs what is not
+        finished again in smaller batches, so that one row's fault stays its own.
+        """
+
+
+class Engine:
+    """Submit rows from any thread; each gets a result or an error."""
+
+    def __init__(self, runner: Runner, limits: Limits, beat: Callable[[], None] = lambda: None) -> None:
+        self._runner = runner
+        self._limits = limits
+        self._beat = beat
+        self._waiting: list[Row] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the batch that it runs; what waits fails."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+        for row in self._waiting:
+            row.fail(Internal("The worker stopped before this job ran: send it again."))
+
+    def submit(self, row: Row) -> Future[Output]:
+        with self._changed:
+            self._waiting.append(row)
+            self._changed.notify()
+        return row.output
+
+    def cancel(self, row: Row) -> None:
+        """End a row at the next step, wherever it is. Its output then says `canceled`."""
+        row.canceled = True
+        with self._changed:
+            self._changed.notify()
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._beat()
+            batch = self._take()
+            if batch:
+                self._run(batch)
+
+    def _take(self) -> list[Row]:
+        with self._changed:
+            if not self._waiting:
+                self._changed.wait(IDLE_BEAT_S)
+                self._linger()
+            for row in [row for row in self._waiting if row.interruption(time.monotonic())]:
+                self._waiting.remove(row)
+                _drop(row)
+            batch = next_batch(self._waiting, self._limits)
+            taken = set(map(id, batch))
+            self._waiting = [row for row in self._waiting if id(row) not in taken]
+        return batch
+
+    def _linger(self) -> None:
+        end = time.monotonic() + MAX_LINGER_S
+        while 0 < len(self._waiting) < self._limits.rows and time.monotonic() < end:
+            if not self._changed.wait(LINGER_S):
+                return
+
+    def _run(self, batch: Sequence[Row]) -> None:
+        now = time.monotonic()
+        for row in batch:
+            row.started = row.started or now
+        error: Exception = Internal("The model left this job without an answer: report it.")
+        try:
+            self._runner.run(batch, self._beat)
+        except Exception as caught:
+            error = caught
+        unfinished = [row for row in batch if not row.is_done]
+        if unfinished:
+            self._recover(batch, unfinished, error)
+
+    def _recover(self, batch: Sequence[Row], unfinished: list[Row], error: Exception) -> None:
+        if len(batch) == 1:
+            logger.error("A job failed alone; its caller gets the error.", exc_info=error)
+            unfinished[0].fail(error if isinstance(error, JobError) else Internal(type(error).__name__))
+            return
+        half = max(1, len(unfinished) // 2)
+        if isinstance(error, OutOfMemory):
+            self._limits = replace(self._limits, rows=max(1, min(self._limits.rows, len(batch)) // 2))
+        logger.warning(
+            "A batch of %d failed; its %d unfinished jobs run again in smaller ones.",
+            len(batch), len(unfinished), exc_info=error,
+        )  # fmt: skip
+        for part in (unfinished[:half], unfinished[half:]):
+            if part:
+                self._run(part)
+
+
+def _drop(row: Row) -> None:
+    if row.canceled:
+        row.finish(Output(ids=(), finish_reason="canceled"))
+    else:
+        row.fail(DeadlineExceeded("The job's deadline passed before it started: add workers or allow more time."))

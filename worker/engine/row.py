@@ -1,0 +1,89 @@
+"""What the engine works on: a row, one job's prompt with how to continue it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length", "stop_sequence", "canceled", "deadline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a row is continued. Temperature 0 is greedy; `end_ids` are the tokens that end it."""
+
+    max_new_tokens: int
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    end_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image as the vision tower takes it: float pixels (channels, height, width), keyed by their content."""
+
+    key: bytes
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A prompt's token ids, and its pictures in the order of their image tokens."""
+
+    ids: tuple[int, ...]
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A finished row: its new tokens without the one that ended it, or for labels their probabilities."""
+
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    probabilities: tuple[float, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A job in the engine. With `labels`, token ids of each, it is scored and not continued."""
+
+    tokens: Tokens
+    sampling: Sampling
+    labels: tuple[tuple[int, ...], ...] = ()
+    priority: int = 5
+    #: time.monotonic() past which it ends with what it has.
+    deadline: float | None = None
+    canceled: bool = False
+    cached_images: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    output: Future[Output] = field(default_factory=Future)
+
+    @property
+    def is_done(self) -> bool:
+        return self.output.done()
+
+    @property
+    def wanted(self) -> int:
+        """Steps that it may take."""
+        return 0 if self.labels else self.sampling.max_new_tokens
+
+    def interruption(self, now: float) -> FinishReason | None:
+        """Why it should end before its model says so."""
+        if self.canceled:
+            return "canceled"
+        return "deadline" if self.deadline is not None and now >= self.deadline else None
+
+    def finish(self, output: Output) -> None:
+        self.output.set_result(output)
+
+    def fail(self, error: BaseException) -> None:
+        self.output.set_exception(error)

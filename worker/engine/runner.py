@@ -1,0 +1,162 @@
+"""Rows through transformers' own `generate`: the path for any family, one batch at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from tasks.errors import OutOfMemory
+from tasks.payloads import ModelInfo
+from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
+from worker.engine.sampling import RowSampling
+from worker.engine.scoring import label_log_likelihoods
+from worker.models import Parts
+
+Beat = Callable[[], None]
+
+
+class Adapter(Protocol):
+    """What a family adds to transformers' common interface; see worker.models.idefics."""
+
+    model: PreTrainedModel
+    bad_words_ids: list[list[int]]
+
+    def prepare(self, parts: Parts) -> Tokens: ...
+    def encode_label(self, parts: Parts, label: str) -> tuple[int, ...]: ...
+    def end_ids(self, *, utterance: bool) -> frozenset[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def kept(self, picture: Picture) -> bool: ...
+    def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]: ...
+    def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+class StockModel:
+    """A family's checkpoint, run by stock `generate`. In float32 each row's tokens are those it gets alone."""
+
+    def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int) -> None:
+        self.info = info
+        self.prepare = adapter.prepare
+        self.encode_label = adapter.encode_label
+        self.end_ids = adapter.end_ids
+        self.decode = adapter.decode
+        self._adapter = adapter
+        self._max_tokens = max_tokens
+
+    def run(self, rows: Sequence[Row], beat: Beat) -> None:
+        """See engine.Runner: rows of one number of beams, and rows with labels."""
+        for row in rows:
+            row.cached_images = sum(self._adapter.kept(picture) for picture in row.tokens.pictures)
+        try:
+            self._run(rows, beat)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise OutOfMemory() from error
+
+    @torch.inference_mode()
+    def _run(self, rows: Sequence[Row], beat: Beat) -> None:
+        scored = [row for row in rows if row.labels and not row.is_done]
+        continued = [row for row in rows if not row.labels and not row.is_done]
+        if scored:
+            self._score(scored, beat)
+        if continued and continued[0].sampling.num_beams == 1:
+            self._continue(continued, beat)
+        elif continued:
+            self._search(continued, beat)
+
+    def _score(self, rows: Sequence[Row], beat: Beat) -> None:
+        inputs = self._adapter.forward_inputs(self._adapter.inputs([row.tokens for row in rows]))
+        labels = [row.labels for row in rows]
+        likelihoods = label_log_likelihoods(self._adapter.model, inputs, labels, self._max_tokens, beat)
+        for row, scores in zip(rows, likelihoods, strict=True):
+            probabilities = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
+            row.finish(Output((), "stop", tuple(probabilities.tolist())))
+
+    def _continue(self, rows: Sequence[Row], beat: Beat) -> None:
+        inputs = self._adapter.inputs([row.tokens for row in rows])
+        self._adapter.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max(row.wanted for row in rows),
+            eos_token_id=sorted(self.end_ids(utterance=False)),
+            bad_words_ids=self._adapter.bad_words_ids,
+            logits_processor=LogitsProcessorList([RowSampling(rows)]),
+            stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.decode, beat)]),
+        )
+
+    def _search(self, rows: Sequence[Row], beat: Beat) -> None:
+        inputs = self._adapter.inputs([row.tokens for row in rows])
+        sampling = rows[0].sampling
+        sequences = self._adapter.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=sampling.num_beams,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(sampling.end_ids),
+            bad_words_ids=self._adapter.bad_words_ids,
+            stopping_criteria=StoppingCriteriaList([AllInterrupted(rows, beat)]),
+        )
+        for row, sequence in zip(rows, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            row.finish(_search_output(row, sequence, self.decode))
+
+
+def _search_output(row: Row, sequence: list[int], decode: Callable[[Sequence[int]], str]) -> Output:
+    """A beam's tokens up to their end; what follows it is padding."""
+    end = next((n for n, token in enumerate(sequence) if token in row.sampling.end_ids), None)
+    ids = tuple(sequence[:end])
+    reason: FinishReason = "length" if end is None else "stop"
+    if any(stop in decode(ids) for stop in row.sampling.stop):
+        reason = "stop_sequence"
+    return Output(ids, row.interruption(time.monotonic()) or reason)
+
+
+class RowStopping(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row by its own rules, and finishes it at that very step: it need not wait for its batch."""
+
+    def __init__(self, rows: Sequence[Row], decode: Callable[[Sequence[int]], str], beat: Beat) -> None:
+        self._rows = rows
+        self._decode = decode
+        self._beat = beat
+        self._new: list[list[int]] = [[] for _ in rows]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        self._beat()
+        now = time.monotonic()
+        for row, new, token in zip(self._rows, self._new, input_ids[:, -1].tolist(), strict=True):
+            if not row.is_done:
+                self._step(row, new, token, now)
+        return torch.tensor([row.is_done for row in self._rows], device=input_ids.device)
+
+    def _step(self, row: Row, new: list[int], token: int, now: float) -> None:
+        if token in row.sampling.end_ids:
+            row.finish(Output(tuple(new), "stop"))
+            return
+        new.append(token)
+        reason = row.interruption(now) or self._limit(row, new)
+        if reason:
+            row.finish(Output(tuple(new), reason))
+
+    def _limit(self, row: Row, new: list[int]) -> FinishReason | None:
+        if row.sampling.stop and any(stop in self._decode(new) for stop in row.sampling.stop):
+            return "stop_sequence"
+        return "length" if len(new) >= row.sampling.max_new_tokens else None
+
+
+class AllInterrupted(StoppingCriteria):  # type: ignore[misc]
+    """Ends a beam search once nobody waits for it. Single rows cannot leave it."""
+
+    def __init__(self, rows: Sequence[Row], beat: Beat) -> None:
+        self._rows = rows
+        self._beat = beat
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        self._beat()
+        now = time.monotonic()
+        over = all(row.interruption(now) for row in self._rows)
+        return torch.full((input_ids.shape[0],), over, device=input_ids.device)

@@ -1,0 +1,52 @@
+"""Sampling that depends on a row's seed alone, whatever else is in its batch."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+from worker.engine.row import Row, Sampling
+
+
+class RowSampling(LogitsProcessor):  # type: ignore[misc]
+    """Turns greedy choice into sampling for the rows that ask for it.
+
+    The Gumbel-max trick: the largest of log-probabilities plus Gumbel noise is a sample of the distribution
+    (Gumbel 1954; Maddison et al., "A* Sampling", 2014). So sampled and greedy rows share a batch, and each
+    sampled row draws its noise from a generator of its own.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._samplers = {
+            index: RowSampler(row.sampling) for index, row in enumerate(rows) if row.sampling.temperature > 0
+        }
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for index, sampler in self._samplers.items():
+            scores[index] = sampler.perturb(scores[index])
+        return scores
+
+
+class RowSampler:
+    """One row's temperature, nucleus and noise."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._warpers = [TemperatureLogitsWarper(sampling.temperature)]
+        if sampling.top_p is not None and sampling.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        # On the CPU, so that a seed means the same on every device.
+        self._generator = torch.Generator()
+        self._generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+
+    def perturb(self, scores: Tensor) -> Tensor:
+        """Scores (vocabulary) whose largest is the sample."""
+        warped = scores[None].float()
+        for warper in self._warpers:
+            warped = warper(None, warped)
+        uniform = torch.rand(warped.shape, generator=self._generator, dtype=torch.float64)
+        noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+        return (warped + noise.to(warped)).to(scores.dtype)[0]

@@ -1,0 +1,56 @@
+"""Which rows run together: a pure function of what waits."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from worker.engine.row import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What fits on the device at once: rows (a row with four beams counts four) and padded tokens."""
+
+    rows: int
+    tokens: int
+
+
+def next_batch(waiting: Sequence[Row], limits: Limits) -> list[Row]:
+    """The rows to run next, of those that wait.
+
+    The first is the oldest of the most urgent priority, so that nobody starves. With it go the rows that it can
+    share a batch with, those nearest to it in wanted length first: a batch lasts as long as its longest row.
+    A row too large for the limits runs alone.
+    """
+    if not waiting:
+        return []
+    head = min(waiting, key=lambda row: (row.priority, row.arrived))
+    companions = sorted(
+        (row for row in waiting if row is not head and _group(row) == _group(head)),
+        key=lambda row: (row.priority, _distance(row, head), row.arrived),
+    )
+    batch = [head]
+    for row in companions:
+        if _fits([*batch, row], limits):
+            batch.append(row)
+    return batch
+
+
+def _group(row: Row) -> Hashable:
+    """Greedy, sampled and scored rows share a batch; beams share one with their like only."""
+    sampling = row.sampling
+    if sampling.num_beams == 1:
+        return None
+    return sampling.num_beams, sampling.max_new_tokens, sampling.end_ids
+
+
+def _distance(row: Row, head: Row) -> tuple[int, int]:
+    return abs(row.wanted - head.wanted), abs(len(row.tokens.ids) - len(head.tokens.ids))
+
+
+def _fits(batch: Sequence[Row], limits: Limits) -> bool:
+    beams = batch[0].sampling.num_beams
+    longest = max(len(row.tokens.ids) + row.wanted for row in batch)
+    rows = len(batch) * beams
+    return rows <= limits.rows and rows * longest <= limits.tokens

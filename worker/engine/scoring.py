@@ -1,0 +1,79 @@
+"""Classification: the log-likelihood of each label after a prompt that is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+Labels = Sequence[Sequence[int]]
+
+
+@torch.inference_mode()
+def label_log_likelihoods(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    labels: Sequence[Labels],
+    max_tokens: int,
+    beat: Callable[[], None],
+) -> list[list[float]]:
+    """The sum of the log-probabilities of each label's tokens, for each of a batch of prompts.
+
+    `inputs` are the model's forward arguments for left-padded prompts (rows, length), `labels[row]` the token ids
+    of the labels to choose from. At most about `max_tokens` keys and values are held at a time beside the prompts'.
+    """
+    prompt = model(**inputs, use_cache=True, logits_to_keep=1)
+    beat()
+    first = log_softmax(prompt.logits[:, -1].float(), dim=-1)
+    scores = [[float(first[row, label[0]]) for label in choices] for row, choices in enumerate(labels)]
+    longer = [(row, n) for row, choices in enumerate(labels) for n, label in enumerate(choices) if len(label) > 1]
+    longest = max((len(label) for choices in labels for label in choices), default=0)
+    size = max(1, max_tokens // (inputs["input_ids"].shape[1] + longest))
+    for chunk in _chunks(longer, size):
+        likelihoods = _rest(model, inputs, prompt.past_key_values, chunk, labels)
+        for (row, n), likelihood in zip(chunk, likelihoods, strict=True):
+            scores[row][n] += likelihood
+        beat()
+    return scores
+
+
+def _rest(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    cache: DynamicCache,
+    chunk: Sequence[tuple[int, int]],
+    labels: Sequence[Labels],
+) -> list[float]:
+    """Log-likelihoods of the labels' tokens after their first, each label after its own prompt's cache."""
+    device = inputs["input_ids"].device
+    rows = torch.tensor([row for row, _ in chunk], device=device)
+    ids = [torch.tensor(labels[row][n], device=device) for row, n in chunk]
+    padded = pad_sequence(ids, batch_first=True, padding_value=0)
+    tokens, targets = padded[:, :-1], padded[:, 1:]
+    lengths = torch.tensor([len(label) - 1 for label in ids], device=device)
+    own = {name: value[rows] for name, value in inputs.items()}
+    own |= {
+        "input_ids": tokens,
+        # Padding on the right needs no mask: no kept token looks at it.
+        "attention_mask": torch.cat([own["attention_mask"], torch.ones_like(tokens)], dim=1),
+        "image_attention_mask": own["image_attention_mask"][:, -1:].expand(-1, tokens.shape[1], -1),
+    }
+    logits = model(**own, past_key_values=_selected(cache, rows, model), use_cache=True).logits
+    picked = log_softmax(logits.float(), dim=-1).gather(2, targets[..., None])[..., 0]
+    kept = torch.arange(targets.shape[1], device=device) < lengths[:, None]
+    return torch.where(kept, picked, 0.0).sum(dim=1).tolist()
+
+
+def _selected(cache: DynamicCache, rows: Tensor, model: PreTrainedModel) -> DynamicCache:
+    selected = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        selected.update(layer.keys[rows], layer.values[rows], index)
+    return selected
+
+
+def _chunks(items: Sequence[tuple[int, int]], size: int) -> Iterator[Sequence[tuple[int, int]]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,613 @@
+"""An image's source to its bytes, through a guard.
+
+Whoever can send a job can name any address. The guard sees to it that the worker never connects to one that
+is not public (or that the operator did not allow), never waits longer, and never reads more than the policy
+says.
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import logging
+import os
+import re
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http import client as http_client
+from http.cookiejar import DefaultCookiePolicy
+from importlib import metadata
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path, PurePosixPath
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import certifi
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from requests.utils import requote_uri
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
+from tasks.payloads import Image
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+# urllib3 logs whole URLs, which may hold tokens: at DEBUG each one, at WARNING those with odd headers.
+logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+#: Networks that are not the public internet although Python 3.11 calls most of them global.
+BAD_NETWORKS: tuple[Network, ...] = (
+    ip_network("0.0.0.0/8"),  # "this host": Linux connects 0.0.0.0 to loopback
+    ip_network("100.64.0.0/10"),  # carrier-grade NAT; clouds keep metadata and cluster networks there
+    ip_network("192.0.0.0/24"),  # protocol assignments; a cloud's metadata service is in it
+    ip_network("192.31.196.0/24"),  # AS112: answered by whoever is nearest
+    ip_network("192.52.193.0/24"),  # AMT relays: tunnels
+    ip_network("192.88.99.0/24"),  # 6to4 relays: tunnels
+    ip_network("192.175.48.0/24"),  # AS112: answered by whoever is nearest
+    ip_network("198.18.0.0/15"),  # benchmarks, used as internal addresses
+    ip_network("168.63.129.16/32"),  # Azure's host agent, in a public range
+    ip_network("::/96"),  # unspecified, loopback, and IPv4 written as IPv6 (compatible)
+    ip_network("::ffff:0:0:0/96"),  # IPv4 written as IPv6 (translated, SIIT)
+    ip_network("64:ff9b::/96"),  # NAT64: leads to any IPv4 address
+    ip_network("64:ff9b:1::/48"),  # NAT64 of the local network
+    ip_network("100::/64"),  # discarded
+    ip_network("2001::/23"),  # Teredo and other tunnels and identifiers
+    ip_network("2001:db8::/32"),  # documentation
+    ip_network("2002::/16"),  # 6to4: leads to any IPv4 address
+    ip_network("3fff::/20"),  # documentation
+    ip_network("5f00::/16"),  # segment routing inside a provider
+    ip_network("fec0::/10"),  # site-local: private before fc00::/7
+)
+
+#: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
+MAX_URL_CHARS = 8_192
+#: Bytes of status lines, headers and chunk sizes that an answer may have on top of its image.
+MAX_FRAMING_BYTES = 262_144
+CHUNK_BYTES = 65_536
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+#: Statuses that may pass, beside 5xx: request timeout, too early, too many requests.
+PASSING = frozenset({408, 425, 429})
+
+# "#@", "?@" and "\@" before the first slash are where URL parsers disagree about which part is the host.
+_PLAIN_URL = re.compile(r"https?://[^/\\@\x00-\x20\x7f]+(/[^\x00-\x20\x7f]*)?", re.IGNORECASE)
+_HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
+_DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: opening a fifo without a writer would wait for ever.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPolicy:
+    """What an operator lets jobs read. The defaults: public addresses on the web's ports, no local files."""
+
+    #: Networks that are allowed although they are not public.
+    allow_networks: tuple[Network, ...] = ()
+    #: When not empty, only these hosts and their sub-domains.
+    allow_domains: tuple[str, ...] = ()
+    ports: tuple[int, ...] = (80, 443)
+    max_bytes: int = 20_000_000
+    #: The folder that paths are read below; None refuses them.
+    root: Path | None = None
+    #: Seconds for one connection to be accepted, its TLS handshake again as much.
+    connect_s: float = 3.0
+    #: Seconds without a byte.
+    read_s: float = 5.0
+    #: Seconds for one image: look-up, every redirect and the body.
+    total_s: float = 20.0
+    max_redirects: int = 3
+
+
+class GuardError(ValueError):
+    """Why the guard stopped a request.
+
+    A ValueError, since urllib3 takes an OSError for a broken connection and makes it something retryable.
+    """
+
+
+class Refused(GuardError):
+    """The policy forbids this host, address or port."""
+
+
+class NoAddress(GuardError):
+    """The host's name could not be looked up."""
+
+
+class TooManyBytes(GuardError):
+    """The server sends more than an image of the allowed size needs."""
+
+
+class Deadline:
+    """A moment that no wait may outlast."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self, at_most: float) -> float:
+        """Seconds to wait: what is left, `at_most` at most. Raises TimeoutError when none is left."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the total deadline has passed")
+        return min(left, at_most)
+
+    def has_passed(self) -> bool:
+        return time.monotonic() >= self._end
+
+
+# --- Which hosts and addresses are good: pure -----------------------------------------------------
+
+
+def is_public(address: Address) -> bool:
+    """True for an address of the public internet, however it is written."""
+    address = _unmapped(address)
+    if not address.is_global or address.is_multicast or address.is_reserved:
+        return False
+    return not any(address in network for network in BAD_NETWORKS)
+
+
+def _unmapped(address: Address) -> Address:
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def is_allowed_address(address: Address, policy: FetchPolicy) -> bool:
+    """True for a public address and for one in a network that the operator allows."""
+    plain = _unmapped(address)
+    return is_public(plain) or any(plain in network for network in policy.allow_networks)
+
+
+def is_allowed_host(host: str, policy: FetchPolicy) -> bool:
+    """True if the operator lists the host or a parent domain of it, or lists none at all."""
+    name = host.rstrip(".").lower()
+    domains = [domain.strip(".").lower() for domain in policy.allow_domains]
+    return not domains or any(name == domain or name.endswith(f".{domain}") for domain in domains)
+
+
+def _is_host(host: str) -> bool:
+    # No "%": neither an escaped name nor an IPv6 zone, which would choose the network card.
+    if ":" not in host:
+        return _HOST_NAME.fullmatch(host) is not None
+    return "%" not in host and _is_address(host)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_url(url: str, policy: FetchPolicy) -> SplitResult:
+    """A URL's parts. Raises Refused for one that is not plain http(s), names a user, or breaks the policy.
+
+    This only spares a connection: host, port and address are checked again where the connection is made.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port if parts.port is not None else {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        raise Refused("The image's URL is malformed: correct it") from None
+    if parts.scheme not in ("http", "https") or "@" in parts.netloc or not _is_host(parts.hostname or ""):
+        raise Refused("The image's URL names no plain host: write http(s)://host/path without a user")
+    _check_target(parts.hostname or "", port, policy)
+    return parts
+
+
+def _check_target(host: str, port: int | None, policy: FetchPolicy) -> None:
+    if port not in policy.ports:
+        allowed = ", ".join(str(number) for number in policy.ports)
+        raise Refused(f"{host} is asked for on a port that is not allowed: use one of {allowed}")
+    if not is_allowed_host(host, policy):
+        raise Refused(f"{host} is not among the allowed domains: use one of them or have it added")
+
+
+def _check_plain(url: str) -> None:
+    if len(url) > MAX_URL_CHARS:
+        raise Refused(f"The image's URL has more than {MAX_URL_CHARS} characters: use a shorter one")
+    if not _PLAIN_URL.fullmatch(url):
+        raise Refused("The image's URL is no plain http(s)://host/path: write it without user and spaces")
+
+
+# --- The connection: checked where it is made -----------------------------------------------------
+
+
+class Guard:
+    """Makes one request's connections: only to allowed addresses, only until the deadline."""
+
+    def __init__(self, policy: FetchPolicy, deadline: Deadline) -> None:
+        self.policy = policy
+        self.deadline = deadline
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """A connection to the very address that was checked: no second look-up could answer otherwise."""
+        _check_target(host, port, self.policy)
+        answers = self._look_up(host, port)
+        for *_, target in answers:
+            self._check_address(host, str(target[0]))
+        return self._first_open(answers)
+
+    def _look_up(self, host: str, port: int) -> list[Any]:
+        # getaddrinfo knows no timeout. A thread left behind ends when the system's resolver gives up.
+        future: Future[list[Any]] = Future()
+        Thread(target=_resolve, args=(host, port, future), daemon=True, name="image-look-up").start()
+        try:
+            answers = future.result(self.deadline.left(self.policy.total_s))
+        except (NotInTime, OSError, UnicodeError):
+            raise NoAddress(f"{host} has no address in the DNS") from None
+        if not answers:
+            raise NoAddress(f"{host} has no address in the DNS")
+        return answers
+
+    def _check_address(self, host: str, text: str) -> None:
+        # One bad address refuses the host: a good one beside it is how a rebinding attack looks.
+        if not is_allowed_address(ip_address(text.partition("%")[0]), self.policy):
+            raise Refused(f"{host} is at no public address: use a public host or have its network allowed")
+
+    def _first_open(self, answers: list[Any]) -> socket.socket:
+        failure: OSError = OSError("no address")
+        for family, kind, protocol, _, target in answers:
+            try:
+                return self._open(family, kind, protocol, target)
+            except OSError as error:
+                failure = error
+        raise failure
+
+    def _open(self, family: int, kind: int, protocol: int, target: Any) -> socket.socket:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(self.deadline.left(self.policy.connect_s))
+            connection.connect(target)
+            # For the TLS handshake and the request, which wait by the socket's timeout.
+            connection.settimeout(self.deadline.left(self.policy.connect_s))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _resolve(host: str, port: int, future: Future[list[Any]]) -> None:
+    try:
+        future.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except Exception as error:
+        future.set_exception(error)
+
+
+class _Metered(io.RawIOBase):
+    """What a server sends, whatever it is: every wait ends with the deadline and every byte counts.
+
+    Timeouts of requests are per read, so one byte now and then (in a header, a 1xx answer, a chunk's size)
+    would hold a thread for ever.
+    """
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, guard: Guard) -> None:
+        self._raw = raw
+        self._sock = sock
+        self._guard = guard
+        # A quarter more: chunked bodies carry their chunks' sizes.
+        self._budget = guard.policy.max_bytes * 5 // 4 + MAX_FRAMING_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        self._sock.settimeout(self._guard.deadline.left(self._guard.policy.read_s))
+        count = self._raw.readinto(buffer) or 0
+        self._budget -= count
+        if self._budget < 0:
+            raise TooManyBytes
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http_client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, guard: Guard, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_Metered(self.fp.detach(), sock, guard), CHUNK_BYTES)
+
+
+class _Connection(HTTPConnection):
+    def __init__(self, *args: Any, guard: Guard, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._guard = guard
+        self.response_class = partial(_Response, guard=guard)  # type: ignore[assignment]
+
+    def _new_conn(self) -> socket.socket:
+        return self._guard.connect(self.host, self.port)
+
+
+class _TlsConnection(_Connection, HTTPSConnection):
+    """As above; the certificate must be the host name's as ever, although the address was looked up here."""
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+class _Adapter(HTTPAdapter):
+    def __init__(self, guard: Guard, tls: ssl.SSLContext) -> None:
+        self._guard = guard
+        self._tls = tls
+        super().__init__(max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._tls)
+        pools = {"http": partial(_Pool, guard=self._guard), "https": partial(_TlsPool, guard=self._guard)}
+        self.poolmanager.pool_classes_by_scheme = pools  # type: ignore[assignment]
+
+    def cert_verify(self, *args: Any, **kwargs: Any) -> None:
+        # The context verifies, and has its authorities loaded: requests would load them for each connection.
+        pass
+
+
+class GuardedSession(requests.Session):
+    """A session for one request and its redirects. Never kept: nothing passes from job to job."""
+
+    def __init__(self, guard: Guard, tls: ssl.SSLContext) -> None:
+        super().__init__()
+        # Else a .netrc's passwords are sent, and a proxy from the environment connects unguarded.
+        self.trust_env = False
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        for prefix in ("http://", "https://"):
+            self.mount(prefix, _Adapter(guard, tls))
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        # requests reads a redirect's body to its end, however long, even when streaming: we follow ourselves.
+        return None
+
+
+def tls_context() -> ssl.SSLContext:
+    """Certificates are checked against certifi's authorities, whatever the environment says."""
+    return ssl.create_default_context(cafile=certifi.where())
+
+
+def user_agent() -> str:
+    try:
+        version = metadata.version("idefics-jobs")
+    except metadata.PackageNotFoundError:
+        version = "dev"
+    return f"idefics-jobs/{version} (+image fetcher)"
+
+
+# --- The three kinds of source --------------------------------------------------------------------
+
+
+class Fetcher:
+    """Reads images for many job threads at once: it holds nothing that a request changes."""
+
+    def __init__(self, policy: FetchPolicy) -> None:
+        self._policy = policy
+        self._tls = tls_context()
+        self._headers = {
+            "User-Agent": user_agent(),
+            "Accept": "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1",
+            # A compressed body is a bomb's fuse, and pictures gain nothing.
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
+
+    def fetch(self, source: Image) -> bytes:
+        """The bytes of one image; they may still be no picture.
+
+        Raises ImageBlocked, ImageTooLarge, ImageInvalid, or ImageUnreachable (retryable). No message holds
+        a URL's path, query or user, since they may be secrets: the host at most.
+        """
+        if not isinstance(source, str):
+            return read_below(self._policy.root, source.path, self._policy.max_bytes)
+        if source[:5].lower() == "data:":
+            return decode_data_uri(source, self._policy.max_bytes)
+        return self._download(source)
+
+    def _download(self, url: str) -> bytes:
+        guard = Guard(self._policy, Deadline(self._policy.total_s))
+        with GuardedSession(guard, self._tls) as session:
+            for _ in range(self._policy.max_redirects + 1):
+                with _translated(url, guard), self._answer(session, url) as response:
+                    if response.status_code not in REDIRECTS:
+                        return _body(response, self._policy.max_bytes)
+                    url = _redirect_target(response)
+        hops = self._policy.max_redirects
+        raise ImageBlocked(
+            f"{_host(url)} comes after more than {hops} redirects: send the image's final URL."
+        )
+
+    def _answer(self, session: GuardedSession, url: str) -> requests.Response:
+        _check_plain(url)
+        request = session.prepare_request(requests.Request("GET", url, headers=self._headers))
+        # What is checked is what is sent: requests may have rewritten the host (IDNA).
+        check_url(str(request.url), self._policy)
+        timeout = (self._policy.connect_s, self._policy.read_s)
+        return session.send(request, stream=True, allow_redirects=False, timeout=timeout, proxies={})
+
+
+def _redirect_target(response: requests.Response) -> str:
+    location = response.headers.get("Location")
+    if not location:
+        raise ImageInvalid(f"{_host(response.url)} redirects to nowhere: send the image's final URL.")
+    target = urljoin(response.url, requote_uri(location.strip())).partition("#")[0]
+    if response.url.startswith("https:") and not target.lower().startswith("https:"):
+        raise Refused(f"{_host(response.url)} redirects away from https: send the image's final URL")
+    return target
+
+
+def _body(response: requests.Response, max_bytes: int) -> bytes:
+    host = _host(response.url)
+    _check_status(response.status_code, host)
+    if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+        raise ImageInvalid(f"{host} compresses the image although asked not to: use another server.")
+    length = response.headers.get("Content-Length", "")
+    if length.isdecimal() and int(length[:20]) > max_bytes:
+        raise _too_large(host, max_bytes)
+    return _read_capped(response, host, max_bytes)
+
+
+def _check_status(status: int, host: str) -> None:
+    if status == 200:
+        return
+    if status >= 500 or status in PASSING:
+        raise ImageUnreachable(f"{host} answered with status {status}: send the job again when it is well.")
+    # Not retryable: a missing or forbidden image stays so. ImageInvalid, since there is no image at that URL
+    # for the job to have; ImageBlocked would blame the operator's policy.
+    raise ImageInvalid(f"{host} answered with status {status} and no image: check that the URL is public.")
+
+
+def _read_capped(response: requests.Response, host: str, max_bytes: int) -> bytes:
+    body = bytearray()
+    for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(host, max_bytes)
+    return bytes(body)
+
+
+def _too_large(host: str, max_bytes: int) -> ImageTooLarge:
+    return ImageTooLarge(f"{host} sends more than {max_bytes:,} bytes: send a smaller image.")
+
+
+_NETWORK_ERRORS = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http_client.HTTPException,
+    OSError,
+)
+
+
+@contextmanager
+def _translated(url: str, guard: Guard) -> Iterator[None]:
+    # `from None` throughout: the libraries' messages hold the whole URL, and Celery stores tracebacks.
+    try:
+        yield
+    except JobError:
+        raise
+    except TooManyBytes:
+        raise _too_large(_host(url), guard.policy.max_bytes) from None
+    except NoAddress as error:
+        raise ImageUnreachable(f"{error}: check its spelling, then send the job again.") from None
+    except Refused as error:
+        raise ImageBlocked(f"{error}.") from None
+    except _NETWORK_ERRORS as error:
+        raise _failure(error, _host(url), guard) from None
+    except ValueError:
+        raise ImageBlocked("The image's URL is malformed: correct it.") from None
+
+
+def _failure(error: Exception, host: str, guard: Guard) -> JobError:
+    if guard.deadline.has_passed():
+        problem = f"did not deliver the image within {guard.policy.total_s:g} seconds"
+        return ImageUnreachable(f"{host} {problem}: check that it is well, then send the job again.")
+    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
+        return ImageBlocked("The image's URL is malformed: correct it.")
+    if _is_wrong_length(error):
+        return ImageInvalid(f"{host} sent another number of bytes than it announced: check the file there.")
+    return ImageUnreachable(f"{host} {_problem(error)}: check that it is up, then send the job again.")
+
+
+def _is_wrong_length(error: Exception) -> bool:
+    if isinstance(error, requests.exceptions.InvalidHeader):
+        return True
+    return any(isinstance(cause, http_client.IncompleteRead) for cause in (error, *error.args))
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, requests.exceptions.SSLError | urllib3.exceptions.SSLError):
+        return "has no valid certificate for its name"
+    if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
+        return "did not answer in time"
+    return "could not be reached or broke the connection off"
+
+
+def _host(url: str) -> str:
+    """The host for a message; nothing else of a URL is safe to repeat."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        host = ""
+    return host if _is_host(host) else "The image's host"
+
+
+def decode_data_uri(uri: str, max_bytes: int) -> bytes:
+    """The bytes of a `data:image/...;base64,` URI. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
+    head = _DATA_URI.match(uri)
+    if head is None:
+        raise ImageBlocked("Of data: URIs only data:image/...;base64, is read: send the image in this form.")
+    # Before decoding, so that a giant costs no second copy. Padding makes up to two bytes less.
+    if (len(uri) - head.end()) // 4 * 3 - uri.count("=", len(uri) - 2) > max_bytes:
+        raise ImageTooLarge(f"The data: URI holds more than {max_bytes:,} bytes: send a smaller image.")
+    try:
+        return binascii.a2b_base64(uri[head.end() :], strict_mode=True)
+    except ValueError:
+        raise ImageInvalid("The data: URI is not valid base64: encode the image's bytes anew.") from None
+
+
+def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
+    """A regular file strictly below `root`. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
+    if root is None:
+        raise ImageBlocked("This worker reads no local files: send a URL or have IDEFICS_IMAGE_ROOT set.")
+    try:
+        with _opened(*_inside(root, path)) as descriptor:
+            return _read_file(descriptor, max_bytes)
+    except (OSError, RuntimeError, ValueError):
+        raise ImageInvalid(
+            "The image's path names no readable file: check it below the image root."
+        ) from None
+
+
+def _inside(root: Path, path: str) -> tuple[Path, tuple[str, ...]]:
+    relative = PurePosixPath(path)
+    base = root.resolve(strict=True)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in path:
+        raise ImageBlocked("The image's path leaves the image root: write it from there, without '..'.")
+    real = (base / relative).resolve()
+    if base not in real.parents:
+        raise ImageBlocked("The image's path leaves the image root: copy the file below the root.")
+    return base, real.relative_to(base).parts
+
+
+@contextmanager
+def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
+    # Step by step without following links: what was resolved may have been exchanged for a link meanwhile.
+    opened = [os.open(base, _FOLDER_FLAGS)]
+    try:
+        for name in parts[:-1]:
+            opened.append(os.open(name, _FOLDER_FLAGS, dir_fd=opened[-1]))
+        opened.append(os.open(parts[-1], _FILE_FLAGS, dir_fd=opened[-1]))
+        yield opened[-1]
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def _read_file(descriptor: int, max_bytes: int) -> bytes:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise ImageInvalid("The image's path is no regular file: name one.")
+    with open(descriptor, "rb", closefd=False) as file:
+        # One byte more than allowed: files grow, and some in /proc say that they are empty.
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ImageTooLarge(f"The image's file has more than {max_bytes:,} bytes: send a smaller one.")
+    return data

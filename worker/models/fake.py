@@ -1,0 +1,58 @@
+"""A model without a network, for tests of everything around it: it answers with its prompt's last words."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+
+from PIL.Image import Image
+
+from tasks.payloads import ModelInfo
+from worker.engine.row import Output, Row, Tokens
+from worker.models import Parts
+
+END = 0
+
+
+class FakeModel:
+    """Tokens are characters. Each step takes `step_s` seconds for the whole batch."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.info = ModelInfo(id="fake", family="fake", dtype="float32")
+        self.batches: list[int] = []
+        self._step_s = step_s
+
+    def prepare(self, parts: Parts) -> Tokens:
+        texts = [f"<{_digest(part)}>" if isinstance(part, Image) else part for part in parts]
+        return Tokens(ids=tuple(map(ord, "".join(texts))))
+
+    def encode_label(self, parts: Parts, label: str) -> tuple[int, ...]:
+        return tuple(map(ord, label))
+
+    def end_ids(self, *, utterance: bool) -> frozenset[int]:
+        return frozenset({END})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def run(self, rows: Sequence[Row], beat: Callable[[], None]) -> None:
+        self.batches.append(len(rows))
+        for step in range(1 + max(row.wanted for row in rows)):
+            beat()
+            time.sleep(self._step_s)
+            for row in rows:
+                if not row.is_done:
+                    _advance(row, step)
+
+
+def _advance(row: Row, step: int) -> None:
+    why = row.interruption(time.monotonic())
+    if row.labels and not why:
+        row.finish(Output((), "stop", (1.0, *[0.0] * (len(row.labels) - 1))))
+    elif why or step >= row.wanted:
+        row.finish(Output(row.tokens.ids[-step:] if step else (), why or "length"))
+
+
+def _digest(image: Image) -> str:
+    return hashlib.blake2b(image.tobytes(), digest_size=4).hexdigest()

@@ -1,0 +1,147 @@
+"""IDEFICS (the first family): prompts as its processor builds them, images encoded once each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import IdeficsForVisionText2Text, IdeficsProcessor
+
+from tasks.errors import InvalidRequest
+from tasks.payloads import END_OF_UTTERANCE
+from worker.engine.features import FeatureCache
+from worker.engine.row import Picture, Tokens
+from worker.models import Parts
+
+IMAGE = "<image>"
+FAKE = "<fake_token_around_image>"
+#: Bytes of image features kept for later jobs.
+FEATURE_CACHE_BYTES = 512 * 2**20
+
+
+class IdeficsAdapter:
+    """One loaded IDEFICS checkpoint."""
+
+    family = "idefics"
+
+    def __init__(self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor) -> None:
+        self.model = model
+        self.tokenizer = processor.tokenizer
+        self._image_processor = processor.image_processor
+        self._image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        self._reserved = sorted(set(self.tokenizer.all_special_tokens) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
+        self._features = FeatureCache(self._encode, FEATURE_CACHE_BYTES)
+        self.bad_words_ids: list[list[int]] = self.tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
+
+    def prepare(self, parts: Parts) -> Tokens:
+        for part in parts:
+            if isinstance(part, str):
+                self._refuse_reserved(part)
+        ids = self.tokenizer(self.text(parts), add_special_tokens=False).input_ids
+        return Tokens(tuple(ids), tuple(self._picture(part) for part in parts if isinstance(part, Image)))
+
+    def text(self, parts: Parts) -> str:
+        """The whole prompt as text, token for token that of transformers' IdeficsProcessor.__call__."""
+        text = str(self.tokenizer.bos_token)
+        after_image = False
+        for part in parts:
+            if isinstance(part, str):
+                text += part.strip(" ")
+            else:
+                text += IMAGE + FAKE if after_image else FAKE + IMAGE + FAKE
+            after_image = not isinstance(part, str)
+        return text
+
+    def encode_label(self, parts: Parts, label: str) -> tuple[int, ...]:
+        """See `Model`. The newline ends each label, so that `car` does not win as the beginning of `cart`."""
+        prompt = self.text(parts)
+        ids = self.tokenizer([prompt, f"{prompt} {label}\n"], add_special_tokens=False).input_ids
+        start = len(ids[0])
+        if ids[1][:start] == ids[0]:
+            return tuple(ids[1][start:])
+        # The tokenizer merged over the seam: what the label is alone is the nearest thing.
+        return tuple(self.tokenizer(f"{label}\n", add_special_tokens=False).input_ids)
+
+    def end_ids(self, *, utterance: bool) -> frozenset[int]:
+        configured = self.model.generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        known = self.tokenizer.get_added_vocab()
+        if utterance and END_OF_UTTERANCE in known:
+            ends = [*ends, known[END_OF_UTTERANCE]]
+        return frozenset(end for end in ends if end is not None)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def kept(self, picture: Picture) -> bool:
+        """True where a picture's features are known from an earlier batch."""
+        return picture in self._features
+
+    def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
+        """Arguments of `generate` for a batch, padded on the left: `image_hidden_states` holds, for each row,
+        the features of its pictures (rows, images, length, width)."""
+        device = self.model.device
+        length = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.full((len(prompts), length), self._pad_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[row, length - len(prompt.ids) :] = 1
+        return {
+            "input_ids": ids.to(device),
+            "attention_mask": mask.to(device),
+            "image_attention_mask": self._image_mask(ids, prompts).to(device),
+            "image_hidden_states": self._hidden_states(prompts),
+        }
+
+    def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same as arguments of the model's forward, which has another name for each kind of features."""
+        named = dict(inputs)
+        features = named.pop("image_hidden_states")
+        resampled = self.model.config.use_resampler
+        return {**named, "perceiver_embeddings" if resampled else "image_encoder_embeddings": features}
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else 0)
+
+    def _image_mask(self, ids: Tensor, prompts: Sequence[Tokens]) -> Tensor:
+        """(rows, length, images): each token sees the image before it, and that one only."""
+        images = max(1, *(len(prompt.pictures) for prompt in prompts))
+        seen = (ids == self._image_id).cumsum(dim=1)
+        return (seen[..., None] == torch.arange(1, images + 1)).long()
+
+    def _hidden_states(self, prompts: Sequence[Tokens]) -> Tensor:
+        found = self._features.get(picture for prompt in prompts for picture in prompt.pictures)
+        images = max(1, *(len(prompt.pictures) for prompt in prompts))
+        shape = next(iter(found.values())).shape if found else (1, self._feature_width)
+        states = torch.zeros(
+            len(prompts), images, *shape, dtype=self.model.dtype, device=self.model.device
+        )
+        for row, prompt in enumerate(prompts):
+            for place, picture in enumerate(prompt.pictures):
+                states[row, place] = found[picture.key]
+        return states
+
+    @property
+    def _feature_width(self) -> int:
+        return int(self.model.config.vision_config.embed_dim)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
+        states = self.model.model.vision_model(pixel_values=pixels).last_hidden_state
+        return self.model.model.perceiver_resampler(states) if self.model.config.use_resampler else states
+
+    def _picture(self, image: Image) -> Picture:
+        size = "x".join(map(str, image.size)).encode()
+        key = hashlib.blake2b(image.tobytes(), digest_size=16, key=size).digest()
+        return Picture(key, self._image_processor([image], return_tensors="pt")[0])
+
+    def _refuse_reserved(self, text: str) -> None:
+        for token in self._reserved:
+            if token in text:
+                raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")

@@ -1,0 +1,87 @@
+"""A checkpoint from a hub id or a folder: safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, IdeficsForVisionText2Text
+
+from config.settings import Settings
+from tasks.payloads import ModelInfo
+from worker.engine.runner import StockModel
+from worker.models import Model
+from worker.models.fake import FakeModel
+from worker.models.idefics import IdeficsAdapter
+
+DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
+
+#: By full names: bitsandbytes skips nothing for a short one. These lose more than they save.
+NOT_QUANTIZED = ["model.vision_model", "model.perceiver_resampler", "lm_head"]
+
+
+class SetupFailed(RuntimeError):
+    """The model cannot be served; the message tells the cure."""
+
+
+def checkpoint_folder(settings: Settings) -> Path | None:
+    """The local folder of the model, where it has one."""
+    path = DEMO if settings.model == "demo" else Path(settings.model)
+    return path if path.is_dir() else None
+
+
+def load(settings: Settings) -> Model:
+    """The model that the settings name. Raises SetupFailed."""
+    if settings.model == "fake":
+        return FakeModel()
+    source = str(checkpoint_folder(settings) or settings.model)
+    pinned: dict[str, Any] = {"revision": settings.model_revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **pinned)
+        if config.model_type != "idefics":
+            raise SetupFailed(f"{settings.model} is of the family {config.model_type!r}: idefics is the one served.")
+        processor = AutoProcessor.from_pretrained(source, **pinned)
+        model = IdeficsForVisionText2Text.from_pretrained(
+            source,
+            **pinned,
+            use_safetensors=True,
+            dtype=_dtype(settings),
+            device_map=settings.device_map,
+            quantization_config=_quantization(settings),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise SetupFailed(
+            f"Cannot load {settings.model}: {error} IDEFICS_MODEL takes a hub id or a folder with safetensors."
+        ) from error
+    return StockModel(IdeficsAdapter(model.eval(), processor), _info(settings, model), settings.max_batch_tokens)
+
+
+def _dtype(settings: Settings) -> torch.dtype | str:
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+    # Half precision is slow on a CPU, and only float32 answers the same whatever the batch.
+    return "auto" if torch.cuda.is_available() else torch.float32
+
+
+def _quantization(settings: Settings) -> BitsAndBytesConfig | None:
+    if settings.quantization == "none":
+        return None
+    dtype = _dtype(settings)
+    return BitsAndBytesConfig(
+        load_in_4bit=settings.quantization == "4bit",
+        load_in_8bit=settings.quantization == "8bit",
+        llm_int8_skip_modules=NOT_QUANTIZED,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+    )
+
+
+def _info(settings: Settings, model: IdeficsForVisionText2Text) -> ModelInfo:
+    return ModelInfo(
+        id=settings.model,
+        revision=settings.model_revision or getattr(model.config, "_commit_hash", None),
+        family=model.config.model_type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantization=None if settings.quantization == "none" else settings.quantization,
+    )

@@ -1,0 +1,7 @@
+"""InferencePool: Celery's pool for one model process with many jobs in flight."""
+
+from __future__ import annotations
+
+from worker.pool.pool import InferencePool
+
+__all__ = ["InferencePool"]

@@ -1,0 +1,100 @@
+"""A job in the pool: from Celery's consumer to its outcome."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from billiard.einfo import ExceptionInfo
+
+from tasks.payloads import SUBMITTED_AT
+
+Callback = Callable[..., Any]
+
+
+class JobState(Enum):
+    WAITING = "waiting"
+    SENT = "sent"
+    RUNNING = "running"
+
+
+@dataclass(slots=True)
+class Callbacks:
+    """Celery's, of the request that stands behind a job."""
+
+    accept: Callback
+    success: Callback
+    failure: Callback
+
+
+@dataclass(eq=False, weakref_slot=True, slots=True)
+class Job:
+    """What `apply_async` returns. Celery holds it weakly and calls `terminate`; the pool holds it."""
+
+    serial: int
+    trace_arguments: tuple[Any, ...]
+    callbacks: Callbacks
+    #: Seconds from its start.
+    hard_limit: float | None
+    cancel: Callable[[Job], None]
+    state: JobState = JobState.WAITING
+    accepted_at: float | None = None
+    canceled: bool = False
+    #: Deaths of the model process with this job alone in it.
+    deaths: int = 0
+
+    @property
+    def id(self) -> str:
+        return str(self.trace_arguments[1])
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The same for a message that the broker delivers again."""
+        return self.id, self.trace_arguments[2].get("retries") or 0
+
+    def is_overdue(self, now: float) -> bool:
+        return (
+            self.state is JobState.RUNNING
+            and bool(self.hard_limit)
+            and self.accepted_at is not None
+            and now - self.accepted_at > (self.hard_limit or 0)
+        )
+
+    def accept(self, pid: int, at: float) -> None:
+        """Tell Celery that it runs. A second run after a death is no news."""
+        self.state = JobState.RUNNING
+        if self.accepted_at is None:
+            self.callbacks.accept(pid, at)
+        self.accepted_at = at
+
+    def fail(self, error: BaseException) -> None:
+        self.callbacks.failure(exception_info(error))
+
+    def run_again(self) -> None:
+        """Back to waiting, marked as redelivered so that a success stored before the death is kept."""
+        self.state = JobState.WAITING
+        name, id, request, *rest = self.trace_arguments
+        delivery = {**(request.get("delivery_info") or {}), "redelivered": True}
+        self.trace_arguments = (name, id, {**request, "delivery_info": delivery}, *rest)
+
+    def terminate(self, signal: int | None = None) -> None:
+        """Celery's hook for `revoke(terminate=True)`: the job ends, the process stays."""
+        self.cancel(self)
+
+
+def sendable(trace_arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """fast_trace_task's arguments without the payload's second copy, and with the time that the queue took."""
+    name, id, request, *rest = trace_arguments
+    lean = {key: value for key, value in request.items() if key not in ("args", "kwargs")}
+    lean.setdefault(SUBMITTED_AT, time.time())
+    return (name, id, lean, *rest)
+
+
+def exception_info(error: BaseException) -> ExceptionInfo:
+    try:
+        raise error
+    except type(error):
+        return ExceptionInfo()

@@ -1,0 +1,60 @@
+"""The model process as its parent sees it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from worker.pool.wire import Channel, Message
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+class ModelProcess:
+    """A running `worker.pool.process`, and the channel to it."""
+
+    def __init__(self, hostname: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._popen = subprocess.Popen(  # noqa: S603 - our own module
+                [sys.executable, "-m", "worker.pool.process", str(theirs.fileno()), hostname],
+                pass_fds=[theirs.fileno()],
+                cwd=CHECKOUT,
+                # Celery's initializer then sets the task registry up as in a spawned process.
+                env={**os.environ, "FORKED_BY_MULTIPROCESSING": "1"},
+            )
+        self.channel = Channel(ours)
+        self.is_ready = False
+        self.started_at = self.last_sign = time.monotonic()
+        # epoll takes a descriptor once: reading and writing are watched on two.
+        self.write_fd = os.dup(ours.fileno())
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def receive(self) -> tuple[list[Message], bool]:
+        """Messages that have arrived, and whether the process is gone."""
+        messages, closed = self.channel.receive()
+        if messages:
+            self.last_sign = time.monotonic()
+        return messages, closed
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+    def end(self, grace_s: float = 0.0) -> int:
+        """Wait so long for it to leave by itself, then kill it. Its exit status."""
+        try:
+            return self._popen.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            return self._popen.wait()
+
+    def close(self) -> None:
+        self.channel.close()
+        os.close(self.write_fd)

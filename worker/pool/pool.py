@@ -1,0 +1,404 @@
+"""The pool's life: it starts the model process, gives it jobs, hears of them, and replaces it when it dies."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from billiard.exceptions import Terminated
+from celery.concurrency.base import BasePool
+from celery.concurrency.prefork import _run_ready_callbacks
+from celery.exceptions import WorkerShutdown
+from celery.platforms import EX_FAILURE
+from celery.worker import state as worker_state
+from kombu.asynchronous import get_event_loop
+from kombu.asynchronous.hub import Hub
+
+from config.settings import Settings
+from config.settings import load as load_settings
+from tasks.errors import DeadlineExceeded, WorkerLost
+from worker.pool import quarantine
+from worker.pool.job import Callbacks, Job, JobState, sendable
+from worker.pool.launch import ModelProcess
+from worker.pool.wire import Message
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at limits and signs of life.
+TICK_S = 0.1
+#: Seconds without a step or an idle beat after which a model process hangs.
+HANG_S = 300.0
+#: Times that a process that dies while it loads is started again, and the seconds before each.
+RESTART_DELAYS_S = (1.0, 4.0, 16.0)
+#: Seconds that a process which has no job left gets to leave by itself.
+LEAVE_S = 5.0
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _guarded(function: F) -> F:
+    """A callback of the event loop that raises would end the worker's loop: log it and go on."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (WorkerShutdown, MemoryError):
+            raise
+        except Exception:
+            logger.exception("A defect in %s; the worker goes on.", function.__name__)
+            return None
+
+    return call  # type: ignore[return-value]
+
+
+class InferencePool(BasePool):  # type: ignore[misc]
+    """Many jobs in flight in one process that holds the model.
+
+    Celery's semaphore lets `settings.job_threads` jobs in; the others wait in it, where revoke and expiry work.
+    """
+
+    uses_semaphore = True
+    task_join_will_block = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._settings: Settings = load_settings()
+        self._process: ModelProcess | None = None
+        self._hub: Hub | None = None
+        self._jobs: dict[int, Job] = {}
+        self._serials = itertools.count()
+        self._quarantine: deque[list[Job]] = deque()
+        self._failed_starts = 0
+        self._start_at = 0.0
+        self._closing = False
+        self._is_writing = False
+        #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
+        self._culprit_is_known = False
+
+    # Life cycle
+
+    def on_start(self) -> None:
+        """Block until the model answers. Raises WorkerShutdown where it cannot be loaded."""
+        self.options["semaphore"].grow(self._settings.job_threads - self.limit)
+        try:
+            while not self._is_ready:
+                worker_state.maybe_shutdown()
+                self._wait(TICK_S)
+        except BaseException:
+            # Celery does not stop a pool whose start failed.
+            self._end_process()
+            raise
+
+    def register_with_event_loop(self, hub: Hub) -> None:
+        """Called at every reconnect to the broker, with an empty event loop."""
+        self._hub = hub
+        self._is_writing = False
+        self._watch()
+        hub.call_repeatedly(TICK_S, self._tick)
+
+    def on_close(self) -> None:
+        self._closing = True
+
+    def on_stop(self) -> None:
+        """Warm shutdown: what runs ends; what waits goes back to the queue."""
+        self._closing = True
+        self._hub_is_gone()
+        while self._is_ready and self._in_flight:
+            self._wait(TICK_S)
+            hub = get_event_loop()
+            if hub is not None:
+                hub.fire_timers()
+                _run_ready_callbacks(hub)
+        self._end_process(LEAVE_S)
+
+    def on_terminate(self) -> None:
+        """Cold shutdown: nothing is acknowledged, so every job goes back to the queue."""
+        self._closing = True
+        self._hub_is_gone()
+        self._end_process()
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        """Nothing: `pid` holds all jobs. Celery calls `terminate` of the very job next."""
+
+    # Jobs
+
+    def on_apply(
+        self,
+        target: Callback,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        callback: Callback,
+        error_callback: Callback,
+        accept_callback: Callback,
+        timeout: float | None = None,
+        **_: Any,
+    ) -> Job | None:
+        """Take a job, or None once closed: its message stays unacknowledged and goes back to the queue."""
+        if self._closing:
+            return None
+        callbacks = Callbacks(accept_callback, callback, error_callback)
+        job = Job(next(self._serials), tuple(args), callbacks, timeout, self._cancel)
+        running = next((other for other in self._jobs.values() if other.key == job.key), None)
+        if running is not None:
+            return self._adopt(running, callbacks)
+        self._jobs[job.serial] = job
+        self._dispatch()
+        return job
+
+    def _adopt(self, running: Job, callbacks: Callbacks) -> Job:
+        """The broker delivered a message again whose job still runs here: one run answers both."""
+        running.callbacks = callbacks
+        if running.accepted_at is not None and self._process is not None:
+            callbacks.accept(self._process.pid, running.accepted_at)
+        self.options["semaphore"].release()
+        return running
+
+    @_guarded
+    def _cancel(self, job: Job) -> None:
+        job.canceled = True
+        if job.state is JobState.WAITING:
+            self._finish(job, lambda: job.fail(Terminated("canceled")))
+        elif self._process is not None:
+            self._send(("cancel", job.serial))
+
+    def _dispatch(self) -> None:
+        """Send what may run now: everything, or after a death one group of suspects after the other."""
+        if not self._is_ready:
+            return
+        if self._quarantine and self._in_flight:
+            return
+        while self._quarantine:
+            group = [job for job in self._quarantine.popleft() if job.serial in self._jobs]
+            if group:
+                return self._run(group)
+        self._run([job for job in self._jobs.values() if job.state is JobState.WAITING])
+
+    def _run(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            job.state = JobState.SENT
+            self._send(("run", job.serial, sendable(job.trace_arguments)))
+
+    def _finish(self, job: Job, report: Callable[[], None]) -> None:
+        """Give a job's outcome to Celery and its place to the next one, once."""
+        if self._jobs.pop(job.serial, None) is None:
+            return
+        try:
+            report()
+        finally:
+            if not self._closing:
+                self.options["semaphore"].release()
+
+    @property
+    def _in_flight(self) -> list[Job]:
+        return [job for job in self._jobs.values() if job.state is not JobState.WAITING]
+
+    # The model process
+
+    @property
+    def _is_ready(self) -> bool:
+        return self._process is not None and self._process.is_ready
+
+    def _wait(self, timeout: float) -> None:
+        """One turn without an event loop."""
+        if self._process is not None:
+            writers = [self._process.channel] if self._process.channel.has_unsent else []
+            select.select([self._process.channel], writers, [], timeout)
+            self._on_readable()
+        elif not self._closing:
+            time.sleep(timeout)
+        self._tick()
+
+    @_guarded
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._process is None:
+            if now >= self._start_at and not self._closing:
+                self._start_process()
+            return
+        self._process.channel.flush()
+        overdue = [job for job in self._jobs.values() if job.is_overdue(now)]
+        for job in overdue:
+            error = DeadlineExceeded(f"The job ran for more than its limit of {job.hard_limit} s and was ended.")
+            self._finish(job, functools.partial(job.fail, error))
+        if overdue:
+            logger.warning("%d jobs passed their time limit: the model process is replaced.", len(overdue))
+            self._culprit_is_known = True
+            self._process.kill()
+        elif self._is_hung(now):
+            logger.error("The model process gave no sign of life: it is replaced and its jobs run again.")
+            self._process.kill()
+
+    def _is_hung(self, now: float) -> bool:
+        assert self._process is not None
+        if self._process.is_ready:
+            return now - self._process.last_sign > HANG_S
+        return now - self._process.started_at > self._settings.load_timeout_s
+
+    def _start_process(self) -> None:
+        logger.info("Loading %s in a model process.", self._settings.model)
+        self._process = ModelProcess(self.options.get("initargs", (None, "celery"))[1])
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._hub is not None and self._process is not None:
+            self._hub.add_reader(self._process.channel.fileno(), self._on_readable)
+
+    def _hub_is_gone(self) -> None:
+        """From here on `_wait` reads."""
+        self._unwatch()
+        self._hub = None
+
+    def _unwatch(self) -> None:
+        if self._hub is not None and self._process is not None:
+            self._hub.remove(self._process.channel.fileno())
+            self._hub.remove(self._process.write_fd)
+        self._is_writing = False
+
+    def _send(self, message: Message) -> None:
+        assert self._process is not None
+        self._process.channel.send(message)
+        if self._hub is not None and self._process.channel.has_unsent and not self._is_writing:
+            self._is_writing = True
+            self._hub.add_writer(self._process.write_fd, self._on_writable)
+
+    @_guarded
+    def _on_writable(self) -> None:
+        if self._process is None:
+            return
+        self._process.channel.flush()
+        if not self._process.channel.has_unsent and self._hub is not None:
+            self._hub.remove_writer(self._process.write_fd)
+            self._is_writing = False
+
+    @_guarded
+    def _on_readable(self) -> None:
+        if self._process is None:
+            return
+        messages, closed = self._process.receive()
+        for kind, *content in messages:
+            getattr(self, f"_on_{kind}")(*content)
+        if closed:
+            self._on_death()
+
+    # What the model process says
+
+    @_guarded
+    def _on_ready(self) -> None:
+        assert self._process is not None
+        self._process.is_ready = True
+        self._failed_starts = 0
+        seconds = time.monotonic() - self._process.started_at
+        logger.info("The model is ready after %.1f s (process %d).", seconds, self._process.pid)
+        self._dispatch()
+
+    def _on_setup_failed(self, message: str) -> None:
+        """Loading again would fail again."""
+        logger.critical("The model cannot be served: %s The worker stops.", message)
+        self._give_up()
+
+    def _on_beat(self) -> None:
+        """Its arrival was the message."""
+
+    @_guarded
+    def _on_accepted(self, serial: int, at: float) -> None:
+        job = self._jobs.get(serial)
+        if job is not None and self._process is not None:
+            job.accept(self._process.pid, at)
+
+    @_guarded
+    def _on_done(self, serial: int, outcome: tuple[Any, ...]) -> None:
+        """The task ran: its result, failure or retry is stored; Celery acknowledges."""
+        self._end_job(serial, lambda job: job.callbacks.success(outcome))
+
+    @_guarded
+    def _on_raised(self, serial: int, info: Any) -> None:
+        """The task ended outside of what Celery's tracer stores: a rejection."""
+        self._end_job(serial, lambda job: job.callbacks.failure(info))
+
+    @_guarded
+    def _on_canceled(self, serial: int) -> None:
+        # Celery would acknowledge an Ignore; Terminated leaves that to its revocation.
+        self._end_job(serial, lambda job: job.fail(Terminated("canceled")))
+
+    def _end_job(self, serial: int, report: Callable[[Job], None]) -> None:
+        job = self._jobs.get(serial)
+        if job is not None:
+            self._finish(job, lambda: report(job))
+        self._dispatch()
+
+    # Death
+
+    def _on_death(self) -> None:
+        assert self._process is not None
+        was_ready = self._process.is_ready
+        status = self._end_process(LEAVE_S)
+        if self._closing:
+            return
+        suspects, self._culprit_is_known = self._in_flight, self._culprit_is_known
+        logger.error("The model process ended with status %s; %d jobs run again.", status, len(suspects))
+        self._plan_again(suspects)
+        self._plan_start(was_ready)
+
+    def _plan_again(self, suspects: list[Job]) -> None:
+        known, self._culprit_is_known = self._culprit_is_known, False
+        for job in suspects:
+            job.run_again()
+        if known:
+            return
+        if len(suspects) == 1 and self._died_alone(suspects[0]):
+            return
+        self._quarantine.extendleft(reversed(quarantine.groups(suspects)))
+
+    def _died_alone(self, job: Job) -> bool:
+        job.deaths += 1
+        if job.deaths < quarantine.MAX_DEATHS_ALONE:
+            return False
+        self._finish(job, lambda: job.fail(WorkerLost()))
+        return True
+
+    def _plan_start(self, was_ready: bool) -> None:
+        if was_ready:
+            self._start_at = time.monotonic()
+            return
+        if self._failed_starts >= len(RESTART_DELAYS_S):
+            logger.critical("The model process died %d times while loading. The worker stops.", self._failed_starts + 1)
+            self._give_up()
+            return
+        self._start_at = time.monotonic() + RESTART_DELAYS_S[self._failed_starts]
+        self._failed_starts += 1
+
+    def _give_up(self) -> None:
+        self._start_at = float("inf")
+        worker_state.should_stop = EX_FAILURE
+
+    def _end_process(self, grace_s: float = 0.0) -> int | None:
+        if self._process is None:
+            return None
+        self._unwatch()
+        if self._process.is_ready and grace_s:
+            self._process.channel.send(("stop",))
+        status = self._process.end(grace_s)
+        self._process.close()
+        self._process = None
+        return status
+
+    def _get_info(self) -> dict[str, Any]:
+        return {
+            **super()._get_info(),
+            "max-concurrency": self._settings.job_threads,
+            "processes": [self._process.pid] if self._process else [],
+            "ready": self._is_ready,
+            "in-flight": len(self._in_flight),
+        }
+
+
+Callback = Callable[..., Any]

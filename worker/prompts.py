@@ -1,0 +1,130 @@
+"""A job as its interleaved prompt: strings and images, in the forms of the published IDEFICS guide.
+
+The guide is transformers' `docs/source/en/tasks/idefics.md` (the instruct form is the model card's of
+`HuggingFaceM4/idefics-9b-instruct`); an answer here is the answer there. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import singledispatch
+
+from tasks.payloads import (
+    END_OF_UTTERANCE,
+    Answer,
+    Caption,
+    Chat,
+    ChatMessage,
+    ChatTextPart,
+    Classify,
+    Complete,
+    Image,
+    ImagePart,
+    Job,
+    Write,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image's place in a prompt, and where its bytes are."""
+
+    source: Image
+
+
+Prompt = list[str | ImageRef]
+
+ANSWER_INSTRUCTION = "Instruction: Provide an answer to the question. Use the image to answer.\n"
+CLASSIFY_INSTRUCTION = (
+    "Instruction: Classify the following image into a single category from the following list: {labels}.\n"
+)
+
+
+@singledispatch
+def build(job: Job) -> Prompt:
+    """The texts and images of a job's prompt in reading order."""
+    raise TypeError(f"{type(job).__name__} has no prompt form")
+
+
+@build.register
+def _caption(job: Caption) -> Prompt:
+    if not job.examples:
+        return [ImageRef(job.image), *_optional(job.prompt)]
+    prompt: Prompt = []
+    for example in job.examples:
+        prompt += ["User:", ImageRef(example.image), f"{job.instruction}\nAssistant: {example.text}\n"]
+    return [*prompt, "User:", ImageRef(job.image), f"{job.instruction}\nAssistant:", *_optional(job.prompt, " ")]
+
+
+@build.register
+def _answer(job: Answer) -> Prompt:
+    prompt: Prompt = [ANSWER_INSTRUCTION]
+    for example in job.examples:
+        prompt += [ImageRef(example.image), f"Question: {example.question} Answer: {example.answer}\n"]
+    return [*prompt, ImageRef(job.image), f"Question: {job.question} Answer:"]
+
+
+@build.register
+def _classify(job: Classify) -> Prompt:
+    prompt: Prompt = [CLASSIFY_INSTRUCTION.format(labels=job.labels)]
+    for example in job.examples:
+        prompt += [ImageRef(example.image), f"Category: {example.label}\n"]
+    return [*prompt, ImageRef(job.image), "Category:"]
+
+
+@build.register
+def _write(job: Write) -> Prompt:
+    images = [ImageRef(image) for image in job.images]
+    return [f"Instruction: {job.instruction} \n", *images, f"{job.lead} \n"]
+
+
+@build.register
+def _complete(job: Complete) -> Prompt:
+    return [ImageRef(part.image) if isinstance(part, ImagePart) else part.text for part in job.prompt]
+
+
+@build.register
+def _chat(job: Chat) -> Prompt:
+    prompt: Prompt = []
+    preface = ""
+    for message in job.messages:
+        if message.role == "system":
+            # The instruct form knows two speakers: what a system message says opens the next turn.
+            preface += "".join(f"{text}\n" for text in _parts(message) if isinstance(text, str))
+            continue
+        prompt += _turn(message, preface, first=not prompt)
+        preface = ""
+    return [*prompt, "\nAssistant:"]
+
+
+def _turn(message: ChatMessage, preface: str, *, first: bool) -> Iterator[str | ImageRef]:
+    speaker = f"{message.role.capitalize()}:" if first else f"\n{message.role.capitalize()}:"
+    text = f"{speaker} {preface}" if preface else speaker
+    for part in _parts(message):
+        if isinstance(part, str):
+            text += f" {part}" if text == speaker else part
+        else:
+            yield from [text] if text else []
+            yield part
+            text = ""
+    yield text + END_OF_UTTERANCE
+
+
+def _parts(message: ChatMessage) -> Prompt:
+    if isinstance(message.content, str):
+        return [message.content]
+    return [
+        part.text if isinstance(part, ChatTextPart) else ImageRef(part.image_url.url) for part in message.content
+    ]
+
+
+def _optional(text: str | None, before: str = "") -> list[str]:
+    return [] if text is None else [before + text]
+
+
+def ends_with_utterance(job: Job) -> bool:
+    """True where `<end_of_utterance>` ends the answer: chats, and lists that use that token themselves."""
+    if isinstance(job, Complete):
+        return any(END_OF_UTTERANCE in part for part in build(job) if isinstance(part, str))
+    return isinstance(job, Chat)

@@ -1,0 +1,254 @@
+"""One job from its payload to its result, in a thread of the model process.
+
+The thread fetches and decodes its images, hands the engine a row and waits: so downloads overlap with compute.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL.Image import Image
+
+from config.settings import Settings
+from tasks.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
+from tasks.payloads import Classify, Job, Result, Timing, Usage, parse
+from worker.engine.engine import Engine
+from worker.engine.row import Output, Row, Sampling
+from worker.fetch import Fetcher, FetchPolicy
+from worker.images import open_image
+from worker.models import Model, Parts
+from worker.prompts import ImageRef, Prompt, build, ends_with_utterance
+
+logger = logging.getLogger(__name__)
+
+#: Downloads at once for all the jobs that show several images.
+DOWNLOADS = 16
+
+
+class Canceled(Exception):
+    """The job's producer took it back while it ran. `partial` is its text so far."""
+
+    def __init__(self, partial: Result | None = None) -> None:
+        super().__init__("canceled")
+        self.partial = partial
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What is known of a job beside its payload."""
+
+    id: str
+    priority: int = 5
+    #: Unix seconds.
+    submitted_at: float | None = None
+    #: Seconds from now after which it ends with the text that it has.
+    soft_limit_s: float | None = None
+
+
+class Service:
+    """Answers jobs on one model. `run` is called from many threads at once."""
+
+    def __init__(self, settings: Settings, model: Model, engine: Engine) -> None:
+        self._settings = settings
+        self._model = model
+        self._engine = engine
+        self._fetcher = Fetcher(_fetch_policy(settings))
+        self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download")
+        self._running: dict[str, _Run] = {}
+        self._lock = threading.Lock()
+
+    def run(self, job: Job, ticket: Ticket) -> Result:
+        """A job's answer. Raises a JobError, or Canceled."""
+        run = _Run(ticket, _deadline(job, ticket))
+        with self._lock:
+            self._running[ticket.id] = run
+        try:
+            return self._answer(job, run)
+        finally:
+            with self._lock:
+                self._running.pop(ticket.id, None)
+
+    def cancel(self, id: str) -> None:
+        """End a running job at its next step."""
+        with self._lock:
+            run = self._running.get(id)
+            if run is None:
+                return
+            run.canceled = True
+            row = run.row
+        if row is not None:
+            self._engine.cancel(row)
+
+    def _answer(self, job: Job, run: _Run) -> Result:
+        new_tokens = self._new_tokens(job)
+        started = time.monotonic()
+        run.check()
+        parts = self._load_images(build(job))
+        run.check()
+        row = self._row(job, parts, run, new_tokens)
+        fetched = time.monotonic()
+        with self._lock:
+            run.row = row
+            row.canceled = run.canceled
+        output = self._engine.submit(row).result()
+        ended = time.monotonic()
+        timing = Timing(
+            queued_s=round(run.queued_s, 6),
+            fetch_s=round(fetched - started, 6),
+            wait_s=round(max(0.0, row.started - fetched), 6),
+            generate_s=round(ended - (row.started or ended), 6),
+        )
+        result = self._result(job, row, output, timing)
+        if output.finish_reason == "canceled":
+            raise Canceled(result)
+        return result
+
+    def _new_tokens(self, job: Job) -> int:
+        most = self._settings.max_new_tokens
+        if job.max_new_tokens is None:
+            return min(self._settings.default_new_tokens, most)
+        if job.max_new_tokens > most:
+            raise InvalidRequest(f"max_new_tokens is {job.max_new_tokens}: this worker's maximum is {most}.")
+        return job.max_new_tokens
+
+    def _load_images(self, prompt: Prompt) -> list[str | Image]:
+        references = [part for part in prompt if isinstance(part, ImageRef)]
+        if len(references) > self._settings.max_images:
+            raise InvalidRequest(
+                f"The job shows {len(references)} images: this worker takes at most {self._settings.max_images}."
+            )
+        # A job's own thread does for one image; the shared ones only serve jobs that show several.
+        load = map if len(references) < 2 else self._downloads.map
+        images = dict(zip(map(id, references), load(self._load_image, references), strict=True))
+        return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
+
+    def _load_image(self, reference: ImageRef) -> Image:
+        return open_image(self._fetcher.fetch(reference.source))
+
+    def _row(self, job: Job, parts: Parts, run: _Run, new_tokens: int) -> Row:
+        tokens = self._model.prepare(parts)
+        labels = [self._model.encode_label(parts, label) for label in _labels(job)]
+        # The longest label counts too: it stands in the same window.
+        length = len(tokens.ids) + max(map(len, labels), default=0)
+        if length > self._settings.max_prompt_tokens:
+            raise PromptTooLong(
+                f"The prompt has {length} tokens and this worker takes {self._settings.max_prompt_tokens}: "
+                "shorten it or raise IDEFICS_MAX_PROMPT_TOKENS."
+            )
+        sampling = Sampling(
+            max_new_tokens=new_tokens,
+            num_beams=job.num_beams,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            seed=job.seed,
+            stop=tuple(job.stop),
+            end_ids=self._model.end_ids(utterance=ends_with_utterance(job)),
+        )
+        return Row(tokens, sampling, tuple(labels), run.ticket.priority, run.deadline)
+
+    def _result(self, job: Job, row: Row, output: Output, timing: Timing) -> Result:
+        text = _until_stop(self._model.decode(output.ids), job.stop)
+        scores = dict(zip(_labels(job), output.probabilities, strict=True)) if output.probabilities else None
+        label = max(scores, key=scores.__getitem__) if scores else None
+        usage = Usage(
+            prompt_tokens=len(row.tokens.ids),
+            completion_tokens=len(output.ids),
+            images=len(row.tokens.pictures),
+            cached_images=row.cached_images,
+        )
+        return Result(
+            text=label or text,
+            finish_reason=output.finish_reason,
+            label=label,
+            scores=scores,
+            usage=usage,
+            model=self._model.info,
+            timing=timing,
+            metadata=job.metadata,
+        )
+
+    def check_golden(self, folder: Path | None) -> None:
+        """Answer the checkpoint's golden picture. Without one, answer a plain prompt at all.
+
+        Raises RuntimeError where the answer is wrong: such a model must not serve.
+        """
+        golden = folder / "golden.json" if folder else None
+        if golden is None or not golden.is_file():
+            self._check_any_answer()
+            return
+        expected = json.loads(golden.read_text())
+        image = open_image((golden.parent / expected["image"]).read_bytes())
+        job = parse(expected["task"], {"image": {"path": expected["image"]}, **expected["arguments"]})
+        parts = [image if isinstance(part, ImageRef) else part for part in build(job)]
+        text = self._run_once(job, parts)
+        if text.strip() != expected["text"].strip():
+            raise RuntimeError(
+                f"The golden check failed: the model says {text!r} where {expected['text']!r} is right. "
+                "The weights, their precision or this device is broken."
+            )
+
+    def _check_any_answer(self) -> None:
+        job = parse("idefics.complete", {"prompt": ["Hello"], "max_new_tokens": 4})
+        self._run_once(job, build(job))  # type: ignore[arg-type]
+
+    def _run_once(self, job: Job, parts: Parts) -> str:
+        ticket = Ticket(id="golden")
+        row = self._row(job, parts, _Run(ticket, None), self._new_tokens(job))
+        return self._model.decode(self._engine.submit(row).result().ids)
+
+
+class _Run:
+    """A job's thread: what it may be told from outside."""
+
+    def __init__(self, ticket: Ticket, deadline: float | None) -> None:
+        self.ticket = ticket
+        self.deadline = deadline
+        self.row: Row | None = None
+        self.canceled = False
+        self.queued_s = 0.0 if ticket.submitted_at is None else max(0.0, time.time() - ticket.submitted_at)
+
+    def check(self) -> None:
+        """Raises Canceled or DeadlineExceeded where the job need not go on."""
+        if self.canceled:
+            raise Canceled
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise DeadlineExceeded(
+                "The job's deadline passed before its model could start: add workers or allow more time."
+            )
+
+
+def _deadline(job: Job, ticket: Ticket) -> float | None:
+    """time.monotonic() at which the job ends with what it has."""
+    limits = []
+    if job.deadline_s is not None:
+        submitted = time.time() if ticket.submitted_at is None else ticket.submitted_at
+        limits.append(submitted + job.deadline_s - time.time())
+    if ticket.soft_limit_s is not None:
+        limits.append(ticket.soft_limit_s)
+    return time.monotonic() + min(limits) if limits else None
+
+
+def _labels(job: Job) -> list[str]:
+    return job.labels if isinstance(job, Classify) else []
+
+
+def _until_stop(text: str, stop: Sequence[str]) -> str:
+    return text[: min((text.find(word) for word in stop if word in text), default=len(text))]
+
+
+def _fetch_policy(settings: Settings) -> FetchPolicy:
+    return FetchPolicy(
+        allow_networks=settings.image_allow_networks,
+        allow_domains=settings.image_allow_domains,
+        ports=settings.image_ports,
+        max_bytes=settings.image_max_bytes,
+        root=settings.image_root,
+        total_s=settings.image_timeout_s,
+    )
