@@ -10,7 +10,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, RedisDsn, SecretStr, TypeAdapter, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "IDEFICS_"
@@ -44,7 +44,8 @@ class Settings(BaseSettings):
     #: Redis that holds the results; another database or server than the broker's.
     result_backend: SecretStr = SecretStr("redis://localhost:6379/1")
 
-    #: A hub id, a folder, or `demo`: the checkpoint in worker/demo.
+    #: A hub id, a folder, or `demo`: the checkpoint in worker/demo. `fake` answers without a network, for tests of
+    #: what stands around it; `fake:0.05` takes so many seconds a token.
     model: str = "demo"
     #: A commit of the hub's repository: what is loaded then never changes under you.
     model_revision: str | None = None

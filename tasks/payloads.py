@@ -82,9 +82,7 @@ def _without(tokens: tuple[str, ...]) -> AfterValidator:
 
 
 ImageUrl = Annotated[str, AfterValidator(_checked_image_url)]
-Text = Annotated[
-    str, StringConstraints(max_length=MAX_TEXT_CHARS), _without((*RESERVED_TOKENS, END_OF_UTTERANCE))
-]
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), _without((*RESERVED_TOKENS, END_OF_UTTERANCE))]
 #: The guide's own lists for instruct models spell out `<end_of_utterance>`.
 RawText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), _without(RESERVED_TOKENS)]
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\n\r]*$")]

@@ -36,12 +36,12 @@ def serve_with(service: Service) -> None:
     _service = service
 
 
-@setup_logging.connect(weak=False)
+@setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
 def _set_up_logging(**_: Any) -> None:
     configure(settings.log_level)
 
 
-class JobCanceled(Ignore):
+class JobCanceled(Ignore):  # type: ignore[misc]
     """Leaves the job's state to the parent process, which revokes it."""
 
 

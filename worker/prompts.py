@@ -114,9 +114,7 @@ def _turn(message: ChatMessage, preface: str, *, first: bool) -> Iterator[str | 
 def _parts(message: ChatMessage) -> Prompt:
     if isinstance(message.content, str):
         return [message.content]
-    return [
-        part.text if isinstance(part, ChatTextPart) else ImageRef(part.image_url.url) for part in message.content
-    ]
+    return [part.text if isinstance(part, ChatTextPart) else ImageRef(part.image_url.url) for part in message.content]
 
 
 def _optional(text: str | None, before: str = "") -> list[str]:

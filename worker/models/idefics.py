@@ -119,9 +119,7 @@ class IdeficsAdapter:
         found = self._features.get(picture for prompt in prompts for picture in prompt.pictures)
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
         shape = next(iter(found.values())).shape if found else (1, self._feature_width)
-        states = torch.zeros(
-            len(prompts), images, *shape, dtype=self.model.dtype, device=self.model.device
-        )
+        states = torch.zeros(len(prompts), images, *shape, dtype=self.model.dtype, device=self.model.device)
         for row, prompt in enumerate(prompts):
             for place, picture in enumerate(prompt.pictures):
                 states[row, place] = found[picture.key]
@@ -134,7 +132,8 @@ class IdeficsAdapter:
     def _encode(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
         states = self.model.model.vision_model(pixel_values=pixels).last_hidden_state
-        return self.model.model.perceiver_resampler(states) if self.model.config.use_resampler else states
+        features: Tensor = self.model.model.perceiver_resampler(states) if self.model.config.use_resampler else states
+        return features
 
     def _picture(self, image: Image) -> Picture:
         size = "x".join(map(str, image.size)).encode()

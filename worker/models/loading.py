@@ -33,8 +33,9 @@ def checkpoint_folder(settings: Settings) -> Path | None:
 
 def load(settings: Settings) -> Model:
     """The model that the settings name. Raises SetupFailed."""
-    if settings.model == "fake":
-        return FakeModel()
+    name, _, step_s = settings.model.partition(":")
+    if name == "fake":
+        return FakeModel(float(step_s or 0))
     source = str(checkpoint_folder(settings) or settings.model)
     pinned: dict[str, Any] = {"revision": settings.model_revision, "trust_remote_code": False}
     try:

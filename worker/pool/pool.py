@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import os
 import select
 import time
 from collections import deque
@@ -76,6 +75,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._jobs: dict[int, Job] = {}
         self._serials = itertools.count()
         self._quarantine: deque[list[Job]] = deque()
+        #: True while a group of suspects runs: nobody joins it.
+        self._isolates = False
         self._failed_starts = 0
         self._start_at = 0.0
         self._closing = False
@@ -174,13 +175,18 @@ class InferencePool(BasePool):  # type: ignore[misc]
         """Send what may run now: everything, or after a death one group of suspects after the other."""
         if not self._is_ready:
             return
-        if self._quarantine and self._in_flight:
+        if (self._quarantine or self._isolates) and self._in_flight:
             return
+        suspects = self._next_suspects()
+        self._isolates = bool(suspects)
+        self._run(suspects or [job for job in self._jobs.values() if job.state is JobState.WAITING])
+
+    def _next_suspects(self) -> list[Job]:
         while self._quarantine:
             group = [job for job in self._quarantine.popleft() if job.serial in self._jobs]
             if group:
-                return self._run(group)
-        self._run([job for job in self._jobs.values() if job.state is JobState.WAITING])
+                return group
+        return []
 
     def _run(self, jobs: list[Job]) -> None:
         for job in jobs:

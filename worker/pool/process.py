@@ -101,7 +101,8 @@ class ModelProcess:
 
 def _bare(info: ExceptionInfo) -> BaseException:
     """Billiard wraps the exceptions that it pickles."""
-    return getattr(info.exception, "exc", info.exception)
+    bare: BaseException = getattr(info.exception, "exc", info.exception)
+    return bare
 
 
 def _beat(channel: BlockingChannel) -> Callable[[], None]:

@@ -1,0 +1,1 @@
+"""Measurements, each a command; their last figures lie in `results/`."""

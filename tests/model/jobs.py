@@ -1,0 +1,85 @@
+"""A mixed bag of jobs with their pictures, and what stock transformers says to each of them alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from tasks import Answer, Caption, CaptionExample, Chat, Complete, ImagePath, Job, Write
+from worker.engine.row import Row, Sampling
+from worker.engine.runner import StockModel
+from worker.prompts import ImageRef, build, ends_with_utterance
+
+Parts = list[str | Image.Image]
+
+
+def mixed_jobs(count: int, pictures: Sequence[str], seed: int = 0) -> list[Job]:
+    """Jobs of every form, over pictures named by their files; no two alike in length or wish."""
+    rng = random.Random(seed)
+    return [_FORMS[n % len(_FORMS)](rng, pictures).model_copy(update={"max_new_tokens": rng.randint(1, 40)})
+            for n in range(count)]  # fmt: skip
+
+
+def _picture(rng: random.Random, pictures: Sequence[str]) -> ImagePath:
+    return ImagePath(path=rng.choice(pictures))
+
+
+def _few_shot(rng: random.Random, pictures: Sequence[str]) -> Job:
+    texts = rng.sample(["A cat.", "Name: dog; count: 2", "a red car on white, seen from afar"], rng.randint(1, 3))
+    examples = [CaptionExample(image=_picture(rng, pictures), text=text) for text in texts]
+    return Caption(image=_picture(rng, pictures), examples=examples)
+
+
+def _chat(rng: random.Random, pictures: Sequence[str]) -> Job:
+    return Chat.model_validate({"messages": [{"role": "user", "content": "What is in this image?"}]})
+
+
+_FORMS = [
+    lambda rng, pictures: Caption(image=_picture(rng, pictures)),
+    lambda rng, pictures: Caption(image=_picture(rng, pictures), prompt="This is an image of"),
+    _few_shot,
+    lambda rng, pictures: Answer(image=_picture(rng, pictures), question="What colour is the background?"),
+    lambda rng, pictures: Write(images=[_picture(rng, pictures) for _ in range(rng.randint(1, 3))]),
+    lambda rng, pictures: Complete.model_validate({"prompt": ["No image here, only text:"]}),
+    _chat,
+    lambda rng, pictures: Complete.model_validate(
+        {"prompt": [{"image": _picture(rng, pictures)}, {"image": _picture(rng, pictures)}, {"text": "Both show"}]}
+    ),
+]
+
+
+def parts_of(job: Job, images: dict[str, Image.Image]) -> Parts:
+    """A job's prompt with its pictures opened."""
+    return [images[part.source.path] if isinstance(part, ImageRef) else part for part in build(job)]  # type: ignore[union-attr]
+
+
+def row_of(model: StockModel, job: Job, parts: Parts) -> Row:
+    """As the service makes it."""
+    sampling = Sampling(
+        max_new_tokens=job.max_new_tokens or 20,
+        num_beams=job.num_beams,
+        end_ids=model.end_ids(utterance=ends_with_utterance(job)),
+    )
+    return Row(model.prepare(parts), sampling)
+
+
+@torch.inference_mode()
+def stock_ids(model: StockModel, processor: object, job: Job, parts: Parts) -> list[int]:
+    """The new tokens of transformers' own processor and `generate` for this job alone, up to their end."""
+    ends = model.end_ids(utterance=ends_with_utterance(job))
+    inputs = processor(text=[parts], return_tensors="pt", add_end_of_utterance_token=False)  # type: ignore[operator]
+    ids = model._adapter.model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=job.num_beams,
+        max_new_tokens=job.max_new_tokens or 20,
+        eos_token_id=sorted(ends),
+        bad_words_ids=processor.tokenizer(  # type: ignore[attr-defined]
+            ["<image>", "<fake_token_around_image>"], add_special_tokens=False
+        ).input_ids,
+    )[0, inputs["input_ids"].shape[1] :].tolist()
+    end = next((n for n, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:end]  # type: ignore[no-any-return]

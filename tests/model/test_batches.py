@@ -1,0 +1,101 @@
+"""In float32 a job's answer is stock transformers' answer for that job alone, whatever it was batched with."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.model.conftest import Served
+from tests.model.jobs import mixed_jobs, parts_of, row_of, stock_ids
+from worker.engine.row import Row, Sampling
+
+
+def _nothing() -> None:
+    """A beat that nobody hears."""
+
+
+def test_a_batch_of_32_mixed_jobs_says_what_stock_generate_says_to_each_alone(served: Served) -> None:
+    jobs = mixed_jobs(32, sorted(served.images))
+    prompts = [parts_of(job, served.images) for job in jobs]
+    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    served.model.run(rows, _nothing)
+    for job, parts, row in zip(jobs, prompts, rows, strict=True):
+        alone = stock_ids(served.model, served.processor, job, parts)
+        assert list(row.output.result().ids) == alone, job
+
+
+def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served) -> None:
+    jobs = [job.model_copy(update={"num_beams": 3, "max_new_tokens": 12})
+            for job in mixed_jobs(10, sorted(served.images), seed=1) if job.task != "idefics.chat"]  # fmt: skip
+    prompts = [parts_of(job, served.images) for job in jobs]
+    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    served.model.run(rows, _nothing)
+    for job, parts, row in zip(jobs, prompts, rows, strict=True):
+        assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
+
+
+def test_prompts_are_token_for_token_those_of_transformers_own_processor(served: Served) -> None:
+    for job in mixed_jobs(16, sorted(served.images), seed=2):
+        parts = parts_of(job, served.images)
+        tokens = served.model.prepare(parts)
+        stock = served.processor(text=[parts], return_tensors="pt", add_end_of_utterance_token=False)  # type: ignore[operator]
+        assert list(tokens.ids) == stock["input_ids"][0].tolist()
+        if tokens.pictures:
+            pixels = torch.stack([picture.pixels for picture in tokens.pictures])
+            assert torch.equal(pixels, stock["pixel_values"][0])
+        mask = served.model._adapter.inputs([tokens])["image_attention_mask"]
+        assert torch.equal(mask, stock["image_attention_mask"].long())
+
+
+def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(served: Served) -> None:
+    labels = (("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label"))
+    parts = [[served.images[name], "Category:"] for name in sorted(served.images)[:4]]
+    choices = [labels[n % 2] for n in range(4)]
+    rows = [
+        Row(
+            served.model.prepare(prompt),
+            Sampling(1),
+            labels=tuple(served.model.encode_label(prompt, label) for label in choice),
+        )
+        for prompt, choice in zip(parts, choices, strict=True)
+    ]
+    # So small a budget that the labels are scored in several chunks.
+    served.model._max_tokens = 40
+    served.model.run(rows, _nothing)
+    for row in rows:
+        alone = torch.tensor([_log_likelihood(served, row, label) for label in row.labels], dtype=torch.float64)
+        assert torch.allclose(torch.tensor(row.output.result().probabilities).double(), alone.softmax(0), atol=1e-5)
+
+
+@torch.inference_mode()
+def _log_likelihood(served: Served, row: Row, label: tuple[int, ...]) -> float:
+    adapter = served.model._adapter
+    whole = type(row.tokens)(row.tokens.ids + label, row.tokens.pictures)
+    logits = adapter.model(**adapter.forward_inputs(adapter.inputs([whole]))).logits[0].log_softmax(dim=-1)
+    start = len(row.tokens.ids) - 1
+    return sum(float(logits[start + n, token]) for n, token in enumerate(label))
+
+
+def test_an_image_that_several_jobs_show_is_encoded_once(served: Served) -> None:
+    encoded: list[int] = []
+    adapter = served.model._adapter
+    cache = type(adapter._features)(lambda pixels: encoded.append(len(pixels)) or adapter._encode(pixels), 2**30)  # type: ignore[attr-defined, func-returns-value]
+    previous, adapter._features = adapter._features, cache  # type: ignore[attr-defined]
+    try:
+        names = sorted(served.images)[:2]
+        parts = [[served.images[names[n % 2]], "Say"] for n in range(6)]
+        rows = [Row(served.model.prepare(prompt), Sampling(2)) for prompt in parts]
+        served.model.run(rows, _nothing)
+    finally:
+        adapter._features = previous  # type: ignore[attr-defined]
+    assert sum(encoded) == 2
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(served: Served) -> None:
+    parts = [served.images[min(served.images)], "Say"]
+    sampling = Sampling(10, temperature=1.0, top_p=0.95, seed=7)
+    alone = Row(served.model.prepare(parts), sampling)
+    served.model.run([alone], _nothing)
+    others = [row_of(served.model, job, parts_of(job, served.images)) for job in mixed_jobs(5, sorted(served.images))]
+    among = Row(served.model.prepare(parts), sampling)
+    served.model.run([*others, among], _nothing)
+    assert among.output.result().ids == alone.output.result().ids

