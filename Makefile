@@ -23,6 +23,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/pylint tasks config worker benchmarks
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -97,7 +97,7 @@ def _await_results(broker: stack.Broker, ids: Sequence[str]) -> list[dict[str, s
 
 def _cpu_s(process: psutil.Process) -> float:
     times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
-    return sum(time.user + time.system for time in times)
+    return float(sum(each.user + each.system for each in times))
 
 
 @contextlib.contextmanager
@@ -154,7 +154,9 @@ def run(jobs: int, rounds: int) -> dict[str, object]:
 
 def _summary(found: dict[str, list[Round]], jobs: int) -> dict[str, object]:
     naive, ours = found.values()
-    ratios = [ours_round.jobs_per_s / naive_round.jobs_per_s for naive_round, ours_round in zip(naive, ours, strict=True)]
+    ratios = [
+        ours_round.jobs_per_s / naive_round.jobs_per_s for naive_round, ours_round in zip(naive, ours, strict=True)
+    ]
     return {
         "command": "make bench",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one torch thread a worker",

@@ -8,7 +8,7 @@ import sys
 FORMAT = "%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s"
 
 #: Libraries that log each request or warn of what we have decided.
-QUIET = ("httpx", "urllib3", "filelock", "accelerate", "bitsandbytes", "celery.redirected")
+QUIET = ("httpx", "filelock", "accelerate", "bitsandbytes", "celery.redirected")
 
 
 def configure(level: str) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+import threading
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -26,10 +30,34 @@ def fake_broker() -> Iterator[stack.Broker]:
         yield server
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Not into the tests' output."""
+
+
 @pytest.fixture(scope="session")
-def demo_broker() -> Iterator[stack.Broker]:
-    """A Redis server with a worker that serves the bundled model and its pictures."""
-    settings = {"MODEL": "demo", "IMAGE_ROOT": str(PICTURES), "RETRY_BACKOFF_S": "0.2"}
+def pictures_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A web server's address with the shipped pictures, and the golden one as `cat.png`."""
+    folder = tmp_path_factory.mktemp("pictures")
+    shutil.copytree(PICTURES, folder, dirs_exist_ok=True)
+    shutil.copy(PICTURES.parent / "checkpoint" / "golden.png", folder / "cat.png")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def demo_broker(pictures_url: str) -> Iterator[stack.Broker]:
+    """A Redis server with a worker that serves the bundled model, its pictures and those of `pictures_url`."""
+    settings = {
+        "MODEL": "demo",
+        "IMAGE_ROOT": str(PICTURES),
+        "IMAGE_ALLOW_NETWORKS": "127.0.0.0/8",
+        "IMAGE_PORTS": pictures_url.rpartition(":")[2],
+        "RETRY_BACKOFF_S": "0.2",
+    }
     with stack.broker() as server, stack.worker(server, settings=settings):
         yield server
 

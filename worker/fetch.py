@@ -225,6 +225,9 @@ def _check_plain(url: str) -> None:
         raise Refused(f"The image's URL has more than {MAX_URL_CHARS} characters: use a shorter one")
     if not _PLAIN_URL.fullmatch(url):
         raise Refused("The image's URL is no plain http(s)://host/path: write it without user and spaces")
+    if urlsplit(url).port == 0:
+        # requests would drop it and take the scheme's port.
+        raise Refused("The image's URL names port 0: write the port that the server has")
 
 
 # --- The connection: checked where it is made -----------------------------------------------------
@@ -236,6 +239,12 @@ class Guard:
     def __init__(self, policy: FetchPolicy, deadline: Deadline) -> None:
         self.policy = policy
         self.deadline = deadline
+        self.responses: list[http_client.HTTPResponse] = []
+
+    def close(self) -> None:
+        # urllib3 forgets to close an answer whose headers it refuses: the socket would stay open until collected.
+        for response in self.responses:
+            response.close()
 
     def connect(self, host: str, port: int) -> socket.socket:
         """A connection to the very address that was checked: no second look-up could answer otherwise."""
@@ -324,6 +333,7 @@ class _Metered(io.RawIOBase):
 class _Response(http_client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, guard: Guard, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
+        guard.responses.append(self)
         self.fp = io.BufferedReader(_Metered(self.fp.detach(), sock, guard), CHUNK_BYTES)
 
 
@@ -334,7 +344,10 @@ class _Connection(HTTPConnection):
         self.response_class = partial(_Response, guard=guard)  # type: ignore[assignment]
 
     def _new_conn(self) -> socket.socket:
-        return self._guard.connect(self.host, self.port)
+        try:
+            return self._guard.connect(self.host, self.port)
+        except TimeoutError as error:
+            raise urllib3.exceptions.ConnectTimeoutError(self, "no connection in time") from error
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
@@ -357,8 +370,12 @@ class _Adapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs, ssl_context=self._tls)
-        pools = {"http": partial(_Pool, guard=self._guard), "https": partial(_TlsPool, guard=self._guard)}
-        self.poolmanager.pool_classes_by_scheme = pools  # type: ignore[assignment]
+        manager: Any = self.poolmanager
+        # Not through the pools' key, which takes no arguments of others.
+        manager.pool_classes_by_scheme = {
+            "http": partial(_Pool, guard=self._guard),
+            "https": partial(_TlsPool, guard=self._guard),
+        }
 
     def cert_verify(self, *args: Any, **kwargs: Any) -> None:
         # The context verifies, and has its authorities loaded: requests would load them for each connection.
@@ -370,11 +387,16 @@ class GuardedSession(requests.Session):
 
     def __init__(self, guard: Guard, tls: ssl.SSLContext) -> None:
         super().__init__()
+        self._guard = guard
         # Else a .netrc's passwords are sent, and a proxy from the environment connects unguarded.
         self.trust_env = False
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         for prefix in ("http://", "https://"):
             self.mount(prefix, _Adapter(guard, tls))
+
+    def close(self) -> None:
+        super().close()
+        self._guard.close()
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         # requests reads a redirect's body to its end, however long, even when streaming: we follow ourselves.
@@ -432,9 +454,7 @@ class Fetcher:
                         return _body(response, self._policy.max_bytes)
                     url = _redirect_target(response)
         hops = self._policy.max_redirects
-        raise ImageBlocked(
-            f"{_host(url)} comes after more than {hops} redirects: send the image's final URL."
-        )
+        raise ImageBlocked(f"{_host(url)} comes after more than {hops} redirects: send the image's final URL.")
 
     def _answer(self, session: GuardedSession, url: str) -> requests.Response:
         _check_plain(url)
@@ -572,9 +592,7 @@ def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
         with _opened(*_inside(root, path)) as descriptor:
             return _read_file(descriptor, max_bytes)
     except (OSError, RuntimeError, ValueError):
-        raise ImageInvalid(
-            "The image's path names no readable file: check it below the image root."
-        ) from None
+        raise ImageInvalid("The image's path names no readable file: check it below the image root.") from None
 
 
 def _inside(root: Path, path: str) -> tuple[Path, tuple[str, ...]]:

@@ -119,15 +119,13 @@ def _check_limits(image: Image.Image, limits: ImageLimits) -> None:
     if shorter * longer > limits.max_pixels:
         raise ImageTooLarge(f"The image has more than {limits.max_pixels:,} pixels: send a smaller one.")
     if longer > limits.max_edge:
-        raise ImageTooLarge(
-            f"The image's longer side is over {limits.max_edge:,} pixels: send a smaller one."
-        )
+        raise ImageTooLarge(f"The image's longer side is over {limits.max_edge:,} pixels: send a smaller one.")
     if longer > shorter * limits.max_ratio:
         raise ImageTooLarge(f"One side of the image is over {limits.max_ratio:g} times the other: crop it.")
 
 
 def _check_jpeg_segments(data: bytes) -> None:
-    # Pixels bound a decoder's memory, but a JPEG may pass over all of them again and again. Thumbnails (inside
+    # Pixels bound a decoder's memory, but a JPEG may pass over all of them again and again. Thumbnails (in
     # a segment) and what follows the image (films, depth maps) are not decoded and do not count.
     position = scans = 0
     for _ in range(MAX_SEGMENTS):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, row_of, stock_ids
 from worker.engine.row import Row, Sampling
+
+
+def _nobody(running: Sequence[Row]) -> Sequence[Row]:
+    return ()
 
 
 def _nothing() -> None:
@@ -17,7 +23,7 @@ def test_a_batch_of_32_mixed_jobs_says_what_stock_generate_says_to_each_alone(se
     jobs = mixed_jobs(32, sorted(served.images))
     prompts = [parts_of(job, served.images) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
-    served.model.run(rows, _nothing)
+    served.model.run(rows, _nothing, _nobody)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         alone = stock_ids(served.model, served.processor, job, parts)
         assert list(row.output.result().ids) == alone, job
@@ -28,7 +34,7 @@ def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served)
             for job in mixed_jobs(10, sorted(served.images), seed=1) if job.task != "idefics.chat"]  # fmt: skip
     prompts = [parts_of(job, served.images) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
-    served.model.run(rows, _nothing)
+    served.model.run(rows, _nothing, _nobody)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
 
@@ -60,7 +66,7 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(ser
     ]
     # So small a budget that the labels are scored in several chunks.
     served.model._max_tokens = 40
-    served.model.run(rows, _nothing)
+    served.model.run(rows, _nothing, _nobody)
     for row in rows:
         alone = torch.tensor([_log_likelihood(served, row, label) for label in row.labels], dtype=torch.float64)
         assert torch.allclose(torch.tensor(row.output.result().probabilities).double(), alone.softmax(0), atol=1e-5)
@@ -84,7 +90,7 @@ def test_an_image_that_several_jobs_show_is_encoded_once(served: Served) -> None
         names = sorted(served.images)[:2]
         parts = [[served.images[names[n % 2]], "Say"] for n in range(6)]
         rows = [Row(served.model.prepare(prompt), Sampling(2)) for prompt in parts]
-        served.model.run(rows, _nothing)
+        served.model.run(rows, _nothing, _nobody)
     finally:
         adapter._features = previous  # type: ignore[attr-defined]
     assert sum(encoded) == 2
@@ -94,8 +100,8 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(served: Served) -> No
     parts = [served.images[min(served.images)], "Say"]
     sampling = Sampling(10, temperature=1.0, top_p=0.95, seed=7)
     alone = Row(served.model.prepare(parts), sampling)
-    served.model.run([alone], _nothing)
+    served.model.run([alone], _nothing, _nobody)
     others = [row_of(served.model, job, parts_of(job, served.images)) for job in mixed_jobs(5, sorted(served.images))]
     among = Row(served.model.prepare(parts), sampling)
-    served.model.run([*others, among], _nothing)
+    served.model.run([*others, among], _nothing, _nobody)
     assert among.output.result().ids == alone.output.result().ids

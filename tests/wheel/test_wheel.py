@@ -34,7 +34,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source") / "checkout"
     # A copy: a build leaves folders behind.
     _copy_sources(source)
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, source], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", folder, source], check=True, capture_output=True
+    )
     return next(folder.glob("*.whl"))
 
 

@@ -101,7 +101,9 @@ def batch(client: Client, shown: Sequence[Shown]) -> tuple[list[Row], float]:
     jobs = client.submit_many(question.job for question in asked)
     results = [job.result(ANSWER_S) for job in jobs]
     seconds = time.monotonic() - started
-    return [_row(question, result, seconds / len(asked)) for question, result in zip(asked, results, strict=True)], seconds
+    return [
+        _row(question, result, seconds / len(asked)) for question, result in zip(asked, results, strict=True)
+    ], seconds
 
 
 def _row(question: Question, result: Result, seconds: float) -> Row:

@@ -102,7 +102,7 @@ def started(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that dies with us; it is asked to end with SIGTERM, and killed after 20 s."""
     with log.open("ab") as output:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             command,
             cwd=CHECKOUT,
             env=environment,

@@ -24,12 +24,19 @@ MAX_LINGER_S = 0.02
 IDLE_BEAT_S = 1.0
 
 
+#: Called at each step: a sign of life.
+Beat = Callable[[], None]
+#: Given the rows that run, those that may join them now.
+Newcomers = Callable[[Sequence[Row]], Sequence[Row]]
+
+
 class Runner(Protocol):
     """Runs rows on a model. Called from the engine's thread only."""
 
-    def run(self, rows: Sequence[Row], beat: Callable[[], None]) -> None:
+    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         """Finish or fail each row, as soon as it is known; call `beat` at each step.
 
+        A runner whose batches rows can join asks for newcomers between its steps, and finishes those too.
         Raises OutOfMemory where the rows were too many, or any error of the model: the engine runs what is not
         finished again in smaller batches, so that one row's fault stays its own.
         """
@@ -38,7 +45,7 @@ class Runner(Protocol):
 class Engine:
     """Submit rows from any thread; each gets a result or an error."""
 
-    def __init__(self, runner: Runner, limits: Limits, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, runner: Runner, limits: Limits, beat: Beat = lambda: None) -> None:
         self._runner = runner
         self._limits = limits
         self._beat = beat
@@ -83,12 +90,22 @@ class Engine:
             if not self._waiting:
                 self._changed.wait(IDLE_BEAT_S)
                 self._linger()
-            for row in [row for row in self._waiting if row.interruption(time.monotonic())]:
+        return self._start(())
+
+    def _start(self, running: Sequence[Row]) -> list[Row]:
+        """Take the rows that are to run now out of those that wait."""
+        if not self._waiting:
+            return []
+        now = time.monotonic()
+        with self._changed:
+            for row in [row for row in self._waiting if row.interruption(now)]:
                 self._waiting.remove(row)
                 _drop(row)
-            batch = next_batch(self._waiting, self._limits)
+            batch = next_batch(self._waiting, self._limits, running)
             taken = set(map(id, batch))
             self._waiting = [row for row in self._waiting if id(row) not in taken]
+        for row in batch:
+            row.started = row.started or now
         return batch
 
     def _linger(self) -> None:
@@ -97,13 +114,17 @@ class Engine:
             if not self._changed.wait(LINGER_S):
                 return
 
-    def _run(self, batch: Sequence[Row]) -> None:
-        now = time.monotonic()
-        for row in batch:
-            row.started = row.started or now
+    def _run(self, first: Sequence[Row]) -> None:
+        batch = list(first)
+
+        def newcomers(running: Sequence[Row]) -> Sequence[Row]:
+            joining = self._start(running)
+            batch.extend(joining)
+            return joining
+
         error: Exception = Internal("The model left this job without an answer: report it.")
         try:
-            self._runner.run(batch, self._beat)
+            self._runner.run(first, self._beat, newcomers)
         except Exception as caught:
             error = caught
         unfinished = [row for row in batch if not row.is_done]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,12 +13,12 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria,
 
 from tasks.errors import OutOfMemory
 from tasks.payloads import ModelInfo
+from worker.engine.engine import Beat, Newcomers
+from worker.engine.progress import Decode, Progress, has_stop
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import label_log_likelihoods
 from worker.models import Parts
-
-Beat = Callable[[], None]
 
 
 class Adapter(Protocol):
@@ -47,18 +48,17 @@ class StockModel:
         self._adapter = adapter
         self._max_tokens = max_tokens
 
-    def run(self, rows: Sequence[Row], beat: Beat) -> None:
-        """See engine.Runner: rows of one number of beams, and rows with labels."""
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+        """See engine.Runner: rows of one number of beams, and rows with labels. Nobody joins them."""
+        with memory_errors():
+            self._count_cached(rows)
+            self._run(rows, beat)
+
+    def _count_cached(self, rows: Sequence[Row]) -> None:
         for row in rows:
             row.cached_images = sum(self._adapter.kept(picture) for picture in row.tokens.pictures)
-        try:
-            self._run(rows, beat)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            raise OutOfMemory() from error
 
-    @torch.inference_mode()
     def _run(self, rows: Sequence[Row], beat: Beat) -> None:
         scored = [row for row in rows if row.labels and not row.is_done]
         continued = [row for row in rows if not row.labels and not row.is_done]
@@ -106,12 +106,23 @@ class StockModel:
             row.finish(_search_output(row, sequence, self.decode))
 
 
-def _search_output(row: Row, sequence: list[int], decode: Callable[[Sequence[int]], str]) -> Output:
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """A device without memory as our OutOfMemory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise OutOfMemory() from error
+
+
+def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:
     """A beam's tokens up to their end; what follows it is padding."""
     end = next((n for n, token in enumerate(sequence) if token in row.sampling.end_ids), None)
     ids = tuple(sequence[:end])
     reason: FinishReason = "length" if end is None else "stop"
-    if any(stop in decode(ids) for stop in row.sampling.stop):
+    if has_stop(decode(ids), row.sampling.stop):
         reason = "stop_sequence"
     return Output(ids, row.interruption(time.monotonic()) or reason)
 
@@ -119,33 +130,17 @@ def _search_output(row: Row, sequence: list[int], decode: Callable[[Sequence[int
 class RowStopping(StoppingCriteria):  # type: ignore[misc]
     """Ends each row by its own rules, and finishes it at that very step: it need not wait for its batch."""
 
-    def __init__(self, rows: Sequence[Row], decode: Callable[[Sequence[int]], str], beat: Beat) -> None:
-        self._rows = rows
-        self._decode = decode
+    def __init__(self, rows: Sequence[Row], decode: Decode, beat: Beat) -> None:
+        self._progress = [Progress(row, decode) for row in rows]
         self._beat = beat
-        self._new: list[list[int]] = [[] for _ in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         self._beat()
         now = time.monotonic()
-        for row, new, token in zip(self._rows, self._new, input_ids[:, -1].tolist(), strict=True):
-            if not row.is_done:
-                self._step(row, new, token, now)
-        return torch.tensor([row.is_done for row in self._rows], device=input_ids.device)
-
-    def _step(self, row: Row, new: list[int], token: int, now: float) -> None:
-        if token in row.sampling.end_ids:
-            row.finish(Output(tuple(new), "stop"))
-            return
-        new.append(token)
-        reason = row.interruption(now) or self._limit(row, new)
-        if reason:
-            row.finish(Output(tuple(new), reason))
-
-    def _limit(self, row: Row, new: list[int]) -> FinishReason | None:
-        if row.sampling.stop and any(stop in self._decode(new) for stop in row.sampling.stop):
-            return "stop_sequence"
-        return "length" if len(new) >= row.sampling.max_new_tokens else None
+        for progress, token in zip(self._progress, input_ids[:, -1].tolist(), strict=True):
+            if not progress.row.is_done:
+                progress.take(token, now)
+        return torch.tensor([progress.row.is_done for progress in self._progress], device=input_ids.device)
 
 
 class AllInterrupted(StoppingCriteria):  # type: ignore[misc]

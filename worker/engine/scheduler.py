@@ -16,8 +16,13 @@ class Limits:
     tokens: int
 
 
-def next_batch(waiting: Sequence[Row], limits: Limits) -> list[Row]:
-    """The rows to run next, of those that wait.
+#: While others run and more wait than fit, newcomers come in groups of this part of the batch at least: each group
+#: costs the running rows a prompt's time.
+JOINING_PART = 8
+
+
+def next_batch(waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = ()) -> list[Row]:
+    """The rows to run next, of those that wait; with `running`, those that join them.
 
     The first is the oldest of the most urgent priority, so that nobody starves. With it go the rows that it can
     share a batch with, those nearest to it in wanted length first: a batch lasts as long as its longest row.
@@ -26,15 +31,25 @@ def next_batch(waiting: Sequence[Row], limits: Limits) -> list[Row]:
     if not waiting:
         return []
     head = min(waiting, key=lambda row: (row.priority, row.arrived))
+    if running and not _may_join(head, waiting, limits, running):
+        return []
     companions = sorted(
         (row for row in waiting if row is not head and _group(row) == _group(head)),
         key=lambda row: (row.priority, _distance(row, head), row.arrived),
     )
     batch = [head]
     for row in companions:
-        if _fits([*batch, row], limits):
+        if _fits([*running, *batch, row], limits):
             batch.append(row)
     return batch
+
+
+def _may_join(head: Row, waiting: Sequence[Row], limits: Limits, running: Sequence[Row]) -> bool:
+    """Nobody overtakes a head that cannot join: the batch drains, and then the head is the first."""
+    if _group(head) != _group(running[0]) or not _fits([*running, head], limits):
+        return False
+    free = limits.rows - len(running)
+    return free * JOINING_PART >= limits.rows or len(waiting) <= free
 
 
 def _group(row: Row) -> Hashable:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from PIL.Image import Image
 
 from tasks.payloads import ModelInfo
+from worker.engine.engine import Beat, Newcomers
 from worker.engine.row import Row, Tokens
 
 #: Texts and RGB images in reading order.
@@ -31,4 +32,4 @@ class Model(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """New tokens as text, special tokens left out."""
 
-    def run(self, rows: Sequence[Row], beat: Callable[[], None]) -> None: ...
+    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None: ...

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from PIL.Image import Image
 
 from tasks.payloads import ModelInfo
+from worker.engine.engine import Beat, Newcomers
 from worker.engine.row import Output, Row, Tokens
 from worker.models import Parts
 
@@ -36,7 +37,7 @@ class FakeModel:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
-    def run(self, rows: Sequence[Row], beat: Callable[[], None]) -> None:
+    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self.batches.append(len(rows))
         for step in range(1 + max(row.wanted for row in rows)):
             beat()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from PIL.Image import Image
@@ -31,7 +31,7 @@ class IdeficsAdapter:
         self.model = model
         self.tokenizer = processor.tokenizer
         self._image_processor = processor.image_processor
-        self._image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
         self._reserved = sorted(set(self.tokenizer.all_special_tokens) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
         self._features = FeatureCache(self._encode, FEATURE_CACHE_BYTES)
         self.bad_words_ids: list[list[int]] = self.tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
@@ -76,6 +76,10 @@ class IdeficsAdapter:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def features(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
+        """Each picture's features (length, width) by its key, computed where they are not known."""
+        return self._features.get(pictures)
+
     def kept(self, picture: Picture) -> bool:
         """True where a picture's features are known from an earlier batch."""
         return picture in self._features
@@ -112,7 +116,7 @@ class IdeficsAdapter:
     def _image_mask(self, ids: Tensor, prompts: Sequence[Tokens]) -> Tensor:
         """(rows, length, images): each token sees the image before it, and that one only."""
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
-        seen = (ids == self._image_id).cumsum(dim=1)
+        seen = (ids == self.image_id).cumsum(dim=1)
         return (seen[..., None] == torch.arange(1, images + 1)).long()
 
     def _hidden_states(self, prompts: Sequence[Tokens]) -> Tensor:

@@ -26,6 +26,7 @@ from tasks.errors import DeadlineExceeded, WorkerLost
 from worker.pool import quarantine
 from worker.pool.job import Callbacks, Job, JobState, sendable
 from worker.pool.launch import ModelProcess
+from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._failed_starts = 0
         self._start_at = 0.0
         self._closing = False
+        self._signals = DeferredSignals()
         self._is_writing = False
         #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
         self._culprit_is_known = False
@@ -89,19 +91,21 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def on_start(self) -> None:
         """Block until the model answers. Raises WorkerShutdown where it cannot be loaded."""
         self.options["semaphore"].grow(self._settings.job_threads - self.limit)
+        self._signals.install()
         try:
             while not self._is_ready:
                 worker_state.maybe_shutdown()
                 self._wait(TICK_S)
         except BaseException:
             # Celery does not stop a pool whose start failed.
-            self._end_process()
+            self._leave()
             raise
 
     def register_with_event_loop(self, hub: Hub) -> None:
         """Called at every reconnect to the broker, with an empty event loop."""
         self._hub = hub
         self._is_writing = False
+        hub.add_reader(self._signals.fileno(), self._signals.run)
         self._watch()
         hub.call_repeatedly(TICK_S, self._tick)
 
@@ -118,13 +122,17 @@ class InferencePool(BasePool):  # type: ignore[misc]
             if hub is not None:
                 hub.fire_timers()
                 _run_ready_callbacks(hub)
-        self._end_process(LEAVE_S)
+        self._leave(LEAVE_S)
 
     def on_terminate(self) -> None:
         """Cold shutdown: nothing is acknowledged, so every job goes back to the queue."""
         self._closing = True
         self._hub_is_gone()
-        self._end_process()
+        self._leave()
+
+    def _leave(self, grace_s: float = 0.0) -> None:
+        self._end_process(grace_s)
+        self._signals.restore()
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Nothing: `pid` holds all jobs. Celery calls `terminate` of the very job next."""
@@ -215,12 +223,14 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _wait(self, timeout: float) -> None:
         """One turn without an event loop."""
+        readers: list[Any] = [self._signals]
+        writers: list[Any] = []
         if self._process is not None:
-            writers = [self._process.channel] if self._process.channel.has_unsent else []
-            select.select([self._process.channel], writers, [], timeout)
-            self._on_readable()
-        elif not self._closing:
-            time.sleep(timeout)
+            readers.append(self._process.channel)
+            writers += [self._process.channel] if self._process.channel.has_unsent else []
+        select.select(readers, writers, [], timeout)
+        self._signals.run()
+        self._on_readable()
         self._tick()
 
     @_guarded
@@ -261,6 +271,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _hub_is_gone(self) -> None:
         """From here on `_wait` reads."""
         self._unwatch()
+        if self._hub is not None:
+            self._hub.remove(self._signals.fileno())
         self._hub = None
 
     def _unwatch(self) -> None:

@@ -1,0 +1,96 @@
+"""The README's code blocks run as they stand; only the broker's and the pictures' addresses are exchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker.demo.stack import CHECKOUT, Broker
+
+README = (CHECKOUT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)( gpu)?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, gpu, code in BLOCKS if language == "python"]
+SHELL = [code for language, gpu, code in BLOCKS if language == "bash" and not gpu]
+
+
+def _placed(code: str, broker: Broker, pictures_url: str) -> str:
+    code = code.replace("redis://localhost:6379/0", broker.url).replace("redis://localhost:6379/1", broker.results)
+    return code.replace("https://example.com", pictures_url)
+
+
+def _run(code: str) -> tuple[dict[str, Any], list[str]]:
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    output = io.StringIO()
+    with redirect_stdout(output):
+        exec(compile(code, "README.md", "exec"), namespace)
+    return namespace, output.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
+def test_a_python_block_prints_what_its_comments_say(code: str, demo_broker: Broker, pictures_url: str) -> None:
+    code = _placed(code, demo_broker, pictures_url)
+    promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    _, printed = _run(code)
+    assert [line.strip() for line in printed] == promised
+
+
+def test_the_fastapi_block_serves_a_caption(demo_broker: Broker, pictures_url: str) -> None:
+    [code] = [code for code in PYTHON if "FastAPI()" in code]
+    namespace, _ = _run(_placed(code, demo_broker, pictures_url))
+
+    async def use() -> dict[str, Any]:
+        created = await namespace["create"](image=f"{pictures_url}/cat.png")
+        for _ in range(600):
+            answer = await namespace["read"](created["id"])
+            if answer["status"] == "succeeded":
+                return dict(answer)
+            await asyncio.sleep(0.1)
+        raise TimeoutError
+
+    assert asyncio.run(use())["text"].strip() == "A cat on a blue background."
+
+
+def test_the_shell_blocks_name_make_targets_that_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
+    named = {line.split()[1] for code in SHELL for line in code.splitlines() if line.startswith("make ")}
+    assert named == {"demo", "test"}
+    assert named <= targets
+
+
+def test_the_shell_blocks_of_the_command_line_print_results(demo_broker: Broker, pictures_url: str) -> None:
+    [code] = [code for code in SHELL if "idefics-jobs" in code]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "IDEFICS_BROKER_URL": demo_broker.url,
+        "IDEFICS_RESULT_BACKEND": demo_broker.results,
+    }
+    texts = []
+    for line in _placed(code, demo_broker, pictures_url).splitlines():
+        done = subprocess.run(
+            line, shell=True, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(json.loads(done.stdout)["text"].strip())
+    assert texts == ["A cat on a blue background.", "animal"]
+
+
+def test_the_shell_block_of_the_settings_prints_them() -> None:
+    assert any(code.strip() == "python -m config" for code in SHELL)
+    done = subprocess.run([sys.executable, "-m", "config"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert "IDEFICS_MODEL=demo" in done.stdout
+
+
+def test_every_shell_block_is_covered() -> None:
+    covered = ("make demo", "idefics-jobs", "celery -A worker.app worker", "python -m config")
+    assert all(any(start in code for start in covered) for code in SHELL)

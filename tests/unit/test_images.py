@@ -1,0 +1,471 @@
+"""Threats to the opening of images, and the pictures that must come out right. All files are made here."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+
+from tasks.errors import ImageInvalid, ImageTooLarge, JobError
+from worker.images import DEFAULT_LIMITS, MAX_SEGMENTS, ImageLimits, open_image
+
+SIZE = (48, 32)
+WHITE = (255, 255, 255)
+RED = (255, 0, 0)
+
+
+def picture(size: tuple[int, int] = SIZE) -> Image.Image:
+    """Four corners of different colours over a gradient: no turn or flip looks like another."""
+    width, height = size
+    image = Image.linear_gradient("L").resize(size).convert("RGB")
+    for corner, colour in ((0, RED), (1, (0, 200, 0)), (2, (0, 0, 255)), (3, (250, 250, 0))):
+        left, top = (corner % 2) * (width - width // 3), (corner // 2) * (height - height // 3)
+        image.paste(colour, (left, top, left + width // 3, top + height // 3))
+    return image
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    """The largest difference of any channel of any pixel."""
+    assert one.size == other.size
+    extrema = ImageChops.difference(one, other).getextrema()
+    return max(high for _, high in extrema)  # type: ignore[misc]
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: bytes) -> bytes:
+    """A PNG of exactly this header; what Pillow would not write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + body
+
+
+# --- Formats and modes ---
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_lossless_picture_comes_out_as_it_was(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert difference(open_image(encoded(picture(), kind, **options)), picture()) == 0
+
+
+def test_a_jpeg_comes_out_as_pillow_decodes_it() -> None:
+    for options in ({}, {"progressive": True}, {"subsampling": 0, "quality": 95}):
+        data = encoded(picture(), "JPEG", **options)
+        assert difference(open_image(data), Image.open(io.BytesIO(data)).convert("RGB")) == 0
+
+
+def test_a_gif_comes_out_in_its_colours() -> None:
+    few = picture().quantize(16)
+    assert difference(open_image(encoded(few, "GIF")), few.convert("RGB")) == 0
+
+
+def test_a_phones_multi_picture_file_is_a_jpeg() -> None:
+    data = encoded(picture(), "MPO", save_all=True, append_images=[Image.new("RGB", SIZE)])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert difference(open_image(data), Image.open(io.BytesIO(data)).convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I;16"])
+def test_every_png_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("I;16", SIZE, 30_000) if mode == "I;16" else picture().convert(mode)
+    opened = open_image(encoded(image, "PNG"))
+    assert (opened.mode, opened.size, type(opened)) == ("RGB", SIZE, Image.Image)
+    if mode != "I;16":
+        assert difference(opened, image.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_every_jpeg_mode_becomes_rgb(mode: str) -> None:
+    opened = open_image(encoded(Image.new("RGB", SIZE, (200, 200, 200)).convert(mode), "JPEG"))
+    assert opened.mode == "RGB"
+    assert difference(opened, Image.new("RGB", SIZE, (200, 200, 200))) <= 3
+
+
+def test_cmyk_is_not_inverted() -> None:
+    opened = open_image(encoded(Image.new("CMYK", SIZE, (0, 255, 255, 0)), "JPEG", quality=95))
+    assert difference(opened, Image.new("RGB", SIZE, RED)) <= 6
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (257, 1), (30_000, 117), (65_535, 255), (256, 1)])
+def test_sixteen_bits_are_scaled_and_not_clipped(value: int, expected: int) -> None:
+    opened = open_image(encoded(Image.new("I;16", SIZE, value), "PNG"))
+    assert opened.getpixel((0, 0)) == (expected,) * 3
+
+
+def test_sixteen_bits_with_a_clear_value_are_white_there() -> None:
+    rows = b"".join(b"\0" + struct.pack(">HH", 1_000, 40_000) for _ in range(2))
+    opened = open_image(png(2, 2, 16, 0, rows, chunk(b"tRNS", struct.pack(">H", 1_000))))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [WHITE, (156, 156, 156)]
+
+
+def test_sixteen_bits_a_channel_are_read() -> None:
+    rows = b"\0" + struct.pack(">HHH", 65_535, 0, 32_896)
+    assert open_image(png(1, 1, 16, 2, rows)).getpixel((0, 0)) == (255, 0, 128)
+
+
+# --- Transparency ---
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize(("alpha", "expected"), [(0, WHITE), (255, RED), (128, (255, 127, 127))])
+def test_transparency_shows_white(kind: str, alpha: int, expected: tuple[int, int, int]) -> None:
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    data = encoded(Image.new("RGBA", SIZE, (*RED, alpha)), kind, **options)
+    assert open_image(data).getpixel((5, 5)) == expected
+
+
+def test_alpha_is_composited_exactly_as_the_stock_processor_does() -> None:
+    image = picture()
+    image.putalpha(Image.radial_gradient("L").resize(SIZE))
+    white = Image.new("RGBA", SIZE, WHITE)
+    expected = Image.alpha_composite(white, image).convert("RGB")
+    assert difference(open_image(encoded(image, "PNG")), expected) == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_palette_with_a_clear_colour_shows_white(kind: str) -> None:
+    image = Image.new("P", SIZE, 1)
+    image.putpalette([0, 0, 0, *RED])
+    image.paste(0, (0, 0, 10, 10))
+    opened = open_image(encoded(image, kind, transparency=0))
+    assert [opened.getpixel(at) for at in ((5, 5), (20, 20))] == [WHITE, RED]
+
+
+def test_a_palette_with_an_alpha_for_each_colour_shows_white() -> None:
+    image = Image.new("P", SIZE, 1)
+    image.putpalette([0, 0, 0, *RED])
+    assert open_image(encoded(image, "PNG", transparency=bytes([255, 0]))).getpixel((0, 0)) == WHITE
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "clear"), [("1", 0, 0), ("L", 7, 7), ("RGB", RED, RED), ("LA", (9, 0), None)]
+)
+def test_a_clear_value_shows_white(mode: str, colour: Any, clear: Any) -> None:
+    options = {} if clear is None else {"transparency": clear}
+    assert open_image(encoded(Image.new(mode, SIZE, colour), "PNG", **options)).getpixel((0, 0)) == WHITE
+
+
+# --- EXIF, profiles, frames ---
+
+
+def _turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_set_upright(orientation: int, kind: str) -> None:
+    data = encoded(picture(), kind, exif=_turned(orientation))
+    with Image.open(io.BytesIO(data)) as plain:
+        expected = ImageOps.exif_transpose(plain).convert("RGB")
+    opened = open_image(data)
+    assert difference(opened, expected) == 0
+    assert opened.size == (SIZE if orientation not in (5, 6, 7, 8) else SIZE[::-1])
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_broken_exif_does_not_cost_the_picture(exif: bytes) -> None:
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert open_image(encoded(picture(), kind, exif=exif)).size == SIZE
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_neither_exif_nor_profile_nor_comment_is_handed_on(kind: str) -> None:
+    options = {"exif": _turned(6), "icc_profile": b"profile" * 30, "comment": b"hello", "dpi": (300, 300)}
+    for image in (picture(), picture().convert("L")):
+        opened = open_image(encoded(image, kind, **options))
+        assert opened.info == {}
+        assert dict(opened.getexif()) == {}
+        assert "Exif" not in repr(encoded(opened, "JPEG")[:200])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animations_first_frame_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", SIZE, colour) for colour in ("red", "blue", "green")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
+    with Image.open(io.BytesIO(data)) as animation:
+        assert getattr(animation, "n_frames", 1) == 3
+    assert difference(open_image(data), frames[0]) == 0
+
+
+# --- Drafts ---
+
+
+def test_a_draft_is_smaller_but_never_below_the_target() -> None:
+    data = encoded(picture((800, 600)), "JPEG")
+    assert open_image(data).size == (800, 600)
+    assert open_image(data, target=150).size == (200, 150)
+    assert open_image(data, target=224).size == (400, 300)
+    assert open_image(data, target=5_000).size == (800, 600)
+    assert open_image(encoded(picture(), "PNG"), target=4).size == SIZE
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TIFF", "BMP", "ICO", "PPM", "TGA", "PDF", "PCX", "SGI", "JPEG2000", "AVIF"])
+def test_other_formats_are_refused(kind: str) -> None:
+    try:
+        data = encoded(picture(), kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    with pytest.raises(ImageInvalid):
+        open_image(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0",
+        b"hello",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"<html>404</html>",
+        b"\xff\xd8\xff",
+        b"\xff\xd8\xff\xd9",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"GIF89a" + bytes(100),
+        b"RIFF\0\0\0\0WEBPVP8 ",
+        b"RIFF\xff\xff\xff\xffWEBPVP8X" + b"\xff" * 30,
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"\xd7\xcd\xc6\x9a" + bytes(60),
+    ],
+)
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(JobError) as refusal:
+        open_image(data)
+    assert refusal.value.code in ("image_invalid", "image_too_large")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_a_truncated_picture_is_refused(kind: str, part: float) -> None:
+    noise = Image.effect_noise((200, 150), 90)
+    data = encoded(noise, kind)
+    with pytest.raises(ImageInvalid):
+        open_image(data[: int(len(data) * part)])
+
+
+@pytest.mark.parametrize(
+    ("size", "limits"),
+    [
+        ((100, 100), ImageLimits(max_pixels=9_999)),
+        ((101, 2), ImageLimits(max_edge=100)),
+        ((2, 101), ImageLimits(max_edge=100)),
+        ((201, 1), ImageLimits()),
+        ((1, 201), ImageLimits()),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_limits_are_checked(kind: str, size: tuple[int, int], limits: ImageLimits) -> None:
+    with pytest.raises(ImageTooLarge) as refusal:
+        open_image(encoded(Image.new("RGB", size), kind), limits)
+    assert str(refusal.value).endswith(".")
+
+
+def test_what_just_meets_the_limits_is_opened() -> None:
+    limits = ImageLimits(max_pixels=200, max_edge=200, max_ratio=200)
+    assert open_image(encoded(Image.new("RGB", (200, 1)), "PNG"), limits).size == (200, 1)
+
+
+@pytest.mark.parametrize("side", [7_000, 9_500, 13_400, 16_384, 30_000, 2**31 - 1])
+def test_a_bomb_is_refused_before_its_pixels_take_memory(side: int) -> None:
+    start = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((ImageTooLarge, ImageInvalid)) as refusal:
+            open_image(png(side, side, 8, 2, b""))
+    assert refusal.value.code == "image_too_large" or side > 2**30
+    assert time.monotonic() - start < 2.0
+
+
+def test_a_bomb_is_refused_where_warnings_are_errors() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageTooLarge):
+            open_image(png(10_000, 10_000, 8, 2, b""))
+
+
+def test_a_gif_frame_beyond_its_screen_counts() -> None:
+    data = bytearray(encoded(Image.new("P", (4, 4)), "GIF"))
+    frame = data.index(b"\x2c", 13)
+    data[frame + 5 : frame + 9] = struct.pack("<HH", 60_000, 60_000)
+    with pytest.raises(ImageTooLarge):
+        open_image(bytes(data))
+
+
+def test_a_webp_canvas_beyond_the_limits_is_refused() -> None:
+    image = Image.new("RGBA", (8, 8), (1, 2, 3, 4))
+    data = bytearray(encoded(image, "WEBP", exif=_turned(1)))
+    assert data[12:16] == b"VP8X"
+    data[24:30] = b"\xff\x3f\x00\xff\x3f\x00"
+    with pytest.raises(JobError):
+        open_image(bytes(data))
+
+
+def test_a_jpeg_that_passes_over_its_pixels_again_and_again_is_refused() -> None:
+    data = encoded(picture(), "JPEG", progressive=True)
+    scans = [at for at in range(len(data)) if data.startswith(b"\xff\xda", at)]
+    again = data[scans[1] : scans[2]]
+    start, end = data[: scans[1]], data[scans[1] :]
+    assert open_image(start + again * 20 + end).size == SIZE
+    with pytest.raises(ImageInvalid, match="scans"):
+        open_image(start + again * 100 + end)
+
+
+def test_scans_of_thumbnails_and_behind_the_picture_do_not_count() -> None:
+    segment = b"\xff\xe2" + struct.pack(">H", 1_002) + b"\xff\xda" * 500
+    data = encoded(picture(), "JPEG")
+    assert open_image(data[:2] + segment + data[2:] + b"\xff\xda" * 500).size == SIZE
+
+
+def test_scans_hidden_in_a_segment_that_decoders_do_not_know_count() -> None:
+    data = encoded(picture(), "JPEG", progressive=True)
+    end = data.rindex(b"\xff\xd9")
+    hidden = b"\xff\x05\xff\xff" + b"\xff\xda\x00\x02" * 100
+    with pytest.raises(ImageInvalid, match="scans"):
+        open_image(data[:end] + hidden + data[end:])
+
+
+def test_a_jpeg_of_countless_segments_is_refused() -> None:
+    data = encoded(picture(), "JPEG")
+    with pytest.raises(ImageInvalid, match="segments"):
+        open_image(data[:2] + b"\xff\xfe\x00\x02" * MAX_SEGMENTS + data[2:])
+
+
+def test_too_little_memory_is_a_picture_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture(), "PNG")
+    monkeypatch.setattr(Image.Image, "convert", _raise(MemoryError()))
+    with pytest.raises(ImageTooLarge):
+        open_image(data)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("x"),
+        SyntaxError("x"),
+        ValueError("x"),
+        EOFError("x"),
+        struct.error("x"),
+        zlib.error("x"),
+        TypeError("x"),
+        IndexError("x"),
+        KeyError("x"),
+        OverflowError("x"),
+        ZeroDivisionError("x"),
+        UnidentifiedImageError("x"),
+    ],
+)
+def test_every_error_of_a_decoder_is_mapped(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "convert", _raise(error))
+    with pytest.raises(ImageInvalid) as refusal:
+        open_image(encoded(Image.new("RGB", SIZE), "PNG"))
+    assert refusal.value.args[0] == "image_invalid"
+
+
+def test_a_time_limit_is_no_decoders_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SoftTimeLimit(Exception):
+        pass
+
+    monkeypatch.setattr(Image.Image, "convert", _raise(SoftTimeLimit()))
+    with pytest.raises(SoftTimeLimit):
+        open_image(encoded(Image.new("RGB", SIZE), "PNG"))
+
+
+def _raise(error: Exception) -> Callable[..., None]:
+    def act(*_: object, **__: object) -> None:
+        raise error
+
+    return act
+
+
+# --- Mutations ---
+
+
+def _mutated(data: bytes, chance: random.Random) -> bytes:
+    mutant = bytearray(data)
+    for _ in range(chance.choice((1, 2, 8))):
+        at = chance.randrange(len(mutant))
+        match chance.randrange(4):
+            case 0:
+                mutant[at] = chance.choice((0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)))
+            case 1:
+                del mutant[at : at + chance.randrange(1, 20)]
+            case 2:
+                mutant[at:at] = chance.randbytes(chance.randrange(1, 20))
+            case 3:
+                mutant[at : at + 4] = struct.pack(">I", chance.choice((0, 1, 2**16, 2**31, 2**32 - 1)))
+        if not mutant:
+            return b""
+    return bytes(mutant)
+
+
+def _seeds() -> list[bytes]:
+    clear = picture()
+    clear.putalpha(Image.radial_gradient("L").resize(SIZE))
+    frames = [picture(), Image.new("RGB", SIZE)]
+    many = {"save_all": True, "append_images": frames[1:]}
+    return [
+        encoded(picture(), "JPEG", exif=_turned(6)),
+        encoded(picture(), "JPEG", progressive=True),
+        encoded(picture().convert("CMYK"), "JPEG"),
+        encoded(picture(), "MPO", **many),
+        encoded(clear, "PNG", exif=_turned(8), icc_profile=b"profile" * 9),
+        encoded(picture().quantize(16), "PNG", transparency=3),
+        encoded(Image.new("I;16", SIZE, 999), "PNG"),
+        encoded(frames[0], "PNG", **many),
+        encoded(frames[0], "GIF", **many, comment=b"hello"),
+        encoded(clear, "GIF"),
+        encoded(picture(), "WEBP", exif=_turned(3)),
+        encoded(clear, "WEBP", lossless=True),
+        encoded(frames[0], "WEBP", **many),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_five_hundred_mutants_open_or_end_in_an_error_of_ours() -> None:
+    chance = random.Random(7)
+    seeds = _seeds()
+    limits = replace(DEFAULT_LIMITS, max_pixels=1_000_000)
+    opened = 0
+    for number in range(500):
+        with suppress(ImageInvalid, ImageTooLarge):
+            image = open_image(_mutated(seeds[number % len(seeds)], chance), limits)
+            assert image.mode == "RGB", number
+            assert image.width * image.height <= limits.max_pixels, number
+            opened += 1
+    assert 50 < opened < 450
+
+
+def test_many_threads_open_pictures_at_once() -> None:
+    data = [encoded(picture(), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF")] * 16
+    with ThreadPoolExecutor(8) as threads:
+        assert {image.size for image in threads.map(open_image, data)} == {SIZE}

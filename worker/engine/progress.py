@@ -1,0 +1,43 @@
+"""A row's new tokens, and the rules by which it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from worker.engine.row import FinishReason, Output, Row
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Progress:
+    """One continued row: takes its tokens one by one and finishes it at the very step that ends it."""
+
+    def __init__(self, row: Row, decode: Decode) -> None:
+        self.row = row
+        self._decode = decode
+        self._new: list[int] = []
+
+    @property
+    def last(self) -> int:
+        """The newest token."""
+        return self._new[-1]
+
+    def take(self, token: int, now: float) -> None:
+        """The next token, at time.monotonic() `now`."""
+        if token in self.row.sampling.end_ids:
+            self.row.finish(Output(tuple(self._new), "stop"))
+            return
+        self._new.append(token)
+        reason = self.row.interruption(now) or self._limit()
+        if reason:
+            self.row.finish(Output(tuple(self._new), reason))
+
+    def _limit(self) -> FinishReason | None:
+        sampling = self.row.sampling
+        if sampling.stop and has_stop(self._decode(self._new), sampling.stop):
+            return "stop_sequence"
+        return "length" if len(self._new) >= sampling.max_new_tokens else None
+
+
+def has_stop(text: str, stop: Sequence[str]) -> bool:
+    return any(word in text for word in stop)
