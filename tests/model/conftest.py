@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from config.settings import Settings
 from tests.conftest import PICTURES
 from tests.model.checkpoints import random_checkpoint
-from worker.engine.runner import StockModel
+from worker.engine.continuous import ContinuousModel
 from worker.images import open_image
 from worker.models.loading import DEMO, load
 
@@ -23,7 +23,7 @@ from worker.models.loading import DEMO, load
 class Served:
     """A loaded checkpoint, its stock processor, and pictures to show it."""
 
-    model: StockModel
+    model: ContinuousModel
     processor: object
     images: dict[str, Image.Image]
 
@@ -49,7 +49,7 @@ def demo(request: pytest.FixtureRequest) -> Served:
 
 def _served(name: str, folder: Path, images: dict[str, Image.Image]) -> Served:
     model = load(Settings(model=name, dtype="float32"))
-    assert isinstance(model, StockModel)
+    assert isinstance(model, ContinuousModel)
     return Served(model, AutoProcessor.from_pretrained(folder), images)
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from tasks import Answer, Caption, CaptionExample, Chat, Complete, ImagePath, Job, Write
+from worker.engine.continuous import ContinuousModel
 from worker.engine.row import Row, Sampling
-from worker.engine.runner import StockModel
 from worker.prompts import ImageRef, build, ends_with_utterance
 
 Parts = list[str | Image.Image]
@@ -56,7 +56,7 @@ def parts_of(job: Job, images: dict[str, Image.Image]) -> Parts:
     return [images[part.source.path] if isinstance(part, ImageRef) else part for part in build(job)]  # type: ignore[union-attr]
 
 
-def row_of(model: StockModel, job: Job, parts: Parts) -> Row:
+def row_of(model: ContinuousModel, job: Job, parts: Parts) -> Row:
     """As the service makes it."""
     sampling = Sampling(
         max_new_tokens=job.max_new_tokens or 20,
@@ -67,7 +67,7 @@ def row_of(model: StockModel, job: Job, parts: Parts) -> Row:
 
 
 @torch.inference_mode()
-def stock_ids(model: StockModel, processor: object, job: Job, parts: Parts) -> list[int]:
+def stock_ids(model: ContinuousModel, processor: object, job: Job, parts: Parts) -> list[int]:
     """The new tokens of transformers' own processor and `generate` for this job alone, up to their end."""
     ends = model.end_ids(utterance=ends_with_utterance(job))
     inputs = processor(text=[parts], return_tensors="pt", add_end_of_utterance_token=False)  # type: ignore[operator]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from tasks import Caption, CaptionExample, ImagePath, Job
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, row_of, stock_ids
 from worker.engine.row import Row, Sampling
+from worker.models.idefics_decoder import Prompt
 
 
 def _nobody(running: Sequence[Row]) -> Sequence[Row]:
@@ -27,6 +30,51 @@ def test_a_batch_of_32_mixed_jobs_says_what_stock_generate_says_to_each_alone(se
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         alone = stock_ids(served.model, served.processor, job, parts)
         assert list(row.output.result().ids) == alone, job
+
+
+def test_rows_that_join_a_running_batch_say_what_they_say_alone(served: Served) -> None:
+    jobs = mixed_jobs(40, sorted(served.images), seed=3)
+    prompts = [parts_of(job, served.images) for job in jobs]
+    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    waiting = rows[5:]
+
+    def one_or_two(running: Sequence[Row]) -> Sequence[Row]:
+        joining = [waiting.pop(0) for _ in range(min(len(waiting), len(running) % 3)) if len(running) < 9]
+        # Nobody is forgotten when the batch runs empty.
+        return joining or ([waiting.pop(0)] if waiting and len(running) < 2 else [])
+
+    served.model.run(rows[:5], _nothing, one_or_two)
+    while waiting:
+        served.model.run([waiting.pop(0)], _nothing, one_or_two)
+    for job, parts, row in zip(jobs, prompts, rows, strict=True):
+        assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
+
+
+def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(served: Served) -> None:
+    names = sorted(served.images)
+    examples = [CaptionExample(image=ImagePath(path=name), text=f"A thing like {name}.") for name in names[:3]]
+    jobs: list[Job] = [
+        Caption(image=ImagePath(path=name), examples=examples[: 1 + n % 3], max_new_tokens=12)
+        for n, name in enumerate(names[3:12])
+    ]
+    read: list[int] = []
+    decoder = served.model._decoder
+    stock_read = decoder._read
+
+    def counted(prompts: Sequence[Prompt], image_id: int) -> Tensor:
+        read.append(sum(len(prompt.ids) for prompt in prompts))
+        return stock_read(prompts, image_id)
+
+    decoder._read = counted  # type: ignore[method-assign]
+    try:
+        rows = [row_of(served.model, job, parts_of(job, served.images)) for job in jobs]
+        served.model.run(rows, _nothing, _nobody)
+    finally:
+        decoder._read = stock_read  # type: ignore[method-assign]
+    for job, row in zip(jobs, rows, strict=True):
+        alone = stock_ids(served.model, served.processor, job, parts_of(job, served.images))
+        assert list(row.output.result().ids) == alone, job
+    assert sum(read) < sum(len(row.tokens.ids) for row in rows) / 2
 
 
 def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served) -> None:

@@ -10,14 +10,14 @@ import torch
 
 from config.settings import Settings
 from tests.model.checkpoints import random_checkpoint
+from worker.engine.continuous import ContinuousModel
 from worker.engine.engine import Engine
-from worker.engine.runner import StockModel
 from worker.engine.scheduler import Limits
 from worker.models.loading import DEMO, NOT_QUANTIZED, SetupFailed, checkpoint_folder, load
 from worker.service import Service
 
 
-def _checked(settings: Settings) -> StockModel:
+def _checked(settings: Settings) -> ContinuousModel:
     model = load(settings)
     engine = Engine(model, Limits(8, 10_000))
     engine.start()
@@ -25,7 +25,7 @@ def _checked(settings: Settings) -> StockModel:
         Service(settings, model, engine).check_golden(checkpoint_folder(settings))
     finally:
         engine.stop()
-    assert isinstance(model, StockModel)
+    assert isinstance(model, ContinuousModel)
     return model
 
 
@@ -63,7 +63,7 @@ def test_a_model_that_computes_no_numbers_does_not_serve(tmp_path: Path) -> None
     folder = random_checkpoint(tmp_path / "checkpoint", use_resampler=True)
     settings = Settings(model=str(folder))
     model = load(settings)
-    assert isinstance(model, StockModel)
+    assert isinstance(model, ContinuousModel)
     with torch.no_grad():
         model._adapter.model.lm_head.weight.fill_(float("nan"))
     engine = Engine(model, Limits(8, 10_000))

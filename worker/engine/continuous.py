@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
+from worker.engine.prefixes import Head, PrefixCache, heads
 from worker.engine.progress import Progress
-from worker.engine.row import Row
+from worker.engine.row import Row, Tokens
 from worker.engine.runner import StockModel, memory_errors
 from worker.engine.sampling import RowSampler
 from worker.models.idefics import IdeficsAdapter
-from worker.models.idefics_decoder import IdeficsDecoder
+from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
 
 #: Prompt tokens, padding included, that are read at once: more would hold up the running rows, and need memory.
 PREFILL_TOKENS = 4096
+#: Bytes of prompts' beginnings kept for later jobs.
+PREFIX_CACHE_BYTES = 512 * 2**20
 
 
 class ContinuousModel(StockModel):
@@ -32,6 +35,7 @@ class ContinuousModel(StockModel):
         self._decoder = IdeficsDecoder(adapter.model)
         self._image_id = adapter.image_id
         self._features = adapter.features
+        self._prefixes = PrefixCache(PREFIX_CACHE_BYTES)
         self._forbidden = [token for [token] in adapter.bad_words_ids]
         #: By slot of the decoder.
         self._running: list[tuple[Progress, RowSampler | None]] = []
@@ -64,16 +68,33 @@ class ContinuousModel(StockModel):
         scored = [row for row in rows if row.labels]
         if scored:
             self._score(scored, beat)
-        for chunk in _chunks([row for row in rows if not row.labels]):
-            self._prefill(chunk)
+        for chunk in _chunks(self._prompts([row for row in rows if not row.labels], beat)):
+            self._read(chunk)
             beat()
 
-    def _prefill(self, rows: Sequence[Row]) -> None:
-        features = self._features(picture for row in rows for picture in row.tokens.pictures)
-        images = [[features[picture.key] for picture in row.tokens.pictures] for row in rows]
-        logits = self._decoder.prefill([row.tokens.ids for row in rows], images, self._image_id)
+    def _prompts(self, rows: Sequence[Row], beat: Beat) -> list[tuple[Row, Prompt]]:
+        """Each row's prompt, less the beginning that it shares with others."""
+        batch = [heads(row.tokens, self._image_id) for row in rows]
+        for index, head in self._prefixes.worth_reading(batch):
+            self._prefixes.keep(head, self._read_head(rows[index].tokens, head, batch[index]))
+            beat()
+        known = [self._prefixes.longest(row_heads) for row_heads in batch]
+        rests = [_rest(row.tokens, found) for row, found in zip(rows, known, strict=True)]
+        # All at once, so that they are encoded in chunks.
+        features = self._features(picture for rest in rests for picture in rest.pictures)
+        return [(row, _prompt(rest, features, found)) for row, rest, found in zip(rows, rests, known, strict=True)]
+
+    def _read_head(self, tokens: Tokens, head: Head, row_heads: Sequence[Head]) -> Prefix:
+        beginning = Tokens(tokens.ids[: head.length], tokens.pictures[: head.images])
+        # Examples that were shared before and one more: only what is new is read.
+        shorter = self._prefixes.longest([each for each in row_heads if each.length < head.length])
+        rest = _rest(beginning, shorter)
+        return self._decoder.read_prefix(_prompt(rest, self._features(rest.pictures), shorter), self._image_id)
+
+    def _read(self, chunk: Sequence[tuple[Row, Prompt]]) -> None:
+        logits = self._decoder.read([prompt for _, prompt in chunk], self._image_id)
         first = len(self._running)
-        for row in rows:
+        for row, _ in chunk:
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
             self._running.append((Progress(row, self.decode), sampler))
         self._advance(logits, first)
@@ -98,13 +119,26 @@ class ContinuousModel(StockModel):
             self._running[slot] = last
 
 
-def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows of like length together, as many as PREFILL_TOKENS allow with their padding, one at least."""
-    chunk: list[Row] = []
-    for row in sorted(rows, key=lambda row: len(row.tokens.ids)):
-        if chunk and (len(chunk) + 1) * len(row.tokens.ids) > PREFILL_TOKENS:
+Known = tuple[Head, Prefix] | None
+
+
+def _rest(tokens: Tokens, known: Known) -> Tokens:
+    """A prompt without the beginning that is kept."""
+    head = known[0] if known else None
+    return Tokens(tokens.ids[head.length :], tokens.pictures[head.images :]) if head else tokens
+
+
+def _prompt(rest: Tokens, features: Mapping[bytes, Tensor], known: Known) -> Prompt:
+    return Prompt(rest.ids, [features[picture.key] for picture in rest.pictures], known[1] if known else None)
+
+
+def _chunks(prompts: Sequence[tuple[Row, Prompt]]) -> Iterator[list[tuple[Row, Prompt]]]:
+    """Prompts of like length together, as many as PREFILL_TOKENS allow with their padding, one at least."""
+    chunk: list[tuple[Row, Prompt]] = []
+    for row, prompt in sorted(prompts, key=lambda pair: len(pair[1].ids)):
+        if chunk and (len(chunk) + 1) * len(prompt.ids) > PREFILL_TOKENS:
             yield chunk
             chunk = []
-        chunk.append(row)
+        chunk.append((row, prompt))
     if chunk:
         yield chunk

@@ -1,13 +1,14 @@
 """IDEFICS' text decoder with a cache of slots, so that rows join and leave at any step.
 
-The arithmetic is that of transformers' `modeling_idefics.py`; three things are kept that it computes again at each
-step: the cross-attention's keys and values (once per image), and, after the prompt, only those of the image that new
-tokens still attend to (each token sees the image before it, and no other).
+The arithmetic is that of transformers' `modeling_idefics.py`; three things are kept that it computes again: the
+cross-attention's keys and values (projected once per image), of those after the prompt only the ones that new tokens
+still attend to (each token sees the image before it, and no other), and whole beginnings of prompts (`Prefix`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +25,50 @@ KeysValues = tuple[Tensor, Tensor]
 Block = Any
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A prompt's beginning, read: each layer's keys and values (heads, length, head size), and its last image."""
+
+    layers: tuple[KeysValues, ...]
+    last_image: Tensor | None
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return int(self.layers[0][0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is still to be read of a prompt: token ids, and the features (length, width) of each image among them."""
+
+    ids: Sequence[int]
+    images: Sequence[Tensor]
+    prefix: Prefix | None = None
+
+    @property
+    def start(self) -> int:
+        return self.prefix.length if self.prefix else 0
+
+    @property
+    def image_before(self) -> Tensor | None:
+        return self.prefix.last_image if self.prefix else None
+
+    @property
+    def last_image(self) -> Tensor | None:
+        """What the tokens after the prompt attend to."""
+        return self.images[-1] if self.images else self.image_before
+
+
 class SlotCache:
     """Keys and values (slots, heads, capacity, head size) of each layer. Slots 0 to n-1 are in use."""
 
     def __init__(self, layers: int) -> None:
         self._layers: list[KeysValues | None] = [None] * layers
-
-    def layer(self, index: int) -> KeysValues:
-        kept = self._layers[index]
-        assert kept is not None, "nothing was written yet"
-        return kept
 
     def reserve(self, index: int, slots: int, like: Tensor, capacity: int) -> KeysValues:
         """A layer's tensors with room for so many slots and positions; what they hold stays."""
@@ -49,84 +84,81 @@ class SlotCache:
         self._layers[index] = grown[0], grown[1]
         return grown[0], grown[1]
 
+    def layer(self, index: int) -> KeysValues:
+        kept = self._layers[index]
+        assert kept is not None, "nothing was written yet"
+        return kept
+
     def move(self, source: int, target: int) -> None:
         """Put one slot's content in another's place."""
         for kept in self._layers:
-            if kept is not None:
-                for tensor in kept:
-                    tensor[target] = tensor[source]
+            for tensor in kept or ():
+                tensor[target] = tensor[source]
+
+    def copy(self, slot: int, length: int) -> tuple[KeysValues, ...]:
+        """A slot's first positions, in every layer."""
+        layers = range(len(self._layers))
+        return tuple(
+            (keys[slot, :, :length].clone(), values[slot, :, :length].clone())
+            for keys, values in map(self.layer, layers)
+        )
 
 
 class IdeficsDecoder:
-    """Prompts and steps for rows in slots. All rows of a call are at their own positions."""
+    """Reads prompts into slots, and appends a token to every slot at a time."""
 
     def __init__(self, model: IdeficsForVisionText2Text) -> None:
-        self._model = model.model
-        self._head = model.lm_head
+        self._model: Block = model.model
+        self._head: Block = model.lm_head
         self._interval: int = model.config.cross_layer_interval
-        self._rotary = model.model.layers[0].self_attn.rotary_emb
-        self._self_cache = SlotCache(len(model.model.layers))
-        self._cross_cache = SlotCache(len(model.model.gated_cross_attn_layers))
+        self._rotary: Block = model.model.layers[0].self_attn.rotary_emb
         self._device = model.device
+        self._own = SlotCache(len(model.model.layers))
+        self._cross = SlotCache(len(model.model.gated_cross_attn_layers))
         #: Keys of one image: the resampler's latents, or the vision tower's patches.
         self._width = 0
-        #: (slots,) tokens that each slot holds, and whether its row shows an image.
+        #: By slot: its tokens, and whether new ones see an image.
         self._lengths: list[int] = []
         self._sees: list[bool] = []
 
-    @property
-    def rows(self) -> int:
-        return len(self._lengths)
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Prompt], image_id: int) -> Tensor:
+        """Read prompts into the next free slots, in order. Their next token's logits (prompts, vocabulary)."""
+        states = self._read(prompts, image_id)
+        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=self._device)
+        return self._logits(states[torch.arange(len(prompts), device=self._device), last])
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], images: Sequence[Sequence[Tensor]], image_id: int) -> Tensor:
-        """Read prompts into the next free slots, in order. Their next token's logits (prompts, vocabulary).
-
-        `images[row]` are the features (length, width) of the row's images, in the order of its image tokens.
-        """
-        length = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), length, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            # Padding on the right: causal attention never sees it.
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        seen = (ids == image_id).cumsum(dim=1)
-        ids, seen = ids.to(self._device), seen.to(self._device)
-        first, count = self.rows, len(prompts)
-        states = self._model.embed_tokens(ids)
-        rotary = self._rotary(states, torch.arange(length, device=self._device)[None])
-        shown = _Shown(images, seen, states)
-        for index, layer in enumerate(self._model.layers):
-            if index % self._interval == 0:
-                states = self._cross_prefill(index // self._interval, states, shown, first)
-            states = self._self_prefill(index, layer, states, rotary, first)
-        self._lengths += map(len, prompts)
-        self._sees += [bool(row) for row in images]
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
-        return self._logits(states[torch.arange(count, device=self._device), last])
+    def read_prefix(self, prompt: Prompt, image_id: int) -> Prefix:
+        """Read a prompt's beginning, to be shared by the prompts that begin so."""
+        self._read([prompt], image_id)
+        slot = len(self._lengths) - 1
+        prefix = Prefix(self._own.copy(slot, self._lengths[slot]), prompt.last_image)
+        self.release(slot)
+        return prefix
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each slot. The next token's logits (slots, vocabulary)."""
-        lengths = torch.tensor(self._lengths, device=self._device)
+        starts = torch.tensor(self._lengths, device=self._device)
+        places = _Places(self._device, 0, starts, 1, max(self._lengths))
         states = self._model.embed_tokens(torch.tensor(tokens, device=self._device)[:, None])
-        rotary = self._rotary(states, lengths[:, None])
-        longest = max(self._lengths) + 1
-        mask = (torch.arange(longest, device=self._device) <= lengths[:, None])[:, None, None, :]
+        rotary = self._rotary(states, places.positions)
         blind = None if all(self._sees) else ~torch.tensor(self._sees, device=self._device)[:, None, None]
         for index, layer in enumerate(self._model.layers):
             if index % self._interval == 0:
-                states = self._cross_step(index // self._interval, states, blind)
-            states = self._self_step(index, layer, states, rotary, lengths, mask)
+                states = self._look_back(index // self._interval, states, blind)
+            states = self._attend(index, layer, states, rotary, places)
         self._lengths = [length + 1 for length in self._lengths]
         return self._logits(states[:, 0])
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Free a slot: the last row in use moves into it."""
-        last = self.rows - 1
+        last = len(self._lengths) - 1
         if slot != last:
-            self._self_cache.move(last, slot)
-            self._cross_cache.move(last, slot)
+            self._own.move(last, slot)
+            self._cross.move(last, slot)
             self._lengths[slot], self._sees[slot] = self._lengths[last], self._sees[last]
         del self._lengths[last], self._sees[last]
 
@@ -135,83 +167,126 @@ class IdeficsDecoder:
         self._lengths.clear()
         self._sees.clear()
 
+    def _read(self, prompts: Sequence[Prompt], image_id: int) -> Tensor:
+        length = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.zeros(len(prompts), length, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            # Padding on the right: no kept token looks at it, and the next tokens overwrite it.
+            ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+        ids = ids.to(self._device)
+        starts = torch.tensor([prompt.start for prompt in prompts], device=self._device)
+        places = _Places(self._device, len(self._lengths), starts, length, max(prompt.start for prompt in prompts))
+        states: Tensor = self._model.embed_tokens(ids)
+        rotary = self._rotary(states, places.positions)
+        shown = _Shown(prompts, (ids == image_id).cumsum(dim=1), states)
+        for index, layer in enumerate(self._model.layers):
+            if index % self._interval == 0:
+                states = self._look(index // self._interval, states, shown, places)
+            self._recall(index, prompts, places, states)
+            states = self._attend(index, layer, states, rotary, places)
+        self._lengths += [prompt.start + len(prompt.ids) for prompt in prompts]
+        self._sees += [prompt.last_image is not None for prompt in prompts]
+        return states
+
     def _logits(self, states: Tensor) -> Tensor:
         logits: Tensor = self._head(self._model.norm(states))
         return logits.float()
 
     # The text's own attention
 
-    def _self_prefill(self, index: int, layer: Block, states: Tensor, rotary: KeysValues, first: int) -> Tensor:
-        attention = layer.self_attn
-        query, key, value = _projected(attention, layer.input_layernorm(states))
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
-        end, length = first + len(states), states.shape[1]
-        kept = self._self_cache.reserve(index, end, key, length + 1)
-        for cache, new in zip(kept, (key, value), strict=True):
-            cache[first:end, :, :length] = new
-        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
-        return _mixed(layer, states + attention.o_proj(_joined(attended)))
+    def _recall(self, index: int, prompts: Sequence[Prompt], places: _Places, states: Tensor) -> None:
+        """Put the prompts' prefixes into their slots."""
+        for slot, prompt in enumerate(prompts, start=places.first):
+            if prompt.prefix is not None:
+                keys, values = prompt.prefix.layers[index]
+                kept = self._own.reserve(index, places.end, keys[None], places.longest)
+                kept[0][slot, :, : prompt.start], kept[1][slot, :, : prompt.start] = keys, values
 
-    def _self_step(
-        self, index: int, layer: Block, states: Tensor, rotary: KeysValues, lengths: Tensor, mask: Tensor
-    ) -> Tensor:
+    def _attend(self, index: int, layer: Block, states: Tensor, rotary: KeysValues, places: _Places) -> Tensor:
         attention = layer.self_attn
-        query, key, value = _projected(attention, layer.input_layernorm(states))
+        normed = layer.input_layernorm(states)
+        query, key = (_headed(attention, project(normed)) for project in (attention.q_proj, attention.k_proj))
+        value = _headed(attention, attention.v_proj(normed))
         query, key = apply_rotary_pos_emb(query, key, *rotary)
-        rows, longest = len(states), mask.shape[-1]
-        keys, values = self._self_cache.reserve(index, rows, key, longest)
-        slots = torch.arange(rows, device=self._device)
-        keys[slots, :, lengths], values[slots, :, lengths] = key[:, :, 0], value[:, :, 0]
-        attended = scaled_dot_product_attention(query, keys[:rows, :, :longest], values[:rows, :, :longest], mask)
-        return _mixed(layer, states + attention.o_proj(_joined(attended)))
+        keys, values = self._own.reserve(index, places.end, key, places.longest)
+        keys[places.slots, :, places.positions] = key.transpose(1, 2)
+        values[places.slots, :, places.positions] = value.transpose(1, 2)
+        if places.mask is None:
+            attended = scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            seen = (slice(places.first, places.end), slice(None), slice(places.longest))
+            attended = scaled_dot_product_attention(query, keys[seen], values[seen], places.mask)
+        states = states + attention.o_proj(_joined(attended))
+        mixed: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+        return mixed
 
     # The gated attention to images
 
-    def _cross_prefill(self, index: int, states: Tensor, shown: _Shown, first: int) -> Tensor:
+    def _look(self, index: int, states: Tensor, shown: _Shown, places: _Places) -> Tensor:
+        """While prompts are read: each token sees the image before it."""
         block = self._model.gated_cross_attn_layers[index]
         if shown.distinct is None:
-            return _mixed_cross(block, states)
-        keys, values = _image_keys_values(block.cross_attn, shown.distinct)
+            return _mixed(block, states)
+        attention = block.cross_attn
+        keys = _headed(attention, attention.k_proj(shown.distinct))
+        values = _headed(attention, attention.v_proj(shown.distinct))
+        keys = attention.k_layer_norm(keys) if attention.qk_layer_norms else keys
         self._width = keys.shape[2]
-        end = first + len(states)
-        kept = self._cross_cache.reserve(index, end, keys, keys.shape[2])
+        kept = self._cross.reserve(index, places.end, keys, self._width)
         for cache, new in zip(kept, (keys, values), strict=True):
-            cache[first:end, :, : new.shape[2]] = new[shown.last]
-        query = _query(block.cross_attn, block.input_layernorm(states))
+            cache[places.first : places.end, :, : self._width] = new[shown.last]
+        query = _query(block, states)
         attended = scaled_dot_product_attention(query, shown.side_by_side(keys), shown.side_by_side(values), shown.mask)
         return _gated(block, states, attended, shown.blind)
 
-    def _cross_step(self, index: int, states: Tensor, blind: Tensor | None) -> Tensor:
+    def _look_back(self, index: int, states: Tensor, blind: Tensor | None) -> Tensor:
+        """After the prompt: every token sees its row's last image."""
         block = self._model.gated_cross_attn_layers[index]
         if not any(self._sees):
-            return _mixed_cross(block, states)
-        keys, values = self._cross_cache.layer(index)
-        query = _query(block.cross_attn, block.input_layernorm(states))
-        rows = slice(len(states))
-        attended = scaled_dot_product_attention(query, keys[rows, :, : self._width], values[rows, :, : self._width])
+            return _mixed(block, states)
+        kept = self._cross.layer(index)
+        keys, values = (tensor[: len(states), :, : self._width] for tensor in kept)
+        attended = scaled_dot_product_attention(_query(block, states), keys, values)
         return _gated(block, states, attended, blind)
 
 
-class _Shown:
-    """The images of a batch of prompts, laid out for the cross-attention of one prefill."""
+class _Places:
+    """Where new tokens stand: `count` of them a row, behind the `starts` (rows,) that their slots hold already."""
 
-    def __init__(self, images: Sequence[Sequence[Tensor]], seen: Tensor, like: Tensor) -> None:
+    def __init__(self, device: torch.device, first: int, starts: Tensor, count: int, latest: int) -> None:
+        self.first, self.end = first, first + len(starts)
+        #: Positions that a slot needs.
+        self.longest = latest + count
+        #: (rows, 1) and (rows, count).
+        self.slots = torch.arange(self.first, self.end, device=device)[:, None]
+        self.positions = starts[:, None] + torch.arange(count, device=device)
+        #: (rows, 1, count, longest): a token sees those up to itself. None where nothing stands before: plain causal.
+        self.mask = None
+        if latest:
+            self.mask = (torch.arange(self.longest, device=device) <= self.positions[..., None])[:, None]
+
+
+class _Shown:
+    """The images of prompts, laid out for the cross-attention. Each row begins with the image before it, if any."""
+
+    def __init__(self, prompts: Sequence[Prompt], seen: Tensor, like: Tensor) -> None:
         """`seen` (rows, length) counts the image tokens up to each token."""
-        distinct = {id(image): image for row in images for image in row}
+        rows = [[prompt.image_before, *prompt.images] for prompt in prompts]
+        distinct = {id(image): image for row in rows for image in row if image is not None}
         places = {key: place for place, key in enumerate(distinct)}
-        most = max(1, *map(len, images))
-        index = [[places[id(image)] for image in row] + [0] * (most - len(row)) for row in images]
-        last = [places[id(row[-1])] if row else 0 for row in images]
+        most = max(map(len, rows))
+        index = [[places.get(id(image), 0) for image in row] + [0] * (most - len(row)) for row in rows]
         self._index = torch.tensor(index, device=like.device)
         #: (images, length, width) of each distinct image once; None where no row shows one.
         self.distinct = torch.stack(list(distinct.values())).to(like) if distinct else None
-        #: (rows,) which of them each row's new tokens attend to.
-        self.last = torch.tensor(last, device=like.device)
+        #: (rows,) which of them the tokens after each prompt see.
+        self.last = torch.tensor([places.get(id(prompt.last_image), 0) for prompt in prompts], device=like.device)
+        begins = torch.tensor([prompt.image_before is None for prompt in prompts], device=like.device)
         #: (rows, length, 1): tokens before any image.
-        self.blind = (seen == 0)[..., None]
+        self.blind = ((seen == 0) & begins[:, None])[..., None]
         width = 0 if self.distinct is None else self.distinct.shape[1]
-        image_of_key = torch.arange(1, most + 1, device=like.device).repeat_interleave(width)
-        #: (rows, 1, length, keys): each token attends to the image before it.
+        image_of_key = torch.arange(most, device=like.device).repeat_interleave(width)
+        #: (rows, 1, length, keys): each token sees the image before it.
         self.mask = (seen[..., None] == image_of_key)[:, None]
 
     def side_by_side(self, kept: Tensor) -> Tensor:
@@ -219,24 +294,6 @@ class _Shown:
         each = kept[self._index]
         rows, images, heads, length, size = each.shape
         return each.transpose(1, 2).reshape(rows, heads, images * length, size)
-
-
-def _projected(attention: Block, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = (
-        _headed(attention, projection(states)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    return query, key, value
-
-
-def _query(attention: Block, states: Tensor) -> Tensor:
-    query = _headed(attention, attention.q_proj(states))
-    return attention.q_layer_norm(query) if attention.qk_layer_norms else query
-
-
-def _image_keys_values(attention: Block, features: Tensor) -> KeysValues:
-    keys = _headed(attention, attention.k_proj(features))
-    values = _headed(attention, attention.v_proj(features))
-    return (attention.k_layer_norm(keys) if attention.qk_layer_norms else keys), values
 
 
 def _headed(attention: Block, states: Tensor) -> Tensor:
@@ -249,18 +306,19 @@ def _joined(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
-def _mixed(layer: Block, states: Tensor) -> Tensor:
-    mixed: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
-    return mixed
+def _query(block: Block, states: Tensor) -> Tensor:
+    attention = block.cross_attn
+    query = _headed(attention, attention.q_proj(block.input_layernorm(states)))
+    return attention.q_layer_norm(query) if attention.qk_layer_norms else query
 
 
 def _gated(block: Block, states: Tensor, attended: Tensor, blind: Tensor | None) -> Tensor:
     added = block.cross_attn.o_proj(_joined(attended))
     if blind is not None:
         added = added.masked_fill(blind, 0.0)
-    return _mixed_cross(block, states + block.act_cross_attn(block.alpha_cross_attn) * added)
+    return _mixed(block, states + block.act_cross_attn(block.alpha_cross_attn) * added)
 
 
-def _mixed_cross(block: Block, states: Tensor) -> Tensor:
+def _mixed(block: Block, states: Tensor) -> Tensor:
     mixed: Tensor = states + block.act_dense(block.alpha_dense) * block.mlp(block.post_attention_layernorm(states))
     return mixed

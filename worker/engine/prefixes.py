@@ -1,0 +1,85 @@
+"""Beginnings that prompts share, read once: few-shot examples, instructions. Found by content, bounded in bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from worker.engine.row import Tokens
+from worker.models.idefics_decoder import Prefix
+
+#: Tokens. Shorter beginnings are read as fast as they are copied.
+MIN_TOKENS = 16
+#: Heads of past prompts that are remembered, to know one that comes again.
+REMEMBERED = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A prompt's beginning before one of its images: what differs between jobs is mostly the last image."""
+
+    key: bytes
+    length: int
+    images: int
+
+
+def heads(tokens: Tokens, image_id: int) -> list[Head]:
+    """The beginnings of a prompt that are worth keeping, the longest first."""
+    found: list[Head] = []
+    content = hashlib.blake2b(digest_size=16)
+    start = images = 0
+    for place, token in enumerate(tokens.ids):
+        if token != image_id:
+            continue
+        content.update(array("q", tokens.ids[start:place]).tobytes())
+        if place >= MIN_TOKENS:
+            found.append(Head(content.digest(), place, images))
+        content.update(tokens.pictures[images].key)
+        images += 1
+        start = place
+    return found[::-1]
+
+
+class PrefixCache:
+    """Least-recently-used prefixes. Used by the engine's thread only."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+
+    def longest(self, row: Sequence[Head]) -> tuple[Head, Prefix] | None:
+        """The longest kept beginning of a prompt."""
+        for head in row:
+            prefix = self._kept.get(head.key)
+            if prefix is not None:
+                self._kept.move_to_end(head.key)
+                return head, prefix
+        return None
+
+    def worth_reading(self, batch: Sequence[Sequence[Head]]) -> list[tuple[int, Head]]:
+        """Beginnings to read on their own, and a prompt of the batch that has each: the longest that several prompts
+        of the batch share, or that came before. Call once a batch."""
+        shared = Counter(head.key for row in batch for head in row)
+        found: dict[bytes, tuple[int, Head]] = {}
+        for index, row in enumerate(batch):
+            head = next((head for head in row if shared[head.key] > 1 or head.key in self._seen), None)
+            if head is not None and head.key not in self._kept:
+                found[head.key] = index, head
+        for key in shared:
+            self._seen[key] = None
+            self._seen.move_to_end(key)
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        return list(found.values())
+
+    def keep(self, head: Head, prefix: Prefix) -> None:
+        self._kept[head.key] = prefix
+        self._bytes += prefix.nbytes
+        while self._bytes > self._max_bytes and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._bytes -= dropped.nbytes
