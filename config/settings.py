@@ -35,9 +35,12 @@ Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_networks)]
 
 
 class Settings(BaseSettings):
-    """Every setting with its unit and reason. An unknown `IDEFICS_` name is refused: it is a misspelt one."""
+    """Every setting with its unit and reason. An unknown `IDEFICS_` name is refused: it is a misspelt one.
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    An empty value is the default.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     #: Redis that holds the queues. SecretStr, since the URL may carry a password.
     broker_url: SecretStr = SecretStr("redis://localhost:6379/0")

@@ -19,6 +19,7 @@ from config.logging import configure
 from config.settings import load
 from tasks.errors import Internal, InvalidRequest, JobError
 from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, parse
+from worker.pool import SoftShutdown
 from worker.service import Canceled, Service, Ticket
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 settings = load()
 app = Celery("idefics", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY))
+app.steps["worker"].add(SoftShutdown)
 
 _service: Service | None = None
 
@@ -49,6 +51,8 @@ class JobTask(Task):  # type: ignore[misc]
     """One of the six: its name says which payload its keyword arguments are."""
 
     abstract = True
+    # Logs and events say that a job succeeded, and not what it answered.
+    resultrepr_maxsize = 0
 
     def run(self, *args: Any, **arguments: Any) -> dict[str, Any]:
         try:

@@ -49,10 +49,10 @@ class ContinuousModel(StockModel):
         try:
             with memory_errors():
                 self._run_on(rows, beat, newcomers)
-        finally:
-            # What failed on the way left rows behind.
+        except BaseException:
             self._running.clear()
             self._decoder.clear()
+            raise
 
     def _run_on(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self._join(rows, beat)

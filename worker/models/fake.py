@@ -45,6 +45,8 @@ class FakeModel:
             for row in rows:
                 if not row.is_done:
                     _advance(row, step)
+            if all(row.is_done for row in rows):
+                return
 
 
 def _advance(row: Row, step: int) -> None:

@@ -84,6 +84,10 @@ class SlotCache:
         self._layers[index] = grown[0], grown[1]
         return grown[0], grown[1]
 
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._layers = [None] * len(self._layers)
+
     def layer(self, index: int) -> KeysValues:
         kept = self._layers[index]
         assert kept is not None, "nothing was written yet"
@@ -163,9 +167,11 @@ class IdeficsDecoder:
         del self._lengths[last], self._sees[last]
 
     def clear(self) -> None:
-        """Free all slots; their memory stays for the next rows."""
+        """Free all slots and their memory, after a failure on the way."""
         self._lengths.clear()
         self._sees.clear()
+        self._own.clear()
+        self._cross.clear()
 
     def _read(self, prompts: Sequence[Prompt], image_id: int) -> Tensor:
         length = max(len(prompt.ids) for prompt in prompts)

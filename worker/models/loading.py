@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, IdeficsF
 from config.settings import Settings
 from tasks.payloads import ModelInfo
 from worker.engine.continuous import ContinuousModel
+from worker.engine.runner import StockModel
 from worker.models import Model
 from worker.models.fake import FakeModel
 from worker.models.idefics import IdeficsAdapter
@@ -55,7 +56,10 @@ def load(settings: Settings) -> Model:
         raise SetupFailed(
             f"Cannot load {settings.model}: {error} IDEFICS_MODEL takes a hub id or a folder with safetensors."
         ) from error
-    return ContinuousModel(IdeficsAdapter(model.eval(), processor), _info(settings, model), settings.max_batch_tokens)
+    # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
+    devices = {parameter.device for parameter in model.parameters()}
+    runner = ContinuousModel if len(devices) == 1 else StockModel
+    return runner(IdeficsAdapter(model.eval(), processor), _info(settings, model), settings.max_batch_tokens)
 
 
 def _dtype(settings: Settings) -> torch.dtype | str:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from worker.pool.pool import InferencePool
+from worker.pool.pool import InferencePool, SoftShutdown
 
-__all__ = ["InferencePool"]
+__all__ = ["InferencePool", "SoftShutdown"]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from billiard.exceptions import Terminated
+from celery import bootsteps
 from celery.concurrency.base import BasePool
 from celery.concurrency.prefork import _run_ready_callbacks
 from celery.exceptions import WorkerShutdown
@@ -24,7 +25,7 @@ from config.settings import Settings
 from config.settings import load as load_settings
 from tasks.errors import DeadlineExceeded, WorkerLost
 from worker.pool import quarantine
-from worker.pool.job import Callbacks, Job, JobState, sendable
+from worker.pool.job import Callback, Callbacks, Job, JobState, sendable
 from worker.pool.launch import ModelProcess
 from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
@@ -114,15 +115,20 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def on_stop(self) -> None:
         """Warm shutdown: what runs ends; what waits goes back to the queue."""
+        self.drain()
+        self._leave(LEAVE_S)
+
+    def drain(self, timeout: float = float("inf")) -> None:
+        """Take no job any more, and wait for those that run, at most so many seconds."""
         self._closing = True
         self._hub_is_gone()
-        while self._is_ready and self._in_flight:
+        end = time.monotonic() + timeout
+        while self._is_ready and self._in_flight and time.monotonic() < end:
             self._wait(TICK_S)
             hub = get_event_loop()
             if hub is not None:
                 hub.fire_timers()
                 _run_ready_callbacks(hub)
-        self._leave(LEAVE_S)
 
     def on_terminate(self) -> None:
         """Cold shutdown: nothing is acknowledged, so every job goes back to the queue."""
@@ -419,4 +425,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
         }
 
 
-Callback = Callable[..., Any]
+class SoftShutdown(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Celery's soft shutdown sleeps out its whole time; ours is over when the last running job is."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, worker: Any) -> None:
+        timeout = worker.app.conf.worker_soft_shutdown_timeout
+        worker.wait_for_soft_shutdown = functools.partial(worker.pool.drain, timeout)
