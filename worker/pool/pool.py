@@ -187,7 +187,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _dispatch(self) -> None:
         """Send what may run now: everything, or after a death one group of suspects after the other."""
-        if not self._is_ready:
+        if self._closing or not self._is_ready:
             return
         if (self._quarantine or self._isolates) and self._in_flight:
             return
