@@ -9,11 +9,13 @@ import os
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "IDEFICS_"
+DEFAULT_BROKER = "redis://localhost:6379/0"
 
 Network = IPv4Network | IPv6Network
 
@@ -28,9 +30,17 @@ def _networks(value: Any) -> Any:
     return [ip_network(item) if isinstance(item, str) else item for item in _split(value)]
 
 
+def _next_database(url: str) -> str:
+    parts = urlsplit(url)
+    database = parts.path.strip("/")
+    if parts.scheme not in ("redis", "rediss") or not (database or "0").isdecimal():
+        return f"{DEFAULT_BROKER[:-1]}1"
+    return urlunsplit(parts._replace(path=f"/{int(database or 0) + 1}"))
+
+
 #: Comma-separated in the environment.
 CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
+Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65_535)], ...], NoDecode, BeforeValidator(_split)]
 Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_networks)]
 
 
@@ -40,12 +50,14 @@ class Settings(BaseSettings):
     An empty value is the default.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     #: Redis that holds the queues. SecretStr, since the URL may carry a password.
-    broker_url: SecretStr = SecretStr("redis://localhost:6379/0")
-    #: Redis that holds the results; another database or server than the broker's.
-    result_backend: SecretStr = SecretStr("redis://localhost:6379/1")
+    broker_url: SecretStr = SecretStr(DEFAULT_BROKER)
+    #: Redis that holds the results; the default is the broker's next database.
+    result_backend: SecretStr = SecretStr("")
 
     #: A hub id, a folder, or `demo`: the checkpoint in worker/demo. `fake` answers without a network, for tests of
     #: what stands around it; `fake:0.05` takes so many seconds a token.
@@ -109,6 +121,12 @@ class Settings(BaseSettings):
     visibility_timeout_s: int = Field(default=3_600, ge=1)
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _results_lie_beside_the_queues(cls, values: dict[str, Any]) -> dict[str, Any]:
+        broker = SecretStr(str(values.get("broker_url", DEFAULT_BROKER)))
+        return {"result_backend": _next_database(broker.get_secret_value()), **values}
 
     @field_validator("broker_url", "result_backend")
     @classmethod

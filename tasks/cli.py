@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import click
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from .client import Client
 from .errors import JobCanceled, JobError
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
 
+UNREACHABLE = (OperationalError, RedisError)
 #: `caption` for `idefics.caption`.
 TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
 
@@ -26,7 +29,14 @@ TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
 @click.pass_context
 def main(context: click.Context, broker: str | None, results: str | None) -> None:
     """Jobs for the IDEFICS workers."""
-    context.obj = lambda: Client(broker, result_backend=results)
+    context.obj = lambda: _client(broker, results)
+
+
+def _client(broker: str | None, results: str | None) -> Client:
+    try:
+        return Client(broker, result_backend=results)
+    except ValueError as error:
+        raise click.UsageError(f"{error} On the command line it is --results.") from None
 
 
 @main.command()
@@ -48,7 +58,7 @@ def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait:
     """
     try:
         job = client().submit(parse(f"idefics.{task}", arguments(TASKS[task], fields)), priority=priority)
-    except JobError as error:
+    except (JobError, *UNREACHABLE) as error:
         _fail(error)
     if wait:
         _print_result(job, timeout)
@@ -68,14 +78,17 @@ def result(client: Any, id: str, timeout: float | None) -> None:
 def _print_result(job: Any, timeout: float | None) -> None:
     try:
         answer: Result = job.result(timeout)
-    except (JobError, JobCanceled, TimeoutError) as error:
+    except (JobError, JobCanceled, TimeoutError, *UNREACHABLE) as error:
         _fail(error)
     click.echo(answer.model_dump_json(indent=2))
 
 
 def _fail(error: Exception) -> Any:
-    code = f"{error.code}: " if isinstance(error, JobError) else ""
-    click.echo(f"{code}{error}", err=True)
+    if isinstance(error, UNREACHABLE):
+        click.echo(f"Redis cannot be reached ({error}): is it up, and --broker right?", err=True)
+    else:
+        code = f"{error.code}: " if isinstance(error, JobError) else ""
+        click.echo(f"{code}{error}", err=True)
     sys.exit(1)
 
 

@@ -100,6 +100,8 @@ class Client:
             kwargs=job.arguments(),
             queue=options.pop("queue", self._queue),
             priority=priority,
+            # Whatever the app's default: the workers read nothing else.
+            serializer="json",
             headers={SUBMITTED_AT: time.time(), **options.pop("headers", {})},
             # What the broker's monitors and logs show: no prompt, no signed URL.
             argsrepr="()",
@@ -143,7 +145,9 @@ class Client:
 def _app(broker_url: str | None, result_backend: str | None) -> Celery:
     broker = broker_url or os.environ.get("IDEFICS_BROKER_URL", DEFAULT_BROKER)
     known = None if broker_url else os.environ.get("IDEFICS_RESULT_BACKEND")
-    app = Celery("idefics_jobs", broker=broker, backend=result_backend or known or database_after(broker))
+    backend = result_backend or known or database_after(broker)
+    # Not the process's current app: that is its own.
+    app = Celery("idefics_jobs", broker=broker, backend=backend, set_as_current=False)
     app.conf.update(
         task_serializer="json",
         result_serializer="json",

@@ -6,8 +6,10 @@ our client before it sends, the worker before it runs.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import (
@@ -21,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from .errors import ImageBlocked, InvalidRequest
 
@@ -40,7 +43,8 @@ END_OF_UTTERANCE = "<end_of_utterance>"
 RESERVED_TOKENS = ("<image>", "<fake_token_around_image>", "<s>", "</s>", "<unk>", "<pad>")
 
 _WEB_IMAGE = re.compile(r"https?://\S+", re.IGNORECASE)
-_DATA_IMAGE = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_DATA_IMAGE = re.compile(r"data:image/\S+", re.IGNORECASE)
+_DATA_FORM = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _IMAGE_FORMS = 'an image is an http(s) URL, a data:image/...;base64, URI or {"path": "a/b.jpg"}'
 
@@ -51,12 +55,12 @@ class _Frozen(BaseModel):
 
 
 def is_image_url(text: str) -> bool:
-    """True for a string that is wholly an http(s) URL or a `data:image/...;base64,` URI."""
-    return bool(_WEB_IMAGE.fullmatch(text) or _DATA_IMAGE.match(text))
+    """True for a string that is wholly an http(s) URL or a `data:image/` URI."""
+    return bool(_WEB_IMAGE.fullmatch(text) or _DATA_IMAGE.fullmatch(text))
 
 
 def _checked_image_url(text: str) -> str:
-    if is_image_url(text):
+    if _WEB_IMAGE.fullmatch(text) or _DATA_FORM.match(text):
         return text
     if _SCHEME.match(text):
         raise ImageBlocked("An image is an http(s) URL or a data:image/...;base64, URI: no other scheme is read.")
@@ -72,13 +76,19 @@ def _checked_image(value: Any) -> Any:
 
 
 def _without(tokens: tuple[str, ...]) -> AfterValidator:
-    def check(text: str) -> str:
-        for token in tokens:
-            if token in text:
-                raise ValueError(f"the text holds {token}, which is reserved: remove it")
-        return text
+    return AfterValidator(functools.partial(_refuse_tokens, tokens))
 
-    return AfterValidator(check)
+
+def _refuse_tokens(tokens: tuple[str, ...], text: str) -> str:
+    for token in tokens:
+        if token in text:
+            raise ValueError(f"the text holds {token}, which is reserved: remove it")
+    return text
+
+
+def _refuse_tokens_in_pieces(tokens: tuple[str, ...], texts: Iterable[str | None]) -> None:
+    """Texts that follow one another are joined in the prompt, without outer blanks; None stands for an image."""
+    _refuse_tokens(tokens, "".join("\n" if text is None else text.strip(" ") for text in texts))
 
 
 ImageUrl = Annotated[str, AfterValidator(_checked_image_url)]
@@ -132,7 +142,11 @@ class Job(_Frozen):
     @field_validator("metadata")
     @classmethod
     def _metadata_is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+        try:
+            size = len(json.dumps(metadata, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ValueError("metadata holds what JSON cannot say") from None
+        if size > MAX_METADATA_BYTES:
             raise ValueError(f"metadata has more than {MAX_METADATA_BYTES} bytes as JSON")
         return metadata
 
@@ -239,6 +253,14 @@ class Complete(Job):
             return prompt
         return [_named_part(part) if isinstance(part, str) else part for part in prompt]
 
+    @field_validator("prompt")
+    @classmethod
+    def _no_reserved_token_in_pieces(cls, prompt: list[ImagePart | TextPart]) -> list[ImagePart | TextPart]:
+        _refuse_tokens_in_pieces(
+            RESERVED_TOKENS, (part.text if isinstance(part, TextPart) else None for part in prompt)
+        )
+        return prompt
+
 
 def _named_part(text: str) -> dict[str, str]:
     return {"image": text} if is_image_url(text) else {"text": text}
@@ -279,6 +301,15 @@ class Chat(Job):
             raise ValueError("the last message must be the user's")
         return messages
 
+    @field_validator("messages")
+    @classmethod
+    def _no_reserved_token_in_pieces(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        for message in messages:
+            parts = message.content if isinstance(message.content, list) else []
+            texts = (part.text if isinstance(part, ChatTextPart) else None for part in parts)
+            _refuse_tokens_in_pieces((*RESERVED_TOKENS, END_OF_UTTERANCE), texts)
+        return messages
+
 
 PAYLOADS: dict[str, type[Job]] = {
     payload.task: payload for payload in (Caption, Answer, Classify, Write, Complete, Chat)
@@ -300,14 +331,24 @@ def parse(task: str, arguments: dict[str, Any]) -> Job:
 
 
 def _refuse(error: ValidationError) -> NoReturn:
-    faults = [
-        f"{'.'.join(str(step) for step in fault['loc']) or 'payload'}: {fault['msg'].removeprefix('Value error, ')}"
-        for fault in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
-    raise InvalidRequest("; ".join(faults[:10])) from None
+    faults = error.errors(include_url=False, include_input=False)
+    raise InvalidRequest("; ".join(map(_told, faults[:10]))) from None
 
 
-class Usage(_Frozen):
+def _told(fault: ErrorDetails) -> str:
+    where = ".".join(map(str, fault["loc"])) or "payload"
+    if fault["type"] == "union_tag_invalid":
+        # pydantic's own sentence repeats the value.
+        return f"{where}: type is one of {fault['ctx']['expected_tags']}"
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+class _Reply(BaseModel):
+    # An older client still reads what a newer worker adds.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Usage(_Reply):
     prompt_tokens: int
     completion_tokens: int
     images: int
@@ -315,7 +356,7 @@ class Usage(_Frozen):
     cached_images: int = 0
 
 
-class ModelInfo(_Frozen):
+class ModelInfo(_Reply):
     id: str
     revision: str | None = None
     family: str
@@ -323,7 +364,7 @@ class ModelInfo(_Frozen):
     quantization: str | None = None
 
 
-class Timing(_Frozen):
+class Timing(_Reply):
     """Seconds."""
 
     queued_s: float
@@ -332,11 +373,8 @@ class Timing(_Frozen):
     generate_s: float
 
 
-class Result(_Frozen):
+class Result(_Reply):
     """A finished job's answer. `text` is the new text only; `label` and `scores` come from `classify`."""
-
-    # An older client still reads what a newer worker adds.
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     text: str
     finish_reason: Literal["stop", "length", "stop_sequence", "canceled", "deadline"]

@@ -60,8 +60,14 @@ class FakeClient:
     def result(self, id: str, timeout: float | None = None) -> Result:
         return self.job(id).result()
 
+    def cancel(self, id: str) -> None:
+        self.job(id).cancel()
+
     async def asubmit(self, job: Job, **options: Any) -> FakeJob:
         return self.submit(job)
+
+    async def asubmit_many(self, jobs: Iterable[Job], **options: Any) -> list[FakeJob]:
+        return self.submit_many(jobs)
 
     async def aresult(self, id: str, timeout: float | None = None) -> Result:
         return self.result(id)

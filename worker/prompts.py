@@ -50,11 +50,13 @@ def build(job: Job) -> Prompt:
 @build.register
 def _caption(job: Caption) -> Prompt:
     if not job.examples:
-        return [ImageRef(job.image), *_optional(job.prompt)]
+        return [ImageRef(job.image)] if job.prompt is None else [ImageRef(job.image), job.prompt]
     prompt: Prompt = []
     for example in job.examples:
         prompt += ["User:", ImageRef(example.image), f"{job.instruction}\nAssistant: {example.text}\n"]
-    return [*prompt, "User:", ImageRef(job.image), f"{job.instruction}\nAssistant:", *_optional(job.prompt, " ")]
+    # In one piece with what precedes it: the processor strips each text's blanks.
+    lead = "" if job.prompt is None else f" {job.prompt}"
+    return [*prompt, "User:", ImageRef(job.image), f"{job.instruction}\nAssistant:{lead}"]
 
 
 @build.register
@@ -115,10 +117,6 @@ def _parts(message: ChatMessage) -> Prompt:
     if isinstance(message.content, str):
         return [message.content]
     return [part.text if isinstance(part, ChatTextPart) else ImageRef(part.image_url.url) for part in message.content]
-
-
-def _optional(text: str | None, before: str = "") -> list[str]:
-    return [] if text is None else [before + text]
 
 
 def ends_with_utterance(job: Job) -> bool:

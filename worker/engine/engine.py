@@ -64,12 +64,15 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
         for row in self._waiting:
-            row.fail(Internal("The worker stopped before this job ran: send it again."))
+            row.fail(_stopped())
 
     def submit(self, row: Row) -> Future[Output]:
         with self._changed:
-            self._waiting.append(row)
-            self._changed.notify()
+            if self._stopping:
+                row.fail(_stopped())
+            else:
+                self._waiting.append(row)
+                self._changed.notify()
         return row.output
 
     def cancel(self, row: Row) -> None:
@@ -114,12 +117,13 @@ class Engine:
             if not self._changed.wait(LINGER_S):
                 return
 
-    def _run(self, first: Sequence[Row]) -> None:
+    def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
         batch = list(first)
 
         def newcomers(running: Sequence[Row]) -> Sequence[Row]:
-            joining = self._start(running)
-            batch.extend(joining)
+            joining = self._start(running) if joinable and not self._stopping else []
+            # Rows that are over need no recovery, and hold their pictures.
+            batch[:] = [*running, *joining]
             return joining
 
         error: Exception = Internal("The model left this job without an answer: report it.")
@@ -137,15 +141,24 @@ class Engine:
             unfinished[0].fail(error if isinstance(error, JobError) else Internal(type(error).__name__))
             return
         half = max(1, len(unfinished) // 2)
+        limits = self._limits
         if isinstance(error, OutOfMemory):
-            self._limits = replace(self._limits, rows=max(1, min(self._limits.rows, len(batch)) // 2))
+            self._limits = replace(limits, rows=max(1, min(limits.rows, len(batch) // 2)))
         logger.warning(
             "A batch of %d failed; its %d unfinished jobs run again in smaller ones.",
             len(batch), len(unfinished), exc_info=error,
         )  # fmt: skip
         for part in (unfinished[:half], unfinished[half:]):
             if part:
-                self._run(part)
+                # Newcomers would be suspects too, and the culprit never alone.
+                self._run(part, joinable=False)
+        if any(isinstance(row.output.exception(), OutOfMemory) for row in unfinished):
+            # That row does not even fit alone: of what fits beside others it says nothing.
+            self._limits = limits
+
+
+def _stopped() -> Internal:
+    return Internal("The worker stopped before this job ran: send it again.")
 
 
 def _drop(row: Row) -> None:

@@ -38,6 +38,7 @@ TICK_S = 0.1
 HANG_S = 300.0
 #: Times that a process that dies while it loads is started again, and the seconds before each.
 RESTART_DELAYS_S = (1.0, 4.0, 16.0)
+NEVER = float("inf")
 #: Seconds that a process which has no job left gets to leave by itself.
 LEAVE_S = 5.0
 
@@ -367,13 +368,16 @@ class InferencePool(BasePool):  # type: ignore[misc]
         status = self._end_process(LEAVE_S)
         if self._closing:
             return
-        suspects, self._culprit_is_known = self._in_flight, self._culprit_is_known
+        suspects = self._in_flight
         logger.error("The model process ended with status %s; %d jobs run again.", status, len(suspects))
         self._plan_again(suspects)
         self._plan_start(was_ready)
 
     def _plan_again(self, suspects: list[Job]) -> None:
         known, self._culprit_is_known = self._culprit_is_known, False
+        for job in [job for job in suspects if job.canceled]:
+            suspects.remove(job)
+            self._finish(job, functools.partial(job.fail, Terminated("canceled")))
         for job in suspects:
             job.run_again()
         if known:
@@ -390,6 +394,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
         return True
 
     def _plan_start(self, was_ready: bool) -> None:
+        if self._start_at == NEVER:
+            return
         if was_ready:
             self._start_at = time.monotonic()
             return
@@ -401,7 +407,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._failed_starts += 1
 
     def _give_up(self) -> None:
-        self._start_at = float("inf")
+        self._start_at = NEVER
         worker_state.should_stop = EX_FAILURE
 
     def _end_process(self, grace_s: float = 0.0) -> int | None:

@@ -1,0 +1,206 @@
+"""`idefics-jobs` in a shell, with the fake client behind it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from click.testing import Result as Outcome
+
+from tasks import Answer, Caption, Chat, Classify, Complete, ImageBlocked, Job, JobCanceled, Result, Write, cli
+from tasks.cli import arguments, data_uri, main
+from tasks.testing import FakeClient
+
+URL = "https://example.com/a.jpg"
+
+
+class Recorder(FakeClient):
+    """Remembers the options of submission too."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.options: list[dict[str, Any]] = []
+
+    def submit(self, job: Job, **options: Any) -> Any:
+        self.options.append(options)
+        return super().submit(job, **options)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    client = Recorder(lambda job: "the Eiffel Tower")
+    monkeypatch.setattr(cli, "Client", lambda *args, **options: client)
+    return client
+
+
+def run(*args: str) -> Outcome:
+    return CliRunner().invoke(main, args)
+
+
+# Fields
+
+
+def test_a_field_is_a_name_and_a_value() -> None:
+    fields = ("image=https://example.com/a.jpg?b=c", "question=Is 1=1?")
+    assert arguments(Answer, fields) == {"image": "https://example.com/a.jpg?b=c", "question": "Is 1=1?"}
+
+
+def test_a_list_takes_its_name_several_times() -> None:
+    assert arguments(Classify, ("labels=food", "labels=animal"))["labels"] == ["food", "animal"]
+    assert arguments(Write, (f"images={URL}",))["images"] == [URL]
+    assert arguments(Complete, (f"prompt={URL}", "prompt=A photo of"))["prompt"] == [URL, "A photo of"]
+    assert arguments(Caption, ("stop=a", "stop=b"))["stop"] == ["a", "b"]
+
+
+def test_a_field_with_a_colon_is_json() -> None:
+    fields = ("num_beams:=4", 'metadata:={"row": 7}', 'labels:=["food", "animal"]', "prompt:=null")
+    assert arguments(Classify, fields) == {
+        "num_beams": 4,
+        "metadata": {"row": 7},
+        "labels": ["food", "animal"],
+        "prompt": None,
+    }
+
+
+def test_lists_of_objects_are_built_up_as_json() -> None:
+    fields = ('messages:={"role": "user", "content": "Hello"}', 'messages:={"role": "user", "content": "Bye"}')
+    assert [message["content"] for message in arguments(Chat, fields)["messages"]] == ["Hello", "Bye"]
+
+
+def test_a_file_becomes_a_data_uri(tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_bytes(b"picture")
+    expected = f"data:image/jpeg;base64,{base64.b64encode(b'picture').decode()}"
+    assert arguments(Caption, (f"image=@{tmp_path}/cat.jpg",)) == {"image": expected}
+    assert arguments(Write, (f"images=@{tmp_path}/cat.jpg", f"images={URL}")) == {"images": [expected, URL]}
+
+
+def test_a_file_without_a_known_ending_is_called_an_image(tmp_path: Path) -> None:
+    (tmp_path / "cat").write_bytes(b"picture")
+    assert data_uri(tmp_path / "cat").startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("image", "name=value"), ("metadata:={", "metadata is no JSON"), ("image=@/nowhere/cat.jpg", "Cannot read")],
+)
+def test_a_field_that_cannot_be_read_is_explained(field: str, message: str) -> None:
+    with pytest.raises(click.UsageError, match=message):
+        arguments(Caption, (field,))
+
+
+# submit
+
+
+def test_submit_prints_the_jobs_id(client: Recorder) -> None:
+    outcome = run("submit", "caption", f"image={URL}", "num_beams=2", "--priority", "1")
+    assert outcome.exit_code == 0
+    assert client.submitted == [Caption(image=URL, num_beams=2)]
+    assert client.options == [{"priority": 1}]
+    assert client.job(outcome.stdout.strip()).status == "succeeded"
+
+
+def test_submit_has_the_default_priority(client: Recorder) -> None:
+    run("submit", "caption", f"image={URL}")
+    assert client.options == [{"priority": 5}]
+
+
+def test_submit_and_wait_prints_the_result_as_json(client: Recorder) -> None:
+    outcome = run("submit", "caption", f"image={URL}", "--wait", "--timeout", "5")
+    assert outcome.exit_code == 0
+    assert Result.model_validate_json(outcome.stdout).text == "the Eiffel Tower"
+
+
+@pytest.mark.parametrize("task", ["caption", "answer", "classify", "write", "complete", "chat"])
+def test_every_task_can_be_submitted(task: str) -> None:
+    assert f"[{task}]" not in run("submit", task).output
+    assert run("submit", task).exit_code == 1, "a payload without its fields is refused, not the task"
+
+
+def test_a_refused_payload_is_told_with_its_code_on_standard_error(client: Recorder) -> None:
+    outcome = run("submit", "caption", f"image={URL}", "colour=red")
+    assert outcome.exit_code == 1
+    assert outcome.stdout == ""
+    assert outcome.stderr.startswith("invalid_request: ")
+    assert "colour" in outcome.stderr
+    assert client.submitted == []
+
+
+def test_a_blocked_image_is_told_with_its_code(client: Recorder) -> None:
+    outcome = run("submit", "caption", "image=file:///etc/passwd")
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr.startswith("image_blocked: ")
+
+
+def test_a_failed_job_is_told_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blocked(job: Job) -> str:
+        raise ImageBlocked("Use another.")
+
+    monkeypatch.setattr(cli, "Client", lambda *args, **options: FakeClient(blocked))
+    outcome = run("submit", "caption", f"image={URL}", "--wait")
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr == "image_blocked: Use another.\n"
+
+
+@pytest.mark.parametrize("priority", ["-1", "10", "high"])
+def test_a_priority_out_of_bounds_is_a_usage_error(client: Recorder, priority: str) -> None:
+    assert run("submit", "caption", f"image={URL}", "--priority", priority).exit_code == 2
+    assert client.submitted == []
+
+
+def test_an_unknown_task_is_a_usage_error_that_lists_the_tasks(client: Recorder) -> None:
+    outcome = run("submit", "captoin", f"image={URL}")
+    assert outcome.exit_code == 2
+    assert "caption" in outcome.stderr
+
+
+def test_a_broker_that_does_not_say_where_results_are_is_told_without_a_traceback() -> None:
+    outcome = run("--broker", "memory://", "submit", "caption", f"image={URL}")
+    assert outcome.exit_code in (1, 2)
+    assert isinstance(outcome.exception, SystemExit)
+    assert "result" in outcome.stderr
+
+
+# result
+
+
+def test_result_prints_a_submitted_jobs_result(client: Recorder) -> None:
+    job = client.submit(Caption(image=URL, metadata={"row": 7}))
+    outcome = run("result", job.id)
+    assert outcome.exit_code == 0
+    assert json.loads(outcome.stdout)["metadata"] == {"row": 7}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(TimeoutError("No answer after 1 s."), "No answer after 1 s.\n"), (JobCanceled("It was canceled."), "canceled")],
+)
+def test_a_job_without_a_result_exits_with_one(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waiting:
+        def result(self, timeout: float | None = None) -> Result:
+            raise error
+
+    class Pending(FakeClient):
+        def job(self, id: str) -> Any:
+            return Waiting()
+
+    monkeypatch.setattr(cli, "Client", lambda *args, **options: Pending())
+    outcome = run("result", "row-7", "--timeout", "1")
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert message in outcome.stderr
+
+
+def test_the_urls_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def remember(*args: Any, **options: Any) -> FakeClient:
+        seen.append((args, options))
+        return FakeClient()
+
+    monkeypatch.setattr(cli, "Client", remember)
+    run("--broker", "redis://a/0", "--results", "redis://b/0", "submit", "caption", f"image={URL}")
+    assert seen == [(("redis://a/0",), {"result_backend": "redis://b/0"})]

@@ -1,0 +1,301 @@
+"""The client over a broker in memory: the messages that it sends and the outcomes that it reads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from celery import Celery, current_app, states
+from kombu.message import Message
+
+from tasks import Caption, Client, Complete, ImageBlocked, Internal, JobCanceled
+from tasks.client import database_after
+from tasks.payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, parse
+from tasks.testing import canned
+
+SIGNED = "https://example.com/a.jpg?X-Amz-Signature=s3cr3t"
+JOB = Caption(image=SIGNED, prompt="This is an image of", metadata={"row": 7})
+RESULTS = "cache+memory://"
+
+
+@pytest.fixture(autouse=True)
+def _no_urls_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IDEFICS_BROKER_URL", raising=False)
+    monkeypatch.delenv("IDEFICS_RESULT_BACKEND", raising=False)
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    """Its queue is its own: the broker in memory is shared by the whole process."""
+    client = Client("memory://", result_backend=RESULTS, queue=uuid.uuid4().hex)
+    yield client
+    client.app.close()
+
+
+@pytest.fixture
+def id() -> str:
+    """Of a job that somebody else submitted."""
+    return uuid.uuid4().hex
+
+
+def received(client: Client, queue: str | None = None) -> list[Message]:
+    """What waits in a queue, in order."""
+    messages = []
+    with client.app.connection_for_read() as connection:
+        channel = connection.default_channel
+        while message := channel.basic_get(queue or client._queue):
+            message.accept = {"application/json"}
+            message.ack()
+            messages.append(message)
+    return messages
+
+
+def only(client: Client, queue: str | None = None) -> Message:
+    (message,) = received(client, queue)
+    return message
+
+
+def end(client: Client, id: str, outcome: Any, state: str) -> None:
+    """Store a job's outcome as its worker would."""
+    client.app.backend.store_result(id, outcome, state)
+
+
+# Messages
+
+
+def test_a_job_is_its_tasks_name_and_its_arguments_as_json(client: Client) -> None:
+    submitted = client.submit(JOB)
+    message = only(client)
+    args, kwargs, _ = message.decode()
+    assert message.content_type == "application/json"
+    assert (message.headers["task"], message.headers["id"]) == ("idefics.caption", submitted.id)
+    assert args == []
+    assert kwargs == {"image": SIGNED, "prompt": "This is an image of", "metadata": {"row": 7}}
+    assert parse("idefics.caption", kwargs) == JOB
+
+
+def test_a_job_goes_to_the_workers_queue_unless_told_otherwise(client: Client) -> None:
+    client.submit(JOB, queue=f"{client._queue}.slow")
+    assert received(client) == []
+    assert only(client, f"{client._queue}.slow").headers["task"] == "idefics.caption"
+    Client(app=client.app).submit(JOB)
+    assert only(client, QUEUE).delivery_info["routing_key"] == QUEUE == "idefics"
+
+
+@pytest.mark.parametrize(("options", "priority"), [({}, DEFAULT_PRIORITY), ({"priority": 0}, 0), ({"priority": 9}, 9)])
+def test_a_job_has_a_priority(client: Client, options: dict[str, int], priority: int) -> None:
+    client.submit(JOB, **options)
+    assert only(client).properties["priority"] == priority
+
+
+def test_a_job_carries_its_time_of_submission_beside_the_producers_headers(client: Client) -> None:
+    before = time.time()
+    client.submit(JOB, headers={"trace": "abc"})
+    headers = only(client).headers
+    assert before <= headers[SUBMITTED_AT] <= time.time()
+    assert headers["trace"] == "abc"
+
+
+def test_what_monitors_see_has_no_prompt_and_no_signed_url(client: Client) -> None:
+    client.submit(JOB)
+    message = only(client)
+    assert (message.headers["argsrepr"], message.headers["kwargsrepr"]) == ("()", "{...}")
+    assert "s3cr3t" not in repr(message.headers) + repr(message.properties)
+
+
+def test_celerys_own_options_go_along(client: Client) -> None:
+    client.submit(JOB, task_id="row-7", expires=60)
+    headers = only(client).headers
+    assert headers["id"] == "row-7"
+    assert headers["expires"]
+
+
+def test_many_jobs_arrive_in_order(client: Client) -> None:
+    jobs: list[Job] = [parse("idefics.complete", {"prompt": [str(number)]}) for number in range(20)]
+    submitted = client.submit_many(iter(jobs), priority=3)
+    messages = received(client)
+    assert [message.headers["id"] for message in messages] == [job.id for job in submitted]
+    assert [parse("idefics.complete", message.decode()[1]) for message in messages] == jobs
+    assert {message.properties["priority"] for message in messages} == {3}
+
+
+def test_jobs_of_many_kinds_go_together(client: Client) -> None:
+    client.submit_many([JOB, parse("idefics.chat", {"messages": [{"role": "user", "content": "Hello"}]})])
+    assert [message.headers["task"] for message in received(client)] == ["idefics.caption", "idefics.chat"]
+
+
+# Outcomes
+
+
+def test_an_unknown_id_is_starting(client: Client) -> None:
+    assert client.job("nobody").status == "starting"
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        (states.RECEIVED, "starting"),
+        (states.STARTED, "processing"),
+        (states.RETRY, "processing"),
+        ("DECODING", "processing"),
+        (states.SUCCESS, "succeeded"),
+    ],
+)
+def test_celerys_states_have_replicates_names(client: Client, id: str, state: str, status: str) -> None:
+    end(client, id, None, state)
+    assert client.job(id).status == status
+
+
+def test_a_stored_result_is_read_as_a_result(client: Client) -> None:
+    expected = canned("the Eiffel Tower", JOB)
+    submitted = client.submit(JOB)
+    end(client, submitted.id, expected.model_dump(mode="json"), states.SUCCESS)
+    assert submitted.result(timeout=1) == expected
+    assert client.result(submitted.id, timeout=1) == expected
+
+
+def test_a_failed_job_raises_our_error(client: Client, id: str) -> None:
+    end(client, id, ImageBlocked("Use another."), states.FAILURE)
+    with pytest.raises(ImageBlocked, match=r"Use another\."):
+        client.result(id, timeout=1)
+    assert client.job(id).status == "failed"
+
+
+def test_a_job_that_failed_with_a_foreign_error_is_internal(client: Client, id: str) -> None:
+    end(client, id, ValueError("boom"), states.FAILURE)
+    with pytest.raises(Internal, match="ValueError"):
+        client.result(id, timeout=1)
+
+
+def test_a_canceled_job_says_so(client: Client, id: str) -> None:
+    client.app.backend.mark_as_revoked(id, "terminated")
+    assert client.job(id).status == "canceled"
+    with pytest.raises(JobCanceled):
+        client.result(id, timeout=1)
+
+
+def test_a_job_without_an_answer_in_time_raises_the_builtin_timeout(client: Client) -> None:
+    with pytest.raises(TimeoutError, match="worker"):
+        client.submit(JOB).result(timeout=0.01)
+
+
+def test_canceling_tells_every_worker_to_end_the_job(client: Client) -> None:
+    mailbox = client.app.control.mailbox
+    with client.app.connection_for_write() as connection:
+        inbox = mailbox.get_queue("worker")(connection.default_channel)
+        inbox.declare()
+        client.cancel("row-7")
+        message = inbox.get(accept=["json"])
+    assert message is not None
+    assert message.payload["method"] == "revoke"
+    assert message.payload["arguments"]["task_id"] == "row-7"
+    assert message.payload["arguments"]["terminate"] is True
+
+
+def test_asyncio_submits_and_waits(client: Client) -> None:
+    expected = canned("an answer", JOB)
+
+    async def story() -> None:
+        one = await client.asubmit(JOB, priority=1)
+        two, three = await client.asubmit_many(iter([JOB, JOB]))
+        for job in (one, two, three):
+            end(client, job.id, expected.model_dump(mode="json"), states.SUCCESS)
+        assert await one.aresult(timeout=1) == expected
+        assert await client.aresult(three.id, timeout=1) == expected
+
+    asyncio.run(story())
+    assert [message.properties["priority"] for message in received(client)] == [1, 5, 5]
+
+
+# Apps and URLs
+
+
+def test_an_app_of_yours_serves_as_it_is() -> None:
+    app = Celery("backend", broker="memory://", backend=RESULTS, set_as_current=False)
+    client = Client(app=app, queue=uuid.uuid4().hex)
+    assert client.app is app
+    submitted = client.submit(JOB)
+    assert only(client).headers["id"] == submitted.id
+
+
+def test_an_app_of_yours_that_pickles_sends_its_jobs_as_json_all_the_same() -> None:
+    app = Celery("backend", broker="memory://", backend=RESULTS, set_as_current=False)
+    app.conf.task_serializer = "pickle"
+    client = Client(app=app, queue=uuid.uuid4().hex)
+    client.submit(JOB)
+    assert only(client).content_type == "application/json"
+
+
+@pytest.mark.parametrize("urls", [{"broker_url": "memory://"}, {"result_backend": RESULTS}])
+def test_an_app_and_a_url_are_refused_together(urls: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="not both"):
+        Client(app=Celery(set_as_current=False), **urls)
+
+
+def test_without_a_url_the_worker_is_on_this_machine() -> None:
+    conf = Client().app.conf
+    assert (conf.broker_url, conf.result_backend) == ("redis://localhost:6379/0", "redis://localhost:6379/1")
+
+
+def test_the_environment_names_the_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IDEFICS_BROKER_URL", "redis://queue/4")
+    assert Client().app.conf.broker_url == "redis://queue/4"
+    assert Client().app.conf.result_backend == "redis://queue/5"
+    monkeypatch.setenv("IDEFICS_RESULT_BACKEND", "redis://results/0")
+    assert Client().app.conf.result_backend == "redis://results/0"
+
+
+def test_a_url_that_is_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IDEFICS_BROKER_URL", "redis://queue/4")
+    monkeypatch.setenv("IDEFICS_RESULT_BACKEND", "redis://results/0")
+    conf = Client("redis://other/2").app.conf
+    assert (conf.broker_url, conf.result_backend) == ("redis://other/2", "redis://other/3")
+
+
+@pytest.mark.parametrize(
+    ("url", "after"),
+    [
+        ("redis://host/0", "redis://host/1"),
+        ("redis://host", "redis://host/1"),
+        ("redis://host/", "redis://host/1"),
+        ("redis://:pass@host:6380/14", "redis://:pass@host:6380/15"),
+        ("rediss://host/0?ssl_cert_reqs=required", "rediss://host/1?ssl_cert_reqs=required"),
+    ],
+)
+def test_results_are_in_the_database_after_the_queues(url: str, after: str) -> None:
+    assert database_after(url) == after
+
+
+@pytest.mark.parametrize("url", ["memory://", "amqp://host//", "sentinel://host:26379/0"])
+def test_another_broker_needs_a_result_backend(url: str) -> None:
+    with pytest.raises(ValueError, match="result_backend"):
+        Client(url)
+
+
+def test_the_clients_own_app_speaks_json_and_the_workers_priorities() -> None:
+    conf = Client("redis://host/0").app.conf
+    assert (conf.task_serializer, conf.result_serializer, conf.accept_content) == ("json", "json", ["json"])
+    assert conf.broker_transport_options["priority_steps"] == list(range(10))
+
+
+def test_a_client_does_not_become_the_current_app_of_its_process() -> None:
+    def main() -> str:
+        Celery("yours", broker="memory://")
+        Client("redis://host/0")
+        return str(current_app.main)
+
+    # The current app is its thread's own: this one leaves with its thread.
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(main).result() == "yours"
+
+
+def test_a_payload_that_breaks_the_contract_is_not_sent(client: Client) -> None:
+    with pytest.raises(ImageBlocked):
+        client.submit(Caption(image="file:///etc/passwd"))
+    with pytest.raises(ValueError, match="prompt"):
+        client.submit(Complete(prompt=[]))

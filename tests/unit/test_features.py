@@ -1,0 +1,112 @@
+"""The cache of image features: what is encoded, what is kept, and how much."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from worker.engine.features import CHUNK, FeatureCache
+from worker.engine.row import Picture
+
+#: Bytes of one picture's features here: 2 x 3 float32.
+BYTES = 24
+
+
+class Encoder:
+    """Features (2, 3) that hold the picture's own number."""
+
+    def __init__(self) -> None:
+        self.chunks: list[int] = []
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.chunks.append(len(pixels))
+        return pixels[:, :1, :2, :1].reshape(-1, 2, 1).expand(-1, 2, 3) * 1.0
+
+    @property
+    def encoded(self) -> int:
+        return sum(self.chunks)
+
+
+def picture(number: int) -> Picture:
+    return Picture(str(number).encode(), torch.full((3, 4, 4), float(number)))
+
+
+def cache(encoder: Encoder, pictures: int = 1_000) -> FeatureCache:
+    return FeatureCache(encoder, max_bytes=pictures * BYTES)
+
+
+def test_each_picture_gets_its_own_features() -> None:
+    found = cache(Encoder()).get(map(picture, range(20)))
+    assert {int(key): feature.unique().tolist() for key, feature in found.items()} == {n: [n] for n in range(20)}
+    assert all(feature.shape == (2, 3) for feature in found.values())
+
+
+def test_a_picture_that_several_rows_show_is_encoded_once() -> None:
+    encoder = Encoder()
+    assert len(cache(encoder).get([picture(1), picture(2), picture(1)])) == 2
+    assert encoder.encoded == 2
+
+
+def test_a_picture_seen_earlier_is_not_encoded_again() -> None:
+    encoder = Encoder()
+    features = cache(encoder)
+    first = features.get([picture(1)])
+    assert picture(1) in features
+    assert picture(2) not in features
+    again = features.get([picture(1), picture(2)])
+    assert encoder.encoded == 2
+    assert torch.equal(again[b"1"], first[b"1"])
+
+
+def test_no_pictures_need_no_encoder() -> None:
+    encoder = Encoder()
+    assert cache(encoder).get([]) == {}
+    assert encoder.chunks == []
+
+
+def test_pictures_are_encoded_in_chunks() -> None:
+    encoder = Encoder()
+    cache(encoder).get(map(picture, range(2 * CHUNK + 3)))
+    assert encoder.chunks == [CHUNK, CHUNK, 3]
+
+
+def test_kept_features_do_not_keep_their_chunk_alive() -> None:
+    found = cache(Encoder()).get(map(picture, range(CHUNK)))
+    assert all(feature.untyped_storage().nbytes() == BYTES for feature in found.values())
+
+
+def test_the_features_kept_are_bounded_in_bytes() -> None:
+    features = cache(Encoder(), pictures=3)
+    features.get(map(picture, range(10)))
+    assert sum(picture(number) in features for number in range(10)) == 3
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    features = cache(Encoder(), pictures=2)
+    features.get([picture(1)])
+    features.get([picture(2)])
+    features.get([picture(1)])
+    features.get([picture(3)])
+    assert picture(1) in features
+    assert picture(2) not in features
+    assert picture(3) in features
+
+
+def test_more_pictures_than_are_kept_still_all_have_features() -> None:
+    assert len(cache(Encoder(), pictures=2).get(map(picture, range(10)))) == 10
+
+
+def test_a_picture_larger_than_the_cache_is_encoded_each_time() -> None:
+    encoder = Encoder()
+    features = cache(encoder, pictures=0)
+    for _ in range(2):
+        assert features.get([picture(1)])[b"1"].unique().tolist() == [1]
+    assert encoder.encoded == 2
+
+
+def test_a_picture_that_comes_back_counts_once() -> None:
+    features = cache(Encoder(), pictures=2)
+    for _ in range(10):
+        features.get([picture(1)])
+    features.get([picture(2)])
+    assert picture(1) in features

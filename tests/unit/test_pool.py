@@ -1,0 +1,711 @@
+"""The pool with a scripted model process: what it sends, what it tells Celery, and what it does after a death."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from billiard.exceptions import Terminated
+from celery.exceptions import WorkerShutdown
+from celery.platforms import EX_FAILURE
+from celery.worker import state as worker_state
+from kombu.asynchronous import Hub
+from kombu.asynchronous.semaphore import LaxBoundedSemaphore
+
+from tasks.errors import DeadlineExceeded, WorkerLost
+from tasks.payloads import SUBMITTED_AT
+from worker.pool import pool as pool_module
+from worker.pool.job import Job, JobState, exception_info
+from worker.pool.pool import InferencePool
+from worker.pool.wire import Channel, Message
+
+THREADS = 100
+#: Seconds that a test waits for what takes a tick of the pool.
+SOON = 5.0
+
+
+class StubProcess:
+    """In the place of launch.ModelProcess: the test is its other end."""
+
+    def __init__(self, pid: int) -> None:
+        ours, theirs = socket.socketpair()
+        self.channel, self._theirs = Channel(ours), Channel(theirs)
+        self.write_fd = os.dup(ours.fileno())
+        self.pid = pid
+        self.is_ready = False
+        self.started_at = self.last_sign = time.monotonic()
+        self.is_killed = False
+        self._heard: list[Message] = []
+
+    # The pool's side
+
+    def receive(self) -> tuple[list[Message], bool]:
+        messages, closed = self.channel.receive()
+        if messages:
+            self.last_sign = time.monotonic()
+        return messages, closed
+
+    def kill(self) -> None:
+        self.is_killed = True
+        self.die()
+
+    def end(self, grace_s: float = 0.0) -> int:
+        return -9
+
+    def close(self) -> None:
+        self.channel.close()
+        os.close(self.write_fd)
+
+    # The test's side
+
+    def say(self, *message: Any) -> None:
+        self._theirs.send(message)
+
+    def die(self) -> None:
+        self.heard  # noqa: B018 - what was said to it is kept
+        self._theirs.close()
+
+    @property
+    def heard(self) -> list[Message]:
+        if self._theirs.fileno() >= 0:
+            self._heard += self._theirs.receive()[0]
+        return self._heard
+
+    @property
+    def ran(self) -> list[str]:
+        """Ids of the jobs that it was given, in order."""
+        return [message[2][1] for message in self.heard if message[0] == "run"]
+
+    def serial(self, id: str) -> int:
+        return next(message[1] for message in reversed(self.heard) if message[0] == "run" and message[2][1] == id)
+
+    def accept(self, id: str, at: float | None = None) -> None:
+        self.say("accepted", self.serial(id), time.monotonic() if at is None else at)
+
+    def finish(self, id: str) -> None:
+        self.say("done", self.serial(id), (0, f"answer of {id}", 0.1))
+
+
+class Request:
+    """Celery's request behind a job: what the pool told it."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.told: list[tuple[Any, ...]] = []
+        self.job: Job | None = None
+
+    def on_accepted(self, pid: int, at: float) -> None:
+        self.told.append(("accepted", pid, at))
+
+    def on_success(self, outcome: tuple[Any, ...]) -> None:
+        self.told.append(("success", outcome[1]))
+
+    def on_failure(self, info: Any) -> None:
+        self.told.append(("failure", info.exception))
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind, *_ in self.told]
+
+    @property
+    def error(self) -> BaseException:
+        """What Celery makes of a failure: billiard wraps the exceptions that it pickles."""
+        failures = [content[0] for kind, *content in self.told if kind == "failure"]
+        assert len(failures) == 1, self.told
+        return getattr(failures[0], "exc", failures[0])
+
+
+class Semaphore(LaxBoundedSemaphore):  # type: ignore[misc]
+    """Counts what Celery's own forgives."""
+
+    releases = 0
+
+    def release(self) -> None:
+        self.releases += 1
+        super().release()
+
+
+class Bench:
+    """A pool on an event loop of its own."""
+
+    def __init__(self) -> None:
+        self.processes: list[StubProcess] = []
+        #: What the next processes do at their start; then they are ready.
+        self.scripts: list[Callable[[StubProcess], None]] = []
+        self.semaphore = Semaphore(1)
+        self.pool = InferencePool(limit=1, semaphore=self.semaphore, initargs=(None, "worker@here"))
+        self.hub = Hub()
+
+    def new_process(self, hostname: str) -> StubProcess:
+        process = StubProcess(pid=1000 + len(self.processes))
+        self.processes.append(process)
+        script = self.scripts.pop(0) if self.scripts else ready
+        script(process)
+        return process
+
+    def start(self) -> Bench:
+        self.pool.start()
+        self.semaphore.releases = 0
+        self.pool.register_with_event_loop(self.hub)
+        return self
+
+    @property
+    def process(self) -> StubProcess:
+        return self.processes[-1]
+
+    def submit(self, *ids: str, timeout: float | None = None, retries: int = 0) -> list[Request]:
+        requests = [Request(id) for id in ids]
+        for request in requests:
+            self.semaphore.acquire(self._apply, request, timeout, retries)
+        return requests
+
+    def _apply(self, request: Request, timeout: float | None, retries: int) -> None:
+        context = {"id": request.id, "retries": retries, "args": ["secret"], "kwargs": {"image": "secret"}}
+        request.job = self.pool.apply_async(
+            None,
+            ("idefics.caption", request.id, context, b"[[], {}, {}]", "application/json", "utf-8"),
+            accept_callback=request.on_accepted,
+            callback=request.on_success,
+            error_callback=request.on_failure,
+            timeout=timeout,
+        )
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Turn the loop until something is so."""
+        end = time.monotonic() + SOON
+        while not condition():
+            assert time.monotonic() < end, "it never came to pass"
+            self.hub.run_once()
+
+    def settle(self) -> None:
+        """Turn the loop for longer than a tick."""
+        end = time.monotonic() + 2 * pool_module.TICK_S
+        self.until(lambda: time.monotonic() > end)
+
+    def die_and_restart(self) -> None:
+        """The process dies and the next one is ready."""
+        known = len(self.processes)
+        self.process.die()
+        self.until(lambda: len(self.processes) > known and self.process.is_ready)
+
+
+def ready(process: StubProcess) -> None:
+    process.say("ready")
+
+
+def loading(process: StubProcess) -> None:
+    """It never gets ready."""
+
+
+def dying(process: StubProcess) -> None:
+    process.die()
+
+
+def broken(process: StubProcess) -> None:
+    process.say("setup_failed", "There is no such model.")
+    process.die()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    for name in [name for name in os.environ if name.startswith("IDEFICS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("IDEFICS_PREFETCH", str(THREADS))
+    monkeypatch.setattr(pool_module, "TICK_S", 0.02)
+    bench = Bench()
+    monkeypatch.setattr(pool_module, "ModelProcess", bench.new_process)
+    yield bench
+    worker_state.should_stop = None
+    bench.pool.terminate()
+    bench.hub.close()
+
+
+@pytest.fixture
+def started(bench: Bench) -> Bench:
+    return bench.start()
+
+
+# The way of a job
+
+
+def test_the_pool_lets_in_as_many_jobs_as_it_has_threads(started: Bench) -> None:
+    assert started.semaphore.initial_value == THREADS
+
+
+def test_a_job_is_sent_accepted_and_done(started: Bench) -> None:
+    (request,) = started.submit("a")
+    assert started.process.ran == ["a"]
+    started.process.accept("a", at=12.5)
+    started.process.finish("a")
+    started.until(lambda: len(request.told) == 2)
+    assert request.told == [("accepted", started.process.pid, 12.5), ("success", "answer of a")]
+    assert started.semaphore.releases == 1
+
+
+def test_many_jobs_are_in_flight_at_once_and_end_in_any_order(started: Bench) -> None:
+    requests = started.submit("a", "b", "c")
+    assert started.process.ran == ["a", "b", "c"]
+    for id in ("c", "a", "b"):
+        started.process.finish(id)
+    started.until(lambda: all(request.told for request in requests))
+    assert [request.told for request in requests] == [[("success", f"answer of {id}")] for id in "abc"]
+    assert started.semaphore.releases == 3
+
+
+def test_a_job_is_sent_without_its_payloads_second_copy(started: Bench) -> None:
+    started.submit("a")
+    ((_, _, (name, id, request, body, kind, encoding)),) = started.process.heard
+    assert (name, id, kind, encoding) == ("idefics.caption", "a", "application/json", "utf-8")
+    assert body == b"[[], {}, {}]"
+    assert set(request) == {"id", "retries", SUBMITTED_AT}
+
+
+def test_a_rejection_is_told_as_a_failure(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.process.say("raised", started.process.serial("a"), exception_info(ValueError("boom")))
+    started.until(lambda: request.told)
+    assert isinstance(request.error, ValueError)
+    assert started.semaphore.releases == 1
+
+
+def test_an_outcome_that_comes_twice_counts_once(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.process.finish("a")
+    started.process.finish("a")
+    started.process.say("done", 999, (0, "nobody's", 0.1))
+    started.until(lambda: request.told)
+    started.settle()
+    assert request.kinds == ["success"]
+    assert started.semaphore.releases == 1
+
+
+def test_a_callback_that_fails_frees_its_place_and_the_pool_goes_on(started: Bench) -> None:
+    (bad,) = started.submit("bad")
+    bad.job.callbacks.success = None  # type: ignore[union-attr,assignment]
+    (good,) = started.submit("good")
+    started.process.finish("bad")
+    started.process.finish("good")
+    started.until(lambda: good.told)
+    assert started.semaphore.releases == 2
+
+
+def test_the_next_in_celerys_semaphore_takes_a_free_place(started: Bench) -> None:
+    started.submit(*[f"job {n}" for n in range(THREADS)])
+    started.submit("next")
+    assert "next" not in started.process.ran
+    started.process.finish("job 5")
+    started.until(lambda: "next" in started.process.ran)
+
+
+# Adoption
+
+
+def test_a_message_delivered_again_while_its_job_runs_is_answered_by_the_same_run(started: Bench) -> None:
+    (first,) = started.submit("a")
+    started.process.accept("a", at=12.5)
+    started.until(lambda: first.told)
+    (again,) = started.submit("a")
+    assert again.job is first.job
+    assert started.process.ran == ["a"]
+    assert again.told == [("accepted", started.process.pid, 12.5)]
+    assert started.semaphore.releases == 1
+    started.process.finish("a")
+    started.until(lambda: len(again.told) == 2)
+    assert again.kinds == ["accepted", "success"]
+    assert first.kinds == ["accepted"]
+    assert started.semaphore.releases == 2
+
+
+def test_a_message_delivered_again_before_its_job_started_is_accepted_when_it_does(started: Bench) -> None:
+    started.submit("a")
+    (again,) = started.submit("a")
+    assert again.told == []
+    started.process.accept("a")
+    started.until(lambda: again.told)
+    assert again.kinds == ["accepted"]
+
+
+def test_a_retry_is_a_job_of_its_own(started: Bench) -> None:
+    (first,) = started.submit("a")
+    (retry,) = started.submit("a", retries=1)
+    assert retry.job is not first.job
+    assert started.process.ran == ["a", "a"]
+
+
+# Closing
+
+
+def test_a_closed_pool_takes_no_job(started: Bench) -> None:
+    started.pool.close()
+    (request,) = started.submit("a")
+    assert request.job is None
+    assert started.process.ran == []
+
+
+def test_what_ends_after_the_close_is_told_and_frees_no_place(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.pool.close()
+    started.process.finish("a")
+    started.until(lambda: request.told)
+    assert request.kinds == ["success"]
+    assert started.semaphore.releases == 0
+
+
+def test_a_warm_shutdown_waits_for_what_runs_and_then_ends_the_process(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.pool.close()
+    process = started.process
+    process.finish("a")
+    started.pool.stop()
+    assert request.kinds == ["success"]
+    assert process.heard[-1] == ("stop",)
+    assert started.semaphore.releases == 0
+
+
+def test_a_cold_shutdown_tells_nothing_so_that_every_job_goes_back(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.pool.terminate()
+    assert request.told == []
+    assert started.semaphore.releases == 0
+
+
+def test_a_death_after_the_close_starts_no_process(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.pool.close()
+    started.process.die()
+    started.settle()
+    assert len(started.processes) == 1
+    assert request.told == []
+
+
+# Cancelling
+
+
+def test_a_running_job_is_canceled_in_its_process(started: Bench) -> None:
+    canceled, other = started.submit("a", "b")
+    started.process.accept("a")
+    started.until(lambda: canceled.told)
+    canceled.job.terminate()  # type: ignore[union-attr]
+    assert started.process.heard[-1] == ("cancel", started.process.serial("a"))
+    assert canceled.kinds == ["accepted"]
+    started.process.say("canceled", started.process.serial("a"))
+    started.until(lambda: len(canceled.told) == 2)
+    assert isinstance(canceled.error, Terminated)
+    assert other.told == []
+    assert started.semaphore.releases == 1
+
+
+def test_a_job_that_waits_for_a_process_is_canceled_at_once_and_never_sent(started: Bench) -> None:
+    started.scripts = [loading]
+    (request,) = started.submit("a")
+    started.process.die()
+    started.until(lambda: len(started.processes) == 2)
+    request.job.terminate()  # type: ignore[union-attr]
+    assert isinstance(request.error, Terminated)
+    assert started.semaphore.releases == 1
+    started.process.say("ready")
+    started.settle()
+    assert started.process.ran == []
+
+
+def test_a_job_that_was_done_before_its_cancellation_arrived_is_done(started: Bench) -> None:
+    (request,) = started.submit("a")
+    request.job.terminate()  # type: ignore[union-attr]
+    started.process.finish("a")
+    started.until(lambda: request.told)
+    assert request.kinds == ["success"]
+    assert started.semaphore.releases == 1
+
+
+def test_a_canceled_job_does_not_run_again_after_a_death(started: Bench) -> None:
+    canceled, other = started.submit("a", "b")
+    canceled.job.terminate()  # type: ignore[union-attr]
+    started.die_and_restart()
+    assert isinstance(canceled.error, Terminated)
+    assert started.process.ran == ["b"]
+    started.process.finish("b")
+    started.until(lambda: other.told)
+    assert started.semaphore.releases == 2
+
+
+# Death
+
+
+def test_a_job_whose_process_died_runs_again_and_is_accepted_once(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.process.accept("a")
+    started.until(lambda: request.told)
+    started.die_and_restart()
+    assert started.process.ran == ["a"]
+    started.process.accept("a")
+    started.process.finish("a")
+    started.until(lambda: "success" in request.kinds)
+    assert request.kinds == ["accepted", "success"]
+    assert started.semaphore.releases == 1
+
+
+def test_a_job_that_runs_again_is_marked_as_redelivered(started: Bench) -> None:
+    started.submit("a")
+    started.die_and_restart()
+    started.until(lambda: started.process.ran)
+    assert started.process.heard[0][2][2]["delivery_info"] == {"redelivered": True}
+
+
+def test_what_a_process_said_before_it_died_counts(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.process.finish("a")
+    started.die_and_restart()
+    assert request.kinds == ["success"]
+    assert started.process.ran == []
+
+
+def test_a_process_that_dies_idle_is_replaced(started: Bench) -> None:
+    started.die_and_restart()
+    (request,) = started.submit("a")
+    started.process.finish("a")
+    started.until(lambda: request.told)
+    assert request.kinds == ["success"]
+
+
+def test_suspects_run_one_after_the_other_and_newcomers_wait(started: Bench) -> None:
+    started.submit("a", "b", "c")
+    started.die_and_restart()
+    started.submit("new")
+    assert started.process.ran == ["a"]
+    for done, after in [("a", ["a", "b"]), ("b", ["a", "b", "c"]), ("c", ["a", "b", "c", "new"])]:
+        started.process.finish(done)
+        started.until(lambda after=after: started.process.ran == after)
+
+
+def test_a_job_that_kills_its_process_twice_alone_is_lost(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.die_and_restart()
+    assert request.told == []
+    started.die_and_restart()
+    assert isinstance(request.error, WorkerLost)
+    assert request.kinds == ["failure"]
+    assert started.semaphore.releases == 1
+    assert started.process.ran == []
+
+
+def test_a_job_that_kills_its_process_is_found_and_its_neighbours_succeed(started: Bench) -> None:
+    requests = started.submit("a", "poison", "b")
+    play(started, requests, {"poison"})
+    assert [request.kinds[-1] for request in requests] == ["success", "failure", "success"]
+    assert isinstance(requests[1].error, WorkerLost)
+    assert len(started.processes) - 1 == 3
+    assert started.semaphore.releases == 3
+
+
+def test_one_poisonous_job_of_64_costs_few_deaths_and_no_innocent(started: Bench) -> None:
+    ids = [f"job {n}" for n in range(63)]
+    requests = started.submit(*ids[:40], "poison", *ids[40:])
+    play(started, requests, {"poison"})
+    failed = [request.id for request in requests if request.kinds[-1] == "failure"]
+    assert failed == ["poison"]
+    assert len(started.processes) - 1 <= 6
+    assert all(request.kinds.count("success") == 1 for request in requests if request.id != "poison")
+    assert started.semaphore.releases == 64
+
+
+def play(bench: Bench, requests: list[Request], poison: set[str]) -> None:
+    """Run all jobs; a process with a poisonous one dies before it finishes any."""
+    finished: set[tuple[int, str]] = set()
+
+    def act() -> bool:
+        process = bench.process
+        new = [id for id in process.ran if (process.pid, id) not in finished]
+        if process.is_ready and poison & set(new):
+            process.die()
+        elif process.is_ready:
+            for id in new:
+                process.finish(id)
+        finished.update((process.pid, id) for id in new)
+        return all("success" in request.kinds or "failure" in request.kinds for request in requests)
+
+    bench.until(act)
+    # The last death's successor.
+    bench.until(lambda: bench.process.is_ready)
+
+
+# Limits
+
+
+def test_a_job_over_its_hard_limit_fails_alone_and_its_neighbours_run_again_together(started: Bench) -> None:
+    slow, *others = started.submit("slow", "b", "c", timeout=30)
+    started.process.accept("b")
+    started.process.accept("slow", at=time.monotonic() - 31)
+    old = started.process
+    started.until(lambda: "failure" in slow.kinds)
+    assert isinstance(slow.error, DeadlineExceeded)
+    assert old.is_killed
+    started.until(lambda: started.process is not old and started.process.ran)
+    # Together: nobody suspects them.
+    assert started.process.ran == ["b", "c"]
+    for id in ("b", "c"):
+        started.process.finish(id)
+    started.until(lambda: all("success" in request.kinds for request in others))
+    assert slow.kinds == ["accepted", "failure"]
+    assert started.semaphore.releases == 3
+
+
+def test_a_neighbour_of_overdue_jobs_is_never_lost(started: Bench) -> None:
+    (neighbour,) = started.submit("neighbour")
+    for n in range(4):
+        old = started.process
+        started.submit(f"slow {n}", timeout=30)
+        old.accept(f"slow {n}", at=time.monotonic() - 31)
+        started.until(lambda old=old: started.process is not old and "neighbour" in started.process.ran)
+    assert neighbour.told == []
+
+
+def test_a_limit_counts_from_the_start_and_not_from_the_queue(started: Bench) -> None:
+    (request,) = started.submit("a", timeout=0.01)
+    time.sleep(0.03)
+    started.settle()
+    assert request.told == []
+
+
+def test_a_job_without_a_limit_runs_as_long_as_it_likes(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.process.accept("a", at=time.monotonic() - 1e6)
+    started.settle()
+    assert request.kinds == ["accepted"]
+
+
+def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(started: Bench) -> None:
+    started.submit("a")
+    old = started.process
+    old.last_sign -= pool_module.HANG_S + 1
+    started.until(lambda: started.process is not old and started.process.ran)
+    assert old.is_killed
+    assert started.process.ran == ["a"]
+
+
+def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
+    process = started.process
+    process.last_sign -= pool_module.HANG_S - 0.01
+    process.say("beat")
+    started.settle()
+    assert not process.is_killed
+
+
+# Starting
+
+
+def test_the_pool_starts_once_the_model_answers(bench: Bench) -> None:
+    bench.start()
+    assert bench.pool.info["ready"] is True
+    assert bench.pool.info["processes"] == [1000]
+    assert bench.pool.info["max-concurrency"] == THREADS
+
+
+def test_a_model_that_cannot_be_served_stops_the_worker(bench: Bench) -> None:
+    bench.scripts = [broken]
+    with pytest.raises(WorkerShutdown) as stopped:
+        bench.pool.start()
+    assert stopped.value.code == EX_FAILURE
+    assert len(bench.processes) == 1
+
+
+def test_a_model_that_can_no_longer_be_served_stops_the_worker_for_good(
+    started: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    started.scripts = [broken, broken, broken]
+    started.process.die()
+    started.until(lambda: worker_state.should_stop is not None)
+    assert worker_state.should_stop == EX_FAILURE
+    started.settle()
+    assert len(started.processes) == 2
+
+
+def test_a_process_that_dies_while_it_loads_is_started_again_with_a_growing_delay(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.05, 0.2))
+    bench.scripts = [dying, dying]
+    bench.pool.start()
+    first, second, third = (process.started_at for process in bench.processes)
+    assert second - first >= 0.05
+    assert third - second >= 0.2
+    assert bench.process.is_ready
+
+
+def test_the_delays_grow_by_default() -> None:
+    delays = pool_module.RESTART_DELAYS_S
+    assert len(delays) >= 2
+    assert list(delays) == sorted(delays)
+    assert delays[0] > 0
+
+
+def test_a_process_that_always_dies_while_it_loads_stops_the_worker(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    bench.scripts = [dying] * 10
+    with pytest.raises(WorkerShutdown) as stopped:
+        bench.pool.start()
+    assert stopped.value.code == EX_FAILURE
+    assert len(bench.processes) == 4
+
+
+def test_a_process_that_loads_for_too_long_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.0,))
+
+    def stuck(process: StubProcess) -> None:
+        process.started_at -= 1_000_000
+
+    bench.scripts = [stuck]
+    bench.pool.start()
+    assert bench.processes[0].is_killed
+    assert len(bench.processes) == 2
+
+
+def test_a_process_that_was_ready_starts_the_count_anew(started: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.0,))
+    for _ in range(3):
+        started.scripts = [dying]
+        known = len(started.processes)
+        started.process.die()
+        started.until(lambda known=known: len(started.processes) == known + 2 and started.process.is_ready)
+    assert worker_state.should_stop is None
+
+
+# The event loop
+
+
+def test_a_reconnect_gives_the_pool_an_empty_loop_and_no_message_is_lost(started: Bench) -> None:
+    (request,) = started.submit("a")
+    old, started.hub = started.hub, Hub()
+    old.close()
+    started.pool.register_with_event_loop(started.hub)
+    started.process.finish("a")
+    started.until(lambda: request.told)
+    assert request.kinds == ["success"]
+
+
+def test_a_process_that_reads_slowly_does_not_block_the_loop(started: Bench) -> None:
+    body = b"x" * 1_000_000
+    started.pool.apply_async(
+        None,
+        ("idefics.caption", "big", {"retries": 0}, body, "application/json", "utf-8"),
+        accept_callback=print,
+        callback=print,
+        error_callback=print,
+    )
+    assert started.process.channel.has_unsent
+    started.until(lambda: started.process.ran == ["big"])
+    assert not started.process.channel.has_unsent
+
+
+def test_revoking_by_the_process_id_spares_the_neighbours(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.pool.terminate_job(started.process.pid, 15)
+    assert not started.process.is_killed
+    assert request.job is not None
+    assert request.job.state is JobState.SENT

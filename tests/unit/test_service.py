@@ -1,0 +1,359 @@
+"""One job from its payload to its result, on the fake model and a real engine."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from config.settings import Settings
+from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRequest, PromptTooLong
+from tasks.payloads import Job, Result, parse
+from worker.engine.engine import Engine
+from worker.engine.row import Tokens
+from worker.engine.scheduler import Limits
+from worker.models import Parts
+from worker.models.fake import FakeModel
+from worker.service import Canceled, Service, Ticket
+
+Start = Callable[..., Service]
+
+#: Seconds that a test waits for what takes milliseconds.
+SOON = 5.0
+TICKET = Ticket(id="job")
+
+
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_uri(colour: str = "red") -> str:
+    return f"data:image/png;base64,{base64.b64encode(png(colour)).decode()}"
+
+
+def job(task: str, **arguments: Any) -> Job:
+    return parse(f"idefics.{task}", arguments)
+
+
+def complete(text: str, **arguments: Any) -> Job:
+    return job("complete", prompt=[text], **arguments)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """A service with these settings on a fake model."""
+    engines: list[Engine] = []
+
+    def service(model: FakeModel | None = None, **settings: Any) -> Service:
+        model = model or FakeModel()
+        engine = Engine(model, Limits(rows=8, tokens=1_000_000))
+        engine.start()
+        engines.append(engine)
+        return Service(Settings(**settings), model, engine)
+
+    yield service
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def service(start: Start) -> Service:
+    return start()
+
+
+# Answers
+
+
+def test_a_job_gets_its_answer(service: Service) -> None:
+    result = service.run(complete("the red door", max_new_tokens=4), TICKET)
+    assert result.text == "door"
+    assert result.finish_reason == "length"
+    assert (result.label, result.scores) == (None, None)
+    assert result.model.id == "fake"
+    assert result.usage.prompt_tokens == len("the red door")
+    assert result.usage.completion_tokens == 4
+
+
+def test_a_job_that_does_not_say_gets_the_default_number_of_tokens(start: Start) -> None:
+    assert start(default_new_tokens=7).run(complete("a" * 50), TICKET).text == "a" * 7
+
+
+def test_the_default_number_of_tokens_is_never_above_the_maximum(start: Start) -> None:
+    assert start(default_new_tokens=70, max_new_tokens=5).run(complete("a" * 90), TICKET).text == "a" * 5
+
+
+def test_an_image_becomes_part_of_the_prompt(service: Service) -> None:
+    def answer(colour: str) -> str:
+        return service.run(job("caption", image=data_uri(colour), max_new_tokens=10), TICKET).text
+
+    assert answer("red") == answer("red") != answer("blue")
+
+
+def test_several_images_keep_their_order(service: Service) -> None:
+    def answer(*colours: str) -> str:
+        images = [data_uri(colour) for colour in colours]
+        return service.run(job("complete", prompt=images, max_new_tokens=60), TICKET).text
+
+    assert answer("red", "blue", "green") != answer("green", "blue", "red")
+    assert answer("red", "blue", "red")[:10] == answer("red", "blue", "red")[-10:]
+
+
+def test_classify_answers_with_a_label_and_a_probability_for_each(service: Service) -> None:
+    result = service.run(job("classify", image=data_uri(), labels=["food", "animal"]), TICKET)
+    assert (result.text, result.label, result.scores) == ("food", "food", {"food": 1.0, "animal": 0.0})
+    assert result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [([], "one.two.three"), (["."], "one"), (["three", "two"], "one."), (["four"], "one.two.three"), (["one"], "")],
+)
+def test_the_text_ends_before_the_first_stop_string(service: Service, stop: list[str], text: str) -> None:
+    assert service.run(complete("one.two.three", max_new_tokens=13, stop=stop), TICKET).text == text
+
+
+def test_metadata_is_echoed(service: Service) -> None:
+    metadata = {"row": 7, "tags": ["a", None]}
+    assert service.run(complete("a", metadata=metadata), TICKET).metadata == metadata
+
+
+def test_a_result_is_json(service: Service) -> None:
+    result = service.run(complete("a"), TICKET)
+    assert Result.model_validate(json.loads(json.dumps(result.model_dump(mode="json")))) == result
+
+
+# Timing
+
+
+def test_no_time_is_negative(service: Service) -> None:
+    timing = service.run(job("caption", image=data_uri(), prompt="A"), TICKET).timing
+    assert all(seconds >= 0 for seconds in timing.model_dump().values())
+
+
+def test_the_time_in_the_queue_is_counted_from_submission(service: Service) -> None:
+    ticket = Ticket(id="job", submitted_at=time.time() - 3)
+    assert 3 <= service.run(complete("a"), ticket).timing.queued_s < 3 + SOON
+
+
+def test_a_producer_with_a_fast_clock_waited_no_negative_time(service: Service) -> None:
+    assert service.run(complete("a"), Ticket(id="job", submitted_at=time.time() + 60)).timing.queued_s == 0
+
+
+def test_the_models_time_is_told(start: Start) -> None:
+    service = start(FakeModel(step_s=0.01))
+    assert service.run(complete("a" * 9, max_new_tokens=5), TICKET).timing.generate_s >= 0.05
+
+
+# Refusals
+
+
+def test_more_tokens_than_the_worker_gives_are_refused(start: Start) -> None:
+    with pytest.raises(InvalidRequest, match=r"max_new_tokens is 6.*5"):
+        start(max_new_tokens=5, default_new_tokens=5).run(complete("a", max_new_tokens=6), TICKET)
+
+
+def test_more_images_than_the_worker_takes_are_refused_before_any_is_fetched(start: Start) -> None:
+    blocked = "http://127.0.0.1/a.png"
+    with pytest.raises(InvalidRequest, match=r"3 images.*2"):
+        start(max_images=2).run(job("write", images=[blocked] * 3), TICKET)
+
+
+def test_as_many_images_as_the_worker_takes_are_taken(start: Start) -> None:
+    assert start(max_images=2).run(job("write", images=[data_uri()] * 2), TICKET).text
+
+
+def test_a_prompt_with_too_many_tokens_is_refused_with_its_cure(start: Start) -> None:
+    service = start(max_prompt_tokens=10)
+    assert service.run(complete("a" * 10), TICKET)
+    with pytest.raises(PromptTooLong, match=r"11 tokens.*10.*IDEFICS_MAX_PROMPT_TOKENS"):
+        service.run(complete("a" * 11), TICKET)
+
+
+def test_the_longest_label_counts_as_part_of_the_prompt(start: Start) -> None:
+    image = job("classify", image=data_uri(), labels=["a", "b"])
+    length = start().run(image, TICKET).usage.prompt_tokens
+    service = start(max_prompt_tokens=length + 1)
+    assert service.run(image, TICKET)
+    with pytest.raises(PromptTooLong):
+        service.run(job("classify", image=data_uri(), labels=["a" * 200, "b"]), TICKET)
+
+
+@pytest.mark.parametrize(
+    ("image", "error"),
+    [
+        ("http://127.0.0.1/a.png", ImageBlocked),
+        ({"path": "a.png"}, ImageBlocked),
+        ("data:image/png;base64,aGVsbG8=", ImageInvalid),
+    ],
+)
+def test_an_image_that_cannot_be_had_fails_its_job(service: Service, image: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        service.run(job("caption", image=image), TICKET)
+    with pytest.raises(error):
+        service.run(job("write", images=[data_uri(), image]), TICKET)
+
+
+def test_a_path_is_read_below_the_image_root(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    result = start(image_root=tmp_path).run(job("caption", image={"path": "a.png"}), TICKET)
+    assert result.text == start().run(job("caption", image=data_uri()), TICKET).text
+
+
+# Cancelling
+
+
+class Meddler(FakeModel):
+    """Does something between a job's download and its turn."""
+
+    def __init__(self, meddle: Callable[[], None]) -> None:
+        super().__init__()
+        self._meddle = meddle
+
+    def prepare(self, parts: Parts) -> Tokens:
+        self._meddle()
+        return super().prepare(parts)
+
+
+def test_a_job_canceled_before_its_turn_does_not_run(start: Start) -> None:
+    model = Meddler(lambda: service.cancel("job"))
+    service = start(model)
+    with pytest.raises(Canceled):
+        service.run(complete("a"), TICKET)
+    assert model.batches == []
+
+
+def test_a_job_canceled_while_its_image_loads_is_not_even_tokenized(start: Start) -> None:
+    prepared: list[int] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            service.cancel("job")
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        model = Meddler(lambda: prepared.append(1))
+        service = start(model, image_allow_networks="127.0.0.0/8", image_ports=(port,))
+        with pytest.raises(Canceled):
+            service.run(job("caption", image=f"http://127.0.0.1:{port}/a.png"), TICKET)
+        server.shutdown()
+    assert prepared == []
+
+
+def test_a_job_canceled_while_it_runs_ends_with_its_text_so_far(start: Start) -> None:
+    service = start(FakeModel(step_s=0.01))
+    timer = threading.Timer(0.1, service.cancel, ["job"])
+    timer.start()
+    with pytest.raises(Canceled) as canceled:
+        service.run(complete("a" * 60, max_new_tokens=60), TICKET)
+    partial = canceled.value.partial
+    assert partial is not None
+    assert partial.finish_reason == "canceled"
+    assert 0 < len(partial.text) < 60
+
+
+def test_canceling_a_job_leaves_the_others_alone(start: Start) -> None:
+    service = start(FakeModel(step_s=0.005))
+    texts: list[str] = []
+    other = threading.Thread(
+        target=lambda: texts.append(service.run(complete("b" * 30, max_new_tokens=30), Ticket(id="other")).text)
+    )
+    other.start()
+    threading.Timer(0.05, service.cancel, ["job"]).start()
+    with pytest.raises(Canceled):
+        service.run(complete("a" * 60, max_new_tokens=60), TICKET)
+    other.join(SOON)
+    assert texts == ["b" * 30]
+
+
+def test_canceling_a_job_that_is_not_here_does_nothing(service: Service) -> None:
+    service.run(complete("a"), TICKET)
+    service.cancel("job")
+    service.cancel("nobody")
+    assert service.run(complete("a"), TICKET).text == "a"
+
+
+# Deadlines
+
+
+def test_a_job_whose_deadline_passed_in_the_queue_fails_without_running(start: Start) -> None:
+    model = FakeModel()
+    ticket = Ticket(id="job", submitted_at=time.time() - 10)
+    with pytest.raises(DeadlineExceeded):
+        start(model).run(complete("a", deadline_s=9), ticket)
+    assert model.batches == []
+
+
+def test_a_deadline_counts_from_submission(service: Service) -> None:
+    ticket = Ticket(id="job", submitted_at=time.time() - 10)
+    assert service.run(complete("a", deadline_s=60), ticket).finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ticket"),
+    [
+        ({"deadline_s": 0.2}, TICKET),
+        ({}, Ticket(id="job", soft_limit_s=0.2)),
+        ({"deadline_s": 60}, Ticket(id="job", soft_limit_s=0.2)),
+    ],
+    ids=["deadline", "soft limit", "the earlier of both"],
+)
+def test_a_job_whose_time_is_up_while_it_runs_ends_with_its_text(
+    start: Start, arguments: dict[str, Any], ticket: Ticket
+) -> None:
+    result = start(FakeModel(step_s=0.01)).run(complete("a" * 60, max_new_tokens=60, **arguments), ticket)
+    assert result.finish_reason == "deadline"
+    assert 0 < len(result.text) < 60
+
+
+# The golden check
+
+
+def golden(folder: Path, text: str) -> Path:
+    (folder / "a.png").write_bytes(png())
+    arguments = {"prompt": "This is a red door", "max_new_tokens": 4}
+    form = {"task": "idefics.caption", "image": "a.png", "arguments": arguments, "text": text}
+    (folder / "golden.json").write_text(json.dumps(form))
+    return folder
+
+
+def test_a_model_that_says_what_is_right_may_serve(service: Service, tmp_path: Path) -> None:
+    service.check_golden(golden(tmp_path, " door\n"))
+
+
+def test_a_model_that_says_something_else_must_not_serve(service: Service, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"'door'.*'wall'"):
+        service.check_golden(golden(tmp_path, "wall"))
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_without_a_golden_picture_any_answer_will_do(start: Start, tmp_path: Path, has_folder: bool) -> None:
+    model = FakeModel()
+    start(model).check_golden(tmp_path if has_folder else None)
+    assert model.batches
+
+
+def test_a_model_that_cannot_answer_at_all_must_not_serve(start: Start) -> None:
+    class Broken(FakeModel):
+        def run(self, *args: Any) -> None:
+            raise ValueError("NaN")
+
+    with pytest.raises(Exception, match="ValueError"):
+        start(Broken()).check_golden(None)

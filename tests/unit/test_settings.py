@@ -1,0 +1,286 @@
+"""The worker's settings, what `python -m config` prints of them, and Celery's configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery.app.defaults import NAMESPACES, flatten
+from pydantic import ValidationError
+
+from config.__main__ import lines
+from config.celery import configuration
+from config.settings import PREFIX, Settings, load
+from tasks import Client
+
+Environment = Callable[..., Settings]
+
+SECRET = "s3cr3t"
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Environment:
+    """The settings of an environment that says this and nothing else."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+
+    def settings(**values: str) -> Settings:
+        for name, value in values.items():
+            monkeypatch.setenv(PREFIX + name, value)
+        return load()
+
+    return settings
+
+
+# Defaults
+
+
+def test_the_defaults_are_those_of_the_contract(environment: Environment) -> None:
+    settings = environment()
+    assert settings.broker_url.get_secret_value() == "redis://localhost:6379/0"
+    assert settings.result_backend.get_secret_value() == "redis://localhost:6379/1"
+    assert settings.model == "demo"
+    assert settings.model_revision is None
+    assert (settings.dtype, settings.quantization, settings.device_map) == ("auto", "none", "auto")
+    assert settings.image_root is None
+    assert settings.image_allow_networks == settings.image_allow_domains == ()
+    assert settings.callback_keys == {}
+
+
+def test_every_setting_that_the_contract_names_is_there() -> None:
+    named = (
+        "BROKER_URL RESULT_BACKEND MODEL MODEL_REVISION DTYPE QUANTIZATION DEVICE_MAP MAX_BATCH_SIZE MAX_PROMPT_TOKENS "
+        "MAX_NEW_TOKENS MAX_IMAGES PREFETCH IMAGE_ALLOW_NETWORKS IMAGE_ALLOW_DOMAINS IMAGE_PORTS IMAGE_MAX_BYTES "
+        "IMAGE_ROOT CALLBACK_KEYS RESULT_TTL_S TIME_LIMIT_S SOFT_TIME_LIMIT_S"
+    )
+    assert set(named.lower().split()) <= set(Settings.model_fields)
+
+
+def test_the_client_and_the_worker_agree_where_results_are(environment: Environment) -> None:
+    settings = environment(BROKER_URL="redis://queue:6379/4")
+    assert Client().app.conf.result_backend == settings.result_backend.get_secret_value()
+
+
+# Reading
+
+
+def test_the_environment_sets_them(environment: Environment) -> None:
+    settings = environment(MAX_BATCH_SIZE="8", DTYPE="bfloat16", IMAGE_ROOT="/srv/images", MODEL="me/mine")
+    assert settings.max_batch_size == 8
+    assert settings.dtype == "bfloat16"
+    assert settings.image_root == Path("/srv/images")
+    assert settings.model == "me/mine"
+
+
+def test_lists_are_comma_separated(environment: Environment) -> None:
+    settings = environment(IMAGE_ALLOW_DOMAINS="example.com, cdn.example.org,", IMAGE_PORTS="80,8443")
+    assert settings.image_allow_domains == ("example.com", "cdn.example.org")
+    assert settings.image_ports == (80, 8443)
+
+
+def test_an_empty_list_is_empty(environment: Environment) -> None:
+    assert environment(IMAGE_ALLOW_DOMAINS="", IMAGE_ALLOW_NETWORKS="").image_allow_domains == ()
+
+
+def test_networks_are_read_as_networks(environment: Environment) -> None:
+    settings = environment(IMAGE_ALLOW_NETWORKS="10.1.0.0/16,fd00::/8,192.168.1.7")
+    assert settings.image_allow_networks == (
+        ip_network("10.1.0.0/16"),
+        ip_network("fd00::/8"),
+        ip_network("192.168.1.7/32"),
+    )
+
+
+def test_callback_keys_are_pairs(environment: Environment) -> None:
+    keys = environment(CALLBACK_KEYS=f"shop=whsec_{SECRET}=,blog=whsec_b").callback_keys
+    assert {name: key.get_secret_value() for name, key in keys.items()} == {
+        "shop": f"whsec_{SECRET}=",
+        "blog": "whsec_b",
+    }
+
+
+def test_prefetch_follows_the_batch_size_unless_it_is_set(environment: Environment) -> None:
+    assert environment(MAX_BATCH_SIZE="8").job_threads == 16
+    assert environment(PREFETCH="5").job_threads == 5
+
+
+# Refusals
+
+
+def test_an_unknown_name_is_refused_as_a_misspelt_one(environment: Environment) -> None:
+    with pytest.raises(ValueError, match="IDEFICS_MODLE"):
+        environment(MODLE="demo")
+
+
+def test_other_programs_names_are_left_alone(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTHER_MODLE", "demo")
+    assert environment().model == "demo"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MAX_BATCH_SIZE", "0"),
+        ("MAX_BATCH_SIZE", "many"),
+        ("MAX_BATCH_TOKENS", "0"),
+        ("MAX_PROMPT_TOKENS", "0"),
+        ("MAX_NEW_TOKENS", "-1"),
+        ("MAX_IMAGES", "0"),
+        ("PREFETCH", "-1"),
+        ("IMAGE_MAX_BYTES", "0"),
+        ("IMAGE_TIMEOUT_S", "0"),
+        ("IMAGE_PORTS", "80,http"),
+        ("IMAGE_PORTS", "70000"),
+        ("IMAGE_ALLOW_NETWORKS", "10.1.0.0/33"),
+        ("IMAGE_ALLOW_NETWORKS", "example.com"),
+        ("DTYPE", "float8"),
+        ("QUANTIZATION", "2bit"),
+        ("RESULT_TTL_S", "0"),
+        ("MAX_RETRIES", "-1"),
+        ("LOG_LEVEL", "LOUD"),
+        ("BROKER_URL", "amqp://localhost"),
+        ("RESULT_BACKEND", "db+sqlite:///results"),
+        ("CALLBACK_KEYS", "whsec_alone"),
+        ("CALLBACK_KEYS", "shop=plain"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_its_name(environment: Environment, name: str, value: str) -> None:
+    with pytest.raises(ValidationError, match=name.lower()):
+        environment(**{name: value})
+
+
+@pytest.mark.parametrize(("soft", "hard"), [("600", "600"), ("700", "600")])
+def test_the_soft_limit_comes_before_the_hard_one(environment: Environment, soft: str, hard: str) -> None:
+    with pytest.raises(ValidationError, match="soft_time_limit_s"):
+        environment(SOFT_TIME_LIMIT_S=soft, TIME_LIMIT_S=hard)
+
+
+def test_the_settings_are_frozen(environment: Environment) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        environment().model = "other"
+
+
+# Secrets
+
+
+def shown(settings: Settings) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in lines(settings))
+
+
+def test_every_setting_is_printed_under_its_name(environment: Environment) -> None:
+    assert set(shown(environment())) == {PREFIX + name.upper() for name in Settings.model_fields}
+
+
+def test_what_is_printed_can_be_read_again(environment: Environment) -> None:
+    printed = shown(environment(IMAGE_PORTS="80,81", IMAGE_ALLOW_NETWORKS="10.0.0.0/8", MAX_IMAGES="3"))
+    assert printed["IDEFICS_IMAGE_PORTS"] == "80,81"
+    assert printed["IDEFICS_IMAGE_ALLOW_NETWORKS"] == "10.0.0.0/8"
+    assert printed["IDEFICS_MAX_IMAGES"] == "3"
+    assert printed["IDEFICS_MODEL_REVISION"] == ""
+
+
+@pytest.mark.parametrize(
+    ("url", "masked"),
+    [
+        (f"redis://:{SECRET}@host:6379/0", "redis://****@host:6379/0"),
+        (f"rediss://user:{SECRET}@host/0", "rediss://****@host/0"),
+        (f"redis://user:{SECRET}@{SECRET}@host/0", "redis://****@host/0"),
+        ("redis://host/0", "redis://host/0"),
+        ("redis+socket:///run/redis.sock", "redis+socket:///run/redis.sock"),
+    ],
+)
+def test_a_urls_password_is_masked(environment: Environment, url: str, masked: str) -> None:
+    printed = shown(environment(BROKER_URL=url, RESULT_BACKEND=url))
+    assert printed["IDEFICS_BROKER_URL"] == printed["IDEFICS_RESULT_BACKEND"] == masked
+
+
+def test_a_callback_keys_name_is_printed_and_its_secret_is_not(environment: Environment) -> None:
+    settings = environment(CALLBACK_KEYS=f"shop=whsec_{SECRET},blog=whsec_{SECRET}")
+    assert shown(settings)["IDEFICS_CALLBACK_KEYS"] == "shop=****,blog=****"
+
+
+def test_no_secret_is_in_the_settings_own_text(environment: Environment) -> None:
+    settings = environment(BROKER_URL=f"redis://:{SECRET}@host/0", CALLBACK_KEYS=f"shop=whsec_{SECRET}")
+    assert SECRET not in repr(settings) + str(settings)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"BROKER_URL": f"amqp://user:{SECRET}@host"},
+        {"CALLBACK_KEYS": f"shop=whsec_{SECRET},blog=plain"},
+        {"BROKER_URL": f"redis://:{SECRET}@host/0", "SOFT_TIME_LIMIT_S": "600", "TIME_LIMIT_S": "600"},
+    ],
+    ids=["url", "key", "limits"],
+)
+def test_a_refusal_does_not_print_the_secrets(environment: Environment, values: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="validation error") as refused:
+        environment(**values)
+    assert SECRET not in str(refused.value)
+
+
+# Celery
+
+
+@pytest.fixture
+def celery(environment: Environment) -> dict[str, Any]:
+    values = {"BROKER_URL": f"redis://:{SECRET}@queue/0", "RESULT_BACKEND": "redis://results/3", "PREFETCH": "7"}
+    return configuration(environment(**values, RESULT_TTL_S="60", VISIBILITY_TIMEOUT_S="900"), "idefics", 5)
+
+
+def test_celery_has_the_urls_with_their_passwords(celery: dict[str, Any]) -> None:
+    assert celery["broker_url"] == f"redis://:{SECRET}@queue/0"
+    assert celery["result_backend"] == "redis://results/3"
+
+
+def test_celery_reads_and_writes_json_only(celery: dict[str, Any]) -> None:
+    assert celery["task_serializer"] == celery["result_serializer"] == "json"
+    assert celery["accept_content"] == celery["result_accept_content"] == ["json"]
+
+
+def test_a_job_leaves_the_queue_once_its_result_is_stored(celery: dict[str, Any]) -> None:
+    assert celery["task_acks_late"] is True
+    assert celery["task_reject_on_worker_lost"] is True
+    assert celery["worker_deduplicate_successful_tasks"] is True
+
+
+def test_celery_runs_our_pool_on_our_queue(celery: dict[str, Any]) -> None:
+    assert celery["worker_pool"] == "worker.pool:InferencePool"
+    assert celery["worker_concurrency"] == 1
+    assert (celery["task_default_queue"], celery["task_default_priority"]) == ("idefics", 5)
+
+
+def test_celery_prefetches_what_the_pool_holds(celery: dict[str, Any]) -> None:
+    assert celery["worker_prefetch_multiplier"] * celery["worker_concurrency"] == 7
+    assert celery["worker_eta_task_limit"] > 7
+
+
+def test_a_reconnect_does_not_end_running_jobs(celery: dict[str, Any]) -> None:
+    assert celery["worker_cancel_long_running_tasks_on_connection_loss"] is False
+
+
+def test_celery_reads_every_priority_in_order(celery: dict[str, Any]) -> None:
+    options = celery["broker_transport_options"]
+    assert options["priority_steps"] == list(range(10))
+    assert options["queue_order_strategy"] == "priority"
+    assert options["visibility_timeout"] == 900
+
+
+def test_results_are_kept_for_their_time(celery: dict[str, Any]) -> None:
+    assert celery["result_expires"] == 60
+
+
+def test_the_limits_are_celerys(environment: Environment) -> None:
+    settings = environment(TIME_LIMIT_S="9", SOFT_TIME_LIMIT_S="8")
+    celery = configuration(settings, "idefics", 5)
+    assert (celery["task_time_limit"], celery["task_soft_time_limit"]) == (9, 8)
+
+
+def test_celery_knows_every_name_of_the_configuration(celery: dict[str, Any]) -> None:
+    # Read by the Redis backend, though not in Celery's list.
+    unlisted = {"redis_backend_health_check_interval", "result_backend_thread_safe"}
+    assert set(celery) <= {name for name, _ in flatten(NAMESPACES)} | unlisted

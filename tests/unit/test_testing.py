@@ -1,0 +1,106 @@
+"""The fake client that producers test with."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+
+import pytest
+
+from tasks import Caption, Client, ImageBlocked, Job, Result, SubmittedJob
+from tasks.testing import FakeClient, FakeJob, canned
+
+URL = "https://example.com/a.jpg"
+ONE, TWO = Caption(image=URL, prompt="one"), Caption(image=URL, prompt="two", metadata={"row": 2})
+
+
+def _prompt(job: Job) -> str:
+    assert isinstance(job, Caption)
+    return job.prompt or ""
+
+
+def _blocked(job: Job) -> str:
+    raise ImageBlocked("Use another.")
+
+
+def _methods(thing: type) -> set[str]:
+    return {name for name in vars(thing) if not name.startswith("_")}
+
+
+def test_every_job_has_an_answer_at_once() -> None:
+    job = FakeClient().submit(ONE, priority=1)
+    assert job.status == "succeeded"
+    assert job.result(timeout=1).text == "an answer"
+
+
+def test_the_answer_may_depend_on_the_job() -> None:
+    jobs = FakeClient(_prompt).submit_many(iter([ONE, TWO]), priority=1)
+    assert [job.result().text for job in jobs] == ["one", "two"]
+    assert jobs[1].result().metadata == {"row": 2}
+
+
+def test_the_answer_may_be_a_whole_result() -> None:
+    expected = canned("cut", ONE).model_copy(update={"finish_reason": "length"})
+    assert FakeClient(lambda job: expected).submit(ONE).result() is expected
+
+
+def test_an_error_that_the_answer_raises_fails_the_job_and_not_its_submission() -> None:
+    job = FakeClient(_blocked).submit(ONE)
+    assert job.status == "failed"
+    with pytest.raises(ImageBlocked, match=r"Use another\."):
+        job.result()
+
+
+def test_a_defect_of_the_test_itself_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        FakeClient(lambda job: str(1 // 0)).submit(ONE)
+
+
+def test_submitted_jobs_are_kept_in_order() -> None:
+    client = FakeClient()
+    client.submit(ONE)
+    client.submit_many([TWO, ONE])
+    assert client.submitted == [ONE, TWO, ONE]
+
+
+def test_a_job_is_found_again_by_its_id() -> None:
+    client = FakeClient(_prompt)
+    one, two = client.submit_many([ONE, TWO])
+    assert one.id != two.id
+    assert client.job(two.id) is two
+    assert client.result(one.id, timeout=1).text == "one"
+
+
+def test_asyncio_has_the_same_answers() -> None:
+    async def story() -> Result:
+        client = FakeClient(_prompt)
+        job = await client.asubmit(ONE, priority=1)
+        assert (await job.aresult(timeout=1)).text == "one"
+        return await client.aresult(job.id, timeout=1)
+
+    assert asyncio.run(story()).text == "one"
+
+
+def test_a_failed_job_raises_in_asyncio_too() -> None:
+    async def story() -> None:
+        job = await FakeClient(_blocked).asubmit(ONE)
+        await job.aresult()
+
+    with pytest.raises(ImageBlocked):
+        asyncio.run(story())
+
+
+def test_the_fake_client_has_every_method_of_the_real_one() -> None:
+    assert _methods(Client) - _methods(FakeClient) == set()
+
+
+def test_the_fake_job_has_every_method_of_the_real_one() -> None:
+    assert _methods(SubmittedJob) - _methods(FakeJob) == set()
+
+
+@pytest.mark.parametrize(("real", "fake"), [(Client, FakeClient), (SubmittedJob, FakeJob)])
+def test_a_fake_method_waits_where_the_real_one_does(real: type, fake: type) -> None:
+    for name in _methods(real) & _methods(fake):
+        assert inspect.iscoroutinefunction(getattr(real, name)) == inspect.iscoroutinefunction(getattr(fake, name)), (
+            name
+        )

@@ -1,0 +1,214 @@
+"""Messages between the two processes of a worker, over a real socket pair."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from worker.pool.wire import BlockingChannel, Channel, Message
+
+SOON = 5.0
+#: More than any socket's buffer.
+BIG = b"x" * 5_000_000
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def received(channel: Channel, number: int) -> list[Message]:
+    """So many messages, as soon as they are there."""
+    messages: list[Message] = []
+    end = time.monotonic() + SOON
+    while len(messages) < number and time.monotonic() < end:
+        arrived, closed = channel.receive()
+        messages += arrived
+        if closed:
+            break
+    return messages
+
+
+def framed(message: Message) -> bytes:
+    """A message as it is on the wire."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        Channel(ours).send(message)
+        return theirs.recv(1 << 16)
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ("ready",),
+        ("run", 7, ("idefics.caption", "id", {"retries": None}, b"body")),
+        ("done", 2**40, (0, {"a": 1}, 0.5)),
+    ],
+)
+def test_a_message_arrives_as_it_was_sent(ends: tuple[socket.socket, socket.socket], message: Message) -> None:
+    ours, theirs = map(Channel, ends)
+    ours.send(message)
+    assert theirs.receive() == ([message], False)
+
+
+def test_an_exception_arrives_with_its_class_and_arguments(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = map(Channel, ends)
+    ours.send(("raised", 1, ValueError("boom")))
+    [(_, _, error)], _ = theirs.receive()
+    assert (type(error), error.args) == (ValueError, ("boom",))
+
+
+def test_messages_arrive_in_order_however_many_come_at_once(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = map(Channel, ends)
+    for number in range(100):
+        ours.send(("accepted", number))
+    assert theirs.receive() == ([("accepted", number) for number in range(100)], False)
+
+
+def test_both_ends_send_at_the_same_time(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = map(Channel, ends)
+    ours.send(("run", 1))
+    theirs.send(("done", 2))
+    assert ours.receive()[0] == [("done", 2)]
+    assert theirs.receive()[0] == [("run", 1)]
+
+
+def test_nothing_has_arrived_and_nobody_waits(ends: tuple[socket.socket, socket.socket]) -> None:
+    assert Channel(ends[0]).receive() == ([], False)
+
+
+# Frames
+
+
+def test_a_message_in_single_bytes_arrives_once_it_is_whole(ends: tuple[socket.socket, socket.socket]) -> None:
+    channel, frame = Channel(ends[0]), framed(("done", 1))
+    for byte in frame[:-1]:
+        ends[1].send(bytes([byte]))
+        assert channel.receive() == ([], False)
+    ends[1].send(frame[-1:])
+    assert channel.receive() == ([("done", 1)], False)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_messages_cut_anywhere_arrive_whole(ends: tuple[socket.socket, socket.socket], seed: int) -> None:
+    dice = random.Random(seed)
+    messages = [("done", number, "x" * dice.randrange(200)) for number in range(20)]
+    stream, arrived, channel = b"".join(map(framed, messages)), [], Channel(ends[0])
+    while stream:
+        size = dice.randrange(1, 300)
+        ends[1].send(stream[:size])
+        stream = stream[size:]
+        arrived += channel.receive()[0]
+    assert arrived == messages
+
+
+def test_a_frame_is_its_length_and_a_pickle() -> None:
+    frame = framed(("ready",))
+    assert struct.unpack("!I", frame[:4])[0] == len(frame) - 4
+
+
+# Big messages
+
+
+def test_a_message_that_the_socket_does_not_take_waits_without_blocking(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    channel = Channel(ends[0])
+    channel.send(("run", BIG))
+    assert channel.has_unsent
+
+
+def test_a_big_message_arrives_bit_by_bit(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = map(Channel, ends)
+    ours.send(("run", BIG))
+    ours.send(("run", "next"))
+    messages: list[Message] = []
+    end = time.monotonic() + SOON
+    while len(messages) < 2 and time.monotonic() < end:
+        ours.flush()
+        messages += theirs.receive()[0]
+    assert messages == [("run", BIG), ("run", "next")]
+    assert not ours.has_unsent
+
+
+# Closed peers
+
+
+def test_a_closed_peer_is_noticed_after_its_last_words(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = map(Channel, ends)
+    theirs.send(("done", 1))
+    theirs.close()
+    assert ours.receive() == ([("done", 1)], True)
+    assert ours.receive() == ([], True)
+
+
+def test_half_a_message_of_a_closed_peer_is_none(ends: tuple[socket.socket, socket.socket]) -> None:
+    ends[1].send(framed(("done", 1))[:-1])
+    ends[1].close()
+    assert Channel(ends[0]).receive() == ([], True)
+
+
+def test_sending_to_a_closed_peer_is_not_an_error(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = map(Channel, ends)
+    theirs.close()
+    ours.send(("stop",))
+    ours.send(("run", BIG))
+    assert not ours.has_unsent, "else the event loop would try for ever"
+
+
+# The model process's end
+
+
+def read_all(channel: BlockingChannel, into: list[Any]) -> threading.Thread:
+    reader = threading.Thread(target=lambda: into.extend(channel), daemon=True)
+    reader.start()
+    return reader
+
+
+def test_the_blocking_end_reads_until_its_parent_is_gone(ends: tuple[socket.socket, socket.socket]) -> None:
+    parent, messages = Channel(ends[0]), []
+    reader = read_all(BlockingChannel(ends[1]), messages)
+    parent.send(("run", 1))
+    parent.send(("cancel", 1))
+    parent.close()
+    reader.join(SOON)
+    assert messages == [("run", 1), ("cancel", 1)]
+
+
+def test_the_blocking_end_reads_a_big_message(ends: tuple[socket.socket, socket.socket]) -> None:
+    parent, messages = Channel(ends[0]), []
+    reader = read_all(BlockingChannel(ends[1]), messages)
+    parent.send(("run", BIG))
+    while parent.has_unsent:
+        parent.flush()
+    parent.close()
+    reader.join(SOON)
+    assert messages == [("run", BIG)]
+
+
+def test_many_threads_write_whole_messages(ends: tuple[socket.socket, socket.socket]) -> None:
+    parent, child = Channel(ends[0]), BlockingChannel(ends[1])
+
+    def write(thread: int) -> None:
+        for number in range(20):
+            child.send(("done", thread, number, "x" * 20_000))
+
+    threads = [threading.Thread(target=write, args=(thread,), daemon=True) for thread in range(8)]
+    for thread in threads:
+        thread.start()
+    messages = received(parent, 160)
+    assert len(messages) == 160
+    for thread in range(8):
+        assert [number for _, of, number, _ in messages if of == thread] == list(range(20))
