@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import click
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 
 from .client import Client
 from .errors import JobCanceled, JobError
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
 
-UNREACHABLE = (OperationalError, RedisError)
 #: `caption` for `idefics.caption`.
 TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
 
@@ -34,9 +31,13 @@ def main(context: click.Context, broker: str | None, results: str | None) -> Non
 
 def _client(broker: str | None, results: str | None) -> Client:
     try:
-        return Client(broker, result_backend=results)
+        client = Client(broker, result_backend=results)
+        client.ping()
     except ValueError as error:
         raise click.UsageError(f"{error} On the command line it is --results.") from None
+    except ConnectionError as error:
+        raise click.ClickException(str(error)) from None
+    return client
 
 
 @main.command()
@@ -57,9 +58,10 @@ def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait:
     idefics-jobs submit classify image=@cat.png labels=animal labels=food --wait
     """
     try:
-        job = client().submit(parse(f"idefics.{task}", arguments(TASKS[task], fields)), priority=priority)
-    except (JobError, *UNREACHABLE) as error:
+        payload = parse(f"idefics.{task}", arguments(TASKS[task], fields))
+    except JobError as error:
         _fail(error)
+    job = client().submit(payload, priority=priority)
     if wait:
         _print_result(job, timeout)
     else:
@@ -78,17 +80,14 @@ def result(client: Any, id: str, timeout: float | None) -> None:
 def _print_result(job: Any, timeout: float | None) -> None:
     try:
         answer: Result = job.result(timeout)
-    except (JobError, JobCanceled, TimeoutError, *UNREACHABLE) as error:
+    except (JobError, JobCanceled, TimeoutError) as error:
         _fail(error)
     click.echo(answer.model_dump_json(indent=2))
 
 
 def _fail(error: Exception) -> Any:
-    if isinstance(error, UNREACHABLE):
-        click.echo(f"Redis cannot be reached ({error}): is it up, and --broker right?", err=True)
-    else:
-        code = f"{error.code}: " if isinstance(error, JobError) else ""
-        click.echo(f"{code}{error}", err=True)
+    code = f"{error.code}: " if isinstance(error, JobError) else ""
+    click.echo(f"{code}{error}", err=True)
     sys.exit(1)
 
 

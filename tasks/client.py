@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -10,12 +11,14 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from celery import Celery, states
-from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
 
 from .errors import JobCanceled, from_exception
 from .payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
 
+#: Seconds between two looks at a result: short at first, since most jobs end within a second.
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.25
 DEFAULT_BROKER = "redis://localhost:6379/0"
 
 Status = Literal["starting", "processing", "succeeded", "failed", "canceled"]
@@ -52,17 +55,29 @@ class SubmittedJob:
 
         Raises the job's JobError, JobCanceled, or TimeoutError, after which the job goes on.
         """
-        try:
-            value = self.async_result.get(timeout=timeout, propagate=False)
-        except CeleryTimeoutError:
-            raise TimeoutError(
-                f"Job {self.id} has no answer after {timeout} s: it goes on; is a worker running on its queue?"
-            ) from None
-        if self.async_result.state == states.REVOKED:
+        meta = self._await_end(timeout)
+        if meta["status"] == states.REVOKED:
             raise JobCanceled(JobCanceled.__doc__)
-        if isinstance(value, BaseException):
-            raise from_exception(value)
-        return Result.model_validate(value)
+        if isinstance(meta["result"], BaseException):
+            raise from_exception(meta["result"])
+        return Result.model_validate(meta["result"])
+
+    def _await_end(self, timeout: float | None) -> dict[str, Any]:
+        # Asked for again and again, with growing pauses: AsyncResult.get() waits on one subscription for all results of
+        # a process, which threads that wait at the same time (a web server's) take from each other.
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        pause = FIRST_PAUSE_S
+        while True:
+            meta: dict[str, Any] = self.async_result.backend.get_task_meta(self.id)
+            left = end - time.monotonic()
+            if meta["status"] in states.READY_STATES:
+                return meta
+            if left <= 0:
+                raise TimeoutError(
+                    f"Job {self.id} has no answer after {timeout} s: it goes on; is a worker running on its queue?"
+                )
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.25, LAST_PAUSE_S)
 
     async def aresult(self, timeout: float | None = None) -> Result:
         """`result` for asyncio."""
@@ -116,6 +131,14 @@ class Client:
         """Queue jobs over one connection, in order."""
         with self.app.producer_pool.acquire(block=True) as producer:
             return [self.submit(job, priority=priority, producer=producer, **options) for job in jobs]
+
+    def ping(self) -> None:
+        """Raises ConnectionError where the broker cannot be reached in seconds; `submit` tries for half a minute."""
+        try:
+            with self.app.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=1, timeout=5)
+        except OperationalError as error:
+            raise ConnectionError(f"The broker cannot be reached ({error}): is it up, and its URL right?") from None
 
     def job(self, id: str) -> SubmittedJob:
         """A job submitted earlier."""

@@ -54,6 +54,9 @@ class FakeClient:
     def submit_many(self, jobs: Iterable[Job], **options: Any) -> list[FakeJob]:
         return [self.submit(job) for job in jobs]
 
+    def ping(self) -> None:
+        """Always there."""
+
     def job(self, id: str) -> FakeJob:
         return self._jobs[id]
 
