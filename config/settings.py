@@ -100,6 +100,13 @@ class Settings(BaseSettings):
     #: The folder that {"path": ...} images are read from; unset refuses them.
     image_root: Path | None = None
 
+    #: Bytes of decoded images kept in memory: what several jobs show is decoded once.
+    image_cache_bytes: int = Field(default=2**28, ge=0)
+    #: Bytes of images' features kept on the device: what several jobs show is encoded once.
+    feature_cache_bytes: int = Field(default=2**29, ge=0)
+    #: Bytes of prompts' shared beginnings (examples, instructions) kept on the device.
+    prefix_cache_bytes: int = Field(default=2**29, ge=0)
+
     #: `id=whsec_...` pairs: the secrets that sign callbacks.
     callback_keys: Annotated[dict[str, SecretStr], NoDecode] = {}
 

@@ -15,16 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL.Image import Image
-
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
 from tasks.payloads import Classify, Job, Result, Timing, Usage, parse
 from worker.engine.engine import Engine
-from worker.engine.row import Output, Row, Sampling
+from worker.engine.row import Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
 from worker.images import open_image
 from worker.models import Model, Parts
+from worker.pictures import PictureCache
 from worker.prompts import ImageRef, Prompt, build, ends_with_utterance
 
 logger = logging.getLogger(__name__)
@@ -61,6 +60,7 @@ class Service:
         self._model = model
         self._engine = engine
         self._fetcher = Fetcher(_fetch_policy(settings))
+        self._pictures = PictureCache(self._open, settings.image_cache_bytes)
         self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download")
         self._running: dict[str, _Run] = {}
         self._lock = threading.Lock()
@@ -120,7 +120,7 @@ class Service:
             raise InvalidRequest(f"max_new_tokens is {job.max_new_tokens}: this worker's maximum is {most}.")
         return job.max_new_tokens
 
-    def _load_images(self, prompt: Prompt) -> list[str | Image]:
+    def _load_images(self, prompt: Prompt) -> list[str | Picture]:
         references = [part for part in prompt if isinstance(part, ImageRef)]
         if len(references) > self._settings.max_images:
             raise InvalidRequest(
@@ -131,12 +131,15 @@ class Service:
         images = dict(zip(map(id, references), load(self._load_image, references), strict=True))
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
 
-    def _load_image(self, reference: ImageRef) -> Image:
-        return open_image(self._fetcher.fetch(reference.source))
+    def _load_image(self, reference: ImageRef) -> Picture:
+        return self._pictures.get(self._fetcher.fetch(reference.source))
+
+    def _open(self, data: bytes) -> Picture:
+        return self._model.picture(open_image(data))
 
     def _row(self, job: Job, parts: Parts, run: _Run, new_tokens: int) -> Row:
         tokens = self._model.prepare(parts)
-        labels = [self._model.encode_label(parts, label) for label in _labels(job)]
+        labels = self._model.encode_labels(parts[-2:], _labels(job))
         # The longest label counts too: it stands in the same window.
         length = len(tokens.ids) + max(map(len, labels), default=0)
         if length > self._settings.max_prompt_tokens:
@@ -186,7 +189,7 @@ class Service:
             self._check_any_answer()
             return
         expected = json.loads(golden.read_text())
-        image = open_image((golden.parent / expected["image"]).read_bytes())
+        image = self._open((golden.parent / expected["image"]).read_bytes())
         job = parse(expected["task"], {"image": {"path": expected["image"]}, **expected["arguments"]})
         parts = [image if isinstance(part, ImageRef) else part for part in build(job)]
         text = self._run_once(job, parts)
@@ -201,7 +204,7 @@ class Service:
         parts = ["This is"]
         job = parse("idefics.complete", {"prompt": parts, "max_new_tokens": 4})
         said = self._engine.submit(self._row(job, parts, _Run(Ticket("golden"), None), 4)).result()
-        scored = Row(self._model.prepare(parts), Sampling(1), labels=(self._model.encode_label(parts, "a"),))
+        scored = Row(self._model.prepare(parts), Sampling(1), labels=tuple(self._model.encode_labels(parts, ["a"])))
         probabilities = self._engine.submit(scored).result().probabilities
         if not said.ids or not all(map(math.isfinite, probabilities)):
             raise RuntimeError("The model computes no answer: its weights, their precision or this device is broken.")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tasks import Answer, Caption, CaptionExample, Chat, Complete, ImagePath, Job, Write
 from worker.engine.continuous import ContinuousModel
-from worker.engine.row import Row, Sampling
+from worker.engine.row import Row, Sampling, Tokens
 from worker.prompts import ImageRef, build, ends_with_utterance
 
 Parts = list[str | Image.Image]
@@ -63,7 +63,12 @@ def row_of(model: ContinuousModel, job: Job, parts: Parts) -> Row:
         num_beams=job.num_beams,
         end_ids=model.end_ids(utterance=ends_with_utterance(job)),
     )
-    return Row(model.prepare(parts), sampling)
+    return Row(prepared(model, parts), sampling)
+
+
+def prepared(model: ContinuousModel, parts: Parts) -> Tokens:
+    """As the service prepares a prompt: its images as the model takes them."""
+    return model.prepare([part if isinstance(part, str) else model.picture(part) for part in parts])
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tasks import Caption, CaptionExample, ImagePath, Job
 from tests.model.conftest import Served
-from tests.model.jobs import mixed_jobs, parts_of, row_of, stock_ids
+from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
 from worker.engine.row import Row, Sampling
 from worker.models.idefics_decoder import Prompt
 
@@ -90,7 +90,7 @@ def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served)
 def test_prompts_are_token_for_token_those_of_transformers_own_processor(served: Served) -> None:
     for job in mixed_jobs(16, sorted(served.images), seed=2):
         parts = parts_of(job, served.images)
-        tokens = served.model.prepare(parts)
+        tokens = prepared(served.model, parts)
         stock = served.processor(text=[parts], return_tensors="pt", add_end_of_utterance_token=False)  # type: ignore[operator]
         assert list(tokens.ids) == stock["input_ids"][0].tolist()
         if tokens.pictures:
@@ -106,9 +106,9 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(ser
     choices = [labels[n % 2] for n in range(4)]
     rows = [
         Row(
-            served.model.prepare(prompt),
+            prepared(served.model, prompt),
             Sampling(1),
-            labels=tuple(served.model.encode_label(prompt, label) for label in choice),
+            labels=tuple(served.model.encode_labels([served.model.picture(prompt[0]), "Category:"], choice)),
         )
         for prompt, choice in zip(parts, choices, strict=True)
     ]
@@ -137,7 +137,7 @@ def test_an_image_that_several_jobs_show_is_encoded_once(served: Served) -> None
     try:
         names = sorted(served.images)[:2]
         parts = [[served.images[names[n % 2]], "Say"] for n in range(6)]
-        rows = [Row(served.model.prepare(prompt), Sampling(2)) for prompt in parts]
+        rows = [Row(prepared(served.model, prompt), Sampling(2)) for prompt in parts]
         served.model.run(rows, _nothing, _nobody)
     finally:
         adapter._features = previous  # type: ignore[attr-defined]
@@ -147,9 +147,9 @@ def test_an_image_that_several_jobs_show_is_encoded_once(served: Served) -> None
 def test_sampling_depends_on_the_seed_and_not_on_the_batch(served: Served) -> None:
     parts = [served.images[min(served.images)], "Say"]
     sampling = Sampling(10, temperature=1.0, top_p=0.95, seed=7)
-    alone = Row(served.model.prepare(parts), sampling)
+    alone = Row(prepared(served.model, parts), sampling)
     served.model.run([alone], _nothing, _nobody)
     others = [row_of(served.model, job, parts_of(job, served.images)) for job in mixed_jobs(5, sorted(served.images))]
-    among = Row(served.model.prepare(parts), sampling)
+    among = Row(prepared(served.model, parts), sampling)
     served.model.run([*others, among], _nothing, _nobody)
     assert among.output.result().ids == alone.output.result().ids

@@ -20,8 +20,6 @@ from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
 
 #: Prompt tokens, padding included, that are read at once: more would hold up the running rows, and need memory.
 PREFILL_TOKENS = 4096
-#: Bytes of prompts' beginnings kept for later jobs.
-PREFIX_CACHE_BYTES = 512 * 2**20
 
 
 class ContinuousModel(StockModel):
@@ -30,12 +28,14 @@ class ContinuousModel(StockModel):
     Beams still run through stock `generate`.
     """
 
-    def __init__(self, adapter: IdeficsAdapter, info: ModelInfo, max_tokens: int) -> None:
+    def __init__(
+        self, adapter: IdeficsAdapter, info: ModelInfo, max_tokens: int, prefix_cache_bytes: int = 2**29
+    ) -> None:
         super().__init__(adapter, info, max_tokens)
         self._decoder = IdeficsDecoder(adapter.model)
         self._image_id = adapter.image_id
         self._features = adapter.features
-        self._prefixes = PrefixCache(PREFIX_CACHE_BYTES)
+        self._prefixes = PrefixCache(prefix_cache_bytes)
         self._forbidden = [token for [token] in adapter.bad_words_ids]
         #: By slot of the decoder.
         self._running: list[tuple[Progress, RowSampler | None]] = []

@@ -41,7 +41,7 @@ class FeatureCache:
         found: dict[bytes, Tensor] = {}
         for start in range(0, len(pictures), CHUNK):
             chunk = pictures[start : start + CHUNK]
-            features = self._encode(torch.stack([picture.pixels for picture in chunk]))
+            features = self._encode(torch.stack([picture.pixels for picture in chunk if picture.pixels is not None]))
             # Cloned: a view would keep the whole chunk alive.
             found |= {picture.key: feature.clone() for picture, feature in zip(chunk, features, strict=True)}
         return found

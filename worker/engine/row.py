@@ -31,7 +31,12 @@ class Picture:
     """One image as the vision tower takes it: float pixels (channels, height, width), keyed by their content."""
 
     key: bytes
-    pixels: torch.Tensor
+    #: None for the fake model, which does not look.
+    pixels: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.pixels is None else self.pixels.nbytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
@@ -27,8 +28,9 @@ class Adapter(Protocol):
     model: PreTrainedModel
     bad_words_ids: list[list[int]]
 
+    def picture(self, image: Image) -> Picture: ...
     def prepare(self, parts: Parts) -> Tokens: ...
-    def encode_label(self, parts: Parts, label: str) -> tuple[int, ...]: ...
+    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]: ...
     def end_ids(self, *, utterance: bool) -> frozenset[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def kept(self, picture: Picture) -> bool: ...
@@ -41,8 +43,9 @@ class StockModel:
 
     def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int) -> None:
         self.info = info
+        self.picture = adapter.picture
         self.prepare = adapter.prepare
-        self.encode_label = adapter.encode_label
+        self.encode_labels = adapter.encode_labels
         self.end_ids = adapter.end_ids
         self.decode = adapter.decode
         self._adapter = adapter

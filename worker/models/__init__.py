@@ -9,10 +9,10 @@ from PIL.Image import Image
 
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
-from worker.engine.row import Row, Tokens
+from worker.engine.row import Picture, Row, Tokens
 
-#: Texts and RGB images in reading order.
-Parts = Sequence[str | Image]
+#: Texts and pictures in reading order.
+Parts = Sequence[str | Picture]
 
 
 class Model(Protocol):
@@ -20,11 +20,15 @@ class Model(Protocol):
 
     info: ModelInfo
 
+    def picture(self, image: Image) -> Picture:
+        """An RGB image as the model takes it. Called from many threads."""
+
     def prepare(self, parts: Parts) -> Tokens:
         """A prompt's tokens and pictures. Called from many threads. Raises InvalidRequest."""
 
-    def encode_label(self, parts: Parts, label: str) -> tuple[int, ...]:
-        """The token ids that continue this prompt with a label and a newline."""
+    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        """The token ids that continue a prompt with each label and a newline. `lead` are the prompt's last parts, from
+        an image on or all: texts before an image do not change how one behind it is split."""
 
     def end_ids(self, *, utterance: bool) -> frozenset[int]:
         """The tokens that end an answer; with `utterance` the instruct form's too."""

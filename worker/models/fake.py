@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
-from worker.engine.row import Output, Row, Tokens
+from worker.engine.row import Output, Picture, Row, Tokens
 from worker.models import Parts
 
 END = 0
@@ -24,12 +24,15 @@ class FakeModel:
         self.batches: list[int] = []
         self._step_s = step_s
 
+    def picture(self, image: Image) -> Picture:
+        return Picture(hashlib.blake2b(image.tobytes(), digest_size=4).digest(), None)
+
     def prepare(self, parts: Parts) -> Tokens:
-        texts = [f"<{_digest(part)}>" if isinstance(part, Image) else part for part in parts]
+        texts = [part if isinstance(part, str) else f"<{part.key.hex()}>" for part in parts]
         return Tokens(ids=tuple(map(ord, "".join(texts))))
 
-    def encode_label(self, parts: Parts, label: str) -> tuple[int, ...]:
-        return tuple(map(ord, label))
+    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        return [tuple(map(ord, label)) for label in labels]
 
     def end_ids(self, *, utterance: bool) -> frozenset[int]:
         return frozenset({END})
@@ -55,7 +58,3 @@ def _advance(row: Row, step: int) -> None:
         row.finish(Output((), "stop", (1.0, *[0.0] * (len(row.labels) - 1))))
     elif why or step >= row.wanted:
         row.finish(Output(row.tokens.ids[-step:] if step else (), why or "length"))
-
-
-def _digest(image: Image) -> str:
-    return hashlib.blake2b(image.tobytes(), digest_size=4).hexdigest()

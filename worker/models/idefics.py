@@ -18,8 +18,6 @@ from worker.models import Parts
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
-#: Bytes of image features kept for later jobs.
-FEATURE_CACHE_BYTES = 512 * 2**20
 
 
 class IdeficsAdapter:
@@ -27,13 +25,15 @@ class IdeficsAdapter:
 
     family = "idefics"
 
-    def __init__(self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor) -> None:
+    def __init__(
+        self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor, feature_cache_bytes: int = 2**29
+    ) -> None:
         self.model = model
         self.tokenizer = processor.tokenizer
         self._image_processor = processor.image_processor
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
         self._reserved = sorted(set(self.tokenizer.all_special_tokens) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
-        self._features = FeatureCache(self._encode, FEATURE_CACHE_BYTES)
+        self._features = FeatureCache(self._encode, feature_cache_bytes)
         self.bad_words_ids: list[list[int]] = self.tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
 
     def prepare(self, parts: Parts) -> Tokens:
@@ -41,7 +41,13 @@ class IdeficsAdapter:
             if isinstance(part, str):
                 self._refuse_reserved(part)
         ids = self.tokenizer(self.text(parts), add_special_tokens=False).input_ids
-        return Tokens(tuple(ids), tuple(self._picture(part) for part in parts if isinstance(part, Image)))
+        return Tokens(tuple(ids), tuple(part for part in parts if isinstance(part, Picture)))
+
+    def picture(self, image: Image) -> Picture:
+        """See `Model`."""
+        size = "x".join(map(str, image.size)).encode()
+        key = hashlib.blake2b(image.tobytes(), digest_size=16, key=size).digest()
+        return Picture(key, self._image_processor([image], return_tensors="pt")[0])
 
     def text(self, parts: Parts) -> str:
         """The whole prompt as text, token for token that of transformers' IdeficsProcessor.__call__."""
@@ -55,13 +61,19 @@ class IdeficsAdapter:
             after_image = not isinstance(part, str)
         return text
 
-    def encode_label(self, parts: Parts, label: str) -> tuple[int, ...]:
+    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """See `Model`. The newline ends each label, so that `car` does not win as the beginning of `cart`."""
-        prompt = self.text(parts)
-        ids = self.tokenizer([prompt, f"{prompt} {label}\n"], add_special_tokens=False).input_ids
-        start = len(ids[0])
-        if ids[1][:start] == ids[0]:
-            return tuple(ids[1][start:])
+        if not labels:
+            return []
+        text = self.text(lead)
+        before, *after = self.tokenizer(
+            [text, *(f"{text} {label}\n" for label in labels)], add_special_tokens=False
+        ).input_ids
+        return [self._behind(before, ids, label) for ids, label in zip(after, labels, strict=True)]
+
+    def _behind(self, before: list[int], ids: list[int], label: str) -> tuple[int, ...]:
+        if ids[: len(before)] == before:
+            return tuple(ids[len(before) :])
         # The tokenizer merged over the seam: what the label is alone is the nearest thing.
         return tuple(self.tokenizer(f"{label}\n", add_special_tokens=False).input_ids)
 
@@ -138,11 +150,6 @@ class IdeficsAdapter:
         states = self.model.model.vision_model(pixel_values=pixels).last_hidden_state
         features: Tensor = self.model.model.perceiver_resampler(states) if self.model.config.use_resampler else states
         return features
-
-    def _picture(self, image: Image) -> Picture:
-        size = "x".join(map(str, image.size)).encode()
-        key = hashlib.blake2b(image.tobytes(), digest_size=16, key=size).digest()
-        return Picture(key, self._image_processor([image], return_tensors="pt")[0])
 
     def _refuse_reserved(self, text: str) -> None:
         for token in self._reserved:

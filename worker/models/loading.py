@@ -58,8 +58,11 @@ def load(settings: Settings) -> Model:
         ) from error
     # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
     devices = {parameter.device for parameter in model.parameters()}
-    runner = ContinuousModel if len(devices) == 1 else StockModel
-    return runner(IdeficsAdapter(model.eval(), processor), _info(settings, model), settings.max_batch_tokens)
+    adapter = IdeficsAdapter(model.eval(), processor, settings.feature_cache_bytes)
+    info = _info(settings, model)
+    if len(devices) > 1:
+        return StockModel(adapter, info, settings.max_batch_tokens)
+    return ContinuousModel(adapter, info, settings.max_batch_tokens, settings.prefix_cache_bytes)
 
 
 def _dtype(settings: Settings) -> torch.dtype | str:

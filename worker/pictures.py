@@ -1,0 +1,56 @@
+"""Images by their files' content: what several jobs show is decoded and normalised once."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from worker.engine.row import Picture
+
+
+class PictureCache:
+    """Least-recently-used pictures, bounded in bytes. Safe in threads: one makes a picture, the others wait for it."""
+
+    def __init__(self, make: Callable[[bytes], Picture], max_bytes: int) -> None:
+        """`make` decodes and normalises a file's bytes; what it raises reaches the caller."""
+        self._make = make
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._kept: OrderedDict[bytes, Future[Picture]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, data: bytes) -> Picture:
+        key = hashlib.blake2b(data, digest_size=16).digest()
+        with self._lock:
+            known = self._kept.get(key)
+            if known is None:
+                mine: Future[Picture] = Future()
+                self._kept[key] = mine
+            else:
+                self._kept.move_to_end(key)
+        if known is None:
+            return self._made(key, data, mine)
+        # A job needs an error of its own, since Celery clears tracebacks: what failed is tried again.
+        return self._make(data) if known.exception() else known.result()
+
+    def _made(self, key: bytes, data: bytes, mine: Future[Picture]) -> Picture:
+        try:
+            picture = self._make(data)
+        except BaseException as error:
+            with self._lock:
+                self._kept.pop(key, None)
+            mine.set_exception(error)
+            raise
+        mine.set_result(picture)
+        self._shrink(picture.nbytes)
+        return picture
+
+    def _shrink(self, added: int) -> None:
+        with self._lock:
+            self._bytes += added
+            done = [key for key, future in self._kept.items() if future.done()]
+            while self._bytes > self._max_bytes and done:
+                self._bytes -= self._kept.pop(done.pop(0)).result().nbytes
