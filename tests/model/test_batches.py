@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from tasks import Caption, CaptionExample, ImagePath, Job
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
+from worker.engine import continuous
 from worker.engine.row import Row, Sampling
 from worker.models.idefics_decoder import Prompt
 
@@ -48,6 +50,27 @@ def test_rows_that_join_a_running_batch_say_what_they_say_alone(served: Served) 
         served.model.run([waiting.pop(0)], _nothing, one_or_two)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
+
+
+def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_the_others(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous, "PIECE_TOKENS", 7)
+    jobs = [job.model_copy(update={"max_new_tokens": 25}) for job in mixed_jobs(16, sorted(served.images), seed=4)]
+    prompts = [parts_of(job, served.images) for job in jobs]
+    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    steps_while_reading: list[int] = []
+    stock_read = served.model._read_a_piece
+
+    def counted() -> None:
+        steps_while_reading.append(len(served.model._running))
+        stock_read()
+
+    monkeypatch.setattr(served.model, "_read_a_piece", counted)
+    served.model.run(rows, _nothing, _nobody)
+    for job, parts, row in zip(jobs, prompts, rows, strict=True):
+        assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
+    assert any(steps_while_reading[:5])
 
 
 def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(served: Served) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
 from worker.engine.prefixes import Head, PrefixCache, heads
 from worker.engine.progress import Progress
-from worker.engine.row import Row, Tokens
+from worker.engine.row import Output, Row, Tokens
 from worker.engine.runner import StockModel, memory_errors
 from worker.engine.sampling import RowSampler
 from worker.models.idefics import IdeficsAdapter
@@ -20,6 +22,8 @@ from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
 
 #: Prompt tokens, padding included, that are read at once: more would hold up the running rows, and need memory.
 PREFILL_TOKENS = 4096
+#: Tokens of one prompt that are read at once; what is longer is read in pieces, with a step between them.
+PIECE_TOKENS = 512
 
 
 class ContinuousModel(StockModel):
@@ -39,6 +43,8 @@ class ContinuousModel(StockModel):
         self._forbidden = [token for [token] in adapter.bad_words_ids]
         #: By slot of the decoder.
         self._running: list[tuple[Progress, RowSampler | None]] = []
+        #: Rows whose prompt is read piece by piece, with what is still to be read.
+        self._partly_read: deque[tuple[Row, Prompt]] = deque()
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
@@ -51,15 +57,20 @@ class ContinuousModel(StockModel):
                 self._run_on(rows, beat, newcomers)
         except BaseException:
             self._running.clear()
+            self._partly_read.clear()
             self._decoder.clear()
             raise
 
     def _run_on(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self._join(rows, beat)
-        while self._running:
-            self._advance(self._decoder.step([progress.last for progress, _ in self._running]), first=0)
+        while self._running or self._partly_read:
+            self._read_a_piece()
+            if self._running:
+                self._advance(self._decoder.step([progress.last for progress, _ in self._running]), first=0)
             beat()
-            joining = newcomers([progress.row for progress, _ in self._running])
+            joining = newcomers(
+                [*(progress.row for progress, _ in self._running), *(row for row, _ in self._partly_read)]
+            )
             if joining:
                 self._join(joining, beat)
 
@@ -68,9 +79,26 @@ class ContinuousModel(StockModel):
         scored = [row for row in rows if row.labels]
         if scored:
             self._score(scored, beat)
-        for chunk in _chunks(self._prompts([row for row in rows if not row.labels], beat)):
+        prompts = self._prompts([row for row in rows if not row.labels], beat)
+        self._partly_read += [(row, prompt) for row, prompt in prompts if len(prompt.ids) > PIECE_TOKENS]
+        for chunk in _chunks([(row, prompt) for row, prompt in prompts if len(prompt.ids) <= PIECE_TOKENS]):
             self._read(chunk)
             beat()
+
+    def _read_a_piece(self) -> None:
+        """Bring the first of the long prompts forward: the running rows wait for one piece between two steps."""
+        if not self._partly_read:
+            return
+        row, prompt = self._partly_read.popleft()
+        reason = row.interruption(time.monotonic())
+        if reason:
+            row.finish(Output((), reason))
+        elif len(prompt.ids) <= PIECE_TOKENS:
+            self._read([(row, prompt)])
+        else:
+            piece, rest = prompt.split(PIECE_TOKENS, self._image_id)
+            prefix = self._decoder.read_prefix(piece, self._image_id)
+            self._partly_read.appendleft((row, replace(rest, prefix=prefix)))
 
     def _prompts(self, rows: Sequence[Row], beat: Beat) -> list[tuple[Row, Prompt]]:
         """Each row's prompt, less the beginning that it shares with others."""

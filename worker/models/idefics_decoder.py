@@ -58,6 +58,13 @@ class Prompt:
     def image_before(self) -> Tensor | None:
         return self.prefix.last_image if self.prefix else None
 
+    def split(self, length: int, image_id: int) -> tuple[Prompt, Prompt]:
+        """The first `length` tokens, and the rest, which still lacks its prefix."""
+        shown = list(self.ids[:length]).count(image_id)
+        return Prompt(self.ids[:length], self.images[:shown], self.prefix), Prompt(
+            self.ids[length:], self.images[shown:]
+        )
+
     @property
     def last_image(self) -> Tensor | None:
         """What the tokens after the prompt attend to."""
