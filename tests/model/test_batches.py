@@ -13,6 +13,7 @@ from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
 from worker.engine import continuous
 from worker.engine.row import Row, Sampling
+from worker.engine.runner import StockModel
 from worker.models.idefics_decoder import Prompt
 
 
@@ -123,7 +124,12 @@ def test_prompts_are_token_for_token_those_of_transformers_own_processor(served:
         assert torch.equal(mask, stock["image_attention_mask"].long())
 
 
-def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(served: Served) -> None:
+def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So few at once that the labels are scored in several parts, here and on the stock path.
+    monkeypatch.setattr(continuous, "LABEL_TOKENS", 24)
+    monkeypatch.setattr(served.model, "_max_tokens", 40)
     labels = (("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label"))
     parts = [[served.images[name], "Category:"] for name in sorted(served.images)[:4]]
     choices = [labels[n % 2] for n in range(4)]
@@ -135,12 +141,15 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(ser
         )
         for prompt, choice in zip(parts, choices, strict=True)
     ]
-    # So small a budget that the labels are scored in several chunks.
-    served.model._max_tokens = 40
-    served.model.run(rows, _nothing, _nobody)
-    for row in rows:
+    on_stock = [Row(row.tokens, row.sampling, row.labels) for row in rows]
+    runs_on = row_of(served.model, mixed_jobs(1, sorted(served.images))[0], [served.images[min(served.images)]])
+    served.model.run([runs_on, *rows], _nothing, _nobody)
+    StockModel.run(served.model, on_stock, _nothing, _nobody)
+    for row, stock_row in zip(rows, on_stock, strict=True):
         alone = torch.tensor([_log_likelihood(served, row, label) for label in row.labels], dtype=torch.float64)
-        assert torch.allclose(torch.tensor(row.output.result().probabilities).double(), alone.softmax(0), atol=1e-5)
+        for answered in (row, stock_row):
+            probabilities = torch.tensor(answered.output.result().probabilities, dtype=torch.float64)
+            assert torch.allclose(probabilities, alone.softmax(0), atol=1e-5)
 
 
 @torch.inference_mode()

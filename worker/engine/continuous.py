@@ -15,7 +15,7 @@ from worker.engine.engine import Beat, Newcomers
 from worker.engine.prefixes import Head, PrefixCache, heads
 from worker.engine.progress import Progress
 from worker.engine.row import Output, Row, Tokens
-from worker.engine.runner import StockModel, memory_errors
+from worker.engine.runner import StockModel, finish_scored, memory_errors
 from worker.engine.sampling import RowSampler
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
@@ -24,6 +24,8 @@ from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
 PREFILL_TOKENS = 4096
 #: Tokens of one prompt that are read at once; what is longer is read in pieces, with a step between them.
 PIECE_TOKENS = 512
+#: Tokens of labels that are scored at once: each needs the logits of the whole vocabulary.
+LABEL_TOKENS = 2048
 
 
 class ContinuousModel(StockModel):
@@ -76,14 +78,13 @@ class ContinuousModel(StockModel):
 
     def _join(self, rows: Sequence[Row], beat: Beat) -> None:
         self._count_cached(rows)
-        scored = [row for row in rows if row.labels]
-        if scored:
-            self._score(scored, beat)
-        prompts = self._prompts([row for row in rows if not row.labels], beat)
+        prompts = self._prompts(rows, beat)
         self._partly_read += [(row, prompt) for row, prompt in prompts if len(prompt.ids) > PIECE_TOKENS]
-        for chunk in _chunks([(row, prompt) for row, prompt in prompts if len(prompt.ids) <= PIECE_TOKENS]):
-            self._read(chunk)
-            beat()
+        short = [(row, prompt) for row, prompt in prompts if len(prompt.ids) <= PIECE_TOKENS]
+        for labeled in (True, False):
+            for chunk in _chunks([pair for pair in short if bool(pair[0].labels) is labeled]):
+                self._read(chunk)
+                beat()
 
     def _read_a_piece(self) -> None:
         """Bring the first of the long prompts forward: the running rows wait for one piece between two steps."""
@@ -120,12 +121,28 @@ class ContinuousModel(StockModel):
         return self._decoder.read_prefix(_prompt(rest, self._features(rest.pictures), shorter), self._image_id)
 
     def _read(self, chunk: Sequence[tuple[Row, Prompt]]) -> None:
+        """Read the prompts of rows that are all continued, or all scored."""
         logits = self._decoder.read([prompt for _, prompt in chunk], self._image_id)
         first = len(self._running)
+        if chunk[0][0].labels:
+            self._score_labels([row for row, _ in chunk], logits.log_softmax(dim=-1), first)
+            return
         for row, _ in chunk:
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
             self._running.append((Progress(row, self.decode), sampler))
         self._advance(logits, first)
+
+    def _score_labels(self, rows: Sequence[Row], first_tokens: Tensor, first: int) -> None:
+        """Finish rows whose prompts stand in the slots from `first` on, and free these."""
+        scores = [[float(first_tokens[slot, label[0]]) for label in row.labels] for slot, row in enumerate(rows)]
+        for part in _label_parts(rows):
+            packs = [row.labels[part] for row in rows]
+            for slot, likelihoods in enumerate(self._decoder.try_out(first, packs)):
+                for number, likelihood in enumerate(likelihoods, start=part.start):
+                    scores[slot][number] += sum(likelihood)
+        for slot in reversed(range(len(rows))):
+            self._decoder.release(first + slot)
+        finish_scored(rows, scores)
 
     def _advance(self, logits: Tensor, first: int) -> None:
         """Give each slot from `first` on its next token, and free the slots of rows that are over."""
@@ -145,6 +162,14 @@ class ContinuousModel(StockModel):
         last = self._running.pop()
         if slot < len(self._running):
             self._running[slot] = last
+
+
+def _label_parts(rows: Sequence[Row]) -> Iterator[slice]:
+    """Slices of the rows' labels, each of about LABEL_TOKENS tokens at most for all the rows together."""
+    most = max(len(row.labels) for row in rows)
+    longest = max(len(label) for row in rows for label in row.labels)
+    size = max(1, LABEL_TOKENS // (len(rows) * longest))
+    return (slice(start, start + size) for start in range(0, most, size))
 
 
 Known = tuple[Head, Prefix] | None

@@ -76,9 +76,7 @@ class StockModel:
         inputs = self._adapter.forward_inputs(self._adapter.inputs([row.tokens for row in rows]))
         labels = [row.labels for row in rows]
         likelihoods = label_log_likelihoods(self._adapter.model, inputs, labels, self._max_tokens, beat)
-        for row, scores in zip(rows, likelihoods, strict=True):
-            probabilities = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
-            row.finish(Output((), "stop", tuple(probabilities.tolist())))
+        finish_scored(rows, likelihoods)
 
     def _continue(self, rows: Sequence[Row], beat: Beat) -> None:
         inputs = self._adapter.inputs([row.tokens for row in rows])
@@ -118,6 +116,13 @@ def memory_errors() -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemory() from error
+
+
+def finish_scored(rows: Sequence[Row], likelihoods: Sequence[Sequence[float]]) -> None:
+    """Each row's labels' log-likelihoods as its probabilities."""
+    for row, scores in zip(rows, likelihoods, strict=True):
+        probabilities = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
+        row.finish(Output((), "stop", tuple(probabilities.tolist())))
 
 
 def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:

@@ -7,6 +7,7 @@ still attend to (each token sees the image before it, and no other), and whole b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,17 +152,37 @@ class IdeficsDecoder:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each slot. The next token's logits (slots, vocabulary)."""
-        starts = torch.tensor(self._lengths, device=self._device)
-        places = _Places(self._device, 0, starts, 1, max(self._lengths))
-        states = self._model.embed_tokens(torch.tensor(tokens, device=self._device)[:, None])
-        rotary = self._rotary(states, places.positions)
-        blind = None if all(self._sees) else ~torch.tensor(self._sees, device=self._device)[:, None, None]
-        for index, layer in enumerate(self._model.layers):
-            if index % self._interval == 0:
-                states = self._look_back(index // self._interval, states, blind)
-            states = self._attend(index, layer, states, rotary, places)
+        places = _Places(self._device, 0, self._lengths, 1)
+        states = self._go_on(torch.tensor(tokens, device=self._device)[:, None], places)
         self._lengths = [length + 1 for length in self._lengths]
         return self._logits(states[:, 0])
+
+    @torch.inference_mode()
+    def try_out(self, first: int, packs: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
+        """Log-probabilities of continuations of the slots from `first` on, which stay as they are.
+
+        `packs[slot]` are token sequences that each follow the slot's prompt; the answer has, for each, one number for
+        each token but its first, whose probability is known from the prompt. The sequences of a slot run as one, each
+        token seeing the prompt and its own sequence only (tree attention: Miao et al., "SpecInfer", 2023), so that
+        the prompt's keys and values stand once.
+        """
+        tokens = [[token for sequence in pack for token in sequence[:-1]] for pack in packs]
+        longest = max(map(len, tokens))
+        if not longest:
+            return [[[] for _ in pack] for pack in packs]
+        owners = [[n for n, sequence in enumerate(pack) for _ in sequence[:-1]] for pack in packs]
+        depths = [[depth for sequence in pack for depth in range(len(sequence) - 1)] for pack in packs]
+        owner, depth, ids = (
+            _padded(rows, longest, fill, self._device) for rows, fill in ((owners, -1), (depths, 0), (tokens, 0))
+        )
+        places = _Places(self._device, first, self._lengths[first:], longest)
+        places.branch(owner, depth)
+        logits = self._logits(self._go_on(ids, places)).log_softmax(dim=-1)
+        targets = _padded(
+            [[token for sequence in pack for token in sequence[1:]] for pack in packs], longest, 0, self._device
+        )
+        picked = logits.gather(2, targets[..., None])[..., 0].tolist()
+        return [_unpacked(row, pack) for row, pack in zip(picked, packs, strict=True)]
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
@@ -180,15 +201,23 @@ class IdeficsDecoder:
         self._own.clear()
         self._cross.clear()
 
+    def _go_on(self, ids: Tensor, places: _Places) -> Tensor:
+        """States (slots, length, hidden) of tokens that show no image: each sees its row's last one."""
+        states: Tensor = self._model.embed_tokens(ids)
+        rotary = self._rotary(states, places.positions)
+        sees = self._sees[places.first : places.end]
+        blind = None if all(sees) else ~torch.tensor(sees, device=self._device)[:, None, None]
+        for index, layer in enumerate(self._model.layers):
+            if index % self._interval == 0:
+                states = self._look_back(index // self._interval, states, places, blind)
+            states = self._attend(index, layer, states, rotary, places)
+        return states
+
     def _read(self, prompts: Sequence[Prompt], image_id: int) -> Tensor:
         length = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.zeros(len(prompts), length, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            # Padding on the right: no kept token looks at it, and the next tokens overwrite it.
-            ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
-        ids = ids.to(self._device)
-        starts = torch.tensor([prompt.start for prompt in prompts], device=self._device)
-        places = _Places(self._device, len(self._lengths), starts, length, max(prompt.start for prompt in prompts))
+        # Padding on the right: no kept token looks at it, and the next tokens overwrite it.
+        ids = _padded([prompt.ids for prompt in prompts], length, 0, self._device)
+        places = _Places(self._device, len(self._lengths), [prompt.start for prompt in prompts], length)
         states: Tensor = self._model.embed_tokens(ids)
         rotary = self._rotary(states, places.positions)
         shown = _Shown(prompts, (ids == image_id).cumsum(dim=1), states)
@@ -222,8 +251,8 @@ class IdeficsDecoder:
         value = _headed(attention, attention.v_proj(normed))
         query, key = apply_rotary_pos_emb(query, key, *rotary)
         keys, values = self._own.reserve(index, places.end, key, places.longest)
-        keys[places.slots, :, places.positions] = key.transpose(1, 2)
-        values[places.slots, :, places.positions] = value.transpose(1, 2)
+        keys[places.slots, :, places.stored] = key.transpose(1, 2)
+        values[places.slots, :, places.stored] = value.transpose(1, 2)
         if places.mask is None:
             attended = scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
@@ -252,31 +281,56 @@ class IdeficsDecoder:
         attended = scaled_dot_product_attention(query, shown.side_by_side(keys), shown.side_by_side(values), shown.mask)
         return _gated(block, states, attended, shown.blind)
 
-    def _look_back(self, index: int, states: Tensor, blind: Tensor | None) -> Tensor:
+    def _look_back(self, index: int, states: Tensor, places: _Places, blind: Tensor | None) -> Tensor:
         """After the prompt: every token sees its row's last image."""
         block = self._model.gated_cross_attn_layers[index]
-        if not any(self._sees):
+        if not any(self._sees[places.first : places.end]):
             return _mixed(block, states)
         kept = self._cross.layer(index)
-        keys, values = (tensor[: len(states), :, : self._width] for tensor in kept)
+        keys, values = (tensor[places.first : places.end, :, : self._width] for tensor in kept)
         attended = scaled_dot_product_attention(_query(block, states), keys, values)
         return _gated(block, states, attended, blind)
 
 
 class _Places:
-    """Where new tokens stand: `count` of them a row, behind the `starts` (rows,) that their slots hold already."""
+    """Where new tokens stand: `count` of them a row, behind what their slots hold already (`lengths`)."""
 
-    def __init__(self, device: torch.device, first: int, starts: Tensor, count: int, latest: int) -> None:
-        self.first, self.end = first, first + len(starts)
+    def __init__(self, device: torch.device, first: int, lengths: Sequence[int], count: int) -> None:
+        self.first, self.end = first, first + len(lengths)
+        latest = max(lengths)
         #: Positions that a slot needs.
         self.longest = latest + count
-        #: (rows, 1) and (rows, count).
+        self._starts = torch.tensor(lengths, device=device)[:, None]
+        self._all = torch.arange(self.longest, device=device)
+        #: (rows, 1) and (rows, count): where in the cache.
         self.slots = torch.arange(self.first, self.end, device=device)[:, None]
-        self.positions = starts[:, None] + torch.arange(count, device=device)
+        self.stored = self._starts + torch.arange(count, device=device)
+        #: (rows, count): which place in the text.
+        self.positions = self.stored
         #: (rows, 1, count, longest): a token sees those up to itself. None where nothing stands before: plain causal.
-        self.mask = None
-        if latest:
-            self.mask = (torch.arange(self.longest, device=device) <= self.positions[..., None])[:, None]
+        self.mask = (self._all <= self.positions[..., None])[:, None] if latest else None
+
+    def branch(self, owner: Tensor, depth: Tensor) -> None:
+        """Let the new tokens be several texts side by side: `owner` and `depth` (rows, count) say which text a token
+        is of, and its place there."""
+        self.positions = self._starts + depth
+        before = (self._all < self._starts)[:, None]
+        column = (self._all - self._starts).clamp(0, owner.shape[1] - 1)
+        same = owner.gather(1, column)[:, None] == owner[..., None]
+        reached = depth.gather(1, column)[:, None] <= depth[..., None]
+        inside = (self._all >= self._starts) & (self._all < self._starts + owner.shape[1])
+        self.mask = (before | (same & reached & inside[:, None]))[:, None]
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch.device) -> Tensor:
+    """Rows of unlike length as one tensor (rows, length), filled up on the right."""
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
+
+
+def _unpacked(numbers: Sequence[float], pack: Sequence[Sequence[int]]) -> list[list[float]]:
+    """A slot's numbers, sequence by sequence."""
+    rest = iter(numbers)
+    return [list(itertools.islice(rest, len(sequence) - 1)) for sequence in pack]
 
 
 class _Shown:
