@@ -30,4 +30,6 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[worker,dev,bench]'
+	$(BIN)/python -m benchmarks.compare --save shipped
+	$(BIN)/python -m benchmarks.compare --checkpoint mid-size --jobs 64 --save mid-size

@@ -1,0 +1,218 @@
+"""Who is compared: each small, on the same checkpoint, with the same torch threads, warm and idle until its turn."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+from celery import Celery
+
+from benchmarks.stock import Request, Stock
+from tasks import Client, ImagePath, Job
+from worker.demo import stack
+from worker.prompts import ImageRef, build
+
+#: Requests that the HTTP client has under way: enough for two full batches.
+HTTP_THREADS = 64
+#: Seconds for one round.
+ROUND_S = 900.0
+
+
+class Contender(Protocol):
+    name: str
+
+    def run(self, jobs: Sequence[Job]) -> Turn:
+        """All the jobs' texts, in order, as fast as it can."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a contender did in one round. CPU is that of its processes, in seconds."""
+
+    seconds: float
+    cpu_s: float
+    texts: list[str]
+
+
+def request_of(job: Job) -> Request:
+    """A job as the stock engine takes it."""
+    prompt = [_named(part) if isinstance(part, ImageRef) else part for part in build(job)]
+    return {"prompt": prompt, "max_new_tokens": job.max_new_tokens}
+
+
+def _named(reference: ImageRef) -> dict[str, str]:
+    assert isinstance(reference.source, ImagePath)
+    return {"path": reference.source.path}
+
+
+@dataclass
+class StockLoop:
+    """The offline bound: batches in a loop, no queue at all."""
+
+    stock: Stock
+    batch_size: int
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or f"stock loop, batch {self.batch_size}"
+
+    def run(self, jobs: Sequence[Job]) -> Turn:
+        requests = [request_of(job) for job in jobs]
+        started, cpu = time.monotonic(), time.process_time()
+        texts: list[str] = []
+        for start in range(0, len(requests), self.batch_size):
+            texts += self.stock.answer(requests[start : start + self.batch_size])
+        return Turn(time.monotonic() - started, time.process_time() - cpu, texts)
+
+
+@dataclass
+class Queued:
+    """A Celery worker. Its queue is filled while it does not listen; the time runs until the last result is stored."""
+
+    name: str
+    queue: str
+    app: Celery
+    process: psutil.Process
+    broker: stack.Broker
+    client: Client | None = None
+    results: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def run(self, jobs: Sequence[Job]) -> Turn:
+        self.app.control.cancel_consumer(self.queue, reply=True)
+        ids = [self._submit(job) for job in jobs]
+        cpu, started = cpu_s(self.process), time.monotonic()
+        self.app.control.add_consumer(self.queue, reply=True)
+        texts = self._await_texts(ids)
+        return Turn(time.monotonic() - started, cpu_s(self.process) - cpu, texts)
+
+    def _submit(self, job: Job) -> str:
+        if self.client is not None:
+            return self.client.submit(job).id
+        return str(self.app.send_task("naive.answer", (request_of(job),), queue=self.queue).id)
+
+    def _await_texts(self, ids: Sequence[str]) -> list[str]:
+        connection, end = self.broker.connect(1), time.monotonic() + ROUND_S
+        texts: dict[str, str] = {}
+        while len(texts) < len(ids) and time.monotonic() < end:
+            missing = [id for id in ids if id not in texts]
+            for id, stored in zip(missing, connection.mget([f"celery-task-meta-{id}" for id in missing]), strict=True):
+                meta: dict[str, Any] = json.loads(stored) if stored else {"status": "PENDING"}
+                if meta["status"] == "FAILURE":
+                    raise RuntimeError(f"{self.name}: a job failed: {meta['result']}")
+                if meta["status"] == "SUCCESS":
+                    texts[id] = meta["result"]["text"]
+            time.sleep(0.05)
+        return [texts[id] for id in ids]
+
+
+@dataclass
+class Http:
+    """A server that is asked for everything at once."""
+
+    name: str
+    port: int
+    process: psutil.Process
+
+    def run(self, jobs: Sequence[Job]) -> Turn:
+        requests = [json.dumps(request_of(job)) for job in jobs]
+        cpu, started = cpu_s(self.process), time.monotonic()
+        with ThreadPoolExecutor(HTTP_THREADS) as pool:
+            texts = list(pool.map(self._ask, requests))
+        return Turn(time.monotonic() - started, cpu_s(self.process) - cpu, texts)
+
+    def _ask(self, body: str) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ROUND_S)
+        connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+        return str(json.loads(connection.getresponse().read())["text"])
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """Seconds of a process and those below it."""
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return float(sum(each.user + each.system for each in times))
+
+
+@contextlib.contextmanager
+def contenders(names: Sequence[str], checkpoint: Path, root: Path, threads: int) -> Iterator[list[Contender]]:
+    """Those of STARTS that are named, started and idle."""
+    with contextlib.ExitStack() as opened:
+        broker = opened.enter_context(stack.broker())
+        environment = {
+            **os.environ,
+            "IDEFICS_BROKER_URL": broker.url,
+            "IDEFICS_RESULT_BACKEND": broker.results,
+            "BENCH_CHECKPOINT": str(checkpoint),
+            "BENCH_ROOT": str(root),
+            "BENCH_THREADS": str(threads),
+        }
+        yield [opened.enter_context(STARTS[name](broker, environment)) for name in names]
+
+
+@contextlib.contextmanager
+def _loop(broker: stack.Broker, environment: Mapping[str, str], batch_size: int = 32) -> Iterator[Contender]:
+    stock = Stock(environment["BENCH_CHECKPOINT"], environment["BENCH_ROOT"], int(environment["BENCH_THREADS"]))
+    yield StockLoop(stock, batch_size)
+
+
+@contextlib.contextmanager
+def _loop_of_one(broker: stack.Broker, environment: Mapping[str, str]) -> Iterator[Contender]:
+    with _loop(broker, environment, batch_size=1) as contender:
+        yield contender
+
+
+@contextlib.contextmanager
+def _naive(broker: stack.Broker, environment: Mapping[str, str]) -> Iterator[Contender]:
+    command = [sys.executable, "-m", "celery", "-A", "benchmarks.naive", "worker", "-n", "naive@%h", "-l", "INFO"]
+    log = Path(environment["BENCH_ROOT"]) / "naive.log"
+    with stack.started(command, log=log, environment=environment) as process:
+        stack.await_line(process, log, " ready.", stack.WORKER_START_S)
+        app = Celery("plain", broker=broker.url, backend=broker.results, set_as_current=False)
+        yield Queued("one generate per task", "naive", app, psutil.Process(process.pid), broker)
+
+
+@contextlib.contextmanager
+def _ours(broker: stack.Broker, environment: Mapping[str, str]) -> Iterator[Contender]:
+    settings = {
+        "MODEL": environment["BENCH_CHECKPOINT"],
+        "IMAGE_ROOT": environment["BENCH_ROOT"],
+        "TORCH_THREADS": environment["BENCH_THREADS"],
+        "DTYPE": "float32",
+    }
+    with stack.worker(broker, settings=settings) as process:
+        client = Client(broker.url)
+        yield Queued("idefics-jobs", "idefics", client.app, psutil.Process(process.pid), broker, client)
+
+
+@contextlib.contextmanager
+def _litserve(broker: stack.Broker, environment: Mapping[str, str]) -> Iterator[Contender]:
+    port = stack.free_port()
+    log = Path(environment["BENCH_ROOT"]) / "litserve.log"
+    command = [sys.executable, "-m", "benchmarks.litserver", str(port)]
+    with stack.started(command, log=log, environment=environment) as process:
+        _await_http(port)
+        yield Http("LitServe", port, psutil.Process(process.pid))
+
+
+def _await_http(port: int) -> None:
+    end = time.monotonic() + stack.WORKER_START_S
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        time.sleep(0.2)
+    raise TimeoutError("LitServe did not start.")
+
+
+STARTS = {"stock": _loop, "stock-1": _loop_of_one, "naive": _naive, "litserve": _litserve, "ours": _ours}
