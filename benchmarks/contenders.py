@@ -6,11 +6,12 @@ import contextlib
 import http.client
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,17 +82,18 @@ class Queued:
 
     name: str
     queue: str
+    #: Celery's name of the worker: control commands are for it alone.
+    node: str
     app: Celery
     process: psutil.Process
     broker: stack.Broker
     client: Client | None = None
-    results: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def run(self, jobs: Sequence[Job]) -> Turn:
-        self.app.control.cancel_consumer(self.queue, reply=True)
+        self.app.control.cancel_consumer(self.queue, destination=[self.node], reply=True)
         ids = [self._submit(job) for job in jobs]
         cpu, started = cpu_s(self.process), time.monotonic()
-        self.app.control.add_consumer(self.queue, reply=True)
+        self.app.control.add_consumer(self.queue, destination=[self.node], reply=True)
         texts = self._await_texts(ids)
         return Turn(time.monotonic() - started, cpu_s(self.process) - cpu, texts)
 
@@ -177,7 +179,9 @@ def _naive(broker: stack.Broker, environment: Mapping[str, str]) -> Iterator[Con
     with stack.started(command, log=log, environment=environment) as process:
         stack.await_line(process, log, " ready.", stack.WORKER_START_S)
         app = Celery("plain", broker=broker.url, backend=broker.results, set_as_current=False)
-        yield Queued("one generate per task", "naive", app, psutil.Process(process.pid), broker)
+        yield Queued(
+            "one generate per task", "naive", f"naive@{platform.node()}", app, psutil.Process(process.pid), broker
+        )
 
 
 @contextlib.contextmanager
@@ -190,7 +194,15 @@ def _ours(broker: stack.Broker, environment: Mapping[str, str]) -> Iterator[Cont
     }
     with stack.worker(broker, settings=settings) as process:
         client = Client(broker.url)
-        yield Queued("idefics-jobs", "idefics", client.app, psutil.Process(process.pid), broker, client)
+        yield Queued(
+            "idefics-jobs",
+            "idefics",
+            f"celery@{platform.node()}",
+            client.app,
+            psutil.Process(process.pid),
+            broker,
+            client,
+        )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """LitServe with its batching, around the same stock engine. `python -m benchmarks.litserver PORT`."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any
@@ -17,7 +15,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
     def setup(self, device: str) -> None:
         self._stock = Stock(os.environ["BENCH_CHECKPOINT"], os.environ["BENCH_ROOT"], int(os.environ["BENCH_THREADS"]))
 
-    def decode_request(self, request: Request, **_: Any) -> Request:
+    def decode_request(self, request: dict[str, Any], **_: Any) -> dict[str, Any]:
         return request
 
     def batch(self, inputs: list[Request]) -> list[Request]:
