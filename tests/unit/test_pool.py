@@ -589,7 +589,7 @@ def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(sta
 def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     process = started.process
     process.last_sign -= pool_module.HANG_S - 0.01
-    process.say("beat")
+    process.say("beat", {})
     started.settle()
     assert not process.is_killed
 

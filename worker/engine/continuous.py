@@ -63,6 +63,10 @@ class ContinuousModel(StockModel):
             self._decoder.clear()
             raise
 
+    def figures(self) -> dict[str, int]:
+        """See StockModel."""
+        return super().figures() | self._prefixes.figures()
+
     def _run_on(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self._join(rows, beat)
         while self._running or self._partly_read:

@@ -22,6 +22,7 @@ class FeatureCache:
         self._encode = encode
         self._max_bytes = max_bytes
         self._bytes = 0
+        self._hits = self._misses = 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def __contains__(self, picture: Picture) -> bool:
@@ -31,10 +32,16 @@ class FeatureCache:
         """The features (length, width) of each distinct picture, encoding those that are not kept."""
         wanted = {picture.key: picture for picture in pictures}
         found = {key: self._features[key] for key in wanted if key in self._features}
+        self._hits += len(found)
+        self._misses += len(wanted) - len(found)
         found |= self._encoded([picture for key, picture in wanted.items() if key not in found])
         for key in wanted:
             self._keep(key, found[key])
         return found
+
+    def figures(self) -> dict[str, int]:
+        """Images that were known, images that were encoded, and bytes kept."""
+        return {"feature_hits": self._hits, "feature_misses": self._misses, "feature_bytes": self._bytes}
 
     @torch.inference_mode()
     def _encoded(self, pictures: Sequence[Picture]) -> dict[bytes, Tensor]:

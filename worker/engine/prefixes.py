@@ -49,6 +49,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
+        self._hits = 0
         self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
@@ -58,6 +59,7 @@ class PrefixCache:
             prefix = self._kept.get(head.key)
             if prefix is not None:
                 self._kept.move_to_end(head.key)
+                self._hits += 1
                 return head, prefix
         return None
 
@@ -76,6 +78,10 @@ class PrefixCache:
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
         return list(found.values())
+
+    def figures(self) -> dict[str, int]:
+        """Beginnings that were not read again, those kept, and their bytes."""
+        return {"prefix_hits": self._hits, "prefixes": len(self._kept), "prefix_bytes": self._bytes}
 
     def keep(self, head: Head, prefix: Prefix) -> None:
         self._kept[head.key] = prefix

@@ -36,4 +36,7 @@ class Model(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """New tokens as text, special tokens left out."""
 
+    def figures(self) -> dict[str, int]:
+        """Counters of its caches, for monitoring."""
+
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None: ...

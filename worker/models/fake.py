@@ -40,6 +40,9 @@ class FakeModel:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
+    def figures(self) -> dict[str, int]:
+        return {"batches": len(self.batches)}
+
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self.batches.append(len(rows))
         for step in range(1 + max(row.wanted for row in rows)):

@@ -92,6 +92,10 @@ class IdeficsAdapter:
         """Each picture's features (length, width) by its key, computed where they are not known."""
         return self._features.get(pictures)
 
+    def figures(self) -> dict[str, int]:
+        """See FeatureCache."""
+        return self._features.figures()
+
     def kept(self, picture: Picture) -> bool:
         """True where a picture's features are known from an earlier batch."""
         return picture in self._features

@@ -85,6 +85,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._closing = False
         self._signals = DeferredSignals()
         self._is_writing = False
+        #: The model's counters, as its process last told them.
+        self._figures: dict[str, int] = {}
         #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
         self._culprit_is_known = False
 
@@ -330,8 +332,9 @@ class InferencePool(BasePool):  # type: ignore[misc]
         logger.critical("The model cannot be served: %s The worker stops.", message)
         self._give_up()
 
-    def _on_beat(self) -> None:
-        """Its arrival was the message."""
+    def _on_beat(self, figures: dict[str, int]) -> None:
+        """That it arrived is half of the message."""
+        self._figures = figures
 
     @_guarded
     def _on_accepted(self, serial: int, at: float) -> None:
@@ -428,6 +431,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             "processes": [self._process.pid] if self._process else [],
             "ready": self._is_ready,
             "in-flight": len(self._in_flight),
+            "model": self._figures,
         }
 
 

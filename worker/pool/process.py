@@ -30,6 +30,7 @@ from tasks.errors import Internal
 from worker import app as worker_app
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
+from worker.models import Model
 from worker.models.loading import SetupFailed, checkpoint_folder, load
 from worker.pool.job import exception_info
 from worker.pool.wire import BlockingChannel
@@ -105,7 +106,7 @@ def _bare(info: ExceptionInfo) -> BaseException:
     return bare
 
 
-def _beat(channel: BlockingChannel) -> Callable[[], None]:
+def _beat(channel: BlockingChannel, model: Model) -> Callable[[], None]:
     last = 0.0
 
     def beat() -> None:
@@ -113,7 +114,7 @@ def _beat(channel: BlockingChannel) -> Callable[[], None]:
         now = time.monotonic()
         if now - last >= BEAT_S:
             last = now
-            channel.send(("beat",))
+            channel.send(("beat", model.figures()))
 
     return beat
 
@@ -123,7 +124,7 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     model = load(settings)
-    engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens), _beat(channel))
+    engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens), _beat(channel, model))
     service = Service(settings, model, engine)
     engine.start()
     service.check_golden(checkpoint_folder(settings))
