@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     max_images: int = Field(default=32, ge=1)
     #: Jobs in the worker at once; their images load while others compute. 0: twice max_batch_size.
     prefetch: int = Field(default=0, ge=0)
-    #: Torch threads of the model process; 0: torch's own choice. Matters on a CPU only.
+    #: Torch threads of each of the two computing threads (decoder, image encoder); 0: half of the cores. On a CPU only.
     torch_threads: int = Field(default=0, ge=0)
 
     #: Networks that images may come from although they are not public, as 10.1.0.0/16.

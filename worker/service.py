@@ -99,6 +99,7 @@ class Service:
         with self._lock:
             run.row = row
             row.canceled = run.canceled
+        row.cached_images = self._model.look(row.tokens.pictures)
         output = self._engine.submit(row).result()
         ended = time.monotonic()
         timing = Timing(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
-from worker.engine.features import CHUNK, FeatureCache
+from worker.engine.features import CHUNK, FeatureCache, Lookahead
 from worker.engine.row import Picture
 
 #: Bytes of one picture's features here: 2 x 3 float32.
@@ -110,3 +113,46 @@ def test_a_picture_that_comes_back_counts_once() -> None:
         features.get([picture(1)])
     features.get([picture(2)])
     assert picture(1) in features
+
+
+def test_jobs_that_look_at_one_picture_at_once_have_it_encoded_once() -> None:
+    gate, encoder = threading.Event(), Encoder()
+
+    def slow(pixels: Tensor) -> Tensor:
+        gate.wait(5)
+        return encoder(pixels)
+
+    features = FeatureCache(slow, max_bytes=1_000)
+    look = Lookahead(features).look
+    with ThreadPoolExecutor(8) as pool:
+        looks = [pool.submit(look, [picture(1), picture(2)]) for _ in range(8)]
+        gate.set()
+        assert [each.result(5) for each in looks] == [0] * 8
+    assert encoder.encoded == 2
+    assert look([picture(1), picture(3)]) == 1
+
+
+def test_pictures_that_wait_together_are_encoded_together() -> None:
+    gate, encoder = threading.Event(), Encoder()
+
+    def slow(pixels: Tensor) -> Tensor:
+        gate.wait(5)
+        return encoder(pixels)
+
+    look = Lookahead(FeatureCache(slow, max_bytes=1_000)).look
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look, [picture(number) for number in range(1 + CHUNK)])
+        gate.set()
+        looking.result(5)
+    assert len(encoder.chunks) <= 3
+
+
+def test_what_cannot_be_encoded_ahead_is_left_to_the_engine() -> None:
+    def broken(pixels: Tensor) -> Tensor:
+        raise RuntimeError("no memory")
+
+    features = FeatureCache(broken, max_bytes=1_000)
+    look = Lookahead(features).look
+    assert look([picture(1)]) == 0
+    assert look([picture(1)]) == 0
+    assert picture(1) not in features

@@ -81,7 +81,6 @@ class ContinuousModel(StockModel):
                 self._join(joining, beat)
 
     def _join(self, rows: Sequence[Row], beat: Beat) -> None:
-        self._count_cached(rows)
         prompts = self._prompts(rows, beat)
         self._partly_read += [(row, prompt) for row, prompt in prompts if len(prompt.ids) > PIECE_TOKENS]
         short = [(row, prompt) for row, prompt in prompts if len(prompt.ids) <= PIECE_TOKENS]

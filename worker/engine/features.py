@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import queue
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 
 import torch
 from torch import Tensor
 
 from worker.engine.row import Picture
 
+logger = logging.getLogger(__name__)
+
 #: Images that the vision tower takes at once: larger chunks are no faster and need more memory.
 CHUNK = 8
 
 
 class FeatureCache:
-    """Least-recently-used features, bounded in bytes. Used by the engine's thread only."""
+    """Least-recently-used features, bounded in bytes. Safe in threads; it encodes in the caller's."""
 
     def __init__(self, encode: Callable[[Tensor], Tensor], max_bytes: int) -> None:
         """`encode` maps pixels (n, channels, height, width) to features (n, length, width)."""
@@ -24,6 +30,7 @@ class FeatureCache:
         self._bytes = 0
         self._hits = self._misses = 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __contains__(self, picture: Picture) -> bool:
         return picture.key in self._features
@@ -31,12 +38,14 @@ class FeatureCache:
     def get(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
         """The features (length, width) of each distinct picture, encoding those that are not kept."""
         wanted = {picture.key: picture for picture in pictures}
-        found = {key: self._features[key] for key in wanted if key in self._features}
-        self._hits += len(found)
-        self._misses += len(wanted) - len(found)
+        with self._lock:
+            found = {key: self._features[key] for key in wanted if key in self._features}
+            self._hits += len(found)
+            self._misses += len(wanted) - len(found)
         found |= self._encoded([picture for key, picture in wanted.items() if key not in found])
-        for key in wanted:
-            self._keep(key, found[key])
+        with self._lock:
+            for key in wanted:
+                self._keep(key, found[key])
         return found
 
     def figures(self) -> dict[str, int]:
@@ -61,3 +70,53 @@ class FeatureCache:
         while self._bytes > self._max_bytes:
             _, dropped = self._features.popitem(last=False)
             self._bytes -= dropped.nbytes
+
+
+class Lookahead:
+    """A thread that encodes pictures before their jobs' turn, while the engine's computes for others.
+
+    On a CPU the two share its cores; on a GPU their kernels follow one another, and the vision tower's launches do not
+    hold the decoder's up.
+    """
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self._cache = cache
+        self._queue: queue.SimpleQueue[Picture] = queue.SimpleQueue()
+        self._coming: dict[bytes, Future[None]] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._loop, name="encoder", daemon=True).start()
+
+    def look(self, pictures: Sequence[Picture]) -> int:
+        """Wait until pictures are encoded. How many of them were known already."""
+        missing = {picture.key: picture for picture in pictures if picture not in self._cache}
+        wait([self._wanted(picture) for picture in missing.values()])
+        return sum(picture.key not in missing for picture in pictures)
+
+    def _wanted(self, picture: Picture) -> Future[None]:
+        with self._lock:
+            coming = self._coming.get(picture.key)
+            if coming is None:
+                coming = self._coming[picture.key] = Future()
+                self._queue.put(picture)
+        return coming
+
+    def _loop(self) -> None:
+        while True:
+            self._encode(self._chunk())
+
+    def _chunk(self) -> list[Picture]:
+        chunk = [self._queue.get()]
+        while len(chunk) < CHUNK and not self._queue.empty():
+            chunk.append(self._queue.get())
+        return chunk
+
+    def _encode(self, chunk: Sequence[Picture]) -> None:
+        try:
+            self._cache.get(chunk)
+        except Exception:
+            # The engine will need these features, try again, and knows what to do about a lack of memory.
+            logger.warning("Encoding %d images ahead failed; the engine tries again.", len(chunk), exc_info=True)
+        for picture in chunk:
+            with self._lock:
+                done = self._coming.pop(picture.key)
+            done.set_result(None)

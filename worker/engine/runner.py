@@ -29,11 +29,11 @@ class Adapter(Protocol):
     bad_words_ids: list[list[int]]
 
     def picture(self, image: Image) -> Picture: ...
+    def look(self, pictures: Sequence[Picture]) -> int: ...
     def prepare(self, parts: Parts) -> Tokens: ...
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]: ...
     def end_ids(self, *, utterance: bool) -> frozenset[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
-    def kept(self, picture: Picture) -> bool: ...
     def figures(self) -> dict[str, int]: ...
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]: ...
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
@@ -45,6 +45,7 @@ class StockModel:
     def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int) -> None:
         self.info = info
         self.picture = adapter.picture
+        self.look = adapter.look
         self.prepare = adapter.prepare
         self.encode_labels = adapter.encode_labels
         self.end_ids = adapter.end_ids
@@ -56,16 +57,11 @@ class StockModel:
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         """See engine.Runner: rows of one number of beams, and rows with labels. Nobody joins them."""
         with memory_errors():
-            self._count_cached(rows)
             self._run(rows, beat)
 
     def figures(self) -> dict[str, int]:
         """What the caches hold and spared."""
         return self._adapter.figures()
-
-    def _count_cached(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            row.cached_images = sum(self._adapter.kept(picture) for picture in row.tokens.pictures)
 
     def _run(self, rows: Sequence[Row], beat: Beat) -> None:
         scored = [row for row in rows if row.labels and not row.is_done]

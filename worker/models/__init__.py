@@ -23,6 +23,9 @@ class Model(Protocol):
     def picture(self, image: Image) -> Picture:
         """An RGB image as the model takes it. Called from many threads."""
 
+    def look(self, pictures: Sequence[Picture]) -> int:
+        """Wait until pictures are encoded, ahead of the engine. How many of them were known already."""
+
     def prepare(self, parts: Parts) -> Tokens:
         """A prompt's tokens and pictures. Called from many threads. Raises InvalidRequest."""
 

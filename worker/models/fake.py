@@ -27,6 +27,9 @@ class FakeModel:
     def picture(self, image: Image) -> Picture:
         return Picture(hashlib.blake2b(image.tobytes(), digest_size=4).digest(), None)
 
+    def look(self, pictures: Sequence[Picture]) -> int:
+        return 0
+
     def prepare(self, parts: Parts) -> Tokens:
         texts = [part if isinstance(part, str) else f"<{part.key.hex()}>" for part in parts]
         return Tokens(ids=tuple(map(ord, "".join(texts))))

@@ -12,7 +12,7 @@ from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
 from tasks.errors import InvalidRequest
 from tasks.payloads import END_OF_UTTERANCE
-from worker.engine.features import FeatureCache
+from worker.engine.features import FeatureCache, Lookahead
 from worker.engine.row import Picture, Tokens
 from worker.models import Parts
 
@@ -34,6 +34,7 @@ class IdeficsAdapter:
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
         self._reserved = sorted(set(self.tokenizer.all_special_tokens) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
         self._features = FeatureCache(self._encode, feature_cache_bytes)
+        self.look = Lookahead(self._features).look
         self.bad_words_ids: list[list[int]] = self.tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
 
     def prepare(self, parts: Parts) -> Tokens:
@@ -95,10 +96,6 @@ class IdeficsAdapter:
     def figures(self) -> dict[str, int]:
         """See FeatureCache."""
         return self._features.figures()
-
-    def kept(self, picture: Picture) -> bool:
-        """True where a picture's features are known from an earlier batch."""
-        return picture in self._features
 
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
         """Arguments of `generate` for a batch, padded on the left: `image_hidden_states` holds, for each row,

@@ -121,8 +121,8 @@ def _beat(channel: BlockingChannel, model: Model) -> Callable[[], None]:
 
 def _service(settings: Settings, channel: BlockingChannel) -> Service:
     """The model, loaded, warm and right."""
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+    # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
+    torch.set_num_threads(settings.torch_threads or max(1, (os.cpu_count() or 1) // 2))
     model = load(settings)
     engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens), _beat(channel, model))
     service = Service(settings, model, engine)
