@@ -1,0 +1,41 @@
+"""The benchmarks run, so that they can be trusted to run where their figures are wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.contenders import StockLoop, request_of
+from benchmarks.stock import Stock
+from benchmarks.workloads import WORKLOADS, PictureBook
+from worker.models.loading import DEMO
+
+
+def test_the_gpu_benchmark_measures_steps_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ROWS", (1, 2))
+    monkeypatch.setattr(gpu, "STEPS", 4)
+    figures = gpu.measure(gpu.new_model(gpu.tiny(), "cpu"), "cpu")
+    assert all(milliseconds > 0 for milliseconds in figures["step_ms"].values())
+    assert set(figures["step_ms"]) == set(figures["stock_step_ms"]) == {1, 2}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_job_of_a_workload_shows_new_pictures_but_for_what_it_is_about(name: str, tmp_path: Path) -> None:
+    book = PictureBook(tmp_path)
+    jobs = WORKLOADS[name].make(20, book)
+    shown = [part["path"] for job in jobs for part in request_of(job)["prompt"] if isinstance(part, dict)]
+    assert len(jobs) == 20
+    contents = [(tmp_path / file).read_bytes() for file in sorted(set(shown))]
+    assert len(set(contents)) == len(contents)
+    if name == "16 questions":
+        assert len(set(shown)) == 2
+    elif name != "few-shot":
+        assert len(set(shown)) == len(shown)
+
+
+def test_the_stock_loop_says_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
+    stock = Stock(str(DEMO), str(tmp_path), threads=1)
+    jobs = WORKLOADS["mixed length"].make(6, PictureBook(tmp_path))
+    assert StockLoop(stock, 1).run(jobs).texts == StockLoop(stock, 4).run(jobs).texts
