@@ -212,7 +212,15 @@ def _litserve(broker: stack.Broker, environment: Mapping[str, str]) -> Iterator[
     command = [sys.executable, "-m", "benchmarks.litserver", str(port)]
     with stack.started(command, log=log, environment=environment) as process:
         _await_http(port)
-        yield Http("LitServe", port, psutil.Process(process.pid))
+        server = psutil.Process(process.pid)
+        below = server.children(recursive=True)
+        try:
+            yield Http("LitServe", port, server)
+        finally:
+            # It leaves its workers running when it is stopped.
+            for child in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
 
 
 def _await_http(port: int) -> None:
