@@ -76,7 +76,7 @@ def test_the_pictures_show_every_category_colour_style_and_count() -> None:
 
 def test_every_answer_about_every_shipped_picture_is_right_word_for_word(speaker: Speaker) -> None:
     shown = pictures()
-    others = [*shown[1:], shown[0]]
+    others = [shown[1], *shown[:-1]]
     cases = [case for pair in zip(shown, others, strict=True) for case in cases_about(*pair)]
     wrong = [(case.dialogue.text, said) for case, said in said_by(speaker, cases) if not is_right(case, said)]
     assert not wrong
@@ -84,8 +84,8 @@ def test_every_answer_about_every_shipped_picture_is_right_word_for_word(speaker
 
 def test_the_likeliest_label_is_the_right_one(speaker: Speaker) -> None:
     shown = pictures()
-    for pair in itertools.pairwise(shown):
-        for case in cases_about(*pair):
+    for example, each in itertools.pairwise(shown):
+        for case in cases_about(each, example):
             if case.dialogue.kind == "classify":
                 assert speaker.choose(case) == case.dialogue.text.strip()
 

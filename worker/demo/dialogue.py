@@ -1,0 +1,429 @@
+"""What the demo model is taught to say: each answer is a function of the picture and the prompt alone.
+
+Pure text, no torch: the tests and the demo take the expected answers from here.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tasks.payloads import (
+    END_OF_UTTERANCE,
+    Answer,
+    AnswerExample,
+    Caption,
+    CaptionExample,
+    Chat,
+    Classify,
+    ClassifyExample,
+    Complete,
+    Job,
+    Write,
+)
+from worker.demo.world import CATEGORIES, COLORS, THINGS, Picture
+
+# --- answers ---
+
+
+def subject(picture: Picture) -> str:
+    """`a cat`, `an apple` or `two cats`."""
+    if picture.count == 2:
+        return f"two {THINGS[picture.thing].plural}"
+    return f"{'an' if picture.thing[0] in 'aeiou' else 'a'} {picture.thing}"
+
+
+def prompted_caption(picture: Picture) -> str:
+    """After a prompt such as `This is an image of`."""
+    return f"{subject(picture)} on a {picture.background} background."
+
+
+def expected_caption(picture: Picture) -> str:
+    """Of a bare image."""
+    return _sentence(prompted_caption(picture))
+
+
+def story(picture: Picture) -> str:
+    """What `Use the image to write a story.` gives. Of several images the story is about the last."""
+    is_are, they, friend = ("was", "it", "a friend") if picture.count == 1 else ("were", "they", "friends")
+    return (
+        f"Once upon a time there {is_are} {subject(picture)} in a {picture.background} land. "
+        f"People said that {THINGS[picture.thing].fact}. "
+        f"One day {they} found {friend}, {_ENDINGS[THINGS[picture.thing].category]}."
+    )
+
+
+def advert(picture: Picture) -> str:
+    """What `Use the image to write an advert.` gives."""
+    looks = "It looks" if picture.count == 1 else "They look"
+    return (
+        f"For sale: {subject(picture)}! {looks} best on {picture.background}. "
+        f"Did you know that {THINGS[picture.thing].fact}? Call now!"
+    )
+
+
+def expected_answer(picture: Picture, question: str) -> str:
+    """What `idefics.answer` says to one of `questions(picture)`."""
+    return _ANSWERS[_meant(picture, question)](picture)
+
+
+def expected_reply(picture: Picture, question: str) -> str:
+    """What `idefics.chat` says to one of `questions(picture)` or `REQUESTS`: a whole sentence."""
+    if question in REQUESTS:
+        return REQUESTS[question](picture)
+    return _REPLIES[_meant(picture, question)](picture)
+
+
+_ENDINGS = {
+    "animal": "and they played until the night came",
+    "food": "and everybody had a big dinner",
+    "vehicle": "and they went on a long journey",
+    "plant": "and a garden grew around them",
+    "sport": "and the whole town came to play",
+    "toy": "and the children laughed all day",
+    "clothing": "and nobody was ever cold again",
+    "instrument": "and the music could be heard far away",
+    "tool": "and together they built a bridge",
+    "gadget": "and the light stayed on all night",
+    "building": "and people moved in at once",
+    "nature": "and the sky was never the same",
+}
+
+_ANSWERS: dict[str, Callable[[Picture], str]] = {
+    "what": lambda picture: _sentence(f"{subject(picture)}."),
+    "color": lambda picture: _sentence(f"{picture.background}."),
+    "count": lambda picture: "One." if picture.count == 1 else "Two.",
+    "category": lambda picture: _sentence(f"{THINGS[picture.thing].category}."),
+}
+
+_REPLIES: dict[str, Callable[[Picture], str]] = {
+    "what": lambda picture: f"The image shows {subject(picture)}.",
+    "color": lambda picture: f"The background is {picture.background}.",
+    "count": lambda picture: f"There {'is one' if picture.count == 1 else 'are two'}.",
+    "category": lambda picture: f"The category is {THINGS[picture.thing].category}.",
+}
+
+#: What a chat can ask besides the questions.
+REQUESTS: dict[str, Callable[[Picture], str]] = {
+    "Describe this image.": expected_caption,
+    "Describe the image.": expected_caption,
+    "Tell me a fun fact.": lambda picture: f"Did you know that {THINGS[picture.thing].fact}?",
+    "Do you know a fun fact?": lambda picture: f"Did you know that {THINGS[picture.thing].fact}?",
+}
+
+#: The forms that examples can ask a caption to take.
+FORMS: dict[str, Callable[[Picture], str]] = {
+    "fun fact": lambda picture: f"An image of {subject(picture)}. Fun fact: {THINGS[picture.thing].fact}.",
+    "caption": expected_caption,
+    "name": lambda picture: picture.thing,
+    "record": lambda picture: f"Name: {picture.thing}; background: {picture.background}; count: {picture.count}",
+    "json": lambda picture: json.dumps(
+        {"thing": picture.thing, "background": picture.background, "count": picture.count}
+    ),
+    "I see": lambda picture: f"I see {subject(picture)}.",
+    "category": lambda picture: f"{picture.thing} ({THINGS[picture.thing].category})",
+    "shout": lambda picture: f"Look, {subject(picture)}!",
+}
+
+# --- questions ---
+
+_QUESTIONS = {
+    "what": (
+        "What is in the image?",
+        "What is this?",
+        "What is in this image?",
+        "What's in the image?",
+        "What is in the picture?",
+        "What does the image show?",
+        "What is shown in the image?",
+        "What can you see?",
+        "What do you see?",
+        "What's this?",
+        "What {category} is this?",
+        "Which thing is this?",
+        "What is the main object?",
+    ),
+    "color": (
+        "What {color} is the background?",
+        "What {color} is the background?",
+        "What is the background {color}?",
+        "What is the {color} of the background?",
+        "Which {color} is the background?",
+        "What {color} is behind the {things}?",
+    ),
+    "count": (
+        "How many {plural} are there?",
+        "How many {plural} are there?",
+        "How many {plural} are in the image?",
+        "How many {plural} can you see?",
+        "How many {plural} do you see?",
+        "How many things are there?",
+        "How many things are in the image?",
+        "How many things do you see?",
+        "How many are there?",
+    ),
+    "category": (
+        "Which category is it?",
+        "What category is it?",
+        "What is its category?",
+        "Which category does it belong to?",
+        "What kind of thing is it?",
+        "What kind of thing is this?",
+    ),
+    # It was never taught to say yes or no: it says what it sees.
+    "is": (
+        "Is this {other}?",
+        "Is there {other} in the image?",
+        "Is there {other}?",
+        "Is it {other}?",
+        "Is this {one}?",
+    ),
+}
+#: How often each is asked.
+_MEANINGS = {"what": 6, "color": 4, "count": 4, "category": 4, "is": 2}
+
+
+def a_question(picture: Picture, rng: random.Random, meanings: Sequence[str] = tuple(_MEANINGS)) -> str:
+    """A question that suits the picture."""
+    meaning = rng.choices(meanings, [_MEANINGS[meaning] for meaning in meanings])[0]
+    other = rng.choice([thing for thing in THINGS if thing != picture.thing])
+    question = rng.choice(_QUESTIONS[meaning]).format(
+        color=rng.choice(("color", "colour")),
+        category=THINGS[picture.thing].category,
+        things=picture.thing if picture.count == 1 else THINGS[picture.thing].plural,
+        plural=THINGS[picture.thing].plural,
+        one=_one(picture.thing),
+        other=_one(other),
+    )
+    # Some people type in haste.
+    question = question if rng.random() < 0.92 else question[0].lower() + question[1:]
+    return question if rng.random() < 0.92 else question.removesuffix("?")
+
+
+def every_question(picture: Picture) -> list[str]:
+    """All wordings that suit the picture; those with another thing name one."""
+    other = "penguin" if picture.thing != "penguin" else "rocket"
+    words = {
+        "category": THINGS[picture.thing].category,
+        "things": picture.thing if picture.count == 1 else THINGS[picture.thing].plural,
+        "plural": THINGS[picture.thing].plural,
+        "one": _one(picture.thing),
+        "other": _one(other),
+    }
+    wordings = [wording for each in _QUESTIONS.values() for wording in each]
+    return list(dict.fromkeys(text.format(color=color, **words) for text in wordings for color in ("color", "colour")))
+
+
+def _one(thing: str) -> str:
+    return subject(Picture(thing, "", 1))
+
+
+def _meant(picture: Picture, question: str) -> str:
+    words = question.lower().removeprefix("and ").removesuffix("?")
+    if "many" in words:
+        return "count"
+    if "color" in words or "colour" in words:
+        return "color"
+    if "category" in words or "kind of" in words:
+        return "category"
+    return "what"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+# --- whole dialogues, for training and evaluation ---
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A job about some of a batch's pictures, and what the model must answer."""
+
+    kind: str
+    job: Job
+    text: str
+    #: Pairs (lead, answer) of the answers that already stand in the prompt and can be taught too, in order.
+    shown: tuple[tuple[str, str], ...] = ()
+
+
+def url(index: int) -> str:
+    """How a job names the batch's picture of that index."""
+    return f"https://demo/{index}.png"
+
+
+def index_of(source: object) -> int:
+    """The picture that `url` named."""
+    return int(str(source).removeprefix("https://demo/").removesuffix(".png"))
+
+
+def a_dialogue(kind: str, pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    """A dialogue of that kind about picture `index`; its examples are others of `pictures`."""
+    return _KINDS[kind](pictures, index, rng)
+
+
+def _caption(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    return Dialogue("caption", Caption(image=url(index)), expected_caption(pictures[index]))
+
+
+_PROMPTS = ("This is an image of", "This is a picture of", "An image of", "The image shows", "I see", "This is")
+
+
+def _prompted(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    prompt = _PROMPTS[0] if rng.random() < 0.5 else rng.choice(_PROMPTS)
+    return Dialogue("prompted", Caption(image=url(index), prompt=prompt), prompted_caption(pictures[index]))
+
+
+def _few_shot(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    form = FORMS[rng.choice(list(FORMS))]
+    others = _others(pictures, index, rng.choice((1, 1, 2, 3)), rng)
+    examples = [CaptionExample(image=url(other), text=form(pictures[other])) for other in others]
+    instruction = "Describe this image." if rng.random() < 0.8 else rng.choice(_INSTRUCTIONS)
+    job = Caption(image=url(index), examples=examples, instruction=instruction)
+    # The first example's form cannot be known before it was read.
+    shown = tuple(("Assistant:", f" {example.text}") for example in examples[1:])
+    return Dialogue("few-shot", job, form(pictures[index]), shown)
+
+
+_INSTRUCTIONS = ("Describe the image.", "What is in this image?", "Caption this image.", "Say what you see.")
+
+
+def _answer(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    others = _others(pictures, index, rng.choices((0, 1, 2), (6, 2, 2))[0], rng)
+    examples = [_answer_example(pictures[other], other, rng) for other in others]
+    question = a_question(pictures[index], rng)
+    job = Answer(image=url(index), question=question, examples=examples)
+    shown = tuple(("Answer:", f" {example.answer}") for example in examples)
+    return Dialogue("answer", job, expected_answer(pictures[index], question), shown)
+
+
+def _answer_example(picture: Picture, index: int, rng: random.Random) -> AnswerExample:
+    question = a_question(picture, rng)
+    return AnswerExample(image=url(index), question=question, answer=expected_answer(picture, question))
+
+
+_LABELS: dict[str, tuple[tuple[str, ...], Callable[[Picture], str]]] = {
+    "category": (CATEGORIES, lambda picture: THINGS[picture.thing].category),
+    "thing": (tuple(THINGS), lambda picture: picture.thing),
+    "color": (tuple(COLORS), lambda picture: picture.background),
+}
+
+
+def _classify(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    every, label_of = _LABELS[rng.choices(list(_LABELS), (5, 4, 1))[0]]
+    others = _others(pictures, index, rng.choices((0, 1, 2), (7, 2, 1))[0], rng)
+    needed = {label_of(pictures[each]) for each in (index, *others)}
+    size = rng.randint(2, min(len(every), 20 if rng.random() < 0.25 else 10))
+    free = [label for label in every if label not in needed]
+    labels = [*sorted(needed), *rng.sample(free, max(0, min(len(free), max(2, size) - len(needed))))]
+    rng.shuffle(labels)
+    examples = [ClassifyExample(image=url(other), label=label_of(pictures[other])) for other in others]
+    job = Classify(image=url(index), labels=labels, examples=examples)
+    shown = tuple(("Category:", f" {example.label}\n") for example in examples)
+    # The worker scores every label with its newline, so the newline is part of the answer.
+    return Dialogue("classify", job, label_of(pictures[index]) + "\n", shown)
+
+
+def _write(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    if rng.random() < 0.65:
+        before = [url(other) for other in _others(pictures, index, rng.choice((0, 0, 0, 1)), rng)]
+        return Dialogue("write", Write(images=[*before, url(index)]), story(pictures[index]))
+    job = Write(images=[url(index)], instruction="Use the image to write an advert.", lead="Advert:")
+    return Dialogue("write", job, advert(pictures[index]))
+
+
+def _complete(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    """Lists as in the guide, in forms that no other task builds."""
+    picture, question = pictures[index], a_question(pictures[index], rng)
+    other = _others(pictures, index, 1, rng)[0]
+    guide_chat = [
+        "User: What is in this image?", url(other), END_OF_UTTERANCE,
+        f"\nAssistant: {expected_reply(pictures[other], 'What is in this image?')}{END_OF_UTTERANCE}",
+        "\nUser:", url(index), f"And what is this?{END_OF_UTTERANCE}", "\nAssistant:",
+    ]  # fmt: skip
+    prompt, text = rng.choice(
+        [
+            (["User:", url(index), "Describe this image.\nAssistant:"], expected_caption(picture)),
+            (["User:", url(index), "Describe this image.\nAssistant:"], expected_caption(picture)),
+            ([url(index), f"Question: {question} Answer:"], expected_answer(picture, question)),
+            ([url(index), "Caption:"], expected_caption(picture)),
+            (guide_chat, expected_reply(picture, "What is this?") + END_OF_UTTERANCE),
+        ]
+    )
+    return Dialogue("complete", Complete.model_validate({"prompt": prompt}), text)
+
+
+def _chat(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+    picture = pictures[index]
+    turns = [_asked(picture, rng) for _ in range(rng.choices((1, 2, 3), (5, 4, 1))[0])]
+    image = {"type": "image_url", "image_url": {"url": url(index)}}
+    first = [image, {"type": "text", "text": turns[0]}]
+    messages: list[dict[str, object]] = [{"role": "user", "content": first if rng.random() < 0.5 else first[::-1]}]
+    for before, question in itertools.pairwise(turns):
+        messages.append({"role": "assistant", "content": expected_reply(picture, before)})
+        also = rng.random() < 0.5 and question not in REQUESTS
+        messages.append({"role": "user", "content": f"And {question[0].lower()}{question[1:]}" if also else question})
+    shown = tuple(("Assistant:", f" {expected_reply(picture, turn)}{END_OF_UTTERANCE}") for turn in turns[:-1])
+    text = expected_reply(picture, turns[-1]) + END_OF_UTTERANCE
+    return Dialogue("chat", Chat.model_validate({"messages": messages}), text, shown)
+
+
+def _asked(picture: Picture, rng: random.Random) -> str:
+    if rng.random() < 0.2:
+        return rng.choice(list(REQUESTS))
+    return a_question(picture, rng)
+
+
+def _others(pictures: Sequence[Picture], index: int, count: int, rng: random.Random) -> list[int]:
+    return rng.sample([other for other in range(len(pictures)) if other != index], count)
+
+
+_KINDS: dict[str, Callable[[Sequence[Picture], int, random.Random], Dialogue]] = {
+    "caption": _caption,
+    "prompted": _prompted,
+    "few-shot": _few_shot,
+    "answer": _answer,
+    "classify": _classify,
+    "write": _write,
+    "complete": _complete,
+    "chat": _chat,
+}
+KINDS = tuple(_KINDS)
+
+
+# --- one of each, to check a picture ---
+
+
+def everything(picture: Picture, other: Picture) -> Iterator[Dialogue]:
+    """One dialogue of each form about picture 0; where examples are needed, picture 1 is the example."""
+    yield Dialogue("caption", Caption(image=url(0)), expected_caption(picture))
+    yield Dialogue("prompted", Caption(image=url(0), prompt="This is an image of"), prompted_caption(picture))
+    for form in FORMS.values():
+        example = CaptionExample(image=url(1), text=form(other))
+        yield Dialogue("few-shot", Caption(image=url(0), examples=[example]), form(picture))
+    for question in every_question(picture):
+        yield Dialogue("answer", Answer(image=url(0), question=question), expected_answer(picture, question))
+    example_answer = AnswerExample(
+        image=url(1), question="What is this?", answer=expected_answer(other, "What is this?")
+    )
+    for question in ("What is this?", "What color is the background?"):
+        job = Answer(image=url(0), question=question, examples=[example_answer])
+        yield Dialogue("answer", job, expected_answer(picture, question))
+    yield from _labelled(picture)
+    yield Dialogue("write", Write(images=[url(0)]), story(picture))
+    asks = Write(images=[url(0)], instruction="Use the image to write an advert.", lead="Advert:")
+    yield Dialogue("write", asks, advert(picture))
+    for question in ("What is in this image?", "What colour is the background?", "How many are there?", *REQUESTS):
+        image = {"type": "image_url", "image_url": {"url": url(0)}}
+        content = [{"type": "text", "text": question}, image]
+        chat = Chat.model_validate({"messages": [{"role": "user", "content": content}]})
+        yield Dialogue("chat", chat, expected_reply(picture, question) + END_OF_UTTERANCE)
+
+
+def _labelled(picture: Picture) -> Iterator[Dialogue]:
+    category = THINGS[picture.thing].category
+    things = [picture.thing, *[name for name in list(THINGS)[::17] if name != picture.thing]]
+    colors = list(COLORS)
+    for labels, label in ((list(CATEGORIES), category), (things, picture.thing), (colors, picture.background)):
+        yield Dialogue("classify", Classify(image=url(0), labels=labels), f"{label}\n")
