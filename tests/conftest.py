@@ -37,10 +37,11 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def pictures_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A web server's address with the shipped pictures, and the golden one as `cat.png`."""
+    """A web server's address with the shipped pictures; `cat.png` is the golden one, `duck.png` one of them."""
     folder = tmp_path_factory.mktemp("pictures")
     shutil.copytree(PICTURES, folder, dirs_exist_ok=True)
     shutil.copy(PICTURES.parent / "checkpoint" / "golden.png", folder / "cat.png")
+    shutil.copy(next(folder.glob("1-duck-*.png")), folder / "duck.png")
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
