@@ -51,6 +51,7 @@ class PictureCache:
     def _shrink(self, added: int) -> None:
         with self._lock:
             self._bytes += added
-            done = [key for key, future in self._kept.items() if future.done()]
-            while self._bytes > self._max_bytes and done:
-                self._bytes -= self._kept.pop(done.pop(0)).result().nbytes
+            while self._bytes > self._max_bytes:
+                # Those still being made count nothing yet, so there is always one that is done.
+                oldest = next(key for key, future in self._kept.items() if future.done())
+                self._bytes -= self._kept.pop(oldest).result().nbytes
