@@ -13,6 +13,8 @@ from tasks import Answer, Caption, CaptionExample, Classify, Complete, ImagePath
 
 PICTURES = Path(__file__).parents[1] / "worker" / "demo" / "pictures"
 THINGS = ["cat", "dog", "apple", "car", "tree", "guitar", "house", "hammer", "moon", "boot"]
+#: Pixels.
+NOISE_EDGE = 16
 
 
 class PictureBook:
@@ -24,12 +26,11 @@ class PictureBook:
         self._count = 0
 
     def new(self) -> ImagePath:
-        """One of the shipped pictures with a few pixels of its corner changed."""
+        """One of the shipped pictures with noise in its corner: enough to differ when it is scaled down, too."""
         number, self._count = self._count, self._count + 1
         picture = self._sources[number % len(self._sources)].copy()
-        for place in range(4):
-            red, green, blue = picture.getpixel((place, 0))  # type: ignore[misc]
-            picture.putpixel((place, 0), (red ^ (number >> (4 * place) & 15), green, blue))
+        noise = random.Random(number).randbytes(3 * NOISE_EDGE**2)
+        picture.paste(Image.frombytes("RGB", (NOISE_EDGE, NOISE_EDGE), noise))
         name = f"{number:06}.png"
         picture.save(self._root / name)
         return ImagePath(path=name)

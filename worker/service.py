@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ class Service:
         self._engine = engine
         self._fetcher = Fetcher(_fetch_policy(settings))
         self._pictures = PictureCache(self._open, settings.image_cache_bytes)
+        #: More decoders than cores only fight over the interpreter.
+        self._decoders = threading.Semaphore(os.cpu_count() or 1)
         self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download")
         self._running: dict[str, _Run] = {}
         self._lock = threading.Lock()
@@ -99,7 +102,8 @@ class Service:
         with self._lock:
             run.row = row
             row.canceled = run.canceled
-        row.cached_images = self._model.look(row.tokens.pictures)
+        with self._engine.coming():
+            row.cached_images = self._model.look(row.tokens.pictures)
         output = self._engine.submit(row).result()
         ended = time.monotonic()
         timing = Timing(
@@ -136,7 +140,8 @@ class Service:
         return self._pictures.get(self._fetcher.fetch(reference.source))
 
     def _open(self, data: bytes) -> Picture:
-        return self._model.picture(open_image(data))
+        with self._decoders:
+            return self._model.picture(open_image(data))
 
     def _row(self, job: Job, parts: Parts, run: _Run, new_tokens: int) -> Row:
         tokens = self._model.prepare(parts)

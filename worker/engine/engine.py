@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
 from tasks.errors import DeadlineExceeded, Internal, JobError, OutOfMemory
 from worker.engine.row import Output, Row
-from worker.engine.scheduler import Limits, next_batch
+from worker.engine.scheduler import Limits, next_batch, worth_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 LINGER_S = 0.003
 #: Seconds that it waits so in all.
 MAX_LINGER_S = 0.02
+#: Seconds that a running batch may be held up, between two joinings, for rows that come soon.
+PATIENCE_S = 0.2
 #: Seconds between two signs of life while there is nothing to do.
 IDLE_BEAT_S = 1.0
 
@@ -51,6 +54,8 @@ class Engine:
         self._beat = beat
         self._waiting: list[Row] = []
         self._changed = threading.Condition()
+        self._coming = 0
+        self._patience_ends = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -74,6 +79,18 @@ class Engine:
                 self._waiting.append(row)
                 self._changed.notify()
         return row.output
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Around the encoding of a row's images: it is submitted soon."""
+        with self._changed:
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= 1
+                self._changed.notify()
 
     def cancel(self, row: Row) -> None:
         """End a row at the next step, wherever it is. Its output then says `canceled`."""
@@ -117,10 +134,21 @@ class Engine:
             if not self._changed.wait(LINGER_S):
                 return
 
+    def _gather(self, running: int) -> None:
+        """Let rows that come soon catch up with a batch that is far from full."""
+        with self._changed:
+            while time.monotonic() < self._patience_ends and worth_waiting(
+                running, len(self._waiting), self._coming, self._limits
+            ):
+                self._changed.wait(max(0.0, self._patience_ends - time.monotonic()))
+            if self._waiting:
+                self._patience_ends = time.monotonic() + PATIENCE_S
+
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
         batch = list(first)
 
         def newcomers(running: Sequence[Row]) -> Sequence[Row]:
+            self._gather(len(running))
             joining = self._start(running) if joinable and not self._stopping else []
             # Rows that are over need no recovery, and hold their pictures.
             batch[:] = [*running, *joining]

@@ -15,6 +15,7 @@ from tasks.payloads import END_OF_UTTERANCE
 from worker.engine.features import FeatureCache, Lookahead
 from worker.engine.row import Picture, Tokens
 from worker.models import Parts
+from worker.models.pixels import Pixels
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
@@ -30,7 +31,7 @@ class IdeficsAdapter:
     ) -> None:
         self.model = model
         self.tokenizer = processor.tokenizer
-        self._image_processor = processor.image_processor
+        self._pixels = Pixels(processor.image_processor)
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
         self._reserved = sorted(set(self.tokenizer.all_special_tokens) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
         self._features = FeatureCache(self._encode, feature_cache_bytes)
@@ -46,9 +47,8 @@ class IdeficsAdapter:
 
     def picture(self, image: Image) -> Picture:
         """See `Model`."""
-        size = "x".join(map(str, image.size)).encode()
-        key = hashlib.blake2b(image.tobytes(), digest_size=16, key=size).digest()
-        return Picture(key, self._image_processor([image], return_tensors="pt")[0])
+        pixels = self._pixels(image)
+        return Picture(hashlib.blake2b(pixels.numpy(), digest_size=16).digest(), pixels)
 
     def text(self, parts: Parts) -> str:
         """The whole prompt as text, token for token that of transformers' IdeficsProcessor.__call__."""

@@ -1,0 +1,45 @@
+"""A picture as its model wants it: stock arithmetic, looked up instead of computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+LEVELS = 256
+
+
+class Pixels:
+    """Resizes and normalises as transformers' image processor does, bit for bit, in a tenth of its time.
+
+    What rescaling and normalising make of a byte depends on the byte and its channel only, so a table that the
+    processor itself has filled says it. A processor that does more than resize and that is used as it is.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        ramp = Image.fromarray(np.arange(LEVELS, dtype=np.uint8).repeat(3).reshape(1, LEVELS, 3))
+        #: (channels, levels)
+        self._table = processor([ramp], do_resize=False, return_tensors="pt")[0][:, 0].numpy()
+        self._is_exact = True
+        noise = np.random.default_rng(0).integers(0, LEVELS, (37, 53, 3), dtype=np.uint8)
+        self._is_exact = torch.equal(self(Image.fromarray(noise)), self._stock(Image.fromarray(noise)))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An RGB picture's pixels (channels, height, width), in float32."""
+        if not self._is_exact:
+            return self._stock(image)
+        size = self._processor.size
+        levels = np.asarray(image.resize((size["width"], size["height"]), self._processor.resample))
+        pixels = np.empty((levels.shape[2], *levels.shape[:2]), self._table.dtype)
+        for channel, table in enumerate(self._table):
+            # Clipping changes nothing, and lets numpy write in place.
+            np.take(table, levels[..., channel], out=pixels[channel], mode="clip")
+        return torch.from_numpy(pixels)
+
+    def _stock(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self._processor([image], return_tensors="pt")[0]
+        return pixels
