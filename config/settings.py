@@ -59,6 +59,10 @@ class Settings(BaseSettings):
     #: Redis that holds the results; the default is the broker's next database.
     result_backend: SecretStr = SecretStr("")
 
+    #: Take jobs with a script that moves them in one step. False: kombu's own way, for brokers that run no scripts; a
+    #: worker that dies while it takes a job then loses it.
+    atomic_take: bool = True
+
     #: A hub id, a folder, or `demo`: the checkpoint in worker/demo. `fake` answers without a network, for tests of
     #: what stands around it; `fake:0.05` takes so many seconds a token.
     model: str = "demo"

@@ -21,10 +21,13 @@ from tasks.errors import Internal, InvalidRequest, JobError
 from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, parse
 from worker.pool import SoftShutdown
 from worker.service import Canceled, Service, Ticket
+from worker.transport import use as use_atomic_take
 
 logger = logging.getLogger(__name__)
 
 settings = load()
+if settings.atomic_take:
+    use_atomic_take()
 app = Celery("idefics", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY))
 app.steps["worker"].add(SoftShutdown)

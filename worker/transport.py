@@ -1,0 +1,412 @@
+"""Kombu's Redis transport with an atomic take: a message is in its queue or in `unacked`, never in between.
+
+Stock kombu takes with BRPOP and writes to `unacked` afterwards: a worker that dies between the two loses the message.
+Here one Lua script does both. It cannot block, so the event loop asks every `POLL_S` seconds. Everything else is
+kombu's, its keys and their form too: stock consumers and producers may share the broker.
+
+What this process could not tell its broker (acknowledgements, messages to give back) it keeps and tells it later.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from queue import Empty
+from typing import Any
+
+from celery.exceptions import ImproperlyConfigured
+from kombu import transport
+from kombu.asynchronous import get_event_loop
+from kombu.transport import redis as stock
+from kombu.transport import virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
+from kombu.utils.uuid import uuid
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, NoScriptError, OutOfMemoryError, ResponseError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two takes while the queues are empty.
+POLL_S = 0.03
+#: Seconds without a take after the broker refused one.
+REFUSED_S = 1.0
+#: Seconds between two lines of the log about refusals.
+COMPLAIN_S = 30.0
+#: Seconds after which a reply is late: another worker may have been given its message meanwhile.
+LATE_S = 5.0
+#: Seconds that a publisher in the model process waits for a broker that is full.
+PUBLISH_PATIENCE_S = 300.0
+#: Seconds between two looks for messages whose visibility timeout is over, without an event loop.
+SWEEP_S = 0.5
+
+#: KEYS: unacked, its index, then the lists in order. ARGV: tag, time, then for each list what ends the record of its
+#: messages; empty where they are not acknowledged.
+#: RPOP comes first: a full server allows what follows a write that frees memory. Lua does not roll back.
+TAKE = """
+local function failed(reply) return type(reply) == 'table' and reply.err end
+for i = 3, #KEYS do
+  local raw = redis.call('RPOP', KEYS[i])
+  if raw then
+    if ARGV[i] ~= '' and string.byte(raw) == 123 then
+      local reply = redis.pcall('HSET', KEYS[1], ARGV[1], '[' .. raw .. ARGV[i])
+      if not failed(reply) then reply = redis.pcall('ZADD', KEYS[2], ARGV[2], ARGV[1]) end
+      if failed(reply) then
+        redis.pcall('HDEL', KEYS[1], ARGV[1])
+        redis.call('RPUSH', KEYS[i], raw)
+        return reply
+      end
+    end
+    return {i - 3, raw}
+  end
+end
+return false
+"""
+TAKE_SHA = hashlib.sha1(TAKE.encode()).hexdigest()  # noqa: S324 - Redis names scripts so
+
+
+def use() -> None:
+    """From now on this process's Redis connections take atomically."""
+    # By alias: a broker_transport of our own would be forgotten at the fail-over to another URL.
+    names = {"redis": "Transport", "rediss": "Transport", "sentinel": "SentinelTransport"}
+    for alias, name in names.items():
+        transport.TRANSPORT_ALIASES[alias] = f"{__name__}:{name}"
+        transport._transport_cache.pop(alias, None)
+
+
+def passes(error: Exception) -> bool:
+    """Whether a refusal ends by itself or by the operator's hand: the server is full, or its disk is."""
+    return isinstance(error, OutOfMemoryError) or "MISCONF" in str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A request for one message. The tag names the message from the moment that it leaves its queue."""
+
+    tag: str
+    #: Of each list, in order.
+    queues: tuple[str, ...]
+
+
+class Debts:
+    """Tags that this process owes its broker an answer for."""
+
+    def __init__(self) -> None:
+        self.acks: dict[str, None] = {}
+        self.returns: dict[str, None] = {}
+
+    def ack(self, tag: str) -> None:
+        self.returns.pop(tag, None)
+        self.acks[tag] = None
+
+    def give_back(self, tag: str) -> None:
+        if tag not in self.acks:
+            self.returns[tag] = None
+
+
+#: By the broker's URL: a channel that lost its connection leaves them to the next one.
+_debts: defaultdict[str, Debts] = defaultdict(Debts)
+
+
+class QoS(stock.QoS):  # type: ignore[misc]
+    """Kombu's, for messages that are recorded when they are taken, and for brokers that refuse or are away."""
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        if delivery_tag == self.channel.recorded:
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        self.channel.debts.ack(delivery_tag)
+        self.channel.settle_if_possible()
+        virtual.QoS.ack(self, delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if not requeue:
+            self.ack(delivery_tag)
+            return
+        self.channel.debts.give_back(delivery_tag)
+        self.channel.settle_if_possible()
+        virtual.QoS.ack(self, delivery_tag)
+
+    def restore_unacked(self, client: Any = None) -> None:
+        # Given back to the end that is read next: in this order the oldest is read first.
+        for tag in reversed(self._delivered):
+            self.channel.debts.give_back(tag)
+        self._delivered.clear()
+        self.channel.settle_if_possible()
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        try:
+            super().restore_by_tag(tag, client, leftmost)
+        except ValueError:
+            logger.critical("The message %s in %s cannot be read; it is dropped.", tag, self.unacked_key)
+            self.remove(tag)
+
+    def remove(self, tag: str) -> None:
+        self._remove_from_indices(tag).execute()
+
+
+class AtomicTake:
+    """What our channels have over kombu's. The methods named after BRPOP are those that kombu's poller calls."""
+
+    QoS = QoS
+
+    def __init__(self, connection: Any, **options: Any) -> None:
+        self.debts = _debts[connection.client.as_uri()]
+        #: The tag of the message that is being delivered, where its take has recorded it.
+        self.recorded: str | None = None
+        self._recorded_queues: set[str] = set()
+        self._take: Take | None = None
+        self._knows_script = True
+        self._rests_until = 0.0
+        self._complained_at = float("-inf")
+        try:
+            super().__init__(connection, **options)
+        except ResponseError as error:
+            # Such a server refuses even PING. As a connection error it is tried again, with growing pauses.
+            if passes(error):
+                raise RedisConnectionError(str(error)) from error
+            raise
+
+    def basic_consume(self: Any, queue: str, *args: Any, **options: Any) -> Any:
+        no_ack = options["no_ack"] if "no_ack" in options else args[0]
+        if no_ack or not self.ack_emulation or queue in self._fanout_queues:
+            self._recorded_queues.discard(queue)
+        else:
+            self._recorded_queues.add(queue)
+            self._check_script()
+        return super().basic_consume(queue, *args, **options)  # type: ignore[misc]
+
+    def close(self: Any) -> None:
+        if self._in_poll:
+            # Its message would find its consumer gone.
+            tag = self._take.tag
+            try:
+                self._read_reply()
+            except (Empty, *self.connection_errors):
+                pass
+            self.debts.give_back(tag)
+            self.settle_if_possible()
+        super().close()  # type: ignore[misc]
+
+    # Taking
+
+    def _check_script(self: Any) -> None:
+        """Raises ImproperlyConfigured where the broker's user may run no script."""
+        try:
+            with self.conn_or_acquire() as client:
+                client.execute_command("EVAL", TAKE, *self._script_arguments(Take(uuid(), ()), ()))
+        except NoPermissionError as error:
+            raise ImproperlyConfigured(
+                f"The broker's user may not run scripts ({error}): add +eval +evalsha +rpop to its ACL, "
+                "or set IDEFICS_ATOMIC_TAKE=false and lose a job whenever a worker dies while it takes it."
+            ) from error
+        except ResponseError as error:
+            self._complain(error)
+
+    def _brpop_start(self: Any, timeout: float | None = None) -> None:
+        if time.monotonic() < self._rests_until:
+            return
+        try:
+            self.settle()
+            self._send_take()
+        except ResponseError as error:
+            # A debt, or the connection's health check: PING.
+            self._in_poll = self._take = None
+            self._refused(error)
+
+    def _send_take(self: Any) -> None:
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        lists = [(queue, self._q_for_pri(queue, step)) for step in self.priority_steps for queue in queues]
+        self._take = Take(uuid(), tuple(queue for queue, _ in lists))
+        arguments = self._script_arguments(self._take, tuple(key for _, key in lists))
+        command = ("EVALSHA", TAKE_SHA) if self._knows_script else ("EVAL", TAKE)
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = time.monotonic()
+        self.client.connection.send_command(*command, *arguments)
+
+    def _script_arguments(self: Any, take: Take, lists: tuple[str, ...]) -> list[Any]:
+        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *lists)]
+        # To the default exchange and the queue's name: a message that comes back needs no binding.
+        ends = [f', "", {dumps(queue)}]' if queue in self._recorded_queues else "" for queue in take.queues]
+        return [len(keys), *keys, take.tag, time.time(), *ends]
+
+    def _brpop_read(self: Any, **options: Any) -> bool:
+        take = self._take
+        if take is None:
+            # Nothing is expected: the server closed an idle connection. The next take opens another.
+            self.client.connection.disconnect()
+            raise Empty
+        reply = self._read_reply(**options)
+        if reply is None:
+            self._rests_until = self._brpop_sent_at + POLL_S / 2
+            raise Empty
+        queue, raw = take.queues[reply[0]], reply[1]
+        self.recorded = take.tag if queue in self._recorded_queues and raw[:1] == b"{" else None
+        if self.recorded:
+            self._check_late()
+        message = self._parse(queue, raw)
+        self._queue_cycle.rotate(queue)
+        self.connection._deliver(message, queue)
+        return True
+
+    def _read_reply(self: Any, **options: Any) -> Any:
+        """The script's reply; raises Empty where it was refused."""
+        try:
+            reply = self.client.parse_response(self.client.connection, "EVALSHA", **options)
+            self._knows_script = True
+            return reply
+        except NoScriptError:
+            self._knows_script = False
+            raise Empty from None
+        except self.connection_errors:
+            self.client.connection.disconnect()
+            raise
+        except ResponseError as error:
+            self._refused(error)
+            raise Empty from None
+        finally:
+            self._in_poll = self._take = None
+            self._flush_brpop_reauth()
+
+    def _check_late(self: Any) -> None:
+        """Raises Empty where the message has gone back to its queue since it was taken."""
+        if time.monotonic() - self._brpop_sent_at < LATE_S:
+            return
+        try:
+            with self.conn_or_acquire() as client:
+                is_ours = client.hget(self.unacked_key, self.recorded) is not None
+        except (*self.connection_errors, ResponseError):
+            self.debts.give_back(self.recorded)
+            raise
+        if not is_ours:
+            logger.warning("A message was taken too long ago: it has gone back to its queue.")
+            raise Empty
+
+    def _parse(self: Any, queue: str, raw: bytes) -> dict[str, Any]:
+        try:
+            message: dict[str, Any] = loads(bytes_to_str(raw))
+            properties = message["properties"]
+            properties["delivery_tag"] = self.recorded or properties["delivery_tag"]
+        except (ValueError, TypeError, KeyError):
+            logger.critical("What was in queue %s is no message of Celery's and is dropped: %.200r", queue, raw)
+            if self.recorded:
+                self.qos.ack(self.recorded)
+            raise Empty from None
+        return message
+
+    def _refused(self, error: Exception) -> None:
+        self._rests_until = time.monotonic() + REFUSED_S
+        self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now - self._complained_at >= COMPLAIN_S:
+            self._complained_at = now
+            logger.error("The broker refuses (%s): the worker waits and tries again.", error)
+
+    def _on_connection_disconnect(self: Any, connection: Any) -> None:
+        if self._take is not None and self._in_poll is connection:
+            # The server may have run the script, or run it yet.
+            self.debts.give_back(self._take.tag)
+            self._take = None
+        super()._on_connection_disconnect(connection)  # type: ignore[misc]
+
+    # Debts
+
+    def settle(self: Any) -> None:
+        """Tell the broker what it does not know yet. Raises where it cannot be told."""
+        for tag in list(self.debts.acks):
+            self.qos.remove(tag)
+            self.debts.acks.pop(tag, None)
+        for tag in list(self.debts.returns):
+            self.qos.restore_by_tag(tag)
+            self.debts.returns.pop(tag, None)
+
+    def settle_if_possible(self: Any) -> None:
+        if self.closed and self.connection is None:
+            return
+        try:
+            self.settle()
+        except (*self.connection_errors, ResponseError) as error:
+            self._complain(error)
+
+    # What a full server refuses
+
+    def _queue_bind(self: Any, *args: Any) -> None:
+        try:
+            super()._queue_bind(*args)  # type: ignore[misc]
+        except ResponseError as error:
+            # A worker that starts beside a full server has to empty it, and needs no binding for that.
+            if not passes(error):
+                raise
+            self._complain(error)
+
+    def _put(self: Any, *args: Any, **options: Any) -> None:
+        put = functools.partial(super()._put, *args, **options)  # type: ignore[misc]
+        end = time.monotonic() + PUBLISH_PATIENCE_S
+        while True:
+            try:
+                return put()
+            except ResponseError as error:
+                # Links and retries, in the model process: a job would fail for them. An event loop must not wait.
+                if not passes(error) or get_event_loop() is not None or time.monotonic() > end:
+                    raise
+                self._complain(error)
+            time.sleep(REFUSED_S)
+
+
+class Channel(AtomicTake, stock.Channel):  # type: ignore[misc]
+    pass
+
+
+class SentinelChannel(AtomicTake, stock.SentinelChannel):  # type: ignore[misc]
+    pass
+
+
+class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
+    """Kombu's, with waits that are short enough for the next take."""
+
+    _swept_at = float("-inf")
+
+    def get(self, callback: Any, timeout: float | None = None) -> Any:
+        return super().get(callback, POLL_S if timeout is None else min(timeout, POLL_S))
+
+    def maybe_restore_messages(self) -> Any:
+        # `get` asks after each of its waits.
+        now = time.monotonic()
+        if now - self._swept_at < SWEEP_S:
+            return None
+        self._swept_at = now
+        return super().maybe_restore_messages()
+
+
+class AtomicTransport:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.cycle = Poller()
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        super().register_with_event_loop(connection, loop)  # type: ignore[misc]
+        # Celery cancels it with the connection.
+        loop.call_repeatedly(POLL_S, _wake)
+
+
+def _wake() -> None:
+    """The event loop takes at each of its turns: this gives it one."""
+
+
+class Transport(AtomicTransport, stock.Transport):  # type: ignore[misc]
+    Channel = Channel
+
+
+class SentinelTransport(AtomicTransport, stock.SentinelTransport):  # type: ignore[misc]
+    Channel = SentinelChannel
