@@ -163,11 +163,12 @@ class AtomicTake:
         self.recorded: str | None = None
         self._recorded_queues: set[str] = set()
         self._take: Take | None = None
+        self._command_client: Any = None
         self._knows_script = True
         self._rests_until = 0.0
         self._complained_at = float("-inf")
         try:
-            super().__init__(connection, **options)
+            super().__init__(connection, **options)  # type: ignore[call-arg]
         except ResponseError as error:
             # Such a server refuses even PING. As a connection error it is tried again, with growing pauses.
             if passes(error):
@@ -194,6 +195,14 @@ class AtomicTake:
             self.debts.give_back(tag)
             self.settle_if_possible()
         super().close()  # type: ignore[misc]
+
+    def _create_client(self: Any, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return super()._create_client(asynchronous)  # type: ignore[misc]
+        # Kombu makes a client for every command, which costs more than the command.
+        if self._command_client is None or self._command_client.connection_pool is not self.pool:
+            self._command_client = super()._create_client()  # type: ignore[misc]
+        return self._command_client
 
     # Taking
 
@@ -355,7 +364,8 @@ class AtomicTake:
         end = time.monotonic() + PUBLISH_PATIENCE_S
         while True:
             try:
-                return put()
+                put()
+                return
             except ResponseError as error:
                 # Links and retries, in the model process: a job would fail for them. An event loop must not wait.
                 if not passes(error) or get_event_loop() is not None or time.monotonic() > end:

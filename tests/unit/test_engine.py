@@ -291,6 +291,25 @@ def test_a_row_that_arrives_while_others_run_joins_them() -> None:
     assert runner.batches == [["long", "short"]]
 
 
+def test_a_running_batch_waits_for_a_row_that_comes_soon() -> None:
+    runner = Joinable()
+    with running(runner, limits=Limits(rows=8, tokens=10_000)) as engine:
+        with engine.coming():
+            # Without the wait its steps, which take no time, would be over long before the other arrives.
+            (first,) = submit(engine, row("first", wanted=50))
+            time.sleep(0.08)
+            (second,) = submit(engine, row("second", wanted=1))
+        assert text(second) == "second"
+        assert text(first) == "first"
+    assert runner.batches == [["first", "second"]]
+
+
+def test_a_running_batch_waits_for_nobody_for_ever() -> None:
+    with running(Joinable()) as engine, engine.coming():
+        (only,) = submit(engine, row("only", wanted=50))
+        assert text(only) == "only"
+
+
 def test_a_row_that_joined_is_told_when_it_started() -> None:
     with running(Joinable(step_s=0.005)) as engine:
         (long,) = submit(engine, row("long", wanted=1000))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.rows import row
 from worker.engine.row import Row
-from worker.engine.scheduler import Limits, next_batch
+from worker.engine.scheduler import Limits, next_batch, worth_waiting
 
 WIDE = Limits(rows=100, tokens=1_000_000)
 
@@ -195,3 +195,13 @@ def test_newcomers_of_the_same_priority_never_starve_a_row(seed: int) -> None:
         newcomers = [row("a", wanted=dice.randrange(1, 5), arrived=1 + turn) for _ in range(8)]
         waiting = [row for row in waiting if row not in batch] + newcomers
     pytest.fail("the row still waits although all that was older has run")
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "coming", "expected"),
+    [(0, 0, 1, True), (10, 13, 1, True), (10, 14, 1, False), (24, 0, 8, False), (3, 0, 0, False)],
+)
+def test_a_batch_waits_for_coming_rows_until_it_is_three_quarters_full(
+    running: int, waiting: int, coming: int, expected: bool
+) -> None:
+    assert worth_waiting(running, waiting, coming, Limits(rows=32, tokens=9999)) is expected

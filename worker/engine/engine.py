@@ -146,9 +146,11 @@ class Engine:
 
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
         batch = list(first)
+        self._patience_ends = time.monotonic() + PATIENCE_S
 
         def newcomers(running: Sequence[Row]) -> Sequence[Row]:
-            self._gather(len(running))
+            if joinable:
+                self._gather(len(running))
             joining = self._start(running) if joinable and not self._stopping else []
             # Rows that are over need no recovery, and hold their pictures.
             batch[:] = [*running, *joining]

@@ -16,9 +16,24 @@ from worker.engine.features import FeatureCache, Lookahead
 from worker.engine.row import Picture, Tokens
 from worker.models import Parts
 from worker.models.pixels import Pixels
+from worker.models.traced import Traced
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
+
+
+class _ImageEncoder(torch.nn.Module):
+    """The vision tower, and the resampler where there is one."""
+
+    def __init__(self, model: IdeficsForVisionText2Text) -> None:
+        super().__init__()
+        self.tower = model.model.vision_model
+        self.resampler = model.model.perceiver_resampler if model.config.use_resampler else torch.nn.Identity()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, channels, height, width) to (n, length, width)."""
+        features: Tensor = self.resampler(self.tower(pixel_values=pixels).last_hidden_state)
+        return features
 
 
 class IdeficsAdapter:
@@ -34,6 +49,7 @@ class IdeficsAdapter:
         self._pixels = Pixels(processor.image_processor)
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
         self._reserved = sorted(set(self.tokenizer.all_special_tokens) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
+        self._encoder = Traced(_ImageEncoder(model))
         self._features = FeatureCache(self._encode, feature_cache_bytes)
         self.look = Lookahead(self._features).look
         self.bad_words_ids: list[list[int]] = self.tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
@@ -48,7 +64,7 @@ class IdeficsAdapter:
     def picture(self, image: Image) -> Picture:
         """See `Model`."""
         pixels = self._pixels(image)
-        return Picture(hashlib.blake2b(pixels.numpy(), digest_size=16).digest(), pixels)
+        return Picture(hashlib.blake2b(pixels.numpy().data, digest_size=16).digest(), pixels)
 
     def text(self, parts: Parts) -> str:
         """The whole prompt as text, token for token that of transformers' IdeficsProcessor.__call__."""
@@ -147,10 +163,7 @@ class IdeficsAdapter:
         return int(self.model.config.vision_config.embed_dim)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
-        states = self.model.model.vision_model(pixel_values=pixels).last_hidden_state
-        features: Tensor = self.model.model.perceiver_resampler(states) if self.model.config.use_resampler else states
-        return features
+        return self._encoder(pixels.to(device=self.model.device, dtype=self.model.dtype))
 
     def _refuse_reserved(self, text: str) -> None:
         for token in self._reserved:

@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import apply_rotary_pos_emb
 
+from worker.models.traced import Traced
+
 #: Positions that a cache grows by: often enough to be small, seldom enough for its copies not to count.
 GROWTH = 64
 
@@ -75,44 +77,46 @@ class Prompt:
 class SlotCache:
     """Keys and values (slots, heads, capacity, head size) of each layer. Slots 0 to n-1 are in use."""
 
-    def __init__(self, layers: int) -> None:
-        self._layers: list[KeysValues | None] = [None] * layers
+    def __init__(self, layers: int, heads: int, size: int, like: Tensor) -> None:
+        """`like` says the type and the device."""
+        self._empty = like.new_zeros(0, heads, 0, size)
+        self._layers: list[KeysValues] = [(self._empty, self._empty)] * layers
 
-    def reserve(self, index: int, slots: int, like: Tensor, capacity: int) -> KeysValues:
+    def reserve(self, index: int, slots: int, capacity: int) -> KeysValues:
         """A layer's tensors with room for so many slots and positions; what they hold stays."""
         kept = self._layers[index]
-        if kept is not None and kept[0].shape[0] >= slots and kept[0].shape[2] >= capacity:
-            return kept
-        rows = max(slots, kept[0].shape[0] if kept else 0)
-        room = max(-(-capacity // GROWTH) * GROWTH, kept[0].shape[2] if kept else 0)
-        grown = tuple(like.new_zeros(rows, like.shape[1], room, like.shape[3]) for _ in range(2))
-        if kept is not None:
-            for new, old in zip(grown, kept, strict=True):
+        rows, room = max(slots, kept[0].shape[0]), max(capacity, kept[0].shape[2])
+        if (rows, room) != (kept[0].shape[0], kept[0].shape[2]):
+            room = -(-room // GROWTH) * GROWTH
+            keys, values = (self._empty.new_zeros(rows, old.shape[1], room, old.shape[3]) for old in kept)
+            for new, old in zip((keys, values), kept, strict=True):
                 new[: old.shape[0], :, : old.shape[2]] = old
-        self._layers[index] = grown[0], grown[1]
-        return grown[0], grown[1]
+            self._layers[index] = keys, values
+        return self._layers[index]
+
+    def view(self, index: int, first: int, end: int, length: int) -> KeysValues:
+        """A layer's tensors, of these slots and so many positions."""
+        keys, values = self.reserve(index, end, length)
+        return keys[first:end, :, :length], values[first:end, :, :length]
+
+    def views(self, first: int, end: int, length: int) -> list[Tensor]:
+        """Those of all layers, keys and values in turn."""
+        return [tensor for index in range(len(self._layers)) for tensor in self.view(index, first, end, length)]
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._layers = [None] * len(self._layers)
-
-    def layer(self, index: int) -> KeysValues:
-        kept = self._layers[index]
-        assert kept is not None, "nothing was written yet"
-        return kept
+        self._layers = [(self._empty, self._empty)] * len(self._layers)
 
     def move(self, source: int, target: int) -> None:
         """Put one slot's content in another's place."""
         for kept in self._layers:
-            for tensor in kept or ():
+            for tensor in kept:
                 tensor[target] = tensor[source]
 
     def copy(self, slot: int, length: int) -> tuple[KeysValues, ...]:
         """A slot's first positions, in every layer."""
-        layers = range(len(self._layers))
         return tuple(
-            (keys[slot, :, :length].clone(), values[slot, :, :length].clone())
-            for keys, values in map(self.layer, layers)
+            (keys[slot, :, :length].clone(), values[slot, :, :length].clone()) for keys, values in self._layers
         )
 
 
@@ -125,8 +129,12 @@ class IdeficsDecoder:
         self._interval: int = model.config.cross_layer_interval
         self._rotary: Block = model.model.layers[0].self_attn.rotary_emb
         self._device = model.device
-        self._own = SlotCache(len(model.model.layers))
-        self._cross = SlotCache(len(model.model.gated_cross_attn_layers))
+        layers, blocks = model.model.layers, model.model.gated_cross_attn_layers
+        self._own, self._cross = (
+            SlotCache(len(parts), attention.num_heads, attention.head_dim, model.model.norm.weight)
+            for parts, attention in ((layers, layers[0].self_attn), (blocks, blocks[0].cross_attn))
+        )
+        self._continue = Traced(_Layers(layers, blocks, self._interval))
         #: Keys of one image: the resampler's latents, or the vision tower's patches.
         self._width = 0
         #: By slot: its tokens, and whether new ones see an image.
@@ -204,14 +212,13 @@ class IdeficsDecoder:
     def _go_on(self, ids: Tensor, places: _Places) -> Tensor:
         """States (slots, length, hidden) of tokens that show no image: each sees its row's last one."""
         states: Tensor = self._model.embed_tokens(ids)
+        sees = torch.tensor(self._sees[places.first : places.end], device=self._device)
+        caches = self._own.views(places.first, places.end, places.longest)
+        if any(self._sees[places.first : places.end]):
+            caches += self._cross.views(places.first, places.end, self._width)
         rotary = self._rotary(states, places.positions)
-        sees = self._sees[places.first : places.end]
-        blind = None if all(sees) else ~torch.tensor(sees, device=self._device)[:, None, None]
-        for index, layer in enumerate(self._model.layers):
-            if index % self._interval == 0:
-                states = self._look_back(index // self._interval, states, places, blind)
-            states = self._attend(index, layer, states, rotary, places)
-        return states
+        assert places.mask is not None, "a prompt stands before"
+        return self._continue(states, *rotary, places.rows, places.stored, places.mask, ~sees[:, None, None], *caches)
 
     def _read(self, prompts: Sequence[Prompt], image_id: int) -> Tensor:
         length = max(len(prompt.ids) for prompt in prompts)
@@ -224,8 +231,9 @@ class IdeficsDecoder:
         for index, layer in enumerate(self._model.layers):
             if index % self._interval == 0:
                 states = self._look(index // self._interval, states, shown, places)
-            self._recall(index, prompts, places, states)
-            states = self._attend(index, layer, states, rotary, places)
+            self._recall(index, prompts, places)
+            keys, values = self._own.view(index, places.first, places.end, places.longest)
+            states = _attend(layer, states, rotary, keys, values, places.rows, places.stored, places.mask)
         self._lengths += [prompt.start + len(prompt.ids) for prompt in prompts]
         self._sees += [prompt.last_image is not None for prompt in prompts]
         return states
@@ -236,31 +244,13 @@ class IdeficsDecoder:
 
     # The text's own attention
 
-    def _recall(self, index: int, prompts: Sequence[Prompt], places: _Places, states: Tensor) -> None:
+    def _recall(self, index: int, prompts: Sequence[Prompt], places: _Places) -> None:
         """Put the prompts' prefixes into their slots."""
+        keys, values = self._own.reserve(index, places.end, places.longest)
         for slot, prompt in enumerate(prompts, start=places.first):
             if prompt.prefix is not None:
-                keys, values = prompt.prefix.layers[index]
-                kept = self._own.reserve(index, places.end, keys[None], places.longest)
-                kept[0][slot, :, : prompt.start], kept[1][slot, :, : prompt.start] = keys, values
-
-    def _attend(self, index: int, layer: Block, states: Tensor, rotary: KeysValues, places: _Places) -> Tensor:
-        attention = layer.self_attn
-        normed = layer.input_layernorm(states)
-        query, key = (_headed(attention, project(normed)) for project in (attention.q_proj, attention.k_proj))
-        value = _headed(attention, attention.v_proj(normed))
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
-        keys, values = self._own.reserve(index, places.end, key, places.longest)
-        keys[places.slots, :, places.stored] = key.transpose(1, 2)
-        values[places.slots, :, places.stored] = value.transpose(1, 2)
-        if places.mask is None:
-            attended = scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:
-            seen = (slice(places.first, places.end), slice(None), slice(places.longest))
-            attended = scaled_dot_product_attention(query, keys[seen], values[seen], places.mask)
-        states = states + attention.o_proj(_joined(attended))
-        mixed: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
-        return mixed
+                kept = prompt.prefix.layers[index]
+                keys[slot, :, : prompt.start], values[slot, :, : prompt.start] = kept
 
     # The gated attention to images
 
@@ -274,22 +264,79 @@ class IdeficsDecoder:
         values = _headed(attention, attention.v_proj(shown.distinct))
         keys = attention.k_layer_norm(keys) if attention.qk_layer_norms else keys
         self._width = keys.shape[2]
-        kept = self._cross.reserve(index, places.end, keys, self._width)
+        kept = self._cross.view(index, places.first, places.end, self._width)
         for cache, new in zip(kept, (keys, values), strict=True):
-            cache[places.first : places.end, :, : self._width] = new[shown.last]
+            cache[:] = new[shown.last]
         query = _query(block, states)
         attended = scaled_dot_product_attention(query, shown.side_by_side(keys), shown.side_by_side(values), shown.mask)
         return _gated(block, states, attended, shown.blind)
 
-    def _look_back(self, index: int, states: Tensor, places: _Places, blind: Tensor | None) -> Tensor:
-        """After the prompt: every token sees its row's last image."""
-        block = self._model.gated_cross_attn_layers[index]
-        if not any(self._sees[places.first : places.end]):
-            return _mixed(block, states)
-        kept = self._cross.layer(index)
-        keys, values = (tensor[places.first : places.end, :, : self._width] for tensor in kept)
-        attended = scaled_dot_product_attention(_query(block, states), keys, values)
-        return _gated(block, states, attended, blind)
+
+class _Layers(torch.nn.Module):
+    """All layers on tokens that show no image, as one function of tensors."""
+
+    def __init__(self, layers: torch.nn.ModuleList, blocks: torch.nn.ModuleList, interval: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.blocks = blocks
+        self.interval = interval
+
+    def forward(
+        self,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rows: Tensor,
+        stored: Tensor,
+        mask: Tensor,
+        blind: Tensor,
+        *caches: Tensor,
+    ) -> Tensor:
+        """`caches` are the keys and values of each layer, then those of each image block unless no row sees one."""
+        pairs = list(zip(caches[::2], caches[1::2], strict=True))
+        own, cross = pairs[: len(self.layers)], pairs[len(self.layers) :]
+        for index, layer in enumerate(self.layers):
+            if index % self.interval == 0:
+                number = index // self.interval
+                states = _look_back(self.blocks[number], states, blind, cross[number] if cross else None)
+            states = _attend(layer, states, (cos, sin), *own[index], rows, stored, mask)
+        return states
+
+
+def _attend(
+    layer: Block,
+    states: Tensor,
+    rotary: KeysValues,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    stored: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """The text's own attention. `keys` and `values` (rows, heads, positions, head size) take in the new tokens'."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(states)
+    query, key = (_headed(attention, project(normed)) for project in (attention.q_proj, attention.k_proj))
+    value = _headed(attention, attention.v_proj(normed))
+    query, key = apply_rotary_pos_emb(query, key, *rotary)
+    for cache, new in ((keys, key), (values, value)):
+        # Not cache[rows, :, stored] = ...: recorded, that keeps the number of rows.
+        cache.transpose(1, 2).index_put_((rows, stored), new.transpose(1, 2))
+    if mask is None:
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
+    else:
+        attended = scaled_dot_product_attention(query, keys, values, mask)
+    states = states + attention.o_proj(_joined(attended))
+    mixed: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+    return mixed
+
+
+def _look_back(block: Block, states: Tensor, blind: Tensor, kept: KeysValues | None) -> Tensor:
+    """After the prompt every token sees its row's last image, whose keys and values are kept."""
+    if kept is None:
+        return _mixed(block, states)
+    keys, values = kept
+    return _gated(block, states, scaled_dot_product_attention(_query(block, states), keys, values), blind)
 
 
 class _Places:
@@ -302,8 +349,8 @@ class _Places:
         self.longest = latest + count
         self._starts = torch.tensor(lengths, device=device)[:, None]
         self._all = torch.arange(self.longest, device=device)
-        #: (rows, 1) and (rows, count): where in the cache.
-        self.slots = torch.arange(self.first, self.end, device=device)[:, None]
+        #: (rows, 1) and (rows, count): where in the slots' caches.
+        self.rows = torch.arange(len(lengths), device=device)[:, None]
         self.stored = self._starts + torch.arange(count, device=device)
         #: (rows, count): which place in the text.
         self.positions = self.stored
