@@ -53,7 +53,9 @@ class Taker:
         )
 
     def send(self, body: str, queue: str = "jobs", priority: int = 5) -> None:
-        self.connection.Producer(self.channel).publish(body, routing_key=queue, priority=priority, declare=[Queue(queue)])
+        self.connection.Producer(self.channel, serializer="json").publish(
+            body, routing_key=queue, priority=priority, declare=[Queue(queue)]
+        )
 
     def take(self, timeout: float = SOON_S) -> Message:
         """The next message. Raises TimeoutError where there is none."""
