@@ -39,6 +39,8 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
         "worker_send_task_events": True,
         "worker_hijack_root_logger": False,
         "broker_connection_retry_on_startup": True,
+        # What a full server or a full disk refuses is tried again over a new connection; else the worker would exit.
+        "broker_channel_error_retry": True,
         "broker_transport_options": {
             "visibility_timeout": settings.visibility_timeout_s,
             "queue_order_strategy": "priority",
@@ -49,7 +51,12 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
             "unacked_restore_interval": 10,
             "unacked_restore_throttle": 1,
         },
-        "result_backend_transport_options": {"socket_timeout": 30, "retry_policy": {"timeout": 30.0}},
+        "result_backend_transport_options": {
+            "socket_timeout": 30,
+            "retry_policy": {"timeout": 30.0},
+            # A server that is full or whose disk is answers with these: the result waits until it is stored.
+            "additional_connection_errors": ["redis.exceptions.ResponseError"],
+        },
         "redis_socket_timeout": 30,
         "redis_socket_keepalive": True,
         "redis_backend_health_check_interval": 25,

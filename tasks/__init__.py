@@ -13,6 +13,7 @@ from .errors import (
     JobError,
     OutOfMemory,
     PromptTooLong,
+    QueueFull,
     WorkerLost,
 )
 from .payloads import (
@@ -61,6 +62,7 @@ __all__ = [
     "ModelInfo",
     "OutOfMemory",
     "PromptTooLong",
+    "QueueFull",
     "Result",
     "SubmittedJob",
     "Timing",

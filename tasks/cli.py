@@ -12,7 +12,7 @@ from typing import Any, get_origin
 import click
 
 from .client import Client
-from .errors import JobCanceled, JobError
+from .errors import JobCanceled, JobError, QueueFull
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
 
 #: `caption` for `idefics.caption`.
@@ -61,7 +61,10 @@ def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait:
         payload = parse(f"idefics.{task}", arguments(TASKS[task], fields))
     except JobError as error:
         _fail(error)
-    job = client().submit(payload, priority=priority)
+    try:
+        job = client().submit(payload, priority=priority)
+    except QueueFull as error:
+        _fail(error)
     if wait:
         _print_result(job, timeout)
     else:
@@ -86,7 +89,7 @@ def _print_result(job: Any, timeout: float | None) -> None:
 
 
 def _fail(error: Exception) -> Any:
-    code = f"{error.code}: " if isinstance(error, JobError) else ""
+    code = f"{error.code}: " if isinstance(error, JobError | QueueFull) else ""
     click.echo(f"{code}{error}", err=True)
     sys.exit(1)
 

@@ -13,8 +13,10 @@ from urllib.parse import urlsplit, urlunsplit
 from celery import Celery, states
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
+from redis.exceptions import ResponseError
 
-from .errors import JobCanceled, from_exception
+from .capacity import Capacity, is_full
+from .errors import JobCanceled, QueueFull, from_exception
 from .payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second.
@@ -101,36 +103,63 @@ class Client:
         result_backend: str | None = None,
         app: Celery | None = None,
         queue: str = QUEUE,
+        max_queued: int | None = 100_000,
+        max_memory: float | None = 0.8,
     ) -> None:
-        """`result_backend` defaults to the database after the broker's, as the worker's settings do."""
+        """`result_backend` defaults to the database after the broker's, as the worker's settings do.
+
+        `submit` raises QueueFull where `max_queued` jobs wait, or where the broker has used more than `max_memory` of
+        its maxmemory: a broker that is full cannot take results either. None: no limit.
+        """
         if app is not None and (broker_url or result_backend):
             raise ValueError("Give a Celery app or URLs, not both: the app has URLs of its own.")
         self.app = app or _app(broker_url, result_backend)
         self._queue = queue
+        self._capacity = Capacity(self.app, max_queued, max_memory)
 
     def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Any) -> SubmittedJob:
-        """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`."""
-        outcome = self.app.send_task(
-            job.task,
-            kwargs=job.arguments(),
-            queue=options.pop("queue", self._queue),
-            priority=priority,
-            # Whatever the app's default: the workers read nothing else.
-            serializer="json",
-            headers={SUBMITTED_AT: time.time(), **options.pop("headers", {})},
-            # What the broker's monitors and logs show: no prompt, no signed URL.
-            argsrepr="()",
-            kwargsrepr="{...}",
-            **options,
-        )
+        """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`.
+
+        Raises QueueFull where the broker has no room.
+        """
+        queue = options.pop("queue", self._queue)
+        self._capacity.take(queue)
+        try:
+            outcome = self.app.send_task(
+                job.task,
+                kwargs=job.arguments(),
+                queue=queue,
+                priority=priority,
+                # Whatever the app's default: the workers read nothing else.
+                serializer="json",
+                headers={SUBMITTED_AT: time.time(), **options.pop("headers", {})},
+                # What the broker's monitors and logs show: no prompt, no signed URL.
+                argsrepr="()",
+                kwargsrepr="{...}",
+                **options,
+            )
+        except (OperationalError, ResponseError) as error:
+            if is_full(error):
+                raise QueueFull(
+                    f"The broker is full and refused the job ({error}): submit it later, add workers, "
+                    "or give the server more memory or disk."
+                ) from error
+            raise
         return SubmittedJob(outcome)
 
     def submit_many(
         self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Any
     ) -> list[SubmittedJob]:
-        """Queue jobs over one connection, in order."""
+        """Queue jobs over one connection, in order. A QueueFull holds those `submitted` before it."""
+        submitted: list[SubmittedJob] = []
         with self.app.producer_pool.acquire(block=True) as producer:
-            return [self.submit(job, priority=priority, producer=producer, **options) for job in jobs]
+            try:
+                for job in jobs:
+                    submitted.append(self.submit(job, priority=priority, producer=producer, **options))
+            except QueueFull as error:
+                error.submitted = submitted
+                raise
+        return submitted
 
     def ping(self) -> None:
         """Raises ConnectionError where the broker cannot be reached in seconds; `submit` tries for half a minute."""

@@ -123,6 +123,17 @@ class JobCanceled(Exception):
     """The job was canceled before it had an answer: submit it again if you still want one."""
 
 
+class QueueFull(Exception):
+    """The broker has no room for the job, which was not queued: submit it later, or add workers."""
+
+    code: ClassVar[str] = "queue_full"
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.__doc__)
+        #: The jobs that `submit_many` had queued before.
+        self.submitted: list[Any] = []
+
+
 def from_exception(error: BaseException) -> JobError:
     """Any exception that a result backend gives for a failed job, as one of ours.
 

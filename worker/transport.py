@@ -320,7 +320,7 @@ class AtomicTake:
         now = time.monotonic()
         if now - self._complained_at >= COMPLAIN_S:
             self._complained_at = now
-            logger.error("The broker refuses (%s): the worker waits and tries again.", error)
+            logger.error("The broker refuses or is away (%s): it is asked again.", error)
 
     def _on_connection_disconnect(self: Any, connection: Any) -> None:
         if self._take is not None and self._in_poll is connection:

@@ -7,16 +7,19 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery, current_app, states
 from kombu.message import Message
 
-from tasks import Caption, Client, Complete, ImageBlocked, Internal, JobCanceled
+from tasks import Caption, Client, Complete, ImageBlocked, Internal, JobCanceled, QueueFull, capacity
 from tasks.client import database_after
 from tasks.payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, parse
 from tasks.testing import canned
+from worker.demo import stack
 
 SIGNED = "https://example.com/a.jpg?X-Amz-Signature=s3cr3t"
 JOB = Caption(image=SIGNED, prompt="This is an image of", metadata={"row": 7})
@@ -299,3 +302,84 @@ def test_a_payload_that_breaks_the_contract_is_not_sent(client: Client) -> None:
         client.submit(Caption(image="file:///etc/passwd"))
     with pytest.raises(ValueError, match="prompt"):
         client.submit(Complete(prompt=[]))
+
+
+# A broker without room
+
+
+def test_more_jobs_than_may_wait_are_refused_with_the_cure(client: Client) -> None:
+    client = Client(app=client.app, queue=uuid.uuid4().hex, max_queued=2)
+    client.submit(JOB)
+    client.submit(JOB)
+    with pytest.raises(QueueFull, match=r"2 jobs wait.*add workers") as refused:
+        client.submit(JOB)
+    assert refused.value.code == "queue_full"
+    assert len(received(client)) == 2
+
+
+def test_what_many_jobs_had_queued_before_the_refusal_is_known(client: Client) -> None:
+    client = Client(app=client.app, queue=uuid.uuid4().hex, max_queued=2)
+    with pytest.raises(QueueFull) as refused:
+        client.submit_many([JOB] * 5)
+    assert [job.id for job in refused.value.submitted] == [m.headers["id"] for m in received(client)]
+
+
+def test_jobs_are_accepted_again_once_the_queue_is_shorter(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "LOOK_S", 0.0)
+    client = Client(app=client.app, queue=uuid.uuid4().hex, max_queued=1)
+    client.submit(JOB)
+    with pytest.raises(QueueFull):
+        client.submit(JOB)
+    received(client)
+    client.submit(JOB)
+
+
+def test_waiting_jobs_count_at_every_priority_and_whoever_sent_them(broker: stack.Broker) -> None:
+    queue = uuid.uuid4().hex
+    for priority in (0, 4, 9):
+        Client(broker.url, queue=queue).submit(JOB, priority=priority)
+    stranger = Celery("backend", broker=broker.url, backend=broker.results, set_as_current=False)
+    with pytest.raises(QueueFull, match="3 jobs wait"):
+        Client(app=stranger, queue=queue, max_queued=3).submit(JOB)
+
+
+def test_the_broker_is_looked_at_once_a_second(broker: stack.Broker) -> None:
+    client = Client(broker.url, queue=uuid.uuid4().hex)
+    with broker.connect() as server:
+        client.submit(JOB)
+        before = server.info("commandstats")["cmdstat_info"]["calls"]
+        client.submit_many([JOB] * 20)
+        # Our own two looks.
+        assert server.info("commandstats")["cmdstat_info"]["calls"] - before <= 2
+
+
+def test_a_broker_above_its_share_of_memory_refuses_with_the_cure(broker: stack.Broker) -> None:
+    with broker.connect() as server, _memory(server, share=0.9):
+        with pytest.raises(QueueFull, match=r"9\d% of its memory.*maxmemory"):
+            Client(broker.url).submit(JOB)
+        Client(broker.url, queue=uuid.uuid4().hex, max_memory=None).submit(JOB)
+
+
+def test_a_producer_that_may_not_ask_for_memory_is_held_to_the_length_alone(broker: stack.Broker) -> None:
+    with broker.connect() as server, _memory(server, share=0.9):
+        server.execute_command("ACL", "SETUSER", "producer", "on", ">pw", "~*", "&*", "+@all", "-info")
+        url = broker.url.replace("//", "//producer:pw@")
+        client = Client(url, queue=uuid.uuid4().hex, max_queued=1)
+        client.submit(JOB)
+        with pytest.raises(QueueFull, match="1 jobs wait"):
+            client.submit(JOB)
+
+
+def test_a_broker_that_is_full_refuses_with_the_cure(broker: stack.Broker) -> None:
+    with broker.connect() as server, _memory(server, share=100.0):
+        client = Client(broker.url, max_memory=None)
+        with pytest.raises(QueueFull, match=r"full and refused.*more memory or disk"):
+            client.submit(JOB)
+
+
+@contextmanager
+def _memory(server: redis.Redis, share: float) -> Iterator[None]:
+    """The server has used this share of its maxmemory."""
+    server.config_set("maxmemory", max(1, int(server.info("memory")["used_memory"] / share)))
+    yield
+    server.config_set("maxmemory", 0)

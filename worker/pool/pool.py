@@ -15,7 +15,7 @@ from billiard.exceptions import Terminated
 from celery import bootsteps
 from celery.concurrency.base import BasePool
 from celery.concurrency.prefork import _run_ready_callbacks
-from celery.exceptions import WorkerShutdown
+from celery.exceptions import Reject, WorkerShutdown
 from celery.platforms import EX_FAILURE
 from celery.worker import state as worker_state
 from kombu.asynchronous import get_event_loop
@@ -23,7 +23,7 @@ from kombu.asynchronous.hub import Hub
 
 from config.settings import Settings
 from config.settings import load as load_settings
-from tasks.errors import DeadlineExceeded, WorkerLost
+from tasks.errors import DeadlineExceeded, Internal, WorkerLost
 from worker.pool import quarantine
 from worker.pool.job import Callback, Callbacks, Job, JobState, sendable
 from worker.pool.launch import ModelProcess
@@ -216,6 +216,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
             return
         try:
             report()
+        except MemoryError:
+            raise
+        except Exception:
+            logger.exception("The outcome of job %s could not be told: it goes back to the queue.", job.id)
+            job.fail(Reject("its outcome could not be stored", requeue=True))
         finally:
             if not self._closing:
                 self.options["semaphore"].release()
@@ -351,6 +356,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _on_raised(self, serial: int, info: Any) -> None:
         """The task ended outside of what Celery's tracer stores: a rejection."""
         self._end_job(serial, lambda job: job.callbacks.failure(info))
+
+    @_guarded
+    def _on_broken(self, serial: int, message: str) -> None:
+        """The task ended outside of Celery's tracer by a defect."""
+        self._end_job(serial, lambda job: job.fail(Internal(message)))
 
     @_guarded
     def _on_canceled(self, serial: int) -> None:

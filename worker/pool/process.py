@@ -23,10 +23,10 @@ from billiard.einfo import ExceptionInfo
 from billiard.process import current_process
 from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
-from celery.exceptions import Reject
+from celery.exceptions import BackendStoreError, Reject
+from redis.exceptions import RedisError
 
 from config.settings import Settings
-from tasks.errors import Internal
 from worker import app as worker_app
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
@@ -90,10 +90,13 @@ class ModelProcess:
             outcome = fast_trace_task(*arguments)
         except Reject:
             return "raised", serial, ExceptionInfo()
+        except (BackendStoreError, RedisError) as error:
+            logger.error("A job's result could not be stored (%s): the job goes back to the queue.", error)
+            return "raised", serial, exception_info(Reject("the result could not be stored", requeue=True))
         except BaseException as error:
             # A SystemExit that went on would end the thread, and the job would run for ever.
             logger.exception("A job ended outside Celery's tracer.")
-            return "raised", serial, exception_info(Internal(f"{type(error).__name__} in the worker."))
+            return "broken", serial, f"{type(error).__name__} in the worker."
         failed, value, _ = outcome
         if failed and isinstance(_bare(value), worker_app.JobCanceled):
             return "canceled", serial

@@ -1,0 +1,100 @@
+"""Whether the broker has room for another job: jobs are refused before it is full, while its workers can still work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import ChannelError, OperationalError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
+
+from .errors import QueueFull
+
+#: Seconds between two looks at the broker.
+LOOK_S = 1.0
+#: Celery's priorities; each but 0 has a list of its own in Redis.
+PRIORITIES = range(1, 10)
+
+
+@dataclass(slots=True)
+class Look:
+    """What the broker held when it was looked at, and what was queued from here since."""
+
+    at: float
+    queued: int = 0
+    #: The share of its maxmemory.
+    memory: float = 0.0
+
+
+class Capacity:
+    """Safe to share between threads."""
+
+    def __init__(self, app: Celery, max_queued: int | None, max_memory: float | None) -> None:
+        self._app = app
+        self._max_queued = max_queued
+        self._max_memory = max_memory
+        self._looks: dict[str, Look] = {}
+        self._lock = threading.Lock()
+
+    def take(self, queue: str) -> None:
+        """Count a job that is about to be queued. Raises QueueFull where there is no room for it."""
+        if self._max_queued is None and self._max_memory is None:
+            return
+        with self._lock:
+            look = self._looks.get(queue)
+            if look is None or time.monotonic() - look.at >= LOOK_S:
+                look = self._looks[queue] = self._look(queue)
+            if self._max_queued is not None and look.queued >= self._max_queued:
+                raise QueueFull(
+                    f"{look.queued} jobs wait in {queue}, and the client's max_queued is {self._max_queued}: "
+                    "submit it later, or add workers."
+                )
+            if self._max_memory is not None and look.memory > self._max_memory:
+                raise QueueFull(
+                    f"The broker has used {look.memory:.0%} of its memory, and the client's max_memory is "
+                    f"{self._max_memory:.0%}: submit it later, add workers, or raise the server's maxmemory."
+                )
+            look.queued += 1
+
+    def _look(self, queue: str) -> Look:
+        connection = self._app.connection_for_write()
+        try:
+            connection.ensure_connection(max_retries=1, timeout=5)
+            channel = connection.default_channel
+            if connection.transport.driver_type == "redis":
+                return Look(time.monotonic(), _queued(channel, queue), self._memory(channel))
+            return Look(time.monotonic(), channel.queue_declare(queue, passive=True).message_count)
+        except (OperationalError, ChannelError, *connection.connection_errors, *connection.channel_errors):
+            # No such queue yet, or no such broker: submitting tells.
+            return Look(time.monotonic())
+        finally:
+            connection.release()
+
+    def _memory(self, channel: Any) -> float:
+        if self._max_memory is None:
+            return 0.0
+        try:
+            with channel.conn_or_acquire() as client:
+                memory = client.info("memory")
+        except NoPermissionError:
+            self._max_memory = None
+            return 0.0
+        limit = memory.get("maxmemory") or 0
+        return memory["used_memory"] / limit if limit else 0.0
+
+
+def _queued(channel: Any, queue: str) -> int:
+    """At every priority, whatever priorities the app itself sends."""
+    with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+        for name in (queue, *(f"{queue}{channel.sep}{priority}" for priority in PRIORITIES)):
+            pipe.llen(name)
+        return sum(pipe.execute())
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a broker refused a job because its memory or its disk is full."""
+    cause = error.__cause__ or error
+    return isinstance(cause, OutOfMemoryError) or (isinstance(cause, ResponseError) and "MISCONF" in str(cause))
