@@ -21,7 +21,9 @@ ENDLESS = Complete(prompt=[WORD * 50], max_new_tokens=500)
 SHORT = Complete(prompt=[WORD], max_new_tokens=10)
 
 #: What a careful operator gives a producer: its queue, its results, its cancellations, and no word to the workers.
-RIGHTS = "resetkeys resetchannels ~idefics* ~_kombu.binding*.idefics ~celery-task-meta-* &celery-task-meta-* +@all -@admin"
+RIGHTS = (
+    "resetkeys resetchannels ~idefics* ~_kombu.binding*.idefics ~celery-task-meta-* &celery-task-meta-* +@all -@admin"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def restricted(held_up: Stand) -> Client:
     server = held_up.producer.server
     server.connect().execute_command("ACL", "SETUSER", "shop", "on", ">secret", *RIGHTS.split())
     client = Client(f"redis://shop:secret@127.0.0.1:{server.port}/0")
-    with pytest.raises(OperationalError, match="(?i)permissions"):
+    with pytest.raises(OperationalError, match="ermissions"):
         client.app.control.revoke("anything")
     return client
 

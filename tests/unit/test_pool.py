@@ -365,6 +365,36 @@ def test_a_warm_shutdown_waits_for_what_runs_and_then_ends_the_process(started: 
     assert started.semaphore.releases == 0
 
 
+def test_a_soft_shutdown_is_over_when_the_last_running_job_is(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.process.finish("a")
+    began = time.monotonic()
+    started.pool.drain(timeout=60)
+    assert time.monotonic() - began < SOON
+    assert request.kinds == ["success"]
+
+
+def test_a_soft_shutdown_waits_no_longer_than_its_time(started: Bench) -> None:
+    (request,) = started.submit("a")
+    began = time.monotonic()
+    started.pool.drain(timeout=0.1)
+    assert 0.1 <= time.monotonic() - began < SOON
+    assert request.told == []
+
+
+def test_a_cold_shutdown_does_not_wait_for_a_job_that_does_not_end(
+    started: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "LEAVE_S", 0.1)
+    monkeypatch.setattr(worker_state, "should_terminate", True)
+    (request,) = started.submit("a")
+    request.job.terminate()  # type: ignore[union-attr]
+    began = time.monotonic()
+    started.pool.stop()
+    assert time.monotonic() - began < SOON
+    assert request.told == []
+
+
 def test_a_cold_shutdown_tells_nothing_so_that_every_job_goes_back(started: Bench) -> None:
     (request,) = started.submit("a")
     started.pool.terminate()
