@@ -103,7 +103,7 @@ class Service:
         return id in self._canceled
 
     def forget(self, id: str) -> None:
-        """A job that ended was canceled no more."""
+        """The job has ended: one that comes with its id is another one."""
         self._canceled.discard(id)
 
     def _answer(self, job: Job, run: _Run) -> Result:

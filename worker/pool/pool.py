@@ -357,10 +357,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     @_guarded
     def _on_canceled(self, serial: int, partial: dict[str, Any] | None) -> None:
-        if serial in self._jobs:
-            self._jobs[serial].partial = partial
-        # Celery would acknowledge an Ignore; Terminated leaves that to its revocation.
-        self._end_job(serial, lambda job: job.fail(Terminated("canceled")))
+        def report(job: Job) -> None:
+            job.partial = partial
+            # Celery would acknowledge an Ignore; Terminated leaves that to its revocation.
+            job.fail(Terminated("canceled"))
+
+        self._end_job(serial, report)
 
     def _end_job(self, serial: int, report: Callable[[Job], None]) -> None:
         job = self._jobs.get(serial)

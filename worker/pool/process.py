@@ -75,7 +75,7 @@ class ModelProcess:
     def cancel(self, serial: int) -> None:
         id = self._ids.get(serial)
         if id is not None and self._service.cancel(id):
-            # Its thread loads images, and ends when they have come.
+            # Its thread loads images and ends when they have come: what it says then is too late to count.
             self._channel.send(("canceled", serial, None))
 
     def _work(self) -> None:
