@@ -122,6 +122,10 @@ class Settings(BaseSettings):
     soft_time_limit_s: float = Field(default=540.0, gt=0)
     #: Seconds that the model may take to load and answer its golden picture.
     load_timeout_s: float = Field(default=1_800.0, gt=0)
+    #: Seconds without a sign of life of the engine after which its process is replaced. More than its longest step.
+    hang_timeout_s: float = Field(default=300.0, ge=2)
+    #: Seconds before a process that died while it loaded is started again; four times as long each time, three times.
+    restart_backoff_s: float = Field(default=1.0, ge=0)
     #: Seconds that a worker asked to stop waits for its running jobs, before they go back to the queue.
     soft_shutdown_timeout_s: float = Field(default=60.0, ge=0)
     #: Attempts of a job whose error may pass (unreachable image, lost worker, out of memory).

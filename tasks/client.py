@@ -11,13 +11,14 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from celery import Celery, states
+from celery.backends.redis import RedisBackend
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from .capacity import Capacity, is_full
 from .errors import JobCanceled, QueueFull, from_exception
-from .payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
+from .payloads import CANCEL_KEY, CANCEL_TTL_S, DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.25
@@ -59,7 +60,7 @@ class SubmittedJob:
         """
         meta = self._await_end(timeout)
         if meta["status"] == states.REVOKED:
-            raise JobCanceled(JobCanceled.__doc__)
+            raise JobCanceled(partial=_partial(meta["result"]))
         if isinstance(meta["result"], BaseException):
             raise from_exception(meta["result"])
         return Result.model_validate(meta["result"])
@@ -86,8 +87,24 @@ class SubmittedJob:
         return await asyncio.to_thread(self.result, timeout)
 
     def cancel(self) -> None:
-        """Take the job back: it does not start, or ends at its next step."""
-        self.async_result.revoke(terminate=True)
+        """Take the job back: it does not start, or ends at its next step, and JobCanceled has its text so far."""
+        # The key reaches workers that are not there yet, and needs no right to Celery's mailbox; that one is faster.
+        is_noted = self._note_cancellation()
+        try:
+            self.async_result.revoke(terminate=True)
+        except (OperationalError, ResponseError):
+            if not is_noted:
+                raise
+
+    def _note_cancellation(self) -> bool:
+        backend = self.async_result.backend
+        if not isinstance(backend, RedisBackend):
+            return False
+        try:
+            backend.client.set(CANCEL_KEY + self.id, 1, ex=CANCEL_TTL_S)
+        except RedisError:
+            return False
+        return True
 
 
 class Client:
@@ -192,6 +209,11 @@ class Client:
     async def aresult(self, id: str, timeout: float | None = None) -> Result:
         """`result` for asyncio."""
         return await self.job(id).aresult(timeout)
+
+
+def _partial(revoked: BaseException) -> Result | None:
+    """What the worker stored with a revocation: Celery's reason, and the text so far where there was one."""
+    return Result.model_validate(revoked.args[1]) if len(revoked.args) > 1 else None
 
 
 def _app(broker_url: str | None, result_backend: str | None) -> Celery:

@@ -6,7 +6,10 @@ build on them. The second argument is a sentence that tells the cure.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from .payloads import Result
 
 #: Under this name the producers' wheel installs this module, so that Celery finds the classes there.
 PUBLIC_MODULE = "idefics_jobs.errors"
@@ -121,6 +124,11 @@ ERRORS: dict[str, type[JobError]] = {
 
 class JobCanceled(Exception):
     """The job was canceled before it had an answer: submit it again if you still want one."""
+
+    def __init__(self, message: str = "", partial: Result | None = None) -> None:
+        super().__init__(message or self.__doc__)
+        #: What it had said when it ended; None where its model had not begun.
+        self.partial = partial
 
 
 class QueueFull(Exception):

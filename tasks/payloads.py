@@ -33,6 +33,11 @@ QUEUE = "idefics"
 DEFAULT_PRIORITY = 5
 #: The message header with the producer's clock (unix seconds) at submission.
 SUBMITTED_AT = "idefics_submitted_at"
+#: A key in the results' database, followed by a job's id: while it is there, the job does not start and one that runs
+#: ends. So a producer cancels that may not write to Celery's mailbox.
+CANCEL_KEY = "idefics:cancel:"
+#: Seconds that such a key stays: longer than a job waits.
+CANCEL_TTL_S = 86_400
 
 MAX_TEXT_CHARS = 200_000
 MAX_LABELS = 1_000

@@ -18,7 +18,8 @@ from config.celery import configuration
 from config.logging import configure
 from config.settings import load
 from tasks.errors import Internal, InvalidRequest, JobError
-from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, parse
+from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, Result, parse
+from worker.cancel import Cancellations
 from worker.pool import SoftShutdown
 from worker.service import Canceled, Service, Ticket
 from worker.transport import use as use_atomic_take
@@ -30,7 +31,7 @@ if settings.atomic_take:
     use_atomic_take()
 app = Celery("idefics", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY))
-app.steps["worker"].add(SoftShutdown)
+app.steps["worker"].update([SoftShutdown, Cancellations])
 
 _service: Service | None = None
 
@@ -47,13 +48,19 @@ def _set_up_logging(**_: Any) -> None:
 
 
 class JobCanceled(Ignore):  # type: ignore[misc]
-    """Leaves the job's state to the parent process, which revokes it."""
+    """Leaves the job's state to the parent process, which revokes it and stores its result so far."""
+
+    def __init__(self, partial: Result | None = None) -> None:
+        # Not among the arguments: those are logged.
+        super().__init__()
+        self.partial = partial and partial.model_dump(mode="json")
 
 
 class JobTask(Task):  # type: ignore[misc]
     """One of the six: its name says which payload its keyword arguments are."""
 
     abstract = True
+    Request = "worker.pool.request:JobRequest"
     # Logs and events say that a job succeeded, and not what it answered.
     resultrepr_maxsize = 0
 
@@ -65,7 +72,7 @@ class JobTask(Task):  # type: ignore[misc]
                 )
             return self._answer(arguments)
         except Canceled as canceled:
-            raise JobCanceled from canceled
+            raise JobCanceled(canceled.partial) from canceled
         except JobError as error:
             if error.retryable:
                 self._retry(error)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.settings import Settings
-from tasks.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
+from tasks.errors import DeadlineExceeded, InvalidRequest, JobError, PromptTooLong
 from tasks.payloads import Classify, Job, Result, Timing, Usage, parse
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling
@@ -66,6 +66,7 @@ class Service:
         self._decoders = threading.Semaphore(os.cpu_count() or 1)
         self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download")
         self._running: dict[str, _Run] = {}
+        self._canceled: set[str] = set()
         self._lock = threading.Lock()
 
     def run(self, job: Job, ticket: Ticket) -> Result:
@@ -73,22 +74,37 @@ class Service:
         run = _Run(ticket, _deadline(job, ticket))
         with self._lock:
             self._running[ticket.id] = run
+            run.canceled = ticket.id in self._canceled
         try:
             return self._answer(job, run)
+        except JobError:
+            if run.canceled:
+                # Its failure is no longer of interest, and must not have it tried again.
+                raise Canceled from None
+            raise
         finally:
             with self._lock:
                 self._running.pop(ticket.id, None)
 
-    def cancel(self, id: str) -> None:
-        """End a running job at its next step."""
+    def cancel(self, id: str) -> bool:
+        """End a job: before it starts, or at its next step. True where no text of it is to be waited for."""
         with self._lock:
+            self._canceled.add(id)
             run = self._running.get(id)
             if run is None:
-                return
+                return False
             run.canceled = True
             row = run.row
         if row is not None:
             self._engine.cancel(row)
+        return row is None
+
+    def is_canceled(self, id: str) -> bool:
+        return id in self._canceled
+
+    def forget(self, id: str) -> None:
+        """The job has ended: one that comes with its id is another one."""
+        self._canceled.discard(id)
 
     def _answer(self, job: Job, run: _Run) -> Result:
         _refuse_unknown_promises(job)

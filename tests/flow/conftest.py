@@ -97,7 +97,7 @@ def eventually(holds: Callable[[], Any], timeout: float = PATIENCE_S) -> None:
 
 
 @contextmanager
-def stand(server: stack.Broker, gallery: Gallery, log: Path, **settings: str) -> Iterator[Stand]:
+def stand(server: stack.Broker, gallery: Gallery, log: Path, *arguments: str, **settings: str) -> Iterator[Stand]:
     """A worker that may read the gallery, with few slots, and a model of 20 ms a token."""
     chosen: Mapping[str, str] = {
         "MODEL": "fake:0.02",
@@ -108,7 +108,7 @@ def stand(server: stack.Broker, gallery: Gallery, log: Path, **settings: str) ->
         "IMAGE_TIMEOUT_S": "60",
         **settings,
     }
-    with stack.worker(server, settings=chosen, log=log) as process:
+    with stack.worker(server, *arguments, settings=chosen, log=log) as process:
         yield Stand(Producer(server), gallery, process, log)
 
 

@@ -207,7 +207,6 @@ def test_a_job_revoked_while_the_model_runs_it_ends_at_once(held_up: Stand) -> N
     job.revoke(terminate=True)
     with pytest.raises(TaskRevokedError):
         job.get(timeout=PATIENCE_S)
-    # FAILS while FakeModel.run goes on to its last step although every row of its batch is done (reported).
     # The 500 tokens take 10 s. The model is free for the next job long before, in the same process.
     sent = time.monotonic()
     assert text(held_up.producer.complete().apply_async()) == "llo"

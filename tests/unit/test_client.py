@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import redis
 from celery import Celery, current_app, states
+from celery.exceptions import TaskRevokedError
+from kombu.exceptions import OperationalError
 from kombu.message import Message
 
 from tasks import Caption, Client, Complete, ImageBlocked, Internal, JobCanceled, QueueFull, capacity
@@ -178,8 +180,26 @@ def test_a_job_that_failed_with_a_foreign_error_is_internal(client: Client, id: 
 def test_a_canceled_job_says_so(client: Client, id: str) -> None:
     client.app.backend.mark_as_revoked(id, "terminated")
     assert client.job(id).status == "canceled"
-    with pytest.raises(JobCanceled):
+    with pytest.raises(JobCanceled) as canceled:
         client.result(id, timeout=1)
+    assert canceled.value.partial is None
+
+
+def test_a_canceled_job_has_its_text_so_far(client: Client, id: str) -> None:
+    partial = canned("the Eiffel", JOB)
+    end(client, id, TaskRevokedError("terminated", partial.model_dump(mode="json")), states.REVOKED)
+    with pytest.raises(JobCanceled) as canceled:
+        client.result(id, timeout=1)
+    assert canceled.value.partial == partial
+
+
+def test_a_cancellation_that_reached_nobody_raises(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OperationalError("no permissions")
+
+    monkeypatch.setattr(client.app.control, "revoke", refuse)
+    with pytest.raises(OperationalError):
+        client.cancel("row-7")
 
 
 def test_a_job_without_an_answer_in_time_raises_the_builtin_timeout(client: Client) -> None:

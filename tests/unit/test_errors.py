@@ -13,6 +13,7 @@ from celery.utils.serialization import create_exception_cls, get_pickleable_exce
 
 import tasks
 from tasks.errors import ERRORS, PUBLIC_MODULE, Internal, JobCanceled, JobError, from_exception
+from tasks.testing import canned
 
 CODES = {
     "invalid_request": "InvalidRequest",
@@ -137,6 +138,13 @@ def test_a_code_alone_is_enough() -> None:
     error = from_exception(Exception("image_blocked"))
     assert type(error) is ERRORS["image_blocked"]
     assert str(error) == ERRORS["image_blocked"].__doc__
+
+
+def test_a_canceled_job_keeps_its_text_so_far_through_pickle() -> None:
+    error = JobCanceled(partial=canned("so far", tasks.Complete(prompt=["Hello"])))
+    again = pickle.loads(pickle.dumps(error))
+    assert again.partial == error.partial
+    assert str(again) == str(error) == JobCanceled.__doc__
 
 
 def test_a_canceled_job_is_not_a_failed_one() -> None:

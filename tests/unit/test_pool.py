@@ -24,6 +24,7 @@ from worker.pool.pool import InferencePool
 from worker.pool.wire import Channel, Message
 
 THREADS = 100
+HANG_S = 300.0
 #: Seconds that a test waits for what takes a tick of the pool.
 SOON = 5.0
 
@@ -44,10 +45,7 @@ class StubProcess:
     # The pool's side
 
     def receive(self) -> tuple[list[Message], bool]:
-        messages, closed = self.channel.receive()
-        if messages:
-            self.last_sign = time.monotonic()
-        return messages, closed
+        return self.channel.receive()
 
     def kill(self) -> None:
         self.is_killed = True
@@ -215,6 +213,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     for name in [name for name in os.environ if name.startswith("IDEFICS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("IDEFICS_PREFETCH", str(THREADS))
+    monkeypatch.setenv("IDEFICS_HANG_TIMEOUT_S", str(HANG_S))
     monkeypatch.setattr(pool_module, "TICK_S", 0.02)
     bench = Bench()
     monkeypatch.setattr(pool_module, "ModelProcess", bench.new_process)
@@ -366,6 +365,36 @@ def test_a_warm_shutdown_waits_for_what_runs_and_then_ends_the_process(started: 
     assert started.semaphore.releases == 0
 
 
+def test_a_soft_shutdown_is_over_when_the_last_running_job_is(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.process.finish("a")
+    began = time.monotonic()
+    started.pool.drain(timeout=60)
+    assert time.monotonic() - began < SOON
+    assert request.kinds == ["success"]
+
+
+def test_a_soft_shutdown_waits_no_longer_than_its_time(started: Bench) -> None:
+    (request,) = started.submit("a")
+    began = time.monotonic()
+    started.pool.drain(timeout=0.1)
+    assert 0.1 <= time.monotonic() - began < SOON
+    assert request.told == []
+
+
+def test_a_cold_shutdown_does_not_wait_for_a_job_that_does_not_end(
+    started: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "LEAVE_S", 0.1)
+    monkeypatch.setattr(worker_state, "should_terminate", True)
+    (request,) = started.submit("a")
+    request.job.terminate()  # type: ignore[union-attr]
+    began = time.monotonic()
+    started.pool.stop()
+    assert time.monotonic() - began < SOON
+    assert request.told == []
+
+
 def test_a_cold_shutdown_tells_nothing_so_that_every_job_goes_back(started: Bench) -> None:
     (request,) = started.submit("a")
     started.pool.terminate()
@@ -392,9 +421,10 @@ def test_a_running_job_is_canceled_in_its_process(started: Bench) -> None:
     canceled.job.terminate()  # type: ignore[union-attr]
     assert started.process.heard[-1] == ("cancel", started.process.serial("a"))
     assert canceled.kinds == ["accepted"]
-    started.process.say("canceled", started.process.serial("a"))
+    started.process.say("canceled", started.process.serial("a"), {"text": "so far"})
     started.until(lambda: len(canceled.told) == 2)
     assert isinstance(canceled.error, Terminated)
+    assert canceled.job.partial == {"text": "so far"}  # type: ignore[union-attr]
     assert other.told == []
     assert started.semaphore.releases == 1
 
@@ -580,7 +610,7 @@ def test_a_job_without_a_limit_runs_as_long_as_it_likes(started: Bench) -> None:
 def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(started: Bench) -> None:
     started.submit("a")
     old = started.process
-    old.last_sign -= pool_module.HANG_S + 1
+    old.last_sign -= HANG_S + 1
     started.until(lambda: started.process is not old and started.process.ran)
     assert old.is_killed
     assert started.process.ran == ["a"]
@@ -588,10 +618,22 @@ def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(sta
 
 def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     process = started.process
-    process.last_sign -= pool_module.HANG_S - 0.01
+    process.last_sign -= HANG_S - 0.01
     process.say("beat", {})
     started.settle()
     assert not process.is_killed
+
+
+def test_jobs_that_come_and_go_are_no_sign_of_life_of_the_engine(started: Bench) -> None:
+    started.submit("a")
+    old = started.process
+    old.last_sign -= HANG_S - 0.05
+
+    def killed_although_it_says_something() -> bool:
+        old.accept("a")
+        return old.is_killed
+
+    started.until(killed_although_it_says_something)
 
 
 # Starting
@@ -615,7 +657,7 @@ def test_a_model_that_cannot_be_served_stops_the_worker(bench: Bench) -> None:
 def test_a_model_that_can_no_longer_be_served_stops_the_worker_for_good(
     started: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS", (0.0, 0.0, 0.0))
     started.scripts = [broken, broken, broken]
     started.process.die()
     started.until(lambda: worker_state.should_stop is not None)
@@ -627,7 +669,7 @@ def test_a_model_that_can_no_longer_be_served_stops_the_worker_for_good(
 def test_a_process_that_dies_while_it_loads_is_started_again_with_a_growing_delay(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.05, 0.2))
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS", (0.05, 0.2))
     bench.scripts = [dying, dying]
     bench.pool.start()
     first, second, third = (process.started_at for process in bench.processes)
@@ -637,7 +679,7 @@ def test_a_process_that_dies_while_it_loads_is_started_again_with_a_growing_dela
 
 
 def test_the_delays_grow_by_default() -> None:
-    delays = pool_module.RESTART_DELAYS_S
+    delays = pool_module.RESTART_DELAYS
     assert len(delays) >= 2
     assert list(delays) == sorted(delays)
     assert delays[0] > 0
@@ -646,7 +688,7 @@ def test_the_delays_grow_by_default() -> None:
 def test_a_process_that_always_dies_while_it_loads_stops_the_worker(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS", (0.0, 0.0, 0.0))
     bench.scripts = [dying] * 10
     with pytest.raises(WorkerShutdown) as stopped:
         bench.pool.start()
@@ -655,7 +697,7 @@ def test_a_process_that_always_dies_while_it_loads_stops_the_worker(
 
 
 def test_a_process_that_loads_for_too_long_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.0,))
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS", (0.0,))
 
     def stuck(process: StubProcess) -> None:
         process.started_at -= 1_000_000
@@ -667,7 +709,7 @@ def test_a_process_that_loads_for_too_long_is_replaced(bench: Bench, monkeypatch
 
 
 def test_a_process_that_was_ready_starts_the_count_anew(started: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "RESTART_DELAYS_S", (0.0,))
+    monkeypatch.setattr(pool_module, "RESTART_DELAYS", (0.0,))
     for _ in range(3):
         started.scripts = [dying]
         known = len(started.processes)

@@ -283,11 +283,38 @@ def test_canceling_a_job_leaves_the_others_alone(start: Start) -> None:
     assert texts == ["b" * 30]
 
 
-def test_canceling_a_job_that_is_not_here_does_nothing(service: Service) -> None:
-    service.run(complete("a"), TICKET)
+def test_a_job_canceled_between_its_arrival_and_its_start_does_not_run(start: Start) -> None:
+    model = FakeModel()
+    service = start(model)
+    assert service.cancel("job") is False
+    assert service.is_canceled("job")
+    with pytest.raises(Canceled):
+        service.run(complete("a"), TICKET)
+    assert model.batches == []
+
+
+def test_a_canceled_job_that_is_forgotten_may_run_again(service: Service) -> None:
     service.cancel("job")
-    service.cancel("nobody")
+    service.forget("job")
     assert service.run(complete("a"), TICKET).text == "a"
+
+
+def test_only_a_job_that_is_in_the_model_has_a_text_to_wait_for(start: Start) -> None:
+    said: list[bool] = []
+    service = start(Meddler(lambda: said.append(service.cancel("job"))))
+    with pytest.raises(Canceled):
+        service.run(complete("a"), TICKET)
+    slow = start(FakeModel(step_s=0.01))
+    threading.Timer(0.1, lambda: said.append(slow.cancel("job"))).start()
+    with pytest.raises(Canceled):
+        slow.run(complete("a" * 60, max_new_tokens=60), TICKET)
+    assert said == [True, False]
+
+
+def test_a_canceled_job_that_fails_is_canceled_and_not_tried_again(start: Start) -> None:
+    service = start(Meddler(lambda: service.cancel("job") and None), max_prompt_tokens=1)
+    with pytest.raises(Canceled):
+        service.run(complete("too long"), TICKET)
 
 
 # Deadlines

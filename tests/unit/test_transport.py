@@ -225,9 +225,11 @@ def test_every_key_has_the_global_prefix(start: Start, server: redis.Redis) -> N
 
 def test_polling_is_bounded_and_prompt(start: Start, server: redis.Redis) -> None:
     taker = start()
-    before = server.info("commandstats")["cmdstat_evalsha"]["calls"] if "cmdstat_evalsha" in server.info(
-        "commandstats"
-    ) else 0
+    before = (
+        server.info("commandstats")["cmdstat_evalsha"]["calls"]
+        if "cmdstat_evalsha" in server.info("commandstats")
+        else 0
+    )
     with pytest.raises(TimeoutError):
         taker.take(timeout=0.5)
     calls = server.info("commandstats")["cmdstat_evalsha"]["calls"] - before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import time
 from collections.abc import Sequence
 
@@ -14,6 +16,14 @@ from worker.engine.row import Output, Picture, Row, Tokens
 from worker.models import Parts
 
 END = 0
+#: A prompt that holds this kills its process, for tests of who else suffers.
+POISON = "(poison)"
+
+
+def fake_model(name: str) -> FakeModel | None:
+    """The model that `fake` and `fake:SECONDS` name."""
+    kind, _, step_s = name.partition(":")
+    return FakeModel(float(step_s or 0)) if kind == "fake" else None
 
 
 class FakeModel:
@@ -48,6 +58,8 @@ class FakeModel:
 
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self.batches.append(len(rows))
+        if any(POISON in self.decode(row.tokens.ids) for row in rows):
+            os.kill(os.getpid(), signal.SIGKILL)
         for step in range(1 + max(row.wanted for row in rows)):
             beat()
             time.sleep(self._step_s)

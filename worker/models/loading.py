@@ -13,7 +13,6 @@ from tasks.payloads import ModelInfo
 from worker.engine.continuous import ContinuousModel
 from worker.engine.runner import StockModel
 from worker.models import Model
-from worker.models.fake import FakeModel
 from worker.models.idefics import IdeficsAdapter
 
 DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
@@ -34,9 +33,6 @@ def checkpoint_folder(settings: Settings) -> Path | None:
 
 def load(settings: Settings) -> Model:
     """The model that the settings name. Raises SetupFailed."""
-    name, _, step_s = settings.model.partition(":")
-    if name == "fake":
-        return FakeModel(float(step_s or 0))
     source = str(checkpoint_folder(settings) or settings.model)
     pinned: dict[str, Any] = {"revision": settings.model_revision, "trust_remote_code": False}
     try:

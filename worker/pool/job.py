@@ -43,6 +43,8 @@ class Job:
     state: JobState = JobState.WAITING
     accepted_at: float | None = None
     canceled: bool = False
+    #: A canceled job's result so far, as JSON.
+    partial: dict[str, Any] | None = None
     #: Deaths of the model process with this job alone in it.
     deaths: int = 0
 

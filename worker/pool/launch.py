@@ -39,10 +39,7 @@ class ModelProcess:
 
     def receive(self) -> tuple[list[Message], bool]:
         """Messages that have arrived, and whether the process is gone."""
-        messages, closed = self.channel.receive()
-        if messages:
-            self.last_sign = time.monotonic()
-        return messages, closed
+        return self.channel.receive()
 
     def kill(self) -> None:
         self._popen.kill()

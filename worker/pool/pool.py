@@ -20,6 +20,7 @@ from celery.platforms import EX_FAILURE
 from celery.worker import state as worker_state
 from kombu.asynchronous import get_event_loop
 from kombu.asynchronous.hub import Hub
+from kombu.common import ignore_errors
 
 from config.settings import Settings
 from config.settings import load as load_settings
@@ -34,10 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at limits and signs of life.
 TICK_S = 0.1
-#: Seconds without a step or an idle beat after which a model process hangs.
-HANG_S = 300.0
-#: Times that a process that dies while it loads is started again, and the seconds before each.
-RESTART_DELAYS_S = (1.0, 4.0, 16.0)
+#: One for each time that a process that dies while it loads is started again: how many `restart_backoff_s` later.
+RESTART_DELAYS = (1, 4, 16)
 NEVER = float("inf")
 #: Seconds that a process which has no job left gets to leave by itself.
 LEAVE_S = 5.0
@@ -118,7 +117,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def on_stop(self) -> None:
         """Warm shutdown: what runs ends; what waits goes back to the queue."""
-        self.drain()
+        # In a cold one the jobs have been told to end.
+        self.drain(LEAVE_S if worker_state.should_terminate else float("inf"))
         self._leave(LEAVE_S)
 
     def drain(self, timeout: float = float("inf")) -> None:
@@ -270,7 +270,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _is_hung(self, now: float) -> bool:
         assert self._process is not None
         if self._process.is_ready:
-            return now - self._process.last_sign > HANG_S
+            return now - self._process.last_sign > self._settings.hang_timeout_s
         return now - self._process.started_at > self._settings.load_timeout_s
 
     def _start_process(self) -> None:
@@ -327,6 +327,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _on_ready(self) -> None:
         assert self._process is not None
         self._process.is_ready = True
+        self._process.last_sign = time.monotonic()
         self._failed_starts = 0
         seconds = time.monotonic() - self._process.started_at
         logger.info("The model is ready after %.1f s (process %d).", seconds, self._process.pid)
@@ -338,7 +339,9 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._give_up()
 
     def _on_beat(self, figures: dict[str, int]) -> None:
-        """That it arrived is half of the message."""
+        """A sign of life of the engine's. What job threads say is none: they go on beside an engine that is stuck."""
+        assert self._process is not None
+        self._process.last_sign = time.monotonic()
         self._figures = figures
 
     @_guarded
@@ -363,9 +366,13 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._end_job(serial, lambda job: job.fail(Internal(message)))
 
     @_guarded
-    def _on_canceled(self, serial: int) -> None:
-        # Celery would acknowledge an Ignore; Terminated leaves that to its revocation.
-        self._end_job(serial, lambda job: job.fail(Terminated("canceled")))
+    def _on_canceled(self, serial: int, partial: dict[str, Any] | None) -> None:
+        def report(job: Job) -> None:
+            job.partial = partial
+            # Celery would acknowledge an Ignore; Terminated leaves that to its revocation.
+            job.fail(Terminated("canceled"))
+
+        self._end_job(serial, report)
 
     def _end_job(self, serial: int, report: Callable[[Job], None]) -> None:
         job = self._jobs.get(serial)
@@ -412,11 +419,16 @@ class InferencePool(BasePool):  # type: ignore[misc]
         if was_ready:
             self._start_at = time.monotonic()
             return
-        if self._failed_starts >= len(RESTART_DELAYS_S):
-            logger.critical("The model process died %d times while loading. The worker stops.", self._failed_starts + 1)
+        if self._failed_starts >= len(RESTART_DELAYS):
+            logger.critical(
+                "The model process died %d times while loading: its last words are above; a status of -9 without any "
+                "is the kernel's, for want of memory. The worker stops.",
+                self._failed_starts + 1,
+            )
             self._give_up()
             return
-        self._start_at = time.monotonic() + RESTART_DELAYS_S[self._failed_starts]
+        delay = RESTART_DELAYS[self._failed_starts] * self._settings.restart_backoff_s
+        self._start_at = time.monotonic() + delay
         self._failed_starts += 1
 
     def _give_up(self) -> None:
@@ -452,4 +464,10 @@ class SoftShutdown(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         timeout = worker.app.conf.worker_soft_shutdown_timeout
-        worker.wait_for_soft_shutdown = functools.partial(worker.pool.drain, timeout)
+        worker.wait_for_soft_shutdown = functools.partial(self._shut_down, worker, timeout)
+
+    def _shut_down(self, worker: Any, timeout: float) -> None:
+        # First of all: jobs that come meanwhile are for others, and would wait here.
+        if worker.consumer.task_consumer:
+            ignore_errors(worker.consumer, worker.consumer.task_consumer.cancel)
+        worker.pool.drain(timeout)

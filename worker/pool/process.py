@@ -6,6 +6,7 @@ chords and retries.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +30,11 @@ from redis.exceptions import RedisError
 
 from config.settings import Settings
 from worker import app as worker_app
+from worker.cancel import canceled_among
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.models import Model
-from worker.models.loading import SetupFailed, checkpoint_folder, load
+from worker.models.fake import fake_model
 from worker.pool.job import exception_info
 from worker.pool.wire import BlockingChannel
 from worker.service import Service
@@ -53,7 +56,6 @@ class ModelProcess:
         self._service = service
         self._queue: queue.SimpleQueue[tuple[int, tuple[Any, ...]]] = queue.SimpleQueue()
         self._ids: dict[int, str] = {}
-        self._canceled: set[int] = set()
 
     def serve(self, threads: int) -> None:
         """Run jobs until the parent says stop or is gone."""
@@ -70,21 +72,21 @@ class ModelProcess:
         self._queue.put((serial, arguments))
 
     def cancel(self, serial: int) -> None:
-        if serial in self._ids:
-            self._canceled.add(serial)
-            self._service.cancel(self._ids[serial])
+        id = self._ids.get(serial)
+        if id is not None and self._service.cancel(id):
+            # Its thread loads images and ends when they have come: what it says then is too late to count.
+            self._channel.send(("canceled", serial, None))
 
     def _work(self) -> None:
         while True:
             serial, arguments = self._queue.get()
             message = self._outcome(serial, arguments)
-            self._ids.pop(serial, None)
-            self._canceled.discard(serial)
+            self._service.forget(self._ids.pop(serial))
             self._channel.send(message)
 
     def _outcome(self, serial: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if serial in self._canceled:
-            return "canceled", serial
+        if self._is_canceled(arguments[1]):
+            return "canceled", serial, None
         self._channel.send(("accepted", serial, time.monotonic()))
         try:
             outcome = fast_trace_task(*arguments)
@@ -98,9 +100,15 @@ class ModelProcess:
             logger.exception("A job ended outside Celery's tracer.")
             return "broken", serial, f"{type(error).__name__} in the worker."
         failed, value, _ = outcome
-        if failed and isinstance(_bare(value), worker_app.JobCanceled):
-            return "canceled", serial
+        raised = _bare(value) if failed else None
+        if isinstance(raised, worker_app.JobCanceled):
+            return "canceled", serial, raised.partial
         return "done", serial, outcome
+
+    def _is_canceled(self, id: str) -> bool:
+        with contextlib.suppress(RedisError):
+            return self._service.is_canceled(id) or bool(canceled_among([id], worker_app.app.backend))
+        return False
 
 
 def _bare(info: ExceptionInfo) -> BaseException:
@@ -126,12 +134,23 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     """The model, loaded, warm and right."""
     # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
     torch.set_num_threads(settings.torch_threads or max(1, (os.cpu_count() or 1) // 2))
-    model = load(settings)
+    model, folder = _load(settings)
     engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens), _beat(channel, model))
     service = Service(settings, model, engine)
     engine.start()
-    service.check_golden(checkpoint_folder(settings))
+    service.check_golden(folder)
     return service
+
+
+def _load(settings: Settings) -> tuple[Model, Path | None]:
+    """The model that the settings name, and its folder where it has one. Raises SetupFailed."""
+    fake = fake_model(settings.model)
+    if fake is not None:
+        return fake, None
+    # transformers takes seconds to import: the fake is spared them.
+    from worker.models.loading import checkpoint_folder, load
+
+    return load(settings), checkpoint_folder(settings)
 
 
 def main() -> None:
@@ -143,7 +162,7 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_S)
     try:
         service = _service(worker_app.settings, channel)
-    except (SetupFailed, RuntimeError) as error:
+    except RuntimeError as error:
         channel.send(("setup_failed", str(error)))
         sys.exit(1)
     worker_app.serve_with(service)

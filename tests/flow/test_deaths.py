@@ -1,0 +1,100 @@
+"""The model process dies, hangs or cannot be loaded: no job is lost, and only a culprit fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks import Client, Complete, JobError, SubmittedJob
+from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
+from tests.flow.gallery import Gallery
+from worker.demo import stack
+from worker.models.fake import POISON
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def stood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """A worker with as many slots as by default, that takes a model process for hung soon."""
+    log = tmp_path_factory.mktemp("deaths") / "log"
+    with (
+        Gallery().open() as gallery,
+        stack.broker() as server,
+        stand(server, gallery, log, MODEL="fake:0.01", PREFETCH="64", HANG_TIMEOUT_S="3") as stood,
+    ):
+        yield stood
+
+
+@pytest.fixture(scope="module")
+def client(stood: Stand) -> Client:
+    return Client(stood.producer.server.url)
+
+
+def complete(text: str, tokens: int = 3) -> Complete:
+    return Complete(prompt=[text], max_new_tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        pytest.param(signal.SIGKILL, id="kill -9"),
+        pytest.param(signal.SIGSEGV, id="segfault"),
+        # An allocator's last word. The kernel's is kill -9.
+        pytest.param(signal.SIGABRT, id="out of memory"),
+        # The process stands still, and says nothing any more.
+        pytest.param(signal.SIGSTOP, id="hang"),
+    ],
+)
+def test_jobs_in_flight_run_again_after(death: signal.Signals, stood: Stand, client: Client) -> None:
+    process = stood.producer.model_process()
+    jobs = client.submit_many(complete(f"{'-' * 30}{number}", 30) for number in range(3))
+    eventually(lambda: all(job.status == "processing" for job in jobs))
+    os.kill(process, death)
+    assert [job.result(timeout=PATIENCE_S).text[-1] for job in jobs] == ["0", "1", "2"]
+    assert stood.producer.model_process() not in (0, process)
+    assert not psutil.pid_exists(process)
+
+
+def test_two_poisonous_jobs_among_100_fail_as_worker_lost_and_98_succeed(stood: Stand, client: Client) -> None:
+    deaths = stood.log.read_text().count("The model process ended")
+    texts = [f"{number:03}" for number in range(100)]
+    texts[20] = texts[55] = POISON
+    jobs = client.submit_many(map(complete, texts))
+    outcomes = [outcome(job) for job in jobs]
+    assert outcomes == [text if text != POISON else "worker_lost" for text in texts]
+    assert stood.log.read_text().count("The model process ended") - deaths <= 12, "too many deaths"
+
+
+def outcome(job: SubmittedJob) -> str:
+    try:
+        return job.result(timeout=60).text
+    except JobError as error:
+        return error.code
+
+
+def test_a_process_that_dies_while_it_loads_is_started_again_three_times_and_then_the_worker_exits(
+    stood: Stand, tmp_path: Path
+) -> None:
+    log, server = tmp_path / "log", stood.producer.server
+    environment = {**os.environ, "IDEFICS_MODEL": "fake", "IDEFICS_RESTART_BACKOFF_S": "0.02"}
+    environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker"]
+    started: set[int] = set()
+    with stack.started(command, log=log, environment=environment) as process:
+        while process.poll() is None:
+            for child in psutil.Process(process.pid).children():
+                started.add(child.pid)
+                child.kill()
+            time.sleep(0.02)
+        assert process.returncode not in (0, -signal.SIGKILL)
+    assert len(started) == 4
+    assert "The model process died 4 times while loading" in log.read_text()
+    assert "The model is ready" not in log.read_text()

@@ -1,0 +1,86 @@
+"""Cancellation by a key in the results' database, for producers that may not write to Celery's control mailbox.
+
+The parent process looks for the keys of the jobs that it holds; the model process looks once before it starts a job.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from celery import bootsteps
+from celery.worker import state as worker_state
+
+from tasks.payloads import CANCEL_KEY
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks.
+LOOK_S = 0.5
+
+
+def canceled_among(ids: Iterable[str], backend: Any) -> set[str]:
+    """The jobs that have a key. Raises RedisError."""
+    asked = list(ids)
+    found = backend.client.mget([CANCEL_KEY + id for id in asked]) if asked else []
+    return {id for id, value in zip(asked, found, strict=True) if value is not None}
+
+
+class Lookout:
+    """Looks again and again, in a thread: the event loop must not wait for a Redis that is slow or away."""
+
+    def __init__(self, look: Callable[[Iterable[str]], set[str]], pause_s: float = LOOK_S) -> None:
+        self._look = look
+        self._pause_s = pause_s
+        self._ids: tuple[str, ...] = ()
+        self._found: set[str] = set()
+        self._is_blind = False
+
+    def start(self) -> None:
+        """For as long as the process lives: jobs are canceled while it shuts down, too."""
+        threading.Thread(target=self._loop, name="cancellations", daemon=True).start()
+
+    def exchange(self, ids: Iterable[str]) -> set[str]:
+        """Look for these from now on; what the last look found."""
+        self._ids = tuple(ids)
+        found, self._found = self._found, set()
+        return found
+
+    def _loop(self) -> None:
+        while True:
+            time.sleep(self._pause_s)
+            try:
+                self._found = self._look(self._ids)
+                self._is_blind = False
+            except Exception as error:
+                if not self._is_blind:
+                    logger.warning("Cannot look for cancellations (%s); jobs go on until Redis answers.", error)
+                self._is_blind = True
+
+
+class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
+    """The parent's part: ends the jobs that it holds as Celery's revocation does."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, worker: Any) -> None:
+        self._pool = worker.pool
+        self._lookout = Lookout(lambda ids: canceled_among(ids, worker.app.backend))
+        self._lookout.start()
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """Called at every reconnect to the broker, with an empty event loop."""
+        hub.call_repeatedly(LOOK_S / 2, self._look)
+
+    def _look(self) -> None:
+        held = {
+            request.id: request for request in worker_state.reserved_requests if request.id not in worker_state.revoked
+        }
+        for id in self._lookout.exchange(held) & held.keys():
+            logger.info("Job %s is canceled by its key.", id)
+            # For when it waits for its turn, or comes again.
+            worker_state.revoked.add(id)
+            held[id].terminate(self._pool)

@@ -1,0 +1,49 @@
+"""Celery's request behind a job, as a job that can be ended in mid-sentence needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import states
+from celery.exceptions import TaskRevokedError
+from celery.signals import task_revoked
+from celery.worker.request import Request
+from celery.worker.state import task_ready
+
+from worker.pool.job import Job
+
+
+class JobRequest(Request):  # type: ignore[misc]
+    """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice."""
+
+    @property
+    def _job(self) -> Job | None:
+        """The pool's, while it has it."""
+        return self._apply_result and self._apply_result()  # type: ignore[no-any-return]
+
+    def terminate(self, pool: Any, signal: int | None = None) -> None:
+        """For `revoke(terminate=True)`. Celery's own stores the end of the job before it has come."""
+        job = self._job
+        if job is None:
+            # It waits for its turn, and is revoked when that comes.
+            super().terminate(pool, signal)
+        else:
+            job.terminate(signal)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Celery's own, but for the partial result that the stored error carries."""
+        task_ready(self)
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        self._store_revocation(reason)
+        self.acknowledge()
+        self._already_revoked = True
+        task_revoked.send(self.task, request=self._context, terminated=terminated, signum=signum, expired=expired)
+
+    def _store_revocation(self, reason: str) -> None:
+        job, context, backend = self._job, self._context, self.task.backend
+        partial = [job.partial] if job is not None and job.partial else []
+        error = TaskRevokedError(reason, *partial)
+        if self.store_errors:
+            backend.store_result(self.id, error, states.REVOKED, request=context)
+        if context.chord:
+            backend.on_chord_part_return(context, states.REVOKED, error)
