@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from billiard.einfo import ExceptionInfo
 from billiard.process import current_process
+from celery.app.task import Context
 from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
 from celery.exceptions import Reject
@@ -28,6 +29,7 @@ from celery.exceptions import Reject
 from config.settings import Settings
 from tasks.errors import Internal
 from worker import app as worker_app
+from worker.answers import Answers
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.models import Model
@@ -94,7 +96,10 @@ class ModelProcess:
             # A SystemExit that went on would end the thread, and the job would run for ever.
             logger.exception("A job ended outside Celery's tracer.")
             return "raised", serial, exception_info(Internal(f"{type(error).__name__} in the worker."))
-        failed, value, _ = outcome
+        failed, value, runtime = outcome
+        if not failed and runtime is None:
+            # Celery has found that this redelivered job had succeeded. It repeats its links, and forgets its chord.
+            worker_app.app.backend.repeat_end(Context(arguments[2]))
         if failed and isinstance(_bare(value), worker_app.JobCanceled):
             return "canceled", serial
         return "done", serial, outcome
@@ -125,10 +130,16 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     torch.set_num_threads(settings.torch_threads or max(1, (os.cpu_count() or 1) // 2))
     model = load(settings)
     engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens), _beat(channel, model))
-    service = Service(settings, model, engine)
+    service = Service(settings, model, engine, _answers(settings))
     engine.start()
     service.check_golden(checkpoint_folder(settings))
     return service
+
+
+def _answers(settings: Settings) -> Answers | None:
+    if not settings.answer_cache_ttl_s:
+        return None
+    return Answers(worker_app.app.backend.client, settings.answer_cache_ttl_s)
 
 
 def main() -> None:
