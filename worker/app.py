@@ -129,7 +129,10 @@ class JobTask(Task):  # type: ignore[misc]
         submitted_at = self.request.get(SUBMITTED_AT)
         if job.deadline_s and submitted_at and time.time() > submitted_at + job.deadline_s:
             raise DeadlineExceeded("The deadline passed while the first job with this idempotency_key still ran.")
-        self.signature_from_request(countdown=countdown, retries=self.request.retries).apply_async()
+        # The deadline goes on from the first submission.
+        headers = {**(self.request.headers or {}), SUBMITTED_AT: submitted_at}
+        again = self.signature_from_request(countdown=countdown, retries=self.request.retries, headers=headers)
+        again.apply_async()
         raise Retry("The first job with this idempotency_key still runs.", when=countdown)
 
     def _retry(self, error: JobError) -> NoReturn:

@@ -139,6 +139,18 @@ def test_a_second_job_waits_for_the_first_ones_answer_without_running(held_up: S
     assert second.retries == 0
 
 
+def test_a_second_jobs_deadline_passes_while_it_waits(held_up: Stand) -> None:
+    shown, key = name(), name()
+    job = keyed(key, {"image": held_up.gallery.held(shown)}, deadline_s=1.5)  # type: ignore[arg-type]
+    # The first one takes its time to load its image: its deadline is looked at afterwards.
+    send(held_up.producer, job)
+    held_up.gallery.await_requests(shown)
+    error = send(held_up.producer, job).get(timeout=PATIENCE_S, propagate=False)
+    held_up.gallery.release(shown)
+    assert error.args[0] == "deadline_exceeded"
+    assert "idempotency_key" in error.args[1]
+
+
 def test_a_second_job_with_another_payload_is_refused(producer: Producer) -> None:
     key = name()
     assert send(producer, keyed(key)).get(timeout=PATIENCE_S)["text"] == "llo"
