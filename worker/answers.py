@@ -29,7 +29,7 @@ PREFIX = "idefics:answer:"
 #: Seconds between two looks of a job that waits for another's row: has it been canceled, has its deadline passed?
 LOOK_S = 0.1
 
-Submit = Callable[[Row], "Future[Output]"]
+Compute = Callable[[Row], Output]
 
 
 class Answers:
@@ -42,31 +42,31 @@ class Answers:
         self._running: dict[str, Future[Output | None]] = {}
         self._lock = threading.Lock()
 
-    def output(self, row: Row, model: ModelInfo, submit: Submit) -> Output:
-        """A row's output: another's where one is or was the same, else that of the engine."""
+    def output(self, row: Row, model: ModelInfo, compute: Compute) -> Output:
+        """A row's output: another's where one is or was the same, else its own."""
         key = digest(row, model)
         if key is None:
-            return submit(row).result()
+            return compute(row)
         while True:
             mine: Future[Output | None] = Future()
             with self._lock:
                 running = self._running.setdefault(key, mine)
             if running is mine:
-                return self._lead(key, mine, row, submit)
+                return self._lead(key, mine, row, compute)
             output = _follow(running, row)
             if output is not None:
                 return _reused(row, output)
             if row.interruption(time.monotonic()):
                 # The engine knows what such a row gets.
-                return submit(row).result()
+                return compute(row)
 
-    def _lead(self, key: str, mine: Future[Output | None], row: Row, submit: Submit) -> Output:
+    def _lead(self, key: str, mine: Future[Output | None], row: Row, compute: Compute) -> Output:
         shared: Output | None = None
         try:
             shared = self._kept(key)
             if shared is not None:
                 return _reused(row, shared)
-            output = submit(row).result()
+            output = compute(row)
             if output.finish_reason not in ("canceled", "deadline"):
                 shared = output
                 self._keep(key, output)

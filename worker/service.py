@@ -104,9 +104,9 @@ class Service:
         with self._lock:
             run.row = row
             row.canceled = run.canceled
-        with self._engine.coming():
-            row.cached_images = self._model.look(row.tokens.pictures)
-        output = self._output(row)
+        output = (
+            self._compute(row) if self._answers is None else self._answers.output(row, self._model.info, self._compute)
+        )
         ended = time.monotonic()
         timing = Timing(
             queued_s=round(run.queued_s, 6),
@@ -119,10 +119,10 @@ class Service:
             raise Canceled(result)
         return result
 
-    def _output(self, row: Row) -> Output:
-        if self._answers is None:
-            return self._engine.submit(row).result()
-        return self._answers.output(row, self._model.info, self._engine.submit)
+    def _compute(self, row: Row) -> Output:
+        with self._engine.coming():
+            row.cached_images = self._model.look(row.tokens.pictures)
+        return self._engine.submit(row).result()
 
     def _new_tokens(self, job: Job) -> int:
         most = self._settings.max_new_tokens

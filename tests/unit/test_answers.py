@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -54,11 +54,11 @@ class Model:
         self.rows: list[Row] = []
         self._changed = threading.Condition()
 
-    def submit(self, row: Row) -> Future[Output]:
+    def compute(self, row: Row) -> Output:
         with self._changed:
             self.rows.append(row)
             self._changed.notify_all()
-        return row.output
+        return row.output.result()
 
     def await_rows(self, number: int) -> None:
         with self._changed:
@@ -94,7 +94,7 @@ def test_chance_is_not_repeated(answers: Answers, text: str) -> None:
     for number in range(2):
         chance = row(text, temperature=1.0)
         chance.finish(Output((number,), "length"))
-        assert answers.output(chance, MODEL, model.submit).ids == (number,)
+        assert answers.output(chance, MODEL, model.compute).ids == (number,)
     assert digest(row(text, temperature=1.0), MODEL) is None
 
 
@@ -104,7 +104,7 @@ def test_chance_is_not_repeated(answers: Answers, text: str) -> None:
 def test_identical_jobs_in_flight_share_one_row(answers: Answers, text: str) -> None:
     model = Model()
     with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(answers.output, row(text), MODEL, model.submit) for _ in range(8)]
+        running = [pool.submit(answers.output, row(text), MODEL, model.compute) for _ in range(8)]
         model.await_rows(1)
         time.sleep(0.05)
         model.finish("cat")
@@ -116,9 +116,9 @@ def test_a_finished_answer_is_used_again_by_any_worker(answers: Answers, text: s
     scored = Output((), "stop", (0.25, 0.75))
     first = row(text, labels=((1,), (2,)))
     first.finish(scored)
-    answers.output(first, MODEL, Model().submit)
+    answers.output(first, MODEL, Model().compute)
     elsewhere, again = Answers(broker.connect(1), 60), row(text, labels=((1,), (2,)))
-    assert elsewhere.output(again, MODEL, Model().submit) == scored
+    assert elsewhere.output(again, MODEL, Model().compute) == scored
     assert again.cached_images == 1
     assert 0 < broker.connect(1).ttl(f"{PREFIX}{digest(again, MODEL)}") <= 60
 
@@ -127,9 +127,9 @@ def test_a_finished_answer_is_used_again_by_any_worker(answers: Answers, text: s
 def test_an_interrupted_answer_is_nobody_elses(answers: Answers, text: str, why: str) -> None:
     model = Model()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(answers.output, row(text), MODEL, model.submit)
+        first = pool.submit(answers.output, row(text), MODEL, model.compute)
         model.await_rows(1)
-        second = pool.submit(answers.output, row(text), MODEL, model.submit)
+        second = pool.submit(answers.output, row(text), MODEL, model.compute)
         time.sleep(0.05)
         model.finish("c", why)
         model.await_rows(2)
@@ -141,9 +141,9 @@ def test_an_interrupted_answer_is_nobody_elses(answers: Answers, text: str, why:
 def test_anothers_error_is_not_shared(answers: Answers, text: str) -> None:
     model = Model()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(answers.output, row(text), MODEL, model.submit)
+        first = pool.submit(answers.output, row(text), MODEL, model.compute)
         model.await_rows(1)
-        second = pool.submit(answers.output, row(text), MODEL, model.submit)
+        second = pool.submit(answers.output, row(text), MODEL, model.compute)
         time.sleep(0.05)
         model.rows[0].fail(OutOfMemory("full"))
         model.await_rows(2)
@@ -156,9 +156,9 @@ def test_anothers_error_is_not_shared(answers: Answers, text: str) -> None:
 def test_a_job_that_waits_for_anothers_row_can_be_canceled(answers: Answers, text: str) -> None:
     model, waiting = Model(), row(text)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(answers.output, row(text), MODEL, model.submit)
+        first = pool.submit(answers.output, row(text), MODEL, model.compute)
         model.await_rows(1)
-        second = pool.submit(answers.output, waiting, MODEL, model.submit)
+        second = pool.submit(answers.output, waiting, MODEL, model.compute)
         waiting.canceled = True
         model.await_rows(2)
         model.finish("", "canceled")
@@ -171,7 +171,7 @@ def test_without_redis_a_job_is_computed(text: str) -> None:
     away = redis.Redis(port=stack.free_port(), retry=Retry(NoBackoff(), 0))
     done = row(text)
     done.finish(Output((1,), "length"))
-    assert Answers(away, 60).output(done, MODEL, Model().submit).ids == (1,)
+    assert Answers(away, 60).output(done, MODEL, Model().compute).ids == (1,)
 
 
 # In the service
