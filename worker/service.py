@@ -104,9 +104,7 @@ class Service:
         with self._lock:
             run.row = row
             row.canceled = run.canceled
-        output = (
-            self._compute(row) if self._answers is None else self._answers.output(row, self._model.info, self._compute)
-        )
+        output = self._answers.output(row, self._model.info, self._compute) if self._answers else self._compute(row)
         ended = time.monotonic()
         timing = Timing(
             queued_s=round(run.queued_s, 6),

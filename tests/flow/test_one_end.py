@@ -114,6 +114,31 @@ def test_a_job_that_kills_its_workers_fails_as_lost_and_its_neighbour_succeeds(
     assert server.connect(1).keys("idefics:*") == []
 
 
+@pytest.mark.parametrize("end", ["SUCCESS", "FAILURE"])
+def test_a_job_whose_worker_was_killed_right_after_its_end_does_not_run_again_and_its_chord_goes_on(
+    held_up: Stand, end: str
+) -> None:
+    producer, id, group, shown, after = held_up.producer, name(), name(), name(), name()
+    backend, queues = producer.app.backend, producer.server.connect()
+    backend.set_chord_size(group, 1)
+    body = producer.app.signature("shop.join", queue=after, task_id=name())
+    # What is there: its record, and its message, unacknowledged.
+    backend.store_result(id, {"text": "a"} if end == "SUCCESS" else InvalidRequest("no"), end)
+    arguments = {"prompt": [{"image": held_up.gallery.picture(shown)}]}
+    options = {"task_id": id, "group_id": group, "group_index": 0, "chord": body, "queue": name()}
+    producer.app.send_task("idefics.complete", kwargs=arguments, **options)
+    message = json.loads(queues.lpop(options["queue"]) or b"")
+    message["properties"]["delivery_info"] = {"exchange": "", "routing_key": "idefics", "redelivered": True}
+    queues.lpush("idefics", json.dumps(message))
+    if end == "SUCCESS":
+        eventually(lambda: queues.llen(after) == 1)
+    else:
+        eventually(lambda: backend.get_state(body.options["task_id"]) == "FAILURE")
+    eventually(lambda: queues.hlen("unacked") == 0)
+    assert backend.get_state(id) == end
+    assert shown not in held_up.gallery.asked
+
+
 # Idempotency keys
 
 
