@@ -11,7 +11,7 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
     """Celery's settings. Where one is not Celery's default, the line says what it is for."""
     return {
         "broker_url": settings.broker_url.get_secret_value(),
-        "result_backend": settings.result_backend.get_secret_value(),
+        "result_backend": _first_end_wins(settings.result_backend.get_secret_value()),
         # JSON only: a pickle from a queue is code.
         "task_serializer": "json",
         "result_serializer": "json",
@@ -67,3 +67,11 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
         "result_expires": settings.result_ttl_s,
         "result_extended": True,
     }
+
+
+def _first_end_wins(url: str) -> str:
+    """The URL of our own backend (worker/results.py) on the same Redis. Producers use Celery's."""
+    if url.startswith("sentinel://"):
+        return f"worker.results:SentinelResultBackend+{url}"
+    # kombu's name for a socket, which Celery's backend calls by its second half.
+    return f"worker.results:ResultBackend+{url.removeprefix('redis+')}"

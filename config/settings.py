@@ -116,6 +116,11 @@ class Settings(BaseSettings):
 
     #: Seconds that a result is kept.
     result_ttl_s: int = Field(default=86_400, ge=1)
+    #: Seconds that an idempotency key is remembered, result_ttl_s at most: its answer must outlive it. 0: as long.
+    idempotency_ttl_s: int = Field(default=0, ge=0)
+    #: Seconds that an answer is reused for identical jobs (same pixels, prompt, sampling and model); jobs that run at
+    #: the same time share one row. Greedy or seeded ones only. 0: off, since a hit can tell what others asked.
+    answer_cache_ttl_s: int = Field(default=0, ge=0)
     #: Seconds after which a job that does not end is given up, its process replaced and its neighbours run again.
     time_limit_s: float = Field(default=600.0, gt=0)
     #: Seconds after which a running job ends with the text it has.
@@ -132,6 +137,9 @@ class Settings(BaseSettings):
     max_retries: int = Field(default=3, ge=0)
     #: Seconds before the first retry; it doubles each time, with jitter.
     retry_backoff_s: float = Field(default=2.0, ge=0)
+    #: Deliveries of a job, each ended by the death of its whole worker, after which it fails as worker_lost. One among
+    #: neighbours may be anybody's fault, and each costs a visibility timeout: the third, which runs alone, decides.
+    max_deliveries: int = Field(default=3, ge=2)
     #: Seconds until the jobs of a worker that died come back. More than any job lasts, retries included.
     visibility_timeout_s: int = Field(default=3_600, ge=1)
 
@@ -165,6 +173,8 @@ class Settings(BaseSettings):
     def _limits_fit(self) -> Settings:
         if self.soft_time_limit_s >= self.time_limit_s:
             raise ValueError("soft_time_limit_s must be below time_limit_s")
+        if self.idempotency_ttl_s > self.result_ttl_s:
+            raise ValueError("idempotency_ttl_s must be at most result_ttl_s")
         return self
 
     @property

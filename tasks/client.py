@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from celery import Celery, states
+from celery import Celery, states, uuid
 from celery.backends.redis import RedisBackend
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
@@ -18,6 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from .capacity import Capacity, is_full
 from .errors import JobCanceled, QueueFull, from_exception
+from .idempotency import IdempotencyKeys
 from .payloads import CANCEL_KEY, CANCEL_TTL_S, DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second.
@@ -137,8 +138,21 @@ class Client:
     def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Any) -> SubmittedJob:
         """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`.
 
-        Raises QueueFull where the broker has no room.
+        With an `idempotency_key` that has a job already, that job is returned and nothing queued; raises InvalidRequest
+        where it has another payload. Raises QueueFull where the broker has no room.
         """
+        if job.idempotency_key is None or not isinstance(self.app.backend, RedisBackend):
+            # Where the results are not in Redis, the workers hold to the key alone.
+            return self._send(job, priority, options)
+        keys = IdempotencyKeys(self.app.backend.client, self.app.backend.expires)
+        claim = keys.claim(job, options.pop("task_id", None) or uuid(), is_sent=False)
+        if claim.is_sent:
+            return self.job(claim.id)
+        submitted = self._send(job, priority, {**options, "task_id": claim.id})
+        keys.confirm(job, claim)
+        return submitted
+
+    def _send(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
         queue = options.pop("queue", self._queue)
         self._capacity.take(queue)
         try:

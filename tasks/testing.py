@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .client import Status
-from .errors import JobError
+from .errors import InvalidRequest, JobError
+from .idempotency import digest
 from .payloads import Job, ModelInfo, Result, Timing, Usage
 
 Answer = Callable[[Job], Result | str]
@@ -42,13 +43,21 @@ class FakeClient:
     def __init__(self, answer: Answer = lambda job: "an answer") -> None:
         self._answer = answer
         self._jobs: dict[str, FakeJob] = {}
+        self._keyed: dict[str, tuple[str, FakeJob]] = {}
         #: The payloads in the order of submission.
         self.submitted: list[Job] = []
 
     def submit(self, job: Job, **options: Any) -> FakeJob:
+        if job.idempotency_key in self._keyed:
+            known, submitted = self._keyed[job.idempotency_key]
+            if known != digest(job):
+                raise InvalidRequest("idempotency_key: another payload has this key.")
+            return submitted
         self.submitted.append(job)
         submitted = FakeJob(self._outcome(job))
         self._jobs[submitted.id] = submitted
+        if job.idempotency_key:
+            self._keyed[job.idempotency_key] = digest(job), submitted
         return submitted
 
     def submit_many(self, jobs: Iterable[Job], **options: Any) -> list[FakeJob]:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from typing import Any, NoReturn
 
 from celery import Celery, Task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry, TaskPredicate
 from celery.signals import setup_logging
 
 from config.celery import configuration
 from config.logging import configure
 from config.settings import load
-from tasks.errors import Internal, InvalidRequest, JobError
-from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, Result, parse
+from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
+from tasks.idempotency import IdempotencyKeys
+from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
 from worker.cancel import Cancellations
+from worker.keyed import FirstStillRuns, first_answer
 from worker.pool import SoftShutdown
 from worker.service import Canceled, Service, Ticket
 from worker.transport import use as use_atomic_take
@@ -56,6 +59,10 @@ class JobCanceled(Ignore):  # type: ignore[misc]
         self.partial = partial and partial.model_dump(mode="json")
 
 
+class AlreadyEnded(Ignore):  # type: ignore[misc]
+    """Has the message acknowledged, and nothing stored or sent."""
+
+
 class JobTask(Task):  # type: ignore[misc]
     """One of the six: its name says which payload its keyword arguments are."""
 
@@ -70,18 +77,29 @@ class JobTask(Task):  # type: ignore[misc]
                 raise InvalidRequest(
                     "The task takes keyword arguments only. In a chain, make it immutable: signature.si(...)."
                 )
-            return self._answer(arguments)
+            answer = self._answer(parse(self.name, arguments))
         except Canceled as canceled:
             raise JobCanceled(canceled.partial) from canceled
-        except JobError as error:
-            if error.retryable:
-                self._retry(error)
+        except (JobError, TaskPredicate):
             raise
         except Exception as error:
             logger.exception("Job %s hit a defect; it fails as internal.", self.request.id)
             raise Internal(f"{type(error).__name__} in the worker: its log has the traceback.") from None
+        if self.request.callbacks or self.request.chain:
+            # Celery sends these before it stores the answer, so before it can know that another run was first.
+            self._leave_to_another_run()
+        return answer.model_dump(mode="json")
 
-    def _answer(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, job: Job) -> Result:
+        if (self.request.delivery_info or {}).get("redelivered") or job.idempotency_key:
+            self._leave_to_another_run(repeat=True)
+        try:
+            known = self._first_answer(job) if job.idempotency_key and not self.request.ignore_result else None
+        except FirstStillRuns as wait:
+            self._look_again(job, wait.countdown)
+        return known or self._compute(job)
+
+    def _compute(self, job: Job) -> Result:
         if _service is None:
             raise Internal("This process holds no model: start the worker with `celery -A worker.app worker`.")
         request = self.request
@@ -91,7 +109,38 @@ class JobTask(Task):  # type: ignore[misc]
             submitted_at=request.get(SUBMITTED_AT),
             soft_limit_s=(request.timelimit or [None, None])[1] or self.soft_time_limit,
         )
-        return _service.run(parse(self.name, arguments), ticket).model_dump(mode="json")
+        try:
+            return _service.run(job, ticket)
+        except JobError as error:
+            if error.retryable:
+                self._leave_to_another_run()
+                self._retry(error)
+            raise
+
+    def _leave_to_another_run(self, *, repeat: bool = False) -> None:
+        """Raise AlreadyEnded where another run of this job has ended it: a worker may have been frozen or cut off."""
+        end = self.backend.end_of(self.request.id)
+        if end is None:
+            return
+        if repeat:
+            self.backend.repeat_end(self.request)
+        logger.info("Job %s has ended as %s already: this run is dropped.", self.request.id, end)
+        raise AlreadyEnded
+
+    def _first_answer(self, job: Job) -> Result | None:
+        keys = IdempotencyKeys(self.backend.client, settings.idempotency_ttl_s or settings.result_ttl_s)
+        return first_answer(job, self.request.id, keys, self.backend)
+
+    def _look_again(self, job: Job, countdown: float) -> NoReturn:
+        """As Celery's retry, which would use one of the job's retries up."""
+        submitted_at = self.request.get(SUBMITTED_AT)
+        if job.deadline_s and submitted_at and time.time() > submitted_at + job.deadline_s:
+            raise DeadlineExceeded("The deadline passed while the first job with this idempotency_key still ran.")
+        # The deadline goes on from the first submission.
+        headers = {**(self.request.headers or {}), SUBMITTED_AT: submitted_at}
+        again = self.signature_from_request(countdown=countdown, retries=self.request.retries, headers=headers)
+        again.apply_async()
+        raise Retry("The first job with this idempotency_key still runs.", when=countdown)
 
     def _retry(self, error: JobError) -> NoReturn:
         delay = settings.retry_backoff_s * 2**self.request.retries

@@ -19,6 +19,7 @@ from pathlib import Path
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, InvalidRequest, JobError, PromptTooLong
 from tasks.payloads import Classify, Job, Result, Timing, Usage, parse
+from worker.answers import Answers
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
@@ -56,10 +57,11 @@ class Ticket:
 class Service:
     """Answers jobs on one model. `run` is called from many threads at once."""
 
-    def __init__(self, settings: Settings, model: Model, engine: Engine) -> None:
+    def __init__(self, settings: Settings, model: Model, engine: Engine, answers: Answers | None = None) -> None:
         self._settings = settings
         self._model = model
         self._engine = engine
+        self._answers = answers
         self._fetcher = Fetcher(_fetch_policy(settings))
         self._pictures = PictureCache(self._open, settings.image_cache_bytes)
         #: More decoders than cores only fight over the interpreter.
@@ -118,9 +120,7 @@ class Service:
         with self._lock:
             run.row = row
             row.canceled = run.canceled
-        with self._engine.coming():
-            row.cached_images = self._model.look(row.tokens.pictures)
-        output = self._engine.submit(row).result()
+        output = self._answers.output(row, self._model.info, self._compute) if self._answers else self._compute(row)
         ended = time.monotonic()
         timing = Timing(
             queued_s=round(run.queued_s, 6),
@@ -132,6 +132,11 @@ class Service:
         if output.finish_reason == "canceled":
             raise Canceled(result)
         return result
+
+    def _compute(self, row: Row) -> Output:
+        with self._engine.coming():
+            row.cached_images = self._model.look(row.tokens.pictures)
+        return self._engine.submit(row).result()
 
     def _new_tokens(self, job: Job) -> int:
         most = self._settings.max_new_tokens
@@ -260,8 +265,6 @@ def _refuse_unknown_promises(job: Job) -> None:
     """Fields of the contract that this version cannot keep: a job that relies on them must not seem accepted."""
     if job.callback is not None:
         raise InvalidRequest("This worker delivers no callbacks yet: leave the field out and read the result.")
-    if job.idempotency_key is not None:
-        raise InvalidRequest("This worker knows no idempotency keys yet: leave the field out, or give a task_id.")
 
 
 def _deadline(job: Job, ticket: Ticket) -> float | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+import redis
 from billiard.exceptions import Terminated
 from celery.exceptions import WorkerShutdown
 from celery.platforms import EX_FAILURE
@@ -18,6 +20,7 @@ from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
 from tasks.errors import DeadlineExceeded, WorkerLost
 from tasks.payloads import SUBMITTED_AT
+from worker.deliveries import Deliveries, Key
 from worker.pool import pool as pool_module
 from worker.pool.job import Job, JobState, exception_info
 from worker.pool.pool import InferencePool
@@ -127,6 +130,21 @@ class Semaphore(LaxBoundedSemaphore):  # type: ignore[misc]
         super().release()
 
 
+class Ledger(Deliveries):
+    """Deliveries counted without a server."""
+
+    def __init__(self) -> None:
+        super().__init__(redis.Redis, most=3, ttl_s=60)
+        self.counts: Counter[Key] = Counter()
+
+    def earlier(self, key: Key) -> int:
+        return 1 + self.counts[key]
+
+    def count(self, keys: Iterable[Key], by: int = 1) -> None:
+        for key in keys:
+            self.counts[key] += by
+
+
 class Bench:
     """A pool on an event loop of its own."""
 
@@ -137,6 +155,7 @@ class Bench:
         self.semaphore = Semaphore(1)
         self.pool = InferencePool(limit=1, semaphore=self.semaphore, initargs=(None, "worker@here"))
         self.hub = Hub()
+        self.ledger = self.pool._deliveries = Ledger()
 
     def new_process(self, hostname: str) -> StubProcess:
         process = StubProcess(pid=1000 + len(self.processes))
@@ -155,14 +174,18 @@ class Bench:
     def process(self) -> StubProcess:
         return self.processes[-1]
 
-    def submit(self, *ids: str, timeout: float | None = None, retries: int = 0) -> list[Request]:
+    def submit(
+        self, *ids: str, timeout: float | None = None, retries: int = 0, redelivered: bool = False
+    ) -> list[Request]:
         requests = [Request(id) for id in ids]
         for request in requests:
-            self.semaphore.acquire(self._apply, request, timeout, retries)
+            self.semaphore.acquire(self._apply, request, timeout, retries, redelivered)
         return requests
 
-    def _apply(self, request: Request, timeout: float | None, retries: int) -> None:
+    def _apply(self, request: Request, timeout: float | None, retries: int, redelivered: bool) -> None:
         context = {"id": request.id, "retries": retries, "args": ["secret"], "kwargs": {"image": "secret"}}
+        if redelivered:
+            context["delivery_info"] = {"redelivered": True, "routing_key": "idefics"}
         request.job = self.pool.apply_async(
             None,
             ("idefics.caption", request.id, context, b"[[], {}, {}]", "application/json", "utf-8"),
@@ -298,6 +321,86 @@ def test_the_next_in_celerys_semaphore_takes_a_free_place(started: Bench) -> Non
     assert "next" not in started.process.ran
     started.process.finish("job 5")
     started.until(lambda: "next" in started.process.ran)
+
+
+# Deliveries
+
+
+def test_a_job_that_is_delivered_once_is_not_counted(started: Bench) -> None:
+    started.submit("a")
+    started.process.finish("a")
+    assert not started.ledger.counts
+
+
+def test_a_redelivered_job_is_counted_when_it_starts(started: Bench) -> None:
+    (suspect,) = started.submit("bad", redelivered=True)
+    assert started.ledger.counts == {("bad", 0): 1}
+    started.process.finish("bad")
+    started.until(lambda: suspect.told)
+    assert suspect.kinds == ["success"]
+
+
+def test_a_redelivered_job_that_waits_for_the_model_is_not_counted(bench: Bench) -> None:
+    bench.start()
+    bench.scripts.append(loading)
+    bench.process.die()
+    bench.until(lambda: len(bench.processes) == 2)
+    bench.submit("waits", redelivered=True)
+    assert not bench.ledger.counts
+    bench.process.say("ready")
+    bench.until(lambda: bench.process.ran)
+    assert bench.ledger.counts == {("waits", 0): 1}
+
+
+def test_deaths_of_the_model_process_alone_are_not_counted(started: Bench) -> None:
+    requests = started.submit("a", "b", "c", redelivered=True)
+    for _ in range(2):
+        started.die_and_restart()
+        started.until(lambda: started.process.ran)
+    assert set(started.ledger.counts.values()) == {1}
+    assert not any(request.kinds == ["failure"] for request in requests[1:])
+
+
+def test_a_message_that_comes_again_while_its_job_runs_is_not_counted(started: Bench) -> None:
+    started.submit("a")
+    started.submit("a", redelivered=True)
+    assert not started.ledger.counts
+
+
+def test_a_job_that_was_there_at_two_deaths_runs_alone(started: Bench) -> None:
+    started.ledger.counts["bad", 0] = 1
+    started.submit("first")
+    started.submit("bad", redelivered=True)
+    started.submit("last")
+    assert started.process.ran == ["first"]
+    started.process.finish("first")
+    started.until(lambda: started.process.ran == ["first", "bad"])
+    started.process.finish("bad")
+    started.until(lambda: started.process.ran == ["first", "bad", "last"])
+
+
+def test_a_job_that_was_there_at_three_deaths_fails_and_frees_its_place(started: Bench) -> None:
+    started.ledger.counts["bad", 0] = 2
+    (bad,) = started.submit("bad", redelivered=True)
+    assert isinstance(bad.error, WorkerLost)
+    assert str(bad.error).startswith("3 workers died with this job")
+    assert started.process.ran == []
+    assert started.semaphore.releases == 1
+
+
+def test_another_attempt_of_a_job_is_counted_for_itself(started: Bench) -> None:
+    started.ledger.counts["bad", 0] = 2
+    started.submit("bad", redelivered=True, retries=1)
+    assert started.process.ran == ["bad"]
+
+
+def test_what_a_stopping_worker_gives_back_is_taken_off(started: Bench) -> None:
+    started.submit("new")
+    started.submit("old", redelivered=True)
+    started.pool.terminate()
+    assert started.ledger.counts == {("new", 0): -1, ("old", 0): 0}
+    started.pool.terminate()
+    assert started.ledger.counts == {("new", 0): -1, ("old", 0): 0}
 
 
 # Adoption

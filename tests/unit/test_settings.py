@@ -159,6 +159,11 @@ def test_the_soft_limit_comes_before_the_hard_one(environment: Environment, soft
         environment(SOFT_TIME_LIMIT_S=soft, TIME_LIMIT_S=hard)
 
 
+def test_a_key_is_not_remembered_for_longer_than_its_answer(environment: Environment) -> None:
+    with pytest.raises(ValidationError, match="idempotency_ttl_s must be at most result_ttl_s"):
+        environment(RESULT_TTL_S="60", IDEMPOTENCY_TTL_S="61")
+
+
 def test_the_settings_are_frozen(environment: Environment) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         environment().model = "other"
@@ -234,7 +239,21 @@ def celery(environment: Environment) -> dict[str, Any]:
 
 def test_celery_has_the_urls_with_their_passwords(celery: dict[str, Any]) -> None:
     assert celery["broker_url"] == f"redis://:{SECRET}@queue/0"
-    assert celery["result_backend"] == "redis://results/3"
+    assert celery["result_backend"] == "worker.results:ResultBackend+redis://results/3"
+
+
+@pytest.mark.parametrize(
+    ("url", "backend"),
+    [
+        ("rediss://a/1", "ResultBackend+rediss://a/1"),
+        ("redis+socket:///run/redis", "ResultBackend+socket:///run/redis"),
+        ("socket:///run/redis", "ResultBackend+socket:///run/redis"),
+        ("sentinel://a/1", "SentinelResultBackend+sentinel://a/1"),
+    ],
+)
+def test_results_go_through_our_own_backend(environment: Environment, url: str, backend: str) -> None:
+    celery = configuration(environment(RESULT_BACKEND=url), "idefics", 5)
+    assert celery["result_backend"] == f"worker.results:{backend}"
 
 
 def test_celery_reads_and_writes_json_only(celery: dict[str, Any]) -> None:

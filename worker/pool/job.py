@@ -47,6 +47,8 @@ class Job:
     partial: dict[str, Any] | None = None
     #: Deaths of the model process with this job alone in it.
     deaths: int = 0
+    #: The broker delivered it again, and its start is still to be counted (worker/deliveries.py).
+    is_uncounted: bool = False
 
     @property
     def id(self) -> str:
@@ -85,6 +87,11 @@ class Job:
     def terminate(self, signal: int | None = None) -> None:
         """Celery's hook for `revoke(terminate=True)`: the job ends, the process stays."""
         self.cancel(self)
+
+
+def is_redelivered(trace_arguments: tuple[Any, ...]) -> bool:
+    """The broker says that another worker had it, or this one before it lost its connection."""
+    return bool((trace_arguments[2].get("delivery_info") or {}).get("redelivered"))
 
 
 def sendable(trace_arguments: tuple[Any, ...]) -> tuple[Any, ...]:

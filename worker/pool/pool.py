@@ -25,8 +25,9 @@ from kombu.common import ignore_errors
 from config.settings import Settings
 from config.settings import load as load_settings
 from tasks.errors import DeadlineExceeded, Internal, WorkerLost
+from worker.deliveries import Deliveries
 from worker.pool import quarantine
-from worker.pool.job import Callback, Callbacks, Job, JobState, sendable
+from worker.pool.job import Callback, Callbacks, Job, JobState, is_redelivered, sendable
 from worker.pool.launch import ModelProcess
 from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
@@ -88,6 +89,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._figures: dict[str, int] = {}
         #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
         self._culprit_is_known = False
+        self._deliveries = Deliveries(
+            lambda: self.app.backend.client,
+            most=self._settings.max_deliveries,
+            ttl_s=self._settings.visibility_timeout_s + self._settings.result_ttl_s,
+        )
 
     # Life cycle
 
@@ -141,7 +147,16 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _leave(self, grace_s: float = 0.0) -> None:
         self._end_process(grace_s)
+        self._give_back()
         self._signals.restore()
+
+    @_guarded
+    def _give_back(self) -> None:
+        """A stop in order is no death: what it ends was not started in vain."""
+        jobs = self._in_flight
+        self._deliveries.count([job.key for job in jobs], by=-1)
+        for job in jobs:
+            job.state = JobState.WAITING
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Nothing: `pid` holds all jobs. Celery calls `terminate` of the very job next."""
@@ -169,8 +184,21 @@ class InferencePool(BasePool):  # type: ignore[misc]
         if running is not None:
             return self._adopt(running, callbacks)
         self._jobs[job.serial] = job
+        if is_redelivered(job.trace_arguments):
+            self._suspect(job)
         self._dispatch()
         return job
+
+    @_guarded
+    def _suspect(self, job: Job) -> None:
+        """A worker that had this job may have died of it."""
+        job.is_uncounted = True
+        earlier = self._deliveries.earlier(job.key)
+        if self._deliveries.is_lost(earlier):
+            error = WorkerLost(f"{earlier} workers died with this job: look at their logs for the reason.")
+            self._finish(job, lambda: job.fail(error))
+        elif self._deliveries.is_suspect(earlier):
+            self._quarantine.append([job])
 
     def _adopt(self, running: Job, callbacks: Callbacks) -> Job:
         """The broker delivered a message again whose job still runs here: one run answers both."""
@@ -206,7 +234,9 @@ class InferencePool(BasePool):  # type: ignore[misc]
         return []
 
     def _run(self, jobs: list[Job]) -> None:
+        self._deliveries.count([job.key for job in jobs if job.is_uncounted])
         for job in jobs:
+            job.is_uncounted = False
             job.state = JobState.SENT
             self._send(("run", job.serial, sendable(job.trace_arguments)))
 

@@ -1,0 +1,113 @@
+"""Idempotency keys: the same key with the same payload is the same job; with another payload it is refused.
+
+Whoever is first with a key, our client as it submits or a worker as it starts a job, claims it in the results' Redis
+under `idefics:key:<sha256 of the key>`. The record says which job the key stands for. It expires before that job's
+result does, so that a key never leads to an answer that is gone.
+
+The client claims before it sends, and confirms after: a claim that was never confirmed, since its producer died in
+between, is sent again by the next `submit` with that key, or taken over by the first such job that a worker gets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from .errors import InvalidRequest
+from .payloads import Job
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+PREFIX = "idefics:key:"
+#: Seconds after which a claim whose job was never sent is left to others. Publishing retries for less.
+ABANDONED_S = 60.0
+
+_REPLACE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL')
+return 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a key stands for."""
+
+    #: The job's.
+    id: str
+    #: Of its payload.
+    digest: str
+    #: Unix seconds.
+    claimed_at: float
+    #: Its message is in the queue, or was.
+    is_sent: bool
+
+    def is_abandoned(self, now: float) -> bool:
+        return not self.is_sent and now - self.claimed_at > ABANDONED_S
+
+
+class IdempotencyKeys:
+    """Claims in Redis. Its methods raise redis.RedisError where Redis does not answer."""
+
+    def __init__(self, redis: Redis, ttl_s: int | None) -> None:
+        self._redis = redis
+        self._ttl_s = ttl_s or None
+
+    def claim(self, job: Job, id: str, *, is_sent: bool) -> Claim:
+        """The claim on the job's key, which is this `id`'s where nobody else had one.
+
+        Raises InvalidRequest where the key stands for another payload.
+        """
+        mine = Claim(id, digest(job), time.time(), is_sent)
+        name = _name(job)
+        while not self._redis.set(name, _written(mine), nx=True, ex=self._ttl_s):
+            kept = self._redis.get(name)
+            # It may have expired in between.
+            if kept is not None:
+                return _same_payload(Claim(**json.loads(kept)), mine)
+        return mine
+
+    def confirm(self, job: Job, claim: Claim) -> None:
+        """Its message is in the queue."""
+        self._redis.set(_name(job), _written(replace(claim, is_sent=True)), xx=True, keepttl=True)
+
+    def renew(self, job: Job) -> None:
+        """From now on it is kept for this side's time: a producer does not know how long a worker keeps results."""
+        if self._ttl_s:
+            self._redis.expire(_name(job), self._ttl_s)
+
+    def take_over(self, job: Job, claim: Claim, id: str) -> bool:
+        """Make an abandoned claim this job's, unless somebody was faster."""
+        mine = Claim(id, claim.digest, time.time(), is_sent=True)
+        return bool(self._redis.eval(_REPLACE, 1, _name(job), _written(claim), _written(mine)))
+
+
+def digest(job: Job) -> str:
+    """Of what is asked: the task and every field but the key itself, and `metadata`, which changes no answer.
+
+    Fields at their defaults are left out, so that a field added in a later version changes no digest.
+    """
+    asked = job.model_dump(mode="json", exclude_defaults=True, exclude={"idempotency_key", "metadata"})
+    return hashlib.sha256(json.dumps([job.task, asked], sort_keys=True).encode()).hexdigest()
+
+
+def _same_payload(kept: Claim, mine: Claim) -> Claim:
+    if kept.digest != mine.digest:
+        raise InvalidRequest(
+            f"idempotency_key: job {kept.id} has this key and another payload. "
+            "Give each payload a key of its own, or repeat the first one unchanged."
+        )
+    return kept
+
+
+def _name(job: Job) -> str:
+    # A key may be long, and may say more of a customer than a key space should show.
+    return PREFIX + hashlib.sha256((job.idempotency_key or "").encode()).hexdigest()
+
+
+def _written(claim: Claim) -> str:
+    return json.dumps(asdict(claim))

@@ -1,0 +1,210 @@
+"""A job ends once, whatever freezes or kills its workers, and a key stands for one job, whoever sends it."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from celery import Celery
+from celery.result import AsyncResult
+
+from tasks import Client, Complete, InvalidRequest
+from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
+from tests.flow.gallery import Gallery
+from worker.demo import stack
+
+pytestmark = pytest.mark.timeout(90)
+
+
+def name() -> str:
+    return uuid.uuid4().hex[:8]
+
+
+@pytest.fixture
+def server() -> Iterator[stack.Broker]:
+    with stack.broker() as server:
+        yield server
+
+
+@pytest.fixture
+def gallery() -> Iterator[Gallery]:
+    with Gallery().open() as gallery:
+        yield gallery
+
+
+def processes(stood: Stand) -> list[psutil.Process]:
+    parent = psutil.Process(stood.process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def let_the_visibility_timeout_pass(server: stack.Broker) -> None:
+    """What every worker does for those that are silent, now instead of in an hour."""
+    app = Celery("sweeper", broker=server.url, set_as_current=False)
+    app.conf.broker_transport_options = {"visibility_timeout": 0, "priority_steps": list(range(10))}
+    with app.connection() as connection:
+        connection.default_channel.qos.restore_visible(num=100)
+
+
+def kept(server: stack.Broker, job: AsyncResult) -> dict[str, Any]:
+    return dict(json.loads(server.connect(1).get(f"celery-task-meta-{job.id}") or b"{}"))
+
+
+# Frozen and killed
+
+
+def test_a_worker_that_wakes_up_leaves_its_jobs_to_the_one_that_took_them(
+    server: stack.Broker, gallery: Gallery, tmp_path: Path
+) -> None:
+    producer, links, shown = Producer(server), name(), [name(), name()]
+    with stand(server, gallery, tmp_path / "frozen") as frozen:
+        link = producer.app.signature("shop.keep", queue=links, immutable=True)
+        linked = producer.show(gallery.held(shown[0]), link=link).apply_async()
+        plain = producer.show(gallery.held(shown[1])).apply_async()
+        gallery.await_requests(*shown)
+        asleep = processes(frozen)
+        for process in asleep:
+            process.suspend()
+        with stand(server, gallery, tmp_path / "taker", ANSWER_CACHE_TTL_S="60"):
+            let_the_visibility_timeout_pass(server)
+            gallery.release()
+            answers = [job.get(timeout=PATIENCE_S)["text"] for job in (linked, plain)]
+            told = [kept(server, job) for job in (linked, plain)]
+            # Both show the same picture: the second one's answer was there.
+            eventually(lambda: server.connect().exists("unacked_index") == 0)
+            assert len(server.connect(1).keys("idefics:answer:*")) == 1
+        for process in asleep:
+            process.resume()
+        eventually(lambda: f"Job {linked.id} has ended as SUCCESS already: this run is" in frozen.log.read_text())
+        eventually(lambda: f"Job {plain.id} has ended as SUCCESS already: this run's" in frozen.log.read_text())
+        assert producer.complete().apply_async().get(timeout=PATIENCE_S)["text"] == "llo"
+        assert producer.stats()["pool"]["in-flight"] == 0
+    assert answers == ["llo", "llo"]
+    assert [kept(server, job) for job in (linked, plain)] == told
+    assert server.connect().llen(links) == 1
+
+
+def test_a_job_that_kills_its_workers_fails_as_lost_and_its_neighbour_succeeds(
+    server: stack.Broker, gallery: Gallery, tmp_path: Path
+) -> None:
+    producer, bad, fine, errbacks = Producer(server), name(), name(), name()
+    errback = producer.app.signature("shop.keep", queue=errbacks, immutable=True)
+    poison = producer.show(gallery.held(bad), link_error=errback).apply_async()
+    neighbour = producer.show(gallery.held(fine)).apply_async()
+    for deaths in (1, 2):
+        with stand(server, gallery, tmp_path / "log", MAX_DELIVERIES="2") as stood:
+            eventually(lambda deaths=deaths: gallery.asked.count(bad) == deaths)
+            gallery.await_requests(fine)
+            stood.process.kill()
+            stood.process.wait(PATIENCE_S)
+        gallery.release(fine)
+        let_the_visibility_timeout_pass(server)
+    with stand(server, gallery, tmp_path / "last", MAX_DELIVERIES="2") as stood:
+        error = poison.get(timeout=PATIENCE_S, propagate=False)
+        assert neighbour.get(timeout=PATIENCE_S)["text"] == "llo"
+        eventually(lambda: server.connect().exists("unacked_index") == 0)
+    assert (poison.state, error.args[0]) == ("FAILURE", "worker_lost")
+    assert error.args[1].startswith("2 workers died with this job")
+    assert gallery.asked.count(bad) == 2
+    assert server.connect().llen(errbacks) == 1
+    assert server.connect(1).keys("idefics:*") == []
+
+
+@pytest.mark.parametrize("end", ["SUCCESS", "FAILURE"])
+def test_a_job_whose_worker_was_killed_right_after_its_end_does_not_run_again_and_its_chord_goes_on(
+    held_up: Stand, end: str
+) -> None:
+    producer, id, group, shown, after = held_up.producer, name(), name(), name(), name()
+    backend, queues = producer.app.backend, producer.server.connect()
+    backend.set_chord_size(group, 1)
+    body = producer.app.signature("shop.join", queue=after, task_id=name())
+    # What is there: its record, and its message, unacknowledged.
+    backend.store_result(id, {"text": "a"} if end == "SUCCESS" else InvalidRequest("no"), end)
+    arguments = {"prompt": [{"image": held_up.gallery.picture(shown)}]}
+    options = {"task_id": id, "group_id": group, "group_index": 0, "chord": body, "queue": name()}
+    producer.app.send_task("idefics.complete", kwargs=arguments, **options)
+    message = json.loads(queues.lpop(options["queue"]) or b"")
+    message["properties"]["delivery_info"] = {"exchange": "", "routing_key": "idefics", "redelivered": True}
+    queues.lpush("idefics", json.dumps(message))
+    if end == "SUCCESS":
+        eventually(lambda: queues.llen(after) == 1)
+    else:
+        eventually(lambda: backend.get_state(body.options["task_id"]) == "FAILURE")
+    eventually(lambda: queues.hlen("unacked") == 0)
+    assert backend.get_state(id) == end
+    assert shown not in held_up.gallery.asked
+
+
+# Idempotency keys
+
+
+def keyed(key: str, text: str = "Hello", **more: Any) -> dict[str, Any]:
+    return {"prompt": [text], "max_new_tokens": 3, "idempotency_key": key, **more}
+
+
+def send(producer: Producer, arguments: dict[str, Any], **options: Any) -> AsyncResult:
+    return producer.app.send_task("idefics.complete", kwargs=arguments, queue="idefics", **options)
+
+
+def test_a_second_job_waits_for_the_first_ones_answer_without_running(held_up: Stand) -> None:
+    shown, key = name(), name()
+    picture = {"image": held_up.gallery.held(shown)}
+    first = send(held_up.producer, keyed(key, picture, metadata={"row": 1}))  # type: ignore[arg-type]
+    held_up.gallery.await_requests(shown)
+    second = send(held_up.producer, keyed(key, picture, metadata={"row": 2}))  # type: ignore[arg-type]
+    eventually(lambda: second.state == "RETRY")
+    held_up.gallery.release(shown)
+    answers = [job.get(timeout=PATIENCE_S) for job in (first, second)]
+    assert answers[1] == {**answers[0], "metadata": {"row": 2}}
+    assert held_up.gallery.asked.count(shown) == 1
+    assert second.retries == 0
+
+
+def test_a_second_jobs_deadline_passes_while_it_waits(held_up: Stand) -> None:
+    shown, key = name(), name()
+    job = keyed(key, {"image": held_up.gallery.held(shown)}, deadline_s=1.5)  # type: ignore[arg-type]
+    # The first one takes its time to load its image: its deadline is looked at afterwards.
+    send(held_up.producer, job)
+    held_up.gallery.await_requests(shown)
+    error = send(held_up.producer, job).get(timeout=PATIENCE_S, propagate=False)
+    held_up.gallery.release(shown)
+    assert error.args[0] == "deadline_exceeded"
+    assert "idempotency_key" in error.args[1]
+
+
+def test_a_second_job_with_another_payload_is_refused(producer: Producer) -> None:
+    key = name()
+    assert send(producer, keyed(key)).get(timeout=PATIENCE_S)["text"] == "llo"
+    error = send(producer, keyed(key, "Goodbye")).get(timeout=PATIENCE_S, propagate=False)
+    assert error.args[0] == "invalid_request"
+    assert "another payload" in error.args[1]
+
+
+def test_a_message_that_was_sent_twice_is_answered_once(held_up: Stand) -> None:
+    producer, links, key, id = held_up.producer, name(), name(), name()
+    link = producer.app.signature("shop.keep", queue=links, immutable=True)
+    job = send(producer, keyed(key), task_id=id, link=link)
+    job.get(timeout=PATIENCE_S)
+    told = kept(producer.server, job)
+    send(producer, keyed(key), task_id=id, link=link)
+    eventually(lambda: f"Job {id} has ended as SUCCESS already" in held_up.log.read_text())
+    eventually(lambda: producer.server.connect().hlen("unacked") == 0)
+    assert kept(producer.server, job) == told
+    assert producer.server.connect().llen(links) == 1
+
+
+def test_the_client_and_other_producers_share_their_keys(producer: Producer, client: Client) -> None:
+    key = name()
+    job = Complete.model_validate(keyed(key))
+    first = client.submit(job)
+    again = client.submit(job)
+    other = send(producer, keyed(key))
+    assert again.id == first.id != other.id
+    assert first.result(PATIENCE_S).text == other.get(timeout=PATIENCE_S)["text"] == "llo"
+    assert first.result().timing.generate_s == other.get()["timing"]["generate_s"]
+    with pytest.raises(InvalidRequest, match=f"job {first.id} has this key and another payload"):
+        client.submit(Complete.model_validate(keyed(key, "Goodbye")))

@@ -1,0 +1,268 @@
+"""Idempotency keys on a real server: what they stand for, and who may have them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from tasks import Caption, Client, Complete, InvalidRequest, JobCanceled
+from tasks.errors import ImageUnreachable
+from tasks.idempotency import ABANDONED_S, PREFIX, Claim, IdempotencyKeys, digest
+from tasks.payloads import Job, parse
+from tasks.testing import FakeClient, canned
+from worker.demo import stack
+from worker.keyed import FIRST_LOOK_S, LAST_LOOK_S, FirstStillRuns, first_answer
+from worker.service import Canceled
+
+Make = Callable[..., Job]
+
+
+@pytest.fixture
+def make() -> Make:
+    """A job with this test's key."""
+    key = uuid.uuid4().hex
+
+    def job(text: str = "a", **fields: Any) -> Job:
+        return parse("idefics.complete", {"prompt": [text], "idempotency_key": key, **fields})
+
+    return job
+
+
+@pytest.fixture
+def keys(broker: stack.Broker) -> IdempotencyKeys:
+    return IdempotencyKeys(broker.connect(1), 60)
+
+
+@pytest.fixture
+def client(broker: stack.Broker) -> Iterator[Client]:
+    client = Client(broker.url, queue=uuid.uuid4().hex)
+    yield client
+    client.app.close()
+
+
+def queued(client: Client, broker: stack.Broker) -> list[str]:
+    """Ids of the jobs in the client's own queue."""
+    return [
+        json.loads(message)["headers"]["id"] for message in broker.connect().lrange(f"{client._queue}\x06\x165", 0, -1)
+    ]
+
+
+def record(job: Job) -> str:
+    return PREFIX + hashlib.sha256(str(job.idempotency_key).encode()).hexdigest()
+
+
+def make_old(broker: stack.Broker, job: Job) -> None:
+    """As if the claim had been made some time ago."""
+    results = broker.connect(1)
+    kept = json.loads(results.get(record(job)) or b"")
+    results.set(record(job), json.dumps({**kept, "claimed_at": kept["claimed_at"] - ABANDONED_S - 1}), keepttl=True)
+
+
+# What a payload is
+
+
+def test_the_digest_is_of_what_is_asked(make: Make) -> None:
+    assert digest(make()) == digest(make())
+    assert digest(make()) == digest(make(temperature=0, stop=[]))
+    assert digest(make()) == digest(make(metadata={"attempt": 2}))
+    assert digest(make()) == digest(parse("idefics.complete", {"prompt": ["a"]}))
+    assert digest(make()) != digest(make("b"))
+    assert digest(make()) != digest(make(seed=1))
+    assert digest(Caption(image="http://a/b")) != digest(Complete(prompt=["http://a/b"]))
+
+
+# Claims
+
+
+def test_the_first_has_the_key_and_the_second_is_told_whose_it_is(make: Make, keys: IdempotencyKeys) -> None:
+    first = keys.claim(make(), "first", is_sent=True)
+    assert first.id == "first"
+    assert keys.claim(make(), "second", is_sent=True) == first
+
+
+def test_another_payload_under_the_same_key_is_refused_with_the_cure(make: Make, keys: IdempotencyKeys) -> None:
+    keys.claim(make(), "first", is_sent=True)
+    with pytest.raises(InvalidRequest, match=r"job first has this key and another payload\. Give each payload a key"):
+        keys.claim(make("b"), "second", is_sent=True)
+
+
+def test_of_many_claims_at_once_one_is_the_first(make: Make, broker: stack.Broker) -> None:
+    keys = IdempotencyKeys(broker.connect(1), 60)
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda n: keys.claim(make(), f"job {n}", is_sent=True), range(32)))
+    assert len({claim.id for claim in claims}) == 1
+
+
+def test_a_record_expires_and_does_not_show_its_key(make: Make, keys: IdempotencyKeys, broker: stack.Broker) -> None:
+    job = make()
+    claim = keys.claim(job, "first", is_sent=False)
+    keys.confirm(job, claim)
+    assert 0 < broker.connect(1).ttl(record(job)) <= 60
+    assert str(job.idempotency_key) not in record(job) + str(broker.connect(1).get(record(job)))
+    IdempotencyKeys(broker.connect(1), 10).renew(job)
+    assert 0 < broker.connect(1).ttl(record(job)) <= 10
+
+
+def test_only_a_claim_that_was_never_sent_can_be_abandoned() -> None:
+    claimed = {"id": "first", "digest": "d", "claimed_at": 100.0}
+    assert not Claim(**claimed, is_sent=False).is_abandoned(100.0 + ABANDONED_S)
+    assert Claim(**claimed, is_sent=False).is_abandoned(101.0 + ABANDONED_S)
+    assert not Claim(**claimed, is_sent=True).is_abandoned(101.0 + ABANDONED_S)
+
+
+def test_one_of_many_takes_an_abandoned_claim_over(make: Make, keys: IdempotencyKeys) -> None:
+    claim = keys.claim(make(), "dead", is_sent=False)
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(lambda n: keys.take_over(make(), claim, f"job {n}"), range(8))) == 1
+    assert keys.claim(make(), "last", is_sent=True).id.startswith("job ")
+
+
+# The client
+
+
+def test_the_client_queues_a_key_once(make: Make, client: Client, broker: stack.Broker) -> None:
+    first = client.submit(make(metadata={"attempt": 1}))
+    second = client.submit(make(metadata={"attempt": 2}))
+    assert second.id == first.id
+    assert queued(client, broker) == [first.id]
+
+
+def test_the_client_refuses_another_payload_at_submission(make: Make, client: Client, broker: stack.Broker) -> None:
+    first = client.submit(make())
+    with pytest.raises(InvalidRequest, match="another payload"):
+        client.submit(make("b"))
+    assert queued(client, broker) == [first.id]
+
+
+def test_jobs_without_a_key_or_with_keys_of_their_own_are_all_queued(client: Client, broker: stack.Broker) -> None:
+    jobs = [
+        parse("idefics.complete", {"prompt": ["a"], "idempotency_key": key}) for key in (None, None, uuid.uuid4().hex)
+    ]
+    submitted = client.submit_many(jobs)
+    assert sorted(queued(client, broker)) == sorted(job.id for job in submitted)
+    assert len(submitted) == 3
+
+
+def test_a_task_id_of_the_producers_own_is_kept(make: Make, client: Client, broker: stack.Broker) -> None:
+    name = uuid.uuid4().hex
+    assert client.submit(make(), task_id=name).id == name
+    assert client.submit(make(), task_id="another").id == name
+    assert queued(client, broker) == [name]
+
+
+def test_a_producer_that_dies_before_it_sends_does_not_block_its_key(
+    make: Make, client: Client, broker: stack.Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any, **options: Any) -> None:
+        raise Killed(options["task_id"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.app, "send_task", die)
+        with pytest.raises(Killed) as killed:
+            client.submit(make())
+    submitted = client.submit(make())
+    assert queued(client, broker) == [submitted.id] == list(killed.value.args)
+    assert client.submit(make()).id == submitted.id
+    assert len(queued(client, broker)) == 1
+
+
+def test_without_redis_for_results_the_workers_hold_to_the_key_alone(make: Make) -> None:
+    client = Client("memory://", result_backend="cache+memory://", queue=uuid.uuid4().hex)
+    assert client.submit(make()).id != client.submit(make()).id
+    client.app.close()
+
+
+def test_the_fake_client_keeps_to_keys_too(make: Make) -> None:
+    client = FakeClient()
+    assert client.submit(make()) is client.submit(make())
+    assert len(client.submitted) == 1
+    with pytest.raises(InvalidRequest):
+        client.submit(make("b"))
+
+
+# The worker: a second job, under an id of its own
+
+
+@pytest.fixture
+def backend(broker: stack.Broker) -> Iterator[Any]:
+    app = Celery("keyed", backend=f"worker.results:ResultBackend+{broker.results}", set_as_current=False)
+    yield app.backend
+    app.close()
+
+
+@pytest.fixture
+def first(make: Make, keys: IdempotencyKeys, backend: Any) -> str:
+    """The id of the key's first job, which runs."""
+    id = uuid.uuid4().hex
+    assert first_answer(make(), id, keys, backend) is None
+    return id
+
+
+def test_the_first_runs_however_often_it_is_delivered(
+    make: Make, keys: IdempotencyKeys, backend: Any, first: str
+) -> None:
+    assert first_answer(make(), first, keys, backend) is None
+
+
+def test_the_second_gets_the_firsts_answer_with_its_own_metadata(
+    make: Make, keys: IdempotencyKeys, backend: Any, first: str
+) -> None:
+    backend.store_result(first, canned("a cat", make(metadata={"row": 1})).model_dump(mode="json"), "SUCCESS")
+    answer = first_answer(make(metadata={"row": 2}), "second", keys, backend)
+    assert answer is not None
+    assert (answer.text, answer.metadata) == ("a cat", {"row": 2})
+
+
+def test_the_second_fails_as_the_first_did(make: Make, keys: IdempotencyKeys, backend: Any, first: str) -> None:
+    backend.store_result(first, ImageUnreachable("gone"), "FAILURE")
+    with pytest.raises(ImageUnreachable, match="gone"):
+        first_answer(make(), "second", keys, backend)
+
+
+def test_the_second_is_canceled_as_the_first_was(make: Make, keys: IdempotencyKeys, backend: Any, first: str) -> None:
+    backend.store_result(first, JobCanceled("terminated"), "REVOKED")
+    with pytest.raises(Canceled):
+        first_answer(make(), "second", keys, backend)
+
+
+def test_the_second_is_refused_with_another_payload(
+    make: Make, keys: IdempotencyKeys, backend: Any, first: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="another payload"):
+        first_answer(make("b"), "second", keys, backend)
+
+
+@pytest.mark.parametrize("state", [None, "STARTED", "RETRY"])
+def test_the_second_waits_for_a_first_that_has_not_ended(
+    make: Make, keys: IdempotencyKeys, backend: Any, first: str, state: str | None, broker: stack.Broker
+) -> None:
+    if state:
+        backend.store_result(first, None, state)
+    with pytest.raises(FirstStillRuns) as wait:
+        first_answer(make(), "second", keys, backend)
+    assert wait.value.countdown == FIRST_LOOK_S
+    make_old(broker, make())
+    with pytest.raises(FirstStillRuns) as wait:
+        first_answer(make(), "second", keys, backend)
+    assert FIRST_LOOK_S < wait.value.countdown <= LAST_LOOK_S
+
+
+def test_the_second_runs_when_the_first_was_never_sent(
+    make: Make, keys: IdempotencyKeys, backend: Any, broker: stack.Broker
+) -> None:
+    keys.claim(make(), "never", is_sent=False)
+    with pytest.raises(FirstStillRuns):
+        first_answer(make(), "second", keys, backend)
+    make_old(broker, make())
+    assert first_answer(make(), "second", keys, backend) is None
+    assert keys.claim(make(), "third", is_sent=True).id == "second"

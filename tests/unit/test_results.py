@@ -1,0 +1,236 @@
+"""A job's first end is its last, on a real server: what our backend writes, and what Celery's plain one reads."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, chord
+from celery.app.task import Context
+
+from tasks.errors import InvalidRequest
+from worker.deliveries import DELIVERIES
+from worker.demo import stack
+from worker.results import ResultBackend, forget
+
+ENDS = ("SUCCESS", "FAILURE", "REVOKED")
+ERROR = InvalidRequest("no")
+
+
+def app(broker: stack.Broker, backend: str) -> Celery:
+    made = Celery("ends", broker=broker.url, backend=backend, set_as_current=False)
+    made.conf.update(
+        result_extended=True, result_backend_thread_safe=True, result_expires=60, result_backend_always_retry=True
+    )
+    return made
+
+
+@pytest.fixture
+def backend(broker: stack.Broker) -> Iterator[ResultBackend]:
+    made = app(broker, f"worker.results:ResultBackend+{broker.results}")
+    yield made.backend
+    made.close()
+
+
+@pytest.fixture
+def plain(broker: stack.Broker) -> Iterator[Any]:
+    """Celery's own, which producers have."""
+    made = app(broker, broker.results)
+    yield made.backend
+    made.close()
+
+
+@pytest.fixture
+def id() -> str:
+    return uuid.uuid4().hex
+
+
+def end(backend: Any, id: str, state: str, request: Context | None = None) -> None:
+    backend.store_result(id, {"text": "a cat"} if state == "SUCCESS" else ERROR, state, request=request)
+
+
+# One end
+
+
+@pytest.mark.parametrize("first", ENDS)
+@pytest.mark.parametrize("second", ENDS)
+def test_the_first_end_stays(backend: Any, plain: Any, id: str, first: str, second: str) -> None:
+    end(backend, id, first)
+    kept = plain.get_task_meta(id, cache=False)
+    end(backend, id, second)
+    assert plain.get_task_meta(id, cache=False)["date_done"] == kept["date_done"]
+    assert plain.get_state(id) == backend.end_of(id) == first
+
+
+@pytest.mark.parametrize("first", ENDS)
+@pytest.mark.parametrize("later", ["STARTED", "RETRY"])
+def test_an_end_is_not_written_over_by_what_is_none(backend: Any, plain: Any, id: str, first: str, later: str) -> None:
+    end(backend, id, first)
+    backend.store_result(id, None, later)
+    assert plain.get_state(id) == first
+
+
+def test_a_job_without_an_end_goes_from_state_to_state(backend: Any, plain: Any, id: str) -> None:
+    assert backend.end_of(id) is None
+    for state in ("STARTED", "RETRY", "STARTED", "SUCCESS"):
+        assert backend.end_of(id) is None
+        backend.store_result(id, None, state)
+        assert plain.get_state(id) == state
+
+
+def test_of_many_runs_that_end_at_once_one_is_kept(
+    backend: Any, plain: Any, id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.store_result(id, None, "STARTED")
+    with caplog.at_level(logging.INFO, "worker.results"), ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: end(backend, id, ENDS[number % 3]), range(48)))
+    state = plain.get_state(id)
+    assert state in ENDS
+    assert len(caplog.messages) == 47
+    assert all(f"Job {id} has ended as {state} already: this run's" in message for message in caplog.messages)
+
+
+def test_an_end_that_celerys_own_backend_wrote_stays_too(backend: Any, plain: Any, id: str) -> None:
+    end(plain, id, "FAILURE")
+    end(backend, id, "SUCCESS")
+    assert backend.end_of(id) == plain.get_state(id) == "FAILURE"
+
+
+def test_an_answers_text_is_not_taken_for_its_state(backend: Any, plain: Any, id: str) -> None:
+    backend.store_result(id, '{"status": "SUCCESS"', "PROGRESS")
+    assert backend.end_of(id) is None
+    end(backend, id, "FAILURE")
+    assert plain.get_state(id) == "FAILURE"
+
+
+def test_producers_read_what_is_stored(backend: Any, plain: Any, id: str, broker: stack.Broker) -> None:
+    request = Context(id=id, task="idefics.caption", hostname="here", retries=1, kwargs={"image": "u"}, children=[])
+    end(backend, id, "SUCCESS", request)
+    meta = plain.get_task_meta(id)
+    assert (meta["status"], meta["result"], meta["task_id"]) == ("SUCCESS", {"text": "a cat"}, id)
+    assert (meta["name"], meta["worker"], meta["retries"]) == ("idefics.caption", "here", 1)
+    assert 0 < broker.connect(1).ttl(f"celery-task-meta-{id}") <= 60
+
+
+def test_whoever_waits_is_told(backend: Any, id: str, broker: stack.Broker) -> None:
+    listener = broker.connect(1).pubsub(ignore_subscribe_messages=True)
+    listener.subscribe(f"celery-task-meta-{id}")
+    listener.get_message(timeout=5)
+    end(backend, id, "SUCCESS")
+    message = listener.get_message(timeout=5)
+    assert message is not None
+    assert b'"status": "SUCCESS"' in message["data"]
+    end(backend, id, "FAILURE")
+    assert listener.get_message(timeout=0.1) is None
+
+
+def test_a_unix_sockets_url_reaches_its_server(tmp_path: Path, id: str) -> None:
+    socket = str(tmp_path / "redis.sock")
+    with stack.broker("--unixsocket", socket) as server:
+        made = app(server, f"worker.results:ResultBackend+socket://{socket}?virtual_host=1")
+        end(made.backend, id, "SUCCESS")
+        assert server.connect(1).exists(f"celery-task-meta-{id}")
+
+
+# A connection that breaks
+
+
+def test_a_repeated_attempt_is_not_taken_for_another_run(
+    backend: Any, id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script has run, and the connection broke before it said so."""
+    store, attempts = backend._store_record, []
+
+    def breaking(*args: Any) -> Any:
+        attempts.append(store(*args))
+        if len(attempts) == 1:
+            raise redis.ConnectionError("gone")
+        return attempts[-1]
+
+    monkeypatch.setattr(backend, "_store_record", breaking)
+    request = Context(id=id, chord="a chord", errbacks=["an errback"])
+    end(backend, id, "FAILURE", request)
+    assert attempts == [None, None]
+    assert (request.chord, request.errbacks) == ("a chord", ["an errback"])
+
+
+# What follows an end
+
+
+def test_a_later_run_calls_no_errback_and_fails_no_chain(backend: Any, id: str, broker: stack.Broker) -> None:
+    queue, rest = uuid.uuid4().hex, uuid.uuid4().hex
+    errback = backend.app.signature("shop.keep", queue=queue)
+
+    def fail() -> None:
+        later = backend.app.signature("shop.shout", task_id=rest)
+        request = Context(id=id, errbacks=[errback], chain=[later], delivery_info={})
+        backend.mark_as_failure(id, ERROR, request=request)
+
+    fail()
+    assert (broker.connect().llen(queue), backend.end_of(rest)) == (1, "FAILURE")
+    backend.forget(rest)
+    fail()
+    assert (broker.connect().llen(queue), backend.end_of(rest)) == (1, None)
+
+
+def test_a_chord_counts_a_job_once_however_often_its_end_is_repeated(
+    backend: Any, id: str, broker: stack.Broker
+) -> None:
+    queue, group = uuid.uuid4().hex, uuid.uuid4().hex
+    body = backend.app.signature("shop.join", queue=queue)
+    request = Context(id=id, group=group, group_index=0, chord=body)
+    backend.set_chord_size(group, 2)
+    other = Context(id=uuid.uuid4().hex, group=group, group_index=1, chord=body)
+    # Its worker was killed here, before it told the chord.
+    end(backend, id, "SUCCESS", request)
+    backend.repeat_end(request)
+    backend.repeat_end(request)
+    assert broker.connect().llen(queue) == 0
+    backend.mark_as_done(other.id, {"text": "a dog"}, other)
+    assert broker.connect().llen(queue) == 1
+    backend.repeat_end(request)
+    assert broker.connect().llen(queue) == 1
+
+
+def test_a_repeated_failure_fails_what_its_chain_still_waits_for(backend: Any, id: str) -> None:
+    rest = uuid.uuid4().hex
+    end(backend, id, "FAILURE")
+    backend.repeat_end(Context(id=id, chain=[backend.app.signature("shop.shout", task_id=rest)]))
+    assert backend.end_of(rest) == "FAILURE"
+
+
+# Again under the same id
+
+
+@pytest.mark.parametrize("forgetting", ["backend", "plain"])
+def test_a_forgotten_end_makes_room_for_another(
+    backend: Any, plain: Any, id: str, forgetting: str, request: pytest.FixtureRequest
+) -> None:
+    """Also those of the rest of its chain, which its failure took along."""
+    link, body = uuid.uuid4().hex, uuid.uuid4().hex
+    last = chord([backend.app.signature("a.b")], backend.app.signature("shop.join", task_id=body), app=backend.app)
+    failed = backend.app.signature(
+        "idefics.caption", task_id=id, chain=[dict(last), dict(backend.app.signature("shop.shout", task_id=link))]
+    )
+    for ended in (id, link, body):
+        end(backend, ended, "FAILURE")
+    forget(request.getfixturevalue(forgetting), dict(failed))
+    for ended in (id, link, body):
+        assert backend.end_of(ended) is None
+        end(backend, ended, "SUCCESS")
+        assert plain.get_state(ended) == "SUCCESS"
+
+
+def test_a_jobs_end_takes_its_deliveries_along(backend: Any, id: str, broker: stack.Broker) -> None:
+    results = broker.connect(1)
+    results.hset(DELIVERIES + id, "0", 2)
+    backend.store_result(id, None, "STARTED")
+    assert results.exists(DELIVERIES + id)
+    end(backend, id, "FAILURE")
+    assert not results.exists(DELIVERIES + id)

@@ -1,0 +1,50 @@
+"""Jobs with an idempotency key, on the worker's side: the second one gets the first one's answer.
+
+Our client does not even send a second job. Other producers do, under an id of its own: it comes here.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+from celery import states
+
+from tasks.errors import from_exception
+from tasks.idempotency import Claim, IdempotencyKeys
+from tasks.payloads import Job, Result
+from worker.service import Canceled
+
+#: Seconds between two looks for the first job's end, which grow with its age.
+FIRST_LOOK_S, LAST_LOOK_S = 1.0, 30.0
+
+
+class FirstStillRuns(Exception):
+    """The first job with this key has not ended: look again after so many seconds."""
+
+    def __init__(self, countdown: float) -> None:
+        super().__init__(countdown)
+        self.countdown = countdown
+
+
+def first_answer(job: Job, id: str, keys: IdempotencyKeys, backend: Any) -> Result | None:
+    """What the first job with this key was answered; None for the first itself, which is to run.
+
+    Raises InvalidRequest where that had another payload, FirstStillRuns, or what the first one ended with.
+    """
+    claim: Claim = backend.patiently(functools.partial(keys.claim, is_sent=True), job, id)
+    if claim.id == id:
+        keys.renew(job)
+        return None
+    meta = backend.get_task_meta(claim.id, cache=False)
+    if meta["status"] == states.SUCCESS:
+        return Result.model_validate(meta["result"]).model_copy(update={"metadata": job.metadata})
+    if meta["status"] == states.FAILURE:
+        raise from_exception(meta["result"])
+    if meta["status"] == states.REVOKED:
+        raise Canceled
+    now = time.time()
+    if meta["status"] == states.PENDING and claim.is_abandoned(now) and keys.take_over(job, claim, id):
+        return None
+    raise FirstStillRuns(min(max(FIRST_LOOK_S, (now - claim.claimed_at) / 4), LAST_LOOK_S))

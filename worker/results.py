@@ -1,0 +1,135 @@
+"""Where jobs end: Celery's Redis backend, in which a job's first terminal state is its last.
+
+A job can run twice at once: its worker was frozen for longer than the visibility timeout, or cut off, and another one
+took it. Celery's own backend checks and then writes, keeps a success only, and so lets two runs tell two stories. This
+one decides and writes in one step in Redis. Producers keep Celery's plain backend: keys and contents are the same.
+
+What the later run leaves undone: its state, its part of a chord, its errbacks, the failure of its chain, and, where it
+finds out in time (`end_of`), its links. What stays twice at the worst: the links of two runs that end within the
+milliseconds between that look and the writing. Errbacks are called once at most: Celery stores a failure before it
+calls them, and a worker killed in between takes them along.
+
+To run a job that has ended once more under its id, let its end be forgotten first: `forget`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeVar
+
+from celery import states
+from celery.backends.base import Backend
+from celery.backends.redis import RedisBackend, SentinelBackend
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Of each job whose worker died: how often it was started. See worker/deliveries.py.
+DELIVERIES = "idefics:deliveries:"
+
+#: Celery writes the state first. That many bytes hold it; the answer behind it may have megabytes.
+_HEAD_BYTES = 40
+_HEAD = re.compile(rb'\s*{\s*"status"\s*:\s*"(\w+)"')
+
+#: KEYS: the job's record, its deliveries. ARGV: the record, its seconds to live (0: for ever), 1 if its state is an
+#: end. Answers with the end that is there already, or with nil where it has written. A record that is there word for
+#: word is this very call's: the connection was lost before it heard of it.
+_STORE = f"""
+local head = redis.call('GETRANGE', KEYS[1], 0, {_HEAD_BYTES - 1})
+local kept = string.match(head, '^%s*{{%s*"status"%s*:%s*"(%w+)"')
+if kept == 'SUCCESS' or kept == 'FAILURE' or kept == 'REVOKED' then
+    return redis.call('GET', KEYS[1]) ~= ARGV[1] and kept
+end
+if ARGV[2] == '0' then
+    redis.call('SET', KEYS[1], ARGV[1])
+else
+    redis.call('SETEX', KEYS[1], ARGV[2], ARGV[1])
+end
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+if ARGV[3] == '1' then
+    redis.call('DEL', KEYS[2])
+end
+return false
+"""
+
+
+class _FirstEndWins:
+    """Before one of Celery's Redis backends. Not for Redis Cluster: the script names two keys."""
+
+    def store_result(
+        self: Any, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
+    ) -> Any:
+        """Celery's, except that nothing is written over an end."""
+        result = self.encode_result(result, state)
+        meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
+        # Encoded once for all attempts: the script tells by it whether an earlier attempt has written.
+        record = self.encode({**meta, "task_id": task_id})
+        kept = self.patiently(self._store_record, task_id, record, state)
+        if kept and state in states.READY_STATES:
+            logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept.decode(), state)
+            if request is not None:
+                # What Celery calls next is the other run's to call.
+                request.chord = request.chain = request.errbacks = None
+        return result
+
+    def _store_record(self: Any, task_id: str, record: str, state: str) -> bytes | None:
+        seconds = self.failure_expires if state == states.FAILURE else self.expires
+        kept: bytes | None = self._store_script(
+            keys=[self.get_key_for_task(task_id), DELIVERIES + task_id],
+            args=[record, seconds or 0, int(state in states.READY_STATES)],
+        )
+        return kept
+
+    @cached_property
+    def _store_script(self: Any) -> Any:
+        return self.client.register_script(_STORE)
+
+    def patiently(self: Any, call: Callable[..., T], *args: Any) -> T:
+        """Call Redis, and again while it is away, as Celery does when it stores: for minutes."""
+        answer: T = self._ensure_retryable(self.ensure, call, args)
+        return answer
+
+    def end_of(self: Any, task_id: str) -> str | None:
+        """SUCCESS, FAILURE or REVOKED; None for a job that has not ended. Cheap: it does not read the answer."""
+        head = self.patiently(self.client.getrange, self.get_key_for_task(task_id), 0, _HEAD_BYTES - 1)
+        found = _HEAD.match(head)
+        state = found[1].decode() if found else states.PENDING
+        return state if state in states.READY_STATES else None
+
+    def repeat_end(self: Any, request: Any) -> None:
+        """Do again what follows a job's end, where twice is once: the worker that stored it may have died before.
+
+        A chord counts each job's part once. The states of a chain's later tasks are ends themselves.
+        """
+        meta = self.get_task_meta(request.id, cache=False)
+        if request.chord:
+            self.on_chord_part_return(request, meta["status"], meta["result"])
+        if meta["status"] == states.FAILURE:
+            self._fail_chain(request.chain, meta["result"], meta["traceback"])
+
+
+class ResultBackend(_FirstEndWins, RedisBackend):  # type: ignore[misc]
+    """`worker.results:ResultBackend+redis://...`"""
+
+
+class SentinelResultBackend(_FirstEndWins, SentinelBackend):  # type: ignore[misc]
+    """`worker.results:SentinelResultBackend+sentinel://...`"""
+
+
+def forget(backend: Backend, signature: Any) -> None:
+    """Let a job that has ended run again: forget its end, and those that its failure gave to the rest of its chain.
+
+    `signature` is a Celery signature or its dictionary, with its `task_id`; `backend` may be Celery's plain one.
+    """
+    options = signature.get("options") or {}
+    for sent in [signature, *(options.get("chain") or [])]:
+        while sent:
+            id = (sent.get("options") or {}).get("task_id")
+            if id:
+                backend.forget(id)
+            # A chord's result is its body's.
+            sent = (sent.get("kwargs") or {}).get("body") if sent.get("subtask_type") == "chord" else None
