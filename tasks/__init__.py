@@ -15,6 +15,7 @@ from .errors import (
     PromptTooLong,
     WorkerLost,
 )
+from .failed import FailedJob
 from .payloads import (
     Answer,
     AnswerExample,
@@ -48,6 +49,7 @@ __all__ = [
     "Client",
     "Complete",
     "DeadlineExceeded",
+    "FailedJob",
     "ImageBlocked",
     "ImageInvalid",
     "ImagePath",

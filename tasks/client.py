@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -15,6 +15,7 @@ from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 
 from .errors import JobCanceled, from_exception
+from .failed import FailedJob, FailedJobs
 from .payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second.
@@ -151,6 +152,16 @@ class Client:
     def cancel(self, id: str) -> None:
         """Take a job back; see SubmittedJob.cancel."""
         self.job(id).cancel()
+
+    def failed(self) -> Iterator[FailedJob]:
+        """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
+        return iter(FailedJobs(self.app))
+
+    def retry(self, id: str) -> SubmittedJob:
+        """Send a failed job again: it keeps its id, links and chain. Raises LookupError where it is not kept."""
+        jobs = FailedJobs(self.app)
+        jobs.retry(jobs.get(id))
+        return self.job(id)
 
     async def asubmit(self, job: Job, **options: Any) -> SubmittedJob:
         """`submit` for asyncio."""

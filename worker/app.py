@@ -18,7 +18,9 @@ from config.celery import configuration
 from config.logging import configure
 from config.settings import load
 from tasks.errors import Internal, InvalidRequest, JobError
+from tasks.failed import Bounds
 from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, parse
+from worker.failed import keep_failures
 from worker.pool import SoftShutdown
 from worker.service import Canceled, Service, Ticket
 from worker.transport import use as use_atomic_take
@@ -31,6 +33,7 @@ if settings.atomic_take:
 app = Celery("idefics", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY))
 app.steps["worker"].add(SoftShutdown)
+keep_failures(app, Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s))
 
 _service: Service | None = None
 
