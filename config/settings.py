@@ -122,6 +122,9 @@ class Settings(BaseSettings):
     soft_time_limit_s: float = Field(default=540.0, gt=0)
     #: Seconds that the model may take to load and answer its golden picture.
     load_timeout_s: float = Field(default=1_800.0, gt=0)
+    #: Seconds without a step after which the model process hangs: it is replaced, and its jobs run again. After a tenth
+    #: of that the worker's probe says UNHEALTHY.
+    hang_timeout_s: float = Field(default=300.0, gt=0)
     #: Seconds that a worker asked to stop waits for its running jobs, before they go back to the queue.
     soft_shutdown_timeout_s: float = Field(default=60.0, ge=0)
     #: Attempts of a job whose error may pass (unreachable image, lost worker, out of memory).
@@ -137,6 +140,10 @@ class Settings(BaseSettings):
     failed_max_bytes: int = Field(default=2**28, ge=0)
     #: Seconds that one is kept: two weeks.
     failed_ttl_s: int = Field(default=1_209_600, ge=1)
+
+    #: The file with the worker's state, one for each worker; `python -m worker.health` reads this name too. Unset: a
+    #: file under the temporary directory, where the probe finds it.
+    state_file: Path | None = None
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

@@ -105,6 +105,12 @@ def _said(code: str, broker: Broker) -> list[str]:
     return said
 
 
+def test_the_shell_block_of_the_probe_tells_a_workers_state(demo_broker: Broker) -> None:
+    assert any(code.strip() == "python -m worker.health" for code in SHELL)
+    done = subprocess.run([sys.executable, "-m", "worker.health"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert ": READY" in done.stdout
+
+
 def test_the_shell_block_of_the_settings_prints_them() -> None:
     assert any(code.strip() == "python -m config" for code in SHELL)
     done = subprocess.run([sys.executable, "-m", "config"], cwd=CHECKOUT, capture_output=True, text=True)

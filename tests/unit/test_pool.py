@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from celery.worker import state as worker_state
 from kombu.asynchronous import Hub
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
+from config.settings import Settings
 from tasks.errors import DeadlineExceeded, WorkerLost
 from tasks.payloads import SUBMITTED_AT
 from worker.pool import pool as pool_module
@@ -26,6 +29,7 @@ from worker.pool.wire import Channel, Message
 THREADS = 100
 #: Seconds that a test waits for what takes a tick of the pool.
 SOON = 5.0
+HANG_S = Settings().hang_timeout_s
 
 
 class StubProcess:
@@ -211,9 +215,10 @@ def broken(process: StubProcess) -> None:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bench]:
     for name in [name for name in os.environ if name.startswith("IDEFICS_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("IDEFICS_STATE_FILE", str(tmp_path / "state.json"))
     monkeypatch.setenv("IDEFICS_PREFETCH", str(THREADS))
     monkeypatch.setattr(pool_module, "TICK_S", 0.02)
     bench = Bench()
@@ -580,7 +585,7 @@ def test_a_job_without_a_limit_runs_as_long_as_it_likes(started: Bench) -> None:
 def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(started: Bench) -> None:
     started.submit("a")
     old = started.process
-    old.last_sign -= pool_module.HANG_S + 1
+    old.last_sign -= HANG_S + 1
     started.until(lambda: started.process is not old and started.process.ran)
     assert old.is_killed
     assert started.process.ran == ["a"]
@@ -588,7 +593,7 @@ def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(sta
 
 def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     process = started.process
-    process.last_sign -= pool_module.HANG_S - 0.01
+    process.last_sign -= HANG_S - 0.01
     process.say("beat", {})
     started.settle()
     assert not process.is_killed
@@ -709,3 +714,68 @@ def test_revoking_by_the_process_id_spares_the_neighbours(started: Bench) -> Non
     assert not started.process.is_killed
     assert request.job is not None
     assert request.job.state is JobState.SENT
+
+
+# What the state file says
+
+
+def health() -> str:
+    """The state's name."""
+    return str(json.loads(Path(os.environ["IDEFICS_STATE_FILE"]).read_text())["state"])
+
+
+def test_a_worker_with_a_free_place_is_ready_and_a_full_one_busy(started: Bench) -> None:
+    started.until(lambda: health() == "READY")
+    started.submit(*map(str, range(THREADS)))
+    started.until(lambda: health() == "BUSY")
+    started.process.finish("0")
+    started.until(lambda: health() == "READY")
+
+
+def test_a_worker_is_unhealthy_from_its_process_death_until_the_next_is_ready(started: Bench) -> None:
+    started.scripts = [loading]
+    started.process.die()
+    started.until(lambda: health() == "UNHEALTHY")
+    started.process.say("ready")
+    started.until(lambda: health() == "READY")
+
+
+def test_a_worker_is_unhealthy_long_before_its_silent_process_is_replaced(started: Bench) -> None:
+    started.process.last_sign -= 0.11 * HANG_S
+    started.until(lambda: health() == "UNHEALTHY")
+    assert not started.process.is_killed
+    started.process.say("beat", {})
+    started.until(lambda: health() == "READY")
+
+
+def test_a_worker_whose_model_cannot_be_served_says_so_beyond_its_end(bench: Bench) -> None:
+    bench.scripts = [broken]
+    with pytest.raises(WorkerShutdown):
+        bench.pool.start()
+    assert health() == "SETUP_FAILED"
+
+
+def test_a_worker_that_loads_is_starting_and_one_that_dies_loading_unhealthy(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def looked() -> None:
+        said.append(health())
+        if len(said) == 20:
+            raise WorkerShutdown(0)
+        if len(said) == 10:
+            bench.process.die()
+
+    monkeypatch.setattr(worker_state, "maybe_shutdown", lambda: looked() if bench.processes else None)
+    bench.scripts = [loading, loading]
+    with pytest.raises(WorkerShutdown):
+        bench.pool.start()
+    assert said[:10] == ["STARTING"] * 10
+    assert said[-1] == "UNHEALTHY"
+
+
+def test_a_worker_that_ended_in_order_has_no_state(started: Bench) -> None:
+    started.until(lambda: health() == "READY")
+    started.pool.terminate()
+    assert not Path(os.environ["IDEFICS_STATE_FILE"]).exists()

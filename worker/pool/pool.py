@@ -24,6 +24,7 @@ from kombu.asynchronous.hub import Hub
 from config.settings import Settings
 from config.settings import load as load_settings
 from tasks.errors import DeadlineExceeded, WorkerLost
+from worker.health import State, StateFile
 from worker.pool import quarantine
 from worker.pool.job import Callback, Callbacks, Job, JobState, sendable
 from worker.pool.launch import ModelProcess
@@ -34,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at limits and signs of life.
 TICK_S = 0.1
-#: Seconds without a step or an idle beat after which a model process hangs.
-HANG_S = 300.0
+#: The part of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy.
+UNHEALTHY_PART = 0.1
 #: Times that a process that dies while it loads is started again, and the seconds before each.
 RESTART_DELAYS_S = (1.0, 4.0, 16.0)
 NEVER = float("inf")
@@ -81,6 +82,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         #: True while a group of suspects runs: nobody joins it.
         self._isolates = False
         self._failed_starts = 0
+        self._has_been_ready = False
         self._start_at = 0.0
         self._closing = False
         self._signals = DeferredSignals()
@@ -89,6 +91,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._figures: dict[str, int] = {}
         #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
         self._culprit_is_known = False
+        self._state_file = StateFile(self._settings.state_file, self._hostname)
 
     # Life cycle
 
@@ -142,6 +145,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _leave(self, grace_s: float = 0.0) -> None:
         self._end_process(grace_s)
         self._signals.restore()
+        self._state_file.remove()
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Nothing: `pid` holds all jobs. Celery calls `terminate` of the very job next."""
@@ -242,9 +246,14 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._on_readable()
         self._tick()
 
+    @property
+    def _hostname(self) -> str:
+        return str(self.options.get("initargs", (None, "celery"))[1])
+
     @_guarded
     def _tick(self) -> None:
         now = time.monotonic()
+        self._state_file.show(*self._health(now))
         if self._process is None:
             if now >= self._start_at and not self._closing:
                 self._start_process()
@@ -265,12 +274,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _is_hung(self, now: float) -> bool:
         assert self._process is not None
         if self._process.is_ready:
-            return now - self._process.last_sign > HANG_S
+            return now - self._process.last_sign > self._settings.hang_timeout_s
         return now - self._process.started_at > self._settings.load_timeout_s
 
     def _start_process(self) -> None:
         logger.info("Loading %s in a model process.", self._settings.model)
-        self._process = ModelProcess(self.options.get("initargs", (None, "celery"))[1])
+        self._process = ModelProcess(self._hostname)
         self._watch()
 
     def _watch(self) -> None:
@@ -322,6 +331,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _on_ready(self) -> None:
         assert self._process is not None
         self._process.is_ready = True
+        self._has_been_ready = True
         self._failed_starts = 0
         seconds = time.monotonic() - self._process.started_at
         logger.info("The model is ready after %.1f s (process %d).", seconds, self._process.pid)
@@ -330,7 +340,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _on_setup_failed(self, message: str) -> None:
         """Loading again would fail again."""
         logger.critical("The model cannot be served: %s The worker stops.", message)
-        self._give_up()
+        self._give_up(message)
 
     def _on_beat(self, figures: dict[str, int]) -> None:
         """That it arrived is half of the message."""
@@ -404,13 +414,14 @@ class InferencePool(BasePool):  # type: ignore[misc]
             return
         if self._failed_starts >= len(RESTART_DELAYS_S):
             logger.critical("The model process died %d times while loading. The worker stops.", self._failed_starts + 1)
-            self._give_up()
+            self._give_up("its process died each time while loading: look at the log")
             return
         self._start_at = time.monotonic() + RESTART_DELAYS_S[self._failed_starts]
         self._failed_starts += 1
 
-    def _give_up(self) -> None:
+    def _give_up(self, why: str) -> None:
         self._start_at = NEVER
+        self._state_file.show(State.SETUP_FAILED, why)
         worker_state.should_stop = EX_FAILURE
 
     def _end_process(self, grace_s: float = 0.0) -> int | None:
@@ -423,6 +434,19 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._process.close()
         self._process = None
         return status
+
+    def _health(self, now: float) -> tuple[State, str]:
+        """For the state file."""
+        if self._is_ready and self._process is not None:
+            silent = now - self._process.last_sign
+            limit = self._settings.hang_timeout_s
+            if silent > UNHEALTHY_PART * limit:
+                return State.UNHEALTHY, f"its model process is silent for {silent:.0f} s; at {limit:g} it is replaced"
+            is_full = self._closing or len(self._jobs) >= self._settings.job_threads
+            return (State.BUSY if is_full else State.READY), f"{len(self._jobs)} jobs"
+        if self._has_been_ready or self._failed_starts:
+            return State.UNHEALTHY, "its model process died; the next one loads"
+        return State.STARTING, ""
 
     def _get_info(self) -> dict[str, Any]:
         return {
