@@ -143,6 +143,17 @@ class Settings(BaseSettings):
     #: Seconds until the jobs of a worker that died come back. More than any job lasts, retries included.
     visibility_timeout_s: int = Field(default=3_600, ge=1)
 
+    #: Failed jobs kept with their payload, to be looked at and sent again (`idefics-jobs failed`).
+    failed_max: int = Field(default=10_000, ge=0)
+    #: Bytes of all of them: they lie in the results' Redis, and pictures sent as data: URIs are large.
+    failed_max_bytes: int = Field(default=2**28, ge=0)
+    #: Seconds that one is kept: two weeks.
+    failed_ttl_s: int = Field(default=1_209_600, ge=1)
+
+    #: The file with the worker's state, one for each worker; `python -m worker.health` reads this name too. Unset: a
+    #: file under the temporary directory, where the probe finds it.
+    state_file: Path | None = None
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @model_validator(mode="before")

@@ -16,6 +16,7 @@ from .errors import (
     QueueFull,
     WorkerLost,
 )
+from .failed import FailedJob
 from .payloads import (
     Answer,
     AnswerExample,
@@ -49,6 +50,7 @@ __all__ = [
     "Client",
     "Complete",
     "DeadlineExceeded",
+    "FailedJob",
     "ImageBlocked",
     "ImageInvalid",
     "ImagePath",

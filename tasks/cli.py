@@ -13,6 +13,7 @@ import click
 
 from .client import Client
 from .errors import JobCanceled, JobError, QueueFull
+from .failed import failed
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
 
 #: `caption` for `idefics.caption`.
@@ -27,6 +28,9 @@ TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
 def main(context: click.Context, broker: str | None, results: str | None) -> None:
     """Jobs for the IDEFICS workers."""
     context.obj = lambda: _client(broker, results)
+
+
+main.add_command(failed)
 
 
 def _client(broker: str | None, results: str | None) -> Client:

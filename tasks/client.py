@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -18,6 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from .capacity import Capacity, is_full
 from .errors import JobCanceled, QueueFull, from_exception
+from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys
 from .payloads import CANCEL_KEY, CANCEL_TTL_S, DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
 
@@ -211,6 +212,16 @@ class Client:
     def cancel(self, id: str) -> None:
         """Take a job back; see SubmittedJob.cancel."""
         self.job(id).cancel()
+
+    def failed(self) -> Iterator[FailedJob]:
+        """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
+        return iter(FailedJobs(self.app))
+
+    def retry(self, id: str) -> SubmittedJob:
+        """Send a failed job again: it keeps its id, links and chain. Raises LookupError where it is not kept."""
+        jobs = FailedJobs(self.app)
+        jobs.retry(jobs.get(id))
+        return self.job(id)
 
     async def asubmit(self, job: Job, **options: Any) -> SubmittedJob:
         """`submit` for asyncio."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .client import Status
 from .errors import InvalidRequest, JobError
+from .failed import FailedJob
 from .idempotency import digest
 from .payloads import Job, ModelInfo, Result, Timing, Usage
 
@@ -17,8 +19,8 @@ Answer = Callable[[Job], Result | str]
 class FakeJob:
     """What FakeClient.submit returns: a SubmittedJob that is over."""
 
-    def __init__(self, outcome: Result | JobError) -> None:
-        self.id = str(uuid.uuid4())
+    def __init__(self, outcome: Result | JobError, id: str | None = None) -> None:
+        self.id = id or str(uuid.uuid4())
         self._outcome = outcome
 
     @property
@@ -44,6 +46,7 @@ class FakeClient:
         self._answer = answer
         self._jobs: dict[str, FakeJob] = {}
         self._keyed: dict[str, tuple[str, FakeJob]] = {}
+        self._failed: dict[str, tuple[FailedJob, Job]] = {}
         #: The payloads in the order of submission.
         self.submitted: list[Job] = []
 
@@ -54,11 +57,17 @@ class FakeClient:
                 raise InvalidRequest("idempotency_key: another payload has this key.")
             return submitted
         self.submitted.append(job)
-        submitted = FakeJob(self._outcome(job))
-        self._jobs[submitted.id] = submitted
+        submitted = self._run(job, str(uuid.uuid4()))
         if job.idempotency_key:
             self._keyed[job.idempotency_key] = digest(job), submitted
         return submitted
+
+    def _run(self, job: Job, id: str) -> FakeJob:
+        outcome = self._outcome(job)
+        if isinstance(outcome, JobError):
+            self._failed[id] = (_failed(job, id, outcome), job)
+        self._jobs[id] = FakeJob(outcome, id)
+        return self._jobs[id]
 
     def submit_many(self, jobs: Iterable[Job], **options: Any) -> list[FakeJob]:
         return [self.submit(job) for job in jobs]
@@ -75,6 +84,14 @@ class FakeClient:
     def cancel(self, id: str) -> None:
         self.job(id).cancel()
 
+    def failed(self) -> Iterator[FailedJob]:
+        return (failed for failed, _ in tuple(self._failed.values()))
+
+    def retry(self, id: str) -> FakeJob:
+        """Asks `answer` once more. Raises LookupError for a job that has not failed."""
+        _, job = self._failed.pop(id)
+        return self._run(job, id)
+
     async def asubmit(self, job: Job, **options: Any) -> FakeJob:
         return self.submit(job)
 
@@ -90,6 +107,20 @@ class FakeClient:
         except JobError as error:
             return error
         return answer if isinstance(answer, Result) else canned(answer, job)
+
+
+def _failed(job: Job, id: str, error: JobError) -> FailedJob:
+    now = time.time()
+    return FailedJob(
+        id=id,
+        task=job.task,
+        code=error.code,
+        message=str(error),
+        host="fake",
+        attempts=1,
+        submitted_at=now,
+        failed_at=now,
+    )
 
 
 def canned(text: str, job: Job) -> Result:

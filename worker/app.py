@@ -19,9 +19,11 @@ from config.celery import configuration
 from config.logging import configure
 from config.settings import load
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
+from tasks.failed import Bounds
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
 from worker.cancel import Cancellations
+from worker.failed import keep_failures
 from worker.keyed import FirstStillRuns, first_answer
 from worker.pool import SoftShutdown
 from worker.service import Canceled, Service, Ticket
@@ -35,6 +37,7 @@ if settings.atomic_take:
 app = Celery("idefics", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY))
 app.steps["worker"].update([SoftShutdown, Cancellations])
+keep_failures(app, Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s))
 
 _service: Service | None = None
 

@@ -71,7 +71,8 @@ def test_volumes_are_named() -> None:
 def test_every_service_restarts_and_says_when_it_is_healthy() -> None:
     assert {service["restart"] for service in SERVICES.values()} == {"unless-stopped"}
     assert SERVICES["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
-    assert all("inspect ping" in SERVICES[name]["healthcheck"]["test"][1] for name in WORKERS)
+    probe = ["CMD", "python", "-m", "worker.health", "--ready"]
+    assert all(SERVICES[name]["healthcheck"]["test"] == probe for name in WORKERS)
 
 
 @pytest.mark.parametrize("name", WORKERS)
@@ -228,9 +229,9 @@ def test_the_worker_answers_is_healthy_and_stops(server: stack.Broker, tmp_path:
     producer = Producer(server)
     with _worker(server, tmp_path / "log") as process:
         assert producer.complete().apply_async().get(timeout=PATIENCE_S)["text"] == "llo"
-        assert _is_healthy(server)
+        assert _is_healthy(server, tmp_path / "log")
         _stop(process)
-    assert not _is_healthy(server)
+    assert not _is_healthy(server, tmp_path / "log")
 
 
 def test_a_worker_that_is_stopped_ends_its_running_jobs_and_leaves_as_soon(
@@ -280,29 +281,28 @@ def _bare_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
-def _environment(server: stack.Broker, **more: str) -> dict[str, str]:
-    """The cpu worker's, with this Redis and the quick model."""
+def _environment(server: stack.Broker, log: Path, **more: str) -> dict[str, str]:
+    """The cpu worker's, with this Redis, the quick model, and its own temporary directory as in a container."""
     given = {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
     environment = _bare_environment() | compose(given)["services"]["worker-cpu"]["environment"]
     environment |= {"IDEFICS_MODEL": "fake:0.02", "IDEFICS_SOFT_SHUTDOWN_TIMEOUT_S": str(SOFT_S)}
-    return environment | {"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "HOSTNAME": os.uname().nodename} | more
+    return environment | {"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "TMPDIR": str(log.parent)} | more
 
 
 @contextmanager
 def _worker(server: stack.Broker, log: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
     program, *arguments = SERVICES["worker-cpu"]["command"]
     command = [str(PROGRAMS / program), *arguments]
-    with stack.started(command, log=log, environment=_environment(server, **more)) as process:
+    with stack.started(command, log=log, environment=_environment(server, log, **more)) as process:
         stack.await_line(process, log, " ready.", stack.WORKER_START_S)
         yield process
 
 
-def _is_healthy(server: stack.Broker) -> bool:
-    kind, command = SERVICES["worker-cpu"]["healthcheck"]["test"]
-    assert kind == "CMD-SHELL"
-    # A container's shell gets HOSTNAME from Docker; $$ is compose's way to write $.
-    shell = ["sh", "-c", command.replace("$$", "$")]
-    run = subprocess.run(shell, env=_environment(server), cwd=CHECKOUT, capture_output=True, timeout=PATIENCE_S)
+def _is_healthy(server: stack.Broker, log: Path) -> bool:
+    kind, program, *arguments = SERVICES["worker-cpu"]["healthcheck"]["test"]
+    assert kind == "CMD"
+    command = [str(PROGRAMS / program), *arguments]
+    run = subprocess.run(command, env=_environment(server, log), cwd=CHECKOUT, capture_output=True, timeout=PATIENCE_S)
     return run.returncode == 0
 
 

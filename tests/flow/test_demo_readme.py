@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tasks import Caption, Client, ImageUnreachable
 from worker.demo.stack import CHECKOUT, Broker
 
 README = (CHECKOUT / "README.md").read_text()
@@ -68,21 +69,46 @@ def test_the_shell_blocks_name_make_targets_that_exist() -> None:
 
 
 def test_the_shell_blocks_of_the_command_line_print_results(demo_broker: Broker, pictures_url: str) -> None:
-    [code] = [code for code in SHELL if "idefics-jobs" in code]
+    [code] = [code for code in SHELL if "idefics-jobs submit" in code]
+    texts = [json.loads(said)["text"].strip() for said in _said(_placed(code, demo_broker, pictures_url), demo_broker)]
+    assert texts == ["A cat on a blue background.", "animal"]
+
+
+def test_the_shell_block_of_failed_jobs_lists_and_sends_again(demo_broker: Broker, pictures_url: str) -> None:
+    [code] = [code for code in SHELL if "idefics-jobs failed" in code]
+    # Nobody listens there.
+    away = pictures_url.replace("127.0.0.1", "127.0.0.2")
+    job = Client(demo_broker.url).submit(Caption(image=f"{away}/cat.png"))
+    with pytest.raises(ImageUnreachable):
+        job.result(timeout=30)
+    listed, sent, dropped = _said(code, demo_broker)
+    assert job.id in listed
+    assert sent == "1 jobs sent again\n"
+    assert dropped == "0 jobs dropped\n"
+
+
+def _said(code: str, broker: Broker) -> list[str]:
+    """What each line of a shell block prints."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "IDEFICS_BROKER_URL": demo_broker.url,
-        "IDEFICS_RESULT_BACKEND": demo_broker.results,
+        "IDEFICS_BROKER_URL": broker.url,
+        "IDEFICS_RESULT_BACKEND": broker.results,
     }
-    texts = []
-    for line in _placed(code, demo_broker, pictures_url).splitlines():
+    said = []
+    for line in code.splitlines():
         done = subprocess.run(
             line, shell=True, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
-        texts.append(json.loads(done.stdout)["text"].strip())
-    assert texts == ["A cat on a blue background.", "animal"]
+        said.append(done.stdout)
+    return said
+
+
+def test_the_shell_block_of_the_probe_tells_a_workers_state(demo_broker: Broker) -> None:
+    assert any(code.strip() == "python -m worker.health" for code in SHELL)
+    done = subprocess.run([sys.executable, "-m", "worker.health"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert ": READY" in done.stdout
 
 
 def test_the_shell_block_of_the_settings_prints_them() -> None:
@@ -92,5 +118,11 @@ def test_the_shell_block_of_the_settings_prints_them() -> None:
 
 
 def test_every_shell_block_is_covered() -> None:
-    covered = ("make demo", "idefics-jobs", "celery -A worker.app worker", "python -m config")
+    covered = (
+        "make demo",
+        "idefics-jobs",
+        "celery -A worker.app worker",
+        "python -m config",
+        "python -m worker.health",
+    )
     assert all(any(start in code for start in covered) for code in SHELL)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from celery.worker import state as worker_state
 from kombu.asynchronous import Hub
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
+from config.settings import Settings
 from tasks.errors import DeadlineExceeded, WorkerLost
 from tasks.payloads import SUBMITTED_AT
 from worker.deliveries import Deliveries, Key
@@ -27,9 +30,9 @@ from worker.pool.pool import InferencePool
 from worker.pool.wire import Channel, Message
 
 THREADS = 100
-HANG_S = 300.0
 #: Seconds that a test waits for what takes a tick of the pool.
 SOON = 5.0
+HANG_S = Settings().hang_timeout_s
 
 
 class StubProcess:
@@ -232,11 +235,11 @@ def broken(process: StubProcess) -> None:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bench]:
     for name in [name for name in os.environ if name.startswith("IDEFICS_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("IDEFICS_STATE_FILE", str(tmp_path / "state.json"))
     monkeypatch.setenv("IDEFICS_PREFETCH", str(THREADS))
-    monkeypatch.setenv("IDEFICS_HANG_TIMEOUT_S", str(HANG_S))
     monkeypatch.setattr(pool_module, "TICK_S", 0.02)
     bench = Bench()
     monkeypatch.setattr(pool_module, "ModelProcess", bench.new_process)
@@ -854,3 +857,68 @@ def test_revoking_by_the_process_id_spares_the_neighbours(started: Bench) -> Non
     assert not started.process.is_killed
     assert request.job is not None
     assert request.job.state is JobState.SENT
+
+
+# What the state file says
+
+
+def health() -> str:
+    """The state's name."""
+    return str(json.loads(Path(os.environ["IDEFICS_STATE_FILE"]).read_text())["state"])
+
+
+def test_a_worker_with_a_free_place_is_ready_and_a_full_one_busy(started: Bench) -> None:
+    started.until(lambda: health() == "READY")
+    started.submit(*map(str, range(THREADS)))
+    started.until(lambda: health() == "BUSY")
+    started.process.finish("0")
+    started.until(lambda: health() == "READY")
+
+
+def test_a_worker_is_unhealthy_from_its_process_death_until_the_next_is_ready(started: Bench) -> None:
+    started.scripts = [loading]
+    started.process.die()
+    started.until(lambda: health() == "UNHEALTHY")
+    started.process.say("ready")
+    started.until(lambda: health() == "READY")
+
+
+def test_a_worker_is_unhealthy_long_before_its_silent_process_is_replaced(started: Bench) -> None:
+    started.process.last_sign -= 0.11 * HANG_S
+    started.until(lambda: health() == "UNHEALTHY")
+    assert not started.process.is_killed
+    started.process.say("beat", {})
+    started.until(lambda: health() == "READY")
+
+
+def test_a_worker_whose_model_cannot_be_served_says_so_beyond_its_end(bench: Bench) -> None:
+    bench.scripts = [broken]
+    with pytest.raises(WorkerShutdown):
+        bench.pool.start()
+    assert health() == "SETUP_FAILED"
+
+
+def test_a_worker_that_loads_is_starting_and_one_that_dies_loading_unhealthy(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def looked() -> None:
+        said.append(health())
+        if len(said) == 20:
+            raise WorkerShutdown(0)
+        if len(said) == 10:
+            bench.process.die()
+
+    monkeypatch.setattr(worker_state, "maybe_shutdown", lambda: looked() if bench.processes else None)
+    bench.scripts = [loading, loading]
+    with pytest.raises(WorkerShutdown):
+        bench.pool.start()
+    assert said[:10] == ["STARTING"] * 10
+    assert said[-1] == "UNHEALTHY"
+
+
+def test_a_worker_that_ended_in_order_has_no_state(started: Bench) -> None:
+    started.until(lambda: health() == "READY")
+    started.pool.terminate()
+    assert not Path(os.environ["IDEFICS_STATE_FILE"]).exists()

@@ -71,6 +71,20 @@ def test_a_job_is_found_again_by_its_id() -> None:
     assert client.result(one.id, timeout=1).text == "one"
 
 
+def test_a_failed_job_is_listed_and_can_be_tried_again() -> None:
+    answers = iter([_blocked, _prompt])
+    client = FakeClient(lambda job: next(answers)(job))
+    job = client.submit(ONE)
+    assert [(failed.id, failed.code, failed.task) for failed in client.failed()] == [
+        (job.id, "image_blocked", "idefics.caption")
+    ]
+    assert client.retry(job.id).id == job.id
+    assert client.result(job.id).text == "one"
+    assert list(client.failed()) == []
+    with pytest.raises(LookupError):
+        client.retry(job.id)
+
+
 def test_asyncio_has_the_same_answers() -> None:
     async def story() -> Result:
         client = FakeClient(_prompt)

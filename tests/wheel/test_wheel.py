@@ -68,3 +68,5 @@ def test_the_wheel_imports_where_torch_tasks_worker_and_config_are_absent(wheel:
     assert "imported" in done.stdout
     help_text = subprocess.run([python.parent / "idefics-jobs", "--help"], capture_output=True, text=True)
     assert "submit" in help_text.stdout, help_text.stderr
+    celery = subprocess.run([python.parent / "celery", "failed", "--help"], capture_output=True, text=True)
+    assert "retry" in celery.stdout, celery.stderr

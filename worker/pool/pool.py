@@ -26,6 +26,7 @@ from config.settings import Settings
 from config.settings import load as load_settings
 from tasks.errors import DeadlineExceeded, Internal, WorkerLost
 from worker.deliveries import Deliveries
+from worker.health import State, StateFile
 from worker.pool import quarantine
 from worker.pool.job import Callback, Callbacks, Job, JobState, is_redelivered, sendable
 from worker.pool.launch import ModelProcess
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at limits and signs of life.
 TICK_S = 0.1
+#: The part of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy.
+UNHEALTHY_PART = 0.1
 #: One for each time that a process that dies while it loads is started again: how many `restart_backoff_s` later.
 RESTART_DELAYS = (1, 4, 16)
 NEVER = float("inf")
@@ -81,6 +84,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         #: True while a group of suspects runs: nobody joins it.
         self._isolates = False
         self._failed_starts = 0
+        self._has_been_ready = False
         self._start_at = 0.0
         self._closing = False
         self._signals = DeferredSignals()
@@ -94,6 +98,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             most=self._settings.max_deliveries,
             ttl_s=self._settings.visibility_timeout_s + self._settings.result_ttl_s,
         )
+        self._state_file = StateFile(self._settings.state_file, self._hostname)
 
     # Life cycle
 
@@ -149,6 +154,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._end_process(grace_s)
         self._give_back()
         self._signals.restore()
+        self._state_file.remove()
 
     @_guarded
     def _give_back(self) -> None:
@@ -277,9 +283,14 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._on_readable()
         self._tick()
 
+    @property
+    def _hostname(self) -> str:
+        return str(self.options.get("initargs", (None, "celery"))[1])
+
     @_guarded
     def _tick(self) -> None:
         now = time.monotonic()
+        self._state_file.show(*self._health(now))
         if self._process is None:
             if now >= self._start_at and not self._closing:
                 self._start_process()
@@ -305,7 +316,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _start_process(self) -> None:
         logger.info("Loading %s in a model process.", self._settings.model)
-        self._process = ModelProcess(self.options.get("initargs", (None, "celery"))[1])
+        self._process = ModelProcess(self._hostname)
         self._watch()
 
     def _watch(self) -> None:
@@ -358,6 +369,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         assert self._process is not None
         self._process.is_ready = True
         self._process.last_sign = time.monotonic()
+        self._has_been_ready = True
         self._failed_starts = 0
         seconds = time.monotonic() - self._process.started_at
         logger.info("The model is ready after %.1f s (process %d).", seconds, self._process.pid)
@@ -366,7 +378,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _on_setup_failed(self, message: str) -> None:
         """Loading again would fail again."""
         logger.critical("The model cannot be served: %s The worker stops.", message)
-        self._give_up()
+        self._give_up(message)
 
     def _on_beat(self, figures: dict[str, int]) -> None:
         """A sign of life of the engine's. What job threads say is none: they go on beside an engine that is stuck."""
@@ -455,14 +467,15 @@ class InferencePool(BasePool):  # type: ignore[misc]
                 "is the kernel's, for want of memory. The worker stops.",
                 self._failed_starts + 1,
             )
-            self._give_up()
+            self._give_up("its process died each time while loading: look at the log")
             return
         delay = RESTART_DELAYS[self._failed_starts] * self._settings.restart_backoff_s
         self._start_at = time.monotonic() + delay
         self._failed_starts += 1
 
-    def _give_up(self) -> None:
+    def _give_up(self, why: str) -> None:
         self._start_at = NEVER
+        self._state_file.show(State.SETUP_FAILED, why)
         worker_state.should_stop = EX_FAILURE
 
     def _end_process(self, grace_s: float = 0.0) -> int | None:
@@ -475,6 +488,19 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._process.close()
         self._process = None
         return status
+
+    def _health(self, now: float) -> tuple[State, str]:
+        """For the state file."""
+        if self._is_ready and self._process is not None:
+            silent = now - self._process.last_sign
+            limit = self._settings.hang_timeout_s
+            if silent > UNHEALTHY_PART * limit:
+                return State.UNHEALTHY, f"its model process is silent for {silent:.0f} s; at {limit:g} it is replaced"
+            is_full = self._closing or len(self._jobs) >= self._settings.job_threads
+            return (State.BUSY if is_full else State.READY), f"{len(self._jobs)} jobs"
+        if self._has_been_ready or self._failed_starts:
+            return State.UNHEALTHY, "its model process died; the next one loads"
+        return State.STARTING, ""
 
     def _get_info(self) -> dict[str, Any]:
         return {

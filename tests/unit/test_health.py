@@ -1,0 +1,191 @@
+"""A worker's state file and its probe, without a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from worker import health
+from worker.health import ALIVE_WITHIN_S, READY_WITHIN_S, Report, State, StateFile
+
+Probe = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "state.json"
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the workers that were given no file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("IDEFICS_STATE_FILE", raising=False)
+    return health.folder()
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Probe:
+    """Exit status and output."""
+
+    def run(*arguments: str, file: Path | None = None) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["health", *arguments])
+        if file:
+            monkeypatch.setenv("IDEFICS_STATE_FILE", str(file))
+        return health.main(), capsys.readouterr().out
+
+    return run
+
+
+def age(file: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(file, (then, then))
+
+
+def of_another(folder: Path, pid: int, worker: str = "gone@here", state: State = State.READY) -> Path:
+    """The file of a process that is no more: a pid from 2**22 on is never one."""
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{pid}.json"
+    said = {"state": state.name, "reason": "", "worker": worker, "pid": pid, "born": "5", "age_s": 0.0}
+    file.write_text(json.dumps(said))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("state", "ready", "alive"),
+    [
+        (State.STARTING, 1, 0),
+        (State.READY, 0, 0),
+        (State.BUSY, 0, 0),
+        (State.UNHEALTHY, 1, 0),
+        (State.SETUP_FAILED, 1, 1),
+    ],
+)
+def test_a_state_is_ready_or_alive_or_neither(file: Path, probe: Probe, state: State, ready: int, alive: int) -> None:
+    StateFile(file, "a@b").show(state, "why")
+    assert probe("--ready", file=file) == (ready, f"a@b: {state.name} (why). {state.value}\n")
+    assert probe(file=file)[0] == ready
+    assert probe("--alive", file=file)[0] == alive
+
+
+def test_a_silent_worker_is_unhealthy_and_soon_not_ready_and_late_not_alive(file: Path, probe: Probe) -> None:
+    StateFile(file, "a@b").show(State.READY)
+    age(file, READY_WITHIN_S + 1)
+    status, said = probe("--ready", file=file)
+    assert status == 1
+    assert "UNHEALTHY (silent for 16 s" in said
+    assert probe("--alive", file=file)[0] == 0
+    age(file, ALIVE_WITHIN_S + 1)
+    assert probe("--alive", file=file)[0] == 1
+
+
+def test_a_worker_that_was_killed_is_unhealthy(shared: Path, probe: Probe) -> None:
+    of_another(shared, 2**22)
+    for kind in ("--ready", "--alive"):
+        status, said = probe(kind)
+        assert status == 1
+        assert said.startswith("gone@here: UNHEALTHY (it is gone")
+
+
+def test_another_process_under_the_same_pid_is_not_the_worker(shared: Path, probe: Probe) -> None:
+    of_another(shared, os.getpid())
+    assert probe()[0] == 1
+
+
+def test_what_failed_at_its_start_is_still_told_when_the_process_is_gone(shared: Path, probe: Probe) -> None:
+    of_another(shared, 2**22, state=State.SETUP_FAILED)
+    status, said = probe("--ready")
+    assert status == 1
+    assert "SETUP_FAILED" in said
+
+
+def test_without_a_worker_nothing_is_ready(shared: Path, probe: Probe) -> None:
+    assert probe() == (1, "No worker: none runs here, or its IDEFICS_STATE_FILE is another.\n")
+
+
+def test_workers_of_one_machine_do_not_clash(shared: Path, probe: Probe) -> None:
+    StateFile(None, "a@b").show(State.READY)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        report = Report(State.STARTING, "", "c@d", other.pid, health._born(other.pid))
+        of_another(shared, other.pid).write_text(
+            json.dumps({"state": "STARTING", "reason": "", "worker": "c@d", "pid": other.pid, "born": report.born})
+        )
+        status, said = probe()
+        assert status == 1
+        assert {line.split(":")[0] for line in said.splitlines()} == {"a@b", "c@d"}
+        assert probe("--worker", "a@b")[0] == 0
+        assert probe("--worker", "c@d")[0] == 1
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_dead_worker_is_not_asked_where_another_lives(shared: Path, probe: Probe) -> None:
+    StateFile(None, "a@b").show(State.READY)
+    of_another(shared, 2**22)
+    assert probe() == (0, f"a@b: READY. {State.READY.value}\n")
+
+
+def test_a_new_worker_takes_the_files_of_killed_ones_away(shared: Path) -> None:
+    gone = of_another(shared, 2**22)
+    (shared / "junk.json").write_text("{")
+    StateFile(None, "a@b").show(State.STARTING)
+    assert not gone.exists()
+    assert [path.name for path in shared.iterdir()] == [f"{os.getpid()}.json"]
+
+
+def test_the_workers_folder_is_their_users_alone(shared: Path) -> None:
+    StateFile(None, "a@b").show(State.STARTING)
+    assert shared.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_orderly_end_leaves_no_file_and_a_failed_start_its_reason(file: Path) -> None:
+    ended, broken = StateFile(file, "a@b"), StateFile(file, "a@b")
+    ended.show(State.READY)
+    ended.remove()
+    assert not file.exists()
+    broken.show(State.SETUP_FAILED, "no such model")
+    broken.show(State.STARTING)
+    broken.remove()
+    assert json.loads(file.read_text())["reason"] == "no such model"
+
+
+def test_an_unchanged_state_is_written_again_after_a_second_and_a_new_one_at_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    shown = StateFile(file, "a@b")
+    shown.show(State.READY, "1 jobs")
+    shown.show(State.READY, "2 jobs")
+    assert "1 jobs" in file.read_text()
+    now += health.RENEW_S
+    shown.show(State.READY, "3 jobs")
+    assert "3 jobs" in file.read_text()
+    shown.show(State.BUSY, "4 jobs")
+    assert "4 jobs" in file.read_text()
+
+
+def test_a_place_that_cannot_be_written_is_told_once_and_the_worker_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = StateFile(tmp_path / "nowhere" / "state.json", "a@b")
+    for state in (State.STARTING, State.READY, State.BUSY):
+        shown.show(state)
+    assert len(caplog.records) == 1
+    assert "IDEFICS_STATE_FILE" in caplog.text
+
+
+def test_the_probe_loads_neither_celery_nor_torch_nor_our_settings() -> None:
+    code = "import sys, worker.health; print(sorted({'celery', 'torch', 'pydantic', 'config'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "[]\n", done.stderr

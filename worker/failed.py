@@ -1,0 +1,64 @@
+"""Keeps every job that ended in FAILURE, whole, on the list that `tasks/failed.py` reads.
+
+Celery says `task_failure` where a job fails: in the model process as a rule, in the parent where that process was lost
+or the job overran its hard limit. Both import this.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from celery import Celery, Task, states
+from celery.app.task import Context
+from celery.signals import task_failure
+
+from tasks.errors import from_exception
+from tasks.failed import Bounds, FailedJob, FailedJobs
+from tasks.payloads import SUBMITTED_AT
+
+logger = logging.getLogger(__name__)
+
+
+def keep_failures(app: Celery, bounds: Bounds) -> None:
+    """From now on keep the failed jobs of an app's tasks."""
+
+    def keep(sender: Task, task_id: str, exception: BaseException, args: Any, kwargs: Any, **_: Any) -> None:
+        if sender.app is not app:
+            return
+        try:
+            if not _has_other_end(app, task_id):
+                request = _request(sender, task_id, args, kwargs)
+                job = failed_job(sender.name, request, exception)
+                FailedJobs(app).keep(job, dict(sender.signature_from_request(request, retries=0)), bounds)
+        except Exception as error:
+            logger.error("Job %s failed and cannot be kept on the list of failed jobs: %s", task_id, error)
+
+    task_failure.connect(keep, weak=False)
+
+
+def failed_job(task: str, request: Context, error: BaseException) -> FailedJob:
+    ours = from_exception(error)
+    return FailedJob(
+        id=request.id,
+        task=task,
+        code=ours.code,
+        message=str(ours),
+        host=str(request.hostname),
+        attempts=(request.retries or 0) + 1,
+        submitted_at=request.get(SUBMITTED_AT),
+        failed_at=time.time(),
+    )
+
+
+def _has_other_end(app: Celery, id: str) -> bool:
+    """Another run of the same job ended first: its producer reads an answer, or that it was taken back."""
+    state = app.backend.get_task_meta(id, cache=False)["status"]
+    return state in states.READY_STATES - {states.FAILURE}
+
+
+def _request(task: Task, id: str, args: Any, kwargs: Any) -> Context:
+    """The failed job's. Celery gives none with a rejection in the parent: its links are lost then, its payload not."""
+    request = task.request
+    return request if request.id == id else Context(id=id, args=args, kwargs=kwargs)

@@ -1,0 +1,179 @@
+"""A worker's state as a file, and the probe that reads it: `python -m worker.health [--ready | --alive]`.
+
+Celery's own `inspect ping` is answered while the model process is dead or hangs. The worker's parent, which knows,
+writes its state here each second. A container asks every few seconds, so the probe imports neither torch nor Celery
+nor our settings; of those it needs one, IDEFICS_STATE_FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SETTING = "IDEFICS_STATE_FILE"
+#: Seconds between two writes of an unchanged state.
+RENEW_S = 1.0
+#: Seconds without a write after which a worker is not ready.
+READY_WITHIN_S = 15.0
+#: ... and not alive. Longer: a parent that waits for the broker to come back does not write, and ending it would only
+#: load the model once more.
+ALIVE_WITHIN_S = 300.0
+
+
+class State(Enum):
+    """What a worker does, and what to do about it."""
+
+    STARTING = "The model is loading: wait."
+    READY = "It takes jobs."
+    BUSY = "All its places are taken: add workers if jobs wait for too long."
+    SETUP_FAILED = "The model cannot be served: correct what the reason names and start the worker again."
+    UNHEALTHY = "Its log says more."
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a worker last said of itself."""
+
+    state: State
+    reason: str
+    #: Its node name.
+    worker: str
+    pid: int
+    #: When that process started, in the kernel's words: a pid may be another process's by now.
+    born: str
+    #: Seconds since it was written.
+    age_s: float = 0.0
+
+    @property
+    def is_there(self) -> bool:
+        return _born(self.pid) == self.born
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_there and self.age_s <= READY_WITHIN_S and self.state in (State.READY, State.BUSY)
+
+    @property
+    def is_alive(self) -> bool:
+        """A restart from outside would not help: it is well, loads, or replaces its model process itself."""
+        return self.is_there and self.age_s <= ALIVE_WITHIN_S and self.state is not State.SETUP_FAILED
+
+    def __str__(self) -> str:
+        state, reason = self.state, self.reason
+        if state is not State.SETUP_FAILED and not self.is_there:
+            state, reason = State.UNHEALTHY, "it is gone and did not end in order: start it again"
+        elif state is not State.SETUP_FAILED and self.age_s > READY_WITHIN_S:
+            state, reason = State.UNHEALTHY, f"silent for {self.age_s:.0f} s: the broker is away, or it hangs"
+        return f"{self.worker}: {state.name}{f' ({reason})' if reason else ''}. {state.value}"
+
+
+def _born(pid: int) -> str:
+    try:
+        # The name in parentheses may hold blanks.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def folder() -> Path:
+    """Where workers without the setting write, each under its pid."""
+    return Path(tempfile.gettempdir()) / f"idefics-workers-{os.getuid()}"
+
+
+class StateFile:
+    """The worker's side."""
+
+    def __init__(self, path: Path | None, worker: str) -> None:
+        self._path = path or folder() / f"{os.getpid()}.json"
+        self._is_shared = path is None
+        self._worker = worker
+        self._state: State | None = None
+        self._written_at = 0.0
+        self._fails = False
+
+    def show(self, state: State, reason: str = "") -> None:
+        """Write a state if it is new or its last writing old. Where that fails the worker goes on, and says so once.
+
+        SETUP_FAILED is the last one.
+        """
+        now = time.monotonic()
+        if self._state is State.SETUP_FAILED or (state is self._state and now - self._written_at < RENEW_S):
+            return
+        is_first, self._state, self._written_at = self._state is None, state, now
+        try:
+            if is_first and self._is_shared:
+                _clean(self._path.parent)
+            self._write(Report(state, reason, self._worker, os.getpid(), _born(os.getpid())))
+            self._fails = False
+        except OSError as error:
+            if not self._fails:
+                logger.error("The worker's state cannot be written: %s. Its probe will fail; see %s.", error, SETTING)
+            self._fails = True
+
+    def remove(self) -> None:
+        """An orderly end. What failed at its start stays to be read."""
+        if self._state is not State.SETUP_FAILED:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+    def _write(self, report: Report) -> None:
+        draft = self._path.with_suffix(f".{os.getpid()}.draft")
+        draft.write_text(json.dumps({**asdict(report), "state": report.state.name}))
+        draft.replace(self._path)
+
+
+def _clean(folder: Path) -> None:
+    """Make the folder, without the files of workers that were killed."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path in folder.glob("*.json"):
+        report = _read(path)
+        if report is None or not report.is_there:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Report | None:
+    try:
+        said = json.loads(path.read_text())
+        age_s = max(0.0, time.time() - path.stat().st_mtime)
+        return Report(**{**said, "state": State[said["state"]], "age_s": age_s})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def reports(path: Path | None, worker: str | None = None) -> list[Report]:
+    """What is known of a file's worker, or of this machine's: those that are there, else those that were."""
+    paths: Iterable[Path] = [path] if path else folder().glob("*.json")
+    found = [report for report in map(_read, sorted(paths)) if report and worker in (None, report.worker)]
+    return [report for report in found if report.is_there] or found
+
+
+def main() -> int:
+    """Print the state of this machine's workers. The exit status is 0 where all are as asked, else 1."""
+    parser = argparse.ArgumentParser("python -m worker.health", description=main.__doc__)
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--ready", action="store_true", help="they can run jobs (the default)")
+    asked.add_argument("--alive", action="store_true", help="no restart would help: well, loading, or healing")
+    parser.add_argument("--worker", metavar="NAME", help="one of several, as gpu0@host")
+    options = parser.parse_args()
+    path = os.environ.get(SETTING)
+    found = reports(Path(path) if path else None, options.worker)
+    sys.stdout.writelines(f"{report}\n" for report in found)
+    if not found:
+        sys.stdout.write(f"No worker: none runs here, or its {SETTING} is another.\n")
+    is_good = found and all(report.is_alive if options.alive else report.is_ready for report in found)
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
