@@ -165,7 +165,7 @@ def test_a_repeated_attempt_is_not_taken_for_another_run(
 
 def test_a_later_run_calls_no_errback_and_fails_no_chain(backend: Any, id: str, broker: stack.Broker) -> None:
     queue, rest = uuid.uuid4().hex, uuid.uuid4().hex
-    errback = backend.app.signature("shop.keep", queue=queue)
+    errback = backend.app.signature("elsewhere.errback", queue=queue)
 
     def fail() -> None:
         later = backend.app.signature("shop.shout", task_id=rest)
