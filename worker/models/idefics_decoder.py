@@ -135,6 +135,7 @@ class IdeficsDecoder:
             for parts, attention in ((layers, layers[0].self_attn), (blocks, blocks[0].cross_attn))
         )
         self._continue = Traced(_Layers(layers, blocks, self._interval))
+        self._look = Traced(_Reader(layers, blocks, self._interval))
         #: Keys of one image: the resampler's latents, or the vision tower's patches.
         self._width = 0
         #: By slot: its tokens, and whether new ones see an image.
@@ -217,23 +218,26 @@ class IdeficsDecoder:
         if any(self._sees[places.first : places.end]):
             caches += self._cross.views(places.first, places.end, self._width)
         rotary = self._rotary(states, places.positions)
-        assert places.mask is not None, "a prompt stands before"
-        return self._continue(states, *rotary, places.rows, places.stored, places.mask, ~sees[:, None, None], *caches)
+        return self._continue(states, *rotary, places.rows, places.stored, places.seen, ~sees[:, None, None], *caches)
 
     def _read(self, prompts: Sequence[Prompt], image_id: int) -> Tensor:
         length = max(len(prompt.ids) for prompt in prompts)
         # Padding on the right: no kept token looks at it, and the next tokens overwrite it.
         ids = _padded([prompt.ids for prompt in prompts], length, 0, self._device)
         places = _Places(self._device, len(self._lengths), [prompt.start for prompt in prompts], length)
+        self._recall(prompts, places)
         states: Tensor = self._model.embed_tokens(ids)
-        rotary = self._rotary(states, places.positions)
+        text = (states, *self._rotary(states, places.positions), places.rows, places.stored)
+        own = self._own.views(places.first, places.end, places.longest)
         shown = _Shown(prompts, (ids == image_id).cumsum(dim=1), states)
-        for index, layer in enumerate(self._model.layers):
-            if index % self._interval == 0:
-                states = self._look(index // self._interval, states, shown, places)
-            self._recall(index, prompts, places)
-            keys, values = self._own.view(index, places.first, places.end, places.longest)
-            states = _attend(layer, states, rotary, keys, values, places.rows, places.stored, places.mask)
+        if shown.distinct is None:
+            states = self._continue(*text, places.seen, shown.blind, *own)
+        else:
+            self._width = shown.distinct.shape[1]
+            images = (shown.distinct, shown.index, shown.last, shown.mask, shown.blind)
+            cross = self._cross.views(places.first, places.end, self._width)
+            before = () if places.mask is None else (places.mask,)
+            states = self._look(*text, *images, *before, *own, *cross)
         self._lengths += [prompt.start + len(prompt.ids) for prompt in prompts]
         self._sees += [prompt.last_image is not None for prompt in prompts]
         return states
@@ -242,34 +246,47 @@ class IdeficsDecoder:
         logits: Tensor = self._head(self._model.norm(states))
         return logits.float()
 
-    # The text's own attention
-
-    def _recall(self, index: int, prompts: Sequence[Prompt], places: _Places) -> None:
+    def _recall(self, prompts: Sequence[Prompt], places: _Places) -> None:
         """Put the prompts' prefixes into their slots."""
-        keys, values = self._own.reserve(index, places.end, places.longest)
         for slot, prompt in enumerate(prompts, start=places.first):
-            if prompt.prefix is not None:
-                kept = prompt.prefix.layers[index]
+            for index, kept in enumerate(prompt.prefix.layers if prompt.prefix else ()):
+                keys, values = self._own.reserve(index, places.end, places.longest)
                 keys[slot, :, : prompt.start], values[slot, :, : prompt.start] = kept
 
-    # The gated attention to images
 
-    def _look(self, index: int, states: Tensor, shown: _Shown, places: _Places) -> Tensor:
-        """While prompts are read: each token sees the image before it."""
-        block = self._model.gated_cross_attn_layers[index]
-        if shown.distinct is None:
-            return _mixed(block, states)
-        attention = block.cross_attn
-        keys = _headed(attention, attention.k_proj(shown.distinct))
-        values = _headed(attention, attention.v_proj(shown.distinct))
-        keys = attention.k_layer_norm(keys) if attention.qk_layer_norms else keys
-        self._width = keys.shape[2]
-        kept = self._cross.view(index, places.first, places.end, self._width)
-        for cache, new in zip(kept, (keys, values), strict=True):
-            cache[:] = new[shown.last]
-        query = _query(block, states)
-        attended = scaled_dot_product_attention(query, shown.side_by_side(keys), shown.side_by_side(values), shown.mask)
-        return _gated(block, states, attended, shown.blind)
+class _Reader(torch.nn.Module):
+    """All layers on prompts that show images, as one function of tensors."""
+
+    def __init__(self, layers: torch.nn.ModuleList, blocks: torch.nn.ModuleList, interval: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.blocks = blocks
+        self.interval = interval
+
+    def forward(
+        self,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rows: Tensor,
+        stored: Tensor,
+        distinct: Tensor,
+        index: Tensor,
+        last: Tensor,
+        looks: Tensor,
+        blind: Tensor,
+        *rest: Tensor,
+    ) -> Tensor:
+        """`distinct` to `blind` are _Shown's. `rest` are the text's own mask, where something stands before, and the
+        keys and values of each layer, then those of each image block."""
+        mask = rest[0] if len(rest) % 2 else None
+        own, cross = _pairs(rest[len(rest) % 2 :], len(self.layers))
+        for number, layer in enumerate(self.layers):
+            if number % self.interval == 0:
+                block = number // self.interval
+                states = _look(self.blocks[block], states, distinct, index, last, looks, blind, *cross[block])
+            states = _attend(layer, states, (cos, sin), *own[number], rows, stored, mask)
+        return states
 
 
 class _Layers(torch.nn.Module):
@@ -293,14 +310,19 @@ class _Layers(torch.nn.Module):
         *caches: Tensor,
     ) -> Tensor:
         """`caches` are the keys and values of each layer, then those of each image block unless no row sees one."""
-        pairs = list(zip(caches[::2], caches[1::2], strict=True))
-        own, cross = pairs[: len(self.layers)], pairs[len(self.layers) :]
+        own, cross = _pairs(caches, len(self.layers))
         for index, layer in enumerate(self.layers):
             if index % self.interval == 0:
                 number = index // self.interval
                 states = _look_back(self.blocks[number], states, blind, cross[number] if cross else None)
             states = _attend(layer, states, (cos, sin), *own[index], rows, stored, mask)
         return states
+
+
+def _pairs(caches: Sequence[Tensor], layers: int) -> tuple[list[KeysValues], list[KeysValues]]:
+    """Keys and values, of the layers and of the image blocks."""
+    pairs = list(zip(caches[::2], caches[1::2], strict=True))
+    return pairs[:layers], pairs[layers:]
 
 
 def _attend(
@@ -331,6 +353,35 @@ def _attend(
     return mixed
 
 
+def _look(
+    block: Block,
+    states: Tensor,
+    distinct: Tensor,
+    index: Tensor,
+    last: Tensor,
+    looks: Tensor,
+    blind: Tensor,
+    kept_keys: Tensor,
+    kept_values: Tensor,
+) -> Tensor:
+    """While prompts are read each token sees the image before it. The last one's keys and values are kept."""
+    attention = block.cross_attn
+    keys, values = (_headed(attention, project(distinct)) for project in (attention.k_proj, attention.v_proj))
+    keys = attention.k_layer_norm(keys) if attention.qk_layer_norms else keys
+    kept_keys.copy_(keys[last])
+    kept_values.copy_(values[last])
+    attended = scaled_dot_product_attention(
+        _query(block, states), _side_by_side(keys, index), _side_by_side(values, index), looks
+    )
+    return _gated(block, states, attended, blind)
+
+
+def _side_by_side(images: Tensor, index: Tensor) -> Tensor:
+    """(images, heads, length, head size) as (rows, heads, keys, head size) of each row's images."""
+    each = images[index].transpose(1, 2)
+    return each.flatten(2, 3)
+
+
 def _look_back(block: Block, states: Tensor, blind: Tensor, kept: KeysValues | None) -> Tensor:
     """After the prompt every token sees its row's last image, whose keys and values are kept."""
     if kept is None:
@@ -354,8 +405,10 @@ class _Places:
         self.stored = self._starts + torch.arange(count, device=device)
         #: (rows, count): which place in the text.
         self.positions = self.stored
-        #: (rows, 1, count, longest): a token sees those up to itself. None where nothing stands before: plain causal.
-        self.mask = (self._all <= self.positions[..., None])[:, None] if latest else None
+        #: (rows, 1, count, longest): a token sees those up to itself.
+        self.seen = (self._all <= self.positions[..., None])[:, None]
+        #: The same, or None where nothing stands before: plain causal.
+        self.mask = self.seen if latest else None
 
     def branch(self, owner: Tensor, depth: Tensor) -> None:
         """Let the new tokens be several texts side by side: `owner` and `depth` (rows, count) say which text a token
@@ -366,7 +419,7 @@ class _Places:
         same = owner.gather(1, column)[:, None] == owner[..., None]
         reached = depth.gather(1, column)[:, None] <= depth[..., None]
         inside = (self._all >= self._starts) & (self._all < self._starts + owner.shape[1])
-        self.mask = (before | (same & reached & inside[:, None]))[:, None]
+        self.seen = (before | (same & reached & inside[:, None]))[:, None]
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch.device) -> Tensor:
@@ -390,7 +443,8 @@ class _Shown:
         places = {key: place for place, key in enumerate(distinct)}
         most = max(map(len, rows))
         index = [[places.get(id(image), 0) for image in row] + [0] * (most - len(row)) for row in rows]
-        self._index = torch.tensor(index, device=like.device)
+        #: (rows, images) which of them each row shows.
+        self.index = torch.tensor(index, device=like.device)
         #: (images, length, width) of each distinct image once; None where no row shows one.
         self.distinct = torch.stack(list(distinct.values())).to(like) if distinct else None
         #: (rows,) which of them the tokens after each prompt see.
@@ -402,12 +456,6 @@ class _Shown:
         image_of_key = torch.arange(most, device=like.device).repeat_interleave(width)
         #: (rows, 1, length, keys): each token sees the image before it.
         self.mask = (seen[..., None] == image_of_key)[:, None]
-
-    def side_by_side(self, kept: Tensor) -> Tensor:
-        """(images, heads, length, head size) as (rows, heads, keys, head size)."""
-        each = kept[self._index]
-        rows, images, heads, length, size = each.shape
-        return each.transpose(1, 2).reshape(rows, heads, images * length, size)
 
 
 def _headed(attention: Block, states: Tensor) -> Tensor:
