@@ -1,0 +1,182 @@
+"""What a worker costs and keeps beside its throughput: `python -m benchmarks.limits [--save limits] [NAME ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import http.server
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.checkpoints import CHECKPOINTS
+from benchmarks.compare import RESULTS
+from benchmarks.contenders import Queued
+from benchmarks.workloads import PictureBook
+from config.settings import Settings
+from tasks import Caption, Client, Complete, ImagePath, Job
+from worker.demo import stack
+from worker.models.idefics_decoder import IdeficsDecoder, Prompt
+from worker.models.loading import load
+
+ROUNDS = 3
+
+
+@contextlib.contextmanager
+def worker(root: Path, **settings: str) -> Iterator[Queued]:
+    node = "limits@localhost"
+    with stack.broker() as broker:
+        named = {"IMAGE_ROOT": str(root), "TORCH_THREADS": "1", **settings}
+        with stack.worker(broker, "-n", node, settings=named) as process:
+            client = Client(broker.url)
+            yield Queued("ours", "idefics", node, client.app, psutil.Process(process.pid), broker, client)
+
+
+def queue(root: Path) -> dict[str, Any]:
+    """A model that does nothing: what the queue, the two processes and the storing of results cost."""
+    jobs = [Complete(prompt=["hello"], max_new_tokens=1) for _ in range(2000)]
+    with worker(root, MODEL="fake") as ours:
+        turns = [ours.run(jobs) for _ in range(ROUNDS + 1)][1:]
+    return {
+        "jobs_per_s": [round(len(jobs) / turn.seconds) for turn in turns],
+        "cpu_ms_per_job": [round(1000 * turn.cpu_s / len(jobs), 2) for turn in turns],
+    }
+
+
+def steps(root: Path) -> dict[str, Any]:
+    """A decode step of 16 rows whose prompts show one or eight images."""
+    torch.set_num_threads(1)
+    model: Any = load(Settings(model=str(CHECKPOINTS["mid-size"](root))))
+    decoder: IdeficsDecoder = model._decoder
+    adapter = model._adapter
+    size = adapter.model.config.vision_config.image_size
+    with torch.inference_mode():
+        features = adapter._encode(torch.randn(8, 3, size, size))
+        # Prompts of the same length: the text between images is not what is compared.
+        times = {count: _step_ms(decoder, features[:count], adapter.image_id) for count in (1, 8)}
+    return {
+        "ms_by_images": {count: round(ms, 2) for count, ms in times.items()},
+        "growth": round(times[8] / times[1] - 1, 3),
+    }
+
+
+def _step_ms(decoder: IdeficsDecoder, images: torch.Tensor, image_id: int, rows: int = 16) -> float:
+    ids = [1, *[image_id] * len(images), *[5] * (16 - len(images))]
+    decoder.clear()
+    decoder.read([Prompt(ids, list(images)) for _ in range(rows)], image_id)
+    taken = []
+    for _ in range(40):
+        started = time.perf_counter()
+        decoder.step([5] * rows)
+        taken.append(1000 * (time.perf_counter() - started))
+    return statistics.median(taken[10:])
+
+
+def short(root: Path) -> dict[str, Any]:
+    """A job of ten tokens, alone and beside 31 of 200: seconds from its submission to its answer."""
+    book = PictureBook(root)
+    # Random weights hardly ever end a text early.
+    with worker(root, MODEL=str(CHECKPOINTS["mid-size"](root)), IMAGE_ROOT=str(root)) as ours:
+        client = Client(ours.broker.url)
+
+        def once() -> float:
+            started = time.monotonic()
+            client.submit(Caption(image=book.new(), max_new_tokens=10)).result(600)
+            return time.monotonic() - started
+
+        once()
+        solo = [once() for _ in range(5)]
+        long = client.submit_many(Caption(image=book.new(), max_new_tokens=200) for _ in range(31))
+        while sum(job.status == "processing" for job in long) < len(long):
+            time.sleep(0.1)
+        time.sleep(8)  # Their images are encoded and their prompts read.
+        beside = [once() for _ in range(5)]
+        running = sum(job.status == "processing" for job in long)
+    ratio = statistics.median(beside) / statistics.median(solo)
+    return {"solo_s": _rounded(solo), "beside_s": _rounded(beside), "still_running": running, "ratio": round(ratio, 2)}
+
+
+def downloads(root: Path) -> dict[str, Any]:
+    """Pictures that take 200 ms to come, against the same from a folder."""
+    book = PictureBook(root)
+    with _image_server(root) as port:
+        network = {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(port)}
+        with worker(root, MODEL="demo", **network) as ours:
+            ratios = []
+            for number in range(ROUNDS + 1):
+                jobs = [
+                    [_caption(book.new(), port if by_url else None) for _ in range(384)] for by_url in (False, True)
+                ]
+                local, remote = (ours.run(each) for each in jobs)
+                if number:
+                    ratios.append(local.seconds / remote.seconds)
+    return {"remote_to_local": _rounded(ratios), "median": round(statistics.median(ratios), 2)}
+
+
+def _caption(picture: ImagePath, port: int | None) -> Job:
+    return Caption(image=f"http://127.0.0.1:{port}/{picture.path}" if port else picture, max_new_tokens=20)
+
+
+class _Slow(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        time.sleep(0.2)
+        super().do_GET()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _image_server(root: Path) -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Slow, directory=str(root))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def memory(root: Path) -> dict[str, Any]:
+    """Megabytes of Celery's process and of the model's after each thousand of 10,000 jobs, with small caches."""
+    book = PictureBook(root)
+    caches = {"IMAGE_CACHE_BYTES": "8000000", "FEATURE_CACHE_BYTES": "8000000"}
+    megabytes: list[list[int]] = []
+    with worker(root, MODEL="demo", **caches) as ours:
+        for _ in range(10):
+            ours.run([Caption(image=book.new(), max_new_tokens=20) for _ in range(1000)])
+            both = [ours.process, *ours.process.children()]
+            megabytes.append([process.memory_info().rss // 2**20 for process in both])
+    return {"parent_mb": [row[0] for row in megabytes], "model_mb": [row[1] for row in megabytes]}
+
+
+def _rounded(numbers: Sequence[float]) -> list[float]:
+    return [round(number, 3) for number in numbers]
+
+
+MEASURES = {measure.__name__: measure for measure in (queue, steps, short, downloads, memory)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*MEASURES, []], default=list(MEASURES))
+    parser.add_argument("--save", help="the name of the file in results/, where other measures' figures stay")
+    asked = parser.parse_args()
+    for name in asked.names:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = {name: MEASURES[name](Path(folder))}
+        print(json.dumps(figures), flush=True)
+        if asked.save:
+            path = RESULTS / f"{asked.save}.json"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(known | figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
