@@ -175,7 +175,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._rests_until = 0.0
         self._complained_at = float("-inf")
         try:
-            super().__init__(connection, **options)  # type: ignore[call-arg]
+            super().__init__(connection, **options)
         except ResponseError as error:
             # Such a server refuses even PING. As a connection error it is tried again, with growing pauses.
             if passes(error):
@@ -203,12 +203,12 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self.settle_if_possible()
         super().close()
 
-    def _create_client(self: Any, asynchronous: bool = False) -> Any:
+    def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
-            return super()._create_client(asynchronous)  # type: ignore[misc]
+            return super()._create_client(asynchronous)
         # Kombu makes a client for every command, which costs more than the command.
         if self._command_client is None or self._command_client.connection_pool is not self.pool:
-            self._command_client = super()._create_client()  # type: ignore[misc]
+            self._command_client = super()._create_client()
         return self._command_client
 
     # Taking
