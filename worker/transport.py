@@ -9,6 +9,7 @@ What this process could not tell its broker (acknowledgements, messages to give 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -97,19 +98,21 @@ class Debts:
 
     def __init__(self) -> None:
         self.acks: dict[str, None] = {}
-        self.returns: dict[str, None] = {}
+        #: Whether each goes to the end of its queue.
+        self.returns: dict[str, bool] = {}
 
     def ack(self, tag: str) -> None:
         self.returns.pop(tag, None)
         self.acks[tag] = None
 
-    def give_back(self, tag: str) -> None:
+    def give_back(self, tag: str, *, last: bool = False) -> None:
         if tag not in self.acks:
-            self.returns[tag] = None
+            self.returns[tag] = last
 
 
-#: By the broker's URL: a channel that lost its connection leaves them to the next one.
-_debts: defaultdict[str, Debts] = defaultdict(Debts)
+#: By the broker's URL, the prefix of its keys and that of `unacked`: a channel that lost its connection leaves them to
+#: the next one.
+_debts: defaultdict[tuple[str, str, str], Debts] = defaultdict(Debts)
 
 
 class QoS(stock.QoS):  # type: ignore[misc]
@@ -130,7 +133,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
         if not requeue:
             self.ack(delivery_tag)
             return
-        self.channel.debts.give_back(delivery_tag)
+        self.channel.debts.give_back(delivery_tag, last=True)
         self.channel.settle_if_possible()
         virtual.QoS.ack(self, delivery_tag)
 
@@ -152,61 +155,65 @@ class QoS(stock.QoS):  # type: ignore[misc]
         self._remove_from_indices(tag).execute()
 
 
-class AtomicTake:
-    """What our channels have over kombu's. The methods named after BRPOP are those that kombu's poller calls."""
+class Channel(stock.Channel):  # type: ignore[misc]
+    """Kombu's, with the atomic take. The methods named after BRPOP are those that kombu's poller calls."""
 
     QoS = QoS
 
+    #: The connection that a take is in flight on.
+    _in_poll: Any = None
+
     def __init__(self, connection: Any, **options: Any) -> None:
-        self.debts = _debts[connection.client.as_uri()]
         #: The tag of the message that is being delivered, where its take has recorded it.
         self.recorded: str | None = None
-        self._recorded_queues: set[str] = set()
+        #: Of each queue with acknowledgements, how its records end: the default exchange and the queue's name, so that
+        #: a message that comes back needs no binding.
+        self._ends: dict[str, str] = {}
         self._take: Take | None = None
         self._command_client: Any = None
         self._knows_script = True
         self._rests_until = 0.0
         self._complained_at = float("-inf")
         try:
-            super().__init__(connection, **options)  # type: ignore[call-arg]
+            super().__init__(connection, **options)
         except ResponseError as error:
             # Such a server refuses even PING. As a connection error it is tried again, with growing pauses.
             if passes(error):
                 raise RedisConnectionError(str(error)) from error
             raise
+        self.debts = _debts[connection.client.as_uri(), self.global_keyprefix, self.unacked_key]
 
-    def basic_consume(self: Any, queue: str, *args: Any, **options: Any) -> Any:
+    def basic_consume(self, queue: str, *args: Any, **options: Any) -> Any:
         no_ack = options["no_ack"] if "no_ack" in options else args[0]
         if no_ack or not self.ack_emulation or queue in self._fanout_queues:
-            self._recorded_queues.discard(queue)
+            self._ends.pop(queue, None)
         else:
-            self._recorded_queues.add(queue)
+            self._ends[queue] = f', "", {dumps(queue)}]'
             self._check_script()
-        return super().basic_consume(queue, *args, **options)  # type: ignore[misc]
+        return super().basic_consume(queue, *args, **options)
 
-    def close(self: Any) -> None:
+    def close(self) -> None:
         if self._in_poll:
             # Its message would find its consumer gone.
+            assert self._take is not None
             tag = self._take.tag
-            try:
+            with contextlib.suppress(Empty, *self.connection_errors):
                 self._read_reply()
-            except (Empty, *self.connection_errors):
-                pass
             self.debts.give_back(tag)
             self.settle_if_possible()
-        super().close()  # type: ignore[misc]
+        super().close()
 
-    def _create_client(self: Any, asynchronous: bool = False) -> Any:
+    def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
-            return super()._create_client(asynchronous)  # type: ignore[misc]
+            return super()._create_client(asynchronous)
         # Kombu makes a client for every command, which costs more than the command.
         if self._command_client is None or self._command_client.connection_pool is not self.pool:
-            self._command_client = super()._create_client()  # type: ignore[misc]
+            self._command_client = super()._create_client()
         return self._command_client
 
     # Taking
 
-    def _check_script(self: Any) -> None:
+    def _check_script(self) -> None:
         """Raises ImproperlyConfigured where the broker's user may run no script."""
         try:
             with self.conn_or_acquire() as client:
@@ -219,7 +226,7 @@ class AtomicTake:
         except ResponseError as error:
             self._complain(error)
 
-    def _brpop_start(self: Any, timeout: float | None = None) -> None:
+    def _brpop_start(self, timeout: float | None = None) -> None:
         if time.monotonic() < self._rests_until:
             return
         try:
@@ -230,7 +237,7 @@ class AtomicTake:
             self._in_poll = self._take = None
             self._refused(error)
 
-    def _send_take(self: Any) -> None:
+    def _send_take(self) -> None:
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
@@ -242,13 +249,12 @@ class AtomicTake:
         self._brpop_sent_at = time.monotonic()
         self.client.connection.send_command(*command, *arguments)
 
-    def _script_arguments(self: Any, take: Take, lists: tuple[str, ...]) -> list[Any]:
+    def _script_arguments(self, take: Take, lists: tuple[str, ...]) -> list[Any]:
         keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *lists)]
-        # To the default exchange and the queue's name: a message that comes back needs no binding.
-        ends = [f', "", {dumps(queue)}]' if queue in self._recorded_queues else "" for queue in take.queues]
+        ends = [self._ends.get(queue, "") for queue in take.queues]
         return [len(keys), *keys, take.tag, time.time(), *ends]
 
-    def _brpop_read(self: Any, **options: Any) -> bool:
+    def _brpop_read(self, **options: Any) -> bool:
         take = self._take
         if take is None:
             # Nothing is expected: the server closed an idle connection. The next take opens another.
@@ -259,15 +265,15 @@ class AtomicTake:
             self._rests_until = self._brpop_sent_at + POLL_S / 2
             raise Empty
         queue, raw = take.queues[reply[0]], reply[1]
-        self.recorded = take.tag if queue in self._recorded_queues and raw[:1] == b"{" else None
+        self.recorded = take.tag if queue in self._ends and raw[:1] == b"{" else None
         if self.recorded:
-            self._check_late()
+            self._check_late(take.tag)
         message = self._parse(queue, raw)
         self._queue_cycle.rotate(queue)
         self.connection._deliver(message, queue)
         return True
 
-    def _read_reply(self: Any, **options: Any) -> Any:
+    def _read_reply(self, **options: Any) -> Any:
         """The script's reply; raises Empty where it was refused."""
         try:
             reply = self.client.parse_response(self.client.connection, "EVALSHA", **options)
@@ -286,21 +292,22 @@ class AtomicTake:
             self._in_poll = self._take = None
             self._flush_brpop_reauth()
 
-    def _check_late(self: Any) -> None:
+    def _check_late(self, tag: str) -> None:
         """Raises Empty where the message has gone back to its queue since it was taken."""
         if time.monotonic() - self._brpop_sent_at < LATE_S:
             return
         try:
             with self.conn_or_acquire() as client:
-                is_ours = client.hget(self.unacked_key, self.recorded) is not None
-        except (*self.connection_errors, ResponseError):
-            self.debts.give_back(self.recorded)
-            raise
+                is_ours = client.hget(self.unacked_key, tag) is not None
+        except (*self.connection_errors, ResponseError) as error:
+            self.debts.give_back(tag)
+            self._refused(error)
+            raise Empty from error
         if not is_ours:
             logger.warning("A message was taken too long ago: it has gone back to its queue.")
             raise Empty
 
-    def _parse(self: Any, queue: str, raw: bytes) -> dict[str, Any]:
+    def _parse(self, queue: str, raw: bytes) -> dict[str, Any]:
         try:
             message: dict[str, Any] = loads(bytes_to_str(raw))
             properties = message["properties"]
@@ -322,25 +329,25 @@ class AtomicTake:
             self._complained_at = now
             logger.error("The broker refuses or is away (%s): it is asked again.", error)
 
-    def _on_connection_disconnect(self: Any, connection: Any) -> None:
+    def _on_connection_disconnect(self, connection: Any) -> None:
         if self._take is not None and self._in_poll is connection:
             # The server may have run the script, or run it yet.
             self.debts.give_back(self._take.tag)
             self._take = None
-        super()._on_connection_disconnect(connection)  # type: ignore[misc]
+        super()._on_connection_disconnect(connection)
 
     # Debts
 
-    def settle(self: Any) -> None:
+    def settle(self) -> None:
         """Tell the broker what it does not know yet. Raises where it cannot be told."""
         for tag in list(self.debts.acks):
             self.qos.remove(tag)
             self.debts.acks.pop(tag, None)
-        for tag in list(self.debts.returns):
-            self.qos.restore_by_tag(tag)
+        for tag, last in list(self.debts.returns.items()):
+            self.qos.restore_by_tag(tag, leftmost=last)
             self.debts.returns.pop(tag, None)
 
-    def settle_if_possible(self: Any) -> None:
+    def settle_if_possible(self) -> None:
         if self.closed and self.connection is None:
             return
         try:
@@ -350,17 +357,17 @@ class AtomicTake:
 
     # What a full server refuses
 
-    def _queue_bind(self: Any, *args: Any) -> None:
+    def _queue_bind(self, *args: Any) -> None:
         try:
-            super()._queue_bind(*args)  # type: ignore[misc]
+            super()._queue_bind(*args)
         except ResponseError as error:
             # A worker that starts beside a full server has to empty it, and needs no binding for that.
             if not passes(error):
                 raise
             self._complain(error)
 
-    def _put(self: Any, *args: Any, **options: Any) -> None:
-        put = functools.partial(super()._put, *args, **options)  # type: ignore[misc]
+    def _put(self, *args: Any, **options: Any) -> None:
+        put = functools.partial(super()._put, *args, **options)
         end = time.monotonic() + PUBLISH_PATIENCE_S
         while True:
             try:
@@ -374,12 +381,8 @@ class AtomicTake:
             time.sleep(REFUSED_S)
 
 
-class Channel(AtomicTake, stock.Channel):  # type: ignore[misc]
-    pass
-
-
-class SentinelChannel(AtomicTake, stock.SentinelChannel):  # type: ignore[misc]
-    pass
+class SentinelChannel(Channel, stock.SentinelChannel):  # type: ignore[misc]
+    """The same behind Sentinel."""
 
 
 class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
@@ -399,13 +402,17 @@ class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
         return super().maybe_restore_messages()
 
 
-class AtomicTransport:
+class Transport(stock.Transport):  # type: ignore[misc]
+    """Kombu's, with our channel, and an event loop that turns often enough."""
+
+    Channel = Channel
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.cycle = Poller()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        super().register_with_event_loop(connection, loop)  # type: ignore[misc]
+        super().register_with_event_loop(connection, loop)
         # Celery cancels it with the connection.
         loop.call_repeatedly(POLL_S, _wake)
 
@@ -414,9 +421,7 @@ def _wake() -> None:
     """The event loop takes at each of its turns: this gives it one."""
 
 
-class Transport(AtomicTransport, stock.Transport):  # type: ignore[misc]
-    Channel = Channel
+class SentinelTransport(Transport, stock.SentinelTransport):  # type: ignore[misc]
+    """The same behind Sentinel."""
 
-
-class SentinelTransport(AtomicTransport, stock.SentinelTransport):  # type: ignore[misc]
     Channel = SentinelChannel

@@ -1,4 +1,4 @@
-"""A consumer that takes and never acknowledges, as cheap as one can be: `taker.py URL TRANSPORT`, on the queue `jobs`."""
+"""A cheap consumer that takes and never acknowledges: `taker.py URL TRANSPORT`, on the queue `jobs`."""
 
 import sys
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import redis
 from billiard.exceptions import Terminated
-from celery.exceptions import WorkerShutdown
+from celery.exceptions import Reject, WorkerShutdown
 from celery.platforms import EX_FAILURE
 from celery.worker import state as worker_state
 from kombu.asynchronous import Hub
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
 from config.settings import Settings
-from tasks.errors import DeadlineExceeded, WorkerLost
+from tasks.errors import DeadlineExceeded, Internal, WorkerLost
 from tasks.payloads import SUBMITTED_AT
 from worker.deliveries import Deliveries, Key
 from worker.pool import pool as pool_module
@@ -316,6 +316,31 @@ def test_a_callback_that_fails_frees_its_place_and_the_pool_goes_on(started: Ben
     started.process.finish("good")
     started.until(lambda: good.told)
     assert started.semaphore.releases == 2
+
+
+def test_an_outcome_that_cannot_be_stored_sends_its_job_back_to_the_queue(started: Bench) -> None:
+    (request,) = started.submit("a")
+
+    def on_success(outcome: tuple[Any, ...]) -> None:
+        raise ConnectionError("the results' server is away")
+
+    assert request.job is not None
+    request.job.callbacks.success = on_success
+    started.process.accept("a")
+    started.process.finish("a")
+    started.until(lambda: request.told[-1:] and request.kinds[-1] == "failure")
+    assert isinstance(request.error, Reject)
+    assert request.error.requeue is True
+    assert started.semaphore.releases == 1
+
+
+def test_a_defect_outside_of_celerys_tracer_is_told_as_internal(started: Bench) -> None:
+    (request,) = started.submit("a")
+    started.process.accept("a")
+    started.process.say("broken", started.process.serial("a"), "SystemExit in the worker.")
+    started.until(lambda: "failure" in request.kinds)
+    assert isinstance(request.error, Internal)
+    assert str(request.error) == "SystemExit in the worker."
 
 
 def test_the_next_in_celerys_semaphore_takes_a_free_place(started: Bench) -> None:

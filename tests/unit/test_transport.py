@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty
-from socket import timeout as SocketTimeout
 from typing import Any
 
 import pytest
@@ -66,7 +65,7 @@ class Taker:
                 raise TimeoutError
             try:
                 self.connection.drain_events(timeout=0.05)
-            except SocketTimeout:
+            except TimeoutError:
                 continue
         return self.messages[-1]
 
@@ -134,13 +133,15 @@ def test_a_message_that_is_acknowledged_is_gone(start: Start, server: redis.Redi
     assert held(server) == (0, 0, 0)
 
 
-def test_a_message_that_is_rejected_comes_again_at_its_priority_and_as_redelivered(
+def test_a_message_that_is_rejected_comes_again_last_of_its_priority_and_as_redelivered(
     start: Start, server: redis.Redis
 ) -> None:
     taker = start()
-    taker.send("a", priority=3)
+    for body in "ab":
+        taker.send(body, priority=3)
     taker.take().reject(requeue=True)
-    assert server.llen("jobs\x06\x163") == 1
+    assert server.llen("jobs\x06\x163") == 2
+    assert taker.take().decode() == "b"
     again = taker.take()
     assert again.decode() == "a"
     assert again.delivery_info["redelivered"] is True
@@ -217,7 +218,7 @@ def test_every_key_has_the_global_prefix(start: Start, server: redis.Redis) -> N
     taker.send("a")
     message = taker.take()
     assert server.hlen("mine:unacked") == server.zcard("mine:unacked_index") == 1
-    assert all(key.startswith(b"mine:") for key in server.keys())
+    assert all(key.startswith(b"mine:") for key in server.scan_iter())
     message.reject(requeue=True)
     taker.take().ack()
     assert server.hlen("mine:unacked") == server.zcard("mine:unacked_index") == 0
@@ -225,14 +226,10 @@ def test_every_key_has_the_global_prefix(start: Start, server: redis.Redis) -> N
 
 def test_polling_is_bounded_and_prompt(start: Start, server: redis.Redis) -> None:
     taker = start()
-    before = (
-        server.info("commandstats")["cmdstat_evalsha"]["calls"]
-        if "cmdstat_evalsha" in server.info("commandstats")
-        else 0
-    )
+    server.config_resetstat()
     with pytest.raises(TimeoutError):
         taker.take(timeout=0.5)
-    calls = server.info("commandstats")["cmdstat_evalsha"]["calls"] - before
+    calls = server.info("commandstats")["cmdstat_evalsha"]["calls"]
     assert 5 <= calls <= 0.5 / (transport.POLL_S / 2) + 2
     taker.send("a")
     sent = time.monotonic()
@@ -277,9 +274,7 @@ def test_a_record_that_cannot_be_read_does_not_hold_the_others_up(start: Start, 
 # Faults
 
 
-def test_a_take_whose_connection_drops_is_given_back_by_the_next_one(
-    start: Start, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_take_whose_connection_drops_is_given_back_by_the_next_one(start: Start, server: redis.Redis) -> None:
     taker = start()
     taker.send("a")
     taker.ask()
@@ -310,9 +305,7 @@ def test_what_is_held_at_the_close_goes_back_in_order(start: Start, server: redi
     assert bodies(start(), 3) == ["a", "b", "c"]
 
 
-def test_a_late_reply_whose_message_has_gone_back_is_dropped(
-    start: Start, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_late_reply_whose_message_has_gone_back_is_dropped(start: Start, server: redis.Redis) -> None:
     taker, other = start(), start()
     taker.send("a")
     taker.ask()
@@ -389,9 +382,10 @@ def test_a_full_server_is_emptied(start: Start, server: redis.Redis) -> None:
         first.send(body)
     server.config_set("maxmemory", 1)
     taker = start()
-    for message in ("a", "b"):
-        assert taker.take().decode() == message
-        assert taker.messages[-1].ack() is None
+    for body in ("a", "b"):
+        message = taker.take()
+        assert message.decode() == body
+        message.ack()
     assert held(server) == (0, 0, 0)
 
 
@@ -446,6 +440,5 @@ def test_it_stands_for_redis_and_sentinel_urls_once_it_is_used(monkeypatch: pyte
     monkeypatch.setattr(kombu_transport, "_transport_cache", {})
     transport.use()
     for url in ("redis://host/0", "rediss://host/0", "redis+socket:///run/redis.sock"):
-        assert Connection(url).transport_cls == "redis" or Connection(url).transport_cls == "rediss"
         assert isinstance(Connection(url).transport, transport.Transport)
     assert isinstance(Connection("sentinel://host/0").transport, transport.SentinelTransport)
