@@ -5,6 +5,8 @@ ARG PYTHON_VERSION=3.12
 FROM python:${PYTHON_VERSION}-slim
 
 ARG TORCH_INDEX_URL=""
+# `callbacks` makes the callbacks worker's image: small, without torch.
+ARG EXTRA=worker
 
 ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
@@ -18,11 +20,12 @@ WORKDIR /app
 
 # torch first, in a layer of its own: it is large and seldom changes.
 COPY constraints.txt ./
-RUN pip install --constraint constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
+RUN [ "$EXTRA" != worker ] \
+    || pip install --constraint constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
 
 COPY pyproject.toml README.md LICENSE ./
 COPY tasks ./tasks
-RUN pip install --constraint constraints.txt '.[worker]'
+RUN pip install --constraint constraints.txt ".[$EXTRA]"
 
 # The worker runs from here; only its client, `tasks`, is installed.
 COPY config ./config

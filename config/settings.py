@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -38,10 +39,21 @@ def _next_database(url: str) -> str:
     return urlunsplit(parts._replace(path=f"/{int(database or 0) + 1}"))
 
 
+def _is_secret(text: str) -> bool:
+    """One of Standard Webhooks'."""
+    try:
+        return text.startswith("whsec_") and 24 <= len(base64.b64decode(text[6:], validate=True)) <= 64
+    except ValueError:
+        return False
+
+
 #: Comma-separated in the environment.
 CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65_535)], ...], NoDecode, BeforeValidator(_split)]
 Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_networks)]
+Seconds = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=604_800)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
+]
 
 
 class Settings(BaseSettings):
@@ -111,8 +123,29 @@ class Settings(BaseSettings):
     #: Bytes of prompts' shared beginnings (examples, instructions) kept on the device.
     prefix_cache_bytes: int = Field(default=2**29, ge=0)
 
-    #: `id=whsec_...` pairs: the secrets that sign callbacks.
-    callback_keys: Annotated[dict[str, SecretStr], NoDecode] = {}
+    #: `id=whsec_...` pairs: the secrets that sign callbacks. An id given twice signs with both, while a secret rotates.
+    callback_keys: Annotated[dict[str, tuple[SecretStr, ...]], NoDecode] = {}
+    #: Callbacks to http:// too. Off: what they carry would be readable on the way.
+    callback_allow_http: bool = False
+    #: Networks that callbacks may go to although they are not public, as 10.1.0.0/16.
+    callback_allow_networks: Networks = ()
+    #: When set, callbacks go to these hosts and their sub-domains only.
+    callback_allow_domains: CommaSeparated = ()
+    callback_ports: Ports = (80, 443)
+    #: Seconds for one attempt, everything included.
+    callback_timeout_s: float = Field(default=15.0, gt=0)
+    #: Seconds before each attempt, counted from the one before; their number is that of the attempts. With jitter.
+    callback_schedule_s: Seconds = (0, 5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+    #: Attempts at once in one callbacks worker; a quarter of them to one host, so that a slow one holds no other up.
+    callback_concurrency: int = Field(default=16, ge=1, le=1_024)
+    #: Seconds that a first attempt waits for others to the same URL, to go out as one `job.batch`. 0: each by itself.
+    callback_batch_window_s: float = Field(default=0.0, ge=0)
+    #: Events in one `job.batch`; 20 kB are its other bound.
+    callback_batch_max: int = Field(default=100, ge=2, le=1_000)
+    #: Seconds that a delivery is listed, and can be replayed, after its end.
+    callback_keep_s: int = Field(default=86_400, ge=1)
+    #: Seconds that a URL which answered 410 (Gone) gets no callbacks.
+    callback_disabled_s: int = Field(default=604_800, ge=1)
 
     #: Seconds that a result is kept.
     result_ttl_s: int = Field(default=86_400, ge=1)
@@ -176,9 +209,12 @@ class Settings(BaseSettings):
         if not isinstance(value, str):
             return value
         pairs = [item.partition("=") for item in _split(value)]
-        if any(not name or not secret.startswith("whsec_") for name, _, secret in pairs):
-            raise ValueError("comma-separated id=whsec_... pairs")
-        return {name: secret for name, _, secret in pairs}
+        if any(not name or not _is_secret(secret) for name, _, secret in pairs):
+            raise ValueError("comma-separated id=whsec_... pairs, each secret whsec_ and the base64 of 24 to 64 bytes")
+        keys: dict[str, tuple[str, ...]] = {}
+        for name, _, secret in pairs:
+            keys[name] = (*keys.get(name, ()), secret)
+        return keys
 
     @model_validator(mode="after")
     def _limits_fit(self) -> Settings:

@@ -12,6 +12,7 @@ from typing import Any, get_origin
 import click
 
 from .client import Client
+from .deliveries import deliveries
 from .errors import JobCanceled, JobError, QueueFull
 from .failed import failed
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
@@ -31,6 +32,7 @@ def main(context: click.Context, broker: str | None, results: str | None) -> Non
 
 
 main.add_command(failed)
+main.add_command(deliveries)
 
 
 def _client(broker: str | None, results: str | None) -> Client:

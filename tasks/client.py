@@ -21,6 +21,7 @@ from .errors import JobCanceled, QueueFull, from_exception
 from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys
 from .payloads import CANCEL_KEY, CANCEL_TTL_S, DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
+from .webhooks import check_public
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.25
@@ -124,24 +125,32 @@ class Client:
         queue: str = QUEUE,
         max_queued: int | None = 100_000,
         max_memory: float | None = 0.8,
+        check_callbacks: bool = True,
     ) -> None:
         """`result_backend` defaults to the database after the broker's, as the worker's settings do.
 
         `submit` raises QueueFull where `max_queued` jobs wait, or where the broker has used more than `max_memory` of
         its maxmemory: a broker that is full cannot take results either. None: no limit.
+
+        `check_callbacks` refuses, before it sends a job, a callback that workers with default settings refuse: turn it
+        off where your operator allows http, other ports or private networks.
         """
         if app is not None and (broker_url or result_backend):
             raise ValueError("Give a Celery app or URLs, not both: the app has URLs of its own.")
         self.app = app or _app(broker_url, result_backend)
         self._queue = queue
         self._capacity = Capacity(self.app, max_queued, max_memory)
+        self._check_callbacks = check_callbacks
 
     def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Any) -> SubmittedJob:
         """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`.
 
         With an `idempotency_key` that has a job already, that job is returned and nothing queued; raises InvalidRequest
-        where it has another payload. Raises QueueFull where the broker has no room.
+        where it has another payload. Raises QueueFull where the broker has no room, and InvalidRequest for a callback
+        that may not be called.
         """
+        if self._check_callbacks and job.callback is not None:
+            check_public(job.callback)
         if job.idempotency_key is None or not isinstance(self.app.backend, RedisBackend):
             # Where the results are not in Redis, the workers hold to the key alone.
             return self._send(job, priority, options)

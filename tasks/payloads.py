@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +30,8 @@ from .errors import ImageBlocked, InvalidRequest
 
 #: The queue that the workers read.
 QUEUE = "idefics"
+#: The callbacks worker's.
+CALLBACK_QUEUE = "idefics.callbacks"
 #: Celery on Redis: 0 is first and 9 last.
 DEFAULT_PRIORITY = 5
 #: The message header with the producer's clock (unix seconds) at submission.
@@ -70,6 +73,17 @@ def _checked_image_url(text: str) -> str:
     if _SCHEME.match(text):
         raise ImageBlocked("An image is an http(s) URL or a data:image/...;base64, URI: no other scheme is read.")
     raise ValueError(_IMAGE_FORMS)
+
+
+def _checked_callback_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        is_plain = bool(parts.hostname) and "@" not in parts.netloc and "\\" not in text and parts.port != 0
+    except ValueError:
+        is_plain = False
+    if not is_plain:
+        raise ValueError("a callback goes to a plain https://host/path, without a user")
+    return text
 
 
 def _checked_image(value: Any) -> Any:
@@ -117,8 +131,9 @@ Image = Annotated[str | ImagePath, BeforeValidator(_checked_image)]
 class Callback(_Frozen):
     """Where the outcome is posted, signed with the worker's key of that id."""
 
-    url: str = Field(pattern=r"^https?://\S+$", max_length=4096)
+    url: Annotated[str, AfterValidator(_checked_callback_url)] = Field(pattern=r"^https?://\S+$", max_length=4096)
     key_id: str = Field(min_length=1, max_length=100)
+    #: None means all three.
     events: list[Literal["job.succeeded", "job.failed", "job.canceled"]] = Field(default=[], max_length=3)
 
 

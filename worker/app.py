@@ -12,7 +12,7 @@ import time
 from typing import Any, NoReturn
 
 from celery import Celery, Task
-from celery.exceptions import Ignore, Retry, TaskPredicate
+from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
 from celery.signals import setup_logging
 
 from config.celery import configuration
@@ -22,12 +22,14 @@ from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.failed import Bounds
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
+from worker.announce import UNAVAILABLE, Announcer, End
 from worker.cancel import Cancellations
 from worker.failed import keep_failures
 from worker.keyed import FirstStillRuns, first_answer
 from worker.pool import SoftShutdown
 from worker.service import Canceled, Service, Ticket
 from worker.transport import use as use_atomic_take
+from worker.webhook import check as check_callback
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class JobTask(Task):  # type: ignore[misc]
     Request = "worker.pool.request:JobRequest"
     # Logs and events say that a job succeeded, and not what it answered.
     resultrepr_maxsize = 0
+    announcer = Announcer(app, settings)
 
     def run(self, *args: Any, **arguments: Any) -> dict[str, Any]:
         try:
@@ -96,6 +99,8 @@ class JobTask(Task):  # type: ignore[misc]
     def _answer(self, job: Job) -> Result:
         if (self.request.delivery_info or {}).get("redelivered") or job.idempotency_key:
             self._leave_to_another_run(repeat=True)
+        if job.callback:
+            check_callback(job.callback, settings)
         try:
             known = self._first_answer(job) if job.idempotency_key and not self.request.ignore_result else None
         except FirstStillRuns as wait:
@@ -127,6 +132,7 @@ class JobTask(Task):  # type: ignore[misc]
             return
         if repeat:
             self.backend.repeat_end(self.request)
+        self.announce(self.request.id, self.request.kwargs, (end, None), is_stored=True)
         logger.info("Job %s has ended as %s already: this run is dropped.", self.request.id, end)
         raise AlreadyEnded
 
@@ -144,6 +150,22 @@ class JobTask(Task):  # type: ignore[misc]
         again = self.signature_from_request(countdown=countdown, retries=self.request.retries, headers=headers)
         again.apply_async()
         raise Retry("The first job with this idempotency_key still runs.", when=countdown)
+
+    def after_return(self, state: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        self.announce(task_id, kwargs, (state, retval), is_stored=not self._ignores_result)
+
+    def announce(self, id: str, arguments: dict[str, Any], end: End, *, is_stored: bool) -> None:
+        """Record the callback's delivery. Raises Reject where that cannot be done: the message goes back."""
+        try:
+            self.announcer.announce(id, self.name, arguments, end, is_stored=is_stored, may_wait=True)
+        except UNAVAILABLE as error:
+            logger.error("Job %s ended, but its callback cannot be recorded (%s): it goes back.", id, error)
+            raise Reject(error, requeue=True) from error
+
+    @property
+    def _ignores_result(self) -> bool:
+        asked = self.request.ignore_result
+        return bool(self.ignore_result if asked is None else asked)
 
     def _retry(self, error: JobError) -> NoReturn:
         delay = settings.retry_backoff_s * 2**self.request.retries

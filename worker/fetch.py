@@ -25,7 +25,7 @@ from functools import partial
 from http import client as http_client
 from http.cookiejar import DefaultCookiePolicy
 from importlib import metadata
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -39,41 +39,15 @@ from requests.utils import requote_uri
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from tasks.addresses import Address, Network, is_public, unmapped
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import Image
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
-
 # urllib3 logs whole URLs, which may hold tokens: at DEBUG each one, at WARNING those with odd headers.
 logging.getLogger("urllib3").setLevel(logging.ERROR)
-
-#: Networks that are not the public internet although Python 3.11 calls most of them global.
-BAD_NETWORKS: tuple[Network, ...] = (
-    ip_network("0.0.0.0/8"),  # "this host": Linux connects 0.0.0.0 to loopback
-    ip_network("100.64.0.0/10"),  # carrier-grade NAT; clouds keep metadata and cluster networks there
-    ip_network("192.0.0.0/24"),  # protocol assignments; a cloud's metadata service is in it
-    ip_network("192.31.196.0/24"),  # AS112: answered by whoever is nearest
-    ip_network("192.52.193.0/24"),  # AMT relays: tunnels
-    ip_network("192.88.99.0/24"),  # 6to4 relays: tunnels
-    ip_network("192.175.48.0/24"),  # AS112: answered by whoever is nearest
-    ip_network("198.18.0.0/15"),  # benchmarks, used as internal addresses
-    ip_network("168.63.129.16/32"),  # Azure's host agent, in a public range
-    ip_network("::/96"),  # unspecified, loopback, and IPv4 written as IPv6 (compatible)
-    ip_network("::ffff:0:0:0/96"),  # IPv4 written as IPv6 (translated, SIIT)
-    ip_network("64:ff9b::/96"),  # NAT64: leads to any IPv4 address
-    ip_network("64:ff9b:1::/48"),  # NAT64 of the local network
-    ip_network("100::/64"),  # discarded
-    ip_network("2001::/23"),  # Teredo and other tunnels and identifiers
-    ip_network("2001:db8::/32"),  # documentation
-    ip_network("2002::/16"),  # 6to4: leads to any IPv4 address
-    ip_network("3fff::/20"),  # documentation
-    ip_network("5f00::/16"),  # segment routing inside a provider
-    ip_network("fec0::/10"),  # site-local: private before fc00::/7
-)
 
 #: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
 MAX_URL_CHARS = 8_192
@@ -155,22 +129,9 @@ class Deadline:
 # --- Which hosts and addresses are good: pure -----------------------------------------------------
 
 
-def is_public(address: Address) -> bool:
-    """True for an address of the public internet, however it is written."""
-    address = _unmapped(address)
-    if not address.is_global or address.is_multicast or address.is_reserved:
-        return False
-    return not any(address in network for network in BAD_NETWORKS)
-
-
-def _unmapped(address: Address) -> Address:
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address
-
-
 def is_allowed_address(address: Address, policy: FetchPolicy) -> bool:
     """True for a public address and for one in a network that the operator allows."""
-    plain = _unmapped(address)
+    plain = unmapped(address)
     return is_public(plain) or any(plain in network for network in policy.allow_networks)
 
 
@@ -205,9 +166,9 @@ def check_url(url: str, policy: FetchPolicy) -> SplitResult:
         parts = urlsplit(url)
         port = parts.port if parts.port is not None else {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
-        raise Refused("The image's URL is malformed: correct it") from None
+        raise Refused("The URL is malformed: correct it") from None
     if parts.scheme not in ("http", "https") or "@" in parts.netloc or not _is_host(parts.hostname or ""):
-        raise Refused("The image's URL names no plain host: write http(s)://host/path without a user")
+        raise Refused("The URL names no plain host: write http(s)://host/path without a user")
     _check_target(parts.hostname or "", port, policy)
     return parts
 
@@ -220,14 +181,14 @@ def _check_target(host: str, port: int | None, policy: FetchPolicy) -> None:
         raise Refused(f"{host} is not among the allowed domains: use one of them or have it added")
 
 
-def _check_plain(url: str) -> None:
+def check_plain(url: str) -> None:
     if len(url) > MAX_URL_CHARS:
-        raise Refused(f"The image's URL has more than {MAX_URL_CHARS} characters: use a shorter one")
+        raise Refused(f"The URL has more than {MAX_URL_CHARS} characters: use a shorter one")
     if not _PLAIN_URL.fullmatch(url):
-        raise Refused("The image's URL is no plain http(s)://host/path: write it without user and spaces")
+        raise Refused("The URL is no plain http(s)://host/path: write it without user and spaces")
     if urlsplit(url).port == 0:
         # requests would drop it and take the scheme's port.
-        raise Refused("The image's URL names port 0: write the port that the server has")
+        raise Refused("The URL names port 0: write the port that the server has")
 
 
 # --- The connection: checked where it is made -----------------------------------------------------
@@ -249,10 +210,14 @@ class Guard:
     def connect(self, host: str, port: int) -> socket.socket:
         """A connection to the very address that was checked: no second look-up could answer otherwise."""
         _check_target(host, port, self.policy)
+        return self._first_open(self.resolve(host, port))
+
+    def resolve(self, host: str, port: int) -> list[Any]:
+        """What the DNS says of a host. Raises NoAddress, or Refused where any of its addresses is forbidden."""
         answers = self._look_up(host, port)
         for *_, target in answers:
             self._check_address(host, str(target[0]))
-        return self._first_open(answers)
+        return answers
 
     def _look_up(self, host: str, port: int) -> list[Any]:
         # getaddrinfo knows no timeout. A thread left behind ends when the system's resolver gives up.
@@ -408,12 +373,12 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=certifi.where())
 
 
-def user_agent() -> str:
+def user_agent(role: str = "image fetcher") -> str:
     try:
         version = metadata.version("idefics-jobs")
     except metadata.PackageNotFoundError:
         version = "dev"
-    return f"idefics-jobs/{version} (+image fetcher)"
+    return f"idefics-jobs/{version} (+{role})"
 
 
 # --- The three kinds of source --------------------------------------------------------------------
@@ -457,7 +422,7 @@ class Fetcher:
         raise ImageBlocked(f"{_host(url)} comes after more than {hops} redirects: send the image's final URL.")
 
     def _answer(self, session: GuardedSession, url: str) -> requests.Response:
-        _check_plain(url)
+        check_plain(url)
         request = session.prepare_request(requests.Request("GET", url, headers=self._headers))
         # What is checked is what is sent: requests may have rewritten the host (IDNA).
         check_url(str(request.url), self._policy)
@@ -509,7 +474,7 @@ def _too_large(host: str, max_bytes: int) -> ImageTooLarge:
     return ImageTooLarge(f"{host} sends more than {max_bytes:,} bytes: send a smaller image.")
 
 
-_NETWORK_ERRORS = (
+NETWORK_ERRORS = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
     http_client.HTTPException,
@@ -530,7 +495,7 @@ def _translated(url: str, guard: Guard) -> Iterator[None]:
         raise ImageUnreachable(f"{error}: check its spelling, then send the job again.") from None
     except Refused as error:
         raise ImageBlocked(f"{error}.") from None
-    except _NETWORK_ERRORS as error:
+    except NETWORK_ERRORS as error:
         raise _failure(error, _host(url), guard) from None
     except ValueError:
         raise ImageBlocked("The image's URL is malformed: correct it.") from None
@@ -544,7 +509,7 @@ def _failure(error: Exception, host: str, guard: Guard) -> JobError:
         return ImageBlocked("The image's URL is malformed: correct it.")
     if _is_wrong_length(error):
         return ImageInvalid(f"{host} sent another number of bytes than it announced: check the file there.")
-    return ImageUnreachable(f"{host} {_problem(error)}: check that it is up, then send the job again.")
+    return ImageUnreachable(f"{host} {network_problem(error)}: check that it is up, then send the job again.")
 
 
 def _is_wrong_length(error: Exception) -> bool:
@@ -553,7 +518,7 @@ def _is_wrong_length(error: Exception) -> bool:
     return any(isinstance(cause, http_client.IncompleteRead) for cause in (error, *error.args))
 
 
-def _problem(error: Exception) -> str:
+def network_problem(error: Exception) -> str:
     if isinstance(error, requests.exceptions.SSLError | urllib3.exceptions.SSLError):
         return "has no valid certificate for its name"
     if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):

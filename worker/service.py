@@ -109,7 +109,6 @@ class Service:
         self._canceled.discard(id)
 
     def _answer(self, job: Job, run: _Run) -> Result:
-        _refuse_unknown_promises(job)
         new_tokens = self._new_tokens(job)
         started = time.monotonic()
         run.check()
@@ -259,12 +258,6 @@ class _Run:
             raise DeadlineExceeded(
                 "The job's deadline passed before its model could start: add workers or allow more time."
             )
-
-
-def _refuse_unknown_promises(job: Job) -> None:
-    """Fields of the contract that this version cannot keep: a job that relies on them must not seem accepted."""
-    if job.callback is not None:
-        raise InvalidRequest("This worker delivers no callbacks yet: leave the field out and read the result.")
 
 
 def _deadline(job: Job, ticket: Ticket) -> float | None:

@@ -45,9 +45,9 @@ WORKERS = ("worker", "worker-cpu")
 # --- What the compose file says -------------------------------------------------------------------
 
 
-def test_the_file_is_of_the_compose_specification_and_has_our_three_services() -> None:
+def test_the_file_is_of_the_compose_specification_and_has_our_four_services() -> None:
     assert "version" not in compose()
-    assert set(SERVICES) == {"redis", *WORKERS}
+    assert set(SERVICES) == {"redis", "callbacks", *WORKERS}
 
 
 def test_redis_keeps_what_it_accepted_and_refuses_what_it_cannot_hold() -> None:
@@ -73,6 +73,7 @@ def test_every_service_restarts_and_says_when_it_is_healthy() -> None:
     assert SERVICES["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
     probe = ["CMD", "python", "-m", "worker.health", "--ready"]
     assert all(SERVICES[name]["healthcheck"]["test"] == probe for name in WORKERS)
+    assert "inspect ping" in SERVICES["callbacks"]["healthcheck"]["test"][1]
 
 
 @pytest.mark.parametrize("name", WORKERS)
@@ -112,6 +113,17 @@ def test_the_cpu_worker_has_a_profile_and_no_gpu() -> None:
 @pytest.mark.parametrize("name", WORKERS)
 def test_the_environment_has_known_settings_only(name: str) -> None:
     assert {key for key in SERVICES[name]["environment"] if key.startswith(PREFIX)} <= set(_setting_names())
+
+
+def test_the_callbacks_worker_is_light_and_has_time_to_end_its_attempts() -> None:
+    service = SERVICES["callbacks"]
+    assert service["command"] == ["celery", "-A", "worker.callbacks", "worker"]
+    assert service["build"]["args"] == {"EXTRA": "callbacks"}
+    assert service["image"] not in [SERVICES[name].get("image") for name in WORKERS]
+    assert "REMAP_SIGTERM" not in service["environment"]
+    assert service["environment"]["IDEFICS_BROKER_URL"] == SERVICES["worker"]["environment"]["IDEFICS_BROKER_URL"]
+    assert service["cap_drop"] == ["ALL"]
+    assert _seconds(service["stop_grace_period"]) >= Settings().callback_timeout_s + 10
 
 
 def _redis_options() -> dict[str, str]:
@@ -169,6 +181,13 @@ def test_what_the_dockerfile_copies_is_all_that_the_worker_imports(tmp_path: Pat
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env=_bare_environment(), capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == str(tmp_path / "worker" / "app.py"), run.stderr
+
+
+def test_the_callbacks_image_installs_the_callbacks_extra_and_no_torch() -> None:
+    assert "EXTRA=worker" in _instructions("ARG")
+    runs = [line for line in _instructions("RUN") if "pip install" in line or "EXTRA" in line]
+    assert runs[0].startswith('[ "$EXTRA" != worker ]')
+    assert runs[-1].endswith('".[$EXTRA]"')
 
 
 def test_the_image_is_slim_and_runs_as_an_ordinary_user() -> None:

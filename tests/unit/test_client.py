@@ -17,7 +17,18 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from kombu.message import Message
 
-from tasks import Caption, Client, Complete, ImageBlocked, Internal, JobCanceled, QueueFull, capacity
+from tasks import (
+    Callback,
+    Caption,
+    Client,
+    Complete,
+    ImageBlocked,
+    Internal,
+    InvalidRequest,
+    JobCanceled,
+    QueueFull,
+    capacity,
+)
 from tasks.client import database_after
 from tasks.payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, parse
 from tasks.testing import canned
@@ -403,3 +414,17 @@ def _memory(server: redis.Redis, share: float) -> Iterator[None]:
     server.config_set("maxmemory", max(1, int(server.info("memory")["used_memory"] / share)))
     yield
     server.config_set("maxmemory", 0)
+
+
+def test_a_callback_to_a_private_address_is_not_sent(client: Client) -> None:
+    job = Complete(prompt=["Hello"], callback=Callback(url="https://10.0.0.8/hook", key_id="main"))
+    with pytest.raises(InvalidRequest, match="not public"):
+        client.submit(job)
+    assert received(client) == []
+
+
+def test_a_client_may_leave_callbacks_to_the_workers() -> None:
+    client = Client("memory://", result_backend=RESULTS, queue=uuid.uuid4().hex, check_callbacks=False)
+    client.submit(Complete(prompt=["Hello"], callback=Callback(url="http://10.0.0.8:81/hook", key_id="main")))
+    assert only(client).payload[1]["callback"] == {"url": "http://10.0.0.8:81/hook", "key_id": "main"}
+    client.app.close()

@@ -20,6 +20,8 @@ from tasks import Client
 Environment = Callable[..., Settings]
 
 SECRET = "s3cr3t"
+WEBHOOK = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+OTHER_WEBHOOK = "whsec_c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0"
 
 
 @pytest.fixture
@@ -96,11 +98,23 @@ def test_networks_are_read_as_networks(environment: Environment) -> None:
 
 
 def test_callback_keys_are_pairs(environment: Environment) -> None:
-    keys = environment(CALLBACK_KEYS=f"shop=whsec_{SECRET}=,blog=whsec_b").callback_keys
-    assert {name: key.get_secret_value() for name, key in keys.items()} == {
-        "shop": f"whsec_{SECRET}=",
-        "blog": "whsec_b",
+    assert _secrets(environment(CALLBACK_KEYS=f"shop={WEBHOOK},blog={OTHER_WEBHOOK}")) == {
+        "shop": [WEBHOOK],
+        "blog": [OTHER_WEBHOOK],
     }
+
+
+def test_a_callback_key_given_twice_has_both_secrets(environment: Environment) -> None:
+    settings = environment(CALLBACK_KEYS=f"shop={OTHER_WEBHOOK},shop={WEBHOOK}")
+    assert _secrets(settings) == {"shop": [OTHER_WEBHOOK, WEBHOOK]}
+
+
+def _secrets(settings: Settings) -> dict[str, list[str]]:
+    return {name: [secret.get_secret_value() for secret in secrets] for name, secrets in settings.callback_keys.items()}
+
+
+def test_the_callback_schedule_is_read_in_its_order(environment: Environment) -> None:
+    assert environment(CALLBACK_SCHEDULE_S="0,0.5,30").callback_schedule_s == (0, 0.5, 30)
 
 
 def test_prefetch_follows_the_batch_size_unless_it_is_set(environment: Environment) -> None:
@@ -146,6 +160,10 @@ def test_other_programs_names_are_left_alone(environment: Environment, monkeypat
         ("RESULT_BACKEND", "db+sqlite:///results"),
         ("CALLBACK_KEYS", "whsec_alone"),
         ("CALLBACK_KEYS", "shop=plain"),
+        ("CALLBACK_KEYS", "shop=whsec_dG9vIHNob3J0"),
+        ("CALLBACK_KEYS", f"shop={WEBHOOK}!"),
+        ("CALLBACK_SCHEDULE_S", "0,-1"),
+        ("CALLBACK_SCHEDULE_S", "soon"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_its_name(environment: Environment, name: str, value: str) -> None:
@@ -204,12 +222,13 @@ def test_a_urls_password_is_masked(environment: Environment, url: str, masked: s
 
 
 def test_a_callback_keys_name_is_printed_and_its_secret_is_not(environment: Environment) -> None:
-    settings = environment(CALLBACK_KEYS=f"shop=whsec_{SECRET},blog=whsec_{SECRET}")
+    settings = environment(CALLBACK_KEYS=f"shop={WEBHOOK},blog={WEBHOOK}")
     assert shown(settings)["IDEFICS_CALLBACK_KEYS"] == "shop=****,blog=****"
 
 
 def test_no_secret_is_in_the_settings_own_text(environment: Environment) -> None:
-    settings = environment(BROKER_URL=f"redis://:{SECRET}@host/0", CALLBACK_KEYS=f"shop=whsec_{SECRET}")
+    settings = environment(BROKER_URL=f"redis://:{SECRET}@host/0", CALLBACK_KEYS=f"shop={WEBHOOK}")
+    assert WEBHOOK not in repr(settings) + str(settings)
     assert SECRET not in repr(settings) + str(settings)
 
 

@@ -27,6 +27,7 @@ from celery.app.task import Context
 from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
 from celery.exceptions import BackendStoreError, Reject
+from celery.states import SUCCESS
 from redis.exceptions import RedisError
 
 from config.settings import Settings
@@ -95,7 +96,7 @@ class ModelProcess:
         try:
             outcome = fast_trace_task(*arguments)
             if outcome == HAD_SUCCEEDED:
-                worker_app.app.backend.repeat_end(Context(arguments[2]))
+                self._repeat_end(*arguments[:3])
         except Reject:
             return "raised", serial, ExceptionInfo()
         except (BackendStoreError, RedisError) as error:
@@ -110,6 +111,12 @@ class ModelProcess:
         if isinstance(raised, worker_app.JobCanceled):
             return "canceled", serial, raised.partial
         return "done", serial, outcome
+
+    def _repeat_end(self, name: str, id: str, request: dict[str, Any]) -> None:
+        """What follows a success that is stored: the worker that stored it may have died right then."""
+        worker_app.app.backend.repeat_end(Context(request))
+        # The tracer has put the arguments there.
+        worker_app.app.tasks[name].announce(id, request["kwargs"], (SUCCESS, None), is_stored=True)
 
     def _is_canceled(self, id: str) -> bool:
         with contextlib.suppress(RedisError):

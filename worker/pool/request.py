@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from celery import states
@@ -10,11 +11,22 @@ from celery.signals import task_revoked
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
+from tasks.errors import JobError
+from worker.announce import UNAVAILABLE, End
 from worker.pool.job import Job
+
+logger = logging.getLogger(__name__)
 
 
 class JobRequest(Request):  # type: ignore[misc]
-    """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice."""
+    """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice.
+
+    What ends here (a revocation, an expiry, a failure that the pool gives) is announced here, when it is stored and
+    before it is acknowledged. The model process announces the others.
+    """
+
+    _end: End | None = None
+    _is_held = False
 
     @property
     def _job(self) -> Job | None:
@@ -30,11 +42,38 @@ class JobRequest(Request):  # type: ignore[misc]
         else:
             job.terminate(signal)
 
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if return_ok or not isinstance(error, JobError):
+            super().on_failure(exc_info, send_failed_event, return_ok)
+            return
+        # Celery acknowledges first here and stores then: killed in between, the job would never have ended.
+        self._end, self._is_held = (states.FAILURE, error), True
+        try:
+            super().on_failure(exc_info, send_failed_event, return_ok)
+        finally:
+            self._is_held = False
+        self.acknowledge()
+
+    def acknowledge(self) -> None:
+        if self._is_held:
+            return
+        if self._end is not None:
+            try:
+                self.task.announcer.announce(
+                    self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors, may_wait=False
+                )
+            except UNAVAILABLE as error:
+                logger.error("Job %s ended, but its callback cannot be recorded (%s): it comes again.", self.id, error)
+                return
+        super().acknowledge()
+
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """Celery's own, but for the partial result that the stored error carries."""
         task_ready(self)
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         self._store_revocation(reason)
+        self._end = states.REVOKED, None
         self.acknowledge()
         self._already_revoked = True
         task_revoked.send(self.task, request=self._context, terminated=terminated, signum=signum, expired=expired)

@@ -1,0 +1,193 @@
+"""What a callback carries, and `verify` for those who receive it: Standard Webhooks, https://www.standardwebhooks.com.
+
+    event = verify(secret, request.headers, request.body)
+    for one in event.events:
+        print(one.data.id, one.data.result or one.data.error)
+
+Answer with 2xx once it is kept. A delivery may come more than once: `event.id` is the same each time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from .addresses import is_public, literal
+from .errors import InvalidRequest
+from .payloads import Callback, Result
+
+JobEvent: TypeAlias = Literal["job.succeeded", "job.failed", "job.canceled"]
+
+#: Bytes of a body.
+MAX_BODY_BYTES = 20_000
+#: Bytes, as JSON, that a text keeps when the whole does not fit.
+CUT_TEXT_BYTES = 4_000
+#: Signatures of one delivery that are looked at: an honest one has as many as secrets are in rotation.
+MAX_SIGNATURES = 8
+
+NOTE = "Cut to fit 20 kB: read the whole result by the job's id."
+
+
+class InvalidWebhook(ValueError):
+    """No secret of yours signed this now: answer 401, and check the secret, the clock and that the body is as sent."""
+
+
+class _Received(BaseModel):
+    # An older receiver still reads what a newer worker adds.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Failure(_Received):
+    """A failed job's error: the code is stable, the message tells the cure."""
+
+    code: str
+    message: str
+
+
+class Outcome(_Received):
+    """How a job ended: `result` when it succeeded, or what there was of it when it was canceled; else `error`."""
+
+    id: str
+    task: str
+    result: Result | None = None
+    error: Failure | None = None
+    metadata: dict[str, Any] = {}
+    #: The fields that were cut to fit 20 kB: read the whole result by the job's id.
+    truncated: list[str] = []
+
+
+class Batch(_Received):
+    """Several jobs' events in one call, where the workers' operator has chosen so."""
+
+    events: list[Event] = Field(min_length=1)
+
+
+class Event(_Received):
+    #: The same for each attempt at the same delivery.
+    id: str
+    type: JobEvent | Literal["job.batch"]
+    timestamp: datetime
+    data: Outcome | Batch
+
+    @property
+    def events(self) -> list[Event]:
+        """The jobs' events in it: itself, or those of a batch."""
+        return self.data.events if isinstance(self.data, Batch) else [self]
+
+
+def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes | str) -> Event:
+    """The event in a request that one of your secrets signed within the last five minutes.
+
+    `body` is the request's, untouched. Raises InvalidWebhook.
+    """
+    lower = {str(name).lower(): str(value) for name, value in headers.items()}
+    signatures = lower.get("webhook-signature", "").split()[:MAX_SIGNATURES]
+    for secret in [secrets] if isinstance(secrets, str) else secrets:
+        webhook = Webhook(secret)
+        if any(_is_signed(webhook, {**lower, "webhook-signature": one}, body) for one in signatures):
+            return _event(lower["webhook-id"], body)
+    raise InvalidWebhook(InvalidWebhook.__doc__)
+
+
+def _is_signed(webhook: Webhook, headers: dict[str, str], body: bytes | str) -> bool:
+    try:
+        webhook.verify(body, headers, json_parse=False)
+    # The library's own error, and a bare ValueError for a signature or a body that cannot be read at all.
+    except (WebhookVerificationError, ValueError):
+        return False
+    return True
+
+
+def _event(id: str, body: bytes | str) -> Event:
+    try:
+        return Event.model_validate({**json.loads(body), "id": id})
+    except (ValidationError, ValueError, TypeError):
+        raise InvalidWebhook("The signature is right, but the body is no event of an IDEFICS job.") from None
+
+
+def check_public(callback: Callback) -> None:
+    """Refuse what a worker with default settings refuses, as far as it can be told without the DNS.
+
+    Raises InvalidRequest.
+    """
+    parts = urlsplit(callback.url)
+    host = parts.hostname or ""
+    address = literal(host)
+    if parts.scheme != "https" or parts.port not in (None, 443):
+        problem = "callbacks go by https and to its own port"
+    elif host.rstrip(".").endswith("localhost") or (address is not None and not is_public(address)):
+        problem = "its host is not public"
+    else:
+        return
+    raise InvalidRequest(
+        f"callback.url: {problem}. Use a public https:// URL, or, where your operator allows this one, "
+        "Client(..., check_callbacks=False)."
+    )
+
+
+# --- The body: written by the workers -------------------------------------------------------------
+
+
+def body(type: JobEvent, timestamp: str, data: dict[str, Any]) -> str:
+    """An event as JSON in ASCII, at most 20 kB: what is too large is cut, and `truncated` says so."""
+    text = _dumps(type, timestamp, data)
+    for cut in (_cut_scores, _cut_text, _cut_message, _cut_metadata, _cut_result):
+        if len(text) <= MAX_BODY_BYTES:
+            break
+        data = cut(data)
+        text = _dumps(type, timestamp, data)
+    return text
+
+
+def batch_body(timestamp: str, events: Iterable[tuple[str, str]]) -> str:
+    """One body of many: (id, body) each."""
+    members = [{"id": id, **json.loads(text)} for id, text in events]
+    return _dumps("job.batch", timestamp, {"events": members})
+
+
+def _dumps(type: str, timestamp: str, data: dict[str, Any]) -> str:
+    return json.dumps({"type": type, "timestamp": timestamp, "data": data}, separators=(",", ":"))
+
+
+def _cut_scores(data: dict[str, Any]) -> dict[str, Any]:
+    return _cut(data, "result", "scores", lambda scores: None)
+
+
+def _cut_text(data: dict[str, Any]) -> dict[str, Any]:
+    return _cut(data, "result", "text", shortened)
+
+
+def _cut_message(data: dict[str, Any]) -> dict[str, Any]:
+    return _cut(data, "error", "message", shortened)
+
+
+def _cut_metadata(data: dict[str, Any]) -> dict[str, Any]:
+    return _noted({**data, "metadata": {}}, "metadata") if data.get("metadata") else data
+
+
+def _cut_result(data: dict[str, Any]) -> dict[str, Any]:
+    return _noted({**data, "result": None}, "result") if data.get("result") else data
+
+
+def _cut(data: dict[str, Any], part: str, name: str, shorten: Callable[[Any], Any]) -> dict[str, Any]:
+    whole = data.get(part) or {}
+    if not whole.get(name) or shorten(whole[name]) == whole[name]:
+        return data
+    return _noted({**data, part: {**whole, name: shorten(whole[name])}}, f"{part}.{name}")
+
+
+def _noted(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**data, "truncated": [*data.get("truncated", []), name], "note": NOTE}
+
+
+def shortened(text: str, most: int = CUT_TEXT_BYTES) -> str:
+    """As much of a text as takes so many bytes as JSON."""
+    while len(json.dumps(text)) > most:
+        text = text[: min(len(text) - 1, len(text) * most // len(json.dumps(text)))]
+    return text

@@ -1,0 +1,358 @@
+"""Callbacks from a job's end to a real receiver, by a real worker and a real callbacks worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+from celery.exceptions import TaskRevokedError
+
+from tasks import Callback, Client, Complete, InvalidRequest, Job, OutOfMemory
+from tasks.outbox import Delivery, Outbox, connect, delivery_id
+from tasks.webhooks import body
+from tests.flow.conftest import PATIENCE_S, eventually
+from tests.receiver import NEW_SECRET, SECRET, Call, Receiver
+from worker.demo import stack
+
+pytestmark = pytest.mark.timeout(120)
+
+#: Seconds before each attempt: the real schedule, scaled.
+SCHEDULE = (0, 0.3, 0.3, 0.4, 0.5, 0.5, 1, 1, 1, 1)
+TIMEOUT_S = 1.0
+
+
+class Shop:
+    """A producer with callbacks."""
+
+    def __init__(self, server: stack.Broker, receiver: Receiver) -> None:
+        self.client = Client(server.url, check_callbacks=False)
+        self.outbox = Outbox(connect(self.client.app))
+        self.receiver = receiver
+
+    def submit(self, text: str = "Hello", tokens: int = 3, **fields: Any) -> str:
+        options = fields.pop("options", {})
+        return self.client.submit(self.job(text, tokens, **fields), **options).id
+
+    def job(self, text: str = "Hello", tokens: int = 3, url: str = "", key_id: str = "main", **fields: Any) -> Job:
+        callback = Callback(url=url or self.receiver.url, key_id=key_id)
+        return Complete(prompt=[text], max_new_tokens=tokens, callback=callback, **fields)
+
+    def record(self, url: str = "") -> str:
+        """A job's end, as the workers record it; its id."""
+        data = {"id": "recorded", "task": "idefics.complete", "result": None, "error": None}
+        text = body("job.canceled", "2026-01-02T03:04:05+00:00", data)
+        id = delivery_id("recorded", "job.canceled")
+        assert self.outbox.add(Delivery(id, "recorded", "job.canceled", url or self.receiver.url, "main", text))
+        return "recorded"
+
+    def calls_of(self, *jobs: str) -> list[Call]:
+        found = [call for call in self.receiver.calls if json.loads(call.body)["data"].get("id") in jobs]
+        return sorted(found, key=lambda call: jobs.index(json.loads(call.body)["data"]["id"]))
+
+    def state_of(self, job: str, event: str = "job.succeeded") -> str:
+        found = self.outbox.read([delivery_id(job, event)])
+        return found[0].state if found else "none"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[stack.Broker]:
+    with stack.broker() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def _listening() -> Iterator[Receiver]:
+    with Receiver().open() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def receiver(_listening: Receiver) -> Receiver:
+    _listening.calls.clear()
+    return _listening
+
+
+@pytest.fixture(scope="module")
+def settings(_listening: Receiver) -> dict[str, str]:
+    return {
+        "MODEL": "fake:0.02",
+        "TIME_LIMIT_S": "4",
+        "SOFT_TIME_LIMIT_S": "3.9",
+        "CALLBACK_KEYS": f"main={SECRET},rotating={NEW_SECRET},rotating={SECRET}",
+        "CALLBACK_ALLOW_HTTP": "true",
+        "CALLBACK_ALLOW_NETWORKS": "127.0.0.0/8",
+        "CALLBACK_PORTS": str(_listening.port),
+        "CALLBACK_SCHEDULE_S": ",".join(map(str, SCHEDULE)),
+        "CALLBACK_TIMEOUT_S": str(TIMEOUT_S),
+    }
+
+
+@pytest.fixture(scope="module")
+def worker(server: stack.Broker, settings: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    with stack.worker(server, settings=settings) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def courier(
+    server: stack.Broker, settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[bytes]]:
+    with callbacks_worker(server, tmp_path_factory.mktemp("courier") / "log", settings) as process:
+        yield process
+
+
+@pytest.fixture
+def shop(server: stack.Broker, receiver: Receiver) -> Shop:
+    return Shop(server, receiver)
+
+
+@contextmanager
+def callbacks_worker(server: stack.Broker, log: Path, settings: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
+    environment |= {f"IDEFICS_{name}": value for name, value in settings.items()}
+    environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
+    command = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker"]
+    with stack.started(command, log=log, environment=environment) as process:
+        stack.await_line(process, log, " ready.", PATIENCE_S)
+        yield process
+
+
+# A job's end
+
+
+@pytest.mark.usefixtures("worker", "courier")
+def test_each_end_of_a_job_is_delivered_once_and_verifies(shop: Shop) -> None:
+    succeeded = shop.submit("Hello", metadata={"row": 7})
+    failed = shop.submit("Hello", tokens=9_999)
+    running = shop.submit("Hello", tokens=150)
+    eventually(lambda: shop.client.job(running).status == "processing")
+    shop.client.cancel(running)
+    unread = shop.submit("Bye", options={"ignore_result": True})
+    expired = shop.submit("Hello", options={"expires": -1})
+    jobs = succeeded, failed, running, unread, expired
+    eventually(lambda: len(shop.calls_of(*jobs)) == 5)
+    time.sleep(0.5)
+    calls = shop.calls_of(*jobs)
+    bodies = [call.verified() for call in calls]
+    assert [body["type"] for body in bodies] == [
+        "job.succeeded",
+        "job.failed",
+        "job.canceled",
+        "job.succeeded",
+        "job.canceled",
+    ]
+    assert len({call.id for call in calls}) == 5
+    assert bodies[0]["data"]["result"] == shop.client.result(succeeded).model_dump(mode="json")
+    assert (bodies[0]["data"]["metadata"], bodies[0]["data"]["truncated"]) == ({"row": 7}, [])
+    assert bodies[1]["data"]["error"]["code"] == "invalid_request"
+    assert bodies[3]["data"]["result"]["text"] == "Bye"
+
+
+@pytest.mark.usefixtures("worker", "courier")
+def test_a_job_that_the_pool_ends_is_delivered_too(shop: Shop) -> None:
+    """Over its time limit: the model process is killed with it, and Celery's parent stores the failure."""
+    job = shop.submit("x" * 400, tokens=400, options={"time_limit": 0.5, "soft_time_limit": 90})
+    eventually(lambda: shop.calls_of(job))
+    (call,) = shop.calls_of(job)
+    assert call.verified()["data"]["error"]["code"] == "deadline_exceeded"
+    assert shop.client.job(job).status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("state", "end", "event"),
+    [
+        ("SUCCESS", {"text": "stored"}, "job.succeeded"),
+        ("FAILURE", OutOfMemory("stored"), "job.failed"),
+        ("REVOKED", TaskRevokedError("stored"), "job.canceled"),
+    ],
+)
+@pytest.mark.usefixtures("worker", "courier")
+def test_an_end_that_was_stored_before_a_kill_is_delivered_when_the_message_comes_again(
+    shop: Shop, server: stack.Broker, state: str, end: Any, event: str
+) -> None:
+    """As it stands when a worker is killed between storing the end and recording the delivery."""
+    id = f"killed-{state}"
+    shop.client.app.backend.store_result(id, end, state)
+    with server.connect() as client:
+        client.lpush("idefics", _redelivered(shop, id, client))
+    eventually(lambda: shop.calls_of(id))
+    eventually(lambda: not server.connect().hlen("unacked"))
+    (call,) = shop.calls_of(id)
+    assert call.verified()["type"] == event
+    data = call.verified()["data"]
+    assert (data["result"] == {"text": "stored"}, data["error"] is not None) == (event[4] == "s", event[4] == "f")
+
+
+@pytest.mark.usefixtures("worker", "courier")
+def test_a_rotating_key_signs_with_both_secrets(shop: Shop) -> None:
+    job = shop.submit(key_id="rotating")
+    eventually(lambda: shop.calls_of(job))
+    (call,) = shop.calls_of(job)
+    assert call.verified(SECRET) == call.verified(NEW_SECRET)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.8/", "http://127.0.0.1:1/", "http://169.254.169.254/latest"])
+@pytest.mark.usefixtures("worker")
+def test_a_forbidden_address_is_refused_when_the_job_is_submitted(shop: Shop, server: stack.Broker, url: str) -> None:
+    with pytest.raises(InvalidRequest):
+        Client(server.url).submit(shop.job(url=url))
+    job = shop.submit(url=url)
+    with pytest.raises(InvalidRequest, match=r"callback\.url"):
+        shop.client.result(job, PATIENCE_S)
+    assert shop.state_of(job, "job.failed") == "none"
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_unknown_key_is_refused(shop: Shop) -> None:
+    with pytest.raises(InvalidRequest, match="IDEFICS_CALLBACK_KEYS"):
+        shop.client.result(shop.submit(key_id="other"), PATIENCE_S)
+
+
+def test_a_forbidden_address_is_refused_again_when_it_is_delivered(
+    shop: Shop, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """What was allowed when the job was submitted is not any more."""
+    with stack.broker() as other:
+        second = Shop(other, shop.receiver)
+        job = second.record(f"{shop.receiver.url}/twice")
+        with callbacks_worker(other, tmp_path / "log", {**settings, "CALLBACK_ALLOW_NETWORKS": ""}):
+            eventually(lambda: second.state_of(job, "job.canceled") == "failed")
+        (found,) = second.outbox.listed("failed", 10)
+    assert found.note.startswith("refused: 127.0.0.1")
+    assert found.attempts == 1
+    assert shop.receiver.called("/hook/twice") == []
+
+
+# Receivers
+
+
+@pytest.mark.usefixtures("worker", "courier")
+def test_a_receiver_that_is_down_gets_it_when_it_is_up(shop: Shop) -> None:
+    shop.receiver.answers += [500, 302, 404]
+    job = shop.submit()
+    eventually(lambda: shop.state_of(job) == "delivered")
+    calls = shop.calls_of(job)
+    assert len(calls) == 4
+    assert len({(call.id, call.body) for call in calls}) == 1
+    assert len({call.verified()["data"]["id"] for call in calls}) == 1
+    pauses = [later.at - call.at for call, later in pairwise(calls)]
+    assert all(0.2 <= pause <= 2.0 for pause in pauses), pauses
+    # Seconds, fresh at each attempt.
+    stamps = [int(call.headers["webhook-timestamp"]) for call in calls]
+    assert [abs(stamp - call.at) < 1.5 for stamp, call in zip(stamps, calls, strict=True)] == [True] * 4
+    assert stamps[-1] > stamps[0]
+
+
+@pytest.mark.usefixtures("worker", "courier")
+def test_410_disables_the_url_until_it_is_enabled(shop: Shop) -> None:
+    url = f"{shop.receiver.url}/gone"
+    shop.receiver.answers.append(410)
+    first = shop.submit(url=url)
+    eventually(lambda: shop.state_of(first) == "failed")
+    second = shop.submit(url=url)
+    eventually(lambda: shop.state_of(second) == "failed")
+    assert len(shop.receiver.called("/hook/gone")) == 1
+    assert list(shop.outbox.disabled()) == [url]
+    assert shop.outbox.replay(second) is False
+    assert shop.outbox.replay(delivery_id(second, "job.succeeded"))
+    eventually(lambda: shop.state_of(second) == "delivered")
+    assert [call.verified()["data"]["id"] for call in shop.receiver.called("/hook/gone")] == [first, second]
+
+
+@pytest.mark.usefixtures("worker", "courier")
+def test_a_receiver_is_left_alone_for_as_long_as_it_asks(shop: Shop) -> None:
+    shop.receiver.answers.append(429)
+    shop.receiver.headers["Retry-After"] = "2"
+    job = shop.submit()
+    eventually(lambda: shop.calls_of(job))
+    shop.receiver.headers.clear()
+    eventually(lambda: shop.state_of(job) == "delivered")
+    first, second = shop.calls_of(job)
+    assert 1.9 <= second.at - first.at <= 4.0
+
+
+# Kills and restarts
+
+
+def test_what_a_killed_callbacks_worker_had_begun_is_delivered_by_the_next(
+    settings: dict[str, str], shop: Shop, tmp_path: Path
+) -> None:
+    with stack.broker() as other:
+        second = Shop(other, shop.receiver)
+        shop.receiver.gate.clear()
+        with callbacks_worker(other, tmp_path / "first", settings) as process:
+            job = second.record()
+            eventually(lambda: second.calls_of(job))
+            process.kill()
+        shop.receiver.gate.set()
+        with callbacks_worker(other, tmp_path / "second", settings):
+            eventually(lambda: second.state_of(job, "job.canceled") == "delivered")
+    calls = second.calls_of(job)
+    assert len(calls) == 2
+    assert len({(call.id, call.body) for call in calls}) == 1
+    assert len({call.headers["webhook-timestamp"] for call in calls}) == 2
+    assert calls[-1].verified()["data"]["id"] == job
+
+
+def test_what_is_due_survives_a_restart_of_the_broker(settings: dict[str, str], shop: Shop, tmp_path: Path) -> None:
+    port = stack.free_port()
+    shop.receiver.answers.append(503)
+    with _durable(tmp_path, port) as other:
+        second = Shop(other, shop.receiver)
+        job = second.record()
+        with callbacks_worker(other, tmp_path / "log", {**settings, "CALLBACK_SCHEDULE_S": "0,2,0.5,0.5"}):
+            eventually(lambda: second.outbox.listed("pending", 1)[0].attempts == 1)
+            other.process.kill()
+            other.process.wait()
+            with _durable(tmp_path, port):
+                eventually(lambda: second.state_of(job, "job.canceled") == "delivered")
+    assert len(second.calls_of(job)) == 2
+    assert len({call.id for call in second.calls_of(job)}) == 1
+
+
+def test_the_callbacks_worker_is_light_and_stops_when_asked(courier: subprocess.Popen[bytes]) -> None:
+    process = psutil.Process(courier.pid)
+    assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    assert process.children() == []
+    courier.terminate()
+    assert courier.wait(PATIENCE_S) == 0
+
+
+@contextmanager
+def _durable(folder: Path, port: int) -> Iterator[stack.Broker]:
+    """A Redis that keeps what it was told, on the disk."""
+    command = [stack.server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+    command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+    with stack.started(command, log=folder / "redis") as process:
+        server = stack.Broker(port, process)
+        eventually(lambda: _answers(server))
+        yield server
+
+
+def _answers(server: stack.Broker) -> bool:
+    try:
+        return bool(server.connect().ping())
+    except redis.RedisError:
+        return False
+
+
+def _redelivered(shop: Shop, id: str, client: redis.Redis) -> str:
+    """A job's message as the broker holds it after a worker's death."""
+    shop.client.submit(shop.job(), task_id=id, queue="not-read", priority=0)
+    message = json.loads(client.lpop("not-read"))
+    message["properties"]["delivery_info"] |= {"redelivered": True, "routing_key": "idefics"}
+    return json.dumps(message)

@@ -1,0 +1,121 @@
+"""From a job's end to the delivery of its callback: recorded after the result is stored and before the message is
+acknowledged, so that whatever is killed in between, the message comes again and the delivery is recorded then.
+
+docs/decisions/0006-callbacks.md has the cases.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+
+import redis
+from celery import Celery, states
+from kombu.exceptions import OperationalError
+from pydantic import ValidationError
+
+from config.settings import Settings
+from tasks import webhooks
+from tasks.errors import InvalidRequest, from_exception
+from tasks.outbox import Delivery, Outbox, connect, delivery_id
+from tasks.payloads import Callback
+from worker.webhook import check
+
+logger = logging.getLogger(__name__)
+
+EVENTS: dict[str, webhooks.JobEvent] = {
+    states.SUCCESS: "job.succeeded",
+    states.FAILURE: "job.failed",
+    states.REVOKED: "job.canceled",
+}
+
+#: A job's state, and its result or exception.
+End: TypeAlias = tuple[str, Any]
+
+#: What keeps a delivery from being recorded and may pass.
+UNAVAILABLE = (redis.RedisError, OperationalError, OSError)
+#: Seconds before each further try to record one.
+RETRY_S = (0.1, 0.5, 2.0)
+
+
+class Announcer:
+    """Records the deliveries of jobs that have ended. Used by many threads at once."""
+
+    def __init__(self, app: Celery, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+        self._outbox: Outbox | None = None
+        self._lock = threading.Lock()
+
+    def announce(
+        self, id: str, task: str, arguments: Mapping[str, Any], end: End, *, is_stored: bool, may_wait: bool
+    ) -> None:
+        """Record the delivery of a job's end, once. Nothing for a job without a callback.
+
+        Where the end is stored, the stored one counts: another one may have been first. `may_wait`, in a job's own
+        thread: look the host up, and try for some seconds. Raises one of UNAVAILABLE.
+        """
+        callback = self._callback(arguments, look_up=may_wait)
+        if callback is None:
+            return
+        pauses = list(RETRY_S) if may_wait else []
+        while True:
+            try:
+                self._record(callback, id, task, arguments, end, is_stored)
+                return
+            except UNAVAILABLE:
+                if not pauses:
+                    raise
+                time.sleep(pauses.pop(0))
+
+    def _record(
+        self, callback: Callback, id: str, task: str, arguments: Mapping[str, Any], end: End, is_stored: bool
+    ) -> None:
+        state, value, ended = self._stored(id, end) if is_stored else (*end, None)
+        event = EVENTS.get(state)
+        if event is None or (callback.events and event not in callback.events):
+            return
+        body = webhooks.body(event, ended or datetime.now(UTC).isoformat(), _data(id, task, arguments, state, value))
+        record = Delivery(delivery_id(id, event), id, event, callback.url, callback.key_id, body)
+        self._connected().add(record, self._settings.callback_batch_window_s)
+
+    def _callback(self, arguments: Mapping[str, Any], *, look_up: bool) -> Callback | None:
+        """The job's, if it may be called: a job with another one has been refused."""
+        if not arguments.get("callback"):
+            return None
+        try:
+            callback = Callback.model_validate(arguments["callback"])
+            check(callback, self._settings, look_up=look_up)
+        except (ValidationError, InvalidRequest):
+            return None
+        return callback
+
+    def _stored(self, id: str, end: End) -> tuple[str, Any, str | None]:
+        meta = self._app.backend.get_task_meta(id, cache=False)
+        if meta["status"] not in states.READY_STATES:
+            return (*end, None)
+        return meta["status"], meta["result"], meta.get("date_done")
+
+    def _connected(self) -> Outbox:
+        with self._lock:
+            if self._outbox is None:
+                self._outbox = Outbox(connect(self._app))
+            return self._outbox
+
+
+def _data(id: str, task: str, arguments: Mapping[str, Any], state: str, value: Any) -> dict[str, Any]:
+    data: dict[str, Any] = {"id": id, "task": task, "result": None, "error": None}
+    if state == states.SUCCESS:
+        data["result"] = value
+    elif state == states.FAILURE and isinstance(value, BaseException):
+        error = from_exception(value)
+        data["error"] = {"code": error.code, "message": str(error)}
+    elif isinstance(value, BaseException) and len(value.args) > 1:
+        # A cancellation's text so far.
+        data["result"] = value.args[1]
+    metadata = arguments.get("metadata")
+    return {**data, "metadata": metadata if isinstance(metadata, dict) else {}, "truncated": []}
