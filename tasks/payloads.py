@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from .errors import ImageBlocked, InvalidRequest
+from .errors import ImageBlocked, InvalidRequest, JobCanceled, JobError
 
 #: The queue that the workers read.
 QUEUE = "idefics"
@@ -389,3 +389,7 @@ class Result(_Reply):
     model: ModelInfo
     timing: Timing
     metadata: dict[str, Any] = {}
+
+
+#: What a job ended with.
+Outcome = Result | JobError | JobCanceled
