@@ -230,12 +230,18 @@ def _duration(seconds: float) -> str:
 
 
 class _Stop:
-    """Set by Ctrl-C or SIGTERM; a second one ends at once."""
+    """Asked for by Ctrl-C or SIGTERM; a second one ends at once."""
 
     def __init__(self) -> None:
         self.is_asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+
+    def __enter__(self) -> _Stop:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.is_asked = True
@@ -267,8 +273,8 @@ def batch(
     """
     note = _note_beside(input, output, retry_failed)
     source = client()
-    with _output(output, retry_failed) as out:
-        lines, resume, told, stop = Input(input), Resume(note), Progress(len(out.done)), _Stop()
+    with _output(output, retry_failed) as out, _Stop() as stop:
+        lines, resume, told = Input(input), Resume(note), Progress(len(out.done))
         options: dict[str, Any] = {"window": window, "priority": priority, "keep_results": keep_results}
         try:
             while not _carried_out(Batch(source, lines, **resume.options(out), **options), lines, out, told, stop):
