@@ -121,7 +121,7 @@ class Batch:
             yield answers
             if ended and not self._keep_results:
                 self._patiently(self._client.forget, ended)
-            if answers:
+            if answers or self.trouble:
                 self._last_news = time.monotonic()
             pause = FIRST_PAUSE_S if answers else min(pause * 1.5, LAST_PAUSE_S)
             if self._is_read or self.trouble or self.in_flight >= self._window:
@@ -151,13 +151,16 @@ class Batch:
             line = line.as_duplicate()
         if line.fingerprint in self._done:
             return True
-        if number <= self._sent and not line.fault:
-            self._flying[self._id(line)] = line.without_payload()
-            return True
         try:
-            self._held = line.without_payload(), line.job()
+            job = line.job()
         except JobError as fault:
             answers.append(answer(line, fault, self._id(line)))
+            return True
+        line = line.without_payload()
+        if number <= self._sent:
+            self._flying[self._id(line)] = line
+        else:
+            self._held = line, job
         return True
 
     def _send(self, line: Line, job: Job) -> None:
@@ -185,7 +188,7 @@ class Batch:
             self.trouble = f"Redis does not answer: {error}"
 
     def _check_for_lost_jobs(self) -> None:
-        if self.trouble or not self._flying or time.monotonic() - self._last_news < LOST_S:
+        if not self._flying or time.monotonic() - self._last_news < LOST_S:
             return
         self._last_news = time.monotonic()
         # A job that has started comes back by itself when its worker dies.

@@ -118,6 +118,11 @@ def test_lines_that_are_done_are_left_out_and_those_sent_are_only_asked_for(clie
     assert len(client.submitted) == 6, "each job was sent once"
 
 
+def test_a_refused_line_whose_answer_was_not_written_is_refused_again(client: SlowClient) -> None:
+    lines = [json.dumps({"custom_id": "r1", "task": "paint", "arguments": {}}), ours(2)]
+    assert [answer["custom_id"] for answer in next(Batch(client, lines, sent=2).turns())] == ["r1"]
+
+
 def test_jobs_of_another_batch_have_other_ids(client: SlowClient) -> None:
     for name in ("a", "b"):
         list(Batch(client, [ours(1)], name=name).turns())
