@@ -98,6 +98,8 @@ class Batch:
         self.read = 0
         #: Why it waits.
         self.trouble = ""
+        #: Ends it after this turn, whatever is in flight.
+        self.is_stopped = False
 
     @property
     def in_flight(self) -> int:
@@ -106,7 +108,7 @@ class Batch:
     def turns(self) -> Iterator[list[dict[str, Any]]]:
         """The answers of each turn, often none. Their results are forgotten at the next turn. Raises JobsLost."""
         pause = FIRST_PAUSE_S
-        while not (self._is_read and self._held is None and not self._flying):
+        while not self.is_stopped and not (self._is_read and self._held is None and not self._flying):
             answers: list[dict[str, Any]] = []
             ended: list[str] = []
             try:

@@ -259,11 +259,11 @@ class _Stop:
 def batch(
     client: Any, input: BinaryIO, output: str, window: int, priority: int, retry_failed: bool, keep_results: bool
 ) -> None:
-    """Run the jobs of a JSONL file; their answers are written as they end.
+    """Run a JSONL file of jobs.
 
     A line of INPUT is {"custom_id": "r1", "task": "caption", "arguments": {"image": "https://..."}} or one of OpenAI's
-    batch files. Each gives one line of OUTPUT with its custom_id: a result, or an error that fails this line alone.
-    `-` is standard input or output.
+    batch files. Each gives one line of OUTPUT with its custom_id, as the jobs end: a result, or an error that fails
+    this line alone. `-` is standard input or output.
 
     Interrupted, it goes on when it is run again with the same files. Exits with 1 where lines have failed.
 
@@ -283,6 +283,8 @@ def batch(
                     raise click.ClickException("Run the same command again: it sends the lost jobs again.")
         except RedisError as error:
             raise click.ClickException(f"Redis refuses: {error}") from None
+        except OSError as error:
+            raise click.ClickException(f"Cannot write {output}: {error.strerror}.{ON_AGAIN if note else ''}") from None
         finally:
             told.close()
         done = f"{len(out.done):,} lines done, {out.failed:,} of them failed"
@@ -315,8 +317,7 @@ def _carried_out(run: Batch, lines: Input, out: Output, told: Progress, stop: _S
         for answers in run.turns():
             out.write(answers)
             told.tell(out, lines, run)
-            if stop.is_asked:
-                break
+            run.is_stopped = stop.is_asked
     except JobsLost as lost:
         click.echo(f"{lost} They are sent again.", err=True)
         return False
