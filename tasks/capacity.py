@@ -59,6 +59,10 @@ class Capacity:
                 )
             look.queued += 1
 
+    def queued(self, queue: str) -> int:
+        """Jobs that wait; 0 where the broker cannot be asked."""
+        return self._look(queue).queued
+
     def _look(self, queue: str) -> Look:
         connection = self._app.connection_for_write()
         try:

@@ -11,6 +11,7 @@ from typing import Any, get_origin
 
 import click
 
+from .batch_command import batch
 from .client import Client
 from .deliveries import deliveries
 from .errors import JobCanceled, JobError, QueueFull
@@ -31,6 +32,7 @@ def main(context: click.Context, broker: str | None, results: str | None) -> Non
     context.obj = lambda: _client(broker, results)
 
 
+main.add_command(batch)
 main.add_command(failed)
 main.add_command(deliveries)
 

@@ -20,7 +20,7 @@ from .capacity import Capacity, is_full
 from .errors import JobCanceled, QueueFull, from_exception
 from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys
-from .payloads import CANCEL_KEY, CANCEL_TTL_S, DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
+from .payloads import CANCEL_KEY, CANCEL_TTL_S, DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Outcome, Result
 from .webhooks import check_public
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second.
@@ -61,12 +61,10 @@ class SubmittedJob:
 
         Raises the job's JobError, JobCanceled, or TimeoutError, after which the job goes on.
         """
-        meta = self._await_end(timeout)
-        if meta["status"] == states.REVOKED:
-            raise JobCanceled(partial=_partial(meta["result"]))
-        if isinstance(meta["result"], BaseException):
-            raise from_exception(meta["result"])
-        return Result.model_validate(meta["result"])
+        outcome = _outcome(self._await_end(timeout))
+        if isinstance(outcome, Result):
+            return outcome
+        raise outcome
 
     def _await_end(self, timeout: float | None) -> dict[str, Any]:
         # Asked for again and again, with growing pauses: AsyncResult.get() waits on one subscription for all results of
@@ -222,6 +220,38 @@ class Client:
         """Take a job back; see SubmittedJob.cancel."""
         self.job(id).cancel()
 
+    def outcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
+        """What those of these jobs that have ended ended with, read at once."""
+        asked, backend = list(ids), self.app.backend
+        if not asked:
+            return {}
+        if isinstance(backend, RedisBackend):
+            found = backend.client.mget([backend.get_key_for_task(id) for id in asked])
+            metas = [raw and backend.meta_from_decoded(backend.decode(raw)) for raw in found]
+        else:
+            metas = [backend.get_task_meta(id, cache=False) for id in asked]
+        ended = {
+            id: meta for id, meta in zip(asked, metas, strict=True) if meta and meta["status"] in states.READY_STATES
+        }
+        return {id: _outcome(meta) for id, meta in ended.items()}
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Delete these jobs' results, which would else lie in Redis until they expire."""
+        backend = self.app.backend
+        if not isinstance(backend, RedisBackend):
+            for id in ids:
+                backend.forget(id)
+            return
+        keys = {id: backend.get_key_for_task(id) for id in ids}
+        if keys:
+            backend.client.delete(*keys.values())
+        for id in keys:
+            backend.result_consumer.cancel_for(id)
+
+    def queued(self) -> int:
+        """Jobs that wait in the queue."""
+        return self._capacity.queued(self._queue)
+
     def failed(self) -> Iterator[FailedJob]:
         """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
         return iter(FailedJobs(self.app))
@@ -245,9 +275,34 @@ class Client:
         return await self.job(id).aresult(timeout)
 
 
+def _outcome(meta: dict[str, Any]) -> Outcome:
+    """What the record of a job that has ended says."""
+    if meta["status"] == states.REVOKED:
+        return JobCanceled(partial=_partial(meta["result"]))
+    if isinstance(meta["result"], BaseException):
+        return from_exception(meta["result"])
+    return Result.model_validate(meta["result"])
+
+
 def _partial(revoked: BaseException) -> Result | None:
     """What the worker stored with a revocation: Celery's reason, and the text so far where there was one."""
     return Result.model_validate(revoked.args[1]) if len(revoked.args) > 1 else None
+
+
+class _App(Celery):  # type: ignore[misc]
+    """Does not subscribe to each job's result as it sends the job: nobody here would read what Redis then piles up.
+
+    `AsyncResult.get` subscribes itself.
+    """
+
+    def _get_backend(self) -> Any:
+        backend = super()._get_backend()
+        backend.on_task_call = _subscribe_to_nothing
+        return backend
+
+
+def _subscribe_to_nothing(producer: Any, task_id: str) -> None:
+    """In place of Celery's `on_task_call`."""
 
 
 def _app(broker_url: str | None, result_backend: str | None) -> Celery:
@@ -255,7 +310,7 @@ def _app(broker_url: str | None, result_backend: str | None) -> Celery:
     known = None if broker_url else os.environ.get("IDEFICS_RESULT_BACKEND")
     backend = result_backend or known or database_after(broker)
     # Not the process's current app: that is its own.
-    app = Celery("idefics_jobs", broker=broker, backend=backend, set_as_current=False)
+    app = _App("idefics_jobs", broker=broker, backend=backend, set_as_current=False)
     app.conf.update(
         task_serializer="json",
         result_serializer="json",

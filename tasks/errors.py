@@ -125,6 +125,8 @@ ERRORS: dict[str, type[JobError]] = {
 class JobCanceled(Exception):
     """The job was canceled before it had an answer: submit it again if you still want one."""
 
+    code: ClassVar[str] = "canceled"
+
     def __init__(self, message: str = "", partial: Result | None = None) -> None:
         super().__init__(message or self.__doc__)
         #: What it had said when it ended; None where its model had not begun.

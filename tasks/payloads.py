@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from .errors import ImageBlocked, InvalidRequest
+from .errors import ImageBlocked, InvalidRequest, JobCanceled, JobError
 
 #: The queue that the workers read.
 QUEUE = "idefics"
@@ -404,3 +404,7 @@ class Result(_Reply):
     model: ModelInfo
     timing: Timing
     metadata: dict[str, Any] = {}
+
+
+#: What a job ended with.
+Outcome = Result | JobError | JobCanceled

@@ -11,7 +11,7 @@ from .client import Status
 from .errors import InvalidRequest, JobError
 from .failed import FailedJob
 from .idempotency import digest
-from .payloads import Job, ModelInfo, Result, Timing, Usage
+from .payloads import Job, ModelInfo, Outcome, Result, Timing, Usage
 
 Answer = Callable[[Job], Result | str]
 
@@ -21,16 +21,16 @@ class FakeJob:
 
     def __init__(self, outcome: Result | JobError, id: str | None = None) -> None:
         self.id = id or str(uuid.uuid4())
-        self._outcome = outcome
+        self.outcome = outcome
 
     @property
     def status(self) -> Status:
-        return "failed" if isinstance(self._outcome, JobError) else "succeeded"
+        return "failed" if isinstance(self.outcome, JobError) else "succeeded"
 
     def result(self, timeout: float | None = None) -> Result:
-        if isinstance(self._outcome, JobError):
-            raise self._outcome
-        return self._outcome
+        if isinstance(self.outcome, JobError):
+            raise self.outcome
+        return self.outcome
 
     async def aresult(self, timeout: float | None = None) -> Result:
         return self.result()
@@ -57,7 +57,7 @@ class FakeClient:
                 raise InvalidRequest("idempotency_key: another payload has this key.")
             return submitted
         self.submitted.append(job)
-        submitted = self._run(job, str(uuid.uuid4()))
+        submitted = self._run(job, options.get("task_id") or str(uuid.uuid4()))
         if job.idempotency_key:
             self._keyed[job.idempotency_key] = digest(job), submitted
         return submitted
@@ -83,6 +83,16 @@ class FakeClient:
 
     def cancel(self, id: str) -> None:
         self.job(id).cancel()
+
+    def outcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
+        return {id: self._jobs[id].outcome for id in ids if id in self._jobs}
+
+    def forget(self, ids: Iterable[str]) -> None:
+        for id in ids:
+            self._jobs.pop(id, None)
+
+    def queued(self) -> int:
+        return 0
 
     def failed(self) -> Iterator[FailedJob]:
         return (failed for failed, _ in tuple(self._failed.values()))

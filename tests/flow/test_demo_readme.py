@@ -74,6 +74,21 @@ def test_the_shell_blocks_of_the_command_line_print_results(demo_broker: Broker,
     assert texts == ["A cat on a blue background.", "animal"]
 
 
+def test_the_shell_block_of_bulk_jobs_answers_the_shipped_lines(
+    demo_broker: Broker, pictures_url: str, tmp_path: Path
+) -> None:
+    [code] = [code for code in SHELL if "idefics-jobs batch" in code]
+    lines = tmp_path / "pictures.jsonl"
+    lines.write_text(_placed((CHECKOUT / "examples" / "pictures.jsonl").read_text(), demo_broker, pictures_url))
+    _said(code.replace("examples/pictures.jsonl", str(lines)).replace("answers", f"{tmp_path}/answers"), demo_broker)
+    answers = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    told = {answer["custom_id"]: answer for answer in answers}
+    assert told["caption"]["result"]["text"].strip() == "A cat on a blue background."
+    assert told["label"]["result"]["label"] == "animal"
+    message = told["chat"]["response"]["body"]["choices"][0]["message"]
+    assert message["content"].strip() == "The image shows a cat."
+
+
 def test_the_shell_block_of_failed_jobs_lists_and_sends_again(demo_broker: Broker, pictures_url: str) -> None:
     [code] = [code for code in SHELL if "idefics-jobs failed" in code]
     # Nobody listens there.

@@ -1,0 +1,198 @@
+"""Bulk jobs: lines in, answers out, with a bounded number of jobs in flight.
+
+```python
+with open("in.jsonl", "rb") as lines:
+    for answer in batch.run(client, lines):
+        ...
+```
+
+`idefics-jobs batch` is the same for files, and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from .batch_lines import Fingerprints, Line, answer, read_line
+from .errors import JobError, QueueFull
+from .payloads import Job, Outcome
+
+#: Jobs in flight: enough for some workers with full batches.
+WINDOW = 1_000
+#: Bulk jobs wait for all others.
+PRIORITY = 9
+
+#: Seconds between two looks at the results: longer where there were none.
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 0.5
+#: Seconds of submitting between two looks.
+TURN_S = 0.25
+#: Seconds before Redis, or a broker without room, is tried again.
+TROUBLE_PAUSE_S = 1.0
+#: Seconds without any answer after which jobs that have neither started nor wait in the queue are held to be lost.
+LOST_S = 600.0
+
+
+def run(
+    client: Any, lines: Iterable[str | bytes], *, window: int = WINDOW, priority: int = PRIORITY
+) -> Iterator[dict[str, Any]]:
+    """The answers to lines of ours or of OpenAI's batch files (see batch_lines), in the order in which jobs end.
+
+    An answer's result is forgotten in Redis when the next one is asked for.
+    """
+    for answers in Batch(client, lines, window=window, priority=priority).turns():
+        yield from answers
+
+
+class JobsLost(Exception):
+    """Jobs were sent and have neither an answer nor a place in the queue: Redis has lost them."""
+
+    def __init__(self, jobs: int) -> None:
+        super().__init__(f"{jobs} jobs have neither an answer nor a place in the queue: Redis has lost them.")
+
+
+class Batch:
+    """One pass over the lines. Redis that is away and a broker without room are waited for."""
+
+    def __init__(
+        self,
+        client: Any,
+        lines: Iterable[str | bytes],
+        *,
+        window: int = WINDOW,
+        priority: int = PRIORITY,
+        name: str | None = None,
+        done: Fingerprints | None = None,
+        sent: int = 0,
+        on_sent: Callable[[int], None] = lambda number: None,
+        keep_results: bool = False,
+    ) -> None:
+        """`name` tells this batch's jobs from any others, so that their results are found again.
+
+        Lines in `done` are left out. Those up to number `sent` have their jobs in the queue or ended already;
+        `on_sent` is told how far this is.
+        """
+        self._client = client
+        self._lines = enumerate(lines, 1)
+        self._window = window
+        self._priority = priority
+        self._name = name or uuid.uuid4().hex
+        self._done = done if done is not None else Fingerprints()
+        self._sent = sent
+        self._on_sent = on_sent
+        self._keep_results = keep_results
+        self._seen = Fingerprints()
+        #: A line whose job could not be sent yet.
+        self._held: tuple[Line, Job] | None = None
+        self._is_read = False
+        self._flying: dict[str, Line] = {}
+        self._last_news = time.monotonic()
+        #: Lines that were read.
+        self.read = 0
+        #: Why it waits.
+        self.trouble = ""
+        #: Ends it after this turn, whatever is in flight.
+        self.is_stopped = False
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flying)
+
+    def turns(self) -> Iterator[list[dict[str, Any]]]:
+        """The answers of each turn, often none. Their results are forgotten at the next turn. Raises JobsLost."""
+        pause = FIRST_PAUSE_S
+        while not self.is_stopped and not (self._is_read and self._held is None and not self._flying):
+            answers: list[dict[str, Any]] = []
+            ended: list[str] = []
+            try:
+                self._fill(answers)
+                ended = self._collect(answers)
+                self.trouble = ""
+            except QueueFull as error:
+                self.trouble = str(error)
+                ended = self._patiently(self._collect, answers) or []
+            except (RedisConnectionError, RedisTimeoutError, OperationalError) as error:
+                self.trouble = f"Redis does not answer: {error}"
+            yield answers
+            if ended and not self._keep_results:
+                self._patiently(self._client.forget, ended)
+            if answers or self.trouble:
+                self._last_news = time.monotonic()
+            pause = FIRST_PAUSE_S if answers else min(pause * 1.5, LAST_PAUSE_S)
+            if self._is_read or self.trouble or self.in_flight >= self._window:
+                self._check_for_lost_jobs()
+                time.sleep(TROUBLE_PAUSE_S if self.trouble else pause)
+
+    def _fill(self, answers: list[dict[str, Any]]) -> None:
+        """Send jobs until the window is full."""
+        until = time.monotonic() + TURN_S
+        while len(self._flying) < self._window and time.monotonic() < until:
+            if self._held is None and not self._read(answers):
+                return
+            if self._held is not None:
+                self._send(*self._held)
+
+    def _read(self, answers: list[dict[str, Any]]) -> bool:
+        """Read a line, and hold it if a job of it is to be sent. False at the end."""
+        number, text = next(self._lines, (0, ""))
+        if not number:
+            self._is_read = True
+            return False
+        self.read += 1
+        if not text.strip():
+            return True
+        line = read_line(number, text)
+        if not self._seen.add(line.fingerprint):
+            line = line.as_duplicate()
+        if line.fingerprint in self._done:
+            return True
+        try:
+            job = line.job()
+        except JobError as fault:
+            answers.append(answer(line, fault, self._id(line)))
+            return True
+        line = line.without_payload()
+        if number <= self._sent:
+            self._flying[self._id(line)] = line
+        else:
+            self._held = line, job
+        return True
+
+    def _send(self, line: Line, job: Job) -> None:
+        id = self._id(line)
+        self._client.submit(job, priority=self._priority, task_id=id)
+        self._flying[id] = line
+        self._held = None
+        self._on_sent(line.number)
+
+    def _id(self, line: Line) -> str:
+        digest = hashlib.blake2b(f"{self._name} {line.fingerprint}".encode(), digest_size=16).digest()
+        return str(uuid.UUID(bytes=digest))
+
+    def _collect(self, answers: list[dict[str, Any]]) -> list[str]:
+        """Take the lines whose jobs have ended out of the window; their jobs' ids."""
+        outcomes: dict[str, Outcome] = self._client.outcomes(self._flying)
+        answers += [answer(self._flying.pop(id), outcome, id) for id, outcome in outcomes.items()]
+        return list(outcomes)
+
+    def _patiently(self, call: Callable[[Any], Any], argument: Any) -> Any:
+        """What is missed here is done later, or expires."""
+        try:
+            return call(argument)
+        except (RedisConnectionError, RedisTimeoutError, OperationalError) as error:
+            self.trouble = f"Redis does not answer: {error}"
+
+    def _check_for_lost_jobs(self) -> None:
+        if not self._flying or time.monotonic() - self._last_news < LOST_S:
+            return
+        self._last_news = time.monotonic()
+        # A job that has started comes back by itself when its worker dies.
+        if self._client.queued() == 0 and all(self._client.job(id).status == "starting" for id in self._flying):
+            raise JobsLost(len(self._flying))

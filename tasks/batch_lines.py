@@ -1,0 +1,268 @@
+"""A batch file's lines: what each asks for, and the line that answers it.
+
+Ours: `{"custom_id": "r1", "task": "caption", "arguments": {"image": "https://..."}}`, answered with
+`{"custom_id": "r1", "result": {...}}` or `{"custom_id": "r1", "error": {"code": "...", "message": "..."}}`.
+OpenAI's batch lines for /v1/chat/completions become `Chat` jobs and are answered in OpenAI's form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from array import array
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import DeadlineExceeded, InvalidRequest, JobCanceled, JobError
+from .payloads import Job, Outcome, Result, parse
+
+ENDPOINT = "/v1/chat/completions"
+MAX_CUSTOM_ID_CHARS = 512
+
+#: OpenAI's fields that change no answer here. The workers serve one model, and say which.
+_IGNORED = {"metadata", "model", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+#: OpenAI's fields that we have no like of, with the value that asks for nothing.
+_NEUTRAL: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "logprobs": False,
+    "n": 1,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "stream": False,
+}
+_LENGTHS = ("max_completion_tokens", "max_tokens")
+#: Where it is not OpenAI's `stop`.
+_FINISH_REASONS = {"length": "length", "deadline": "length"}
+#: What a request was refused for; other jobs have never got an answer.
+_REFUSALS = {
+    "invalid_request",
+    "prompt_too_long",
+    "image_blocked",
+    "image_unreachable",
+    "image_too_large",
+    "image_invalid",
+}
+_REQUEST_ID = "batch_req_"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the input."""
+
+    #: From 1.
+    number: int
+    #: None where the line has none that can be used.
+    custom_id: str | None = None
+    is_openai: bool = False
+    #: The line's object.
+    asked: dict[str, Any] | None = None
+    #: Why it is refused without a look at its payload.
+    fault: InvalidRequest | None = None
+    #: Its custom_id is another line's.
+    is_duplicate: bool = False
+
+    @property
+    def is_numbered(self) -> bool:
+        """Its answer is told by the line's number, since its custom_id tells nothing."""
+        return self.custom_id is None or self.is_duplicate
+
+    @property
+    def fingerprint(self) -> int:
+        """What its answer is found again by."""
+        return fingerprint(_key(None if self.is_numbered else self.custom_id, self.number))
+
+    def as_duplicate(self) -> Line:
+        message = f"Line {self.number}: custom_id {self.custom_id!r} is an earlier line's: give each line its own."
+        return replace(self, fault=InvalidRequest(message), is_duplicate=True)
+
+    def without_payload(self) -> Line:
+        return replace(self, asked=None)
+
+    def job(self) -> Job:
+        """Raises a JobError where the line is refused."""
+        if self.fault:
+            raise self.fault
+        asked = self.asked or {}
+        job = _chat(asked) if self.is_openai else _ours(asked)
+        if job.idempotency_key:
+            raise InvalidRequest("idempotency_key: a batch's line has its custom_id for that. Leave the key out.")
+        return job
+
+
+def read_line(number: int, text: str | bytes) -> Line:
+    """A line as it stands in the input, its payload not yet looked at."""
+    try:
+        asked = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Line(number, fault=InvalidRequest(f"Line {number} is no JSON: {error}"))
+    if not isinstance(asked, dict):
+        return Line(number, fault=InvalidRequest(f"Line {number} is no JSON object."))
+    is_openai = "body" in asked or "url" in asked
+    custom_id = asked.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS or not _is_utf8(custom_id):
+        message = f"Line {number}: custom_id must be a text of 1 to {MAX_CUSTOM_ID_CHARS} characters."
+        return Line(number, is_openai=is_openai, fault=InvalidRequest(message))
+    return Line(number, custom_id, is_openai, asked)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _ours(asked: dict[str, Any]) -> Job:
+    unknown = asked.keys() - {"custom_id", "task", "arguments"}
+    if unknown or not isinstance(asked.get("task"), str) or not isinstance(asked.get("arguments"), dict):
+        raise InvalidRequest(
+            'A line is {"custom_id": "...", "task": "caption", "arguments": {...}}, or one of OpenAI\'s batch files'
+            + (f"; unknown: {', '.join(sorted(unknown))}." if unknown else ".")
+        )
+    task: str = asked["task"]
+    return parse(task if task.startswith("idefics.") else f"idefics.{task}", asked["arguments"])
+
+
+def _chat(asked: dict[str, Any]) -> Job:
+    body = asked.get("body")
+    if asked.get("method") != "POST" or asked.get("url") != ENDPOINT or not isinstance(body, dict):
+        raise InvalidRequest(f"An OpenAI batch line has method POST, url {ENDPOINT} and an object as its body.")
+    arguments = {name: value for name, value in body.items() if name not in _IGNORED and value is not None}
+    for name, value in _NEUTRAL.items():
+        if arguments.get(name) == value:
+            del arguments[name]
+    lengths = [arguments.pop(name) for name in _LENGTHS if name in arguments]
+    if lengths:
+        arguments["max_new_tokens"] = lengths[0]
+    if isinstance(arguments.get("stop"), str):
+        arguments["stop"] = [arguments["stop"]]
+    # What is left and is no field of ours is refused by name.
+    return parse("idefics.chat", arguments)
+
+
+# Answers
+
+
+def answer(line: Line, outcome: Outcome, job_id: str) -> dict[str, Any]:
+    """The output's object for a line."""
+    return _openai_answer(line, outcome, job_id) if line.is_openai else _our_answer(line, outcome)
+
+
+def is_failed(answer: dict[str, Any]) -> bool:
+    if "response" in answer:
+        return answer["response"] is None or answer["response"]["status_code"] != 200
+    return "error" in answer
+
+
+def answered(answer: dict[str, Any]) -> int:
+    """The fingerprint of the line that an answer is for. Raises ValueError for what is no answer of a batch."""
+    if not isinstance(answer, dict) or "custom_id" not in answer or not answer.keys() & {"result", "error"}:
+        raise ValueError("no answer of a batch")
+    if "response" in answer:
+        return int(str(answer["id"]).removeprefix(_REQUEST_ID), 16)
+    return fingerprint(_key(None if "line" in answer else answer["custom_id"], answer.get("line", 0)))
+
+
+def _our_answer(line: Line, outcome: Outcome) -> dict[str, Any]:
+    told: dict[str, Any] = {"custom_id": line.custom_id}
+    if line.is_numbered:
+        told["line"] = line.number
+    if isinstance(outcome, Result):
+        return {**told, "result": outcome.model_dump(mode="json")}
+    return {**told, "error": {"code": outcome.code, "message": str(outcome)}}
+
+
+def _openai_answer(line: Line, outcome: Outcome, job_id: str) -> dict[str, Any]:
+    told = {"id": f"{_REQUEST_ID}{line.fingerprint:016x}", "custom_id": line.custom_id}
+    if isinstance(outcome, Result):
+        return {**told, "response": _response(200, job_id, _completion(outcome, job_id)), "error": None}
+    if outcome.code in _REFUSALS:
+        error = {"message": str(outcome), "type": "invalid_request_error", "param": None, "code": outcome.code}
+        return {**told, "response": _response(400, job_id, {"error": error}), "error": None}
+    return {**told, "response": None, "error": {"code": _batch_code(outcome), "message": str(outcome)}}
+
+
+def _batch_code(outcome: JobError | JobCanceled) -> str:
+    if isinstance(outcome, JobCanceled):
+        return "batch_cancelled"
+    return "batch_expired" if isinstance(outcome, DeadlineExceeded) else outcome.code
+
+
+def _response(status: int, job_id: str, body: dict[str, Any]) -> dict[str, Any]:
+    return {"status_code": status, "request_id": job_id, "body": body}
+
+
+def _completion(result: Result, job_id: str) -> dict[str, Any]:
+    usage = result.usage
+    return {
+        "id": f"chatcmpl-{job_id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": result.model.id,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": _FINISH_REASONS.get(result.finish_reason, "stop"),
+            }
+        ],
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        },
+        "system_fingerprint": None,
+    }
+
+
+# Fingerprints
+
+
+def _key(custom_id: Any, number: int) -> str:
+    return f"line {number}" if custom_id is None else f"id {custom_id}"
+
+
+def fingerprint(text: str) -> int:
+    """64 bits, never 0. Of a million texts two have the same with a chance of one in forty million."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
+
+
+class Fingerprints:
+    """A set of fingerprints in 12 to 32 bytes each; Python's own takes 100."""
+
+    def __init__(self) -> None:
+        self._slots = array("Q", bytes(8 * 1024))
+        self._used = 0
+
+    def __len__(self) -> int:
+        return self._used
+
+    def __contains__(self, number: int) -> bool:
+        return self._slots[self._place(number)] == number
+
+    def add(self, number: int) -> bool:
+        """False where it was there."""
+        place = self._place(number)
+        if self._slots[place] == number:
+            return False
+        self._slots[place] = number
+        self._used += 1
+        if self._used * 3 > len(self._slots) * 2:
+            self._grow()
+        return True
+
+    def _place(self, number: int) -> int:
+        slots, mask = self._slots, len(self._slots) - 1
+        place = number & mask
+        while slots[place] not in (0, number):
+            place = (place + 1) & mask
+        return place
+
+    def _grow(self) -> None:
+        old, self._slots = self._slots, array("Q", bytes(8 * 2 * len(self._slots)))
+        for number in old:
+            if number:
+                self._slots[self._place(number)] = number

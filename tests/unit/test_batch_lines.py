@@ -1,0 +1,187 @@
+"""A batch file's lines: read, refused, answered and found again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tasks import Caption, DeadlineExceeded, ImageBlocked, InvalidRequest, JobCanceled, JobError, WorkerLost
+from tasks.batch_lines import Fingerprints, Line, answer, answered, fingerprint, is_failed, read_line
+from tasks.payloads import Chat, Complete
+from tasks.testing import canned
+
+URL = "https://example.com/a.jpg"
+OURS = {"custom_id": "r1", "task": "caption", "arguments": {"image": URL}}
+MESSAGES = [
+    {"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": URL}}]}
+]
+RESULT = canned("a cat", Complete(prompt=["Hello"]))
+
+
+def line(asked: Any, number: int = 1) -> Line:
+    return read_line(number, json.dumps(asked))
+
+
+def openai(**body: Any) -> dict[str, Any]:
+    body = {"model": "gpt-4o", "messages": MESSAGES, **body}
+    return {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def refusal(asked: Any) -> str:
+    with pytest.raises(JobError) as refused:
+        line(asked).job()
+    return str(refused.value)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("task", ["caption", "idefics.caption"])
+def test_a_line_of_ours_is_a_task_and_its_arguments(task: str) -> None:
+    assert line({**OURS, "task": task}).job() == Caption(image=URL)
+
+
+def test_a_line_of_openais_is_a_chat() -> None:
+    assert line(openai()).job() == Chat.model_validate({"messages": MESSAGES})
+
+
+def test_openais_options_have_ours_names() -> None:
+    asked = openai(max_completion_tokens=100, temperature=0.5, top_p=0.9, seed=7, stop="\n")
+    job = line(asked).job()
+    assert (job.max_new_tokens, job.temperature, job.top_p, job.seed, job.stop) == (100, 0.5, 0.9, 7, ["\n"])
+    assert line(openai(max_tokens=50, stop=["a", "b"])).job().arguments().keys() == {
+        "messages",
+        "max_new_tokens",
+        "stop",
+    }
+    assert line(openai(max_tokens=50)).job().max_new_tokens == 50
+
+
+def test_openais_options_that_ask_for_nothing_are_passed_over() -> None:
+    asked = openai(n=1, stream=False, user="u", metadata={"a": "b"}, stop=None, response_format={"type": "text"})
+    assert line(asked).job() == line(openai()).job()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n", 2), ("stream", True), ("tools", []), ("logprobs", True), ("seed", -1)]
+)
+def test_openais_options_that_no_worker_has_are_refused_by_name(name: str, value: Any) -> None:
+    assert name in refusal(openai(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({**OURS, "task": "paint"}, "There is no task"),
+        ({**OURS, "arguments": {"image": URL, "colour": 1}}, "colour"),
+        ({**OURS, "arguments": {"image": "file:///etc/passwd"}}, "no other scheme"),
+        ({**OURS, "arguments": {"image": URL, "idempotency_key": "k"}}, "idempotency_key"),
+        ({**OURS, "arguments": None}, "A line is"),
+        ({**OURS, "id": 1}, "unknown: id"),
+        ({**openai(), "url": "/v1/embeddings"}, "/v1/chat/completions"),
+        ({**openai(), "body": []}, "an object as its body"),
+        ({**OURS, "custom_id": ""}, "custom_id"),
+        ({**OURS, "custom_id": "\ud800"}, "custom_id"),
+        ({"task": "caption", "arguments": {}}, "custom_id"),
+        ([], "no JSON object"),
+    ],
+)
+def test_a_bad_line_is_refused_and_told_why(asked: Any, told: str) -> None:
+    assert told in refusal(asked)
+
+
+@pytest.mark.parametrize("text", ["{", b"\xff\xfe", "[" * 100_000])
+def test_what_is_no_json_is_refused_with_its_lines_number(text: str | bytes) -> None:
+    bad = read_line(7, text)
+    with pytest.raises(InvalidRequest, match="Line 7 is no JSON"):
+        bad.job()
+    assert answer(bad, InvalidRequest("no"), "job")["line"] == 7
+
+
+# Answering
+
+
+def test_our_answer_is_a_result_or_an_error() -> None:
+    assert answer(line(OURS), RESULT, "job") == {"custom_id": "r1", "result": RESULT.model_dump(mode="json")}
+    error = {"code": "image_blocked", "message": "no"}
+    assert answer(line(OURS), ImageBlocked("no"), "job") == {"custom_id": "r1", "error": error}
+    assert answer(line(OURS), JobCanceled(), "job")["error"]["code"] == "canceled"
+
+
+def test_openais_answer_is_a_chat_completion() -> None:
+    told = answer(line(openai()), RESULT, "job")
+    assert told.keys() == {"id", "custom_id", "response", "error"}
+    assert told["id"].startswith("batch_req_")
+    assert (told["custom_id"], told["error"]) == ("r1", None)
+    assert (told["response"]["status_code"], told["response"]["request_id"]) == (200, "job")
+    body = told["response"]["body"]
+    assert (body["object"], body["model"], type(body["created"])) == ("chat.completion", "fake", int)
+    (choice,) = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "a cat", "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert body["usage"] == {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("stop_sequence", "stop"), ("length", "length"), ("deadline", "length")])
+def test_a_finish_reason_is_one_of_openais(ours: str, theirs: str) -> None:
+    told = answer(line(openai()), RESULT.model_copy(update={"finish_reason": ours}), "job")
+    assert told["response"]["body"]["choices"][0]["finish_reason"] == theirs
+
+
+def test_openais_refused_request_is_a_response_with_an_error() -> None:
+    told = answer(line(openai()), InvalidRequest("no"), "job")
+    error = {"message": "no", "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+    assert (told["error"], told["response"]["status_code"], told["response"]["body"]) == (None, 400, {"error": error})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [(DeadlineExceeded(), "batch_expired"), (JobCanceled(), "batch_cancelled"), (WorkerLost("gone"), "worker_lost")],
+)
+def test_openais_request_without_an_answer_has_no_response(outcome: Any, code: str) -> None:
+    told = answer(line(openai()), outcome, "job")
+    assert (told["response"], told["error"]) == (None, {"code": code, "message": str(outcome)})
+
+
+# Finding again
+
+
+@pytest.mark.parametrize("asked", [OURS, openai(), {**OURS, "custom_id": None}, {**openai(), "custom_id": None}, []])
+@pytest.mark.parametrize("is_duplicate", [False, True])
+@pytest.mark.parametrize("outcome", [RESULT, InvalidRequest("no"), WorkerLost("gone")])
+def test_an_answer_tells_which_line_it_is_for_and_whether_that_failed(
+    asked: Any, is_duplicate: bool, outcome: Any
+) -> None:
+    asked = line(asked, 7).as_duplicate() if is_duplicate else line(asked, 7)
+    told = json.loads(json.dumps(answer(asked, outcome, "job")))
+    assert answered(told) == asked.fingerprint
+    assert is_failed(told) == (outcome is not RESULT)
+
+
+def test_a_duplicate_is_not_taken_for_the_line_that_it_repeats() -> None:
+    first, again = line(OURS, 1), line(OURS, 2).as_duplicate()
+    assert first.fingerprint != again.fingerprint
+    with pytest.raises(InvalidRequest, match="Line 2: custom_id 'r1' is an earlier line's"):
+        again.job()
+
+
+def test_a_number_as_custom_id_is_not_taken_for_a_lines_number() -> None:
+    assert line({**OURS, "custom_id": "7"}).fingerprint != read_line(7, "{").fingerprint
+
+
+@pytest.mark.parametrize("foreign", [[], {}, {"custom_id": "r1"}, OURS, {"custom_id": "r1", "response": {}, "id": "x"}])
+def test_what_is_no_answer_is_refused(foreign: Any) -> None:
+    with pytest.raises((ValueError, KeyError)):
+        answered(foreign)
+
+
+def test_fingerprints_are_a_small_set() -> None:
+    numbers, some = [fingerprint(str(number)) for number in range(20_000)], Fingerprints()
+    assert all(some.add(number) for number in numbers)
+    assert not any(some.add(number) for number in numbers)
+    assert len(some) == 20_000
+    assert all(number in some for number in numbers)
+    assert fingerprint("another") not in some
+    assert len(some._slots) * some._slots.itemsize <= 32 * 20_000
