@@ -14,12 +14,33 @@ from worker.pool.job import Job
 
 
 class JobRequest(Request):  # type: ignore[misc]
-    """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice."""
+    """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice.
+
+    And is acknowledged once its failure is stored.
+    """
+
+    _defers_acknowledgement = False
+    _owes_acknowledgement = False
 
     @property
     def _job(self) -> Job | None:
         """The pool's, while it has it."""
         return self._apply_result and self._apply_result()  # type: ignore[no-any-return]
+
+    def on_failure(self, *args: Any, **options: Any) -> None:
+        """Celery's acknowledges a lost job first: a worker killed before it stored the failure took that along."""
+        self._defers_acknowledgement = True
+        try:
+            super().on_failure(*args, **options)
+        finally:
+            self._defers_acknowledgement = False
+        if self._owes_acknowledgement:
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        self._owes_acknowledgement = self._defers_acknowledgement
+        if not self._defers_acknowledgement:
+            super().acknowledge()
 
     def terminate(self, pool: Any, signal: int | None = None) -> None:
         """For `revoke(terminate=True)`. Celery's own stores the end of the job before it has come."""
