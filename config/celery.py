@@ -48,7 +48,8 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
             "socket_timeout": 30,
             "socket_keepalive": True,
             "health_check_interval": 25,
-            "unacked_restore_interval": 10,
+            # Seconds between two looks for jobs whose visibility timeout is over.
+            "unacked_restore_interval": max(1, min(10, settings.visibility_timeout_s // 4)),
             "unacked_restore_throttle": 1,
         },
         "result_backend_transport_options": {
