@@ -21,7 +21,7 @@ SILENCE_S = 60.0
 #: Seconds for the last messages to be acknowledged after the last job has ended.
 SETTLE_S = 40.0
 #: Seconds that a struck worker is waited for, on average.
-AWAIT_S = 2.0
+AWAIT_S = 0.5
 #: Jobs of which one is poison.
 PER_POISON = 500
 

@@ -63,7 +63,7 @@ def _fault(name: str, workers: int, chance: random.Random) -> Fault:
         kind=name,
         worker=chance.randrange(workers),
         hold_s=round(chance.uniform(KINDS[name].shortest, KINDS[name].longest), 2),
-        pause_s=round(chance.uniform(1.0, 3.0), 2),
+        pause_s=round(chance.uniform(2.0, 4.0), 2),
         awaits_ready=chance.random() > UNREADY,
     )
 

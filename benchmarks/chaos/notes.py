@@ -20,8 +20,8 @@ app.conf.update(
     broker_connection_max_retries=None,
     broker_channel_error_retry=True,
     worker_cancel_long_running_tasks_on_connection_loss=False,
-    # The smallest of all apps on a broker holds for all.
-    broker_transport_options={"visibility_timeout": int(os.environ[VISIBILITY_S])},
+    # The smallest of all apps on a broker holds for all; so does a lock that one leaves behind.
+    broker_transport_options={"visibility_timeout": int(os.environ[VISIBILITY_S]), "unacked_mutex_expire": 1},
 )
 
 
