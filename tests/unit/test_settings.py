@@ -294,6 +294,8 @@ def test_a_dead_workers_jobs_are_looked_for_soon_after_their_timeout(timeout: in
     options = configuration(Settings(visibility_timeout_s=timeout), "idefics", 5)["broker_transport_options"]
     assert options["unacked_restore_interval"] == interval
     assert options["unacked_restore_throttle"] == 1
+    # A worker that dies with the lock of that look keeps the others from it for as long.
+    assert options["unacked_mutex_expire"] == interval
 
 
 def test_results_are_kept_for_their_time(celery: dict[str, Any]) -> None:
