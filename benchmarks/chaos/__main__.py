@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.chaos.campaign import run, say
+from benchmarks.chaos.campaign import PAUSE_S, run, say
 from benchmarks.chaos.checker import figures, problems
 
 RESULTS = Path(__file__).parents[1] / "results" / "chaos.json"
@@ -20,13 +20,14 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.chaos", description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--faults", type=int, default=65, help="beside the poison jobs")
+    parser.add_argument("--pause", type=float, default=PAUSE_S, help="seconds between two faults, on average")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", action="store_true", help=f"write the figures to {RESULTS.name}")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="idefics-chaos-"))
     say(f"Ledgers and logs: {folder}")
-    ledgers = run(asked.jobs, asked.faults, asked.seed, folder)
-    found = {"seed": asked.seed, **figures(ledgers)}
+    ledgers = run(asked.jobs, asked.faults, asked.seed, folder, asked.pause)
+    found = {"seed": asked.seed, "pause_s": asked.pause, **figures(ledgers)}
     say(json.dumps(found, indent=2))
     wrong = problems(ledgers)
     for name, ids in wrong.items():

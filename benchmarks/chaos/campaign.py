@@ -14,6 +14,8 @@ from benchmarks.chaos.ledger import Ledger, Strike, now
 from benchmarks.chaos.site import WORKERS, Site, await_true, open_site
 from benchmarks.chaos.traffic import Producer, Receiver, plan
 
+#: Seconds between two strikes, on average. More often, and jobs of low priority wait behind the backlog for minutes.
+PAUSE_S = 7.0
 #: Seconds for a struck worker to be ready again before it is struck.
 READY_S = 15.0
 #: Seconds without any job's end after which the rest is taken for lost.
@@ -23,15 +25,17 @@ SETTLE_S = 40.0
 #: Seconds that a struck worker is waited for, on average.
 AWAIT_S = 0.5
 #: Jobs of which one is poison.
-PER_POISON = 500
+PER_POISON = 1_000
 
 
-def run(jobs: int, faults: int, seed: int, folder: Path, longest_s: float = math.inf) -> Ledgers:
+def run(
+    jobs: int, faults: int, seed: int, folder: Path, pause_s: float = PAUSE_S, longest_s: float = math.inf
+) -> Ledgers:
     """Send so many jobs evenly while so many faults strike, and wait until all is quiet.
 
-    A strike, or the pause after it, lasts `longest_s` seconds at most.
+    Between two strikes are about `pause_s` seconds; none lasts longer than `longest_s`.
     """
-    strikes = schedule(faults, WORKERS, seed, longest_s)
+    strikes = schedule(faults, WORKERS, seed, pause_s, longest_s)
     seconds = sum(fault.hold_s + fault.pause_s + AWAIT_S for fault in strikes)
     with open_site(folder) as site:
         producer = Producer(site, plan(jobs, max(1, jobs // PER_POISON), seed), per_s=jobs / seconds)

@@ -101,9 +101,25 @@ def figures(ledgers: Ledgers) -> dict[str, Any]:
         "jobs_run_again": sum(starts[id] - spent[id] > 1 for id in starts if id not in poisonous),
         "jobs_run_twice_to_their_end": sum(times > 1 for times in successes.values()),
         "links_called_twice": sum(times > 1 for times in Counter(c.id for c in ledgers.calls).values()),
-        "recovery_s": _summary([seconds for each in by_kind.values() for seconds in each]),
-        "recovery_s_by_kind": {kind: _summary(each) for kind, each in sorted(by_kind.items())},
+        # From a strike to the next job that who was struck ends.
+        "recovery_s": _summary(list(resumptions(ledgers))),
+        # From a strike to the end of each job that it caught, with its wait behind others in the queue.
+        "caught_jobs_s": _summary([seconds for each in by_kind.values() for seconds in each]),
+        "caught_jobs_s_by_kind": {kind: _summary(each) for kind, each in sorted(by_kind.items())},
     }
+
+
+def resumptions(ledgers: Ledgers) -> Iterator[float]:
+    """For each strike, the seconds until the struck worker, or any where all are struck, ends a job again.
+
+    What its last breath ends counts too: a strike that interrupts nothing is recovered from at once.
+    """
+    for strike in ledgers.strikes:
+        ends = (step for step in ledgers.steps if step.what == "SUCCESS" and step.at > strike.at)
+        struck = (step.at for step in ends if strike.target in ("all", "pictures", step.worker))
+        first = next(struck, None)
+        if first is not None:
+            yield first - strike.at
 
 
 def recoveries(ledgers: Ledgers) -> Iterator[tuple[Strike, float]]:
@@ -159,7 +175,7 @@ def _bears(strike: Strike, worker: str, job: Accepted) -> bool:
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, float]:
-    return {"jobs": len(seconds), "p50": _percentile(seconds, 50), "p99": _percentile(seconds, 99)} | (
+    return {"count": len(seconds), "p50": _percentile(seconds, 50), "p99": _percentile(seconds, 99)} | (
         {"max": round(max(seconds), 2)} if seconds else {}
     )
 

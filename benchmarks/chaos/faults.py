@@ -46,24 +46,22 @@ class Kind:
     is_of_a_worker: bool = False
 
 
-def schedule(count: int, workers: int, seed: int, longest_s: float = math.inf) -> list[Fault]:
-    """So many faults: each kind as often as the others, in a random order."""
+def schedule(count: int, workers: int, seed: int, pause_s: float, longest_s: float = math.inf) -> list[Fault]:
+    """So many faults, about `pause_s` apart, each `longest_s` at most: every kind as often as the others, shuffled."""
     chance = random.Random(seed)
     names: list[str] = []
     while len(names) < count:
         names += chance.sample(sorted(KINDS), len(KINDS))
-    faults = [_fault(name, workers, chance) for name in names[:count]]
-    return [
-        replace(fault, hold_s=min(fault.hold_s, longest_s), pause_s=min(fault.pause_s, longest_s)) for fault in faults
-    ]
+    faults = [_fault(name, workers, chance, pause_s) for name in names[:count]]
+    return [replace(fault, hold_s=min(fault.hold_s, longest_s)) for fault in faults]
 
 
-def _fault(name: str, workers: int, chance: random.Random) -> Fault:
+def _fault(name: str, workers: int, chance: random.Random, pause_s: float) -> Fault:
     return Fault(
         kind=name,
         worker=chance.randrange(workers),
         hold_s=round(chance.uniform(KINDS[name].shortest, KINDS[name].longest), 2),
-        pause_s=round(chance.uniform(2.0, 4.0), 2),
+        pause_s=round(pause_s * chance.uniform(2 / 3, 4 / 3), 2),
         awaits_ready=chance.random() > UNREADY,
     )
 

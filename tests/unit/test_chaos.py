@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.checker import Ledgers, Remains, figures, problems, recoveries
+from benchmarks.chaos.checker import Ledgers, Remains, figures, problems, recoveries, resumptions
 from benchmarks.chaos.faults import KINDS, schedule
 from benchmarks.chaos.ledger import Accepted, Call, End, Ledger, Step, Strike, read
 from benchmarks.chaos.proxy import Proxy
@@ -101,6 +101,17 @@ def test_recovery_counts_from_when_a_job_was_due_or_taken() -> None:
     assert list(recoveries(ledgers)) == [(reset, 1.0), (dead, 4.0)]
 
 
+def test_a_struck_worker_has_recovered_when_it_ends_a_job() -> None:
+    steps = [
+        Step(1.0, "one", "SUCCESS", "a"),
+        Step(3.0, "two", "SUCCESS", "b"),
+        Step(4.0, "one", "started", "c"),
+        Step(5.0, "one", "SUCCESS", "c"),
+    ]
+    strikes = [Strike(2.0, "kill", "one", 0.0), Strike(2.0, "reset", "all", 0.0), Strike(9.0, "reset", "all", 0.0)]
+    assert list(resumptions(Ledgers(steps=steps, strikes=strikes))) == [3.0, 1.0]
+
+
 def test_jobs_that_ran_again_are_counted_without_retries_and_dropped_runs() -> None:
     runs = {"once": ["SUCCESS"], "retried": ["RETRY", "SUCCESS"], "dropped": ["SUCCESS", "IGNORED"]}
     runs |= {"killed": ["", "SUCCESS"], "twice": ["SUCCESS", "SUCCESS"]}
@@ -121,8 +132,9 @@ def test_a_ledger_keeps_what_was_written(tmp_path: Path) -> None:
 
 
 def test_a_seed_gives_the_same_campaign_and_every_kind_of_fault_its_turn() -> None:
-    faults = schedule(2 * len(KINDS), 2, seed=7)
-    assert faults == schedule(2 * len(KINDS), 2, seed=7) != schedule(2 * len(KINDS), 2, seed=8)
+    faults, again, others = (schedule(2 * len(KINDS), 2, seed, pause_s=3.0, longest_s=2.0) for seed in (7, 7, 8))
+    assert faults == again != others
+    assert max(fault.hold_s for fault in faults) == 2.0
     assert Counter(fault.kind for fault in faults) == dict.fromkeys(KINDS, 2)
     jobs = plan(200, 3, seed=7)
     assert jobs == plan(200, 3, seed=7) != plan(200, 3, seed=8)
