@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench
+.PHONY: setup demo test check format bench chaos
 
 setup: $(VENV)/.installed
 
@@ -33,3 +33,6 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[worker,dev,bench]'
 	$(BIN)/python -m benchmarks.compare --save shipped
 	$(BIN)/python -m benchmarks.compare --checkpoint mid-size --jobs 64 --save mid-size
+
+chaos: setup
+	$(BIN)/python -m benchmarks.chaos --save

@@ -9,6 +9,7 @@ from config.settings import Settings
 
 def configuration(settings: Settings, queue: str, default_priority: int) -> dict[str, Any]:
     """Celery's settings. Where one is not Celery's default, the line says what it is for."""
+    sweep_s = max(1, min(10, settings.visibility_timeout_s // 4))
     return {
         "broker_url": settings.broker_url.get_secret_value(),
         "result_backend": _first_end_wins(settings.result_backend.get_secret_value()),
@@ -48,8 +49,11 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
             "socket_timeout": 30,
             "socket_keepalive": True,
             "health_check_interval": 25,
-            "unacked_restore_interval": 10,
+            # Seconds between two looks for jobs whose visibility timeout is over.
+            "unacked_restore_interval": sweep_s,
             "unacked_restore_throttle": 1,
+            # Seconds after which that look's lock is free: kombu's 300 when a worker died, or was cut off, with it.
+            "unacked_mutex_expire": sweep_s,
         },
         "result_backend_transport_options": {
             "socket_timeout": 30,

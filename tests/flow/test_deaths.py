@@ -7,13 +7,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tasks import Client, Complete, JobError, SubmittedJob
-from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
+from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
 from tests.flow.gallery import Gallery
 from worker.demo import stack
 from worker.models.fake import POISON
@@ -98,3 +99,30 @@ def test_a_process_that_dies_while_it_loads_is_started_again_three_times_and_the
     assert len(started) == 4
     assert "The model process died 4 times while loading" in log.read_text()
     assert "The model is ready" not in log.read_text()
+
+
+@dataclass(frozen=True, slots=True)
+class Apart(stack.Broker):
+    """A broker whose results lie on a server of their own."""
+
+    results_server: stack.Broker
+
+    @property
+    def results(self) -> str:
+        return self.results_server.results
+
+
+def test_a_worker_that_dies_while_it_stores_a_failure_leaves_the_job_to_another(tmp_path: Path) -> None:
+    with Gallery().open() as gallery, stack.broker() as queues, stack.broker() as results:
+        server = Apart(queues.port, queues.process, results)
+        job = Producer(server).complete("-" * 200, 200, time_limit=2.0)
+        with stand(server, gallery, tmp_path / "first", VISIBILITY_TIMEOUT_S="2") as first:
+            outcome = job.apply_async()
+            eventually(lambda: outcome.state == "STARTED")
+            results.process.send_signal(signal.SIGSTOP)
+            # The limit passes, and the failure cannot be stored.
+            time.sleep(3.0)
+            first.process.kill()
+            results.process.send_signal(signal.SIGCONT)
+        with stand(server, gallery, tmp_path / "second", VISIBILITY_TIMEOUT_S="2"):
+            assert outcome.get(timeout=PATIENCE_S, propagate=False).args[0] == "deadline_exceeded"

@@ -321,6 +321,15 @@ def test_celery_reads_every_priority_in_order(celery: dict[str, Any]) -> None:
     assert options["visibility_timeout"] == 900
 
 
+@pytest.mark.parametrize(("timeout", "interval"), [(3_600, 10), (40, 10), (6, 1), (1, 1)])
+def test_a_dead_workers_jobs_are_looked_for_soon_after_their_timeout(timeout: int, interval: int) -> None:
+    options = configuration(Settings(visibility_timeout_s=timeout), "idefics", 5)["broker_transport_options"]
+    assert options["unacked_restore_interval"] == interval
+    assert options["unacked_restore_throttle"] == 1
+    # A worker that dies with the lock of that look keeps the others from it for as long.
+    assert options["unacked_mutex_expire"] == interval
+
+
 def test_results_are_kept_for_their_time(celery: dict[str, Any]) -> None:
     assert celery["result_expires"] == 60
 

@@ -21,12 +21,13 @@ logger = logging.getLogger(__name__)
 class JobRequest(Request):  # type: ignore[misc]
     """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice.
 
-    What ends here (a revocation, an expiry, a failure that the pool gives) is announced here, when it is stored and
-    before it is acknowledged. The model process announces the others.
+    What ends here (a revocation, an expiry, a failure that the pool gives) is stored, then announced, then acknowledged.
+    The model process announces the others.
     """
 
     _end: End | None = None
-    _is_held = False
+    _defers_acknowledgement = False
+    _owes_acknowledgement = False
 
     @property
     def _job(self) -> Job | None:
@@ -43,30 +44,35 @@ class JobRequest(Request):  # type: ignore[misc]
             job.terminate(signal)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        """Celery's acknowledges a lost job first: a worker killed before it stored the failure took that along."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
-        if return_ok or not isinstance(error, JobError):
-            super().on_failure(exc_info, send_failed_event, return_ok)
-            return
-        # Celery acknowledges first here and stores then: killed in between, the job would never have ended.
-        self._end, self._is_held = (states.FAILURE, error), True
+        if isinstance(error, JobError) and not return_ok:
+            self._end = states.FAILURE, error
+        self._defers_acknowledgement = True
         try:
             super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
-            self._is_held = False
-        self.acknowledge()
+            self._defers_acknowledgement = False
+        if self._owes_acknowledgement:
+            self.acknowledge()
 
     def acknowledge(self) -> None:
-        if self._is_held:
-            return
-        if self._end is not None:
-            try:
-                self.task.announcer.announce(
-                    self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors, may_wait=False
-                )
-            except UNAVAILABLE as error:
-                logger.error("Job %s ended, but its callback cannot be recorded (%s): it comes again.", self.id, error)
-                return
-        super().acknowledge()
+        self._owes_acknowledgement = self._defers_acknowledgement
+        if not self._defers_acknowledgement and self._is_announced():
+            super().acknowledge()
+
+    def _is_announced(self) -> bool:
+        """Whether the end's callback, if there is one, is recorded."""
+        if self._end is None:
+            return True
+        try:
+            self.task.announcer.announce(
+                self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors, may_wait=False
+            )
+        except UNAVAILABLE as error:
+            logger.error("Job %s ended, but its callback cannot be recorded (%s): it comes again.", self.id, error)
+            return False
+        return True
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """Celery's own, but for the partial result that the stored error carries."""

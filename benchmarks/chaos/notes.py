@@ -1,0 +1,30 @@
+"""The receiver's Celery app, as a web backend has one: its worker runs the links and errbacks, and notes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from celery import Celery
+
+from benchmarks.chaos.ledger import BROKER, CALLS, VISIBILITY_S, Call, Ledger, now
+from worker.transport import use
+
+# With kombu's own transport a link is lost whose BRPOP the broker's death cuts off.
+use()
+app = Celery("notes", broker=os.environ[BROKER])
+app.conf.update(
+    task_default_queue="notes",
+    task_acks_late=True,
+    task_ignore_result=True,
+    broker_connection_max_retries=None,
+    broker_channel_error_retry=True,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    # The smallest of all apps on a broker holds for all; so does a lock that one leaves behind.
+    broker_transport_options={"visibility_timeout": int(os.environ[VISIBILITY_S]), "unacked_mutex_expire": 1},
+)
+
+
+@app.task(name="chaos.note")  # type: ignore[untyped-decorator]
+def note(what: str, id: str) -> None:
+    Ledger(Path(os.environ[CALLS])).write(Call(now(), id, what))
