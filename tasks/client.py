@@ -20,7 +20,17 @@ from .capacity import Capacity, is_full
 from .errors import JobCanceled, QueueFull, from_exception
 from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys
-from .payloads import CANCEL_KEY, CANCEL_TTL_S, DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Result
+from .payloads import (
+    CANCEL_KEY,
+    CANCEL_TTL_S,
+    DEFAULT_PRIORITY,
+    MAX_JOB_BYTES,
+    QUEUE,
+    SUBMITTED_AT,
+    Job,
+    Result,
+    check_size,
+)
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.25
@@ -124,16 +134,19 @@ class Client:
         queue: str = QUEUE,
         max_queued: int | None = 100_000,
         max_memory: float | None = 0.8,
+        max_job_bytes: int = MAX_JOB_BYTES,
     ) -> None:
         """`result_backend` defaults to the database after the broker's, as the worker's settings do.
 
         `submit` raises QueueFull where `max_queued` jobs wait, or where the broker has used more than `max_memory` of
-        its maxmemory: a broker that is full cannot take results either. None: no limit.
+        its maxmemory: a broker that is full cannot take results either. None: no limit. It raises InvalidRequest for a
+        job of more than `max_job_bytes`: the worker's IDEFICS_MAX_JOB_BYTES less 100,000 for what Celery adds.
         """
         if app is not None and (broker_url or result_backend):
             raise ValueError("Give a Celery app or URLs, not both: the app has URLs of its own.")
         self.app = app or _app(broker_url, result_backend)
         self._queue = queue
+        self._max_job_bytes = max_job_bytes
         self._capacity = Capacity(self.app, max_queued, max_memory)
 
     def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Any) -> SubmittedJob:
@@ -142,6 +155,7 @@ class Client:
         With an `idempotency_key` that has a job already, that job is returned and nothing queued; raises InvalidRequest
         where it has another payload. Raises QueueFull where the broker has no room.
         """
+        check_size(job, self._max_job_bytes)
         if job.idempotency_key is None or not isinstance(self.app.backend, RedisBackend):
             # Where the results are not in Redis, the workers hold to the key alone.
             return self._send(job, priority, options)

@@ -306,7 +306,7 @@ class AtomicTake:
             properties = message["properties"]
             properties["delivery_tag"] = self.recorded or properties["delivery_tag"]
         except (ValueError, TypeError, KeyError):
-            logger.critical("What was in queue %s is no message of Celery's and is dropped: %.200r", queue, raw)
+            logger.critical("What was in queue %s is no message of Celery's and is dropped: %d bytes.", queue, len(raw))
             if self.recorded:
                 self.qos.ack(self.recorded)
             raise Empty from None
