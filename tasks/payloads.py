@@ -128,9 +128,12 @@ Label = Annotated[
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
-def _depth(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
-    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        inner = (entry for outer in level for entry in (outer.values() if isinstance(outer, dict) else outer))
+        level = [entry for entry in inner if isinstance(entry, dict | list | tuple)]
+    return bool(level)
 
 
 class ImagePath(_Frozen):
@@ -182,7 +185,7 @@ class Job(_Frozen):
             json.dumps(metadata, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError):
             raise ValueError("metadata holds what JSON cannot say") from None
-        if _depth(metadata) > MAX_METADATA_DEPTH:
+        if _is_deeper(metadata, MAX_METADATA_DEPTH):
             raise ValueError(f"metadata is nested more than {MAX_METADATA_DEPTH} deep")
         if size > MAX_METADATA_BYTES:
             raise ValueError(f"metadata has more than {MAX_METADATA_BYTES} bytes as JSON")

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from celery.utils.collections import Bunch
+from celery.utils.objects import Bunch
 from celery.worker import consumer
 
 from config.settings import load

@@ -54,7 +54,7 @@ class Hosts:
 
     @contextmanager
     def turn(self, name: str, patience_s: float | None = None) -> Iterator[None]:
-        """Hold one of a host's turns. Raises HostBusy where none comes soon, or within `patience_s` if that is given."""
+        """Hold one of a host's turns. Raises HostBusy if none comes soon, or within `patience_s` where given."""
         began = self._begin(name, patience_s)
         try:
             yield

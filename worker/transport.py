@@ -264,7 +264,11 @@ class AtomicTake:
             self._check_late()
         message = self._parse(queue, raw)
         self._queue_cycle.rotate(queue)
-        self.connection._deliver(message, queue)
+        try:
+            self.connection._deliver(message, queue)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            # Of a header or an encoding that is not Celery's: it must not end the worker, nor the next one.
+            self._drop(queue, f"{len(raw)} bytes ({type(error).__name__})")
         return True
 
     def _read_reply(self: Any, **options: Any) -> Any:
@@ -306,11 +310,14 @@ class AtomicTake:
             properties = message["properties"]
             properties["delivery_tag"] = self.recorded or properties["delivery_tag"]
         except (ValueError, TypeError, KeyError):
-            logger.critical("What was in queue %s is no message of Celery's and is dropped: %d bytes.", queue, len(raw))
-            if self.recorded:
-                self.qos.ack(self.recorded)
+            self._drop(queue, f"{len(raw)} bytes")
             raise Empty from None
         return message
+
+    def _drop(self: Any, queue: str, what: str) -> None:
+        logger.critical("What was in queue %s is no message of Celery's and is dropped: %s.", queue, what)
+        if self.recorded:
+            self.qos.ack(self.recorded)
 
     def _refused(self, error: Exception) -> None:
         self._rests_until = time.monotonic() + REFUSED_S

@@ -17,7 +17,7 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from kombu.message import Message
 
-from tasks import Caption, Client, Complete, ImageBlocked, Internal, JobCanceled, QueueFull, capacity
+from tasks import Caption, Client, Complete, ImageBlocked, Internal, InvalidRequest, JobCanceled, QueueFull, capacity
 from tasks.client import database_after
 from tasks.payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, parse
 from tasks.testing import canned
@@ -403,3 +403,10 @@ def _memory(server: redis.Redis, share: float) -> Iterator[None]:
     server.config_set("maxmemory", max(1, int(server.info("memory")["used_memory"] / share)))
     yield
     server.config_set("maxmemory", 0)
+
+
+def test_a_job_beyond_the_limit_in_bytes_is_refused_before_it_is_sent(broker: stack.Broker) -> None:
+    client = Client(broker.url, max_job_bytes=1_000, queue="never")
+    with pytest.raises(InvalidRequest, match=r"bytes"):
+        client.submit(Complete(prompt=["a" * 1_000]))
+    assert broker.connect().llen("never") == 0
