@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from celery import Celery, uuid
 from celery.result import AsyncResult
+from redis.exceptions import RedisError
 
 from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
 from tests.flow.gallery import Gallery
@@ -37,7 +39,8 @@ class Events:
         return {event["type"] for event in self.seen if event.get("uuid") == id}
 
     def _capture(self) -> None:
-        with self._app.connection() as connection:
+        # Until the broker ends.
+        with contextlib.suppress(OSError, RedisError), self._app.connection() as connection:
             receiver = self._app.events.Receiver(connection, handlers={"*": self.seen.append})
             with receiver.consumer_context():
                 self._ready.set()
