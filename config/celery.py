@@ -29,6 +29,7 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
         "task_time_limit": settings.time_limit_s,
         "task_soft_time_limit": settings.soft_time_limit_s,
         "worker_pool": "worker.pool:InferencePool",
+        "worker_consumer": "worker.consumer:Consumer",
         # One model process; the pool itself holds `job_threads` jobs.
         "worker_concurrency": 1,
         "worker_prefetch_multiplier": settings.job_threads,

@@ -99,6 +99,8 @@ class Settings(BaseSettings):
     default_new_tokens: int = Field(default=64, ge=1)
     #: Images in one job.
     max_images: int = Field(default=32, ge=1)
+    #: Bytes of a job's message, pictures in data: URIs included. Each job in the worker holds as much memory.
+    max_job_bytes: int = Field(default=32_000_000, ge=1_000)
     #: Jobs in the worker at once; their images load while others compute. 0: twice max_batch_size.
     prefetch: int = Field(default=0, ge=0)
     #: Torch threads of each of the two computing threads (decoder, image encoder); 0: half of the cores. On a CPU only.
@@ -113,6 +115,12 @@ class Settings(BaseSettings):
     image_max_bytes: int = Field(default=20_000_000, ge=1)
     #: Seconds for one image, everything included.
     image_timeout_s: float = Field(default=20.0, gt=0)
+    #: Downloads at once from one host: a bulk job must not hammer a site, nor a slow one take all threads.
+    image_host_turns: int = Field(default=8, ge=1)
+    #: Seconds, at most, that a job waits before its retry because its image's server asked for it (Retry-After).
+    image_retry_after_max_s: float = Field(default=300.0, ge=0)
+    #: Your address (a URL, an e-mail), for those whose servers the images come from: it goes into the User-Agent.
+    contact: str | None = Field(default=None, max_length=200, pattern=r"^[ -'*-~]+$")
     #: The folder that {"path": ...} images are read from; unset refuses them.
     image_root: Path | None = None
 

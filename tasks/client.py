@@ -20,7 +20,18 @@ from .capacity import Capacity, is_full
 from .errors import JobCanceled, QueueFull, from_exception
 from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys
-from .payloads import CANCEL_KEY, CANCEL_TTL_S, DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, Outcome, Result
+from .payloads import (
+    CANCEL_KEY,
+    CANCEL_TTL_S,
+    DEFAULT_PRIORITY,
+    MAX_JOB_BYTES,
+    QUEUE,
+    SUBMITTED_AT,
+    Job,
+    Outcome,
+    Result,
+    check_size,
+)
 from .webhooks import check_public
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second.
@@ -124,11 +135,13 @@ class Client:
         max_queued: int | None = 100_000,
         max_memory: float | None = 0.8,
         check_callbacks: bool = True,
+        max_job_bytes: int = MAX_JOB_BYTES,
     ) -> None:
         """`result_backend` defaults to the database after the broker's, as the worker's settings do.
 
         `submit` raises QueueFull where `max_queued` jobs wait, or where the broker has used more than `max_memory` of
-        its maxmemory: a broker that is full cannot take results either. None: no limit.
+        its maxmemory: a broker that is full cannot take results either. None: no limit. It raises InvalidRequest for a
+        job of more than `max_job_bytes`: the worker's IDEFICS_MAX_JOB_BYTES less 100,000 for what Celery adds.
 
         `check_callbacks` refuses, before it sends a job, a callback that workers with default settings refuse: turn it
         off where your operator allows http, other ports or private networks.
@@ -137,6 +150,7 @@ class Client:
             raise ValueError("Give a Celery app or URLs, not both: the app has URLs of its own.")
         self.app = app or _app(broker_url, result_backend)
         self._queue = queue
+        self._max_job_bytes = max_job_bytes
         self._capacity = Capacity(self.app, max_queued, max_memory)
         self._check_callbacks = check_callbacks
 
@@ -149,6 +163,7 @@ class Client:
         """
         if self._check_callbacks and job.callback is not None:
             check_public(job.callback)
+        check_size(job, self._max_job_bytes)
         if job.idempotency_key is None or not isinstance(self.app.backend, RedisBackend):
             # Where the results are not in Redis, the workers hold to the key alone.
             return self._send(job, priority, options)

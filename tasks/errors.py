@@ -21,6 +21,8 @@ class JobError(Exception):
     code: ClassVar[str] = "internal"
     #: The same job may succeed later: the worker retries it with back-off before it fails.
     retryable: ClassVar[bool] = False
+    #: Seconds until then, where somebody said so: an image's server with Retry-After.
+    retry_after_s: float | None = None
 
     def __init_subclass__(cls) -> None:
         cls.__module__ = PUBLIC_MODULE

@@ -45,6 +45,12 @@ CANCEL_TTL_S = 86_400
 MAX_TEXT_CHARS = 200_000
 MAX_LABELS = 1_000
 MAX_METADATA_BYTES = 16_384
+#: Lists and objects inside one another.
+MAX_METADATA_DEPTH = 32
+#: Entries of any list of a payload: examples, images, messages, parts.
+MAX_ENTRIES = 1_000
+#: A job's arguments as JSON. The worker's default IDEFICS_MAX_JOB_BYTES, less what Celery adds.
+MAX_JOB_BYTES = 31_900_000
 
 END_OF_UTTERANCE = "<end_of_utterance>"
 #: A user's text with one of these would become the real token and change what other images mean.
@@ -53,6 +59,8 @@ RESERVED_TOKENS = ("<image>", "<fake_token_around_image>", "<s>", "</s>", "<unk>
 _WEB_IMAGE = re.compile(r"https?://\S+", re.IGNORECASE)
 _DATA_IMAGE = re.compile(r"data:image/\S+", re.IGNORECASE)
 _DATA_FORM = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z_-]{1,40}")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _IMAGE_FORMS = 'an image is an http(s) URL, a data:image/...;base64, URI or {"path": "a/b.jpg"}'
 
@@ -94,6 +102,11 @@ def _checked_image(value: Any) -> Any:
     raise ValueError(_IMAGE_FORMS)
 
 
+def _plain(text: str) -> str:
+    """Without control characters, newlines and tabs excepted: they say nothing, and can hide a reserved token."""
+    return _CONTROL.sub("", text)
+
+
 def _without(tokens: tuple[str, ...]) -> AfterValidator:
     return AfterValidator(functools.partial(_refuse_tokens, tokens))
 
@@ -111,11 +124,30 @@ def _refuse_tokens_in_pieces(tokens: tuple[str, ...], texts: Iterable[str | None
 
 
 ImageUrl = Annotated[str, AfterValidator(_checked_image_url)]
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), _without((*RESERVED_TOKENS, END_OF_UTTERANCE))]
+Text = Annotated[
+    str,
+    StringConstraints(max_length=MAX_TEXT_CHARS),
+    AfterValidator(_plain),
+    _without((*RESERVED_TOKENS, END_OF_UTTERANCE)),
+]
 #: The guide's own lists for instruct models spell out `<end_of_utterance>`.
-RawText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), _without(RESERVED_TOKENS)]
-Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\n\r]*$")]
+RawText = Annotated[
+    str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_plain), _without(RESERVED_TOKENS)
+]
+#: Refused with control characters, not stripped of them: the answer is one of the labels as they were sent.
+Label = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"),
+]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        inner = (entry for outer in level for entry in (outer.values() if isinstance(outer, dict) else outer))
+        level = [entry for entry in inner if isinstance(entry, dict | list | tuple)]
+    return bool(level)
 
 
 class ImagePath(_Frozen):
@@ -164,8 +196,12 @@ class Job(_Frozen):
     def _metadata_is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         try:
             size = len(json.dumps(metadata, allow_nan=False))
-        except (TypeError, ValueError):
+            # Half a surrogate pair, which no result could carry back, raises here.
+            json.dumps(metadata, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError):
             raise ValueError("metadata holds what JSON cannot say") from None
+        if _is_deeper(metadata, MAX_METADATA_DEPTH):
+            raise ValueError(f"metadata is nested more than {MAX_METADATA_DEPTH} deep")
         if size > MAX_METADATA_BYTES:
             raise ValueError(f"metadata has more than {MAX_METADATA_BYTES} bytes as JSON")
         return metadata
@@ -193,7 +229,7 @@ class Caption(Job):
 
     image: Image
     prompt: Text | None = None
-    examples: list[CaptionExample] = []
+    examples: list[CaptionExample] = Field(default=[], max_length=MAX_ENTRIES)
     instruction: Text = "Describe this image."
 
 
@@ -210,7 +246,7 @@ class Answer(Job):
 
     image: Image
     question: Text
-    examples: list[AnswerExample] = []
+    examples: list[AnswerExample] = Field(default=[], max_length=MAX_ENTRIES)
 
 
 class ClassifyExample(_Frozen):
@@ -227,7 +263,7 @@ class Classify(Job):
     labels: list[Annotated[Label, _without((*RESERVED_TOKENS, END_OF_UTTERANCE))]] = Field(
         min_length=2, max_length=MAX_LABELS
     )
-    examples: list[ClassifyExample] = []
+    examples: list[ClassifyExample] = Field(default=[], max_length=MAX_ENTRIES)
 
     @field_validator("labels")
     @classmethod
@@ -242,7 +278,7 @@ class Write(Job):
 
     task = "idefics.write"
 
-    images: list[Image] = Field(min_length=1)
+    images: list[Image] = Field(min_length=1, max_length=MAX_ENTRIES)
     instruction: Text = "Use the image to write a story."
     lead: Text = "Story:"
 
@@ -264,7 +300,7 @@ class Complete(Job):
 
     task = "idefics.complete"
 
-    prompt: list[ImagePart | TextPart] = Field(min_length=1)
+    prompt: list[ImagePart | TextPart] = Field(min_length=1, max_length=MAX_ENTRIES)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -312,7 +348,7 @@ class Chat(Job):
 
     task = "idefics.chat"
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ENTRIES)
 
     @field_validator("messages")
     @classmethod
@@ -336,6 +372,13 @@ PAYLOADS: dict[str, type[Job]] = {
 }
 
 
+def check_size(job: Job, most: int) -> None:
+    """Raises InvalidRequest for a job with more bytes, before it is sent."""
+    size = len(json.dumps(job.arguments()))
+    if size > most:
+        raise InvalidRequest(f"The job has {size:,} bytes and may have {most:,}: send pictures by URL, or fewer.")
+
+
 def parse(task: str, arguments: dict[str, Any]) -> Job:
     """A task's keyword arguments as its payload.
 
@@ -355,8 +398,13 @@ def _refuse(error: ValidationError) -> NoReturn:
     raise InvalidRequest("; ".join(map(_told, faults[:10]))) from None
 
 
+def _named(place: int | str) -> str:
+    """A field's name, as far as it is one: an unknown field's may be anything that a producer took for it."""
+    return str(place) if isinstance(place, int) or _NAME.fullmatch(place) else "(a field)"
+
+
 def _told(fault: ErrorDetails) -> str:
-    where = ".".join(map(str, fault["loc"])) or "payload"
+    where = ".".join(map(_named, fault["loc"])) or "payload"
     if fault["type"] == "union_tag_invalid":
         # pydantic's own sentence repeats the value.
         return f"{where}: type is one of {fault['ctx']['expected_tags']}"

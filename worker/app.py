@@ -24,9 +24,12 @@ from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
 from worker.announce import UNAVAILABLE, Announcer, End
 from worker.cancel import Cancellations
+from worker.defects import without_values
 from worker.failed import keep_failures
+from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
 from worker.pool import SoftShutdown
+from worker.pool.request import HIDDEN
 from worker.service import Canceled, Service, Ticket
 from worker.transport import use as use_atomic_take
 from worker.webhook import check as check_callback
@@ -77,6 +80,10 @@ class JobTask(Task):  # type: ignore[misc]
     resultrepr_maxsize = 0
     announcer = Announcer(app, settings)
 
+    def apply_async(self, *args: Any, **options: Any) -> Any:
+        """Celery's, for retries and whatever else this process sends."""
+        return super().apply_async(*args, **{**HIDDEN, **options})
+
     def run(self, *args: Any, **arguments: Any) -> dict[str, Any]:
         try:
             if args:
@@ -89,7 +96,7 @@ class JobTask(Task):  # type: ignore[misc]
         except (JobError, TaskPredicate):
             raise
         except Exception as error:
-            logger.exception("Job %s hit a defect; it fails as internal.", self.request.id)
+            logger.error("Job %s hit a defect; it fails as internal: %s", self.request.id, without_values(error))
             raise Internal(f"{type(error).__name__} in the worker: its log has the traceback.") from None
         if self.request.callbacks or self.request.chain:
             # Celery sends these before it stores the answer, so before it can know that another run was first.
@@ -104,7 +111,7 @@ class JobTask(Task):  # type: ignore[misc]
         try:
             known = self._first_answer(job) if job.idempotency_key and not self.request.ignore_result else None
         except FirstStillRuns as wait:
-            self._look_again(job, wait.countdown)
+            self._look_again(job, wait.countdown, "the first job with this idempotency_key still ran")
         return known or self._compute(job)
 
     def _compute(self, job: Job) -> Result:
@@ -119,6 +126,9 @@ class JobTask(Task):  # type: ignore[misc]
         )
         try:
             return _service.run(job, ticket)
+        except HostBusy as wait:
+            self._leave_to_another_run()
+            self._look_again(job, wait.countdown, "it waited for its turn at an image's host")
         except JobError as error:
             if error.retryable:
                 self._leave_to_another_run()
@@ -140,16 +150,16 @@ class JobTask(Task):  # type: ignore[misc]
         keys = IdempotencyKeys(self.backend.client, settings.idempotency_ttl_s or settings.result_ttl_s)
         return first_answer(job, self.request.id, keys, self.backend)
 
-    def _look_again(self, job: Job, countdown: float) -> NoReturn:
+    def _look_again(self, job: Job, countdown: float, why: str) -> NoReturn:
         """As Celery's retry, which would use one of the job's retries up."""
         submitted_at = self.request.get(SUBMITTED_AT)
         if job.deadline_s and submitted_at and time.time() > submitted_at + job.deadline_s:
-            raise DeadlineExceeded("The deadline passed while the first job with this idempotency_key still ran.")
+            raise DeadlineExceeded(f"The deadline passed while {why}: allow more time.")
         # The deadline goes on from the first submission.
         headers = {**(self.request.headers or {}), SUBMITTED_AT: submitted_at}
         again = self.signature_from_request(countdown=countdown, retries=self.request.retries, headers=headers)
         again.apply_async()
-        raise Retry("The first job with this idempotency_key still runs.", when=countdown)
+        raise Retry(f"The job comes again: {why}.", when=countdown)
 
     def after_return(self, state: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         self.announce(task_id, kwargs, (state, retval), is_stored=not self._ignores_result)
@@ -168,10 +178,11 @@ class JobTask(Task):  # type: ignore[misc]
         return bool(self.ignore_result if asked is None else asked)
 
     def _retry(self, error: JobError) -> NoReturn:
-        delay = settings.retry_backoff_s * 2**self.request.retries
+        delay = settings.retry_backoff_s * 2**self.request.retries * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
         raise self.retry(
             exc=error,
-            countdown=delay * random.uniform(0.5, 1.0),  # noqa: S311 - jitter, not a secret
+            # What the image's server asked for, within bounds: it may ask for a year.
+            countdown=max(delay, min(error.retry_after_s or 0.0, settings.image_retry_after_max_s)),
             max_retries=settings.max_retries,
         )
 

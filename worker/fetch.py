@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import partial
 from http import client as http_client
 from http.cookiejar import DefaultCookiePolicy
@@ -42,6 +43,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from tasks.addresses import Address, Network, is_public, unmapped
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import Image
+from worker.hosts import Hosts
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -88,6 +90,10 @@ class FetchPolicy:
     #: Seconds for one image: look-up, every redirect and the body.
     total_s: float = 20.0
     max_redirects: int = 3
+    #: Downloads at once from one host.
+    host_turns: int = 8
+    #: Who runs this worker, for those who run the hosts.
+    contact: str | None = None
 
 
 class GuardError(ValueError):
@@ -373,12 +379,12 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=certifi.where())
 
 
-def user_agent(role: str = "image fetcher") -> str:
+def user_agent(role: str = "image fetcher", contact: str | None = None) -> str:
     try:
         version = metadata.version("idefics-jobs")
     except metadata.PackageNotFoundError:
         version = "dev"
-    return f"idefics-jobs/{version} (+{role})"
+    return f"idefics-jobs/{version} (+{role}{f'; {contact}' if contact else ''})"
 
 
 # --- The three kinds of source --------------------------------------------------------------------
@@ -390,25 +396,27 @@ class Fetcher:
     def __init__(self, policy: FetchPolicy) -> None:
         self._policy = policy
         self._tls = tls_context()
+        self._hosts = Hosts(policy.host_turns)
         self._headers = {
-            "User-Agent": user_agent(),
+            "User-Agent": user_agent(contact=policy.contact),
             "Accept": "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1",
             # A compressed body is a bomb's fuse, and pictures gain nothing.
             "Accept-Encoding": "identity",
             "Connection": "close",
         }
 
-    def fetch(self, source: Image) -> bytes:
-        """The bytes of one image; they may still be no picture.
+    def fetch(self, source: Image, patience_s: float | None = None) -> bytes:
+        """The bytes of one image; they may still be no picture. `patience_s`: to wait for a turn at its host.
 
-        Raises ImageBlocked, ImageTooLarge, ImageInvalid, or ImageUnreachable (retryable). No message holds
-        a URL's path, query or user, since they may be secrets: the host at most.
+        Raises ImageBlocked, ImageTooLarge, ImageInvalid, ImageUnreachable (retryable), or HostBusy. No message
+        holds a URL's path, query or user, since they may be secrets: the host at most.
         """
         if not isinstance(source, str):
             return read_below(self._policy.root, source.path, self._policy.max_bytes)
         if source[:5].lower() == "data:":
             return decode_data_uri(source, self._policy.max_bytes)
-        return self._download(source)
+        with self._hosts.turn(_host(source).rstrip(".").lower(), patience_s):
+            return self._download(source)
 
     def _download(self, url: str) -> bytes:
         guard = Guard(self._policy, Deadline(self._policy.total_s))
@@ -442,7 +450,7 @@ def _redirect_target(response: requests.Response) -> str:
 
 def _body(response: requests.Response, max_bytes: int) -> bytes:
     host = _host(response.url)
-    _check_status(response.status_code, host)
+    _check_status(response, host)
     if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
         raise ImageInvalid(f"{host} compresses the image although asked not to: use another server.")
     length = response.headers.get("Content-Length", "")
@@ -451,14 +459,28 @@ def _body(response: requests.Response, max_bytes: int) -> bytes:
     return _read_capped(response, host, max_bytes)
 
 
-def _check_status(status: int, host: str) -> None:
+def _check_status(response: requests.Response, host: str) -> None:
+    status = response.status_code
     if status == 200:
         return
     if status >= 500 or status in PASSING:
-        raise ImageUnreachable(f"{host} answered with status {status}: send the job again when it is well.")
+        error = ImageUnreachable(f"{host} answered with status {status}: send the job again when it is well.")
+        # For Celery's retry: no thread sleeps so long.
+        error.retry_after_s = retry_after_s(response.headers.get("Retry-After", ""), time.time())
+        raise error
     # Not retryable: a missing or forbidden image stays so. ImageInvalid, since there is no image at that URL
     # for the job to have; ImageBlocked would blame the operator's policy.
     raise ImageInvalid(f"{host} answered with status {status} and no image: check that the URL is public.")
+
+
+def retry_after_s(header: str, now: float) -> float | None:
+    """The seconds that a Retry-After asks for, as a number or as a date; None for anything else."""
+    if header.isascii() and header.strip().isdigit():
+        return float(header.strip()[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - now)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _read_capped(response: requests.Response, host: str, max_bytes: int) -> bytes:

@@ -67,7 +67,8 @@ class _FirstEndWins:
         result = self.encode_result(result, state)
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         # Encoded once for all attempts: the script tells by it whether an earlier attempt has written.
-        record = self.encode({**meta, "task_id": task_id})
+        # Without the arguments of Celery's extended results: pictures of megabytes, and whoever reads them asks twice.
+        record = self.encode({**meta, "task_id": task_id, "args": None, "kwargs": None})
         kept = self.patiently(self._store_record, task_id, record, state)
         if kept and state in states.READY_STATES:
             logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept.decode(), state)

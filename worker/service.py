@@ -5,6 +5,7 @@ The thread fetches and decodes its images, hands the engine a row and waits: so 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.settings import Settings
-from tasks.errors import DeadlineExceeded, InvalidRequest, JobError, PromptTooLong
+from tasks.errors import DeadlineExceeded, InvalidRequest, JobError, OutOfMemory, PromptTooLong
 from tasks.payloads import Classify, Job, Result, Timing, Usage, parse
 from worker.answers import Answers
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
+from worker.hosts import HostBusy
 from worker.images import open_image
 from worker.models import Model, Parts
 from worker.pictures import PictureCache
@@ -30,8 +32,8 @@ from worker.prompts import ImageRef, Prompt, build, ends_with_utterance
 
 logger = logging.getLogger(__name__)
 
-#: Downloads at once for all the jobs that show several images.
-DOWNLOADS = 16
+#: Downloads at once for a job that shows several images. Its own: others' slow hosts must not hold them.
+DOWNLOADS = 4
 
 
 class Canceled(Exception):
@@ -66,7 +68,6 @@ class Service:
         self._pictures = PictureCache(self._open, settings.image_cache_bytes)
         #: More decoders than cores only fight over the interpreter.
         self._decoders = threading.Semaphore(os.cpu_count() or 1)
-        self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download")
         self._running: dict[str, _Run] = {}
         self._canceled: set[str] = set()
         self._lock = threading.Lock()
@@ -79,7 +80,10 @@ class Service:
             run.canceled = ticket.id in self._canceled
         try:
             return self._answer(job, run)
-        except JobError:
+        except MemoryError:
+            # The process may go on: what was to be allocated was not.
+            raise OutOfMemory from None
+        except (JobError, HostBusy):
             if run.canceled:
                 # Its failure is no longer of interest, and must not have it tried again.
                 raise Canceled from None
@@ -151,13 +155,24 @@ class Service:
             raise InvalidRequest(
                 f"The job shows {len(references)} images: this worker takes at most {self._settings.max_images}."
             )
-        # A job's own thread does for one image; the shared ones only serve jobs that show several.
-        load = map if len(references) < 2 else self._downloads.map
-        images = dict(zip(map(id, references), load(self._load_image, references), strict=True))
+        if len(references) < 2:
+            loaded = [self._load_image(reference, None) for reference in references]
+        else:
+            loaded = self._load_several(references)
+        images = dict(zip(map(id, references), loaded, strict=True))
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
 
-    def _load_image(self, reference: ImageRef) -> Picture:
-        return self._pictures.get(self._fetcher.fetch(reference.source))
+    def _load_several(self, references: list[ImageRef]) -> list[Picture]:
+        # Patiently: a job sent away loses what it has loaded.
+        load = functools.partial(self._load_image, patience_s=self._settings.image_timeout_s)
+        threads = ThreadPoolExecutor(min(DOWNLOADS, len(references)), thread_name_prefix="download")
+        try:
+            return list(threads.map(load, references))
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _load_image(self, reference: ImageRef, patience_s: float | None) -> Picture:
+        return self._pictures.get(self._fetcher.fetch(reference.source, patience_s))
 
     def _open(self, data: bytes) -> Picture:
         with self._decoders:
@@ -287,4 +302,6 @@ def _fetch_policy(settings: Settings) -> FetchPolicy:
         max_bytes=settings.image_max_bytes,
         root=settings.image_root,
         total_s=settings.image_timeout_s,
+        host_turns=settings.image_host_turns,
+        contact=settings.contact,
     )

@@ -270,7 +270,11 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._check_late(take.tag)
         message = self._parse(queue, raw)
         self._queue_cycle.rotate(queue)
-        self.connection._deliver(message, queue)
+        try:
+            self.connection._deliver(message, queue)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            # Of a header or an encoding that is not Celery's: it must not end the worker, nor the next one.
+            self._drop(queue, f"{len(raw)} bytes ({type(error).__name__})")
         return True
 
     def _read_reply(self, **options: Any) -> Any:
@@ -313,11 +317,14 @@ class Channel(stock.Channel):  # type: ignore[misc]
             properties = message["properties"]
             properties["delivery_tag"] = self.recorded or properties["delivery_tag"]
         except (ValueError, TypeError, KeyError):
-            logger.critical("What was in queue %s is no message of Celery's and is dropped: %.200r", queue, raw)
-            if self.recorded:
-                self.qos.ack(self.recorded)
+            self._drop(queue, f"{len(raw)} bytes")
             raise Empty from None
         return message
+
+    def _drop(self: Any, queue: str, what: str) -> None:
+        logger.critical("What was in queue %s is no message of Celery's and is dropped: %s.", queue, what)
+        if self.recorded:
+            self.qos.ack(self.recorded)
 
     def _refused(self, error: Exception) -> None:
         self._rests_until = time.monotonic() + REFUSED_S

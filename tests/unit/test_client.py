@@ -428,3 +428,10 @@ def test_a_client_may_leave_callbacks_to_the_workers() -> None:
     client.submit(Complete(prompt=["Hello"], callback=Callback(url="http://10.0.0.8:81/hook", key_id="main")))
     assert only(client).payload[1]["callback"] == {"url": "http://10.0.0.8:81/hook", "key_id": "main"}
     client.app.close()
+
+
+def test_a_job_beyond_the_limit_in_bytes_is_refused_before_it_is_sent(broker: stack.Broker) -> None:
+    client = Client(broker.url, max_job_bytes=1_000, queue="never")
+    with pytest.raises(InvalidRequest, match=r"bytes"):
+        client.submit(Complete(prompt=["a" * 1_000]))
+    assert broker.connect().llen("never") == 0

@@ -29,7 +29,15 @@ import pytest
 
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import ImagePath
-from worker.fetch import Fetcher, FetchPolicy, is_allowed_address, is_public, tls_context, user_agent
+from worker.fetch import (
+    Fetcher,
+    FetchPolicy,
+    is_allowed_address,
+    is_public,
+    retry_after_s,
+    tls_context,
+    user_agent,
+)
 
 GOOD = "127.0.0.2"
 BODY = b"the bytes of an image" * 100
@@ -682,6 +690,36 @@ def test_a_status_that_may_pass_is_retryable_and_asked_for_once(status: int, fet
         fetcher.fetch(f"http://good.test:{good.port}/status/{status}")
     assert failure.value.retryable
     assert good.hits == hits + 1
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_server_that_asks_for_time_is_heard(status: int, fetcher: Fetcher, good: Server) -> None:
+    with pytest.raises(ImageUnreachable) as failure:
+        fetcher.fetch(f"http://good.test:{good.port}/status/{status}")
+    assert failure.value.retry_after_s == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7),
+        (" 0 ", 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 100),
+        ("Wed, 21 Oct 2015 07:26:00 GMT", 0),
+        ("", None),
+        ("-1", None),
+        ("soon", None),
+        ("٣", None),
+        ("9" * 5_000, 999_999_999),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(header: str, seconds: float | None) -> None:
+    assert retry_after_s(header, 1_445_412_380) == seconds
+
+
+def test_the_operators_address_is_in_the_user_agent(policy: FetchPolicy, good: Server) -> None:
+    Fetcher(replace(policy, contact="https://me.test/bot")).fetch(f"http://good.test:{good.port}/ok")
+    assert "(+image fetcher; https://me.test/bot)\r\n" in good.heads[-1]
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 204, 206, 300, 304])

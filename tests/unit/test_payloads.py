@@ -450,3 +450,47 @@ def test_everything_is_frozen(thing: BaseModel) -> None:
     for name in type(thing).model_fields:
         with pytest.raises(ValidationError, match="frozen"):
             setattr(thing, name, getattr(thing, name))
+
+
+# What strangers write
+
+
+def test_control_characters_are_stripped_but_newlines_and_tabs_stay() -> None:
+    job = parse("idefics.caption", {"image": "http://a.test/", "prompt": "a\x00b\tc\r\nd\x1b\x7f\x85e"})
+    assert job.prompt == "ab\tc\nde"  # type: ignore[attr-defined]
+
+
+def test_a_reserved_token_behind_control_characters_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="reserved"):
+        parse("idefics.complete", {"prompt": ["<im\x00age>"]})
+
+
+def test_a_label_with_control_characters_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="labels"):
+        parse("idefics.classify", {"image": "http://a.test/", "labels": ["a\x00", "b"]})
+
+
+@pytest.mark.parametrize("metadata", [{"a": "\ud800"}, {"\ud800": 1}])
+def test_metadata_with_half_a_character_is_refused(metadata: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="metadata"):
+        parse("idefics.complete", {"prompt": ["a"], "metadata": metadata})
+
+
+@pytest.mark.parametrize("depth", [33, 500, 5_000])
+def test_metadata_has_a_limit_in_depth(depth: int) -> None:
+    metadata: dict[str, Any] = {}
+    for _ in range(depth):
+        metadata = {"a": metadata}
+    with pytest.raises(InvalidRequest, match="metadata"):
+        parse("idefics.complete", {"prompt": ["a"], "metadata": metadata})
+
+
+def test_a_list_has_a_limit() -> None:
+    with pytest.raises(InvalidRequest, match="prompt"):
+        parse("idefics.complete", {"prompt": ["a"] * 1_001})
+
+
+def test_an_unknown_fields_name_is_repeated_only_where_it_is_a_name() -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        parse("idefics.complete", {"prompt": ["a"], "http://a.test/?token=1": 1})
+    assert "token" not in str(refusal.value)

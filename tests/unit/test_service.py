@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from config.settings import Settings
-from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRequest, PromptTooLong
+from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRequest, OutOfMemory, PromptTooLong
 from tasks.payloads import Job, Result, parse
 from worker.engine.engine import Engine
 from worker.engine.row import Tokens
@@ -384,3 +384,15 @@ def test_a_model_that_cannot_answer_at_all_must_not_serve(start: Start) -> None:
 
     with pytest.raises(Exception, match="ValueError"):
         start(Broken()).check_golden(None)
+
+
+def test_too_little_memory_for_a_job_is_out_of_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = start()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(service._model, "picture", fail)
+    for arguments in ({"images": [data_uri()]}, {"images": [data_uri()] * 3}):
+        with pytest.raises(OutOfMemory):
+            service.run(job("write", **arguments), TICKET)

@@ -18,6 +18,8 @@ from worker.models import Parts
 END = 0
 #: A prompt that holds this kills its process, for tests of who else suffers.
 POISON = "(poison)"
+#: A picture of this colour does so while it is decoded, as a decoder's defect would.
+POISON_COLOUR = (6, 66, 6)
 
 
 def fake_model(name: str) -> FakeModel | None:
@@ -35,6 +37,8 @@ class FakeModel:
         self._step_s = step_s
 
     def picture(self, image: Image) -> Picture:
+        if image.getpixel((0, 0)) == POISON_COLOUR:
+            os.kill(os.getpid(), signal.SIGSEGV)
         return Picture(hashlib.blake2b(image.tobytes(), digest_size=4).digest(), None)
 
     def look(self, pictures: Sequence[Picture]) -> int:

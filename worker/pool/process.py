@@ -34,6 +34,7 @@ from config.settings import Settings
 from worker import app as worker_app
 from worker.answers import Answers
 from worker.cancel import canceled_among
+from worker.defects import without_values
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.models import Model
@@ -104,7 +105,7 @@ class ModelProcess:
             return "raised", serial, exception_info(Reject("the result could not be stored", requeue=True))
         except BaseException as error:
             # A SystemExit that went on would end the thread, and the job would run for ever.
-            logger.exception("A job ended outside Celery's tracer.")
+            logger.error("A job ended outside Celery's tracer: %s", without_values(error))
             return "broken", serial, f"{type(error).__name__} in the worker."
         failed, value, _ = outcome
         raised = _bare(value) if failed else None

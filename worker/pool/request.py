@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from celery import states
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import InvalidTaskError, TaskRevokedError
 from celery.signals import task_revoked
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from tasks.errors import JobError
+from tasks.payloads import SUBMITTED_AT
 from worker.announce import UNAVAILABLE, End
 from worker.pool.job import Job
 
 logger = logging.getLogger(__name__)
 
+#: What logs, events and monitors show of a job's arguments, whatever its producer wrote there.
+HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
+
 
 class JobRequest(Request):  # type: ignore[misc]
     """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice.
 
-    What ends here (a revocation, an expiry, a failure that the pool gives) is stored, then announced, then acknowledged.
-    The model process announces the others.
+    What ends here (a revocation, an expiry, a failure that the pool gives) is stored, then announced, then
+    acknowledged. The model process announces the others.
     """
 
     _end: End | None = None
     _defers_acknowledgement = False
     _owes_acknowledgement = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _check(self.request_dict)
+        self._argsrepr, self._kwargsrepr = HIDDEN.values()
+        self.request_dict.update(HIDDEN)
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """What `inspect active` and Flower tell. Celery's own hides the arguments only where it is asked to."""
+        return dict(super().info(safe=True))
 
     @property
     def _job(self) -> Job | None:
@@ -92,3 +107,22 @@ class JobRequest(Request):  # type: ignore[misc]
             backend.store_result(self.id, error, states.REVOKED, request=context)
         if context.chord:
             backend.on_chord_part_return(context, states.REVOKED, error)
+
+
+def _check(headers: dict[str, Any]) -> None:
+    """Raise InvalidTaskError for headers that would break whoever computes with them: the pool, the engine."""
+    texts = (headers["id"], headers["task"], headers.get("shadow") or "")
+    numbers = (headers.get(SUBMITTED_AT), *(headers.get("timelimit") or ()), headers["delivery_info"].get("priority"))
+    retries = headers.get("retries") or 0
+    if (
+        not all(isinstance(text, str) and len(text) < 256 for text in texts)
+        or not all(number is None or _is_number(number) for number in numbers)
+        or not (isinstance(retries, int) and 0 <= retries < 1_000)
+        or not isinstance(headers["args"], list | tuple)
+        or not isinstance(headers["kwargs"], dict)
+    ):
+        raise InvalidTaskError("a header is of another type than Celery's")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

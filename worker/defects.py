@@ -1,0 +1,10 @@
+"""What may be logged of an error that nobody expected while it worked on a stranger's job."""
+
+from __future__ import annotations
+
+import traceback
+
+
+def without_values(error: BaseException) -> str:
+    """Its class and where it was raised. Not its message, which may repeat a prompt or a URL: `KeyError: 'secret'`."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
