@@ -14,6 +14,7 @@ import pytest
 import redis
 from celery import Celery, current_app, states
 from celery.exceptions import TaskRevokedError
+from kombu import transport
 from kombu.exceptions import OperationalError
 from kombu.message import Message
 
@@ -401,7 +402,10 @@ def test_a_producer_that_may_not_ask_for_memory_is_held_to_the_length_alone(brok
             client.submit(JOB)
 
 
-def test_a_broker_that_is_full_refuses_with_the_cure(broker: stack.Broker) -> None:
+def test_a_broker_that_is_full_refuses_with_the_cure(broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A producer's process has Celery's transport; another test may have given this one the workers'.
+    monkeypatch.setitem(transport.TRANSPORT_ALIASES, "redis", "kombu.transport.redis:Transport")
+    monkeypatch.setattr(transport, "_transport_cache", {})
     with broker.connect() as server, _memory(server, share=100.0):
         client = Client(broker.url, max_memory=None)
         with pytest.raises(QueueFull, match=r"full and refused.*more memory or disk"):
@@ -412,8 +416,10 @@ def test_a_broker_that_is_full_refuses_with_the_cure(broker: stack.Broker) -> No
 def _memory(server: redis.Redis, share: float) -> Iterator[None]:
     """The server has used this share of its maxmemory."""
     server.config_set("maxmemory", max(1, int(server.info("memory")["used_memory"] / share)))
-    yield
-    server.config_set("maxmemory", 0)
+    try:
+        yield
+    finally:
+        server.config_set("maxmemory", 0)
 
 
 def test_a_callback_to_a_private_address_is_not_sent(client: Client) -> None:
