@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 from celery import Celery, signature
+from celery.backends.base import Backend
 from celery.backends.redis import RedisBackend
 from kombu.exceptions import OperationalError
 from kombu.utils import json as kombu_json
@@ -155,13 +156,28 @@ class FailedJobs:
         again.options.pop("expires", None)
         headers = {**(again.options.get("headers") or {}), SUBMITTED_AT: time.time()}
         # A terminal result is final: without this the new one would not count.
-        self._app.backend.forget(job.id)
+        forget(self._app.backend, again)
         again.apply_async(serializer="json", headers=headers, argsrepr="()", kwargsrepr="{...}")
         self.drop(job)
 
     def drop(self, job: FailedJob) -> bool:
         """Take a job off the list. False where it is not there, or has failed once more since it was read."""
         return bool(self._redis.eval(_DROP, len(KEYS), *KEYS, job.id, repr(job.failed_at)))
+
+
+def forget(backend: Backend, signature: Any) -> None:
+    """Let a job that has ended run again: forget its end, and those that its failure gave to the rest of its chain.
+
+    `signature` is a Celery signature or its dictionary, with its `task_id`; `backend` may be Celery's plain one.
+    """
+    options = signature.get("options") or {}
+    for sent in [signature, *(options.get("chain") or [])]:
+        while sent:
+            id = (sent.get("options") or {}).get("task_id")
+            if id:
+                backend.forget(id)
+            # A chord's result is its body's.
+            sent = (sent.get("kwargs") or {}).get("body") if sent.get("subtask_type") == "chord" else None
 
 
 def _text(value: bytes | str) -> str:

@@ -9,7 +9,7 @@ finds out in time (`end_of`), its links. What stays twice at the worst: the link
 milliseconds between that look and the writing. Errbacks are called once at most: Celery stores a failure before it
 calls them, and a worker killed in between takes them along.
 
-To run a job that has ended once more under its id, let its end be forgotten first: `forget`.
+To run a job that has ended once more under its id, let its end be forgotten first: `tasks.failed.forget`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from celery import states
-from celery.backends.base import Backend
 from celery.backends.redis import RedisBackend, SentinelBackend
 
 logger = logging.getLogger(__name__)
@@ -119,18 +118,3 @@ class ResultBackend(_FirstEndWins, RedisBackend):  # type: ignore[misc]
 
 class SentinelResultBackend(_FirstEndWins, SentinelBackend):  # type: ignore[misc]
     """`worker.results:SentinelResultBackend+sentinel://...`"""
-
-
-def forget(backend: Backend, signature: Any) -> None:
-    """Let a job that has ended run again: forget its end, and those that its failure gave to the rest of its chain.
-
-    `signature` is a Celery signature or its dictionary, with its `task_id`; `backend` may be Celery's plain one.
-    """
-    options = signature.get("options") or {}
-    for sent in [signature, *(options.get("chain") or [])]:
-        while sent:
-            id = (sent.get("options") or {}).get("task_id")
-            if id:
-                backend.forget(id)
-            # A chord's result is its body's.
-            sent = (sent.get("kwargs") or {}).get("body") if sent.get("subtask_type") == "chord" else None

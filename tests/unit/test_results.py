@@ -15,9 +15,10 @@ from celery import Celery, chord
 from celery.app.task import Context
 
 from tasks.errors import InvalidRequest
+from tasks.failed import forget
 from worker.deliveries import DELIVERIES
 from worker.demo import stack
-from worker.results import ResultBackend, forget
+from worker.results import ResultBackend
 
 ENDS = ("SUCCESS", "FAILURE", "REVOKED")
 ERROR = InvalidRequest("no")
