@@ -111,7 +111,8 @@ def test_a_job_that_kills_its_workers_fails_as_lost_and_its_neighbour_succeeds(
     assert error.args[1].startswith("2 workers died with this job")
     assert gallery.asked.count(bad) == 2
     assert server.connect().llen(errbacks) == 1
-    assert server.connect(1).keys("idefics:*") == []
+    kept = server.connect(1).keys("idefics:*")
+    assert [key for key in kept if not key.startswith(b"idefics:failed")] == []
 
 
 @pytest.mark.parametrize("end", ["SUCCESS", "FAILURE"])
