@@ -1,0 +1,238 @@
+"""Each Redis user of config/redis/users.acl.template does its job, and is refused the rest, on every server at hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chord, group
+from redis import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError
+
+from tasks import Client, Complete, JobCanceled
+from tasks.failed import FailedJobs
+from tests.flow.conftest import PATIENCE_S, Producer, eventually
+from tests.guarded import as_user, binaries, make_secrets
+from worker.demo import stack
+
+pytestmark = pytest.mark.timeout(120)
+
+HELLO = Complete(prompt=["Hello"], max_new_tokens=3)
+SLOW = Complete(prompt=["Hello"], max_new_tokens=500)
+
+
+class Guarded:
+    """A server with our users, a worker beside it, and one more user that may look at what was refused."""
+
+    def __init__(self, server: stack.Broker, secrets: Path, log: Path) -> None:
+        self.server = server
+        self.secrets = secrets
+        self.log = log
+        self.admin = Redis(port=server.port, username="admin", password="x", decode_responses=True)
+
+    def __getitem__(self, user: str) -> stack.Broker:
+        return as_user(self.server, self.secrets, user)
+
+    def refusals(self, user: str) -> set[str]:
+        """What the server has refused a user since it was last asked."""
+        entries = [entry for entry in self.admin.acl_log() if entry["username"] == user]
+        self.admin.acl_log_reset()
+        # redis-py says its name at each connection and takes a no: Redis 7.0 knows no right to it.
+        return {entry["object"] for entry in entries} - {"client|setinfo"}
+
+
+@pytest.fixture(scope="module", params=binaries(), ids=lambda binary: Path(binary).name)
+def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("guarded")
+    secrets = make_secrets(folder / "secrets")
+    acl = folder / "users.acl"
+    acl.write_text((secrets / "redis" / "users.acl").read_text() + "user admin on nopass +@all ~* &*\n")
+    with stack.broker("--aclfile", str(acl), binary=request.param) as server:
+        stood = Guarded(server, secrets, folder / "log")
+        settings = {"MODEL": "fake:0.01", "RETRY_BACKOFF_S": "0.1"}
+        with stack.worker(stood["worker"], settings=settings, log=stood.log):
+            yield stood
+    assert "NoPermission" not in stood.log.read_text()
+
+
+def _refused(call: Callable[[], Any]) -> None:
+    with pytest.raises(NoPermissionError):
+        call()
+
+
+# --- The producer ---------------------------------------------------------------------------------
+
+
+def test_a_producer_submits_with_every_option_of_our_client_and_reads_its_answers(guarded: Guarded) -> None:
+    client = Client(guarded["producer"].url)
+    jobs = [client.submit(HELLO, priority=priority) for priority in range(10)]
+    assert {job.result(PATIENCE_S).text for job in jobs} == {"llo"}
+    keyed = HELLO.model_copy(update={"idempotency_key": "one"})
+    assert client.submit(keyed).id == client.submit(keyed).id
+    assert client.submit(keyed).result(PATIENCE_S).text == "llo"
+    assert guarded.refusals("producer") == set()
+
+
+def test_a_producer_cancels_by_the_key_alone(guarded: Guarded) -> None:
+    job = Client(guarded["producer"].url).submit(SLOW)
+    eventually(lambda: job.status == "processing")
+    job.cancel()
+    with pytest.raises(JobCanceled):
+        job.result(PATIENCE_S)
+    # What our client tries beside it.
+    assert guarded.refusals("producer") == {"/0.celery.pidbox"}
+
+
+def test_a_producer_with_a_plain_celery_app_sends_groups_chords_chains_and_countdowns(guarded: Guarded) -> None:
+    producer = Producer(guarded["producer"])
+    job = producer.complete(immutable=True)
+    assert job.apply_async(countdown=1).get(timeout=PATIENCE_S)["text"] == "llo"
+    answers = group(job, job).apply_async().get(timeout=PATIENCE_S)
+    assert [answer["text"] for answer in answers] == ["llo", "llo"]
+    assert chord([job, job])(job).get(timeout=PATIENCE_S)["text"] == "llo"
+    assert (job | job).apply_async().get(timeout=PATIENCE_S)["text"] == "llo"
+    assert guarded.refusals("producer") == set()
+
+
+def test_a_producer_cannot_reach_the_workers_mailbox(guarded: Guarded) -> None:
+    app = Celery(broker=guarded["producer"].url, backend=guarded["producer"].results)
+    for order in (app.control.shutdown, app.control.purge, lambda: app.control.revoke("id", terminate=True)):
+        with pytest.raises(Exception, match="permission|permitted"):
+            order()
+    assert Client(guarded["producer"].url).submit(HELLO).result(PATIENCE_S).text == "llo"
+
+
+@pytest.mark.parametrize("database", [0, 1])
+def test_a_producer_cannot_list_or_read_what_is_not_its_own(guarded: Guarded, database: int) -> None:
+    redis = guarded["producer"].connect(database)
+    for look in (redis.keys, redis.scan, redis.randomkey, redis.dbsize, redis.client_list, redis.acl_list):
+        _refused(look)
+    for queue in ("idefics", "idefics\x06\x163", "idefics.callbacks", "shop"):
+        _refused(lambda queue=queue: redis.lrange(queue, 0, -1))
+        _refused(lambda queue=queue: redis.rpop(queue))
+        _refused(lambda queue=queue: redis.delete(queue))
+    _refused(lambda: redis.lpush("shop", "x"))
+    _refused(lambda: redis.lpush("idefics.callbacks", "x"))
+    _refused(lambda: redis.hgetall("unacked"))
+    _refused(lambda: redis.get("idefics:answer:x"))
+    _refused(lambda: redis.hgetall("idefics:failed:signatures"))
+    _refused(lambda: redis.hgetall("idefics:callbacks:delivery:x"))
+
+
+def test_a_producer_cannot_forge_or_follow_others_answers(guarded: Guarded) -> None:
+    redis = guarded["producer"].connect(1)
+    _refused(lambda: redis.set("celery-task-meta-x", "{}"))
+    _refused(lambda: redis.delete("celery-task-meta-x"))
+    _refused(lambda: redis.publish("celery-task-meta-x", "{}"))
+    _refused(lambda: redis.get("idefics:cancel:x"))
+    for pattern in ("celery-task-meta-*", "*"):
+        with redis.pubsub() as channel, pytest.raises(NoPermissionError):
+            channel.psubscribe(pattern)
+            channel.get_message(timeout=5)
+
+
+@pytest.mark.parametrize("user", ["producer", "worker", "callbacks", "monitor"])
+def test_nobody_administers_the_server(guarded: Guarded, user: str) -> None:
+    redis = guarded[user].connect()
+    for command in ("FLUSHALL", "CONFIG GET dir", "SHUTDOWN", "DEBUG SLEEP 0", "ACL LIST", "KEYS *", "SCAN 0", "SAVE"):
+        _refused(lambda command=command: redis.execute_command(*command.split()))
+    _refused(lambda: redis.execute_command("MODULE", "LOAD", "/tmp/x.so"))
+    _refused(lambda: redis.replicaof("127.0.0.1", 1))
+
+
+def test_who_is_no_user_is_refused(guarded: Guarded) -> None:
+    for server in (guarded.server, stack.Broker(guarded.server.port, guarded.server.process, "producer:wrong@")):
+        with pytest.raises(AuthenticationError):
+            server.connect().ping()
+
+
+# --- The worker -----------------------------------------------------------------------------------
+
+
+def test_two_workers_know_each_other(guarded: Guarded, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    arguments = ("--hostname", "second@%h", "--loglevel", "INFO")
+    with stack.worker(guarded["worker"], *arguments, settings={"MODEL": "fake"}, log=log) as second:
+        stack.await_line(second, log, "sync complete", PATIENCE_S)
+        answers = Celery(broker=guarded["worker"].url).control.inspect(timeout=2).ping()
+        assert len(answers) == 2
+    assert "NoPermission" not in log.read_text()
+    assert guarded.refusals("worker") == set()
+
+
+def test_a_worker_retries_and_keeps_failures_which_its_operator_sends_again(guarded: Guarded) -> None:
+    producer = Producer(guarded["producer"])
+    job = producer.show("http://127.0.0.1:9/x").apply_async()
+    with pytest.raises(Exception, match="image_blocked"):
+        job.get(timeout=PATIENCE_S)
+    operator = Client(guarded["worker"].url)
+    eventually(lambda: [kept.id for kept in operator.failed()] == [job.id])
+    operator.retry(job.id)
+    eventually(lambda: [kept.id for kept in operator.failed()] == [job.id])
+    jobs = FailedJobs(operator.app)
+    assert jobs.drop(jobs.get(job.id))
+    assert guarded.refusals("worker") == set()
+
+
+# --- The monitor ----------------------------------------------------------------------------------
+
+
+def test_a_monitor_sees_events_and_lengths_and_no_payload(guarded: Guarded) -> None:
+    seen: list[dict[str, Any]] = []
+    app = Celery(broker=guarded["monitor"].url)
+    with app.connection() as connection:
+        receiver = app.events.Receiver(connection, handlers={"*": seen.append})
+        job = Client(guarded["producer"].url).submit(HELLO)
+        end = time.monotonic() + PATIENCE_S
+        while not [event for event in seen if event["type"] == "task-succeeded" and event["uuid"] == job.id]:
+            assert time.monotonic() < end
+            try:
+                receiver.capture(limit=1, timeout=1, wakeup=False)
+            except TimeoutError:
+                continue
+    assert "Hello" not in repr(seen)
+    redis = guarded["monitor"].connect()
+    assert redis.llen("idefics") == 0
+    assert redis.llen("idefics\x06\x165") == 0
+    assert redis.hlen("unacked") == 0
+    assert redis.info("memory")["used_memory"] > 0
+    assert guarded.refusals("monitor") == set()
+
+
+def test_a_monitor_cannot_submit_read_or_order(guarded: Guarded) -> None:
+    redis = guarded["monitor"].connect()
+    for queue in ("idefics", "idefics\x06\x165"):
+        _refused(lambda queue=queue: redis.lpush(queue, "x"))
+        _refused(lambda queue=queue: redis.lrange(queue, 0, -1))
+        _refused(lambda queue=queue: redis.delete(queue))
+    for key in ("celery-task-meta-x", "idefics:key:x", "idefics:cancel:x"):
+        _refused(lambda key=key: redis.get(key))
+        _refused(lambda key=key: redis.set(key, "x"))
+    _refused(lambda: redis.hgetall("unacked"))
+    _refused(lambda: redis.hget("idefics:failed:signatures", "x"))
+    _refused(lambda: redis.publish("/0.celery.pidbox", "x"))
+    _refused(lambda: redis.publish("/0.celeryev/task.succeeded", "x"))
+
+
+# --- Callbacks ------------------------------------------------------------------------------------
+
+
+def test_callbacks_have_their_outbox_and_see_no_job(guarded: Guarded) -> None:
+    redis = guarded["callbacks"].connect()
+    redis.zadd("idefics:callbacks:hosts", {"a": 1})
+    assert redis.eval("return redis.call('ZRANGE', KEYS[1], 0, -1)", 1, "idefics:callbacks:hosts") == [b"a"]
+    assert redis.delete("idefics:callbacks:hosts") == 1
+    for database in (0, 1):
+        redis = guarded["callbacks"].connect(database)
+        _refused(lambda: redis.lpush("idefics", "x"))
+        _refused(lambda: redis.rpop("idefics"))
+        _refused(lambda: redis.get("celery-task-meta-x"))
+        _refused(lambda: redis.hgetall("unacked"))
+        _refused(lambda: redis.hgetall("idefics:failed:signatures"))
+        _refused(lambda: redis.set("idefics:cancel:x", 1))
+        _refused(lambda: redis.publish("/0.celery.pidbox", "x"))
+        with pytest.raises(NoPermissionError):
+            redis.eval("return redis.call('RPOP', 'idefics')", 0)
