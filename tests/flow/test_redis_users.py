@@ -58,9 +58,9 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert "NoPermission" not in stood.log.read_text()
 
 
-def _refused(call: Callable[[], Any]) -> None:
+def _refused(call: Callable[..., Any], *arguments: Any) -> None:
     with pytest.raises(NoPermissionError):
-        call()
+        call(*arguments)
 
 
 # --- The producer ---------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_a_producer_with_a_plain_celery_app_sends_groups_chords_chains_and_count
 def test_a_producer_cannot_reach_the_workers_mailbox(guarded: Guarded) -> None:
     app = Celery(broker=guarded["producer"].url, backend=guarded["producer"].results)
     for order in (app.control.shutdown, app.control.purge, lambda: app.control.revoke("id", terminate=True)):
-        with pytest.raises(Exception, match="permission|permitted"):
+        with pytest.raises(Exception, match=r"permission|permitted"):
             order()
     assert Client(guarded["producer"].url).submit(HELLO).result(PATIENCE_S).text == "llo"
 
@@ -111,36 +111,34 @@ def test_a_producer_cannot_list_or_read_what_is_not_its_own(guarded: Guarded, da
     for look in (redis.keys, redis.scan, redis.randomkey, redis.dbsize, redis.client_list, redis.acl_list):
         _refused(look)
     for queue in ("idefics", "idefics\x06\x163", "idefics.callbacks", "shop"):
-        _refused(lambda queue=queue: redis.lrange(queue, 0, -1))
-        _refused(lambda queue=queue: redis.rpop(queue))
-        _refused(lambda queue=queue: redis.delete(queue))
-    _refused(lambda: redis.lpush("shop", "x"))
-    _refused(lambda: redis.lpush("idefics.callbacks", "x"))
-    _refused(lambda: redis.hgetall("unacked"))
-    _refused(lambda: redis.get("idefics:answer:x"))
-    _refused(lambda: redis.hgetall("idefics:failed:signatures"))
-    _refused(lambda: redis.hgetall("idefics:callbacks:delivery:x"))
+        _refused(redis.lrange, queue, 0, -1)
+        _refused(redis.rpop, queue)
+        _refused(redis.delete, queue)
+    _refused(redis.lpush, "shop", "x")
+    _refused(redis.lpush, "idefics.callbacks", "x")
+    _refused(redis.hgetall, "unacked")
+    _refused(redis.get, "idefics:answer:x")
+    _refused(redis.hgetall, "idefics:failed:signatures")
+    _refused(redis.hgetall, "idefics:callbacks:delivery:x")
 
 
 def test_a_producer_cannot_forge_or_follow_others_answers(guarded: Guarded) -> None:
     redis = guarded["producer"].connect(1)
-    _refused(lambda: redis.set("celery-task-meta-x", "{}"))
-    _refused(lambda: redis.delete("celery-task-meta-x"))
-    _refused(lambda: redis.publish("celery-task-meta-x", "{}"))
-    _refused(lambda: redis.get("idefics:cancel:x"))
+    _refused(redis.set, "celery-task-meta-x", "{}")
+    _refused(redis.delete, "celery-task-meta-x")
+    _refused(redis.publish, "celery-task-meta-x", "{}")
+    _refused(redis.get, "idefics:cancel:x")
     for pattern in ("celery-task-meta-*", "*"):
-        with redis.pubsub() as channel, pytest.raises(NoPermissionError):
-            channel.psubscribe(pattern)
-            channel.get_message(timeout=5)
+        _refused(redis.execute_command, "PSUBSCRIBE", pattern)
 
 
 @pytest.mark.parametrize("user", ["producer", "worker", "callbacks", "monitor"])
 def test_nobody_administers_the_server(guarded: Guarded, user: str) -> None:
     redis = guarded[user].connect()
     for command in ("FLUSHALL", "CONFIG GET dir", "SHUTDOWN", "DEBUG SLEEP 0", "ACL LIST", "KEYS *", "SCAN 0", "SAVE"):
-        _refused(lambda command=command: redis.execute_command(*command.split()))
-    _refused(lambda: redis.execute_command("MODULE", "LOAD", "/tmp/x.so"))
-    _refused(lambda: redis.replicaof("127.0.0.1", 1))
+        _refused(redis.execute_command, *command.split())
+    _refused(redis.execute_command, "MODULE", "LOAD", "/tmp/x.so")
+    _refused(redis.replicaof, "127.0.0.1", 1)
 
 
 def test_who_is_no_user_is_refused(guarded: Guarded) -> None:
@@ -205,16 +203,16 @@ def test_a_monitor_sees_events_and_lengths_and_no_payload(guarded: Guarded) -> N
 def test_a_monitor_cannot_submit_read_or_order(guarded: Guarded) -> None:
     redis = guarded["monitor"].connect()
     for queue in ("idefics", "idefics\x06\x165"):
-        _refused(lambda queue=queue: redis.lpush(queue, "x"))
-        _refused(lambda queue=queue: redis.lrange(queue, 0, -1))
-        _refused(lambda queue=queue: redis.delete(queue))
+        _refused(redis.lpush, queue, "x")
+        _refused(redis.lrange, queue, 0, -1)
+        _refused(redis.delete, queue)
     for key in ("celery-task-meta-x", "idefics:key:x", "idefics:cancel:x"):
-        _refused(lambda key=key: redis.get(key))
-        _refused(lambda key=key: redis.set(key, "x"))
-    _refused(lambda: redis.hgetall("unacked"))
-    _refused(lambda: redis.hget("idefics:failed:signatures", "x"))
-    _refused(lambda: redis.publish("/0.celery.pidbox", "x"))
-    _refused(lambda: redis.publish("/0.celeryev/task.succeeded", "x"))
+        _refused(redis.get, key)
+        _refused(redis.set, key, "x")
+    _refused(redis.hgetall, "unacked")
+    _refused(redis.hget, "idefics:failed:signatures", "x")
+    _refused(redis.publish, "/0.celery.pidbox", "x")
+    _refused(redis.publish, "/0.celeryev/task.succeeded", "x")
 
 
 # --- Callbacks ------------------------------------------------------------------------------------
@@ -227,12 +225,11 @@ def test_callbacks_have_their_outbox_and_see_no_job(guarded: Guarded) -> None:
     assert redis.delete("idefics:callbacks:hosts") == 1
     for database in (0, 1):
         redis = guarded["callbacks"].connect(database)
-        _refused(lambda: redis.lpush("idefics", "x"))
-        _refused(lambda: redis.rpop("idefics"))
-        _refused(lambda: redis.get("celery-task-meta-x"))
-        _refused(lambda: redis.hgetall("unacked"))
-        _refused(lambda: redis.hgetall("idefics:failed:signatures"))
-        _refused(lambda: redis.set("idefics:cancel:x", 1))
-        _refused(lambda: redis.publish("/0.celery.pidbox", "x"))
-        with pytest.raises(NoPermissionError):
-            redis.eval("return redis.call('RPOP', 'idefics')", 0)
+        _refused(redis.lpush, "idefics", "x")
+        _refused(redis.rpop, "idefics")
+        _refused(redis.get, "celery-task-meta-x")
+        _refused(redis.hgetall, "unacked")
+        _refused(redis.hgetall, "idefics:failed:signatures")
+        _refused(redis.set, "idefics:cancel:x", 1)
+        _refused(redis.publish, "/0.celery.pidbox", "x")
+        _refused(redis.eval, "return redis.call('RPOP', KEYS[1])", 1, "idefics")

@@ -102,7 +102,7 @@ def _quantization(settings: Settings) -> BitsAndBytesConfig | None:
 def _info(settings: Settings, model: IdeficsForVisionText2Text) -> ModelInfo:
     return ModelInfo(
         id=settings.model,
-        revision=settings.model_revision or getattr(model.config, "_commit_hash", None),
+        revision=getattr(model.config, "_commit_hash", None) or settings.model_revision,
         family=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=None if settings.quantization == "none" else settings.quantization,
