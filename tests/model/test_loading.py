@@ -104,7 +104,7 @@ def test_a_checkpoints_own_modules_are_not_run(tmp_path: Path) -> None:
         "preprocessor_config.json": ("AutoImageProcessor",),
     }.items():
         written = json.loads((folder / file).read_text())
-        written["auto_map"] = {kind: "evil.Evil" for kind in kinds}
+        written["auto_map"] = dict.fromkeys(kinds, "evil.Evil")
         (folder / file).write_text(json.dumps(written))
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
