@@ -48,7 +48,7 @@ def binaries() -> list[str]:
 
 def has_tls(binary: str) -> bool:
     run = subprocess.run([binary, "--port", "0", "--tls-port", "1"], capture_output=True, text=True, timeout=20)
-    return "tls-key-file" in run.stdout
+    return "Failed to configure TLS" in run.stdout
 
 
 @contextmanager

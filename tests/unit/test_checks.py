@@ -43,7 +43,9 @@ def test_a_helper_that_was_written_twice_is_found(tmp_path: Path) -> None:
 
 def test_a_short_repetition_is_none(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        (tmp_path / f"{name}.py").write_text("\n".join(HELPER.format(name=name).splitlines()[:6]) + "\n")
+        (tmp_path / f"{name}.py").write_text(
+            "\n".join(HELPER.format(name=name).splitlines()[:5]) + "\n        total += item\n"
+        )
     assert _check("arid", "--config", str(CHECKOUT / "pyproject.toml"), str(tmp_path)).returncode == 0
 
 
