@@ -68,7 +68,7 @@ def test_volumes_are_named_and_the_secrets_are_read_only() -> None:
     used = {tuple(volume.split(":")) for service in SERVICES.values() for volume in service["volumes"]}
     bound = {volume for volume in used if volume[0].startswith(".")}
     assert {volume[0] for volume in used - bound} == set(compose()["volumes"])
-    assert bound == {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker")}
+    assert bound == {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks")}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -147,8 +147,8 @@ def test_the_callbacks_worker_is_light_and_has_time_to_end_its_attempts() -> Non
     assert service["command"] == ["celery", "-A", "worker.callbacks", "worker"]
     assert service["build"]["args"] == {"EXTRA": "callbacks"}
     assert service["image"] not in [SERVICES[name].get("image") for name in WORKERS]
-    assert "REMAP_SIGTERM" not in service["environment"]
-    assert service["environment"]["IDEFICS_BROKER_URL"] == SERVICES["worker"]["environment"]["IDEFICS_BROKER_URL"]
+    assert "environment" not in service
+    assert service["env_file"] == [{"path": "secrets/callbacks/env"}, {"path": ".env", "required": False}]
     assert service["cap_drop"] == ["ALL"]
     assert _seconds(service["stop_grace_period"]) >= Settings().callback_timeout_s + 10
 
