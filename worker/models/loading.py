@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, IdeficsForVisionText2Text
 
 from config.settings import Settings
@@ -68,7 +69,7 @@ def load(settings: Settings) -> Model:
             + (" IDEFICS_OFFLINE is on: a hub id must be in the cache already." if settings.offline else "")
         ) from error
     if checkpoint_folder(settings) is None and not _COMMIT.fullmatch(settings.model_revision or ""):
-        commit = getattr(config, "_commit_hash", None)
+        commit = _commit(settings)
         logger.warning("%s is not pinned and may change: set IDEFICS_MODEL_REVISION, now %s.", settings.model, commit)
     # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
     devices = {parameter.device for parameter in model.parameters()}
@@ -99,10 +100,18 @@ def _quantization(settings: Settings) -> BitsAndBytesConfig | None:
     )
 
 
+def _commit(settings: Settings) -> str | None:
+    """The commit that was loaded, by the name of its folder in the hub's cache; None for a folder of the operator's."""
+    if checkpoint_folder(settings) is not None:
+        return None
+    file = try_to_load_from_cache(settings.model, "config.json", revision=settings.model_revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 def _info(settings: Settings, model: IdeficsForVisionText2Text) -> ModelInfo:
     return ModelInfo(
         id=settings.model,
-        revision=getattr(model.config, "_commit_hash", None) or settings.model_revision,
+        revision=_commit(settings) or settings.model_revision,
         family=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=None if settings.quantization == "none" else settings.quantization,
