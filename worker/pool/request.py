@@ -30,10 +30,6 @@ class JobRequest(Request):  # type: ignore[misc]
     acknowledged. The model process announces the others.
     """
 
-    #: What events and Celery's log show of a job's arguments, whatever its producer put into the message for them.
-    argsrepr = "()"
-    kwargsrepr = "{...}"
-
     _end: End | None = None
     _defers_acknowledgement = False
     _owes_acknowledgement = False
