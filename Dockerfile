@@ -11,7 +11,9 @@ ARG EXTRA=worker
 ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    HF_HOME=/cache/huggingface
+    # The root file system may be read-only: what libraries keep goes here.
+    HF_HOME=/cache/huggingface \
+    TRITON_CACHE_DIR=/cache/triton
 
 RUN useradd --create-home --uid 10001 worker \
     && install --directory --owner worker --group worker /cache

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench chaos
+.PHONY: setup demo test check audit format bench chaos
 
 setup: $(VENV)/.installed
 
@@ -23,7 +23,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pylint tasks config worker benchmarks
+	$(BIN)/arid tasks config worker benchmarks
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml tasks config worker
+
+# Known vulnerabilities of the pinned packages, of which it asks the network. Strict: what cannot be looked up fails.
+audit: setup
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 format: setup
 	$(BIN)/ruff check --fix .

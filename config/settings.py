@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     model: str = "demo"
     #: A commit of the hub's repository: what is loaded then never changes under you.
     model_revision: str | None = None
+    #: Load from the hub's cache and never from the network: a worker that needs no way out, and starts where the hub
+    #: is away.
+    offline: bool = False
     #: `auto` takes the checkpoint's own on a GPU, and float32 on a CPU.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     #: By bitsandbytes.
@@ -209,6 +212,12 @@ class Settings(BaseSettings):
         scheme = url.get_secret_value().partition("://")[0]
         if scheme not in ("redis", "rediss", "redis+socket", "sentinel", "socket"):
             raise ValueError("a Redis URL, as redis://localhost:6379/0, rediss:// or redis+socket:///path")
+        # Celery's own defaults differ between broker and results, and between versions.
+        if scheme == "rediss" and "ssl_cert_reqs=" not in url.get_secret_value():
+            raise ValueError(
+                "rediss:// needs ?ssl_cert_reqs=required&ssl_ca_certs=/ca.crt, and &ssl_certfile=/tls.crt"
+                "&ssl_keyfile=/tls.key where the server asks for a client's certificate"
+            )
         return url
 
     @field_validator("callback_keys", mode="before")

@@ -229,4 +229,8 @@ app = Celery("idefics.callbacks", set_as_current=False)
 app.conf.update(configuration(settings, CALLBACK_QUEUE, DEFAULT_PRIORITY))
 # It runs no tasks: the courier has threads of its own.
 app.conf.update(worker_pool="solo", worker_prefetch_multiplier=1)
+# Its Redis user may reach neither the GPU workers' mailbox nor what they have taken: it has a mailbox of its own, and
+# does not look for messages to give back.
+app.conf.control_exchange = "idefics.callbacks"
+app.conf.broker_transport_options = {**app.conf.broker_transport_options, "ack_emulation": False}
 app.steps["worker"].add(Deliveries)

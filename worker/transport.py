@@ -67,7 +67,7 @@ for i = 3, #KEYS do
 end
 return false
 """
-TAKE_SHA = hashlib.sha1(TAKE.encode()).hexdigest()  # noqa: S324 - Redis names scripts so
+TAKE_SHA = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
 
 
 def use() -> None:

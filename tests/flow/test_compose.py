@@ -20,6 +20,7 @@ import yaml
 
 from config.settings import PREFIX, Settings
 from tests.flow.conftest import PATIENCE_S, Producer, eventually
+from tests.guarded import MOUNT, as_user, make_secrets
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)
@@ -63,14 +64,40 @@ def test_no_service_publishes_a_port() -> None:
     assert not [name for name, service in SERVICES.items() if "ports" in service or "network_mode" in service]
 
 
-def test_volumes_are_named() -> None:
-    used = {volume.split(":")[0] for service in SERVICES.values() for volume in service["volumes"]}
-    assert used == set(compose()["volumes"])
+def test_volumes_are_named_and_the_secrets_are_read_only() -> None:
+    used = {tuple(volume.split(":")) for service in SERVICES.values() for volume in service["volumes"]}
+    bound = {volume for volume in used if volume[0].startswith(".")}
+    assert {volume[0] for volume in used - bound} == set(compose()["volumes"])
+    assert bound == {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks")}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_writes_to_its_volumes_and_tmp_alone_and_has_no_rights_of_roots(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["tmpfs"] == ["/tmp"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service.get("user") == ("redis" if name == "redis" else None)
+
+
+def test_the_secrets_stay_out_of_git_and_out_of_the_image() -> None:
+    assert "secrets/" in (CHECKOUT / ".gitignore").read_text().splitlines()
+    assert "!secrets" not in (CHECKOUT / ".dockerignore").read_text()
+
+
+def test_redis_speaks_tls_alone_to_clients_with_a_certificate() -> None:
+    options = _redis_options()
+    assert options["port"] == "0"
+    assert options["tls-auth-clients"] == "yes"
+    assert {Path(options[name]).name for name in options if name.endswith("-file")} == {"tls.crt", "tls.key", "ca.crt"}
+    assert options["aclfile"] == f"{MOUNT}/users.acl"
 
 
 def test_every_service_restarts_and_says_when_it_is_healthy() -> None:
     assert {service["restart"] for service in SERVICES.values()} == {"unless-stopped"}
-    assert SERVICES["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
+    kind, program, *_, command = SERVICES["redis"]["healthcheck"]["test"]
+    assert (kind, program, command) == ("CMD", "redis-cli", "ping")
     probe = ["CMD", "python", "-m", "worker.health", "--ready"]
     assert all(SERVICES[name]["healthcheck"]["test"] == probe for name in WORKERS)
     assert "inspect ping" in SERVICES["callbacks"]["healthcheck"]["test"][1]
@@ -83,7 +110,7 @@ def test_a_worker_starts_after_redis_and_is_reaped_and_stopped_softly(name: str)
     assert service["init"] is True
     assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
     assert service["environment"]["REMAP_SIGTERM"] == "SIGQUIT"
-    assert service["environment"]["IDEFICS_BROKER_URL"] == "redis://redis:6379/0"
+    assert service["env_file"] == [{"path": "secrets/worker/env"}, {"path": ".env", "required": False}]
     assert "hub-cache:/cache" in service["volumes"]
 
 
@@ -120,8 +147,8 @@ def test_the_callbacks_worker_is_light_and_has_time_to_end_its_attempts() -> Non
     assert service["command"] == ["celery", "-A", "worker.callbacks", "worker"]
     assert service["build"]["args"] == {"EXTRA": "callbacks"}
     assert service["image"] not in [SERVICES[name].get("image") for name in WORKERS]
-    assert "REMAP_SIGTERM" not in service["environment"]
-    assert service["environment"]["IDEFICS_BROKER_URL"] == SERVICES["worker"]["environment"]["IDEFICS_BROKER_URL"]
+    assert "environment" not in service
+    assert service["env_file"] == [{"path": "secrets/callbacks/env"}, {"path": ".env", "required": False}]
     assert service["cap_drop"] == ["ALL"]
     assert _seconds(service["stop_grace_period"]) >= Settings().callback_timeout_s + 10
 
@@ -222,30 +249,39 @@ def _instructions(kind: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Broker]:
-    """Redis by the compose file's command."""
-    with _redis(tmp_path_factory.mktemp("data"), stack.free_port()) as server:
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_secrets(tmp_path_factory.mktemp("compose") / "secrets")
+
+
+@pytest.fixture(scope="module")
+def server(secrets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Broker]:
+    """Redis by the compose file's command, for its user `worker`."""
+    with _redis(tmp_path_factory.mktemp("data"), stack.free_port(), secrets) as server:
         yield server
 
 
-def test_redis_runs_with_those_options(server: stack.Broker) -> None:
-    with server.connect() as client:
-        assert client.config_get("append*")["appendonly"] == "yes"
-        assert client.config_get("appendfsync") == {"appendfsync": "everysec"}
-        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
-        assert int(client.config_get("maxmemory")["maxmemory"]) >= 2**30
+@pytest.fixture
+def producer(server: stack.Broker, secrets: Path) -> Producer:
+    return Producer(as_user(server, secrets, "producer"))
 
 
-def test_a_queued_job_outlives_a_restart_of_redis(tmp_path: Path) -> None:
+def test_redis_runs_with_those_options(server: stack.Broker, secrets: Path) -> None:
+    with as_user(server, secrets, "monitor").connect() as client:
+        found = client.info()
+    assert found["aof_enabled"] == 1
+    assert found["maxmemory_policy"] == "noeviction"
+    assert found["maxmemory"] >= 2**30
+
+
+def test_a_queued_job_outlives_a_restart_of_redis(tmp_path: Path, secrets: Path) -> None:
     port = stack.free_port()
-    with _redis(tmp_path, port) as server:
-        Producer(server).complete().apply_async()
-    with _redis(tmp_path, port) as server:
-        assert Producer(server).queued() == 1
+    with _redis(tmp_path, port, secrets) as server:
+        Producer(as_user(server, secrets, "producer")).complete().apply_async()
+    with _redis(tmp_path, port, secrets) as server:
+        assert Producer(as_user(server, secrets, "producer")).queued() == 1
 
 
-def test_the_worker_answers_is_healthy_and_stops(server: stack.Broker, tmp_path: Path) -> None:
-    producer = Producer(server)
+def test_the_worker_answers_is_healthy_and_stops(server: stack.Broker, producer: Producer, tmp_path: Path) -> None:
     with _worker(server, tmp_path / "log") as process:
         assert producer.complete().apply_async().get(timeout=PATIENCE_S)["text"] == "llo"
         assert _is_healthy(server, tmp_path / "log")
@@ -254,9 +290,8 @@ def test_the_worker_answers_is_healthy_and_stops(server: stack.Broker, tmp_path:
 
 
 def test_a_worker_that_is_stopped_ends_its_running_jobs_and_leaves_as_soon(
-    server: stack.Broker, tmp_path: Path
+    server: stack.Broker, producer: Producer, tmp_path: Path
 ) -> None:
-    producer = Producer(server)
     with _worker(server, tmp_path / "log") as process:
         job = producer.complete("Hello", tokens=100).apply_async()
         eventually(lambda: job.state == "STARTED")
@@ -267,8 +302,9 @@ def test_a_worker_that_is_stopped_ends_its_running_jobs_and_leaves_as_soon(
     assert _unfinished(server) == 0
 
 
-def test_a_job_that_outlasts_the_soft_shutdown_goes_back_to_the_queue(server: stack.Broker, tmp_path: Path) -> None:
-    producer = Producer(server)
+def test_a_job_that_outlasts_the_soft_shutdown_goes_back_to_the_queue(
+    server: stack.Broker, producer: Producer, tmp_path: Path
+) -> None:
     with _worker(server, tmp_path / "log", IDEFICS_SOFT_SHUTDOWN_TIMEOUT_S="1") as process:
         job = producer.complete("Hello", tokens=500).apply_async()
         eventually(lambda: job.state == "STARTED")
@@ -280,11 +316,14 @@ def test_a_job_that_outlasts_the_soft_shutdown_goes_back_to_the_queue(server: st
 
 
 @contextmanager
-def _redis(folder: Path, port: int) -> Iterator[stack.Broker]:
-    _, *options = SERVICES["redis"]["command"]
-    command = [stack.server_binary(), *options, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+def _redis(folder: Path, port: int, secrets: Path) -> Iterator[stack.Broker]:
+    """Without its TLS, which not every server has: see test_redis_tls.py."""
+    options = {name: value for name, value in _redis_options().items() if not name.startswith("tls-")}
+    options |= {"port": str(port), "bind": "127.0.0.1", "dir": str(folder)}
+    options["aclfile"] = options["aclfile"].replace(MOUNT, str(secrets / "redis"))
+    command = [stack.server_binary(), *(part for name, value in options.items() for part in (f"--{name}", value))]
     with stack.started(command, log=folder / "log") as process:
-        server = stack.Broker(port, process)
+        server = as_user(stack.Broker(port, process), secrets, "worker")
         eventually(lambda: _pings(server))
         yield server
 
@@ -302,8 +341,8 @@ def _bare_environment() -> dict[str, str]:
 
 def _environment(server: stack.Broker, log: Path, **more: str) -> dict[str, str]:
     """The cpu worker's, with this Redis, the quick model, and its own temporary directory as in a container."""
-    given = {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
-    environment = _bare_environment() | compose(given)["services"]["worker-cpu"]["environment"]
+    environment = _bare_environment() | SERVICES["worker-cpu"]["environment"]
+    environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
     environment |= {"IDEFICS_MODEL": "fake:0.02", "IDEFICS_SOFT_SHUTDOWN_TIMEOUT_S": str(SOFT_S)}
     return environment | {"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "TMPDIR": str(log.parent)} | more
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -89,3 +92,72 @@ def test_another_family_is_named_in_the_error(tmp_path: Path) -> None:
 def test_a_missing_model_tells_what_the_setting_takes(tmp_path: Path) -> None:
     with pytest.raises(SetupFailed, match="IDEFICS_MODEL"):
         load(Settings(model=str(tmp_path)))
+
+
+def test_a_checkpoints_own_modules_are_not_run(tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO, tmp_path / "checkpoint")
+    trace = tmp_path / "trace"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Evil: pass\n")
+    for file, kinds in {
+        "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
+        "processor_config.json": ("AutoProcessor",),
+        "preprocessor_config.json": ("AutoImageProcessor",),
+    }.items():
+        written = json.loads((folder / file).read_text())
+        written["auto_map"] = dict.fromkeys(kinds, "evil.Evil")
+        (folder / file).write_text(json.dumps(written))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    try:
+        load(Settings(model=str(folder)))
+    except SetupFailed as refused:
+        assert "remote" in str(refused) or "trust" in str(refused)  # noqa: PT017 - either end is a good one
+    assert not trace.exists()
+
+
+def test_a_family_that_comes_with_its_own_code_is_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Evil: pass\n")
+    (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    with pytest.raises(SetupFailed):
+        load(Settings(model=str(tmp_path)))
+    assert not trace.exists()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache with the bundled checkpoint as `some/model`, whose main branch is COMMIT."""
+    repository = tmp_path / "models--some--model"
+    shutil.copytree(DEMO, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    # As worker/pool/process.py does by the environment, before the hub's library is imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_offline_a_pinned_model_comes_from_the_cache(hub_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(Settings(model="some/model", model_revision=COMMIT, offline=True))
+    assert model.info.revision == COMMIT
+    assert "not pinned" not in caplog.text
+
+
+def test_an_unpinned_model_is_named_with_the_commit_that_pins_it(
+    hub_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(Settings(model="some/model", model_revision="main", offline=True))
+    assert model.info.revision == COMMIT
+    assert f"IDEFICS_MODEL_REVISION, now {COMMIT}" in caplog.text
+
+
+@pytest.mark.parametrize("named", [{"model": "some/other"}, {"model": "some/model", "model_revision": "f" * 40}])
+def test_offline_what_is_not_in_the_cache_is_refused_at_once(hub_cache: Path, named: dict[str, str]) -> None:
+    started = time.monotonic()
+    with pytest.raises(SetupFailed, match="IDEFICS_OFFLINE"):
+        load(Settings(offline=True, **named))
+    assert time.monotonic() - started < 5

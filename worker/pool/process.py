@@ -161,6 +161,9 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
     fake = fake_model(settings.model)
     if fake is not None:
         return fake, None
+    if settings.offline:
+        # Read when it is imported: no library of the hub's then tries the network.
+        os.environ["HF_HUB_OFFLINE"] = "1"
     # transformers takes seconds to import: the fake is spared them.
     from worker.models.loading import checkpoint_folder, load
 

@@ -10,7 +10,7 @@ Back: ("ready",), ("setup_failed", message), ("accepted", serial, time.monotonic
 
 from __future__ import annotations
 
-import pickle
+import pickle  # nosec B403 - see above
 import socket
 import struct
 import threading
@@ -106,7 +106,7 @@ def _unpacked(incoming: bytearray) -> Iterator[Message]:
             end = start + _LENGTH.size + length
             if len(incoming) < end:
                 return
-            yield pickle.loads(bytes(incoming[start + _LENGTH.size : end]))  # noqa: S301 - see the module
+            yield pickle.loads(bytes(incoming[start + _LENGTH.size : end]))  # noqa: S301 # nosec B301 - see the module
             start = end
     finally:
         del incoming[:start]

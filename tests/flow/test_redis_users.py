@@ -1,0 +1,263 @@
+"""Each Redis user of config/redis/users.acl.template does its job, and is refused the rest, on every server at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chord, group
+from redis import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError
+
+from tasks import Client, Complete, JobCanceled
+from tasks.failed import FailedJobs
+from tasks.outbox import Delivery, Outbox, delivery_id
+from tests.flow.conftest import PATIENCE_S, Producer, eventually
+from tests.flow.test_callbacks import callbacks_worker
+from tests.guarded import as_user, binaries, make_secrets
+from worker.demo import stack
+
+pytestmark = pytest.mark.timeout(120)
+
+HELLO = Complete(prompt=["Hello"], max_new_tokens=3)
+SLOW = Complete(prompt=["Hello"], max_new_tokens=500)
+
+
+class Guarded:
+    """A server with our users, a worker beside it, and one more user that may look at what was refused."""
+
+    def __init__(self, server: stack.Broker, secrets: Path, log: Path) -> None:
+        self.server = server
+        self.secrets = secrets
+        self.log = log
+        self.admin = Redis(port=server.port, username="admin", password="x", decode_responses=True)
+
+    def __getitem__(self, user: str) -> stack.Broker:
+        return as_user(self.server, self.secrets, user)
+
+    def refusals(self, user: str) -> set[str]:
+        """What the server has refused a user since it was last asked."""
+        entries = [entry for entry in self.admin.acl_log() if entry["username"] == user]
+        self.admin.acl_log_reset()
+        # redis-py says its name at each connection and takes a no: Redis 7.0 knows no right to it.
+        return {entry["object"] for entry in entries} - {"client|setinfo"}
+
+
+@pytest.fixture(scope="module", params=binaries(), ids=lambda binary: Path(binary).name)
+def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("guarded")
+    secrets = make_secrets(folder / "secrets")
+    acl = folder / "users.acl"
+    acl.write_text((secrets / "redis" / "users.acl").read_text() + "user admin on nopass +@all ~* &*\n")
+    with stack.broker("--aclfile", str(acl), binary=request.param) as server:
+        stood = Guarded(server, secrets, folder / "log")
+        settings = {"MODEL": "fake:0.01", "RETRY_BACKOFF_S": "0.1"}
+        with stack.worker(stood["worker"], settings=settings, log=stood.log):
+            yield stood
+    assert "NoPermission" not in stood.log.read_text()
+
+
+@pytest.fixture(autouse=True)
+def _afresh(guarded: Guarded) -> None:
+    guarded.admin.acl_log_reset()
+
+
+def _refused(call: Callable[..., Any], *arguments: Any) -> None:
+    with pytest.raises(NoPermissionError):
+        call(*arguments)
+
+
+# --- The producer ---------------------------------------------------------------------------------
+
+
+def test_a_producer_submits_with_every_option_of_our_client_and_reads_its_answers(guarded: Guarded) -> None:
+    client = Client(guarded["producer"].url)
+    jobs = [client.submit(HELLO, priority=priority) for priority in range(10)]
+    assert {job.result(PATIENCE_S).text for job in jobs} == {"llo"}
+    keyed = HELLO.model_copy(update={"idempotency_key": "one"})
+    assert client.submit(keyed).id == client.submit(keyed).id
+    assert client.submit(keyed).result(PATIENCE_S).text == "llo"
+    assert guarded.refusals("producer") == set()
+
+
+def test_a_producer_cancels_by_the_key_alone(guarded: Guarded) -> None:
+    job = Client(guarded["producer"].url).submit(SLOW)
+    eventually(lambda: job.status == "processing")
+    job.cancel()
+    with pytest.raises(JobCanceled):
+        job.result(PATIENCE_S)
+    # What our client tries beside it.
+    assert guarded.refusals("producer") == {"/0.celery.pidbox"}
+
+
+def test_a_producer_with_a_plain_celery_app_sends_groups_chords_chains_and_countdowns(guarded: Guarded) -> None:
+    producer = Producer(guarded["producer"])
+    job = producer.complete(immutable=True)
+    assert job.apply_async(countdown=1).get(timeout=PATIENCE_S)["text"] == "llo"
+    answers = group(job, job).apply_async().get(timeout=PATIENCE_S)
+    assert [answer["text"] for answer in answers] == ["llo", "llo"]
+    assert chord([job, job])(job).get(timeout=PATIENCE_S)["text"] == "llo"
+    assert (job | job).apply_async().get(timeout=PATIENCE_S)["text"] == "llo"
+    assert guarded.refusals("producer") == set()
+
+
+def test_a_producer_cannot_reach_the_workers_mailbox(guarded: Guarded) -> None:
+    app = Celery(broker=guarded["producer"].url, backend=guarded["producer"].results)
+    for order in (app.control.shutdown, app.control.purge, lambda: app.control.revoke("id", terminate=True)):
+        with pytest.raises(Exception, match=r"permission|permitted"):
+            order()
+    assert Client(guarded["producer"].url).submit(HELLO).result(PATIENCE_S).text == "llo"
+
+
+@pytest.mark.parametrize("database", [0, 1])
+def test_a_producer_cannot_list_or_read_what_is_not_its_own(guarded: Guarded, database: int) -> None:
+    redis = guarded["producer"].connect(database)
+    for look in (redis.keys, redis.scan, redis.randomkey, redis.dbsize, redis.client_list, redis.acl_list):
+        _refused(look)
+    for queue in ("idefics", "idefics\x06\x163", "idefics.callbacks", "shop"):
+        _refused(redis.lrange, queue, 0, -1)
+        _refused(redis.rpop, queue)
+        _refused(redis.delete, queue)
+    _refused(redis.lpush, "shop", "x")
+    _refused(redis.lpush, "idefics.callbacks", "x")
+    _refused(redis.hgetall, "unacked")
+    _refused(redis.get, "idefics:answer:x")
+    _refused(redis.hgetall, "idefics:failed:signatures")
+    _refused(redis.hgetall, "idefics:callbacks:delivery:x")
+
+
+def test_a_producer_cannot_forge_or_follow_others_answers(guarded: Guarded) -> None:
+    redis = guarded["producer"].connect(1)
+    _refused(redis.set, "celery-task-meta-x", "{}")
+    _refused(redis.delete, "celery-task-meta-x")
+    _refused(redis.publish, "celery-task-meta-x", "{}")
+    _refused(redis.get, "idefics:cancel:x")
+    for pattern in ("celery-task-meta-*", "*"):
+        _refused(redis.execute_command, "PSUBSCRIBE", pattern)
+
+
+@pytest.mark.parametrize("user", ["producer", "worker", "callbacks", "monitor"])
+def test_nobody_administers_the_server(guarded: Guarded, user: str) -> None:
+    redis = guarded[user].connect()
+    for command in ("FLUSHALL", "CONFIG GET dir", "SHUTDOWN", "ACL LIST", "KEYS *", "SCAN 0", "SAVE"):
+        _refused(redis.execute_command, *command.split())
+    _refused(redis.replicaof, "127.0.0.1", 1)
+
+
+def test_who_is_no_user_is_refused(guarded: Guarded) -> None:
+    for server in (guarded.server, stack.Broker(guarded.server.port, guarded.server.process, "producer:wrong@")):
+        with pytest.raises(AuthenticationError):
+            server.connect().ping()
+
+
+# --- The worker -----------------------------------------------------------------------------------
+
+
+def test_two_workers_know_each_other(guarded: Guarded, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    arguments = ("--hostname", "second@%h", "--loglevel", "INFO")
+    with stack.worker(guarded["worker"], *arguments, settings={"MODEL": "fake"}, log=log) as second:
+        stack.await_line(second, log, "sync complete", PATIENCE_S)
+        answers = Celery(broker=guarded["worker"].url).control.inspect(timeout=2).ping()
+        assert len(answers) == 2
+    assert "NoPermission" not in log.read_text()
+    assert guarded.refusals("worker") == set()
+
+
+def test_a_worker_retries_and_keeps_failures_which_its_operator_sends_again(guarded: Guarded) -> None:
+    producer = Producer(guarded["producer"])
+    job = producer.show("http://127.0.0.1:9/x").apply_async()
+    with pytest.raises(Exception, match="image_blocked"):
+        job.get(timeout=PATIENCE_S)
+    operator = Client(guarded["worker"].url)
+    eventually(lambda: [kept.id for kept in operator.failed()] == [job.id])
+    operator.retry(job.id)
+    eventually(lambda: [kept.id for kept in operator.failed()] == [job.id])
+    jobs = FailedJobs(operator.app)
+    assert jobs.drop(jobs.get(job.id))
+    assert guarded.refusals("worker") == set()
+
+
+# --- The monitor ----------------------------------------------------------------------------------
+
+
+def test_a_monitor_sees_events_and_lengths_and_no_payload(guarded: Guarded) -> None:
+    seen: list[dict[str, Any]] = []
+    ids: list[str] = []
+    producer = Producer(guarded["producer"])
+    app = Celery(broker=guarded["monitor"].url)
+    app.conf.broker_transport_options = {"ack_emulation": False}
+    with app.connection() as connection:
+        receiver = app.events.Receiver(connection)
+
+        def see(event: dict[str, Any]) -> None:
+            seen.append(event)
+            if not ids:
+                # A heartbeat: from now on it hears everything.
+                ids.append(str(producer.complete("Hello").apply_async()))
+            receiver.should_stop = event["type"] == "task-succeeded" and event["uuid"] in ids
+
+        receiver.handlers["*"] = see
+        receiver.capture(limit=None, timeout=PATIENCE_S, wakeup=False)
+    assert {"task-received", "task-succeeded"} <= {event["type"] for event in seen}
+    assert "Hello" not in repr(seen)
+    redis = guarded["monitor"].connect()
+    assert redis.llen("idefics") == 0
+    assert redis.llen("idefics\x06\x165") == 0
+    assert redis.hlen("unacked") == 0
+    assert redis.info("memory")["used_memory"] > 0
+    assert guarded.refusals("monitor") == set()
+
+
+def test_a_monitor_cannot_submit_read_or_order(guarded: Guarded) -> None:
+    redis = guarded["monitor"].connect()
+    for queue in ("idefics", "idefics\x06\x165"):
+        _refused(redis.lpush, queue, "x")
+        _refused(redis.lrange, queue, 0, -1)
+        _refused(redis.delete, queue)
+    for key in ("celery-task-meta-x", "idefics:key:x", "idefics:cancel:x"):
+        _refused(redis.get, key)
+        _refused(redis.set, key, "x")
+    _refused(redis.hgetall, "unacked")
+    _refused(redis.hget, "idefics:failed:signatures", "x")
+    _refused(redis.publish, "/0.celery.pidbox", "x")
+    _refused(redis.publish, "/0.celeryev/task.succeeded", "x")
+
+
+# --- Callbacks ------------------------------------------------------------------------------------
+
+
+def test_the_callbacks_worker_attempts_what_a_worker_left_it_and_answers_a_ping(
+    guarded: Guarded, tmp_path: Path
+) -> None:
+    url = "https://127.0.0.1/hook"
+    delivery = Delivery(delivery_id("job", "job.succeeded"), "job", "job.succeeded", url, "key", "{}")
+    outbox = Outbox(guarded["worker"].connect())
+    assert outbox.add(delivery)
+    with callbacks_worker(guarded["callbacks"], tmp_path / "log", {}):
+        eventually(lambda: outbox.read([delivery.id])[0].attempts == 1)
+        app = Celery(broker=guarded["callbacks"].url)
+        app.conf.broker_transport_options = {"ack_emulation": False}
+        app.conf.control_exchange = "idefics.callbacks"
+        assert len(app.control.inspect(timeout=1).ping()) == 1
+        assert guarded.refusals("callbacks") == set()
+    assert "permission" not in (tmp_path / "log").read_text().lower()
+
+
+def test_callbacks_have_their_outbox_and_see_no_job(guarded: Guarded) -> None:
+    redis = guarded["callbacks"].connect()
+    redis.zadd("idefics:callbacks:x", {"a": 1})
+    assert redis.eval("return redis.call('ZRANGE', KEYS[1], 0, -1)", 1, "idefics:callbacks:x") == [b"a"]
+    assert redis.delete("idefics:callbacks:x") == 1
+    for database in (0, 1):
+        redis = guarded["callbacks"].connect(database)
+        _refused(redis.lpush, "idefics", "x")
+        _refused(redis.rpop, "idefics")
+        _refused(redis.get, "celery-task-meta-x")
+        _refused(redis.hgetall, "unacked")
+        _refused(redis.hgetall, "idefics:failed:signatures")
+        _refused(redis.set, "idefics:cancel:x", 1)
+        _refused(redis.publish, "/0.celery.pidbox", "x")
+        _refused(redis.eval, "return redis.call('RPOP', KEYS[1])", 1, "idefics")

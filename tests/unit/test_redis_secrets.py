@@ -1,0 +1,86 @@
+"""config/redis/secrets.sh: users in Redis's own form, passwords that stay, certificates by one authority."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.guarded import USERS, environment, make_secrets, password
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_secrets(tmp_path_factory.mktemp("made") / "secrets", "redis.example.com", "10.1.2.3")
+
+
+def test_each_user_is_a_line_with_its_passwords_hash_and_without_comments(made: Path) -> None:
+    default, *users = (made / "redis" / "users.acl").read_text().splitlines()
+    assert default == "user default off"
+    assert [line.split()[1] for line in users] == list(USERS)
+    for line, user in zip(users, USERS, strict=True):
+        assert f" on #{hashlib.sha256(password(made, user).encode()).hexdigest()} " in line
+        assert password(made, user) not in line
+        assert "  " not in line
+        assert "nopass" not in line
+
+
+def test_passwords_are_long_and_each_is_another(made: Path) -> None:
+    assert len({password(made, user) for user in USERS}) == len(USERS)
+    assert all(len(password(made, user)) == 48 for user in USERS)
+
+
+def test_the_urls_spell_out_tls_and_name_the_first_host(made: Path) -> None:
+    found = environment(made, "worker")
+    url = found["IDEFICS_BROKER_URL"]
+    assert url.startswith(
+        f"rediss://worker:{password(made, 'worker')}@redis.example.com:6379/0?ssl_cert_reqs=required&"
+    )
+    assert f"ssl_ca_certs={made}/worker/ca.crt" in url
+    assert f"ssl_certfile={made}/worker/tls.crt&ssl_keyfile={made}/worker/tls.key" in url
+    assert found["IDEFICS_RESULT_BACKEND"] == url.replace(":6379/0?", ":6379/1?")
+
+
+def test_the_server_is_certified_by_its_names(made: Path) -> None:
+    certificate = str(made / "redis" / "tls.crt")
+    command = ["openssl", "verify", "-CAfile", str(made / "ca.crt"), "-purpose", "sslserver"]
+    for name in (["-verify_hostname", "redis.example.com"], ["-verify_ip", "10.1.2.3"], ["-verify_ip", "127.0.0.1"]):
+        assert subprocess.run([*command, *name, certificate], capture_output=True).returncode == 0
+    others = ["-verify_hostname", "other.example.com"]
+    assert subprocess.run([*command, *others, certificate], capture_output=True).returncode != 0
+
+
+def test_a_users_certificate_is_no_servers(made: Path) -> None:
+    command = ["openssl", "verify", "-CAfile", str(made / "ca.crt"), "-purpose"]
+    certificate = str(made / "producer" / "tls.crt")
+    assert subprocess.run([*command, "sslclient", certificate], capture_output=True).returncode == 0
+    assert subprocess.run([*command, "sslserver", certificate], capture_output=True).returncode != 0
+
+
+def test_containers_may_read_what_they_mount_and_this_machines_users_nothing(made: Path) -> None:
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert (made / "ca.key").stat().st_mode & 0o777 == 0o600
+    for name in ("redis", *USERS):
+        assert (made / name / "tls.key").stat().st_mode & 0o777 == 0o644
+        assert (made / name / "env").stat().st_mode & 0o777 == 0o600
+    assert not list(made.glob("*/ca.key"))
+
+
+def test_what_is_there_stays_and_what_was_deleted_is_made_anew(tmp_path: Path) -> None:
+    folder = make_secrets(tmp_path / "secrets")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    make_secrets(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "producer" / "password").unlink()
+    (folder / "worker" / "tls.crt").unlink()
+    make_secrets(folder)
+    changed = {path.relative_to(folder) for path, content in before.items() if path.read_bytes() != content}
+    assert set(map(str, changed)) == {
+        "producer/password",
+        "producer/env",
+        "redis/users.acl",
+        "worker/tls.crt",
+        "worker/tls.key",
+    }
