@@ -7,6 +7,8 @@ never be reached.
 from __future__ import annotations
 
 import base64
+import functools
+import gzip
 import itertools
 import logging
 import os
@@ -17,6 +19,7 @@ import subprocess
 import threading
 import time
 import traceback
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -45,6 +48,9 @@ MAX_BYTES = 100_000
 SECRET = "s3cr3t-token"
 #: Seconds. Much more than the tests' deadline, for a busy machine, and much less than the hostile servers last.
 LEAVES_S = 3.0
+#: Bytes while a hostile server is read, both ends together: the cap some times over, for buffers and copies.
+MOST_MEMORY = 10 * MAX_BYTES
+
 HOSTILE_URLS = r"""
 http://127.0.0.1:{port}/x
 http://LOCALHOST:{port}/x
@@ -308,6 +314,12 @@ def _flood(connection: socket.socket, start: bytes, piece: bytes) -> None:
         connection.sendall(piece)
 
 
+@functools.cache
+def _bomb() -> bytes:
+    """Less than the cap, and 600 times the cap once it is inflated."""
+    return gzip.compress(bytes(600 * MAX_BYTES))
+
+
 HOSTILE_ANSWERS: dict[str, tuple[Callable[[socket.socket], None], type[JobError]]] = {
     "a trickled body": (
         lambda c: _trickle(c, b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", b"x"),
@@ -353,6 +365,7 @@ HOSTILE_ANSWERS: dict[str, tuple[Callable[[socket.socket], None], type[JobError]
         ImageInvalid,
     ),
     "gzip": (lambda c: c.sendall(response(Content_Encoding="gzip")), ImageInvalid),
+    "a gzip bomb": (lambda c: c.sendall(response(_bomb(), Content_Encoding="gzip")), ImageInvalid),
     "an unknown encoding": (lambda c: c.sendall(response(Content_Encoding="x-none")), ImageInvalid),
     "a redirect to nowhere": (lambda c: c.sendall(response(status="302 Found")), ImageInvalid),
     "a redirect with an endless body": (
@@ -488,6 +501,16 @@ def within(seconds: float) -> Iterator[None]:
     start = time.monotonic()
     yield
     assert time.monotonic() - start < seconds
+
+
+@contextmanager
+def within_memory(most: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
 
 
 # --- Addresses ---
@@ -766,12 +789,13 @@ def test_a_trickled_handshake_leaves_within_the_deadline(hasty: FetchPolicy) -> 
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(HOSTILE_ANSWERS)))
-def test_a_hostile_server_is_left_within_the_deadline(
+def test_a_hostile_server_is_left_within_the_deadline_and_the_cap_on_memory(
     number: int, name: str, policy: FetchPolicy, hasty: FetchPolicy, good: Server
 ) -> None:
     slow = "trickled" in name or name == "silence"
     fetcher = Fetcher(hasty if slow else replace(policy, max_redirects=0))
-    with within(LEAVES_S), pytest.raises(HOSTILE_ANSWERS[name][1]):
+    assert len(_bomb()) < MAX_BYTES
+    with within(LEAVES_S), within_memory(MOST_MEMORY), pytest.raises(HOSTILE_ANSWERS[name][1]):
         fetcher.fetch(f"http://good.test:{good.port}/hostile/{number}")
 
 
