@@ -175,7 +175,8 @@ def test_no_message_of_another_form_ends_the_worker_or_is_repeated_in_its_log(st
 
 
 def test_a_message_that_cannot_be_used_ends_its_job_with_the_cure(stood: Stand) -> None:
-    for broken in ("no JSON", "pickle", "keyword arguments that are a list", "time limits that are texts"):
+    names = ["no JSON", "pickle", "keyword arguments that are a list", "time limits that are texts"]
+    for broken in (*names, "an embed that is none", "stamps that are a text"):
         id = uuid()
         sent = {**BROKEN[broken], "headers": {**BROKEN[broken]["headers"], "id": id}}
         stood.producer.server.connect(0).lpush("idefics", json.dumps(sent))
