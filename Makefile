@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check audit format bench chaos
+.PHONY: setup demo test check audit format bench chaos fuzz
 
 setup: $(VENV)/.installed
 
@@ -41,3 +41,6 @@ bench: setup
 
 chaos: setup
 	$(BIN)/python -m benchmarks.chaos --save
+
+fuzz: setup
+	$(BIN)/python -m benchmarks.fuzz --save fuzz

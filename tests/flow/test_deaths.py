@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import signal
 import sys
@@ -12,12 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from tasks import Client, Complete, JobError, SubmittedJob
 from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
 from tests.flow.gallery import Gallery
 from worker.demo import stack
-from worker.models.fake import POISON
+from worker.models.fake import POISON, POISON_COLOUR
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -72,6 +75,21 @@ def test_two_poisonous_jobs_among_100_fail_as_worker_lost_and_98_succeed(stood: 
     outcomes = [outcome(job) for job in jobs]
     assert outcomes == [text if text != POISON else "worker_lost" for text in texts]
     assert stood.log.read_text().count("The model process ended") - deaths <= 12, "too many deaths"
+
+
+def test_a_picture_whose_decoding_kills_the_process_costs_its_own_job_only(stood: Stand, client: Client) -> None:
+    colours = [(number, 10, 200) for number in range(20)]
+    colours[7] = POISON_COLOUR
+    jobs = client.submit_many(Complete(prompt=[shown(colour), "fine"], max_new_tokens=4) for colour in colours)
+    assert [outcome(job) for job in jobs] == [
+        "fine" if colour != POISON_COLOUR else "worker_lost" for colour in colours
+    ]
+
+
+def shown(colour: tuple[int, int, int]) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def outcome(job: SubmittedJob) -> str:

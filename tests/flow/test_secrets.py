@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery, uuid
+from celery import uuid
 from celery.result import AsyncResult
-from redis.exceptions import RedisError
 
 from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
+from tests.flow.events import Events
 from tests.flow.gallery import Gallery
 from worker.demo import stack
 
@@ -23,29 +21,6 @@ pytestmark = pytest.mark.timeout(90)
 SECRET = "s3cr3t"
 #: The marker, and what a data: URI makes of it.
 MARKS = (SECRET, base64.b64encode(f"__{SECRET}".encode()).decode().strip("="))
-
-
-class Events:
-    """Every event of a broker, as text."""
-
-    def __init__(self, app: Celery) -> None:
-        self.seen: list[dict[str, Any]] = []
-        self._app = app
-        self._ready = threading.Event()
-        threading.Thread(target=self._capture, daemon=True).start()
-        assert self._ready.wait(PATIENCE_S)
-
-    def of(self, id: str) -> set[str]:
-        return {event["type"] for event in self.seen if event.get("uuid") == id}
-
-    def _capture(self) -> None:
-        # Until the broker ends.
-        with contextlib.suppress(OSError, RedisError), self._app.connection() as connection:
-            receiver = self._app.events.Receiver(connection, handlers={"*": self.seen.append})
-            with receiver.consumer_context():
-                self._ready.set()
-                for _ in receiver.consume(limit=None, timeout=None, wakeup=False):
-                    pass
 
 
 @pytest.fixture(scope="module", params=["INFO", "DEBUG"])
@@ -200,7 +175,8 @@ def test_no_message_of_another_form_ends_the_worker_or_is_repeated_in_its_log(st
 
 
 def test_a_message_that_cannot_be_used_ends_its_job_with_the_cure(stood: Stand) -> None:
-    for broken in ("no JSON", "pickle", "keyword arguments that are a list", "time limits that are texts"):
+    names = ["no JSON", "pickle", "keyword arguments that are a list", "time limits that are texts"]
+    for broken in (*names, "an embed that is none", "stamps that are a text"):
         id = uuid()
         sent = {**BROKEN[broken], "headers": {**BROKEN[broken]["headers"], "id": id}}
         stood.producer.server.connect(0).lpush("idefics", json.dumps(sent))

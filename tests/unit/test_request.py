@@ -1,12 +1,13 @@
-"""When a job's message is acknowledged."""
+"""When a job's message is acknowledged, and which ones are none of Celery's."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, InvalidTaskError, Reject
 from celery.signals import task_failure
 from celery.worker.request import Request
 
@@ -29,12 +30,17 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def request_(told: list[str]) -> Request:
+    return request_of(told, {})
+
+
+def request_of(told: list[str], embed: Any, **headers: Any) -> JobRequest:
+    body = [[], {}, embed]
     message = Mock(
-        headers={"id": "1", "task": "idefics.complete"},
-        body=b"[[], {}, {}]",
+        headers={"id": "1", "task": "idefics.complete", **headers},
+        body=json.dumps(body).encode(),
         content_type="application/json",
         content_encoding="utf-8",
-        payload=[[], {}, {}],
+        payload=body,
         delivery_info={},
         properties={},
     )
@@ -45,7 +51,7 @@ def request_(told: list[str]) -> Request:
         on_ack=lambda *_: told.append("acknowledged"),
         on_reject=lambda _, __, requeue: told.append(f"rejected, {requeue}"),
         decoded=True,
-        body=[[], {}, {}],
+        body=body,
         headers=message.headers,
     )
 
@@ -72,3 +78,30 @@ def test_a_failure_that_cannot_be_stored_leaves_its_message_for_the_queue(
 def test_what_is_not_stored_is_acknowledged_all_the_same(request_: Request, told: list[str]) -> None:
     request_.on_failure(exception_info(Ignore()))
     assert told == ["acknowledged"]
+
+
+@pytest.mark.parametrize("embed", [None, 7, "a text", ["a list"], True])
+def test_an_embed_that_is_no_mapping_is_refused(embed: Any, told: list[str]) -> None:
+    with pytest.raises(InvalidTaskError):
+        request_of(told, embed)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"stamps": "text"},
+        {"stamps": ["a"]},
+        {"stamped_headers": "text"},
+        {"stamped_headers": 7},
+        {"stamped_headers": [{}]},
+    ],
+)
+def test_stamps_of_another_form_than_celerys_are_refused(headers: dict[str, Any], told: list[str]) -> None:
+    with pytest.raises(InvalidTaskError):
+        request_of(told, {}, **headers)
+
+
+def test_stamps_and_an_embed_of_celerys_form_are_taken(told: list[str]) -> None:
+    request = request_of(told, {"chord": None}, stamps={"monitoring": "7"}, stamped_headers=["monitoring"])
+    assert request.stamps == {"monitoring": "7"}
+    assert request_of(told, {}, stamps=None, stamped_headers=None).stamps == {}

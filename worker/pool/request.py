@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from celery import states
@@ -36,7 +37,7 @@ class JobRequest(Request):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        _check(self.request_dict)
+        _check(self.request_dict, self._payload)
         self._argsrepr, self._kwargsrepr = HIDDEN.values()
         self.request_dict.update(HIDDEN)
 
@@ -109,19 +110,25 @@ class JobRequest(Request):  # type: ignore[misc]
             backend.on_chord_part_return(context, states.REVOKED, error)
 
 
-def _check(headers: dict[str, Any]) -> None:
-    """Raise InvalidTaskError for headers that would break whoever computes with them: the pool, the engine."""
+def _check(headers: dict[str, Any], body: Sequence[Any]) -> None:
+    """Raise InvalidTaskError for what would break whoever computes with it: Celery's tracer, the pool, the engine."""
     texts = (headers["id"], headers["task"], headers.get("shadow") or "")
     numbers = (headers.get(SUBMITTED_AT), *(headers.get("timelimit") or ()), headers["delivery_info"].get("priority"))
     retries = headers.get("retries") or 0
+    # The job's links, chord and chain.
+    _, _, embed = body
+    stamps, stamped = headers.get("stamps") or {}, headers.get("stamped_headers") or []
     if (
         not all(isinstance(text, str) and len(text) < 256 for text in texts)
         or not all(number is None or _is_number(number) for number in numbers)
         or not (isinstance(retries, int) and 0 <= retries < 1_000)
         or not isinstance(headers["args"], list | tuple)
         or not isinstance(headers["kwargs"], dict)
+        or not isinstance(embed, dict)
+        or not isinstance(stamps, dict)
+        or not (isinstance(stamped, list | tuple) and all(isinstance(name, str) for name in stamped))
     ):
-        raise InvalidTaskError("a header is of another type than Celery's")
+        raise InvalidTaskError("a header or the embed is of another type than Celery's")
 
 
 def _is_number(value: Any) -> bool:
