@@ -14,7 +14,6 @@ import pytest
 import redis
 from celery import Celery, current_app, states
 from celery.exceptions import TaskRevokedError
-from kombu import transport
 from kombu.exceptions import OperationalError
 from kombu.message import Message
 
@@ -403,9 +402,8 @@ def test_a_producer_that_may_not_ask_for_memory_is_held_to_the_length_alone(brok
 
 
 def test_a_broker_that_is_full_refuses_with_the_cure(broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A producer's process has Celery's transport; another test may have given this one the workers'.
-    monkeypatch.setitem(transport.TRANSPORT_ALIASES, "redis", "kombu.transport.redis:Transport")
-    monkeypatch.setattr(transport, "_transport_cache", {})
+    # Another test may have given this process the workers' transport, which waits; a producer's does not.
+    monkeypatch.setattr("worker.transport.PUBLISH_PATIENCE_S", 0.0)
     with broker.connect() as server, _memory(server, share=100.0):
         client = Client(broker.url, max_memory=None)
         with pytest.raises(QueueFull, match=r"full and refused.*more memory or disk"):
