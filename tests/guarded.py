@@ -8,10 +8,11 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from worker.demo import stack
 
@@ -51,6 +52,11 @@ def has_tls(binary: str) -> bool:
     return "Failed to configure TLS" in run.stdout
 
 
+async def _ended(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    # gather wants a running loop.
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 @contextmanager
 def tls_proxy(target: int, secrets: Path) -> Iterator[int]:
     """A port that asks for a client's certificate and passes on what comes to a port without TLS."""
@@ -86,5 +92,5 @@ def tls_proxy(target: int, secrets: Path) -> Iterator[int]:
         thread.join()
         for task in (tasks := asyncio.all_tasks(loop)):
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(_ended(tasks))
         loop.close()

@@ -19,4 +19,4 @@ def test_no_job_is_lost_or_ends_twice_whatever_dies(tmp_path: Path) -> None:
     assert found["jobs"] == 800
     assert set(found["faults_by_kind"]) == {*KINDS, "poison job"}
     # A strike that catches nobody would test nothing.
-    assert found["caught_jobs_s"]["count"] > 100
+    assert found["caught_jobs_s"]["count"] > 20

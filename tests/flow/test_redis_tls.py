@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def test_a_job_goes_through_tls_from_the_client_to_the_worker_and_back(encrypted
     log = tmp_path / "log"
     bare = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
     settings = bare | {"IDEFICS_MODEL": "fake"} | encrypted.urls("worker")
-    with stack.started(["celery", "-A", "worker.app", "worker"], log=log, environment=settings) as process:
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker"]
+    with stack.started(command, log=log, environment=settings) as process:
         stack.await_line(process, log, " ready.", stack.WORKER_START_S)
         job = Client(encrypted.broker_url()).submit(HELLO, priority=9)
         assert job.result(PATIENCE_S).text == "llo"
