@@ -8,7 +8,7 @@ still attend to (each token sees the image before it, and no other), and whole b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ class IdeficsDecoder:
             SlotCache(len(parts), attention.num_heads, attention.head_dim, model.model.norm.weight)
             for parts, attention in ((layers, layers[0].self_attn), (blocks, blocks[0].cross_attn))
         )
-        self._continue = Traced(_Layers(layers, blocks, self._interval))
+        self._continue = Traced(_Continuation(layers, blocks, self._interval))
         self._look = Traced(_Reader(layers, blocks, self._interval))
         #: Keys of one image: the resampler's latents, or the vision tower's patches.
         self._width = 0
@@ -254,14 +254,39 @@ class IdeficsDecoder:
                 keys[slot, :, : prompt.start], values[slot, :, : prompt.start] = kept
 
 
-class _Reader(torch.nn.Module):
-    """All layers on prompts that show images, as one function of tensors."""
+class _Stack(torch.nn.Module):
+    """A decoder's layers, with an image block before every few of them, as functions of tensors."""
 
     def __init__(self, layers: torch.nn.ModuleList, blocks: torch.nn.ModuleList, interval: int) -> None:
         super().__init__()
         self.layers = layers
         self.blocks = blocks
         self.interval = interval
+
+    def through(
+        self,
+        states: Tensor,
+        rotary: KeysValues,
+        rows: Tensor,
+        stored: Tensor,
+        mask: Tensor | None,
+        caches: Sequence[Tensor],
+        look: Callable[[Block, Tensor, KeysValues | None], Tensor],
+    ) -> Tensor:
+        """`caches` are the keys and values of each layer, then those of each image block unless no row sees one.
+        `look` is what an image block does, with its own."""
+        pairs = list(zip(caches[::2], caches[1::2], strict=True))
+        own, cross = pairs[: len(self.layers)], pairs[len(self.layers) :]
+        for index, layer in enumerate(self.layers):
+            if index % self.interval == 0:
+                number = index // self.interval
+                states = look(self.blocks[number], states, cross[number] if cross else None)
+            states = _attend(layer, states, rotary, *own[index], rows, stored, mask)
+        return states
+
+
+class _Reader(_Stack):
+    """Prompts that show images."""
 
     def forward(
         self,
@@ -278,25 +303,18 @@ class _Reader(torch.nn.Module):
         *rest: Tensor,
     ) -> Tensor:
         """`distinct` to `blind` are _Shown's. `rest` are the text's own mask, where something stands before, and the
-        keys and values of each layer, then those of each image block."""
+        caches."""
+
+        def look(block: Block, states: Tensor, kept: KeysValues | None) -> Tensor:
+            assert kept is not None, "a prompt shows an image"
+            return _look(block, states, distinct, index, last, looks, blind, *kept)
+
         mask = rest[0] if len(rest) % 2 else None
-        own, cross = _pairs(rest[len(rest) % 2 :], len(self.layers))
-        for number, layer in enumerate(self.layers):
-            if number % self.interval == 0:
-                block = number // self.interval
-                states = _look(self.blocks[block], states, distinct, index, last, looks, blind, *cross[block])
-            states = _attend(layer, states, (cos, sin), *own[number], rows, stored, mask)
-        return states
+        return self.through(states, (cos, sin), rows, stored, mask, rest[len(rest) % 2 :], look)
 
 
-class _Layers(torch.nn.Module):
-    """All layers on tokens that show no image, as one function of tensors."""
-
-    def __init__(self, layers: torch.nn.ModuleList, blocks: torch.nn.ModuleList, interval: int) -> None:
-        super().__init__()
-        self.layers = layers
-        self.blocks = blocks
-        self.interval = interval
+class _Continuation(_Stack):
+    """Tokens that show no image: each sees its row's last one."""
 
     def forward(
         self,
@@ -309,20 +327,10 @@ class _Layers(torch.nn.Module):
         blind: Tensor,
         *caches: Tensor,
     ) -> Tensor:
-        """`caches` are the keys and values of each layer, then those of each image block unless no row sees one."""
-        own, cross = _pairs(caches, len(self.layers))
-        for index, layer in enumerate(self.layers):
-            if index % self.interval == 0:
-                number = index // self.interval
-                states = _look_back(self.blocks[number], states, blind, cross[number] if cross else None)
-            states = _attend(layer, states, (cos, sin), *own[index], rows, stored, mask)
-        return states
+        def look(block: Block, states: Tensor, kept: KeysValues | None) -> Tensor:
+            return _look_back(block, states, blind, kept)
 
-
-def _pairs(caches: Sequence[Tensor], layers: int) -> tuple[list[KeysValues], list[KeysValues]]:
-    """Keys and values, of the layers and of the image blocks."""
-    pairs = list(zip(caches[::2], caches[1::2], strict=True))
-    return pairs[:layers], pairs[layers:]
+        return self.through(states, (cos, sin), rows, stored, mask, caches, look)
 
 
 def _attend(
