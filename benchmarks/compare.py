@@ -18,9 +18,9 @@ from typing import Any
 
 from benchmarks.checkpoints import CHECKPOINTS
 from benchmarks.contenders import STARTS, Contender, Turn, contenders
+from benchmarks.measures import RESULTS
 from benchmarks.workloads import WORKLOADS, PictureBook, Workload
 
-RESULTS = Path(__file__).parent / "results"
 THREADS = 1
 
 

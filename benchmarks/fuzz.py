@@ -5,7 +5,6 @@ None may end in anything but an answer or an error that tells the sender what to
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -18,7 +17,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +24,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks import measures
 from config.settings import Settings
 from tasks.errors import ImageInvalid, ImageTooLarge, Internal, JobError
 from tasks.payloads import PAYLOADS, RESERVED_TOKENS, parse
@@ -35,7 +34,6 @@ from worker.images import open_image
 from worker.models.fake import FakeModel
 from worker.service import Service, Ticket
 
-RESULTS = Path(__file__).parent / "results"
 IMAGES, PAYLOADS_TRIED = 100_000, 10_000
 #: Seconds that one image may take.
 MOST_S = 2.0
@@ -380,22 +378,5 @@ def payloads(count: int = PAYLOADS_TRIED) -> dict[str, Any]:
     }
 
 
-MEASURES = {"images": images, "payloads": payloads}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*MEASURES, []], default=list(MEASURES))
-    parser.add_argument("--save", help="the name of the file in results/")
-    asked = parser.parse_args()
-    for name in asked.names:
-        figures = {name: MEASURES[name]()}
-        print(json.dumps(figures), flush=True)
-        if asked.save:
-            path = RESULTS / f"{asked.save}.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(known | figures, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    measures.run(__doc__, {"images": images, "payloads": payloads})

@@ -12,15 +12,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
+from benchmarks.measures import RESULTS
 from worker.models.idefics_decoder import IdeficsDecoder, Prompt
 
-RESULTS = Path(__file__).parent / "results"
 ROWS = (1, 16, 64)
 PROMPT_TOKENS, STEPS = 64, 32
 #: Bytes a second that a card reads from its memory, by a part of its name.

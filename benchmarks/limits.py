@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import http.server
-import json
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from benchmarks import measures
 from benchmarks.checkpoints import CHECKPOINTS
-from benchmarks.compare import RESULTS
 from benchmarks.contenders import Queued
 from benchmarks.workloads import PictureBook
 from config.settings import Settings
@@ -160,23 +158,14 @@ def _rounded(numbers: Sequence[float]) -> list[float]:
     return [round(number, 3) for number in numbers]
 
 
-MEASURES = {measure.__name__: measure for measure in (queue, steps, short, downloads, memory)}
+MEASURES = (queue, steps, short, downloads, memory)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*MEASURES, []], default=list(MEASURES))
-    parser.add_argument("--save", help="the name of the file in results/, where other measures' figures stay")
-    asked = parser.parse_args()
-    for name in asked.names:
-        with tempfile.TemporaryDirectory() as folder:
-            figures = {name: MEASURES[name](Path(folder))}
-        print(json.dumps(figures), flush=True)
-        if asked.save:
-            path = RESULTS / f"{asked.save}.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(known | figures, indent=2) + "\n")
+def _in_a_folder(measure: Callable[[Path], Any]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(Path(folder))
 
 
 if __name__ == "__main__":
-    main()
+    named = {measure.__name__: functools.partial(_in_a_folder, measure) for measure in MEASURES}
+    measures.run(__doc__, named)

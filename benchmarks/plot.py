@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 
-from benchmarks.compare import RESULTS
+from benchmarks.measures import RESULTS
 
 PICTURE = Path(__file__).parents[1] / "docs" / "throughput.png"
 BOUND = "stock loop, batch 32"

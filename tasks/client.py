@@ -24,6 +24,7 @@ from .payloads import (
     CANCEL_KEY,
     CANCEL_TTL_S,
     DEFAULT_PRIORITY,
+    HIDDEN,
     MAX_JOB_BYTES,
     QUEUE,
     SUBMITTED_AT,
@@ -187,9 +188,7 @@ class Client:
                 # Whatever the app's default: the workers read nothing else.
                 serializer="json",
                 headers={SUBMITTED_AT: time.time(), **options.pop("headers", {})},
-                # What the broker's monitors and logs show: no prompt, no signed URL.
-                argsrepr="()",
-                kwargsrepr="{...}",
+                **HIDDEN,
                 **options,
             )
         except (OperationalError, ResponseError) as error:

@@ -25,7 +25,7 @@ from kombu.utils import json as kombu_json
 from redis import RedisError
 
 from .errors import InvalidRequest
-from .payloads import SUBMITTED_AT
+from .payloads import HIDDEN, SUBMITTED_AT
 
 PREFIX = "idefics:failed"
 #: Ids by the time of their failure, those of invalid requests again, two hashes by id, and the hashes' size.
@@ -157,7 +157,7 @@ class FailedJobs:
         headers = {**(again.options.get("headers") or {}), SUBMITTED_AT: time.time()}
         # A terminal result is final: without this the new one would not count.
         forget(self._app.backend, again)
-        again.apply_async(serializer="json", headers=headers, argsrepr="()", kwargsrepr="{...}")
+        again.apply_async(serializer="json", headers=headers, **HIDDEN)
         self.drop(job)
 
     def drop(self, job: FailedJob) -> bool:

@@ -36,6 +36,8 @@ CALLBACK_QUEUE = "idefics.callbacks"
 DEFAULT_PRIORITY = 5
 #: The message header with the producer's clock (unix seconds) at submission.
 SUBMITTED_AT = "idefics_submitted_at"
+#: What logs, events and monitors show of a job's arguments: no prompt, no signed URL. Celery's options.
+HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
 #: A key in the results' database, followed by a job's id: while it is there, the job does not start and one that runs
 #: ends. So a producer cancels that may not write to Celery's mailbox.
 CANCEL_KEY = "idefics:cancel:"

@@ -21,7 +21,7 @@ from config.settings import load
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.failed import Bounds
 from tasks.idempotency import IdempotencyKeys
-from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
+from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
 from worker.announce import UNAVAILABLE, Announcer, End
 from worker.cancel import Cancellations
 from worker.defects import without_values
@@ -29,7 +29,6 @@ from worker.failed import keep_failures
 from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
 from worker.pool import SoftShutdown
-from worker.pool.request import HIDDEN
 from worker.service import Canceled, Service, Ticket
 from worker.transport import use as use_atomic_take
 from worker.webhook import check as check_callback

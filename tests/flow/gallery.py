@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from PIL import Image
+from benchmarks.chaos.pictures import PNG
 
 #: Seconds between two header lines while a picture is held: the worker gives up a silent server.
 DRIP_S = 0.5
@@ -110,12 +109,3 @@ def _handler(gallery: Gallery) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
-
-
-def _png() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), "teal").save(file, "PNG")
-    return file.getvalue()
-
-
-PNG = _png()

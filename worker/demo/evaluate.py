@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig, IdeficsForVisionText2Text, IdeficsProcessor
 
-from tasks.payloads import Classify
+from tasks.payloads import END_OF_UTTERANCE, Classify
 from worker.demo import art
 from worker.demo.dialogue import KINDS, Dialogue, a_dialogue, index_of
 from worker.demo.pool import sprite
-from worker.demo.tokens import ADDITIONAL_TOKENS, END_OF_UTTERANCE
+from worker.demo.tokens import ADDITIONAL_TOKENS
 from worker.demo.world import HELD_OUT_STYLE, TRAIN_STYLES, any_picture, compose
 from worker.prompts import build, ends_with_utterance
 

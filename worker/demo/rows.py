@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from worker.demo.dialogue import Dialogue, index_of
-from worker.demo.tokens import IMAGE_TOKEN, prompt_text
+from worker.models.idefics import IMAGE, spelled
 from worker.prompts import ImageRef, build
 
 #: Tokens of a micro-batch with its padding: what two cores take in one go.
@@ -40,12 +40,12 @@ class RowMaker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._image_id = tokenizer.convert_tokens_to_ids(IMAGE)
 
     def rows(self, dialogues: Sequence[Dialogue]) -> list[Row]:
         """A row for each dialogue."""
         prompts = [build(dialogue.job) for dialogue in dialogues]
-        starts = [prompt_text(prompt) for prompt in prompts]
+        starts = [spelled(self._tokenizer.bos_token, prompt) for prompt in prompts]
         texts = [spoken(start, dialogue.text) for start, dialogue in zip(starts, dialogues, strict=True)]
         encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         rows = []

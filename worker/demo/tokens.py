@@ -8,14 +8,15 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from tasks.payloads import END_OF_UTTERANCE
 from worker.demo.dialogue import KINDS, a_dialogue
 from worker.demo.world import THINGS, any_picture
-from worker.prompts import ImageRef, Prompt, build
+from worker.models.idefics import FAKE, IMAGE
+from worker.prompts import ImageRef, build
 
 VOCAB_SIZE = 1400
-FAKE_TOKEN, IMAGE_TOKEN, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 #: In the order of their ids, after the vocabulary: as in idefics-9b-instruct.
-ADDITIONAL_TOKENS = (FAKE_TOKEN, IMAGE_TOKEN, END_OF_UTTERANCE)
+ADDITIONAL_TOKENS = (FAKE, IMAGE, END_OF_UTTERANCE)
 
 
 def train_tokenizer(folder: Path) -> None:
@@ -26,18 +27,6 @@ def train_tokenizer(folder: Path) -> None:
     _converted(model).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(_SPECIAL, indent=2) + "\n")
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as IdeficsProcessor spells it: texts without outer blanks, images between fake tokens."""
-    text, after_image = "<s>", False
-    for item in prompt:
-        if isinstance(item, str):
-            text += item.strip(" ")
-        else:
-            text += IMAGE_TOKEN + FAKE_TOKEN if after_image else FAKE_TOKEN + IMAGE_TOKEN + FAKE_TOKEN
-        after_image = not isinstance(item, str)
-    return text
 
 
 _SPECIAL = {

@@ -22,6 +22,18 @@ IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
 
 
+def spelled(bos: str, parts: Sequence[object]) -> str:
+    """A prompt as IdeficsProcessor spells it: texts without outer blanks, all else is an image, between fake tokens."""
+    text, after_image = bos, False
+    for part in parts:
+        if isinstance(part, str):
+            text += part.strip(" ")
+        else:
+            text += IMAGE + FAKE if after_image else FAKE + IMAGE + FAKE
+        after_image = not isinstance(part, str)
+    return text
+
+
 class _ImageEncoder(torch.nn.Module):
     """The vision tower, and the resampler where there is one."""
 
@@ -68,15 +80,7 @@ class IdeficsAdapter:
 
     def text(self, parts: Parts) -> str:
         """The whole prompt as text, token for token that of transformers' IdeficsProcessor.__call__."""
-        text = str(self.tokenizer.bos_token)
-        after_image = False
-        for part in parts:
-            if isinstance(part, str):
-                text += part.strip(" ")
-            else:
-                text += IMAGE + FAKE if after_image else FAKE + IMAGE + FAKE
-            after_image = not isinstance(part, str)
-        return text
+        return spelled(self.tokenizer.bos_token, parts)
 
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """See `Model`. The newline ends each label, so that `car` does not win as the beginning of `cart`."""

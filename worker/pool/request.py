@@ -14,14 +14,11 @@ from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from tasks.errors import JobError
-from tasks.payloads import SUBMITTED_AT
+from tasks.payloads import HIDDEN, SUBMITTED_AT
 from worker.announce import UNAVAILABLE, End
 from worker.pool.job import Job
 
 logger = logging.getLogger(__name__)
-
-#: What logs, events and monitors show of a job's arguments, whatever its producer wrote there.
-HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
 
 
 class JobRequest(Request):  # type: ignore[misc]
