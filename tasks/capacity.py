@@ -101,4 +101,9 @@ def _queued(channel: Any, queue: str) -> int:
 def is_full(error: BaseException) -> bool:
     """Whether a broker refused a job because its memory or its disk is full."""
     cause = error.__cause__ or error
-    return isinstance(cause, OutOfMemoryError) or (isinstance(cause, ResponseError) and "MISCONF" in str(cause))
+    return isinstance(cause, ResponseError) and passes(cause)
+
+
+def passes(refusal: ResponseError) -> bool:
+    """Whether a refusal ends by itself or by the operator's hand: the server is full, or its disk is."""
+    return isinstance(refusal, OutOfMemoryError) or "MISCONF" in str(refusal)

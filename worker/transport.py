@@ -28,7 +28,9 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, NoScriptError, OutOfMemoryError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
+
+from tasks.capacity import passes
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +79,6 @@ def use() -> None:
     for alias, name in names.items():
         transport.TRANSPORT_ALIASES[alias] = f"{__name__}:{name}"
         transport._transport_cache.pop(alias, None)
-
-
-def passes(error: Exception) -> bool:
-    """Whether a refusal ends by itself or by the operator's hand: the server is full, or its disk is."""
-    return isinstance(error, OutOfMemoryError) or "MISCONF" in str(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -42,6 +41,7 @@ from worker.fetch import (
     tls_context,
     user_agent,
 )
+from worker.fetch import retry_after_s as asked_wait_s
 
 #: Bytes of an answer that are read. Nothing is done with them: but a receiver that is cut off may log an error.
 ANSWER_BYTES = 4_096
@@ -195,12 +195,7 @@ def signed(id: str, body: str, secrets: Sequence[SecretStr], now: datetime) -> d
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float:
     """The seconds that an answer's Retry-After asks for, within bounds; 0 without a readable one."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isdecimal():
-        return min(float(text[:10]), MAX_RETRY_AFTER_S)
-    with contextlib.suppress(ValueError, OverflowError):
-        return min(max(0.0, parsedate_to_datetime(text).timestamp() - now), MAX_RETRY_AFTER_S)
-    return 0.0
+    return min(asked_wait_s(headers.get("Retry-After", ""), now) or 0.0, MAX_RETRY_AFTER_S)
 
 
 # --- What follows: pure ---------------------------------------------------------------------------
