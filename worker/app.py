@@ -29,6 +29,7 @@ from worker.failed import keep_failures
 from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
 from worker.pool import SoftShutdown
+from worker.results import CANCELED
 from worker.service import Canceled, Service, Ticket
 from worker.transport import use as use_atomic_take
 from worker.webhook import check as check_callback
@@ -77,11 +78,27 @@ class JobTask(Task):  # type: ignore[misc]
     Request = "worker.pool.request:JobRequest"
     # Logs and events say that a job succeeded, and not what it answered.
     resultrepr_maxsize = 0
+    # `before_start` says it.
+    track_started = False
     announcer = Announcer(app, settings)
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
         """Celery's, for retries and whatever else this process sends."""
         return super().apply_async(*args, **{**HIDDEN, **options})
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Store that the job runs, and leave it where it is canceled or has ended in another run."""
+        try:
+            kept = self.backend.start(self.request, is_stored=not self._ignores_result)
+        except UNAVAILABLE as error:
+            logger.error("Job %s cannot start (%s): it goes back to the queue.", task_id, error)
+            raise Reject(error, requeue=True) from error
+        if kept == CANCELED:
+            raise JobCanceled
+        if kept is not None:
+            # The run that stored it may have died right then.
+            self.backend.repeat_end(self.request)
+            self._leave_to_another_run(kept)
 
     def run(self, *args: Any, **arguments: Any) -> dict[str, Any]:
         try:
@@ -99,12 +116,10 @@ class JobTask(Task):  # type: ignore[misc]
             raise Internal(f"{type(error).__name__} in the worker: its log has the traceback.") from None
         if self.request.callbacks or self.request.chain:
             # Celery sends these before it stores the answer, so before it can know that another run was first.
-            self._leave_to_another_run()
+            self._leave_if_ended()
         return answer.model_dump(mode="json")
 
     def _answer(self, job: Job) -> Result:
-        if (self.request.delivery_info or {}).get("redelivered") or job.idempotency_key:
-            self._leave_to_another_run(repeat=True)
         if job.callback:
             check_callback(job.callback, settings)
         try:
@@ -126,21 +141,21 @@ class JobTask(Task):  # type: ignore[misc]
         try:
             return _service.run(job, ticket)
         except HostBusy as wait:
-            self._leave_to_another_run()
+            self._leave_if_ended()
             self._look_again(job, wait.countdown, "it waited for its turn at an image's host")
         except JobError as error:
             if error.retryable:
-                self._leave_to_another_run()
+                self._leave_if_ended()
                 self._retry(error)
             raise
 
-    def _leave_to_another_run(self, *, repeat: bool = False) -> None:
+    def _leave_if_ended(self) -> None:
         """Raise AlreadyEnded where another run of this job has ended it: a worker may have been frozen or cut off."""
         end = self.backend.end_of(self.request.id)
-        if end is None:
-            return
-        if repeat:
-            self.backend.repeat_end(self.request)
+        if end is not None:
+            self._leave_to_another_run(end)
+
+    def _leave_to_another_run(self, end: str) -> NoReturn:
         self.announce(self.request.id, self.request.kwargs, (end, None), is_stored=True)
         logger.info("Job %s has ended as %s already: this run is dropped.", self.request.id, end)
         raise AlreadyEnded

@@ -15,13 +15,16 @@ To run a job that has ended once more under its id, let its end be forgotten fir
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
 from celery import states
 from celery.backends.redis import RedisBackend, SentinelBackend
+
+from tasks.payloads import CANCEL_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +33,28 @@ T = TypeVar("T")
 #: Of each job whose worker died: how often it was started. See worker/deliveries.py.
 DELIVERIES = "idefics:deliveries:"
 
+#: What `start` says of a job that its producer took back.
+CANCELED = "CANCELED"
+
 #: Celery writes the state first. That many bytes hold it; the answer behind it may have megabytes.
 _HEAD_BYTES = 40
 _HEAD = re.compile(rb'\s*{\s*"status"\s*:\s*"(\w+)"')
 
-#: KEYS: the job's record, its deliveries. ARGV: the record, its seconds to live (0: for ever), 1 if its state is an
-#: end. Answers with the end that is there already, or with nil where it has written. A record that is there word for
-#: word is this very call's: the connection was lost before it heard of it.
+#: KEYS: the job's record, its deliveries, and for a start the job's cancellation. ARGV: the record, its seconds to live
+#: (0: for ever), 1 if its state is an end. Answers with the end that is there already or with CANCELED, or with nil
+#: where it has written. A record that is there word for word is this very call's: the connection was lost before it
+#: heard of it.
 _STORE = f"""
 local head = redis.call('GETRANGE', KEYS[1], 0, {_HEAD_BYTES - 1})
 local kept = string.match(head, '^%s*{{%s*"status"%s*:%s*"(%w+)"')
 if kept == 'SUCCESS' or kept == 'FAILURE' or kept == 'REVOKED' then
     return redis.call('GET', KEYS[1]) ~= ARGV[1] and kept
+end
+if KEYS[3] and redis.call('EXISTS', KEYS[3]) == 1 then
+    return '{CANCELED}'
+end
+if ARGV[1] == '' then
+    return false
 end
 if ARGV[2] == '0' then
     redis.call('SET', KEYS[1], ARGV[1])
@@ -64,25 +77,38 @@ class _FirstEndWins:
     ) -> Any:
         """Celery's, except that nothing is written over an end."""
         result = self.encode_result(result, state)
-        meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         # Encoded once for all attempts: the script tells by it whether an earlier attempt has written.
-        # Without the arguments of Celery's extended results: pictures of megabytes, and whoever reads them asks twice.
-        record = self.encode({**meta, "task_id": task_id, "args": None, "kwargs": None})
+        record = self._record(task_id, result, state, traceback, request)
         kept = self.patiently(self._store_record, task_id, record, state)
         if kept and state in states.READY_STATES:
-            logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept.decode(), state)
+            logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept, state)
             if request is not None:
                 # What Celery calls next is the other run's to call.
                 request.chord = request.chain = request.errbacks = None
         return result
 
-    def _store_record(self: Any, task_id: str, record: str, state: str) -> bytes | None:
-        seconds = self.failure_expires if state == states.FAILURE else self.expires
-        kept: bytes | None = self._store_script(
-            keys=[self.get_key_for_task(task_id), DELIVERIES + task_id],
-            args=[record, seconds or 0, int(state in states.READY_STATES)],
+    def start(self: Any, request: Any, *, is_stored: bool) -> str | None:
+        """Say that a job runs, in one step with a look at whether it should. None if so; else CANCELED or its end."""
+        value = {"pid": os.getpid(), "hostname": request.hostname}
+        record = self._record(request.id, value, states.STARTED, None, request) if is_stored else ""
+        kept: str | None = self.patiently(
+            self._store_record, request.id, record, states.STARTED, [CANCEL_KEY + request.id]
         )
         return kept
+
+    def _record(self: Any, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> str:
+        meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
+        # Without the arguments of Celery's extended results: pictures of megabytes, and whoever reads them asks twice.
+        record: str = self.encode({**meta, "task_id": task_id, "args": None, "kwargs": None})
+        return record
+
+    def _store_record(self: Any, task_id: str, record: str, state: str, cancellation: Sequence[str] = ()) -> str | None:
+        seconds = self.failure_expires if state == states.FAILURE else self.expires
+        kept: bytes | None = self._store_script(
+            keys=[self.get_key_for_task(task_id), DELIVERIES + task_id, *cancellation],
+            args=[record, seconds or 0, int(state in states.READY_STATES)],
+        )
+        return kept.decode() if kept else None
 
     @cached_property
     def _store_script(self: Any) -> Any:

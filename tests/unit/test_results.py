@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,10 @@ from celery.app.task import Context
 
 from tasks.errors import InvalidRequest
 from tasks.failed import forget
+from tasks.payloads import CANCEL_KEY
 from worker.deliveries import DELIVERIES
 from worker.demo import stack
-from worker.results import ResultBackend
+from worker.results import CANCELED, ResultBackend
 
 ENDS = ("SUCCESS", "FAILURE", "REVOKED")
 ERROR = InvalidRequest("no")
@@ -83,6 +85,41 @@ def test_a_job_without_an_end_goes_from_state_to_state(backend: Any, plain: Any,
         assert backend.end_of(id) is None
         backend.store_result(id, None, state)
         assert plain.get_state(id) == state
+
+
+# A start
+
+
+def request_of(id: str) -> Context:
+    return Context({"id": id, "hostname": "worker@host"})
+
+
+def test_a_job_that_starts_is_told_so(backend: Any, plain: Any, id: str) -> None:
+    assert backend.start(request_of(id), is_stored=True) is None
+    assert plain.get_state(id) == "STARTED"
+    assert plain.get_result(id) == {"pid": os.getpid(), "hostname": "worker@host"}
+    assert 0 < backend.client.ttl(backend.get_key_for_task(id)) <= 60
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_job_that_was_taken_back_does_not_start(backend: Any, plain: Any, id: str, is_stored: bool) -> None:
+    backend.client.set(CANCEL_KEY + id, 1, ex=60)
+    assert backend.start(request_of(id), is_stored=is_stored) == CANCELED
+    assert plain.get_state(id) == "PENDING"
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+@pytest.mark.parametrize("first", ENDS)
+def test_a_job_that_has_ended_does_not_start(backend: Any, plain: Any, id: str, first: str, is_stored: bool) -> None:
+    end(backend, id, first)
+    backend.client.set(CANCEL_KEY + id, 1, ex=60)
+    assert backend.start(request_of(id), is_stored=is_stored) == first
+    assert plain.get_state(id) == first
+
+
+def test_the_start_of_a_job_without_results_leaves_nothing(backend: Any, id: str) -> None:
+    assert backend.start(request_of(id), is_stored=False) is None
+    assert not backend.client.exists(backend.get_key_for_task(id))
 
 
 def test_of_many_runs_that_end_at_once_one_is_kept(

@@ -6,7 +6,6 @@ chords and retries.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
@@ -33,7 +32,6 @@ from redis.exceptions import RedisError
 from config.settings import Settings
 from worker import app as worker_app
 from worker.answers import Answers
-from worker.cancel import canceled_among
 from worker.defects import without_values
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
@@ -91,7 +89,7 @@ class ModelProcess:
             self._channel.send(message)
 
     def _outcome(self, serial: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self._is_canceled(arguments[1]):
+        if self._service.is_canceled(arguments[1]):
             return "canceled", serial, None
         self._channel.send(("accepted", serial, time.monotonic()))
         try:
@@ -118,11 +116,6 @@ class ModelProcess:
         worker_app.app.backend.repeat_end(Context(request))
         # The tracer has put the arguments there.
         worker_app.app.tasks[name].announce(id, request["kwargs"], (SUCCESS, None), is_stored=True)
-
-    def _is_canceled(self, id: str) -> bool:
-        with contextlib.suppress(RedisError):
-            return self._service.is_canceled(id) or bool(canceled_among([id], worker_app.app.backend))
-        return False
 
 
 def _bare(info: ExceptionInfo) -> BaseException:
