@@ -143,8 +143,7 @@ class ContinuousModel(StockModel):
             for slot, likelihoods in enumerate(self._decoder.try_out(first, packs)):
                 for number, likelihood in enumerate(likelihoods, start=part.start):
                     scores[slot][number] += sum(likelihood)
-        for slot in reversed(range(len(rows))):
-            self._decoder.release(first + slot)
+        self._decoder.release(range(first, first + len(rows)))
         finish_scored(rows, scores)
 
     def _advance(self, logits: Tensor, first: int) -> None:
@@ -156,15 +155,12 @@ class ContinuousModel(StockModel):
         now = time.monotonic()
         for (progress, _), token in zip(self._running[first:], logits.argmax(dim=-1).tolist(), strict=True):
             progress.take(token, now)
-        for slot in reversed(range(first, len(self._running))):
-            if self._running[slot][0].row.is_done:
-                self._leave(slot)
+        self._leave([slot for slot in range(first, len(self._running)) if self._running[slot][0].row.is_done])
 
-    def _leave(self, slot: int) -> None:
-        self._decoder.release(slot)
-        last = self._running.pop()
-        if slot < len(self._running):
-            self._running[slot] = last
+    def _leave(self, slots: Sequence[int]) -> None:
+        for source, target in self._decoder.release(slots):
+            self._running[target] = self._running[source]
+        del self._running[len(self._running) - len(slots) :]
 
 
 def _label_parts(rows: Sequence[Row]) -> Iterator[slice]:

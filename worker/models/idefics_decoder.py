@@ -107,11 +107,11 @@ class SlotCache:
         """Give the memory back."""
         self._layers = [(self._empty, self._empty)] * len(self._layers)
 
-    def move(self, source: int, target: int) -> None:
-        """Put one slot's content in another's place."""
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Put some slots' content in others' places."""
         for kept in self._layers:
             for tensor in kept:
-                tensor[target] = tensor[source]
+                tensor[targets] = tensor[sources]
 
     def copy(self, slot: int, length: int) -> tuple[KeysValues, ...]:
         """A slot's first positions, in every layer."""
@@ -155,7 +155,7 @@ class IdeficsDecoder:
         self._read([prompt], image_id)
         slot = len(self._lengths) - 1
         prefix = Prefix(self._own.copy(slot, self._lengths[slot]), prompt.last_image)
-        self.release(slot)
+        self.release([slot])
         return prefix
 
     @torch.inference_mode()
@@ -194,14 +194,20 @@ class IdeficsDecoder:
         return [_unpacked(row, pack) for row, pack in zip(picked, packs, strict=True)]
 
     @torch.inference_mode()
-    def release(self, slot: int) -> None:
-        """Free a slot: the last row in use moves into it."""
-        last = len(self._lengths) - 1
-        if slot != last:
-            self._own.move(last, slot)
-            self._cross.move(last, slot)
-            self._lengths[slot], self._sees[slot] = self._lengths[last], self._sees[last]
-        del self._lengths[last], self._sees[last]
+    def release(self, slots: Sequence[int]) -> list[tuple[int, int]]:
+        """Free slots: the last rows in use move into their places. Those moves, from slot to slot."""
+        left = len(self._lengths) - len(slots)
+        freed = set(slots)
+        sources = [slot for slot in range(left, len(self._lengths)) if slot not in freed]
+        moves = list(zip(sources, sorted(slot for slot in freed if slot < left), strict=True))
+        if moves:
+            from_, to = torch.tensor(moves, device=self._device).unbind(dim=1)
+            self._own.move(from_, to)
+            self._cross.move(from_, to)
+        for source, target in moves:
+            self._lengths[target], self._sees[target] = self._lengths[source], self._sees[source]
+        del self._lengths[left:], self._sees[left:]
+        return moves
 
     def clear(self) -> None:
         """Free all slots and their memory, after a failure on the way."""
