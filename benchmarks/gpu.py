@@ -83,9 +83,9 @@ def our_step_s(model: IdeficsForVisionText2Text, rows: int, device: str) -> floa
     """One decode step of our decoder, prompts of one image already read."""
     latents = model.config.perceiver_config.resampler_n_latents
     image = torch.randn(latents, model.config.vision_config.embed_dim, device=device, dtype=torch.bfloat16)
-    decoder = IdeficsDecoder(model)
+    decoder = IdeficsDecoder(model, IMAGE_ID)
     prompt = Prompt([1, IMAGE_ID, *range(10, 8 + PROMPT_TOKENS)], [image])
-    decoder.read([prompt] * rows, IMAGE_ID)
+    decoder.read([prompt] * rows)
 
     def steps() -> None:
         for _ in range(STEPS):

@@ -70,7 +70,7 @@ def steps(root: Path) -> dict[str, Any]:
 def _step_ms(decoder: IdeficsDecoder, images: torch.Tensor, image_id: int, rows: int = 16) -> float:
     ids = [1, *[image_id] * len(images), *[5] * (16 - len(images))]
     decoder.clear()
-    decoder.read([Prompt(ids, list(images)) for _ in range(rows)], image_id)
+    decoder.read([Prompt(ids, list(images)) for _ in range(rows)])
     taken = []
     for _ in range(40):
         started = time.perf_counter()

@@ -83,18 +83,18 @@ def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(ser
     ]
     read: list[int] = []
     decoder = served.model._decoder
-    stock_read = decoder._read
+    stock_read = decoder.read
 
-    def counted(prompts: Sequence[Prompt], image_id: int) -> Tensor:
+    def counted(prompts: Sequence[Prompt]) -> Tensor:
         read.append(sum(len(prompt.ids) for prompt in prompts))
-        return stock_read(prompts, image_id)
+        return stock_read(prompts)
 
-    decoder._read = counted  # type: ignore[method-assign]
+    decoder.read = counted  # type: ignore[method-assign]
     try:
         rows = [row_of(served.model, job, parts_of(job, served.images)) for job in jobs]
         served.model.run(rows, _nothing, _nobody)
     finally:
-        decoder._read = stock_read  # type: ignore[method-assign]
+        decoder.read = stock_read  # type: ignore[method-assign]
     for job, row in zip(jobs, rows, strict=True):
         alone = stock_ids(served.model, served.processor, job, parts_of(job, served.images))
         assert list(row.output.result().ids) == alone, job

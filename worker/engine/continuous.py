@@ -38,11 +38,11 @@ class ContinuousModel(StockModel):
         self, adapter: IdeficsAdapter, info: ModelInfo, max_tokens: int, prefix_cache_bytes: int = 2**29
     ) -> None:
         super().__init__(adapter, info, max_tokens)
-        self._decoder = IdeficsDecoder(adapter.model)
+        self._decoder = IdeficsDecoder(adapter.model, adapter.image_id)
         self._image_id = adapter.image_id
         self._features = adapter.features
         self._prefixes = PrefixCache(prefix_cache_bytes)
-        self._forbidden = [token for [token] in adapter.bad_words_ids]
+        self._forbidden = torch.tensor(adapter.bad_words_ids, device=adapter.model.device).flatten()
         #: By slot of the decoder.
         self._running: list[tuple[Progress, RowSampler | None]] = []
         #: Rows whose prompt is read piece by piece, with what is still to be read.
@@ -101,7 +101,7 @@ class ContinuousModel(StockModel):
             self._read([(row, prompt)])
         else:
             piece, rest = prompt.split(PIECE_TOKENS, self._image_id)
-            prefix = self._decoder.read_prefix(piece, self._image_id)
+            prefix = self._decoder.read_prefix(piece)
             self._partly_read.appendleft((row, replace(rest, prefix=prefix)))
 
     def _prompts(self, rows: Sequence[Row], beat: Beat) -> list[tuple[Row, Prompt]]:
@@ -121,11 +121,11 @@ class ContinuousModel(StockModel):
         # Examples that were shared before and one more: only what is new is read.
         shorter = self._prefixes.longest([each for each in row_heads if each.length < head.length])
         rest = _rest(beginning, shorter)
-        return self._decoder.read_prefix(_prompt(rest, self._features(rest.pictures), shorter), self._image_id)
+        return self._decoder.read_prefix(_prompt(rest, self._features(rest.pictures), shorter))
 
     def _read(self, chunk: Sequence[tuple[Row, Prompt]]) -> None:
         """Read the prompts of rows that are all continued, or all scored."""
-        logits = self._decoder.read([prompt for _, prompt in chunk], self._image_id)
+        logits = self._decoder.read([prompt for _, prompt in chunk])
         first = len(self._running)
         if chunk[0][0].labels:
             self._score_labels([row for row, _ in chunk], logits.log_softmax(dim=-1), first)
@@ -148,7 +148,7 @@ class ContinuousModel(StockModel):
 
     def _advance(self, logits: Tensor, first: int) -> None:
         """Give each slot from `first` on its next token, and free the slots of rows that are over."""
-        logits[:, self._forbidden] = -torch.inf
+        logits.index_fill_(1, self._forbidden, -torch.inf)
         for slot, (_, sampler) in enumerate(self._running[first:]):
             if sampler is not None:
                 logits[slot] = sampler.perturb(logits[slot])
