@@ -211,7 +211,9 @@ class IdeficsDecoder:
         sources = [slot for slot in range(left, len(self._lengths)) if slot not in freed]
         moves = list(zip(sources, sorted(slot for slot in freed if slot < left), strict=True))
         if moves:
-            self._move(*self._tensor(moves).unbind(dim=1), *self._own.tensors, *self._cross.tensors)
+            count, longest = len(self._lengths), max(self._lengths)
+            own, cross = self._own.views(0, count, longest), self._cross.views(0, count, self._width)
+            self._move(*self._tensor(moves).unbind(dim=1), *own, *cross)
         for source, target in moves:
             self._lengths[target], self._sees[target] = self._lengths[source], self._sees[source]
         del self._lengths[left:], self._sees[left:]
