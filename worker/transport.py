@@ -123,7 +123,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
 
     def ack(self, delivery_tag: str) -> None:
         self.channel.debts.ack(delivery_tag)
-        self.channel.settle_if_possible()
+        self.channel.settle_soon()
         virtual.QoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
@@ -148,8 +148,9 @@ class QoS(stock.QoS):  # type: ignore[misc]
             logger.critical("The message %s in %s cannot be read; it is dropped.", tag, self.unacked_key)
             self.remove(tag)
 
-    def remove(self, tag: str) -> None:
-        self._remove_from_indices(tag).execute()
+    def remove(self, *tags: str) -> None:
+        with self.pipe_or_acquire() as pipe:
+            pipe.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags).execute()
 
 
 class Channel(stock.Channel):  # type: ignore[misc]
@@ -168,6 +169,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._ends: dict[str, str] = {}
         self._take: Take | None = None
         self._command_client: Any = None
+        self._settles_soon = False
         self._knows_script = True
         self._rests_until = 0.0
         self._complained_at = float("-inf")
@@ -197,7 +199,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             with contextlib.suppress(Empty, *self.connection_errors):
                 self._read_reply()
             self.debts.give_back(tag)
-            self.settle_if_possible()
+        self.settle_if_possible()
         super().close()
 
     def _create_client(self, asynchronous: bool = False) -> Any:
@@ -344,12 +346,27 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def settle(self) -> None:
         """Tell the broker what it does not know yet. Raises where it cannot be told."""
-        for tag in list(self.debts.acks):
-            self.qos.remove(tag)
+        tags = list(self.debts.acks)
+        if tags:
+            self.qos.remove(*tags)
+        for tag in tags:
             self.debts.acks.pop(tag, None)
         for tag, last in list(self.debts.returns.items()):
             self.qos.restore_by_tag(tag, leftmost=last)
             self.debts.returns.pop(tag, None)
+
+    def settle_soon(self) -> None:
+        """At the event loop's next turn, where there is one: jobs often end together."""
+        hub = get_event_loop()
+        if hub is None:
+            self.settle_if_possible()
+        elif not self._settles_soon:
+            self._settles_soon = True
+            hub.call_soon(self._settle_now)
+
+    def _settle_now(self) -> None:
+        self._settles_soon = False
+        self.settle_if_possible()
 
     def settle_if_possible(self) -> None:
         if self.closed and self.connection is None:
