@@ -351,6 +351,36 @@ def test_the_next_in_celerys_semaphore_takes_a_free_place(started: Bench) -> Non
     started.until(lambda: "next" in started.process.ran)
 
 
+# Whether it wants more
+
+
+def test_a_pool_wants_no_jobs_until_its_next_process_is_ready(started: Bench) -> None:
+    started.until(lambda: started.pool.wants_jobs)
+    started.scripts.append(loading)
+    started.process.die()
+    started.until(lambda: len(started.processes) == 2)
+    assert not started.pool.wants_jobs
+    started.process.say("ready")
+    started.until(lambda: started.pool.wants_jobs)
+
+
+def test_a_pool_wants_no_jobs_while_suspects_run(started: Bench) -> None:
+    started.submit("a", "b")
+    started.die_and_restart()
+    for id in ("a", "b"):
+        started.until(lambda id=id: id in started.process.ran)
+        assert not started.pool.wants_jobs
+        started.process.finish(id)
+    started.until(lambda: started.pool.wants_jobs)
+
+
+def test_a_pool_wants_no_jobs_while_its_process_is_silent(started: Bench) -> None:
+    started.process.last_sign -= 0.11 * HANG_S
+    assert not started.pool.wants_jobs
+    started.process.say("beat", {})
+    started.until(lambda: started.pool.wants_jobs)
+
+
 # Deliveries
 
 
