@@ -785,6 +785,30 @@ def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     assert not process.is_killed
 
 
+def test_a_pool_that_stood_still_itself_holds_no_silence_against_its_process(started: Bench) -> None:
+    process = started.process
+    started.pool._ticked_at -= HANG_S + 1
+    process.last_sign -= HANG_S + 1
+    started.settle()
+    assert not process.is_killed
+    # From here on it counts.
+    process.last_sign -= HANG_S + 1
+    started.until(lambda: process.is_killed)
+
+
+def test_a_pool_that_stood_still_hears_first_which_jobs_have_ended_before_their_limits(started: Bench) -> None:
+    (request,) = started.submit("a", timeout=30)
+    started.process.accept("a", at=time.monotonic() - 20)
+    started.until(lambda: request.told)
+    assert request.job is not None
+    request.job.accepted_at = time.monotonic() - 31
+    started.process.finish("a")
+    started.pool._ticked_at -= 11
+    started.pool._tick()
+    assert request.kinds == ["accepted", "success"]
+    assert not started.process.is_killed
+
+
 def test_jobs_that_come_and_go_are_no_sign_of_life_of_the_engine(started: Bench) -> None:
     started.submit("a")
     old = started.process

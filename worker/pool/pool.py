@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at limits and signs of life.
 TICK_S = 0.1
+#: Seconds between two such looks that tell that this process stood still itself.
+STOOD_STILL_S = 1.0
 #: The part of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy, and seconds that it may be
 #: silent anyway: an idle one gives a sign of life each second.
 UNHEALTHY_PART = 0.1
@@ -88,6 +90,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._failed_starts = 0
         self._has_been_ready = False
         self._start_at = 0.0
+        self._ticked_at = time.monotonic()
         self._closing = False
         self._signals = DeferredSignals()
         self._is_writing = False
@@ -300,6 +303,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @_guarded
     def _tick(self) -> None:
         now = time.monotonic()
+        self._catch_up(now)
         self._state_file.show(*self._health(now))
         if self._process is None:
             if now >= self._start_at and not self._closing:
@@ -317,6 +321,13 @@ class InferencePool(BasePool):  # type: ignore[misc]
         elif self._is_hung(now):
             logger.error("The model process gave no sign of life: it is replaced and its jobs run again.")
             self._process.kill()
+
+    def _catch_up(self, now: float) -> None:
+        """A broker that hangs holds this process up, a paused container both: what nobody heard was no silence."""
+        missed, self._ticked_at = now - self._ticked_at, now
+        if missed > STOOD_STILL_S and self._process is not None:
+            self._process.last_sign = min(now, self._process.last_sign + missed)
+            self._on_readable()
 
     def _is_silent(self, now: float) -> bool:
         assert self._process is not None
