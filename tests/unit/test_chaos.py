@@ -116,8 +116,9 @@ def test_a_struck_worker_has_recovered_when_it_ends_a_job_that_it_began_afterwar
         Step(7.0, "two", "SUCCESS", "picture"),
     ]
     freeze, images = Strike(2.0, "freeze", "one", 1.0), Strike(2.0, "dead image server", "pictures", 1.0)
-    kill, cut, late = Strike(2.0, "kill", "one", 0.0), Strike(2.0, "reset", "all", 1.0), Strike(9.0, "reset", "all", 0.0)
-    ledgers = Ledgers(accepted, steps, strikes=[kill, freeze, cut, images, late])
+    kill, cut = Strike(2.0, "kill", "one", 0.0), Strike(2.0, "reset", "all", 1.0)
+    too_late = Strike(9.0, "reset", "all", 0.0)
+    ledgers = Ledgers(accepted, steps, strikes=[kill, freeze, cut, images, too_late])
     assert [round(seconds, 1) for seconds in resumptions(ledgers)] == [1.6, 3.0, 2.0, 5.0]
 
 
