@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at limits and signs of life.
 TICK_S = 0.1
-#: Seconds between two such looks that tell that this process stood still itself.
-STOOD_STILL_S = 1.0
 #: The part of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy, and seconds that it may be
 #: silent anyway: an idle one gives a sign of life each second.
 UNHEALTHY_PART = 0.1
@@ -304,6 +302,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _tick(self) -> None:
         now = time.monotonic()
         self._catch_up(now)
+        self._on_readable()
         self._state_file.show(*self._health(now))
         if self._process is None:
             if now >= self._start_at and not self._closing:
@@ -325,13 +324,16 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _catch_up(self, now: float) -> None:
         """A broker that hangs holds this process up, a paused container both: what nobody heard was no silence."""
         missed, self._ticked_at = now - self._ticked_at, now
-        if missed > STOOD_STILL_S and self._process is not None:
+        if missed > self._silent_s and self._process is not None:
             self._process.last_sign = min(now, self._process.last_sign + missed)
-            self._on_readable()
+
+    @property
+    def _silent_s(self) -> float:
+        return max(SILENT_S, UNHEALTHY_PART * self._settings.hang_timeout_s)
 
     def _is_silent(self, now: float) -> bool:
         assert self._process is not None
-        return now - self._process.last_sign > max(SILENT_S, UNHEALTHY_PART * self._settings.hang_timeout_s)
+        return now - self._process.last_sign > self._silent_s
 
     def _is_hung(self, now: float) -> bool:
         assert self._process is not None
