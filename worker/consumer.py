@@ -45,6 +45,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **options)
         most = load().max_job_bytes
+        # Kombu's own channel (IDEFICS_ATOMIC_TAKE=false) does not ask; nor has another pool an answer.
+        self.task_consumer.channel.wants = lambda: getattr(self.pool, "wants_jobs", True)
 
         def on_task_received(message: Any) -> None:
             size = len(message.body or "")

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
@@ -167,6 +168,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         #: Of each queue with acknowledgements, how its records end: the default exchange and the queue's name, so that
         #: a message that comes back needs no binding.
         self._ends: dict[str, str] = {}
+        #: Whether to ask for such messages now.
+        self.wants: Callable[[], bool] = lambda: True
         self._take: Take | None = None
         self._command_client: Any = None
         self._settles_soon = False
@@ -230,7 +233,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
             return
         try:
             self.settle()
-            self._send_take()
+            if not self._ends or self.wants():
+                self._send_take()
         except ResponseError as error:
             # A debt, or the connection's health check: PING.
             self._in_poll = self._take = None

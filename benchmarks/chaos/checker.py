@@ -101,7 +101,7 @@ def figures(ledgers: Ledgers) -> dict[str, Any]:
         "jobs_run_again": sum(starts[id] - spent[id] > 1 for id in starts if id not in poisonous),
         "jobs_run_twice_to_their_end": sum(times > 1 for times in successes.values()),
         "links_called_twice": sum(times > 1 for times in Counter(c.id for c in ledgers.calls).values()),
-        # From a strike to the next job that who was struck ends.
+        # From a strike's start until who was struck ends a job that began when it was over.
         "recovery_s": _summary(list(resumptions(ledgers))),
         # From a strike to the end of each job that it caught, with its wait behind others in the queue.
         "caught_jobs_s": _summary([seconds for each in by_kind.values() for seconds in each]),
@@ -110,16 +110,21 @@ def figures(ledgers: Ledgers) -> dict[str, Any]:
 
 
 def resumptions(ledgers: Ledgers) -> Iterator[float]:
-    """For each strike, the seconds until the struck worker, or any where all are struck, ends a job again.
+    """For each strike, the seconds from its start until who was struck ends a job that began when it was over.
 
-    What its last breath ends counts too: a strike that interrupts nothing is recovered from at once.
+    What a struck worker's last breath ends, or what it takes up again when it is released, does not count. Of image
+    servers, any worker's next job that shows an image.
     """
+    jobs = {job.id: job for job in ledgers.accepted}
     for strike in ledgers.strikes:
-        ends = (step for step in ledgers.steps if step.what == "SUCCESS" and step.at > strike.at)
-        struck = (step.at for step in ends if strike.target in ("all", "pictures", step.worker))
-        first = next(struck, None)
-        if first is not None:
-            yield first - strike.at
+        begun = set()
+        for step in ledgers.steps[bisect_left(ledgers.steps, strike.at + strike.hold_s, key=lambda step: step.at) :]:
+            run = step.worker, step.id
+            if step.what == "started" and _bears(strike, step.worker, jobs[step.id]):
+                begun.add(run)
+            elif step.what == "SUCCESS" and run in begun:
+                yield step.at - strike.at
+                break
 
 
 def recoveries(ledgers: Ledgers) -> Iterator[tuple[Strike, float]]:

@@ -34,6 +34,8 @@ SETTINGS = {
     "MODEL": "fake:0.02",
     "VISIBILITY_TIMEOUT_S": str(VISIBILITY_S),
     "HANG_TIMEOUT_S": "3",
+    # A process may be struck while it loads, for two seconds or so: then this is what tells that it hangs.
+    "LOAD_TIMEOUT_S": "8",
     "SOFT_SHUTDOWN_TIMEOUT_S": "1",
     "RESTART_BACKOFF_S": "0.1",
     "IMAGE_TIMEOUT_S": "2",

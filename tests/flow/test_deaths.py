@@ -67,6 +67,31 @@ def test_jobs_in_flight_run_again_after(death: signal.Signals, stood: Stand, cli
     assert not psutil.pid_exists(process)
 
 
+@pytest.mark.parametrize("frozen", ["broker", "worker"])
+def test_a_model_process_is_not_replaced_after_a_standstill_of_its(frozen: str, stood: Stand, client: Client) -> None:
+    model, server = stood.producer.model_process(), stood.producer.server
+    pids = [server.process.pid] if frozen == "broker" else [stood.process.pid, model]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in pids:
+            os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            # Longer than the hang timeout.
+            time.sleep(4.0)
+    assert client.submit(complete("a")).result(timeout=PATIENCE_S).text == "a"
+    assert stood.producer.model_process() == model
+
+
+def test_a_worker_without_a_model_process_leaves_jobs_in_the_queue(stood: Stand, client: Client) -> None:
+    loadings = stood.log.read_text().count("Loading")
+    os.kill(stood.producer.model_process(), signal.SIGKILL)
+    eventually(lambda: stood.log.read_text().count("Loading") > loadings)
+    jobs = client.submit_many(map(complete, "abc"))
+    # For ten times as long as a job lies in an idle worker's queue; the next process needs longer still.
+    time.sleep(0.3)
+    assert stood.producer.queued() == 3
+    assert [job.result(timeout=PATIENCE_S).text for job in jobs] == ["a", "b", "c"]
+
+
 def test_two_poisonous_jobs_among_100_fail_as_worker_lost_and_98_succeed(stood: Stand, client: Client) -> None:
     deaths = stood.log.read_text().count("The model process ended")
     texts = [f"{number:03}" for number in range(100)]

@@ -101,15 +101,25 @@ def test_recovery_counts_from_when_a_job_was_due_or_taken() -> None:
     assert list(recoveries(ledgers)) == [(reset, 1.0), (dead, 4.0)]
 
 
-def test_a_struck_worker_has_recovered_when_it_ends_a_job() -> None:
+def test_a_struck_worker_has_recovered_when_it_ends_a_job_that_it_began_afterwards() -> None:
+    accepted = [Accepted(0.0, name, is_pictured=name == "picture") for name in ("before", "early", "text", "picture")]
     steps = [
-        Step(1.0, "one", "SUCCESS", "a"),
-        Step(3.0, "two", "SUCCESS", "b"),
-        Step(4.0, "one", "started", "c"),
-        Step(5.0, "one", "SUCCESS", "c"),
+        Step(1.0, "one", "started", "before"),
+        Step(2.5, "one", "SUCCESS", "before"),
+        Step(2.6, "one", "started", "early"),
+        Step(3.5, "two", "started", "early"),
+        Step(3.6, "one", "SUCCESS", "early"),
+        Step(4.0, "two", "SUCCESS", "early"),
+        Step(4.5, "one", "started", "text"),
+        Step(5.0, "one", "SUCCESS", "text"),
+        Step(6.0, "two", "started", "picture"),
+        Step(7.0, "two", "SUCCESS", "picture"),
     ]
-    strikes = [Strike(2.0, "kill", "one", 0.0), Strike(2.0, "reset", "all", 0.0), Strike(9.0, "reset", "all", 0.0)]
-    assert list(resumptions(Ledgers(steps=steps, strikes=strikes))) == [3.0, 1.0]
+    freeze, images = Strike(2.0, "freeze", "one", 1.0), Strike(2.0, "dead image server", "pictures", 1.0)
+    kill, cut = Strike(2.0, "kill", "one", 0.0), Strike(2.0, "reset", "all", 1.0)
+    too_late = Strike(9.0, "reset", "all", 0.0)
+    ledgers = Ledgers(accepted, steps, strikes=[kill, freeze, cut, images, too_late])
+    assert [round(seconds, 1) for seconds in resumptions(ledgers)] == [1.6, 3.0, 2.0, 5.0]
 
 
 def test_jobs_that_ran_again_are_counted_without_retries_and_dropped_runs() -> None:

@@ -351,6 +351,36 @@ def test_the_next_in_celerys_semaphore_takes_a_free_place(started: Bench) -> Non
     started.until(lambda: "next" in started.process.ran)
 
 
+# Whether it wants more
+
+
+def test_a_pool_wants_no_jobs_until_its_next_process_is_ready(started: Bench) -> None:
+    started.until(lambda: started.pool.wants_jobs)
+    started.scripts.append(loading)
+    started.process.die()
+    started.until(lambda: len(started.processes) == 2)
+    assert not started.pool.wants_jobs
+    started.process.say("ready")
+    started.until(lambda: started.pool.wants_jobs)
+
+
+def test_a_pool_wants_no_jobs_while_suspects_run(started: Bench) -> None:
+    started.submit("a", "b")
+    started.die_and_restart()
+    for ran in (["a"], ["a", "b"]):
+        started.until(lambda ran=ran: started.process.ran == ran)
+        assert not started.pool.wants_jobs
+        started.process.finish(ran[-1])
+    started.until(lambda: started.pool.wants_jobs)
+
+
+def test_a_pool_wants_no_jobs_while_its_process_is_silent(started: Bench) -> None:
+    started.process.last_sign -= 0.11 * HANG_S
+    assert not started.pool.wants_jobs
+    started.process.say("beat", {})
+    started.until(lambda: started.pool.wants_jobs)
+
+
 # Deliveries
 
 
@@ -753,6 +783,30 @@ def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     process.say("beat", {})
     started.settle()
     assert not process.is_killed
+
+
+def test_a_pool_that_stood_still_itself_holds_no_silence_against_its_process(started: Bench) -> None:
+    process = started.process
+    started.pool._ticked_at -= HANG_S + 1
+    process.last_sign -= HANG_S + 1
+    started.settle()
+    assert not process.is_killed
+    # From here on it counts.
+    process.last_sign -= HANG_S + 1
+    started.until(lambda: process.is_killed)
+
+
+def test_a_pool_that_stood_still_hears_first_which_jobs_have_ended_before_their_limits(started: Bench) -> None:
+    (request,) = started.submit("a", timeout=30)
+    started.process.accept("a", at=time.monotonic() - 20)
+    started.until(lambda: request.told)
+    assert request.job is not None
+    request.job.accepted_at = time.monotonic() - 31
+    started.process.finish("a")
+    started.pool._ticked_at -= 11
+    started.pool._tick()
+    assert request.kinds == ["accepted", "success"]
+    assert not started.process.is_killed
 
 
 def test_jobs_that_come_and_go_are_no_sign_of_life_of_the_engine(started: Bench) -> None:

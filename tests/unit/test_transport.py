@@ -160,6 +160,29 @@ def test_the_record_is_what_stock_kombu_writes(start: Start, server: redis.Redis
     assert stock.take().decode() == body
 
 
+def test_a_consumer_that_wants_none_leaves_messages_to_others(start: Start) -> None:
+    full, free = start(), start()
+    full.channel.wants = lambda: False
+    full.send("a")
+    with pytest.raises(TimeoutError):
+        full.take(timeout=0.2)
+    assert free.take().decode() == "a"
+    full.channel.wants = lambda: True
+    full.send("b")
+    assert full.take().decode() == "b"
+
+
+def test_a_consumer_that_wants_none_still_pays_its_debts(start: Start, server: redis.Redis) -> None:
+    taker = start()
+    taker.send("a")
+    tag = taker.take().delivery_tag
+    taker.channel.wants = lambda: False
+    taker.channel.debts.ack(tag)
+    with pytest.raises(TimeoutError):
+        taker.take(timeout=0.2)
+    assert held(server) == (0, 0, 0)
+
+
 def test_priorities_are_kept(start: Start) -> None:
     taker = start()
     for priority in (9, 5, 0, 7, 5):

@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at limits and signs of life.
 TICK_S = 0.1
-#: The part of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy.
+#: The part of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy, and seconds that it may be
+#: silent anyway: an idle one gives a sign of life each second.
 UNHEALTHY_PART = 0.1
+SILENT_S = 2.0
 #: One for each time that a process that dies while it loads is started again: how many `restart_backoff_s` later.
 RESTART_DELAYS = (1, 4, 16)
 NEVER = float("inf")
@@ -86,6 +88,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._failed_starts = 0
         self._has_been_ready = False
         self._start_at = 0.0
+        self._ticked_at = time.monotonic()
         self._closing = False
         self._signals = DeferredSignals()
         self._is_writing = False
@@ -169,6 +172,16 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     # Jobs
 
+    @property
+    def wants_jobs(self) -> bool:
+        """Whether a job that came now would run. Else it is left in the queue: another worker may be idle."""
+        return self._is_ready and not self._is_apart and not self._is_silent(time.monotonic())
+
+    @property
+    def _is_apart(self) -> bool:
+        """Suspects run."""
+        return (self._isolates or bool(self._quarantine)) and bool(self._in_flight)
+
     def on_apply(
         self,
         target: Callback,
@@ -224,9 +237,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _dispatch(self) -> None:
         """Send what may run now: everything, or after a death one group of suspects after the other."""
-        if self._closing or not self._is_ready:
-            return
-        if (self._quarantine or self._isolates) and self._in_flight:
+        if self._closing or not self._is_ready or self._is_apart:
             return
         suspects = self._next_suspects()
         self._isolates = bool(suspects)
@@ -290,6 +301,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @_guarded
     def _tick(self) -> None:
         now = time.monotonic()
+        self._catch_up(now)
+        self._on_readable()
         self._state_file.show(*self._health(now))
         if self._process is None:
             if now >= self._start_at and not self._closing:
@@ -307,6 +320,20 @@ class InferencePool(BasePool):  # type: ignore[misc]
         elif self._is_hung(now):
             logger.error("The model process gave no sign of life: it is replaced and its jobs run again.")
             self._process.kill()
+
+    def _catch_up(self, now: float) -> None:
+        """A broker that hangs holds this process up, a paused container both: what nobody heard was no silence."""
+        missed, self._ticked_at = now - self._ticked_at, now
+        if missed > self._silent_s and self._process is not None:
+            self._process.last_sign = min(now, self._process.last_sign + missed)
+
+    @property
+    def _silent_s(self) -> float:
+        return max(SILENT_S, UNHEALTHY_PART * self._settings.hang_timeout_s)
+
+    def _is_silent(self, now: float) -> bool:
+        assert self._process is not None
+        return now - self._process.last_sign > self._silent_s
 
     def _is_hung(self, now: float) -> bool:
         assert self._process is not None
@@ -492,9 +519,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _health(self, now: float) -> tuple[State, str]:
         """For the state file."""
         if self._is_ready and self._process is not None:
-            silent = now - self._process.last_sign
-            limit = self._settings.hang_timeout_s
-            if silent > UNHEALTHY_PART * limit:
+            if self._is_silent(now):
+                silent, limit = now - self._process.last_sign, self._settings.hang_timeout_s
                 return State.UNHEALTHY, f"its model process is silent for {silent:.0f} s; at {limit:g} it is replaced"
             is_full = self._closing or len(self._jobs) >= self._settings.job_threads
             return (State.BUSY if is_full else State.READY), f"{len(self._jobs)} jobs"
