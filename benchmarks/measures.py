@@ -14,10 +14,10 @@ RESULTS = Path(__file__).parent / "results"
 def run(description: str | None, measures: Mapping[str, Callable[[], Any]]) -> None:
     """The command line: some of the measures, or all."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("names", nargs="*", choices=[*measures, []], default=list(measures))
+    parser.add_argument("names", nargs="*", choices=[*measures, []], default=[])
     parser.add_argument("--save", help="the name of the file in results/, where other measures' figures stay")
     asked = parser.parse_args()
-    for name in asked.names:
+    for name in asked.names or measures:
         figures = {name: measures[name]()}
         print(json.dumps(figures), flush=True)
         if asked.save:
