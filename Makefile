@@ -44,3 +44,4 @@ chaos: setup
 
 fuzz: setup
 	$(BIN)/python -m benchmarks.fuzz --save fuzz
+	$(BIN)/python -m benchmarks.corpus --save fuzz
