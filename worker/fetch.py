@@ -53,7 +53,7 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 #: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
 MAX_URL_CHARS = 8_192
-#: Bytes of status lines, headers and chunk sizes that an answer may have on top of its image.
+#: Bytes of status lines, headers and chunk sizes that an answer may have on top of its image, whatever is read ahead.
 MAX_FRAMING_BYTES = 262_144
 CHUNK_BYTES = 65_536
 
@@ -112,7 +112,7 @@ class NoAddress(GuardError):
 
 
 class TooManyBytes(GuardError):
-    """The server sends more than an image of the allowed size needs."""
+    """The server sends more than its image, or one of the allowed size, needs."""
 
 
 class Deadline:
@@ -206,6 +206,8 @@ class Guard:
     def __init__(self, policy: FetchPolicy, deadline: Deadline) -> None:
         self.policy = policy
         self.deadline = deadline
+        #: Bytes of the image so far.
+        self.body_bytes = 0
         self.responses: list[http_client.HTTPResponse] = []
 
     def close(self) -> None:
@@ -282,8 +284,7 @@ class _Metered(io.RawIOBase):
         self._raw = raw
         self._sock = sock
         self._guard = guard
-        # A quarter more: chunked bodies carry their chunks' sizes.
-        self._budget = guard.policy.max_bytes * 5 // 4 + MAX_FRAMING_BYTES
+        self._bytes = 0
 
     def readable(self) -> bool:
         return True
@@ -291,8 +292,10 @@ class _Metered(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         self._sock.settimeout(self._guard.deadline.left(self._guard.policy.read_s))
         count = self._raw.readinto(buffer) or 0
-        self._budget -= count
-        if self._budget < 0:
+        self._bytes += count
+        # A quarter more: chunked bodies carry their chunks' sizes. By what has come of the image, not by what may: 1xx
+        # answers and chunks of one byte cost a thread seconds of parsing in Python, with the interpreter held.
+        if self._bytes > self._guard.body_bytes * 5 // 4 + MAX_FRAMING_BYTES:
             raise TooManyBytes
         return count
 
@@ -424,7 +427,7 @@ class Fetcher:
             for _ in range(self._policy.max_redirects + 1):
                 with _translated(url, guard), self._answer(session, url) as response:
                     if response.status_code not in REDIRECTS:
-                        return _body(response, self._policy.max_bytes)
+                        return _body(response, guard)
                     url = _redirect_target(response)
         hops = self._policy.max_redirects
         raise ImageBlocked(f"{_host(url)} comes after more than {hops} redirects: send the image's final URL.")
@@ -448,15 +451,15 @@ def _redirect_target(response: requests.Response) -> str:
     return target
 
 
-def _body(response: requests.Response, max_bytes: int) -> bytes:
-    host = _host(response.url)
+def _body(response: requests.Response, guard: Guard) -> bytes:
+    host, max_bytes = _host(response.url), guard.policy.max_bytes
     _check_status(response, host)
     if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
         raise ImageInvalid(f"{host} compresses the image although asked not to: use another server.")
     length = response.headers.get("Content-Length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise _too_large(host, max_bytes)
-    return _read_capped(response, host, max_bytes)
+    return _read_capped(response, host, guard)
 
 
 def _check_status(response: requests.Response, host: str) -> None:
@@ -483,12 +486,13 @@ def retry_after_s(header: str, now: float) -> float | None:
         return None
 
 
-def _read_capped(response: requests.Response, host: str, max_bytes: int) -> bytes:
+def _read_capped(response: requests.Response, host: str, guard: Guard) -> bytes:
     body = bytearray()
     for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
         body += chunk
-        if len(body) > max_bytes:
-            raise _too_large(host, max_bytes)
+        guard.body_bytes = len(body)
+        if len(body) > guard.policy.max_bytes:
+            raise _too_large(host, guard.policy.max_bytes)
     return bytes(body)
 
 

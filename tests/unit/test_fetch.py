@@ -799,6 +799,35 @@ def test_a_hostile_server_is_left_within_the_deadline_and_the_cap_on_memory(
         fetcher.fetch(f"http://good.test:{good.port}/hostile/{number}")
 
 
+_CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        pytest.param(b"", b"HTTP/1.1 100 Continue\r\n\r\n", id="1xx answers"),
+        pytest.param(_CHUNKED, b"1\r\nx\r\n", id="chunks of one byte"),
+    ],
+)
+def test_what_is_parsed_piece_by_piece_costs_no_seconds_under_a_large_cap(
+    start: bytes, piece: bytes, policy: FetchPolicy
+) -> None:
+    with Server(GOOD, answer=lambda c, _: _flood(c, start, piece * 999)) as server:
+        fetcher = Fetcher(replace(policy, ports=(server.port,), max_bytes=20_000_000))
+        began = time.thread_time()
+        with pytest.raises(ImageTooLarge):
+            fetcher.fetch(f"http://good.test:{server.port}/x")
+    assert time.thread_time() - began < 0.6
+
+
+def test_a_large_image_in_small_chunks_arrives(policy: FetchPolicy) -> None:
+    body = bytes(2_000_000)
+    chunk = b"64\r\n" + bytes(100) + b"\r\n"
+    with Server(GOOD, answer=lambda c, _: c.sendall(_CHUNKED + chunk * 20_000 + b"0\r\n\r\n")) as server:
+        fetcher = Fetcher(replace(policy, ports=(server.port,), max_bytes=len(body)))
+        assert fetcher.fetch(f"http://good.test:{server.port}/x") == body
+
+
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 408])
 def test_a_status_that_may_pass_is_retryable_and_asked_for_once(status: int, fetcher: Fetcher, good: Server) -> None:
     hits = good.hits
