@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,11 +18,14 @@ import psutil
 import pytest
 import redis
 from celery.exceptions import TaskRevokedError
+from celery.states import READY_STATES
 
 from tasks import Callback, Client, Complete, InvalidRequest, Job, OutOfMemory
 from tasks.outbox import Delivery, Outbox, connect, delivery_id
 from tasks.webhooks import body
+from tests.flow import killer
 from tests.flow.conftest import PATIENCE_S, eventually
+from tests.flow.test_one_end import let_the_visibility_timeout_pass
 from tests.receiver import NEW_SECRET, SECRET, Call, Receiver
 from worker.demo import stack
 
@@ -286,6 +290,70 @@ def test_a_receiver_is_left_alone_for_as_long_as_it_asks(shop: Shop) -> None:
 
 
 # Kills and restarts
+
+
+@pytest.fixture(scope="module")
+def apart(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Broker]:
+    """A broker with a callbacks worker, for workers that are killed."""
+    with stack.broker() as server, callbacks_worker(server, tmp_path_factory.mktemp("apart") / "log", settings):
+        yield server
+
+
+@pytest.fixture
+def killed(apart: stack.Broker, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    """Its worker is killed with SIGKILL where it would record a callback: once, by tests/flow/killer.py."""
+    monkeypatch.setenv(killer.LOADER, "tests.flow.killer:Loader")
+    monkeypatch.setenv(killer.MARK, str(tmp_path / "mark"))
+    return Shop(apart, receiver)
+
+
+def test_a_model_process_killed_between_a_jobs_end_and_its_delivery_leaves_one_delivery(
+    killed: Shop, apart: stack.Broker, settings: dict[str, str], tmp_path: Path
+) -> None:
+    with stack.worker(apart, settings=settings) as process:
+        job = killed.submit()
+        eventually(lambda: killed.state_of(job) == "delivered")
+        assert process.poll() is None
+    assert int((tmp_path / "mark").read_text()) != process.pid
+    check_delivered_once(killed, job, "job.succeeded")
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "canceled"])
+def test_a_worker_killed_between_a_jobs_end_and_its_delivery_leaves_one_delivery(
+    end: str,
+    killed: Shop,
+    apart: stack.Broker,
+    settings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The model process records a success, and the parent what it ends: a job over its limit, a canceled one.
+    monkeypatch.setenv(killer.WHOLE_WORKER, "1")
+    with stack.worker(apart, settings=settings) as process:
+        limits = {"time_limit": 0.5, "soft_time_limit": 90} if end == "failed" else {}
+        job = killed.submit(tokens=3 if end == "succeeded" else 400, options=limits)
+        if end == "canceled":
+            eventually(lambda: killed.client.job(job).status == "processing")
+            killed.client.cancel(job)
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
+    assert (int((tmp_path / "mark").read_text()) == process.pid) == (end != "succeeded")
+    # The end is stored, its delivery is not recorded, and the message waits for another worker.
+    stored = killed.client.app.backend.get_task_meta(job, cache=False)
+    assert stored["status"] in READY_STATES
+    assert killed.state_of(job, f"job.{end}") == "none"
+    assert apart.connect().hlen("unacked") == 1
+    let_the_visibility_timeout_pass(apart)
+    with stack.worker(apart, settings=settings):
+        eventually(lambda: killed.state_of(job, f"job.{end}") == "delivered")
+        eventually(lambda: not apart.connect().hlen("unacked"))
+    assert killed.client.app.backend.get_task_meta(job, cache=False)["date_done"] == stored["date_done"]
+    check_delivered_once(killed, job, f"job.{end}")
+
+
+def check_delivered_once(shop: Shop, job: str, event: str) -> None:
+    (call,) = shop.calls_of(job)
+    assert call.id == delivery_id(job, event)
+    assert call.verified()["type"] == event
 
 
 def test_what_a_killed_callbacks_worker_had_begun_is_delivered_by_the_next(
