@@ -120,6 +120,9 @@ class Settings(BaseSettings):
     image_timeout_s: float = Field(default=20.0, gt=0)
     #: Downloads at once from one host: a bulk job must not hammer a site, nor a slow one take all threads.
     image_host_turns: int = Field(default=8, ge=1)
+    #: Jobs that load images from the network at once, whatever the hosts: those that hang must not take all threads.
+    #: 0: half of those in the worker.
+    image_jobs: int = Field(default=0, ge=0)
     #: Seconds, at most, that a job waits before its retry because its image's server asked for it (Retry-After).
     image_retry_after_max_s: float = Field(default=300.0, ge=0)
     #: Your address (a URL, an e-mail), for those whose servers the images come from: it goes into the User-Agent.
@@ -245,6 +248,11 @@ class Settings(BaseSettings):
     def job_threads(self) -> int:
         """Jobs that the model process holds at once: some wait for images while others compute."""
         return self.prefetch or 2 * self.max_batch_size
+
+    @property
+    def image_job_turns(self) -> int:
+        """Jobs that load images from the network at once."""
+        return self.image_jobs or max(1, self.job_threads // 2)
 
 
 def load() -> Settings:

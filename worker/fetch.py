@@ -56,6 +56,8 @@ MAX_URL_CHARS = 8_192
 #: Bytes of status lines, headers and chunk sizes that an answer may have on top of its image, whatever is read ahead.
 MAX_FRAMING_BYTES = 262_144
 CHUNK_BYTES = 65_536
+#: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
+CHUNK_COST = 16
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: Statuses that may pass, beside 5xx: request timeout, too early, too many requests.
@@ -206,7 +208,7 @@ class Guard:
     def __init__(self, policy: FetchPolicy, deadline: Deadline) -> None:
         self.policy = policy
         self.deadline = deadline
-        #: Bytes of the image so far.
+        #: Bytes of the image so far, less each chunk's cost.
         self.body_bytes = 0
         self.responses: list[http_client.HTTPResponse] = []
 
@@ -490,7 +492,7 @@ def _read_capped(response: requests.Response, host: str, guard: Guard) -> bytes:
     body = bytearray()
     for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
         body += chunk
-        guard.body_bytes = len(body)
+        guard.body_bytes += len(chunk) - CHUNK_COST
         if len(body) > guard.policy.max_bytes:
             raise _too_large(host, guard.policy.max_bytes)
     return bytes(body)

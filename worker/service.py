@@ -5,6 +5,7 @@ The thread fetches and decodes its images, hands the engine a row and waits: so 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -24,7 +25,7 @@ from worker.answers import Answers
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
-from worker.hosts import HostBusy
+from worker.hosts import HostBusy, Hosts
 from worker.images import open_image
 from worker.models import Model, Parts
 from worker.pictures import PictureCache
@@ -65,6 +66,8 @@ class Service:
         self._engine = engine
         self._answers = answers
         self._fetcher = Fetcher(_fetch_policy(settings))
+        #: For the network as for a single host: hosts that hang, however many, leave threads to jobs that need none.
+        self._network = Hosts(settings.image_job_turns)
         self._pictures = PictureCache(self._open, settings.image_cache_bytes)
         #: More decoders than cores only fight over the interpreter.
         self._decoders = threading.Semaphore(os.cpu_count() or 1)
@@ -155,14 +158,14 @@ class Service:
             raise InvalidRequest(
                 f"The job shows {len(references)} images: this worker takes at most {self._settings.max_images}."
             )
-        if len(references) < 2:
-            loaded = [self._load_image(reference, None) for reference in references]
-        else:
-            loaded = self._load_several(references)
+        with self._network.turn("") if any(map(_is_remote, references)) else contextlib.nullcontext():
+            loaded = self._load_all(references)
         images = dict(zip(map(id, references), loaded, strict=True))
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
 
-    def _load_several(self, references: list[ImageRef]) -> list[Picture]:
+    def _load_all(self, references: list[ImageRef]) -> list[Picture]:
+        if len(references) < 2:
+            return [self._load_image(reference, None) for reference in references]
         # Patiently: a job sent away loses what it has loaded.
         load = functools.partial(self._load_image, patience_s=self._settings.image_timeout_s)
         threads = ThreadPoolExecutor(min(DOWNLOADS, len(references)), thread_name_prefix="download")
@@ -284,6 +287,10 @@ def _deadline(job: Job, ticket: Ticket) -> float | None:
     if ticket.soft_limit_s is not None:
         limits.append(ticket.soft_limit_s)
     return time.monotonic() + min(limits) if limits else None
+
+
+def _is_remote(reference: ImageRef) -> bool:
+    return isinstance(reference.source, str) and reference.source[:5].lower() != "data:"
 
 
 def _labels(job: Job) -> list[str]:

@@ -106,6 +106,7 @@ def stand(server: stack.Broker, gallery: Gallery, log: Path, *arguments: str, **
         "IMAGE_ALLOW_NETWORKS": "127.0.0.0/8",
         "IMAGE_PORTS": str(gallery.port),
         "IMAGE_TIMEOUT_S": "60",
+        "IMAGE_JOBS": settings.get("PREFETCH", str(SLOTS)),
         **settings,
     }
     with stack.worker(server, *arguments, settings=chosen, log=log) as process:

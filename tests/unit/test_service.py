@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tasks.payloads import Job, Result, parse
 from worker.engine.engine import Engine
 from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
+from worker.hosts import HostBusy
 from worker.models import Parts
 from worker.models.fake import FakeModel
 from worker.service import Canceled, Service, Ticket
@@ -211,6 +214,25 @@ def test_a_path_is_read_below_the_image_root(start: Start, tmp_path: Path) -> No
 
 
 # Cancelling
+
+
+def test_hosts_that_hang_leave_threads_to_jobs_that_load_nothing_from_the_network(start: Start) -> None:
+    with ThreadPoolExecutor(6) as threads, socket.create_server(("", 0)) as silent:
+        port = silent.getsockname()[1]
+        service = start(prefetch=4, image_allow_networks="127.0.0.0/8", image_ports=(port,))
+        # Each at another host; the last one shows two of them, and would wait for its hosts' turns.
+        urls = [f"http://127.0.0.{number}:{port}/a.png" for number in range(2, 8)]
+        shown = [*([url] for url in urls[:4]), urls[4:]]
+        hostile = [
+            threads.submit(service.run, job("complete", prompt=[*images, "a"]), Ticket(id=str(number)))
+            for number, images in enumerate(shown)
+        ]
+        ended = wait(hostile, 3).done
+        assert [type(future.exception()) for future in ended] == [HostBusy] * 3
+        for number in range(4):
+            local = job("complete", prompt=[data_uri(), "door"], max_new_tokens=4)
+            assert service.run(local, Ticket(id=f"local-{number}")).text == "door"
+        assert sum(not future.done() for future in hostile) == 2
 
 
 class Meddler(FakeModel):

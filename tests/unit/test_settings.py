@@ -122,6 +122,12 @@ def test_prefetch_follows_the_batch_size_unless_it_is_set(environment: Environme
     assert environment(PREFETCH="5").job_threads == 5
 
 
+def test_half_of_the_jobs_may_load_from_the_network_unless_it_is_said(environment: Environment) -> None:
+    assert environment(MAX_BATCH_SIZE="8").image_job_turns == 8
+    assert environment(PREFETCH="1").image_job_turns == 1
+    assert environment(PREFETCH="5", IMAGE_JOBS="4").image_job_turns == 4
+
+
 # Refusals
 
 
