@@ -46,9 +46,10 @@ class _Host:
 class Hosts:
     """Safe in threads."""
 
-    def __init__(self, turns: int) -> None:
-        """`turns`: downloads at once from one host."""
+    def __init__(self, turns: int, most_waiting: int | None = None) -> None:
+        """`turns`: downloads at once from one host. `most_waiting`: threads that wait there."""
         self._turns = turns
+        self._most_waiting = most_waiting
         self._hosts: dict[str, _Host] = {}
         self._changed = threading.Condition()
 
@@ -65,14 +66,18 @@ class Hosts:
         with self._changed:
             host = self._hosts.setdefault(name, _Host())
             now = time.monotonic()
-            expected = (host.waiting + 1) * host.pace_s(now, self._turns)
             if len(host.began) >= self._turns:
-                if patience_s is None and expected > SOON_S:
+                if patience_s is None and not self._comes_soon(host, now):
                     raise HostBusy(self._deal(host, now))
                 self._wait(host, SOON_S if patience_s is None else patience_s)
             now = time.monotonic()
             host.began.append(now)
             return now
+
+    def _comes_soon(self, host: _Host, now: float) -> bool:
+        if self._most_waiting is not None and host.waiting >= self._most_waiting:
+            return False
+        return (host.waiting + 1) * host.pace_s(now, self._turns) <= SOON_S
 
     def _wait(self, host: _Host, seconds: float) -> None:
         host.waiting += 1

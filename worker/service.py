@@ -67,7 +67,8 @@ class Service:
         self._answers = answers
         self._fetcher = Fetcher(_fetch_policy(settings))
         #: For the network as for a single host: hosts that hang, however many, leave threads to jobs that need none.
-        self._network = Hosts(settings.image_job_turns)
+        #: Nor may all threads wait here, before it shows that the hosts hang.
+        self._network = Hosts(settings.image_job_turns, most_waiting=settings.image_job_turns // 4)
         self._pictures = PictureCache(self._open, settings.image_cache_bytes)
         #: More decoders than cores only fight over the interpreter.
         self._decoders = threading.Semaphore(os.cpu_count() or 1)

@@ -46,6 +46,18 @@ def test_who_would_wait_long_is_sent_away_at_once_and_told_when_to_come_and_othe
     assert countdowns == pytest.approx([SHORTEST_S, SHORTEST_S + 5, SHORTEST_S + 10], abs=0.2)
 
 
+def test_no_more_threads_wait_than_may() -> None:
+    hosts = Hosts(1, most_waiting=2)
+    with ThreadPoolExecutor(2) as threads:
+        with hosts.turn("quick.test"):
+            later = [threads.submit(lambda: hosts.turn("quick.test").__enter__()) for _ in range(2)]
+            while hosts._hosts["quick.test"].waiting < 2:
+                time.sleep(0.01)
+            with pytest.raises(HostBusy), hosts.turn("quick.test"):
+                pass
+        assert sum(future.exception() is None for future in later) == 1
+
+
 def test_no_countdown_is_longer_than_the_longest() -> None:
     hosts = Hosts(1)
     with hosts.turn("slow.test"):
