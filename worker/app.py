@@ -109,8 +109,11 @@ class JobTask(Task):  # type: ignore[misc]
             answer = self._answer(parse(self.name, arguments))
         except Canceled as canceled:
             raise JobCanceled(canceled.partial) from canceled
-        except (JobError, TaskPredicate):
+        except TaskPredicate:
             raise
+        except JobError as error:
+            # Without the frames that it came through: Celery takes a millisecond to copy one, and they tell nothing.
+            raise error.with_traceback(None) from None
         except Exception as error:
             logger.error("Job %s hit a defect; it fails as internal: %s", self.request.id, without_values(error))
             raise Internal(f"{type(error).__name__} in the worker: its log has the traceback.") from None
