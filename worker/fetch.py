@@ -54,8 +54,8 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 #: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
 MAX_URL_CHARS = 8_192
 #: Bytes of status lines, headers and chunk sizes that an answer may have on top of its image, whatever is read ahead.
-MAX_FRAMING_BYTES = 262_144
-CHUNK_BYTES = 65_536
+MAX_FRAMING_BYTES = 131_072
+CHUNK_BYTES = 16_384
 #: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
 CHUNK_COST = 16
 
