@@ -144,10 +144,10 @@ def mutated(pictures: Sequence[bytes], chance: random.Random) -> bytes:
     if chance.random() < GIANTS:
         _enlarge(data, chance)
     # A decoder looks no further than a wrong checksum.
-    return _with_checksums(bytes(data)) if chance.random() < 0.7 else bytes(data)
+    return with_checksums(bytes(data)) if chance.random() < 0.7 else bytes(data)
 
 
-def _with_checksums(data: bytes) -> bytes:
+def with_checksums(data: bytes) -> bytes:
     if not data.startswith(PNG_START):
         return data
     fixed, at = bytearray(data), len(PNG_START)
