@@ -165,7 +165,7 @@ class Service:
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
 
     def _load_all(self, references: list[ImageRef]) -> list[Picture]:
-        if len(references) < 2:
+        if sum(map(_is_remote, references)) < 2:
             return [self._load_image(reference, None) for reference in references]
         # Patiently: a job sent away loses what it has loaded.
         load = functools.partial(self._load_image, patience_s=self._settings.image_timeout_s)
