@@ -213,13 +213,10 @@ def test_a_path_is_read_below_the_image_root(start: Start, tmp_path: Path) -> No
     assert result.text == start().run(job("caption", image=data_uri()), TICKET).text
 
 
-# Cancelling
-
-
 def test_hosts_that_hang_leave_threads_to_jobs_that_load_nothing_from_the_network(start: Start) -> None:
     with ThreadPoolExecutor(6) as threads, socket.create_server(("", 0)) as silent:
         port = silent.getsockname()[1]
-        service = start(prefetch=4, image_allow_networks="127.0.0.0/8", image_ports=(port,))
+        service = start(image_jobs=2, image_allow_networks="127.0.0.0/8", image_ports=(port,))
         # Each at another host; the last one shows two of them, and would wait for its hosts' turns.
         urls = [f"http://127.0.0.{number}:{port}/a.png" for number in range(2, 8)]
         shown = [*([url] for url in urls[:4]), urls[4:]]
@@ -233,6 +230,9 @@ def test_hosts_that_hang_leave_threads_to_jobs_that_load_nothing_from_the_networ
             local = job("complete", prompt=[data_uri(), "door"], max_new_tokens=4)
             assert service.run(local, Ticket(id=f"local-{number}")).text == "door"
         assert sum(not future.done() for future in hostile) == 2
+
+
+# Cancelling
 
 
 class Meddler(FakeModel):
