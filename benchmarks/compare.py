@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -26,6 +27,7 @@ THREADS = 1
 
 def measure(everybody: Sequence[Contender], workload: Workload, book: PictureBook, jobs: int, rounds: int) -> Any:
     """One workload's figures."""
+    jobs = math.ceil(jobs * workload.part)
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in everybody}
     for number in range(rounds + 1):
         batch = workload.make(jobs, book)

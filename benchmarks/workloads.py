@@ -38,11 +38,13 @@ class PictureBook:
 
 @dataclass(frozen=True)
 class Workload:
-    """Named jobs. `compares_texts` is off where the stock engine does another thing (classification)."""
+    """Named jobs. `compares_texts` is off where the stock engine does another thing (classification); `part` is less
+    than one where a job is long work."""
 
     name: str
     make: Callable[[int, PictureBook], Sequence[Job]]
     compares_texts: bool = True
+    part: float = 1.0
 
 
 def _plain(count: int, book: PictureBook) -> list[Job]:
@@ -103,6 +105,6 @@ WORKLOADS = {
         Workload("16 questions", _questions),
         Workload("10 labels", _classification(10), compares_texts=False),
         Workload("50 labels", _classification(50), compares_texts=False),
-        Workload("text-heavy", _text_heavy),
+        Workload("text-heavy", _text_heavy, part=0.25),
     )
 }

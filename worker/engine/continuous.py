@@ -137,7 +137,10 @@ class ContinuousModel(StockModel):
 
     def _score_labels(self, rows: Sequence[Row], first_tokens: Tensor, first: int) -> None:
         """Finish rows whose prompts stand in the slots from `first` on, and free these."""
-        scores = [[float(first_tokens[slot, label[0]]) for label in row.labels] for slot, row in enumerate(rows)]
+        most = max(len(row.labels) for row in rows)
+        begins = [[label[0] for label in row.labels] + [0] * (most - len(row.labels)) for row in rows]
+        picked = first_tokens.gather(1, torch.tensor(begins, device=first_tokens.device)).tolist()
+        scores = [values[: len(row.labels)] for values, row in zip(picked, rows, strict=True)]
         for part in _label_parts(rows):
             packs = [row.labels[part] for row in rows]
             for slot, likelihoods in enumerate(self._decoder.try_out(first, packs)):

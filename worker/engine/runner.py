@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -122,8 +123,11 @@ def memory_errors() -> Iterator[None]:
 def finish_scored(rows: Sequence[Row], likelihoods: Sequence[Sequence[float]]) -> None:
     """Each row's labels' log-likelihoods as its probabilities."""
     for row, scores in zip(rows, likelihoods, strict=True):
-        probabilities = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
-        row.finish(Output((), "stop", tuple(probabilities.tolist())))
+        # Not torch: for a few numbers, its calls cost more than they compute.
+        best = max(scores)
+        parts = [math.exp(score - best) for score in scores]
+        total = math.fsum(parts)
+        row.finish(Output((), "stop", tuple(part / total for part in parts)))
 
 
 def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:

@@ -12,7 +12,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 #: Shapes of the first argument whose first call is also made the plain way, before the graph is trusted.
-CHECKED_SHAPES = 16
+CHECKED_SHAPES = 8
 
 
 class Traced:
