@@ -56,6 +56,7 @@ MAX_URL_CHARS = 8_192
 #: Bytes of status lines, headers and chunk sizes that an answer may have on top of its image, whatever is read ahead.
 MAX_FRAMING_BYTES = 131_072
 CHUNK_BYTES = 16_384
+MAX_PIECE_BYTES = 262_144
 #: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
 CHUNK_COST = 16
 
@@ -490,12 +491,21 @@ def retry_after_s(header: str, now: float) -> float | None:
 
 def _read_capped(response: requests.Response, host: str, guard: Guard) -> bytes:
     body = bytearray()
-    for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
-        body += chunk
-        guard.body_bytes += len(chunk) - CHUNK_COST
+    for piece in _pieces(response.raw, body):
+        body += piece
+        guard.body_bytes += len(piece) - CHUNK_COST
         if len(body) > guard.policy.max_bytes:
             raise _too_large(host, guard.policy.max_bytes)
     return bytes(body)
+
+
+def _pieces(raw: urllib3.HTTPResponse, body: bytearray) -> Iterator[bytes]:
+    """What follows `body`: in larger pieces the more there is, since each costs the interpreter the same."""
+    if raw.chunked:
+        yield from raw.stream(CHUNK_BYTES, decode_content=False)
+        return
+    while piece := raw.read(min(max(CHUNK_BYTES, len(body) // 4), MAX_PIECE_BYTES), decode_content=False):
+        yield piece
 
 
 def _too_large(host: str, max_bytes: int) -> ImageTooLarge:

@@ -160,23 +160,20 @@ class Service:
                 f"The job shows {len(references)} images: this worker takes at most {self._settings.max_images}."
             )
         with self._network.turn("") if any(map(_is_remote, references)) else contextlib.nullcontext():
-            loaded = self._load_all(references)
-        images = dict(zip(map(id, references), loaded, strict=True))
+            files = self._fetch_all(references)
+        images = {id(reference): self._pictures.get(file) for reference, file in zip(references, files, strict=True)}
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
 
-    def _load_all(self, references: list[ImageRef]) -> list[Picture]:
+    def _fetch_all(self, references: list[ImageRef]) -> list[bytes]:
         if sum(map(_is_remote, references)) < 2:
-            return [self._load_image(reference, None) for reference in references]
+            return [self._fetcher.fetch(reference.source, None) for reference in references]
         # Patiently: a job sent away loses what it has loaded.
-        load = functools.partial(self._load_image, patience_s=self._settings.image_timeout_s)
+        fetch = functools.partial(self._fetcher.fetch, patience_s=self._settings.image_timeout_s)
         threads = ThreadPoolExecutor(min(DOWNLOADS, len(references)), thread_name_prefix="download")
         try:
-            return list(threads.map(load, references))
+            return list(threads.map(fetch, (reference.source for reference in references)))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
-
-    def _load_image(self, reference: ImageRef, patience_s: float | None) -> Picture:
-        return self._pictures.get(self._fetcher.fetch(reference.source, patience_s))
 
     def _open(self, data: bytes) -> Picture:
         with self._decoders:
