@@ -6,7 +6,7 @@ The guide is transformers' `docs/source/en/tasks/idefics.md` (the instruct form 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -98,6 +98,47 @@ def _chat(job: Chat) -> Prompt:
         prompt += _turn(message, preface, first=not prompt)
         preface = ""
     return [*prompt, "\nAssistant:"]
+
+
+@singledispatch
+def in_turns(job: Job) -> Prompt:
+    """The same for a checkpoint that was tuned on a chat template: the user asks, and what is known of the answer opens
+    the assistant's turn. A list to complete and a chat are what they are in `build`."""
+    return build(job)
+
+
+@in_turns.register
+def _caption_in_turns(job: Caption) -> Prompt:
+    known = [([ImageRef(example.image), job.instruction], example.text) for example in job.examples]
+    return _turns([*known, ([ImageRef(job.image), job.instruction], job.prompt)])
+
+
+@in_turns.register
+def _answer_in_turns(job: Answer) -> Prompt:
+    known = [([ImageRef(example.image), example.question], example.answer) for example in job.examples]
+    return _turns([*known, ([ImageRef(job.image), job.question], None)])
+
+
+@in_turns.register
+def _classify_in_turns(job: Classify) -> Prompt:
+    known = [([ImageRef(example.image)], example.label) for example in job.examples]
+    (first, answer), *others = [*known, ([ImageRef(job.image)], None)]
+    return _turns([([f" {CLASSIFY_INSTRUCTION.format(labels=job.labels)}", *first], answer), *others])
+
+
+@in_turns.register
+def _write_in_turns(job: Write) -> Prompt:
+    return _turns([([*map(ImageRef, job.images), job.instruction], job.lead)])
+
+
+def _turns(exchanges: Sequence[tuple[Prompt, str | None]]) -> Prompt:
+    """Questions with their answers; the last answer is left open."""
+    prompt: Prompt = []
+    for asked, answer in exchanges:
+        speaker = f"{END_OF_UTTERANCE}\nUser:" if prompt else "User:"
+        reply = f"{END_OF_UTTERANCE}\nAssistant:"
+        prompt += [speaker, *asked, f"{reply} {answer}" if answer else reply]
+    return prompt
 
 
 def _turn(message: ChatMessage, preface: str, *, first: bool) -> Iterator[str | ImageRef]:

@@ -29,7 +29,7 @@ from worker.hosts import HostBusy, Hosts
 from worker.images import open_image
 from worker.models import Model, Parts
 from worker.pictures import PictureCache
-from worker.prompts import ImageRef, Prompt, build, ends_with_utterance
+from worker.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Service:
         new_tokens = self._new_tokens(job)
         started = time.monotonic()
         run.check()
-        parts = self._load_images(build(job))
+        parts = self._load_images(self._prompt(job))
         run.check()
         row = self._row(job, parts, run, new_tokens)
         fetched = time.monotonic()
@@ -139,6 +139,9 @@ class Service:
         if output.finish_reason == "canceled":
             raise Canceled(result)
         return result
+
+    def _prompt(self, job: Job) -> Prompt:
+        return in_turns(job) if self._model.in_turns else build(job)
 
     def _compute(self, row: Row) -> Output:
         with self._engine.coming():
@@ -233,7 +236,7 @@ class Service:
         expected = json.loads(golden.read_text())
         image = self._open((golden.parent / expected["image"]).read_bytes())
         job = parse(expected["task"], {"image": {"path": expected["image"]}, **expected["arguments"]})
-        parts = [image if isinstance(part, ImageRef) else part for part in build(job)]
+        parts = [image if isinstance(part, ImageRef) else part for part in self._prompt(job)]
         text = self._run_once(job, parts)
         if text.strip() != expected["text"].strip():
             raise RuntimeError(

@@ -39,7 +39,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return _served("demo", DEMO, {path.name: open_image(path.read_bytes()) for path in PICTURES.glob("*.png")})
     folder = tmp_path_factory.mktemp("random") / "checkpoint"
     random_checkpoint(folder, use_resampler="without" not in request.param)
-    return _served(str(folder), folder, {f"{n}.png": _noise(n) for n in range(12)})
+    return _served(str(folder), folder, {f"{n}.png": noise(n) for n in range(12)})
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,8 @@ def _served(name: str, folder: Path, images: dict[str, Image.Image]) -> Served:
     return Served(model, AutoProcessor.from_pretrained(folder), images)
 
 
-def _noise(seed: int) -> Image.Image:
+def noise(seed: int) -> Image.Image:
+    """A picture like no other."""
     rng = random.Random(seed)
     width, height = rng.randint(20, 90), rng.randint(20, 90)
     return Image.frombytes("RGB", (width, height), rng.randbytes(width * height * 3))

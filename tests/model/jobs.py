@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from PIL import Image
 
 from tasks import Answer, Caption, CaptionExample, Chat, Complete, ImagePath, Job, Write
-from worker.engine.continuous import ContinuousModel
 from worker.engine.row import Row, Sampling, Tokens
-from worker.prompts import ImageRef, build, ends_with_utterance
+from worker.engine.runner import StockModel
+from worker.prompts import ImageRef, Prompt, build, ends_with_utterance
 
 Parts = list[str | Image.Image]
 
@@ -51,12 +51,12 @@ _FORMS = [
 ]
 
 
-def parts_of(job: Job, images: dict[str, Image.Image]) -> Parts:
+def parts_of(job: Job, images: dict[str, Image.Image], form: Callable[[Job], Prompt] = build) -> Parts:
     """A job's prompt with its pictures opened."""
-    return [images[part.source.path] if isinstance(part, ImageRef) else part for part in build(job)]  # type: ignore[union-attr]
+    return [images[part.source.path] if isinstance(part, ImageRef) else part for part in form(job)]  # type: ignore[union-attr]
 
 
-def row_of(model: ContinuousModel, job: Job, parts: Parts) -> Row:
+def row_of(model: StockModel, job: Job, parts: Parts) -> Row:
     """As the service makes it."""
     sampling = Sampling(
         max_new_tokens=job.max_new_tokens or 20,
@@ -66,16 +66,21 @@ def row_of(model: ContinuousModel, job: Job, parts: Parts) -> Row:
     return Row(prepared(model, parts), sampling)
 
 
-def prepared(model: ContinuousModel, parts: Parts) -> Tokens:
+def prepared(model: StockModel, parts: Parts) -> Tokens:
     """As the service prepares a prompt: its images as the model takes them."""
     return model.prepare([part if isinstance(part, str) else model.picture(part) for part in parts])
 
 
-@torch.inference_mode()
-def stock_ids(model: ContinuousModel, processor: object, job: Job, parts: Parts) -> list[int]:
+def stock_ids(model: StockModel, processor: object, job: Job, parts: Parts) -> list[int]:
     """The new tokens of transformers' own processor and `generate` for this job alone, up to their end."""
-    ends = model.end_ids(utterance=ends_with_utterance(job))
     inputs = processor(text=[parts], return_tensors="pt", add_end_of_utterance_token=False)  # type: ignore[operator]
+    return generated(model, processor, job, inputs)
+
+
+@torch.inference_mode()
+def generated(model: StockModel, processor: object, job: Job, inputs: Mapping[str, torch.Tensor]) -> list[int]:
+    """What stock `generate` says to a processor's inputs for one job, up to its end."""
+    ends = model.end_ids(utterance=ends_with_utterance(job))
     ids = model._adapter.model.generate(
         **inputs,
         do_sample=False,

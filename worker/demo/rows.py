@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from worker.demo.dialogue import Dialogue, index_of
-from worker.models.idefics import IMAGE, spelled
+from worker.models.idefics import spelled
+from worker.models.words import IMAGE
 from worker.prompts import ImageRef, build
 
 #: Tokens of a micro-batch with its padding: what two cores take in one go.

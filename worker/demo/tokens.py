@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from tasks.payloads import END_OF_UTTERANCE
 from worker.demo.dialogue import KINDS, a_dialogue
 from worker.demo.world import THINGS, any_picture
-from worker.models.idefics import FAKE, IMAGE
+from worker.models.words import FAKE, IMAGE
 from worker.prompts import ImageRef, build
 
 VOCAB_SIZE = 1400

@@ -28,6 +28,7 @@ class Adapter(Protocol):
 
     model: PreTrainedModel
     bad_words_ids: list[list[int]]
+    in_turns: bool
 
     def picture(self, image: Image) -> Picture: ...
     def look(self, pictures: Sequence[Picture]) -> int: ...
@@ -45,6 +46,7 @@ class StockModel:
 
     def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int) -> None:
         self.info = info
+        self.in_turns = adapter.in_turns
         self.picture = adapter.picture
         self.look = adapter.look
         self.prepare = adapter.prepare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -11,6 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 Labels = Sequence[Sequence[int]]
+
+#: Inputs that are read with the prompt, and are in its keys and values from there on.
+READ_ONCE = frozenset({"pixel_values", "pixel_attention_mask"})
 
 
 @torch.inference_mode()
@@ -26,7 +30,8 @@ def label_log_likelihoods(
     `inputs` are the model's forward arguments for left-padded prompts (rows, length), `labels[row]` the token ids
     of the labels to choose from. At most about `max_tokens` keys and values are held at a time beside the prompts'.
     """
-    prompt = model(**inputs, use_cache=True, logits_to_keep=1)
+    positions = _positions(inputs["attention_mask"])
+    prompt = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
     beat()
     first = log_softmax(prompt.logits[:, -1].float(), dim=-1)
     scores = [[float(first[row, label[0]]) for label in choices] for row, choices in enumerate(labels)]
@@ -55,23 +60,28 @@ def _rest(
     padded = pad_sequence(ids, batch_first=True, padding_value=0)
     tokens, targets = padded[:, :-1], padded[:, 1:]
     lengths = torch.tensor([len(label) - 1 for label in ids], device=device)
-    own = {name: value[rows] for name, value in inputs.items()}
-    own |= {
-        "input_ids": tokens,
-        # Padding on the right needs no mask: no kept token looks at it.
-        "attention_mask": torch.cat([own["attention_mask"], torch.ones_like(tokens)], dim=1),
-        "image_attention_mask": own["image_attention_mask"][:, -1:].expand(-1, tokens.shape[1], -1),
-    }
-    logits = model(**own, past_key_values=_selected(cache, rows, model), use_cache=True).logits
+    own = {name: value[rows] for name, value in inputs.items() if name not in READ_ONCE}
+    # Padding on the right needs no mask: no kept token looks at it.
+    mask = torch.cat([own["attention_mask"], torch.ones_like(tokens)], dim=1)
+    own |= {"input_ids": tokens, "attention_mask": mask, "position_ids": _positions(mask)[:, -tokens.shape[1] :]}
+    if "image_attention_mask" in own:
+        own["image_attention_mask"] = own["image_attention_mask"][:, -1:].expand(-1, tokens.shape[1], -1)
+    logits = model(**own, past_key_values=_selected(cache, rows), use_cache=True).logits
     picked = log_softmax(logits.float(), dim=-1).gather(2, targets[..., None])[..., 0]
     kept = torch.arange(targets.shape[1], device=device) < lengths[:, None]
     return torch.where(kept, picked, 0.0).sum(dim=1).tolist()
 
 
-def _selected(cache: DynamicCache, rows: Tensor, model: PreTrainedModel) -> DynamicCache:
-    selected = DynamicCache(config=model.config)
-    for index, layer in enumerate(cache.layers):
-        selected.update(layer.keys[rows], layer.values[rows], index)
+def _positions(mask: Tensor) -> Tensor:
+    """As `generate` counts them: padding on the left counts nothing."""
+    return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 1)
+
+
+def _selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """The keys and values of some rows. A layer that grows gets new tensors, so the prompts' stay as they are."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
     return selected
 
 

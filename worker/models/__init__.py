@@ -19,6 +19,8 @@ class Model(Protocol):
     """A loaded model: what a job thread asks of it, and what the engine does (`run`, see engine.Runner)."""
 
     info: ModelInfo
+    #: Its prompts are a chat's turns: see worker.prompts.in_turns.
+    in_turns: bool
 
     def picture(self, image: Image) -> Picture:
         """An RGB image as the model takes it. Called from many threads."""
@@ -30,8 +32,8 @@ class Model(Protocol):
         """A prompt's tokens and pictures. Called from many threads. Raises InvalidRequest."""
 
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """The token ids that continue a prompt with each label and a newline. `lead` are the prompt's last parts, from
-        an image on or all: texts before an image do not change how one behind it is split."""
+        """The token ids that continue a prompt with each label and its end. `lead` are the prompt's last parts, from an
+        image on or all: texts before an image do not change how one behind it is split."""
 
     def end_ids(self, *, utterance: bool) -> frozenset[int]:
         """The tokens that end an answer; with `utterance` the instruct form's too."""

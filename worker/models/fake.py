@@ -31,6 +31,8 @@ def fake_model(name: str) -> FakeModel | None:
 class FakeModel:
     """Tokens are characters. Each step takes `step_s` seconds for the whole batch."""
 
+    in_turns = False
+
     def __init__(self, step_s: float = 0.0) -> None:
         self.info = ModelInfo(id="fake", family="fake", dtype="float32")
         self.batches: list[int] = []

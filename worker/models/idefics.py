@@ -10,16 +10,12 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
-from tasks.errors import InvalidRequest
-from tasks.payloads import END_OF_UTTERANCE
 from worker.engine.features import FeatureCache, Lookahead
 from worker.engine.row import Picture, Tokens
 from worker.models import Parts
 from worker.models.pixels import Pixels
 from worker.models.traced import Traced
-
-IMAGE = "<image>"
-FAKE = "<fake_token_around_image>"
+from worker.models.words import FAKE, IMAGE, Words
 
 
 def spelled(bos: str, parts: Sequence[object]) -> str:
@@ -48,28 +44,25 @@ class _ImageEncoder(torch.nn.Module):
         return features
 
 
-class IdeficsAdapter:
+class IdeficsAdapter(Words):
     """One loaded IDEFICS checkpoint."""
 
-    family = "idefics"
+    in_turns = False
 
     def __init__(
         self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor, feature_cache_bytes: int = 2**29
     ) -> None:
-        self.model = model
-        self.tokenizer = processor.tokenizer
+        super().__init__(model, processor.tokenizer)
         self._pixels = Pixels(processor.image_processor)
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        self._reserved = sorted(set(self.tokenizer.all_special_tokens) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
         self._encoder = Traced(_ImageEncoder(model))
         self._features = FeatureCache(self._encode, feature_cache_bytes)
         self.look = Lookahead(self._features).look
-        self.bad_words_ids: list[list[int]] = self.tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
 
     def prepare(self, parts: Parts) -> Tokens:
         for part in parts:
             if isinstance(part, str):
-                self._refuse_reserved(part)
+                self.refuse_reserved(part)
         ids = self.tokenizer(self.text(parts), add_special_tokens=False).input_ids
         return Tokens(tuple(ids), tuple(part for part in parts if isinstance(part, Picture)))
 
@@ -82,32 +75,9 @@ class IdeficsAdapter:
         """The whole prompt as text, token for token that of transformers' IdeficsProcessor.__call__."""
         return spelled(self.tokenizer.bos_token, parts)
 
-    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """See `Model`. The newline ends each label, so that `car` does not win as the beginning of `cart`."""
-        if not labels:
-            return []
-        text = self.text(lead)
-        before, *after = self.tokenizer(
-            [text, *(f"{text} {label}\n" for label in labels)], add_special_tokens=False
-        ).input_ids
-        return [self._behind(before, ids, label) for ids, label in zip(after, labels, strict=True)]
-
-    def _behind(self, before: list[int], ids: list[int], label: str) -> tuple[int, ...]:
-        if ids[: len(before)] == before:
-            return tuple(ids[len(before) :])
-        # The tokenizer merged over the seam: what the label is alone is the nearest thing.
-        return tuple(self.tokenizer(f"{label}\n", add_special_tokens=False).input_ids)
-
-    def end_ids(self, *, utterance: bool) -> frozenset[int]:
-        configured = self.model.generation_config.eos_token_id
-        ends = configured if isinstance(configured, list) else [configured]
-        known = self.tokenizer.get_added_vocab()
-        if utterance and END_OF_UTTERANCE in known:
-            ends = [*ends, known[END_OF_UTTERANCE]]
-        return frozenset(end for end in ends if end is not None)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def lead_text(self, lead: Parts) -> str:
+        """See Words."""
+        return self.text(lead)
 
     def features(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
         """Each picture's features (length, width) by its key, computed where they are not known."""
@@ -120,19 +90,10 @@ class IdeficsAdapter:
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
         """Arguments of `generate` for a batch, padded on the left: `image_hidden_states` holds, for each row,
         the features of its pictures (rows, images, length, width)."""
-        device = self.model.device
-        length = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.full((len(prompts), length), self._pad_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[row, length - len(prompt.ids) :] = 1
-        return {
-            "input_ids": ids.to(device),
-            "attention_mask": mask.to(device),
-            "image_attention_mask": self._image_mask(ids, prompts).to(device),
-            "image_hidden_states": self._hidden_states(prompts),
-        }
+        inputs = self.padded(prompts)
+        inputs["image_attention_mask"] = self._image_mask(inputs["input_ids"], prompts)
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        return {**inputs, "image_hidden_states": self._hidden_states(prompts)}
 
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same as arguments of the model's forward, which has another name for each kind of features."""
@@ -140,11 +101,6 @@ class IdeficsAdapter:
         features = named.pop("image_hidden_states")
         resampled = self.model.config.use_resampler
         return {**named, "perceiver_embeddings" if resampled else "image_encoder_embeddings": features}
-
-    @property
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else 0)
 
     def _image_mask(self, ids: Tensor, prompts: Sequence[Tokens]) -> Tensor:
         """(rows, length, images): each token sees the image before it, and that one only."""
@@ -168,8 +124,3 @@ class IdeficsAdapter:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self._encoder(pixels.to(device=self.model.device, dtype=self.model.dtype))
-
-    def _refuse_reserved(self, text: str) -> None:
-        for token in self._reserved:
-            if token in text:
-                raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")

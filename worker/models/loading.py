@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, IdeficsForVisionText2Text
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    Idefics2ForConditionalGeneration,
+    Idefics3ForConditionalGeneration,
+    IdeficsForVisionText2Text,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from config.settings import Settings
 from tasks.payloads import ModelInfo
@@ -20,6 +30,7 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.runner import StockModel
 from worker.models import Model
 from worker.models.idefics import IdeficsAdapter
+from worker.models.idefics_later import LaterIdeficsAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +40,7 @@ DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 #: By full names: bitsandbytes skips nothing for a short one. These lose more than they save.
-NOT_QUANTIZED = ["model.vision_model", "model.perceiver_resampler", "lm_head"]
+NOT_QUANTIZED = ["model.vision_model", "model.perceiver_resampler", "model.connector", "lm_head"]
 
 
 class SetupFailed(RuntimeError):
@@ -52,10 +63,13 @@ def load(settings: Settings) -> Model:
     }
     try:
         config = AutoConfig.from_pretrained(source, **pinned)  # nosec B615 - pinned as the operator says
-        if config.model_type != "idefics":
-            raise SetupFailed(f"{settings.model} is of the family {config.model_type!r}: idefics is the one served.")
+        family = FAMILIES.get(config.model_type)
+        if family is None:
+            raise SetupFailed(
+                f"{settings.model} is of the family {config.model_type!r}: served are {', '.join(FAMILIES)}."
+            )
         processor = AutoProcessor.from_pretrained(source, **pinned)  # nosec B615
-        model = IdeficsForVisionText2Text.from_pretrained(  # nosec B615
+        model = family.network.from_pretrained(  # nosec B615
             source,
             **pinned,
             use_safetensors=True,
@@ -71,13 +85,37 @@ def load(settings: Settings) -> Model:
     if checkpoint_folder(settings) is None and not _COMMIT.fullmatch(settings.model_revision or ""):
         commit = _commit(settings)
         logger.warning("%s is not pinned and may change: set IDEFICS_MODEL_REVISION, now %s.", settings.model, commit)
+    return family.serve(model.eval(), processor, _info(settings, model), settings)
+
+
+def _on_own_decoder(
+    model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings
+) -> StockModel:
+    adapter = IdeficsAdapter(model, processor, settings.feature_cache_bytes)
     # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
-    devices = {parameter.device for parameter in model.parameters()}
-    adapter = IdeficsAdapter(model.eval(), processor, settings.feature_cache_bytes)
-    info = _info(settings, model)
-    if len(devices) > 1:
+    if len({parameter.device for parameter in model.parameters()}) > 1:
         return StockModel(adapter, info, settings.max_batch_tokens)
     return ContinuousModel(adapter, info, settings.max_batch_tokens, settings.prefix_cache_bytes)
+
+
+def _on_stock_generate(
+    model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings
+) -> StockModel:
+    return StockModel(LaterIdeficsAdapter(model, processor), info, settings.max_batch_tokens)
+
+
+class Family(NamedTuple):
+    """How the checkpoints of a `model_type` are loaded and run."""
+
+    network: type[PreTrainedModel]
+    serve: Callable[[PreTrainedModel, ProcessorMixin, ModelInfo, Settings], Model]
+
+
+FAMILIES = {
+    "idefics": Family(IdeficsForVisionText2Text, _on_own_decoder),
+    "idefics2": Family(Idefics2ForConditionalGeneration, _on_stock_generate),
+    "idefics3": Family(Idefics3ForConditionalGeneration, _on_stock_generate),
+}
 
 
 def _dtype(settings: Settings) -> torch.dtype | str:
@@ -108,7 +146,7 @@ def _commit(settings: Settings) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else None
 
 
-def _info(settings: Settings, model: IdeficsForVisionText2Text) -> ModelInfo:
+def _info(settings: Settings, model: PreTrainedModel) -> ModelInfo:
     return ModelInfo(
         id=settings.model,
         revision=_commit(settings) or settings.model_revision,

@@ -1,0 +1,229 @@
+"""Idefics2 and Idefics3, in float32: a job's answer is stock transformers' for that job alone, whatever its batch."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from config.settings import Settings
+from tasks import Chat, InvalidRequest, Job
+from tasks.payloads import parse
+from tests.model.checkpoints import TEMPLATE, later_checkpoint
+from tests.model.conftest import noise
+from tests.model.jobs import Parts, generated, mixed_jobs, parts_of, prepared, row_of
+from worker.engine.engine import Engine
+from worker.engine.row import Row, Sampling
+from worker.engine.runner import StockModel
+from worker.engine.scheduler import Limits
+from worker.models.loading import load
+from worker.prompts import ImageRef, build, in_turns
+from worker.service import Service, Ticket
+
+#: By name: the family, and what its template opens with, if it has one.
+CHECKPOINTS = {
+    "idefics2 base": ("idefics2", None),
+    "idefics2 chat": ("idefics2", ""),
+    "idefics3 base": ("idefics3", None),
+    "idefics3 chat": ("idefics3", "<s>"),
+}
+IMAGES = {f"{n}.png": noise(n) for n in range(8)}
+
+
+@dataclass(frozen=True)
+class Later:
+    """A loaded checkpoint, its stock processor, and what opens its prompts."""
+
+    settings: Settings
+    model: StockModel
+    processor: Any
+    opening: str
+
+    def parts(self, job: Job) -> Parts:
+        return parts_of(job, IMAGES, in_turns if self.model.in_turns else build)
+
+    def stock_inputs(self, parts: Parts) -> Mapping[str, torch.Tensor]:
+        """One prompt as transformers' own processor reads it."""
+        text = self.opening + "".join(part if isinstance(part, str) else "<image>" for part in parts)
+        images = [part for part in parts if not isinstance(part, str)]
+        return self.processor(  # type: ignore[no-any-return]
+            text=[text],
+            images=[images] if images else None,
+            add_special_tokens=not text.startswith("<s>"),
+            return_tensors="pt",
+        )
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def later(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Later:
+    family, opening = CHECKPOINTS[request.param]
+    folder = tmp_path_factory.mktemp("later") / "checkpoint"
+    later_checkpoint(folder, family, None if opening is None else opening + TEMPLATE)
+    settings = Settings(model=str(folder), dtype="float32")
+    model = load(settings)
+    assert isinstance(model, StockModel)
+    assert model.info.family == family
+    return Later(settings, model, AutoProcessor.from_pretrained(folder), opening or "")
+
+
+def _run(model: StockModel, rows: Sequence[Row]) -> None:
+    model.run(rows, lambda: None, lambda running: ())
+
+
+def test_prompts_and_pixels_are_those_of_transformers_own_processor(later: Later) -> None:
+    for job in mixed_jobs(8, sorted(IMAGES)):
+        parts = later.parts(job)
+        inputs = later.model._adapter.inputs([prepared(later.model, parts)])
+        stock = later.stock_inputs(parts)
+        assert set(inputs) == set(stock)
+        for name, value in stock.items():
+            assert torch.equal(inputs[name].to(value.dtype), value), (name, job)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_mixed_batch_says_what_stock_generate_says_to_each_alone(later: Later, beams: int) -> None:
+    jobs = [job.model_copy(update={"num_beams": beams, "max_new_tokens": 12 if beams > 1 else job.max_new_tokens})
+            for job in mixed_jobs(16 if beams == 1 else 8, sorted(IMAGES), seed=beams)]  # fmt: skip
+    prompts = [later.parts(job) for job in jobs]
+    rows = [row_of(later.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    _run(later.model, rows)
+    answers = [list(row.output.result().ids) for row in rows]
+    for job, parts, answer in zip(jobs, prompts, answers, strict=True):
+        assert answer == generated(later.model, later.processor, job, later.stock_inputs(parts)), job
+    assert len(set(map(tuple, answers))) > len(answers) / 2
+
+
+def test_answers_depend_on_the_picture(later: Later) -> None:
+    rows = [Row(prepared(later.model, [image, "Say"]), Sampling(12)) for image in IMAGES.values()]
+    _run(later.model, rows)
+    assert len({row.output.result().ids for row in rows}) > 1
+
+
+def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
+    later: Later, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So few tokens at once that the labels are scored in several parts.
+    monkeypatch.setattr(later.model, "_max_tokens", 200)
+    labels = (("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label"))
+    prompts: list[Parts] = [[image, "Category:"] for image in list(IMAGES.values())[:3]]
+    prompts += [["Some text before.", *IMAGES.values(), "Category:"], ["No picture. Category:"]]
+    rows = [
+        Row(prepared(later.model, parts), Sampling(1), tuple(later.model.encode_labels(["Category:"], labels[n % 2])))
+        for n, parts in enumerate(prompts)
+    ]
+    _run(later.model, rows)
+    for parts, row in zip(prompts, rows, strict=True):
+        alone = torch.tensor([_log_likelihood(later, parts, label) for label in row.labels], dtype=torch.float64)
+        probabilities = torch.tensor(row.output.result().probabilities, dtype=torch.float64)
+        assert torch.allclose(probabilities, alone.softmax(0), atol=1e-4)
+
+
+@torch.inference_mode()
+def _log_likelihood(later: Later, parts: Parts, label: tuple[int, ...]) -> float:
+    inputs = dict(later.stock_inputs(parts))
+    start = inputs["input_ids"].shape[1] - 1
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([label])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    logits = later.model._adapter.model(**inputs).logits[0].log_softmax(dim=-1)
+    return sum(float(logits[start + n, token]) for n, token in enumerate(label))
+
+
+def test_a_label_is_split_as_it_is_in_its_prompt_and_ends(later: Later) -> None:
+    tail = "<end_of_utterance>" if later.model.in_turns else "\n"
+    lead = [later.model.picture(IMAGES["0.png"]), "Category:"]
+    [label] = later.model.encode_labels(lead, ["hot dog"])
+    whole: Parts = [IMAGES["0.png"], f"Category: hot dog{tail}"]
+    assert [*later.model.prepare(lead).ids, *label] == later.stock_inputs(whole)["input_ids"][0].tolist()
+
+
+def test_a_conversation_is_what_the_chat_template_makes_of_it(later: Later) -> None:
+    if not later.model.in_turns:
+        pytest.skip("a base checkpoint has no template")
+    turns = [("user", ["1.png", "Who is this?"]), ("assistant", ["A dog."]), ("user", ["And this: ", "2.png"])]
+    messages = [{"role": role, "content": list(map(_told, parts))} for role, parts in turns]
+    stock = later.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    job = Chat.model_validate(
+        {"messages": [{"role": role, "content": list(map(_sent, parts))} for role, parts in turns]}
+    )
+    parts = [IMAGES[part.source[-5:]] if isinstance(part, ImageRef) else part for part in in_turns(job)]  # type: ignore[index]
+    assert list(prepared(later.model, parts).ids) == stock["input_ids"][0]
+
+
+def _told(part: str) -> dict[str, Any]:
+    """A part of a message as transformers takes it."""
+    return {"type": "image", "image": IMAGES[part]} if part in IMAGES else {"type": "text", "text": part}
+
+
+def _sent(part: str) -> dict[str, Any]:
+    """The same as a producer sends it."""
+    if part in IMAGES:
+        return {"type": "image_url", "image_url": {"url": f"https://example.com/{part}"}}
+    return {"type": "text", "text": part}
+
+
+@pytest.mark.parametrize("parts", [["a <s>"], ["<fake_token_around_image>"], ["<ima", "ge>"]])
+def test_texts_that_would_become_tokens_are_refused(later: Later, parts: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match="reserved"):
+        later.model.prepare(parts)
+
+
+def test_a_frames_place_is_reserved_where_it_is_a_token(later: Later) -> None:
+    if later.model.info.family == "idefics2":
+        later.model.prepare(["<row_1_col_2>"])
+        return
+    with pytest.raises(InvalidRequest, match="<row_1_col_2>"):
+        later.model.prepare(["<row_1_col_2>"])
+
+
+def test_a_template_of_another_form_leaves_prompts_plain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = later_checkpoint(tmp_path / "checkpoint", "idefics3", "{{ messages[0]['role'] }}: hello")
+    assert not load(Settings(model=str(folder))).in_turns
+    assert "plain text" in caplog.text
+
+
+def test_every_task_is_answered(later: Later) -> None:
+    with _service(later) as service:
+        for task, arguments in _tasks().items():
+            result = service.run(parse(f"idefics.{task}", {**arguments, "max_new_tokens": 5}), Ticket(task))
+            assert result.finish_reason in ("stop", "length"), task
+            assert result.usage.images == str(arguments).count("data:image"), task
+            assert (result.label in ("cat", "dog")) == (task == "classify"), task
+
+
+@contextlib.contextmanager
+def _service(later: Later) -> Iterator[Service]:
+    engine = Engine(later.model, Limits(8, 10_000))
+    engine.start()
+    try:
+        service = Service(later.settings, later.model, engine)
+        service.check_golden(None)
+        yield service
+    finally:
+        engine.stop()
+
+
+def _tasks() -> dict[str, dict[str, Any]]:
+    image, other = _uri(IMAGES["0.png"]), _uri(IMAGES["1.png"])
+    return {
+        "caption": {"image": image, "examples": [{"image": other, "text": "A dog."}]},
+        "answer": {"image": image, "question": "What is it?"},
+        "classify": {"image": image, "labels": ["cat", "dog"], "examples": [{"image": other, "label": "dog"}]},
+        "write": {"images": [image, other]},
+        "complete": {"prompt": ["User:", image, "Hello<end_of_utterance>\nAssistant:"]},
+        "chat": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]},
+    }
+
+
+def _uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,84 @@
+"""What every family's adapter does with its checkpoint's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.errors import InvalidRequest
+from tasks.payloads import END_OF_UTTERANCE
+from worker.engine.row import Tokens
+from worker.models import Parts
+
+IMAGE = "<image>"
+FAKE = "<fake_token_around_image>"
+
+
+class Words:
+    """The base of adapters: labels, ends, padding, and texts that are refused."""
+
+    #: Ends each label, so that `car` does not win as the beginning of `cart`.
+    label_end = "\n"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.bad_words_ids: list[list[int]] = tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
+        self._reserved = sorted(self.reserved(tokenizer) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
+
+    def reserved(self, tokenizer: PreTrainedTokenizerBase) -> set[str]:
+        """Tokens that users may not write."""
+        return set(tokenizer.all_special_tokens)
+
+    def lead_text(self, lead: Parts) -> str:
+        """A prompt's last parts as text, as far as it bears on how a label behind them is split."""
+        raise NotImplementedError
+
+    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        """See `Model`."""
+        if not labels:
+            return []
+        text = self.lead_text(lead)
+        before, *after = self.tokenizer(
+            [text, *(f"{text} {label}{self.label_end}" for label in labels)], add_special_tokens=False
+        ).input_ids
+        return [self._behind(before, ids, label) for ids, label in zip(after, labels, strict=True)]
+
+    def _behind(self, before: list[int], ids: list[int], label: str) -> tuple[int, ...]:
+        if ids[: len(before)] == before:
+            return tuple(ids[len(before) :])
+        # The tokenizer merged over the seam: what the label is alone is the nearest thing.
+        return tuple(self.tokenizer(f"{label}{self.label_end}", add_special_tokens=False).input_ids)
+
+    def end_ids(self, *, utterance: bool) -> frozenset[int]:
+        """See `Model`."""
+        configured = self.model.generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        known = self.tokenizer.get_added_vocab()
+        if utterance and END_OF_UTTERANCE in known:
+            ends = [*ends, known[END_OF_UTTERANCE]]
+        return frozenset(end for end in ends if end is not None)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Model`."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def padded(self, prompts: Collection[Tokens]) -> dict[str, Tensor]:
+        """Prompts padded on the left, with their mask."""
+        length = max(len(prompt.ids) for prompt in prompts)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.full((len(prompts), length), int(pad if pad is not None else 0))
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[row, length - len(prompt.ids) :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def refuse_reserved(self, text: str) -> None:
+        """Raises InvalidRequest for a text that would become a token with a meaning of its own."""
+        for token in self._reserved:
+            if token in text:
+                raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")
