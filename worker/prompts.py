@@ -34,6 +34,8 @@ class ImageRef:
 
 
 Prompt = list[str | ImageRef]
+#: What the user asks, and what is answered to it, as far as that is known.
+Exchange = tuple[Prompt, str | None]
 
 ANSWER_INSTRUCTION = "Instruction: Provide an answer to the question. Use the image to answer.\n"
 CLASSIFY_INSTRUCTION = (
@@ -109,20 +111,21 @@ def in_turns(job: Job) -> Prompt:
 
 @in_turns.register
 def _caption_in_turns(job: Caption) -> Prompt:
-    known = [([ImageRef(example.image), job.instruction], example.text) for example in job.examples]
+    known: list[Exchange] = [([ImageRef(each.image), job.instruction], each.text) for each in job.examples]
     return _turns([*known, ([ImageRef(job.image), job.instruction], job.prompt)])
 
 
 @in_turns.register
 def _answer_in_turns(job: Answer) -> Prompt:
-    known = [([ImageRef(example.image), example.question], example.answer) for example in job.examples]
+    known: list[Exchange] = [([ImageRef(each.image), each.question], each.answer) for each in job.examples]
     return _turns([*known, ([ImageRef(job.image), job.question], None)])
 
 
 @in_turns.register
 def _classify_in_turns(job: Classify) -> Prompt:
-    known = [([ImageRef(example.image)], example.label) for example in job.examples]
-    (first, answer), *others = [*known, ([ImageRef(job.image)], None)]
+    known: list[Exchange] = [([ImageRef(each.image)], each.label) for each in job.examples]
+    exchanges: list[Exchange] = [*known, ([ImageRef(job.image)], None)]
+    (first, answer), *others = exchanges
     return _turns([([f" {CLASSIFY_INSTRUCTION.format(labels=job.labels)}", *first], answer), *others])
 
 
@@ -131,7 +134,7 @@ def _write_in_turns(job: Write) -> Prompt:
     return _turns([([*map(ImageRef, job.images), job.instruction], job.lead)])
 
 
-def _turns(exchanges: Sequence[tuple[Prompt, str | None]]) -> Prompt:
+def _turns(exchanges: Sequence[Exchange]) -> Prompt:
     """Questions with their answers; the last answer is left open."""
     prompt: Prompt = []
     for asked, answer in exchanges:

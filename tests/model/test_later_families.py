@@ -25,6 +25,7 @@ from worker.engine.engine import Engine
 from worker.engine.row import Row, Sampling
 from worker.engine.runner import StockModel
 from worker.engine.scheduler import Limits
+from worker.engine.scoring import label_log_likelihoods
 from worker.models.loading import load
 from worker.prompts import ImageRef, build, in_turns
 from worker.service import Service, Ticket
@@ -108,23 +109,17 @@ def test_answers_depend_on_the_picture(later: Later) -> None:
     assert len({row.output.result().ids for row in rows}) > 1
 
 
-def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
-    later: Later, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # So few tokens at once that the labels are scored in several parts.
-    monkeypatch.setattr(later.model, "_max_tokens", 200)
-    labels = (("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label"))
+def test_labels_score_in_a_batch_what_each_scores_alone(later: Later) -> None:
+    adapter = later.model._adapter
     prompts: list[Parts] = [[image, "Category:"] for image in list(IMAGES.values())[:3]]
     prompts += [["Some text before.", *IMAGES.values(), "Category:"], ["No picture. Category:"]]
-    rows = [
-        Row(prepared(later.model, parts), Sampling(1), tuple(later.model.encode_labels(["Category:"], labels[n % 2])))
-        for n, parts in enumerate(prompts)
-    ]
-    _run(later.model, rows)
-    for parts, row in zip(prompts, rows, strict=True):
-        alone = torch.tensor([_log_likelihood(later, parts, label) for label in row.labels], dtype=torch.float64)
-        probabilities = torch.tensor(row.output.result().probabilities, dtype=torch.float64)
-        assert torch.allclose(probabilities, alone.softmax(0), atol=1e-4)
+    choices = [("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label")]
+    labels = [later.model.encode_labels(["Category:"], choices[n % 2]) for n in range(len(prompts))]
+    inputs = adapter.forward_inputs(adapter.inputs([prepared(later.model, parts) for parts in prompts]))
+    # So few tokens at once that the labels are scored in several parts. Probabilities would hide all but the likeliest.
+    scores = label_log_likelihoods(adapter.model, inputs, labels, 1000, lambda: None)
+    for parts, own, scored in zip(prompts, labels, scores, strict=True):
+        assert scored == pytest.approx([_log_likelihood(later, parts, label) for label in own], abs=1e-3)
 
 
 @torch.inference_mode()
@@ -145,9 +140,8 @@ def test_a_label_is_split_as_it_is_in_its_prompt_and_ends(later: Later) -> None:
     assert [*later.model.prepare(lead).ids, *label] == later.stock_inputs(whole)["input_ids"][0].tolist()
 
 
+@pytest.mark.parametrize("later", ["idefics2 chat", "idefics3 chat"], indirect=True)
 def test_a_conversation_is_what_the_chat_template_makes_of_it(later: Later) -> None:
-    if not later.model.in_turns:
-        pytest.skip("a base checkpoint has no template")
     turns = [("user", ["1.png", "Who is this?"]), ("assistant", ["A dog."]), ("user", ["And this: ", "2.png"])]
     messages = [{"role": role, "content": list(map(_told, parts))} for role, parts in turns]
     stock = later.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -176,16 +170,17 @@ def test_texts_that_would_become_tokens_are_refused(later: Later, parts: list[st
         later.model.prepare(parts)
 
 
+@pytest.mark.parametrize("later", ["idefics3 base"], indirect=True)
 def test_a_frames_place_is_reserved_where_it_is_a_token(later: Later) -> None:
-    if later.model.info.family == "idefics2":
-        later.model.prepare(["<row_1_col_2>"])
-        return
     with pytest.raises(InvalidRequest, match="<row_1_col_2>"):
         later.model.prepare(["<row_1_col_2>"])
 
 
-def test_a_template_of_another_form_leaves_prompts_plain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = later_checkpoint(tmp_path / "checkpoint", "idefics3", "{{ messages[0]['role'] }}: hello")
+@pytest.mark.parametrize("template", ["{{ messages[0]['role'] }}: hello", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"])
+def test_a_template_of_another_form_leaves_prompts_plain(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str
+) -> None:
+    folder = later_checkpoint(tmp_path / "checkpoint", "idefics3", template)
     assert not load(Settings(model=str(folder))).in_turns
     assert "plain text" in caplog.text
 
@@ -197,6 +192,23 @@ def test_every_task_is_answered(later: Later) -> None:
             assert result.finish_reason in ("stop", "length"), task
             assert result.usage.images == str(arguments).count("data:image"), task
             assert (result.label in ("cat", "dog")) == (task == "classify"), task
+
+
+@pytest.mark.parametrize("family", ["idefics2", "idefics3"])
+@pytest.mark.parametrize("precision", [{"dtype": "bfloat16"}, {"quantization": "8bit"}, {"quantization": "4bit"}])
+def test_every_precision_answers_and_pictures_are_never_quantized(
+    tmp_path: Path, family: str, precision: dict[str, Any]
+) -> None:
+    settings = Settings(model=str(later_checkpoint(tmp_path / "checkpoint", family, TEMPLATE)), **precision)
+    model = load(settings)
+    assert isinstance(model, StockModel)
+    kinds = {name: type(module).__name__ for name, module in model._adapter.model.named_modules()}
+    quantized = [name for name, kind in kinds.items() if kind in ("Linear4bit", "Linear8bitLt")]
+    assert bool(quantized) == ("quantization" in precision)
+    assert all(name.startswith("model.text_model.") for name in quantized)
+    with _service(Later(settings, model, None, "")) as service:
+        result = service.run(parse("idefics.classify", _tasks()["classify"]), Ticket("job"))
+    assert result.label in ("cat", "dog")
 
 
 @contextlib.contextmanager

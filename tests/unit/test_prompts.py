@@ -8,7 +8,7 @@ import pytest
 
 from tasks.errors import JobError
 from tasks.payloads import END_OF_UTTERANCE, ImagePath, parse
-from worker.prompts import ImageRef, Prompt, build, ends_with_utterance
+from worker.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
 
 EIFFEL = "https://images.unsplash.com/photo-1543349689-9a4d426bee8e?ixlib=rb-4.0.3&auto=format&fit=crop&w=3501&q=80"
 LIBERTY = "https://images.unsplash.com/photo-1524099163253-32b7f0256868?ixlib=rb-4.0.3&auto=format&fit=crop&w=3387&q=80"
@@ -281,6 +281,64 @@ def test_each_message_ends_its_utterance_and_the_answer_is_left_open() -> None:
     texts = "".join(part for part in prompt("chat", messages=messages) if isinstance(part, str))
     assert texts.count(END_OF_UTTERANCE) == len(messages)
     assert texts.endswith("\nAssistant:")
+
+
+# turns
+
+
+def turns(task: str, **arguments: Any) -> Prompt:
+    return in_turns(parse(f"idefics.{task}", arguments))
+
+
+def test_in_turns_a_caption_is_asked_for() -> None:
+    assert turns("caption", image=EIFFEL) == [
+        "User:",
+        ImageRef(EIFFEL),
+        "Describe this image.",
+        "<end_of_utterance>\nAssistant:",
+    ]
+
+
+def test_in_turns_a_captions_examples_are_earlier_turns_and_its_prompt_opens_the_answer() -> None:
+    examples = [{"image": EIFFEL, "text": "A tower."}]
+    assert as_written(turns("caption", image=LIBERTY, examples=examples, prompt="This is")) == (
+        "User:<image>Describe this image.<end_of_utterance>\nAssistant: A tower.<end_of_utterance>\n"
+        "User:<image>Describe this image.<end_of_utterance>\nAssistant: This is"
+    )
+
+
+def test_in_turns_a_question_is_the_users_words() -> None:
+    examples = [{"image": EIFFEL, "question": "Which city?", "answer": "Paris"}]
+    assert as_written(turns("answer", image=LIBERTY, question="Which one now?", examples=examples)) == (
+        "User:<image>Which city?<end_of_utterance>\nAssistant: Paris<end_of_utterance>\n"
+        "User:<image>Which one now?<end_of_utterance>\nAssistant:"
+    )
+
+
+def test_in_turns_the_labels_are_told_once() -> None:
+    examples = [{"image": EIFFEL, "label": "tower"}]
+    assert as_written(turns("classify", image=LIBERTY, labels=["tower", "statue"], examples=examples)) == (
+        "User: Instruction: Classify the following image into a single category from the following list: "
+        "['tower', 'statue'].\n<image><end_of_utterance>\nAssistant: tower<end_of_utterance>\n"
+        "User:<image><end_of_utterance>\nAssistant:"
+    )
+
+
+def test_in_turns_a_text_begins_with_its_lead() -> None:
+    assert as_written(turns("write", images=[EIFFEL, LIBERTY])) == (
+        "User:<image><image>Use the image to write a story.<end_of_utterance>\nAssistant: Story:"
+    )
+
+
+def test_in_turns_a_list_and_a_chat_stay_what_they_are() -> None:
+    messages = [user("Who is this?", IDEFIX)]
+    assert turns("chat", messages=messages) == prompt("chat", messages=messages)
+    assert turns("complete", prompt=["Hello", EIFFEL]) == prompt("complete", prompt=["Hello", EIFFEL])
+
+
+def as_written(parts: Prompt) -> str:
+    """The text that the later families make of a list."""
+    return "".join(part if isinstance(part, str) else "<image>" for part in parts)
 
 
 # ends

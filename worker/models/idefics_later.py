@@ -148,8 +148,12 @@ def _template_opening(processor: ProcessorMixin) -> str | None:
         return None
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
     said = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
-    written = processor.apply_chat_template([asked, said, asked], add_generation_prompt=True)
     question = f"User:{IMAGE}Q{END_OF_UTTERANCE}\nAssistant:"
+    try:
+        written = processor.apply_chat_template([asked, said, asked], add_generation_prompt=True)
+    except Exception as error:
+        # A template is the checkpoint's own, and may raise whatever it likes.
+        written = repr(error)
     opening, found, rest = str(written).partition(f"{question} A{END_OF_UTTERANCE}\n{question}")
     if not found or rest:
         logger.warning("The checkpoint's chat template has another form than its family's: prompts are plain text.")
