@@ -199,7 +199,15 @@ def test_newcomers_of_the_same_priority_never_starve_a_row(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("running", "waiting", "coming", "expected"),
-    [(0, 0, 1, True), (10, 13, 1, True), (10, 14, 1, False), (24, 0, 8, False), (3, 0, 0, False)],
+    [
+        (0, 0, 1, True),
+        (10, 13, 1, True),
+        (10, 14, 1, False),
+        (24, 0, 8, False),
+        (3, 0, 0, False),
+        (17, 0, 4, False),
+        (16, 0, 4, True),
+    ],
 )
 def test_a_batch_waits_for_coming_rows_until_it_is_three_quarters_full(
     running: int, waiting: int, coming: int, expected: bool

@@ -19,13 +19,15 @@ class Limits:
 #: While others run and more wait than fit, newcomers come in groups of this part of the batch at least: each group
 #: costs the running rows a prompt's time.
 JOINING_PART = 8
-#: A step costs a part of a batch nearly what it costs the whole: below this part, it waits for rows that come soon.
+#: A step costs a part of a batch nearly what it costs the whole: below this part, it waits for rows that come soon,
+#: unless these are fewer than one for so many that would be held up.
 FULL_PART = 0.75
+HELD_UP = 4
 
 
 def worth_waiting(running: int, waiting: int, coming: int, limits: Limits) -> bool:
     """Whether a batch of so many running rows should wait for more, given those that wait and those that come soon."""
-    return coming > 0 and running + waiting < FULL_PART * limits.rows
+    return coming > 0 and running <= HELD_UP * (coming + waiting) and running + waiting < FULL_PART * limits.rows
 
 
 def next_batch(waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = ()) -> list[Row]:
