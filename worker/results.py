@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -72,6 +73,18 @@ return false
 class _FirstEndWins:
     """Before one of Celery's Redis backends. Not for Redis Cluster: the script names two keys."""
 
+    @property
+    def client(self: Any) -> Any:
+        """Each thread's own. redis-py's pool has one lock, in which a hundred job threads queue up for each command."""
+        known = self._of_threads.__dict__
+        if "client" not in known:
+            known["client"] = self._create_client(**self.connparams)
+        return known["client"]
+
+    @cached_property
+    def _of_threads(self: Any) -> threading.local:
+        return threading.local()
+
     def store_result(
         self: Any, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
     ) -> Any:
@@ -107,6 +120,7 @@ class _FirstEndWins:
         kept: bytes | None = self._store_script(
             keys=[self.get_key_for_task(task_id), DELIVERIES + task_id, *cancellation],
             args=[record, seconds or 0, int(state in states.READY_STATES)],
+            client=self.client,
         )
         return kept.decode() if kept else None
 
