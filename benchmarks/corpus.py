@@ -85,16 +85,21 @@ def opened(archive: Path) -> dict[str, Any]:
 def _open(data: bytes) -> tuple[str, float, int]:
     """How a file ends, its seconds, and the most memory that this process ever had."""
     started = time.perf_counter()
+    end = end_of(data)
+    return end, time.perf_counter() - started, _peak_mb()
+
+
+def end_of(data: bytes) -> str:
+    """What becomes of a file: `opened`, or the code of one of the two errors that an image may end in."""
     try:
         with warnings.catch_warnings():
             # Pillow's, of broken EXIF.
             warnings.simplefilter("ignore")
             image = open_image(data)
-        assert image.mode == "RGB"
-        end = "opened"
     except (ImageInvalid, ImageTooLarge) as error:
-        end = error.code
-    return end, time.perf_counter() - started, _peak_mb()
+        return error.code
+    assert image.mode == "RGB"
+    return "opened"
 
 
 def _peak_mb() -> int:

@@ -25,7 +25,6 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "worker_deduplicate_successful_tasks": True,
-        "task_track_started": True,
         "task_time_limit": settings.time_limit_s,
         "task_soft_time_limit": settings.soft_time_limit_s,
         "worker_pool": "worker.pool:InferencePool",

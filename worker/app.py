@@ -78,8 +78,6 @@ class JobTask(Task):  # type: ignore[misc]
     Request = "worker.pool.request:JobRequest"
     # Logs and events say that a job succeeded, and not what it answered.
     resultrepr_maxsize = 0
-    # `before_start` says it.
-    track_started = False
     announcer = Announcer(app, settings)
 
     def apply_async(self, *args: Any, **options: Any) -> Any:

@@ -56,6 +56,7 @@ MAX_URL_CHARS = 8_192
 #: Bytes of status lines, headers and chunk sizes that an answer may have on top of its image, whatever is read ahead.
 MAX_FRAMING_BYTES = 131_072
 CHUNK_BYTES = 16_384
+#: Bytes that are read at once of a large body.
 MAX_PIECE_BYTES = 262_144
 #: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
 CHUNK_COST = 16

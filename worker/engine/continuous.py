@@ -17,6 +17,7 @@ from worker.engine.progress import Progress
 from worker.engine.row import Output, Row, Tokens
 from worker.engine.runner import StockModel, finish_scored, memory_errors
 from worker.engine.sampling import RowSampler
+from worker.engine.scoring import begun
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
 
@@ -137,10 +138,7 @@ class ContinuousModel(StockModel):
 
     def _score_labels(self, rows: Sequence[Row], first_tokens: Tensor, first: int) -> None:
         """Finish rows whose prompts stand in the slots from `first` on, and free these."""
-        most = max(len(row.labels) for row in rows)
-        begins = [[label[0] for label in row.labels] + [0] * (most - len(row.labels)) for row in rows]
-        picked = first_tokens.gather(1, torch.tensor(begins, device=first_tokens.device)).tolist()
-        scores = [values[: len(row.labels)] for values, row in zip(picked, rows, strict=True)]
+        scores = begun(first_tokens, [row.labels for row in rows])
         for part in _label_parts(rows):
             packs = [row.labels[part] for row in rows]
             for slot, likelihoods in enumerate(self._decoder.try_out(first, packs)):

@@ -89,14 +89,10 @@ class SlotCache:
             self._layers[index] = keys, values
         return self._layers[index]
 
-    def view(self, index: int, first: int, end: int, length: int) -> KeysValues:
-        """A layer's tensors, of these slots and so many positions."""
-        keys, values = self.reserve(index, end, length)
-        return keys[first:end, :, :length], values[first:end, :, :length]
-
     def views(self, first: int, end: int, length: int) -> list[Tensor]:
-        """Those of all layers, keys and values in turn."""
-        return [tensor for index in range(len(self._layers)) for tensor in self.view(index, first, end, length)]
+        """All layers' tensors, keys and values in turn, of these slots and so many positions."""
+        kept = (self.reserve(index, end, length) for index in range(len(self._layers)))
+        return [tensor[first:end, :, :length] for layer in kept for tensor in layer]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -119,7 +115,6 @@ class IdeficsDecoder:
 
     def __init__(self, model: IdeficsForVisionText2Text, image_id: int) -> None:
         """`image_id`: the token that stands for an image."""
-        self._image_id = image_id
         self._device = model.device
         self._like: Tensor = model.model.norm.weight
         layers, blocks = model.model.layers, model.model.gated_cross_attn_layers
@@ -269,9 +264,9 @@ class _Shown:
         distinct = {id(image): image for row in rows for image in row if image is not None}
         places = {key: place for place, key in enumerate(distinct)}
         most = max(map(len, rows))
-        index = [[places.get(id(image), 0) for image in row] + [0] * (most - len(row)) for row in rows]
+        index = [[places.get(id(image), 0) for image in row] for row in rows]
         #: (images, width, size) of each distinct image once; None where no row shows one.
         self.images = torch.stack(list(distinct.values())).to(like) if distinct else None
-        self.index = torch.tensor(index, device=like.device)
+        self.index = _padded(index, most, 0, like.device)
         self.last = torch.tensor([places.get(id(prompt.last_image), 0) for prompt in prompts], device=like.device)
         self.unseeing = torch.tensor([prompt.image_before is None for prompt in prompts], device=like.device)
