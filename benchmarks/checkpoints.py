@@ -15,7 +15,7 @@ from transformers import (
     IdeficsProcessor,
 )
 
-from worker.models.loading import DEMO
+from worker.models import DEMO
 
 SIDE = 224
 

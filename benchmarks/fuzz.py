@@ -304,7 +304,7 @@ class Answering:
     def __init__(self) -> None:
         model = FakeModel()
         self._engine = Engine(model, Limits(rows=8, tokens=1_000_000))
-        self._service = Service(Settings(), model, self._engine)
+        self._service = Service(Settings(), model.info, model.codec, self._engine)
         self._names = mock.patch.object(socket, "getaddrinfo", _loopback)
 
     def __enter__(self) -> Answering:

@@ -14,20 +14,20 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, InvalidRequest, JobError, OutOfMemory, PromptTooLong
-from tasks.payloads import Classify, Job, Result, Timing, Usage, parse
+from tasks.payloads import Classify, Job, ModelInfo, Result, Timing, Usage, parse
 from worker.answers import Answers
-from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
 from worker.hosts import HostBusy, Hosts
 from worker.images import open_image
-from worker.models import Model, Parts
+from worker.models import Codec, Parts
 from worker.pictures import PictureCache
 from worker.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
 
@@ -57,12 +57,24 @@ class Ticket:
     soft_limit_s: float | None = None
 
 
+class AnyEngine(Protocol):
+    """An engine of this process or of another."""
+
+    def submit(self, row: Row) -> Future[Output]: ...
+
+    def cancel(self, row: Row) -> None:
+        """End a row at the next step, wherever it is. Its output then says `canceled`."""
+
+
 class Service:
     """Answers jobs on one model. `run` is called from many threads at once."""
 
-    def __init__(self, settings: Settings, model: Model, engine: Engine, answers: Answers | None = None) -> None:
+    def __init__(
+        self, settings: Settings, info: ModelInfo, codec: Codec, engine: AnyEngine, answers: Answers | None = None
+    ) -> None:
         self._settings = settings
-        self._model = model
+        self._info = info
+        self._codec = codec
         self._engine = engine
         self._answers = answers
         self._fetcher = Fetcher(_fetch_policy(settings))
@@ -127,7 +139,7 @@ class Service:
         with self._lock:
             run.row = row
             row.canceled = run.canceled
-        output = self._answers.output(row, self._model.info, self._compute) if self._answers else self._compute(row)
+        output = self._answers.output(row, self._info, self._compute) if self._answers else self._compute(row)
         ended = time.monotonic()
         timing = Timing(
             queued_s=round(run.queued_s, 6),
@@ -141,11 +153,9 @@ class Service:
         return result
 
     def _prompt(self, job: Job) -> Prompt:
-        return in_turns(job) if self._model.in_turns else build(job)
+        return in_turns(job) if self._codec.in_turns else build(job)
 
     def _compute(self, row: Row) -> Output:
-        with self._engine.coming():
-            row.cached_images = self._model.look(row.tokens.pictures)
         return self._engine.submit(row).result()
 
     def _new_tokens(self, job: Job) -> int:
@@ -180,11 +190,11 @@ class Service:
 
     def _open(self, data: bytes) -> Picture:
         with self._decoders:
-            return self._model.picture(open_image(data))
+            return self._codec.picture(open_image(data))
 
     def _row(self, job: Job, parts: Parts, run: _Run, new_tokens: int) -> Row:
-        tokens = self._model.prepare(parts)
-        labels = self._model.encode_labels(parts[-2:], _labels(job))
+        tokens = self._codec.prepare(parts)
+        labels = self._codec.encode_labels(parts[-2:], _labels(job))
         # The longest label counts too: it stands in the same window.
         length = len(tokens.ids) + max(map(len, labels), default=0)
         if length > self._settings.max_prompt_tokens:
@@ -199,12 +209,12 @@ class Service:
             top_p=job.top_p,
             seed=job.seed,
             stop=tuple(job.stop),
-            end_ids=self._model.end_ids(utterance=ends_with_utterance(job)),
+            end_ids=self._codec.end_ids(utterance=ends_with_utterance(job)),
         )
         return Row(tokens, sampling, tuple(labels), run.ticket.priority, run.deadline)
 
     def _result(self, job: Job, row: Row, output: Output, timing: Timing) -> Result:
-        text = _until_stop(self._model.decode(output.ids), job.stop)
+        text = _until_stop(self._codec.decode(output.ids), job.stop)
         scores = dict(zip(_labels(job), output.probabilities, strict=True)) if output.probabilities else None
         label = max(scores, key=scores.__getitem__) if scores else None
         usage = Usage(
@@ -219,7 +229,7 @@ class Service:
             label=label,
             scores=scores,
             usage=usage,
-            model=self._model.info,
+            model=self._info,
             timing=timing,
             metadata=job.metadata,
         )
@@ -249,14 +259,14 @@ class Service:
         parts = ["This is"]
         job = parse("idefics.complete", {"prompt": parts, "max_new_tokens": 4})
         said = self._engine.submit(self._row(job, parts, _Run(Ticket("golden"), None), 4)).result()
-        scored = Row(self._model.prepare(parts), Sampling(1), labels=tuple(self._model.encode_labels(parts, ["a"])))
+        scored = Row(self._codec.prepare(parts), Sampling(1), labels=tuple(self._codec.encode_labels(parts, ["a"])))
         probabilities = self._engine.submit(scored).result().probabilities
         if not said.ids or not all(map(math.isfinite, probabilities)):
             raise RuntimeError("The model computes no answer: its weights, their precision or this device is broken.")
 
     def _run_once(self, job: Job, parts: Parts) -> str:
         row = self._row(job, parts, _Run(Ticket("golden"), None), self._new_tokens(job))
-        return self._model.decode(self._engine.submit(row).result().ids)
+        return self._codec.decode(self._engine.submit(row).result().ids)
 
 
 class _Run:

@@ -25,7 +25,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from worker.models.loading import DEMO
+from worker.models import DEMO
 
 SIDE = 32
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")

@@ -16,7 +16,8 @@ from tests.conftest import PICTURES
 from tests.model.checkpoints import random_checkpoint
 from worker.engine.continuous import ContinuousModel
 from worker.images import open_image
-from worker.models.loading import DEMO, load
+from worker.models import DEMO
+from worker.models.loading import load
 
 
 @dataclass(frozen=True)

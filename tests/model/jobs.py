@@ -61,14 +61,14 @@ def row_of(model: StockModel, job: Job, parts: Parts) -> Row:
     sampling = Sampling(
         max_new_tokens=job.max_new_tokens or 20,
         num_beams=job.num_beams,
-        end_ids=model.end_ids(utterance=ends_with_utterance(job)),
+        end_ids=model.codec.end_ids(utterance=ends_with_utterance(job)),
     )
     return Row(prepared(model, parts), sampling)
 
 
 def prepared(model: StockModel, parts: Parts) -> Tokens:
     """As the service prepares a prompt: its images as the model takes them."""
-    return model.prepare([part if isinstance(part, str) else model.picture(part) for part in parts])
+    return model.codec.prepare([part if isinstance(part, str) else model.codec.picture(part) for part in parts])
 
 
 def stock_ids(model: StockModel, processor: object, job: Job, parts: Parts) -> list[int]:
@@ -80,7 +80,7 @@ def stock_ids(model: StockModel, processor: object, job: Job, parts: Parts) -> l
 @torch.inference_mode()
 def generated(model: StockModel, processor: object, job: Job, inputs: Mapping[str, torch.Tensor]) -> list[int]:
     """What stock `generate` says to a processor's inputs for one job, up to its end."""
-    ends = model.end_ids(utterance=ends_with_utterance(job))
+    ends = model.codec.end_ids(utterance=ends_with_utterance(job))
     ids = model._adapter.model.generate(
         **inputs,
         do_sample=False,

@@ -137,7 +137,9 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
         Row(
             prepared(served.model, prompt),
             Sampling(1),
-            labels=tuple(served.model.encode_labels([served.model.picture(prompt[0]), "Category:"], choice)),
+            labels=tuple(
+                served.model.codec.encode_labels([served.model.codec.picture(prompt[0]), "Category:"], choice)
+            ),
         )
         for prompt, choice in zip(parts, choices, strict=True)
     ]

@@ -50,7 +50,7 @@ class Later:
     opening: str
 
     def parts(self, job: Job) -> Parts:
-        return parts_of(job, IMAGES, in_turns if self.model.in_turns else build)
+        return parts_of(job, IMAGES, in_turns if self.model.codec.in_turns else build)
 
     def stock_inputs(self, parts: Parts) -> Mapping[str, torch.Tensor]:
         """One prompt as transformers' own processor reads it."""
@@ -114,7 +114,7 @@ def test_labels_score_in_a_batch_what_each_scores_alone(later: Later) -> None:
     prompts: list[Parts] = [[image, "Category:"] for image in list(IMAGES.values())[:3]]
     prompts += [["Some text before.", *IMAGES.values(), "Category:"], ["No picture. Category:"]]
     choices = [("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label")]
-    labels = [later.model.encode_labels(["Category:"], choices[n % 2]) for n in range(len(prompts))]
+    labels = [later.model.codec.encode_labels(["Category:"], choices[n % 2]) for n in range(len(prompts))]
     inputs = adapter.forward_inputs(adapter.inputs([prepared(later.model, parts) for parts in prompts]))
     # So few tokens at once that the labels are scored in several parts. Probabilities would hide all but the likeliest.
     scores = label_log_likelihoods(adapter.model, inputs, labels, 1000, lambda: None)
@@ -133,11 +133,11 @@ def _log_likelihood(later: Later, parts: Parts, label: tuple[int, ...]) -> float
 
 
 def test_a_label_is_split_as_it_is_in_its_prompt_and_ends(later: Later) -> None:
-    tail = "<end_of_utterance>" if later.model.in_turns else "\n"
-    lead = [later.model.picture(IMAGES["0.png"]), "Category:"]
-    [label] = later.model.encode_labels(lead, ["hot dog"])
+    tail = "<end_of_utterance>" if later.model.codec.in_turns else "\n"
+    lead = [later.model.codec.picture(IMAGES["0.png"]), "Category:"]
+    [label] = later.model.codec.encode_labels(lead, ["hot dog"])
     whole: Parts = [IMAGES["0.png"], f"Category: hot dog{tail}"]
-    assert [*later.model.prepare(lead).ids, *label] == later.stock_inputs(whole)["input_ids"][0].tolist()
+    assert [*later.model.codec.prepare(lead).ids, *label] == later.stock_inputs(whole)["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("later", ["idefics2 chat", "idefics3 chat"], indirect=True)
@@ -167,13 +167,13 @@ def _sent(part: str) -> dict[str, Any]:
 @pytest.mark.parametrize("parts", [["a <s>"], ["<fake_token_around_image>"], ["<ima", "ge>"]])
 def test_texts_that_would_become_tokens_are_refused(later: Later, parts: list[str]) -> None:
     with pytest.raises(InvalidRequest, match="reserved"):
-        later.model.prepare(parts)
+        later.model.codec.prepare(parts)
 
 
 @pytest.mark.parametrize("later", ["idefics3 base"], indirect=True)
 def test_a_frames_place_is_reserved_where_it_is_a_token(later: Later) -> None:
     with pytest.raises(InvalidRequest, match="<row_1_col_2>"):
-        later.model.prepare(["<row_1_col_2>"])
+        later.model.codec.prepare(["<row_1_col_2>"])
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0]['role'] }}: hello", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"])
@@ -181,7 +181,7 @@ def test_a_template_of_another_form_leaves_prompts_plain(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str
 ) -> None:
     folder = later_checkpoint(tmp_path / "checkpoint", "idefics3", template)
-    assert not load(Settings(model=str(folder))).in_turns
+    assert not load(Settings(model=str(folder))).codec.in_turns
     assert "plain text" in caplog.text
 
 
@@ -216,7 +216,7 @@ def _service(later: Later) -> Iterator[Service]:
     engine = Engine(later.model, Limits(8, 10_000))
     engine.start()
     try:
-        service = Service(later.settings, later.model, engine)
+        service = Service(later.settings, later.model.info, later.model.codec, engine)
         service.check_golden(None)
         yield service
     finally:

@@ -16,7 +16,8 @@ from tests.model.checkpoints import random_checkpoint
 from worker.engine.continuous import ContinuousModel
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
-from worker.models.loading import DEMO, NOT_QUANTIZED, SetupFailed, checkpoint_folder, load
+from worker.models import DEMO, checkpoint_folder
+from worker.models.loading import NOT_QUANTIZED, SetupFailed, load
 from worker.service import Service
 
 
@@ -25,7 +26,7 @@ def _checked(settings: Settings) -> ContinuousModel:
     engine = Engine(model, Limits(8, 10_000))
     engine.start()
     try:
-        Service(settings, model, engine).check_golden(checkpoint_folder(settings))
+        Service(settings, model.info, model.codec, engine).check_golden(checkpoint_folder(settings))
     finally:
         engine.stop()
     assert isinstance(model, ContinuousModel)
@@ -72,7 +73,7 @@ def test_a_model_that_computes_no_numbers_does_not_serve(tmp_path: Path) -> None
     engine = Engine(model, Limits(8, 10_000))
     engine.start()
     with pytest.raises(RuntimeError):
-        Service(settings, model, engine).check_golden(folder)
+        Service(settings, model.info, model.codec, engine).check_golden(folder)
     engine.stop()
 
 

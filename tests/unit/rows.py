@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from worker.engine.row import Row, Sampling, Tokens
+from worker.engine.row import Picture, Row, Sampling, Tokens
 
 
 def row(
@@ -16,11 +16,12 @@ def row(
     arrived: float | None = None,
     labels: tuple[tuple[int, ...], ...] = (),
     deadline: float | None = None,
+    pictures: tuple[Picture, ...] = (),
     **sampling: Any,
 ) -> Row:
     """A row of the fake model: its tokens are its characters."""
     made = Row(
-        Tokens(tuple(map(ord, text))),
+        Tokens(tuple(map(ord, text)), pictures),
         Sampling(max_new_tokens=wanted, num_beams=beams, **sampling),
         labels,
         priority,

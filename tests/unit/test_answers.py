@@ -183,7 +183,7 @@ def run(answers: Answers) -> Any:
     model = FakeModel(0.02)
     engine = Engine(model, Limits(rows=8, tokens=1_000_000))
     engine.start()
-    service = Service(Settings(), model, engine, answers)
+    service = Service(Settings(), model.info, model.codec, engine, answers)
 
     def run(text: str, id: str = "job", **fields: Any) -> Any:
         job = parse("idefics.complete", {"prompt": [text], "max_new_tokens": 10, **fields})

@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as NotInTime
 from contextlib import contextmanager
 
@@ -15,11 +15,12 @@ import pytest
 from tasks.errors import DeadlineExceeded, ImageInvalid, Internal, OutOfMemory
 from tests.unit.rows import row
 from worker.engine.engine import Beat, Engine, Newcomers, Runner
-from worker.engine.row import Output, Row
+from worker.engine.row import Output, Picture, Row
 from worker.engine.scheduler import Limits
 from worker.models.fake import FakeModel
 
 LIMITS = Limits(rows=8, tokens=10_000)
+PICTURE = Picture(b"key", None)
 #: Seconds that a test waits for what takes milliseconds.
 SOON = 5.0
 
@@ -39,6 +40,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        #: Called with the number of images that were known, it has those of a row encoded.
+        self.encoded: list[Callable[[int], None]] = []
+
+    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        self.encoded.append(then)
 
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self.batches.append([name(row) for row in rows])
@@ -294,18 +300,20 @@ def test_a_row_that_arrives_while_others_run_joins_them() -> None:
 def test_a_running_batch_waits_for_a_row_that_comes_soon() -> None:
     runner = Joinable()
     with running(runner, limits=Limits(rows=8, tokens=10_000)) as engine:
-        with engine.coming():
-            # Without the wait its steps, which take no time, would be over long before the other arrives.
-            (first,) = submit(engine, row("first", wanted=50))
-            time.sleep(0.08)
-            (second,) = submit(engine, row("second", wanted=1))
+        (second,) = submit(engine, row("second", wanted=1, pictures=(PICTURE,)))
+        # Without the wait its steps, which take no time, would be over long before the other arrives.
+        (first,) = submit(engine, row("first", wanted=50))
+        time.sleep(0.08)
+        runner.encoded.pop()(1)
         assert text(second) == "second"
+        assert second.cached_images == 1
         assert text(first) == "first"
     assert runner.batches == [["first", "second"]]
 
 
 def test_a_running_batch_waits_for_nobody_for_ever() -> None:
-    with running(Joinable()) as engine, engine.coming():
+    with running(Joinable()) as engine:
+        submit(engine, row("never", pictures=(PICTURE,)))
         (only,) = submit(engine, row("only", wanted=50))
         assert text(only) == "only"
 
@@ -473,6 +481,15 @@ def test_a_row_whose_deadline_passes_while_it_runs_ends_with_its_text() -> None:
         output = engine.submit(row("a" * 50, wanted=50, deadline=time.monotonic() + 0.1)).result(SOON)
     assert output.finish_reason == "deadline"
     assert 0 < len(output.ids) < 50
+
+
+def test_a_row_whose_images_are_encoded_after_the_stop_fails() -> None:
+    runner = Recorder()
+    with running(runner) as engine:
+        (late,) = submit(engine, row(pictures=(PICTURE,)))
+    runner.encoded.pop()(0)
+    with pytest.raises(Internal, match="again"):
+        text(late)
 
 
 def test_stop_fails_what_waits_and_lets_the_running_batch_end() -> None:

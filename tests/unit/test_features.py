@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -115,6 +116,17 @@ def test_a_picture_that_comes_back_counts_once() -> None:
     assert picture(1) in features
 
 
+def looker(lookahead: Lookahead) -> Callable[[Sequence[Picture]], int]:
+    """Its `look`, waiting for the answer."""
+
+    def look(pictures: Sequence[Picture]) -> int:
+        known: Future[int] = Future()
+        lookahead.look(pictures, known.set_result)
+        return known.result(5)
+
+    return look
+
+
 def test_jobs_that_look_at_one_picture_at_once_have_it_encoded_once() -> None:
     gate, encoder = threading.Event(), Encoder()
 
@@ -123,7 +135,7 @@ def test_jobs_that_look_at_one_picture_at_once_have_it_encoded_once() -> None:
         return encoder(pixels)
 
     features = FeatureCache(slow, max_bytes=1_000)
-    look = Lookahead(features).look
+    look = looker(Lookahead(features))
     with ThreadPoolExecutor(8) as pool:
         looks = [pool.submit(look, [picture(1), picture(2)]) for _ in range(8)]
         gate.set()
@@ -139,7 +151,7 @@ def test_pictures_that_wait_together_are_encoded_together() -> None:
         gate.wait(5)
         return encoder(pixels)
 
-    look = Lookahead(FeatureCache(slow, max_bytes=1_000)).look
+    look = looker(Lookahead(FeatureCache(slow, max_bytes=1_000)))
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(look, [picture(number) for number in range(1 + CHUNK)])
         gate.set()
@@ -152,7 +164,7 @@ def test_what_cannot_be_encoded_ahead_is_left_to_the_engine() -> None:
         raise RuntimeError("no memory")
 
     features = FeatureCache(broken, max_bytes=1_000)
-    look = Lookahead(features).look
+    look = looker(Lookahead(features))
     assert look([picture(1)]) == 0
     assert look([picture(1)]) == 0
     assert picture(1) not in features

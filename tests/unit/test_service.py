@@ -25,7 +25,7 @@ from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
 from worker.hosts import HostBusy
 from worker.models import Parts
-from worker.models.fake import FakeModel
+from worker.models.fake import FakeCodec, FakeModel
 from worker.service import Canceled, Service, Ticket
 
 Start = Callable[..., Service]
@@ -63,7 +63,7 @@ def start() -> Iterator[Start]:
         engine = Engine(model, Limits(rows=8, tokens=1_000_000))
         engine.start()
         engines.append(engine)
-        return Service(Settings(**settings), model, engine)
+        return Service(Settings(**settings), model.info, model.codec, engine)
 
     yield service
     for engine in engines:
@@ -235,11 +235,10 @@ def test_hosts_that_hang_leave_threads_to_jobs_that_load_nothing_from_the_networ
 # Cancelling
 
 
-class Meddler(FakeModel):
+class Meddler(FakeCodec):
     """Does something between a job's download and its turn."""
 
-    def __init__(self, meddle: Callable[[], None]) -> None:
-        super().__init__()
+    def __init__(self, meddle: Callable[[], object]) -> None:
         self._meddle = meddle
 
     def prepare(self, parts: Parts) -> Tokens:
@@ -247,8 +246,14 @@ class Meddler(FakeModel):
         return super().prepare(parts)
 
 
+def meddled(meddle: Callable[[], object]) -> FakeModel:
+    model = FakeModel()
+    model.codec = Meddler(meddle)
+    return model
+
+
 def test_a_job_canceled_before_its_turn_does_not_run(start: Start) -> None:
-    model = Meddler(lambda: service.cancel("job"))
+    model = meddled(lambda: service.cancel("job"))
     service = start(model)
     with pytest.raises(Canceled):
         service.run(complete("a"), TICKET)
@@ -271,7 +276,7 @@ def test_a_job_canceled_while_its_image_loads_is_not_even_tokenized(start: Start
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_address[1]
-        model = Meddler(lambda: prepared.append(1))
+        model = meddled(lambda: prepared.append(1))
         service = start(model, image_allow_networks="127.0.0.0/8", image_ports=(port,))
         with pytest.raises(Canceled):
             service.run(job("caption", image=f"http://127.0.0.1:{port}/a.png"), TICKET)
@@ -323,7 +328,7 @@ def test_a_canceled_job_that_is_forgotten_may_run_again(service: Service) -> Non
 
 def test_only_a_job_that_is_in_the_model_has_a_text_to_wait_for(start: Start) -> None:
     said: list[bool] = []
-    service = start(Meddler(lambda: said.append(service.cancel("job"))))
+    service = start(meddled(lambda: said.append(service.cancel("job"))))
     with pytest.raises(Canceled):
         service.run(complete("a"), TICKET)
     slow = start(FakeModel(step_s=0.01))
@@ -334,7 +339,7 @@ def test_only_a_job_that_is_in_the_model_has_a_text_to_wait_for(start: Start) ->
 
 
 def test_a_canceled_job_that_fails_is_canceled_and_not_tried_again(start: Start) -> None:
-    service = start(Meddler(lambda: service.cancel("job") and None), max_prompt_tokens=1)
+    service = start(meddled(lambda: service.cancel("job") and None), max_prompt_tokens=1)
     with pytest.raises(Canceled):
         service.run(complete("too long"), TICKET)
 
@@ -414,7 +419,7 @@ def test_too_little_memory_for_a_job_is_out_of_memory(start: Start, monkeypatch:
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(service._model, "picture", fail)
+    monkeypatch.setattr(service._codec, "picture", fail)
     for arguments in ({"images": [data_uri()]}, {"images": [data_uri()] * 3}):
         with pytest.raises(OutOfMemory):
             service.run(job("write", **arguments), TICKET)

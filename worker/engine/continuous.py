@@ -43,7 +43,7 @@ class ContinuousModel(StockModel):
         self._image_id = adapter.image_id
         self._features = adapter.features
         self._prefixes = PrefixCache(prefix_cache_bytes)
-        self._forbidden = torch.tensor(adapter.bad_words_ids, device=adapter.model.device).flatten()
+        self._forbidden = torch.tensor(adapter.codec.bad_words_ids, device=adapter.model.device).flatten()
         #: By slot of the decoder.
         self._running: list[tuple[Progress, RowSampler | None]] = []
         #: Rows whose prompt is read piece by piece, with what is still to be read.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
 from tasks.errors import DeadlineExceeded, Internal, JobError, OutOfMemory
-from worker.engine.row import Output, Row
+from worker.engine.row import Output, Picture, Row
 from worker.engine.scheduler import Limits, next_batch, worth_waiting
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,16 @@ Newcomers = Callable[[Sequence[Row]], Sequence[Row]]
 
 
 class Runner(Protocol):
-    """Runs rows on a model. Called from the engine's thread only."""
+    """Runs rows on a model."""
+
+    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        """Encode pictures ahead of their row's turn, then call `then`, in any thread, with how many were known already.
+
+        Called from any thread.
+        """
 
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
-        """Finish or fail each row, as soon as it is known; call `beat` at each step.
+        """Finish or fail each row, as soon as it is known; call `beat` at each step. From the engine's thread only.
 
         A runner whose batches rows can join asks for newcomers between its steps, and finishes those too.
         Raises OutOfMemory where the rows were too many, or any error of the model: the engine runs what is not
@@ -72,25 +78,24 @@ class Engine:
             row.fail(_stopped())
 
     def submit(self, row: Row) -> Future[Output]:
+        """A row's output. Its images are encoded first, while others run."""
         with self._changed:
+            self._coming += 1
+        if row.tokens.pictures:
+            self._runner.look(row.tokens.pictures, functools.partial(self._has_come, row))
+        else:
+            self._has_come(row)
+        return row.output
+
+    def _has_come(self, row: Row, cached_images: int = 0) -> None:
+        row.cached_images = cached_images
+        with self._changed:
+            self._coming -= 1
             if self._stopping:
                 row.fail(_stopped())
             else:
                 self._waiting.append(row)
-                self._changed.notify()
-        return row.output
-
-    @contextmanager
-    def coming(self) -> Iterator[None]:
-        """Around the encoding of a row's images: it is submitted soon."""
-        with self._changed:
-            self._coming += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._coming -= 1
-                self._changed.notify()
+            self._changed.notify()
 
     def cancel(self, row: Row) -> None:
         """End a row at the next step, wherever it is. Its output then says `canceled`."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
 
 import torch
 from torch import Tensor
@@ -72,6 +72,22 @@ class FeatureCache:
             self._bytes -= dropped.nbytes
 
 
+class _Look:
+    """Counts what it still waits for, and itself until all is asked for."""
+
+    def __init__(self, pictures: int, then: Callable[[], None]) -> None:
+        self._left = pictures + 1
+        self._then = then
+        self._lock = threading.Lock()
+
+    def one_less(self) -> None:
+        with self._lock:
+            self._left -= 1
+            is_over = not self._left
+        if is_over:
+            self._then()
+
+
 class Lookahead:
     """A thread that encodes pictures before their jobs' turn, while the engine's computes for others.
 
@@ -82,23 +98,26 @@ class Lookahead:
     def __init__(self, cache: FeatureCache) -> None:
         self._cache = cache
         self._queue: queue.SimpleQueue[Picture] = queue.SimpleQueue()
-        self._coming: dict[bytes, Future[None]] = {}
+        self._coming: dict[bytes, list[_Look]] = {}
         self._lock = threading.Lock()
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
-    def look(self, pictures: Sequence[Picture]) -> int:
-        """Wait until pictures are encoded. How many of them were known already."""
+    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        """Call `then` once pictures are encoded, here or in the encoder's thread, with how many were known already."""
         missing = {picture.key: picture for picture in pictures if picture not in self._cache}
-        wait([self._wanted(picture) for picture in missing.values()])
-        return sum(picture.key not in missing for picture in pictures)
+        look = _Look(len(missing), functools.partial(then, sum(picture.key not in missing for picture in pictures)))
+        for picture in missing.values():
+            self._want(picture, look)
+        look.one_less()
 
-    def _wanted(self, picture: Picture) -> Future[None]:
+    def _want(self, picture: Picture, look: _Look) -> None:
         with self._lock:
-            coming = self._coming.get(picture.key)
-            if coming is None:
-                coming = self._coming[picture.key] = Future()
+            looks = self._coming.get(picture.key)
+            if looks is None:
+                self._coming[picture.key] = [look]
                 self._queue.put(picture)
-        return coming
+            else:
+                looks.append(look)
 
     def _loop(self) -> None:
         while True:
@@ -118,5 +137,6 @@ class Lookahead:
             logger.warning("Encoding %d images ahead failed; the engine tries again.", len(chunk), exc_info=True)
         for picture in chunk:
             with self._lock:
-                done = self._coming.pop(picture.key)
-            done.set_result(None)
+                looks = self._coming.pop(picture.key)
+            for look in looks:
+                look.one_less()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
@@ -20,22 +19,17 @@ from worker.engine.progress import Decode, Progress, has_stop
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import label_log_likelihoods
-from worker.models import Parts
+from worker.models.words import Words
 
 
 class Adapter(Protocol):
     """What a family adds to transformers' common interface; see worker.models.idefics."""
 
     model: PreTrainedModel
-    bad_words_ids: list[list[int]]
-    in_turns: bool
 
-    def picture(self, image: Image) -> Picture: ...
-    def look(self, pictures: Sequence[Picture]) -> int: ...
-    def prepare(self, parts: Parts) -> Tokens: ...
-    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]: ...
-    def end_ids(self, *, utterance: bool) -> frozenset[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    @property
+    def codec(self) -> Words: ...
+    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None: ...
     def figures(self) -> dict[str, int]: ...
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]: ...
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
@@ -46,13 +40,9 @@ class StockModel:
 
     def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int) -> None:
         self.info = info
-        self.in_turns = adapter.in_turns
-        self.picture = adapter.picture
+        self.codec = adapter.codec
         self.look = adapter.look
-        self.prepare = adapter.prepare
-        self.encode_labels = adapter.encode_labels
-        self.end_ids = adapter.end_ids
-        self.decode = adapter.decode
+        self.decode = adapter.codec.decode
         self._adapter = adapter
         self._max_tokens = max_tokens
 
@@ -89,8 +79,8 @@ class StockModel:
             do_sample=False,
             num_beams=1,
             max_new_tokens=max(row.wanted for row in rows),
-            eos_token_id=sorted(self.end_ids(utterance=False)),
-            bad_words_ids=self._adapter.bad_words_ids,
+            eos_token_id=sorted(self.codec.end_ids(utterance=False)),
+            bad_words_ids=self.codec.bad_words_ids,
             logits_processor=LogitsProcessorList([RowSampling(rows)]),
             stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.decode, beat)]),
         )
@@ -104,7 +94,7 @@ class StockModel:
             num_beams=sampling.num_beams,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(sampling.end_ids),
-            bad_words_ids=self._adapter.bad_words_ids,
+            bad_words_ids=self.codec.bad_words_ids,
             stopping_criteria=StoppingCriteriaList([AllInterrupted(rows, beat)]),
         )
         for row, sequence in zip(rows, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from PIL.Image import Image
 
+from config.settings import Settings
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
 from worker.engine.row import Picture, Row, Tokens
+
+DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 #: Texts and pictures in reading order.
 Parts = Sequence[str | Picture]
 
 
-class Model(Protocol):
-    """A loaded model: what a job thread asks of it, and what the engine does (`run`, see engine.Runner)."""
+class Codec(Protocol):
+    """What turns jobs into a model's terms and back, without its weights. Used from many threads; can be pickled."""
 
-    info: ModelInfo
     #: Its prompts are a chat's turns: see worker.prompts.in_turns.
     in_turns: bool
 
     def picture(self, image: Image) -> Picture:
-        """An RGB image as the model takes it. Called from many threads."""
-
-    def look(self, pictures: Sequence[Picture]) -> int:
-        """Wait until pictures are encoded, ahead of the engine. How many of them were known already."""
+        """An RGB image as the model takes it."""
 
     def prepare(self, parts: Parts) -> Tokens:
-        """A prompt's tokens and pictures. Called from many threads. Raises InvalidRequest."""
+        """A prompt's tokens and pictures. Raises InvalidRequest."""
 
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids that continue a prompt with each label and its end. `lead` are the prompt's last parts, from an
@@ -41,7 +41,24 @@ class Model(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """New tokens as text, special tokens left out."""
 
+
+class Model(Protocol):
+    """A loaded model. `look` and `run` are the engine's: see engine.Runner."""
+
+    info: ModelInfo
+
+    @property
+    def codec(self) -> Codec: ...
+
     def figures(self) -> dict[str, int]:
         """Counters of its caches, for monitoring."""
 
+    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None: ...
+
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None: ...
+
+
+def checkpoint_folder(settings: Settings) -> Path | None:
+    """The local folder of the model, where it has one."""
+    path = DEMO if settings.model == "demo" else Path(settings.model)
+    return path if path.is_dir() else None

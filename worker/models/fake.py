@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL.Image import Image
 
@@ -28,23 +28,15 @@ def fake_model(name: str) -> FakeModel | None:
     return FakeModel(float(step_s or 0)) if kind == "fake" else None
 
 
-class FakeModel:
-    """Tokens are characters. Each step takes `step_s` seconds for the whole batch."""
+class FakeCodec:
+    """Tokens are characters."""
 
     in_turns = False
-
-    def __init__(self, step_s: float = 0.0) -> None:
-        self.info = ModelInfo(id="fake", family="fake", dtype="float32")
-        self.batches: list[int] = []
-        self._step_s = step_s
 
     def picture(self, image: Image) -> Picture:
         if image.getpixel((0, 0)) == POISON_COLOUR:
             os.kill(os.getpid(), signal.SIGSEGV)
         return Picture(hashlib.blake2b(image.tobytes(), digest_size=4).digest(), None)
-
-    def look(self, pictures: Sequence[Picture]) -> int:
-        return 0
 
     def prepare(self, parts: Parts) -> Tokens:
         texts = [part if isinstance(part, str) else f"<{part.key.hex()}>" for part in parts]
@@ -59,12 +51,25 @@ class FakeModel:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
+
+class FakeModel:
+    """Each step takes `step_s` seconds for the whole batch."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.info = ModelInfo(id="fake", family="fake", dtype="float32")
+        self.codec = FakeCodec()
+        self.batches: list[int] = []
+        self._step_s = step_s
+
+    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        then(0)
+
     def figures(self) -> dict[str, int]:
         return {"batches": len(self.batches)}
 
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self.batches.append(len(rows))
-        if any(POISON in self.decode(row.tokens.ids) for row in rows):
+        if any(POISON in self.codec.decode(row.tokens.ids) for row in rows):
             os.kill(os.getpid(), signal.SIGKILL)
         for step in range(1 + max(row.wanted for row in rows)):
             beat()

@@ -15,7 +15,7 @@ from worker.engine.row import Picture, Tokens
 from worker.models import Parts
 from worker.models.pixels import Pixels
 from worker.models.traced import Traced
-from worker.models.words import FAKE, IMAGE, Words
+from worker.models.words import FAKE, IMAGE, Words, configured_ends
 
 
 def spelled(bos: str, parts: Sequence[object]) -> str:
@@ -28,6 +28,35 @@ def spelled(bos: str, parts: Sequence[object]) -> str:
             text += IMAGE + FAKE if after_image else FAKE + IMAGE + FAKE
         after_image = not isinstance(part, str)
     return text
+
+
+class IdeficsCodec(Words):
+    """A checkpoint's prompts, token for token those of transformers' IdeficsProcessor."""
+
+    def __init__(self, processor: IdeficsProcessor, ends: Sequence[int]) -> None:
+        super().__init__(processor.tokenizer, ends)
+        self._pixels = Pixels(processor.image_processor)
+
+    def prepare(self, parts: Parts) -> Tokens:
+        """See `Codec`."""
+        for part in parts:
+            if isinstance(part, str):
+                self.refuse_reserved(part)
+        ids = self.tokenizer(self.text(parts), add_special_tokens=False).input_ids
+        return Tokens(tuple(ids), tuple(part for part in parts if isinstance(part, Picture)))
+
+    def picture(self, image: Image) -> Picture:
+        """See `Codec`."""
+        pixels = self._pixels(image)
+        return Picture(hashlib.blake2b(pixels.numpy().data, digest_size=16).digest(), pixels)
+
+    def text(self, parts: Parts) -> str:
+        """The whole prompt as text."""
+        return spelled(self.tokenizer.bos_token, parts)
+
+    def lead_text(self, lead: Parts) -> str:
+        """See Words."""
+        return self.text(lead)
 
 
 class _ImageEncoder(torch.nn.Module):
@@ -44,40 +73,18 @@ class _ImageEncoder(torch.nn.Module):
         return features
 
 
-class IdeficsAdapter(Words):
+class IdeficsAdapter:
     """One loaded IDEFICS checkpoint."""
-
-    in_turns = False
 
     def __init__(
         self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor, feature_cache_bytes: int = 2**29
     ) -> None:
-        super().__init__(model, processor.tokenizer)
-        self._pixels = Pixels(processor.image_processor)
-        self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        self.model = model
+        self.codec = IdeficsCodec(processor, configured_ends(model))
+        self.image_id: int = self.codec.tokenizer.convert_tokens_to_ids(IMAGE)
         self._encoder = Traced(_ImageEncoder(model))
         self._features = FeatureCache(self._encode, feature_cache_bytes)
         self.look = Lookahead(self._features).look
-
-    def prepare(self, parts: Parts) -> Tokens:
-        for part in parts:
-            if isinstance(part, str):
-                self.refuse_reserved(part)
-        ids = self.tokenizer(self.text(parts), add_special_tokens=False).input_ids
-        return Tokens(tuple(ids), tuple(part for part in parts if isinstance(part, Picture)))
-
-    def picture(self, image: Image) -> Picture:
-        """See `Model`."""
-        pixels = self._pixels(image)
-        return Picture(hashlib.blake2b(pixels.numpy().data, digest_size=16).digest(), pixels)
-
-    def text(self, parts: Parts) -> str:
-        """The whole prompt as text, token for token that of transformers' IdeficsProcessor.__call__."""
-        return spelled(self.tokenizer.bos_token, parts)
-
-    def lead_text(self, lead: Parts) -> str:
-        """See Words."""
-        return self.text(lead)
 
     def features(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
         """Each picture's features (length, width) by its key, computed where they are not known."""
@@ -90,7 +97,7 @@ class IdeficsAdapter(Words):
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
         """Arguments of `generate` for a batch, padded on the left: `image_hidden_states` holds, for each row,
         the features of its pictures (rows, images, length, width)."""
-        inputs = self.padded(prompts)
+        inputs = self.codec.padded(prompts)
         inputs["image_attention_mask"] = self._image_mask(inputs["input_ids"], prompts)
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         return {**inputs, "image_hidden_states": self._hidden_states(prompts)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from transformers import Idefics3Processor, PreTrainedModel, PreTrainedTokenizer
 from tasks.payloads import END_OF_UTTERANCE
 from worker.engine.row import Picture, Tokens
 from worker.models import Parts
-from worker.models.words import FAKE, IMAGE, Words
+from worker.models.words import FAKE, IMAGE, Words, configured_ends
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ class Frames(Picture):
         return self.pixels.nbytes + self.mask.nbytes
 
 
-class LaterIdeficsAdapter(Words):
-    """One loaded checkpoint of either family."""
+class LaterIdeficsCodec(Words):
+    """The prompts of a checkpoint of either family."""
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-        super().__init__(model, processor.tokenizer)
+    def __init__(self, processor: ProcessorMixin, ends: Sequence[int]) -> None:
+        super().__init__(processor.tokenizer, ends)
         self._processor = processor
         # How long a picture is in the text depends on its size only in Idefics3: Idefics2's processor spells it itself.
         self._spells = isinstance(processor, Idefics3Processor)
@@ -70,7 +70,7 @@ class LaterIdeficsAdapter(Words):
         }
 
     def picture(self, image: Image) -> Frames:
-        """See `Model`."""
+        """See `Codec`."""
         keywords = {"return_row_col_info": True} if self._spells else {}
         made = self._processor.image_processor([[image]], return_tensors="pt", **keywords)
         text = self._processor.replace_image_token(made, image_idx=0) if self._spells else IMAGE
@@ -80,12 +80,8 @@ class LaterIdeficsAdapter(Words):
         key.update(mask.numpy().data)
         return Frames(key.digest(), pixels, mask, text)
 
-    def look(self, pictures: Sequence[Picture]) -> int:
-        """See `Model`: nothing is encoded ahead, and nothing kept."""
-        return 0
-
     def prepare(self, parts: Parts) -> Tokens:
-        """See `Model`."""
+        """See `Codec`."""
         # Joined, since texts that follow one another could spell a token together.
         self.refuse_reserved("".join(part if isinstance(part, str) else "\n" for part in parts))
         pictures = tuple(part for part in parts if isinstance(part, Frames))
@@ -103,8 +99,20 @@ class LaterIdeficsAdapter(Words):
         return "".join(part if isinstance(part, str) else FAKE for part in lead)
 
     def end_ids(self, *, utterance: bool) -> frozenset[int]:
-        """See `Model`. Whatever was asked, an utterance's end ends these families' answers."""
+        """See `Codec`. Whatever was asked, an utterance's end ends these families' answers."""
         return super().end_ids(utterance=True)
+
+
+class LaterIdeficsAdapter:
+    """One loaded checkpoint of either family."""
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        self.model = model
+        self.codec = LaterIdeficsCodec(processor, configured_ends(model))
+
+    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        """See engine.Runner: nothing is encoded ahead, and nothing kept."""
+        then(0)
 
     def figures(self) -> dict[str, int]:
         """See `Model`."""
@@ -112,7 +120,7 @@ class LaterIdeficsAdapter(Words):
 
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
         """Arguments of `generate` for a batch, padded on the left."""
-        inputs = self.padded(prompts)
+        inputs = self.codec.padded(prompts)
         if any(prompt.pictures for prompt in prompts):
             inputs |= _pixel_inputs([_frames(prompt) for prompt in prompts])
         return {name: value.to(self.model.device) for name, value in inputs.items()}

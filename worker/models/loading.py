@@ -28,13 +28,11 @@ from config.settings import Settings
 from tasks.payloads import ModelInfo
 from worker.engine.continuous import ContinuousModel
 from worker.engine.runner import StockModel
-from worker.models import Model
+from worker.models import Model, checkpoint_folder
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_later import LaterIdeficsAdapter
 
 logger = logging.getLogger(__name__)
-
-DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 #: A branch or a tag can be moved.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -45,12 +43,6 @@ NOT_QUANTIZED = ["model.vision_model", "model.perceiver_resampler", "model.conne
 
 class SetupFailed(RuntimeError):
     """The model cannot be served; the message tells the cure."""
-
-
-def checkpoint_folder(settings: Settings) -> Path | None:
-    """The local folder of the model, where it has one."""
-    path = DEMO if settings.model == "demo" else Path(settings.model)
-    return path if path.is_dir() else None
 
 
 def load(settings: Settings) -> Model:

@@ -1,16 +1,17 @@
-"""What every family's adapter does with its checkpoint's tokenizer."""
+"""What every family's codec does with its checkpoint's tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.errors import InvalidRequest
 from tasks.payloads import END_OF_UTTERANCE
-from worker.engine.row import Tokens
+from worker.engine.row import Picture, Tokens
 from worker.models import Parts
 
 IMAGE = "<image>"
@@ -18,14 +19,16 @@ FAKE = "<fake_token_around_image>"
 
 
 class Words:
-    """The base of adapters: labels, ends, padding, and texts that are refused."""
+    """The base of codecs: labels, ends, padding, and texts that are refused."""
 
+    in_turns = False
     #: Ends each label, so that `car` does not win as the beginning of `cart`.
     label_end = "\n"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
+        """`ends`: the tokens that the checkpoint says end a text."""
         self.tokenizer = tokenizer
+        self._ends = ends
         self.bad_words_ids: list[list[int]] = tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
         self._reserved = sorted(self.reserved(tokenizer) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
 
@@ -33,12 +36,20 @@ class Words:
         """Tokens that users may not write."""
         return set(tokenizer.all_special_tokens)
 
+    def picture(self, image: Image) -> Picture:
+        """See `Codec`."""
+        raise NotImplementedError
+
+    def prepare(self, parts: Parts) -> Tokens:
+        """See `Codec`."""
+        raise NotImplementedError
+
     def lead_text(self, lead: Parts) -> str:
         """A prompt's last parts as text, as far as it bears on how a label behind them is split."""
         raise NotImplementedError
 
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """See `Model`."""
+        """See `Codec`."""
         if not labels:
             return []
         text = self.lead_text(lead)
@@ -54,16 +65,14 @@ class Words:
         return tuple(self.tokenizer(f"{label}{self.label_end}", add_special_tokens=False).input_ids)
 
     def end_ids(self, *, utterance: bool) -> frozenset[int]:
-        """See `Model`."""
-        configured = self.model.generation_config.eos_token_id
-        ends = configured if isinstance(configured, list) else [configured]
+        """See `Codec`."""
         known = self.tokenizer.get_added_vocab()
         if utterance and END_OF_UTTERANCE in known:
-            ends = [*ends, known[END_OF_UTTERANCE]]
-        return frozenset(end for end in ends if end is not None)
+            return frozenset((*self._ends, known[END_OF_UTTERANCE]))
+        return frozenset(self._ends)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Model`."""
+        """See `Codec`."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def padded(self, prompts: Collection[Tokens]) -> dict[str, Tensor]:
@@ -82,3 +91,10 @@ class Words:
         for token in self._reserved:
             if token in text:
                 raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")
+
+
+def configured_ends(model: PreTrainedModel) -> list[int]:
+    """The tokens that a checkpoint's generation config says end a text."""
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return [end for end in ends if end is not None]

@@ -143,7 +143,7 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     torch.set_num_threads(settings.torch_threads or max(1, (os.cpu_count() or 1) // 2))
     model, folder = _load(settings)
     engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens), _beat(channel, model))
-    service = Service(settings, model, engine, _answers(settings))
+    service = Service(settings, model.info, model.codec, engine, _answers(settings))
     engine.start()
     service.check_golden(folder)
     return service
@@ -158,7 +158,8 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
         # Read when it is imported: no library of the hub's then tries the network.
         os.environ["HF_HUB_OFFLINE"] = "1"
     # transformers takes seconds to import: the fake is spared them.
-    from worker.models.loading import checkpoint_folder, load
+    from worker.models import checkpoint_folder
+    from worker.models.loading import load
 
     return load(settings), checkpoint_folder(settings)
 
