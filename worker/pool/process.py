@@ -6,6 +6,7 @@ chords and retries.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from billiard import einfo
 from billiard.einfo import ExceptionInfo
 from billiard.process import current_process
 from celery.app.task import Context
@@ -50,6 +52,10 @@ BEAT_S = 0.5
 SWITCH_S = 0.0005
 #: Celery's outcome of a redelivered job that it finds to have succeeded. It has seen to its links, not to its chord.
 HAD_SUCCEEDED = (0, None, None)
+
+# It copies all positions in the code of each of a traceback's frames, Celery's own among them, which took milliseconds
+# of each failure: once for each code will do.
+einfo._Frame.Code = staticmethod(functools.lru_cache(1_000)(einfo._Code))
 
 
 class ModelProcess:
@@ -107,6 +113,9 @@ class ModelProcess:
             return "broken", serial, f"{type(error).__name__} in the worker."
         failed, value, _ = outcome
         raised = _bare(value) if failed else None
+        if failed:
+            # Its text has been stored, and the parent reads no frames.
+            value.tb = None
         if isinstance(raised, worker_app.JobCanceled):
             return "canceled", serial, raised.partial
         return "done", serial, outcome
