@@ -115,8 +115,8 @@ class FailedJobs:
 
     def keep(self, job: FailedJob, signature: dict[str, Any], bounds: Bounds) -> None:
         """Put a job on the list. Raises ValueError for one that is larger than the whole list may be."""
-        about, whole = json.dumps(asdict(job)), kombu_json.dumps(signature)
-        if len(about.encode()) + len(whole.encode()) > bounds.bytes:
+        about, whole = json.dumps(asdict(job)).encode(), kombu_json.dumps(signature).encode()
+        if len(about) + len(whole) > bounds.bytes:
             raise ValueError(f"it is larger than {bounds.bytes} bytes: raise IDEFICS_FAILED_MAX_BYTES")
         is_invalid = int(job.code == InvalidRequest.code)
         arguments = [job.id, repr(job.failed_at), about, whole, is_invalid, bounds.jobs, bounds.bytes, bounds.ttl_s]

@@ -193,6 +193,16 @@ class Job(_Frozen):
     metadata: dict[str, Any] = {}
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=255)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_bounded(cls, fields: Any) -> Any:
+        # Before anybody looks at the entries, of which a megabyte holds many.
+        for name in cls.model_fields if isinstance(fields, dict) else ():
+            entries = fields.get(name)
+            if isinstance(entries, list) and len(entries) > MAX_ENTRIES:
+                raise ValueError(f"{name} has {len(entries):,} entries: at most {MAX_ENTRIES:,} are taken")
+        return fields
+
     @field_validator("metadata")
     @classmethod
     def _metadata_is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class Codec(Protocol):
     def picture(self, image: Image) -> Picture:
         """An RGB image as the model takes it."""
 
+    def least_tokens(self, parts: Parts) -> int:
+        """So many tokens a prompt has at least, found without splitting it into them."""
+
     def prepare(self, parts: Parts) -> Tokens:
         """A prompt's tokens and pictures. Raises InvalidRequest."""
 

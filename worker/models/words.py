@@ -29,6 +29,8 @@ class Words:
         """`ends`: the tokens that the checkpoint says end a text."""
         self.tokenizer = tokenizer
         self._ends = ends
+        #: Characters of the longest token.
+        self._longest = max(map(len, tokenizer.get_vocab()))
         self.bad_words_ids: list[list[int]] = tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
         self._reserved = sorted(self.reserved(tokenizer) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
 
@@ -39,6 +41,10 @@ class Words:
     def picture(self, image: Image) -> Picture:
         """See `Codec`."""
         raise NotImplementedError
+
+    def least_tokens(self, parts: Parts) -> int:
+        """See `Codec`."""
+        return sum(len(part) for part in parts if isinstance(part, str)) // self._longest
 
     def prepare(self, parts: Parts) -> Tokens:
         """See `Codec`."""

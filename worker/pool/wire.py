@@ -14,6 +14,7 @@ import pickle  # nosec B403 - see above
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ class Channel:
         connection.setblocking(False)
         self._connection = connection
         self._incoming = bytearray()
-        self._outgoing = bytearray()
+        self._outgoing: deque[memoryview] = deque()
 
     @property
     def has_unsent(self) -> bool:
@@ -40,15 +41,20 @@ class Channel:
         return self._connection.fileno()
 
     def send(self, message: Message) -> None:
-        self._outgoing += _packed(message)
+        self._outgoing.append(memoryview(_packed(message)))
         self.flush()
 
     def flush(self) -> None:
         """Hand over as much as fits. An end that is gone is for `receive` to notice."""
         try:
             while self._outgoing:
-                sent = self._connection.send(self._outgoing)
-                del self._outgoing[:sent]
+                first = self._outgoing[0]
+                sent = self._connection.send(first)
+                if sent == len(first):
+                    self._outgoing.popleft()
+                else:
+                    # Not cut off a buffer: megabytes would be moved each time that the socket takes some more.
+                    self._outgoing[0] = first[sent:]
         except BlockingIOError:
             return
         except OSError:
@@ -106,7 +112,9 @@ def _unpacked(incoming: bytearray) -> Iterator[Message]:
             end = start + _LENGTH.size + length
             if len(incoming) < end:
                 return
-            yield pickle.loads(bytes(incoming[start + _LENGTH.size : end]))  # noqa: S301 # nosec B301 - see the module
+            with memoryview(incoming) as whole, whole[start + _LENGTH.size : end] as body:
+                message = pickle.loads(body)  # noqa: S301 # nosec B301 - see the module
+            yield message
             start = end
     finally:
         del incoming[:start]
