@@ -69,6 +69,7 @@ ANSWERS: dict[str, Callable[[socket.socket], None]] = {
     "interim": lambda connection: _flood(connection, b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     "chunks": lambda connection: _flood(connection, CHUNKED, b"1\r\nx\r\n"),
     "body": lambda connection: _flood(connection, OK + b"\r\n", b"x" * 100),
+    "picture": lambda connection: _flood(connection, OK + b"\r\n\xff\xd8\xff", b"x" * 100),
 }
 
 
@@ -186,7 +187,7 @@ ATTACKS: dict[str, Attack] = {
     "refused": _refused,
     "hang": _by_url("hang"),
     "trickle": _by_url("trickle", "headers"),
-    "flood": _by_url("interim", "chunks", "body"),
+    "flood": _by_url("interim", "chunks", "body", "picture"),
     "pictures": _picture,
     "payloads": _payload,
     "callbacks": _callback,

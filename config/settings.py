@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     max_images: int = Field(default=32, ge=1)
     #: Bytes of a job's message, pictures in data: URIs included. Each job in the worker holds as much memory.
     max_job_bytes: int = Field(default=32_000_000, ge=1_000)
-    #: Jobs in the worker at once; their images load while others compute. 0: twice max_batch_size.
+    #: Jobs in the worker at once; their images load while others compute. 0: two and a half times max_batch_size.
     prefetch: int = Field(default=0, ge=0)
     #: Torch threads of each of the two computing threads (decoder, image encoder); 0: half of the cores. On a CPU only.
     torch_threads: int = Field(default=0, ge=0)
@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     #: Downloads at once from one host: a bulk job must not hammer a site, nor a slow one take all threads.
     image_host_turns: int = Field(default=8, ge=1)
     #: Jobs that load images from the network at once, whatever the hosts: those that hang must not take all threads.
-    #: 0: half of those in the worker.
+    #: 0: a third of those in the worker.
     image_jobs: int = Field(default=0, ge=0)
     #: Seconds, at most, that a job waits before its retry because its image's server asked for it (Retry-After).
     image_retry_after_max_s: float = Field(default=300.0, ge=0)
@@ -247,12 +247,12 @@ class Settings(BaseSettings):
     @property
     def job_threads(self) -> int:
         """Jobs that the model process holds at once: some wait for images while others compute."""
-        return self.prefetch or 2 * self.max_batch_size
+        return self.prefetch or max(2, self.max_batch_size * 5 // 2)
 
     @property
     def image_job_turns(self) -> int:
         """Jobs that load images from the network at once."""
-        return self.image_jobs or max(1, self.job_threads // 2)
+        return self.image_jobs or max(1, self.job_threads // 3)
 
 
 def load() -> Settings:

@@ -68,6 +68,9 @@ PASSING = frozenset({408, 425, 429})
 # "#@", "?@" and "\@" before the first slash are where URL parsers disagree about which part is the host.
 _PLAIN_URL = re.compile(r"https?://[^/\\@\x00-\x20\x7f]+(/[^\x00-\x20\x7f]*)?", re.IGNORECASE)
 _HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
+#: How the files begin that worker.images opens, and the bytes that tell.
+_PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP", re.DOTALL)
+_PICTURE_BYTES = 12
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -494,6 +497,9 @@ def _read_capped(response: requests.Response, host: str, guard: Guard) -> bytes:
     body = bytearray()
     for piece in _pieces(response.raw, body):
         body += piece
+        if len(body) >= _PICTURE_BYTES and not _PICTURE.match(body):
+            # Whatever else it sends, be it without end, need not be read.
+            raise ImageInvalid(f"{host} sends no JPEG, PNG, WebP or GIF: check that the URL is the image's own.")
         guard.body_bytes += len(piece) - CHUNK_COST
         if len(body) > guard.policy.max_bytes:
             raise _too_large(host, guard.policy.max_bytes)

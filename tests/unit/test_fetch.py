@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import gzip
+import io
 import itertools
 import logging
 import os
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import ImagePath
@@ -41,9 +43,10 @@ from worker.fetch import (
     tls_context,
     user_agent,
 )
+from worker.images import FORMATS
 
 GOOD = "127.0.0.2"
-BODY = b"the bytes of an image" * 100
+BODY = b"\x89PNG\r\n\x1a\n" + b"the bytes of an image" * 100
 MAX_BYTES = 100_000
 SECRET = "s3cr3t-token"
 #: Seconds. Much more than the tests' deadline, for a busy machine, and much less than the hostile servers last.
@@ -308,6 +311,10 @@ def _trickle(connection: socket.socket, start: bytes, piece: bytes) -> None:
         time.sleep(0.05)
 
 
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
 def _flood(connection: socket.socket, start: bytes, piece: bytes) -> None:
     connection.sendall(start)
     while True:
@@ -344,9 +351,10 @@ HOSTILE_ANSWERS: dict[str, tuple[Callable[[socket.socket], None], type[JobError]
     ),
     "endless headers": (lambda c: _flood(c, b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 99), ImageUnreachable),
     "an endless header": (lambda c: _flood(c, b"HTTP/1.1 200 OK\r\nX-A: ", b"x" * 9999), ImageUnreachable),
-    "an endless body": (lambda c: _flood(c, b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 9999), ImageTooLarge),
+    "an endless body": (lambda c: _flood(c, b"HTTP/1.1 200 OK\r\n\r\n" + BODY, b"x" * 9999), ImageTooLarge),
+    "an endless body of no picture": (lambda c: _flood(c, b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 9999), ImageInvalid),
     "endless chunks": (
-        lambda c: _flood(c, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"64\r\n" + b"x" * 100 + b"\r\n"),
+        lambda c: _flood(c, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", _chunk(BODY[:100])),
         ImageTooLarge,
     ),
     "an endless chunk size": (
@@ -806,7 +814,7 @@ _CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     ("start", "piece"),
     [
         pytest.param(b"", b"HTTP/1.1 100 Continue\r\n\r\n", id="1xx answers"),
-        pytest.param(_CHUNKED, b"1\r\nx\r\n", id="chunks of one byte"),
+        pytest.param(_CHUNKED + _chunk(BODY[:20]), _chunk(b"x"), id="chunks of one byte"),
     ],
 )
 def test_what_is_parsed_piece_by_piece_costs_no_seconds_under_a_large_cap(
@@ -820,10 +828,19 @@ def test_what_is_parsed_piece_by_piece_costs_no_seconds_under_a_large_cap(
     assert time.thread_time() - began < 0.6
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_that_is_opened_is_read(form: str, policy: FetchPolicy) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(picture, form)
+    body = picture.getvalue()
+    with Server(GOOD, answer=lambda c, _: c.sendall(response(body))) as server:
+        fetcher = Fetcher(replace(policy, ports=(server.port,)))
+        assert fetcher.fetch(f"http://good.test:{server.port}/x") == body
+
+
 def test_a_large_image_in_small_chunks_arrives(policy: FetchPolicy) -> None:
-    body = bytes(2_000_000)
-    chunk = b"64\r\n" + bytes(100) + b"\r\n"
-    with Server(GOOD, answer=lambda c, _: c.sendall(_CHUNKED + chunk * 20_000 + b"0\r\n\r\n")) as server:
+    body = BODY[:100] * 20_000
+    with Server(GOOD, answer=lambda c, _: c.sendall(_CHUNKED + _chunk(BODY[:100]) * 20_000 + b"0\r\n\r\n")) as server:
         fetcher = Fetcher(replace(policy, ports=(server.port,), max_bytes=len(body)))
         assert fetcher.fetch(f"http://good.test:{server.port}/x") == body
 
