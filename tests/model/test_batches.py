@@ -124,6 +124,15 @@ def test_prompts_are_token_for_token_those_of_transformers_own_processor(served:
         assert torch.equal(mask, stock["image_attention_mask"].long())
 
 
+@pytest.mark.parametrize(
+    "text", ["a", "a strawberry " * 50, "x y " * 200, "  \n\t" * 99, "\u00e9\u4e16\U0001f600" * 40]
+)
+def test_a_prompt_never_has_fewer_tokens_than_it_is_said_to_have_at_least(served: Served, text: str) -> None:
+    codec = served.model.codec
+    assert 0 <= codec.least_tokens([text]) <= len(codec.prepare([text]).ids)
+    assert codec.least_tokens(["y x" * 50_000]) > 2_048
+
+
 def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

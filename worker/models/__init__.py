@@ -20,7 +20,7 @@ Parts = Sequence[str | Picture]
 
 
 class Codec(Protocol):
-    """What turns jobs into a model's terms and back, without its weights. Used from many threads; can be pickled."""
+    """What turns jobs into a model's terms and back, without its weights. Used from many threads."""
 
     #: Its prompts are a chat's turns: see worker.prompts.in_turns.
     in_turns: bool
