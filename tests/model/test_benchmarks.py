@@ -10,7 +10,7 @@ from benchmarks import gpu
 from benchmarks.contenders import StockLoop, request_of
 from benchmarks.stock import Stock
 from benchmarks.workloads import WORKLOADS, PictureBook
-from worker.models.loading import DEMO
+from worker.models import DEMO
 
 
 def test_the_gpu_benchmark_measures_steps_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
