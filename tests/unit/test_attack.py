@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import attack, fuzz
 from config.settings import Settings
-from tasks.errors import ImageTooLarge, ImageUnreachable
+from tasks.errors import ImageInvalid, ImageTooLarge, ImageUnreachable
 from worker.fetch import Fetcher, FetchPolicy
 
 
@@ -40,6 +40,6 @@ def test_hostile_servers_end_in_an_error_in_time(answer: str) -> None:
     with attack.hostile_servers() as port:
         policy = FetchPolicy(allow_networks=networks, ports=(port,), read_s=0.2, total_s=0.5)
         began = time.monotonic()
-        with pytest.raises((ImageTooLarge, ImageUnreachable)):
+        with pytest.raises((ImageInvalid, ImageTooLarge, ImageUnreachable)):
             Fetcher(policy).fetch(f"http://127.1.0.1:{port}/{answer}/1")
     assert time.monotonic() - began < 3
