@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     max_images: int = Field(default=32, ge=1)
     #: Bytes of a job's message, pictures in data: URIs included. Each job in the worker holds as much memory.
     max_job_bytes: int = Field(default=32_000_000, ge=1_000)
-    #: Jobs in the worker at once; their images load while others compute. 0: two and a half times max_batch_size.
+    #: Jobs in the worker at once; their images load while others compute. 0: three times max_batch_size.
     prefetch: int = Field(default=0, ge=0)
     #: Torch threads of each of the two computing threads (decoder, image encoder); 0: half of the cores. On a CPU only.
     torch_threads: int = Field(default=0, ge=0)
@@ -247,7 +247,7 @@ class Settings(BaseSettings):
     @property
     def job_threads(self) -> int:
         """Jobs that the model process holds at once: some wait for images while others compute."""
-        return self.prefetch or max(2, self.max_batch_size * 5 // 2)
+        return self.prefetch or 3 * self.max_batch_size
 
     @property
     def image_job_turns(self) -> int:

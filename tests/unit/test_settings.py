@@ -118,12 +118,12 @@ def test_the_callback_schedule_is_read_in_its_order(environment: Environment) ->
 
 
 def test_prefetch_follows_the_batch_size_unless_it_is_set(environment: Environment) -> None:
-    assert environment(MAX_BATCH_SIZE="8").job_threads == 20
+    assert environment(MAX_BATCH_SIZE="8").job_threads == 24
     assert environment(PREFETCH="5").job_threads == 5
 
 
 def test_half_of_the_jobs_may_load_from_the_network_unless_it_is_said(environment: Environment) -> None:
-    assert environment(MAX_BATCH_SIZE="8").image_job_turns == 6
+    assert environment(MAX_BATCH_SIZE="8").image_job_turns == 8
     assert environment(PREFETCH="1").image_job_turns == 1
     assert environment(PREFETCH="5", IMAGE_JOBS="4").image_job_turns == 4
 
