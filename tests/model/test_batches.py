@@ -35,7 +35,26 @@ def test_a_batch_of_32_mixed_jobs_says_what_stock_generate_says_to_each_alone(se
         assert list(row.output.result().ids) == alone, job
 
 
-def test_rows_that_join_a_running_batch_say_what_they_say_alone(served: Served) -> None:
+def test_rows_that_join_a_running_batch_and_fill_its_gaps_say_what_they_say_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[tuple[int, int]] = []
+    filled: list[int] = []
+    decoder = served.model._decoder
+    stock_close, stock_read = decoder.close_gaps, decoder.read
+
+    def close_gaps() -> list[tuple[int, int]]:
+        moves.extend(moved := stock_close())
+        return moved
+
+    def read(prompts: Sequence[Prompt], *, at_end: bool = False) -> tuple[Sequence[int], Tensor]:
+        before = decoder.slots
+        slots, logits = stock_read(prompts, at_end=at_end)
+        filled.extend(slot for slot in slots if slot < before)
+        return slots, logits
+
+    monkeypatch.setattr(decoder, "close_gaps", close_gaps)
+    monkeypatch.setattr(decoder, "read", read)
     jobs = mixed_jobs(40, sorted(served.images), seed=3)
     prompts = [parts_of(job, served.images) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
@@ -51,6 +70,8 @@ def test_rows_that_join_a_running_batch_say_what_they_say_alone(served: Served) 
         served.model.run([waiting.pop(0)], _nothing, one_or_two)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
+    assert moves
+    assert filled
 
 
 def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_the_others(
@@ -85,9 +106,9 @@ def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(ser
     decoder = served.model._decoder
     stock_read = decoder.read
 
-    def counted(prompts: Sequence[Prompt]) -> Tensor:
+    def counted(prompts: Sequence[Prompt], *, at_end: bool = False) -> tuple[Sequence[int], Tensor]:
         read.append(sum(len(prompt.ids) for prompt in prompts))
-        return stock_read(prompts)
+        return stock_read(prompts, at_end=at_end)
 
     decoder.read = counted  # type: ignore[method-assign]
     try:

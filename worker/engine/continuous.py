@@ -45,7 +45,7 @@ class ContinuousModel(StockModel):
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._forbidden = torch.tensor(adapter.codec.bad_words_ids, device=adapter.model.device).flatten()
         #: By slot of the decoder.
-        self._running: list[tuple[Progress, RowSampler | None]] = []
+        self._running: dict[int, tuple[Progress, RowSampler | None]] = {}
         #: Rows whose prompt is read piece by piece, with what is still to be read.
         self._partly_read: deque[tuple[Row, Prompt]] = deque()
 
@@ -73,13 +73,20 @@ class ContinuousModel(StockModel):
         while self._running or self._partly_read:
             self._read_a_piece()
             if self._running:
-                self._advance(self._decoder.step([progress.last for progress, _ in self._running]), first=0)
+                self._step()
             beat()
             joining = newcomers(
-                [*(progress.row for progress, _ in self._running), *(row for row, _ in self._partly_read)]
+                [*(progress.row for progress, _ in self._running.values()), *(row for row, _ in self._partly_read)]
             )
             if joining:
                 self._join(joining, beat)
+
+    def _step(self) -> None:
+        for source, target in self._decoder.close_gaps():
+            self._running[target] = self._running.pop(source)
+        slots = range(self._decoder.slots)
+        tokens = [self._running[slot][0].last if slot in self._running else 0 for slot in slots]
+        self._advance(self._decoder.step(tokens), slots)
 
     def _join(self, rows: Sequence[Row], beat: Beat) -> None:
         prompts = self._prompts(rows, beat)
@@ -126,42 +133,42 @@ class ContinuousModel(StockModel):
 
     def _read(self, chunk: Sequence[tuple[Row, Prompt]]) -> None:
         """Read the prompts of rows that are all continued, or all scored."""
-        logits = self._decoder.read([prompt for _, prompt in chunk])
-        first = len(self._running)
-        if chunk[0][0].labels:
-            self._score_labels([row for row, _ in chunk], logits.log_softmax(dim=-1), first)
+        rows, prompts = zip(*chunk, strict=True)
+        are_scored = bool(rows[0].labels)
+        slots, logits = self._decoder.read(prompts, at_end=are_scored)
+        if are_scored:
+            self._score_labels(rows, logits.log_softmax(dim=-1), slots)
             return
-        for row, _ in chunk:
+        for slot, row in zip(slots, rows, strict=True):
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
-            self._running.append((Progress(row, self.decode), sampler))
-        self._advance(logits, first)
+            self._running[slot] = Progress(row, self.decode), sampler
+        self._advance(logits, slots)
 
-    def _score_labels(self, rows: Sequence[Row], first_tokens: Tensor, first: int) -> None:
-        """Finish rows whose prompts stand in the slots from `first` on, and free these."""
+    def _score_labels(self, rows: Sequence[Row], first_tokens: Tensor, slots: Sequence[int]) -> None:
+        """Finish rows whose prompts stand in these slots, the last ones, and free them."""
         scores = begun(first_tokens, [row.labels for row in rows])
         for part in _label_parts(rows):
             packs = [row.labels[part] for row in rows]
-            for slot, likelihoods in enumerate(self._decoder.try_out(first, packs)):
+            for place, likelihoods in enumerate(self._decoder.try_out(slots[0], packs)):
                 for number, likelihood in enumerate(likelihoods, start=part.start):
-                    scores[slot][number] += sum(likelihood)
-        self._decoder.release(range(first, first + len(rows)))
+                    scores[place][number] += sum(likelihood)
+        self._decoder.release(slots)
         finish_scored(rows, scores)
 
-    def _advance(self, logits: Tensor, first: int) -> None:
-        """Give each slot from `first` on its next token, and free the slots of rows that are over."""
+    def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
+        """Give the rows in these slots their next tokens, and free the slots of those that are over."""
         logits.index_fill_(1, self._forbidden, -torch.inf)
-        for slot, (_, sampler) in enumerate(self._running[first:]):
+        running = [(place, slot, *self._running[slot]) for place, slot in enumerate(slots) if slot in self._running]
+        for place, _, _, sampler in running:
             if sampler is not None:
-                logits[slot] = sampler.perturb(logits[slot])
-        now = time.monotonic()
-        for (progress, _), token in zip(self._running[first:], logits.argmax(dim=-1).tolist(), strict=True):
-            progress.take(token, now)
-        self._leave([slot for slot in range(first, len(self._running)) if self._running[slot][0].row.is_done])
-
-    def _leave(self, slots: Sequence[int]) -> None:
-        for source, target in self._decoder.release(slots):
-            self._running[target] = self._running[source]
-        del self._running[len(self._running) - len(slots) :]
+                logits[place] = sampler.perturb(logits[place])
+        now, tokens = time.monotonic(), logits.argmax(dim=-1).tolist()
+        for place, _, progress, _ in running:
+            progress.take(tokens[place], now)
+        over = [slot for _, slot, progress, _ in running if progress.row.is_done]
+        for slot in over:
+            del self._running[slot]
+        self._decoder.release(over)
 
 
 def _label_parts(rows: Sequence[Row]) -> Iterator[slice]:

@@ -46,16 +46,19 @@ def next_batch(waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = 
         (row for row in waiting if row is not head and _group(row) == _group(head)),
         key=lambda row: (row.priority, _distance(row, head), row.arrived),
     )
-    batch = [head]
+    batch, longest = [head], max(map(_length, (*running, head)))
     for row in companions:
-        if _fits([*running, *batch, row], limits):
+        longer = max(longest, _length(row))
+        if _fits(len(running) + len(batch) + 1, longer, head, limits):
             batch.append(row)
+            longest = longer
     return batch
 
 
 def _may_join(head: Row, waiting: Sequence[Row], limits: Limits, running: Sequence[Row]) -> bool:
     """Nobody overtakes a head that cannot join: the batch drains, and then the head is the first."""
-    if _group(head) != _group(running[0]) or not _fits([*running, head], limits):
+    longest = max(map(_length, (*running, head)))
+    if _group(head) != _group(running[0]) or not _fits(len(running) + 1, longest, head, limits):
         return False
     free = limits.rows - len(running)
     return free * JOINING_PART >= limits.rows or len(waiting) <= free
@@ -73,8 +76,12 @@ def _distance(row: Row, head: Row) -> tuple[int, int]:
     return abs(row.wanted - head.wanted), abs(len(row.tokens.ids) - len(head.tokens.ids))
 
 
-def _fits(batch: Sequence[Row], limits: Limits) -> bool:
-    beams = batch[0].sampling.num_beams
-    longest = max(len(row.tokens.ids) + row.wanted for row in batch)
-    rows = len(batch) * beams
+def _fits(rows: int, longest: int, like: Row, limits: Limits) -> bool:
+    """Whether so many rows like that one fit, the longest of so many tokens."""
+    rows *= like.sampling.num_beams
     return rows <= limits.rows and rows * longest <= limits.tokens
+
+
+def _length(row: Row) -> int:
+    """Tokens, at most."""
+    return len(row.tokens.ids) + row.wanted

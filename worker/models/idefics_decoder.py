@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 from transformers import IdeficsForVisionText2Text
 
-from worker.models.idefics_network import Branches, Continuation, KeysValues, Reader, move
+from worker.models.idefics_layers import Decoder, KeysValues
+from worker.models.idefics_network import Branches, Continuation, Reader, move
 from worker.models.traced import Traced
 
 #: Positions that a cache grows by: often enough to be small, seldom enough for its copies not to count.
 GROWTH = 64
+#: One slot in so many may be free among those in use, before the last rows move there. Each costs a step what a row
+#: costs it; moving one costs more, and newcomers mostly fill it.
+GAPS_PART = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Prompt:
 
 
 class SlotCache:
-    """Keys and values (slots, heads, capacity, head size) of each layer. Slots 0 to n-1 are in use."""
+    """Keys and values (slots, heads, capacity, head size) of each layer."""
 
     def __init__(self, layers: int, heads: int, size: int, like: Tensor) -> None:
         """`like` says the type and the device."""
@@ -122,57 +126,69 @@ class IdeficsDecoder:
             SlotCache(len(parts), attention.num_heads, attention.head_dim, self._like)
             for parts, attention in ((layers, layers[0].self_attn), (blocks, blocks[0].cross_attn))
         )
-        self._begin = Traced(Reader(model, image_id, begins=True))
-        self._resume = Traced(Reader(model, image_id, begins=False))
-        self._continue = Traced(Continuation(model))
-        self._branch = Traced(Branches(model))
+        decoder = Decoder(model)
+        self._begin = Traced(Reader(decoder, image_id, begins=True))
+        self._resume = Traced(Reader(decoder, image_id, begins=False))
+        self._continue = Traced(Continuation(decoder))
+        self._branch = Traced(Branches(decoder))
         self._move = Traced(move)
         #: Keys of one image: the resampler's latents, or the vision tower's patches.
         self._width = 0
-        #: By slot: its tokens, and whether new ones see an image.
+        #: By slot: its tokens, none where it is free, and whether new ones see an image.
         self._lengths: list[int] = []
         self._sees: list[bool] = []
 
+    @property
+    def slots(self) -> int:
+        """Up to the last one in use."""
+        return len(self._lengths)
+
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Read prompts into the next free slots, in order. Their next token's logits (prompts, vocabulary)."""
-        first, starts = len(self._lengths), [prompt.start for prompt in prompts]
-        length = max(len(prompt.ids) for prompt in prompts)
-        end, longest = first + len(prompts), max(starts) + length
+    def read(self, prompts: Sequence[Prompt], *, at_end: bool = False) -> tuple[Sequence[int], Tensor]:
+        """Read prompts into free slots. Those, in order, and the next tokens' logits (prompts, vocabulary).
+
+        `at_end`: into new slots behind all others.
+        """
+        starts, length = [prompt.start for prompt in prompts], max(len(prompt.ids) for prompt in prompts)
+        shown = _Shown(prompts, self._like)
+        slots = self._free(len(prompts), at_end=at_end or shown.images is None)
+        end = max(self.slots, slots[-1] + 1)
         # Padding on the right: no kept token looks at it, and the next tokens overwrite it.
         ids = _padded([prompt.ids for prompt in prompts], length, 0, self._device)
         lasts = self._tensor([len(prompt.ids) - 1 for prompt in prompts])
-        own = self._own.views(first, end, longest)
-        self._recall(prompts, first)
-        shown = _Shown(prompts, self._like)
+        own = self._own.views(0, end, max(starts) + length)
+        self._recall(prompts, slots)
         if shown.images is None:
-            logits = self._continue(ids, self._tensor(starts), lasts, self._tensor([False] * len(prompts)), *own)
+            blind = self._tensor([False] * len(prompts))
+            logits = self._continue(ids, self._tensor(starts), lasts, blind, *(each[slots[0] :] for each in own))
         else:
             self._width = shown.images.shape[1]
             read = self._resume if max(starts) else self._begin
             images = (shown.images, shown.index, shown.last, shown.unseeing)
-            cross = self._cross.views(first, end, self._width)
-            logits = read(ids, self._tensor(starts), lasts, *images, *own, *cross)
-        self._lengths += [prompt.start + len(prompt.ids) for prompt in prompts]
-        self._sees += [prompt.last_image is not None for prompt in prompts]
-        return logits
+            cross = self._cross.views(0, end, self._width)
+            logits = read(ids, self._tensor(starts), lasts, self._tensor(slots), *images, *own, *cross)
+        self._lengths += [0] * (end - self.slots)
+        self._sees += [False] * (end - len(self._sees))
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._lengths[slot] = prompt.start + len(prompt.ids)
+            self._sees[slot] = prompt.last_image is not None
+        return slots, logits
 
     @torch.inference_mode()
     def read_prefix(self, prompt: Prompt) -> Prefix:
         """Read a prompt's beginning, to be shared by the prompts that begin so."""
-        self.read([prompt])
-        slot = len(self._lengths) - 1
+        (slot,), _ = self.read([prompt])
         prefix = Prefix(self._own.copy(slot, self._lengths[slot]), prompt.last_image)
         self.release([slot])
         return prefix
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each slot. The next token's logits (slots, vocabulary)."""
+        """Append one token to each slot; free ones take any. The next token's logits (slots, vocabulary)."""
         starts = self._tensor(self._lengths)
         ids = self._tensor(tokens)[:, None]
         logits = self._continue(ids, starts, torch.zeros_like(starts), *self._seen_from(0, 1))
-        self._lengths = [length + 1 for length in self._lengths]
+        self._lengths = [length and length + 1 for length in self._lengths]
         return logits
 
     @torch.inference_mode()
@@ -198,21 +214,39 @@ class IdeficsDecoder:
         picked = self._branch(ids, starts, target, owner, depth, *self._seen_from(first, longest)).tolist()
         return [_unpacked(row, pack) for row, pack in zip(picked, packs, strict=True)]
 
+    def release(self, slots: Sequence[int]) -> None:
+        """Free slots."""
+        for slot in slots:
+            self._lengths[slot], self._sees[slot] = 0, False
+        self._trim()
+
     @torch.inference_mode()
-    def release(self, slots: Sequence[int]) -> list[tuple[int, int]]:
-        """Free slots: the last rows in use move into their places. Those moves, from slot to slot."""
-        left = len(self._lengths) - len(slots)
-        freed = set(slots)
-        sources = [slot for slot in range(left, len(self._lengths)) if slot not in freed]
-        moves = list(zip(sources, sorted(slot for slot in freed if slot < left), strict=True))
-        if moves:
-            count, longest = len(self._lengths), max(self._lengths)
-            own, cross = self._own.views(0, count, longest), self._cross.views(0, count, self._width)
-            self._move(*self._tensor(moves).unbind(dim=1), *own, *cross)
+    def close_gaps(self) -> list[tuple[int, int]]:
+        """Where too many slots are free among those in use, move the last rows there: from slot to slot."""
+        gaps = [slot for slot, length in enumerate(self._lengths) if not length]
+        if len(gaps) * GAPS_PART <= self.slots:
+            return []
+        left = self.slots - len(gaps)
+        sources = [slot for slot in range(left, self.slots) if self._lengths[slot]]
+        moves = list(zip(sources, gaps, strict=False))
+        own, cross = (cache.views(0, self.slots, length) for cache, length in
+                      ((self._own, max(self._lengths)), (self._cross, self._width)))  # fmt: skip
+        self._move(*self._tensor(moves).unbind(dim=1), *own, *cross)
         for source, target in moves:
             self._lengths[target], self._sees[target] = self._lengths[source], self._sees[source]
-        del self._lengths[left:], self._sees[left:]
+            self._lengths[source] = 0
+        self._trim()
         return moves
+
+    def _trim(self) -> None:
+        while self._lengths and not self._lengths[-1]:
+            self._lengths.pop()
+            self._sees.pop()
+
+    def _free(self, count: int, *, at_end: bool) -> list[int]:
+        """So many free slots."""
+        gaps = [] if at_end else [slot for slot, length in enumerate(self._lengths) if not length][:count]
+        return [*gaps, *range(self.slots, self.slots + count - len(gaps))]
 
     def clear(self) -> None:
         """Free all slots and their memory, after a failure on the way."""
@@ -226,23 +260,23 @@ class IdeficsDecoder:
 
     def _seen_from(self, first: int, count: int) -> list[Tensor]:
         """For so many new tokens in each slot from `first` on: whether they see an image, and the caches."""
-        end, sees = len(self._lengths), self._sees[first:]
+        end, sees = self.slots, self._sees[first:]
         caches = self._own.views(first, end, max(self._lengths[first:]) + count)
         if any(sees):
             caches += self._cross.views(first, end, self._width)
         return [self._tensor(sees), *caches]
 
-    def _recall(self, prompts: Sequence[Prompt], first: int) -> None:
-        """Put the prompts' prefixes into the slots from `first` on, which have room for them."""
-        slots: dict[int, list[int]] = {}
+    def _recall(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> None:
+        """Put the prompts' prefixes into their slots, which have room for them."""
+        places: dict[int, list[int]] = {}
         prefixes = {id(prompt.prefix): prompt.prefix for prompt in prompts if prompt.prefix}
-        for slot, prompt in enumerate(prompts, start=first):
-            slots.setdefault(id(prompt.prefix), []).append(slot)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            places.setdefault(id(prompt.prefix), []).append(slot)
         for key, prefix in prefixes.items():
-            places = self._tensor(slots[key])
+            targets = self._tensor(places[key])
             kept = (tensor for layer in prefix.layers for tensor in layer)
             for tensor, beginning in zip(self._own.tensors, kept, strict=True):
-                tensor[places, :, : prefix.length] = beginning
+                tensor[targets, :, : prefix.length] = beginning
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch.device) -> Tensor:

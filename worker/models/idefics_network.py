@@ -1,40 +1,26 @@
-"""IDEFICS' text decoder as functions of tensors alone: each of them is recorded as one graph (worker/models/traced.py).
+"""What IDEFICS' text decoder does, as functions of tensors alone: each is recorded as one graph (models/traced.py).
 
-The arithmetic is that of transformers' `modeling_idefics.py`. Everywhere, `ids` (rows, length) are new tokens, `starts`
-(rows,) how many stand before them, and `caches` the keys and values (rows, heads, positions, head size) of each layer
-in turn, with room for the new ones, which are stored there; then those of each image block, for the image that the
-tokens after a prompt see.
+Everywhere, `ids` (rows, length) are new tokens, `starts` (rows,) how many stand before them, and `caches` the keys and
+values (slots, heads, positions, head size) of each layer in turn, with room for the new ones, which are stored there;
+then those of each image block, for the image that the tokens after a prompt see. Each row has the slot of its number,
+but a reader's rows have any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import IdeficsForVisionText2Text
-from transformers.models.idefics.modeling_idefics import apply_rotary_pos_emb
 
-KeysValues = tuple[Tensor, Tensor]
-#: One of transformers' layers, which are not typed.
-Block = Any
+from worker.models.idefics_layers import Decoder, ImageBlock, KeysValues, Layer
 
 
 class _Network(torch.nn.Module):
-    """Layers with an image block before every few of them, between an embedding and a head."""
-
-    def __init__(self, model: IdeficsForVisionText2Text) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        inner: Block = model.model
-        self.embedding: Block = inner.embed_tokens
-        self.rotary: Block = inner.layers[0].self_attn.rotary_emb
-        self.layers: Block = inner.layers
-        self.blocks: Block = inner.gated_cross_attn_layers
-        self.norm: Block = inner.norm
-        self.head: Block = model.lm_head
-        self.interval: int = model.config.cross_layer_interval
+        self.decoder = decoder
 
     def states(
         self,
@@ -43,34 +29,31 @@ class _Network(torch.nn.Module):
         positions: Tensor,
         mask: Tensor | None,
         caches: Sequence[Tensor],
-        look: Callable[[Block, Tensor, KeysValues | None], Tensor],
+        look: Callable[[ImageBlock, Tensor, KeysValues | None], Tensor],
+        slots: Tensor | None = None,
     ) -> Tensor:
         """The tokens' last states (rows, length, hidden). `stored` and `positions` (rows, length) are their places in
         the caches and in the text; `look` is what an image block does, with its own keys and values if there are any.
         """
+        decoder = self.decoder
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
-        own, cross = pairs[: len(self.layers)], pairs[len(self.layers) :]
-        states: Tensor = self.embedding(ids)
-        rotary = self.rotary(states, positions)
-        rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
-        for index, layer in enumerate(self.layers):
-            if index % self.interval == 0:
-                number = index // self.interval
-                states = look(self.blocks[number], states, cross[number] if cross else None)
-            states = _attend(layer, states, rotary, *own[index], rows, stored, mask)
+        own, cross = pairs[: len(decoder.layers)], pairs[len(decoder.layers) :]
+        states: Tensor = decoder.embedding(ids)
+        turns = decoder.turns(states, positions)
+        for index, (layer, cache) in enumerate(zip(decoder.layers, own, strict=True)):
+            if index % decoder.interval == 0:
+                number = index // decoder.interval
+                states = look(decoder.blocks[number], states, cross[number] if cross else None)
+            states = _attend(layer, states, turns, cache, stored, mask, slots)
         return states
-
-    def logits(self, states: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.norm(states))
-        return logits.float()
 
 
 class Reader(_Network):
     """Reads prompts that show images."""
 
-    def __init__(self, model: IdeficsForVisionText2Text, image_id: int, *, begins: bool) -> None:
+    def __init__(self, decoder: Decoder, image_id: int, *, begins: bool) -> None:
         """`begins`: nothing stands before any of them."""
-        super().__init__(model)
+        super().__init__(decoder)
         self.image_id = image_id
         self.begins = begins
 
@@ -79,13 +62,15 @@ class Reader(_Network):
         ids: Tensor,
         starts: Tensor,
         lasts: Tensor,
+        slots: Tensor,
         images: Tensor,
         shown: Tensor,
         kept: Tensor,
         unseeing: Tensor,
         *caches: Tensor,
     ) -> Tensor:
-        """The logits (rows, vocabulary) after each row's last token, which `lasts` (rows,) says.
+        """The logits (rows, vocabulary) after each row's last token, which `lasts` (rows,) says. `slots` (rows,) are
+        the rows' places in the caches.
 
         `images` (images, width, size) are features; `shown` (rows, most) which of them a row shows, the one before its
         new tokens first; `kept` (rows,) which one the tokens after the prompt see; `unseeing` (rows,) whether there is
@@ -94,17 +79,22 @@ class Reader(_Network):
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
         seen = (ids == self.image_id).cumsum(dim=1)
         blind = ((seen == 0) & unseeing[:, None])[..., None]
-        keys = torch.arange(shown.shape[1] * images.shape[1], device=ids.device)
+        places = torch.arange(shown.shape[1] * images.shape[1], device=ids.device)
         # Each token sees the image before it.
-        looks = (seen[..., None] == keys // images.shape[1])[:, None]
+        looks = (seen[..., None] == places // images.shape[1])[:, None]
 
-        def look(block: Block, states: Tensor, cache: KeysValues | None) -> Tensor:
+        def look(block: ImageBlock, states: Tensor, cache: KeysValues | None) -> Tensor:
             assert cache is not None, "a prompt shows an image"
-            return _look(block, states, images, shown, kept, looks, blind, *cache)
+            own = block.keys_values(images)
+            # The last image's are kept.
+            for slot_cache, new in zip(cache, own, strict=True):
+                slot_cache.index_copy_(0, slots, new[kept])
+            keys, values = (_side_by_side(each, shown) for each in own)
+            return block.looked(states, keys, values, blind, looks)
 
         mask = None if self.begins else _up_to(stored, caches[0])
-        states = self.states(ids, stored, stored, mask, caches, look)
-        return self.logits(_picked(states, lasts))
+        states = self.states(ids, stored, stored, mask, caches, look, slots)
+        return self.decoder.logits(_picked(states, lasts))
 
 
 class Continuation(_Network):
@@ -115,7 +105,7 @@ class Continuation(_Network):
         whether it has an image. Without any, the image blocks' caches may be left out."""
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
         states = self.states(ids, stored, stored, _up_to(stored, caches[0]), caches, _looker_back(sees))
-        return self.logits(_picked(states, lasts))
+        return self.decoder.logits(_picked(states, lasts))
 
 
 class Branches(_Network):
@@ -136,7 +126,7 @@ class Branches(_Network):
         inside = ((behind >= 0) & (behind < count))[:, None]
         mask = ((behind < 0)[:, None] | (same & reached & inside))[:, None]
         states = self.states(ids, stored, starts[:, None] + depth, mask, caches, _looker_back(sees))
-        return self.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
+        return self.decoder.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
 
 
 def move(sources: Tensor, targets: Tensor, *tensors: Tensor) -> Tensor:
@@ -155,103 +145,38 @@ def _picked(states: Tensor, lasts: Tensor) -> Tensor:
     return states[torch.arange(states.shape[0], device=states.device), lasts]
 
 
-def _looker_back(sees: Tensor) -> Callable[[Block, Tensor, KeysValues | None], Tensor]:
+def _looker_back(sees: Tensor) -> Callable[[ImageBlock, Tensor, KeysValues | None], Tensor]:
+    """After the prompt every token sees its row's last image, whose keys and values are kept."""
     blind = ~sees[:, None, None]
 
-    def look(block: Block, states: Tensor, kept: KeysValues | None) -> Tensor:
-        return _look_back(block, states, blind, kept)
+    def look(block: ImageBlock, states: Tensor, kept: KeysValues | None) -> Tensor:
+        return block.mixed(states) if kept is None else block.looked(states, *kept, blind)
 
     return look
 
 
 def _attend(
-    layer: Block,
+    layer: Layer,
     states: Tensor,
-    rotary: KeysValues,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
+    turns: KeysValues,
+    cache: KeysValues,
     stored: Tensor,
     mask: Tensor | None,
+    slots: Tensor | None,
 ) -> Tensor:
-    """The text's own attention. `keys` and `values` (rows, heads, positions, head size) take in the new tokens'."""
-    attention = layer.self_attn
-    normed = layer.input_layernorm(states)
-    query, key = (_headed(attention, project(normed)) for project in (attention.q_proj, attention.k_proj))
-    value = _headed(attention, attention.v_proj(normed))
-    query, key = apply_rotary_pos_emb(query, key, *rotary)
-    for cache, new in ((keys, key), (values, value)):
-        # Not cache[rows, :, stored] = ...: recorded, that keeps the number of rows.
-        cache.transpose(1, 2).index_put_((rows, stored), new.transpose(1, 2))
+    """The text's own attention. Without a mask, to the new tokens only."""
+    query, key, value = layer.query_keys_values(states, turns)
+    rows = torch.arange(states.shape[0], device=states.device) if slots is None else slots
+    for kept, new in zip(cache, (key, value), strict=True):
+        # Not kept[rows, :, stored] = ...: recorded, that keeps the number of rows.
+        kept.transpose(1, 2).index_put_((rows[:, None], stored), new.transpose(1, 2))
     if mask is None:
-        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
-    else:
-        attended = scaled_dot_product_attention(query, keys, values, mask)
-    states = states + attention.o_proj(_joined(attended))
-    mixed: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
-    return mixed
-
-
-def _look(
-    block: Block,
-    states: Tensor,
-    images: Tensor,
-    shown: Tensor,
-    kept: Tensor,
-    looks: Tensor,
-    blind: Tensor,
-    kept_keys: Tensor,
-    kept_values: Tensor,
-) -> Tensor:
-    """While prompts are read each token sees the image before it. The last one's keys and values are kept."""
-    attention = block.cross_attn
-    keys, values = (_headed(attention, project(images)) for project in (attention.k_proj, attention.v_proj))
-    keys = attention.k_layer_norm(keys) if attention.qk_layer_norms else keys
-    kept_keys.copy_(keys[kept])
-    kept_values.copy_(values[kept])
-    attended = scaled_dot_product_attention(
-        _query(block, states), _side_by_side(keys, shown), _side_by_side(values, shown), looks
-    )
-    return _gated(block, states, attended, blind)
+        return layer.mixed(states, scaled_dot_product_attention(query, key, value, is_causal=True))
+    keys, values = cache if slots is None else (kept.index_select(0, slots) for kept in cache)
+    return layer.mixed(states, scaled_dot_product_attention(query, keys, values, mask))
 
 
 def _side_by_side(images: Tensor, shown: Tensor) -> Tensor:
     """(images, heads, length, head size) as (rows, heads, keys, head size) of each row's images."""
     each = images[shown].transpose(1, 2)
     return each.flatten(2, 3)
-
-
-def _look_back(block: Block, states: Tensor, blind: Tensor, kept: KeysValues | None) -> Tensor:
-    """After the prompt every token sees its row's last image, whose keys and values are kept."""
-    if kept is None:
-        return _mixed(block, states)
-    keys, values = kept
-    return _gated(block, states, scaled_dot_product_attention(_query(block, states), keys, values), blind)
-
-
-def _headed(attention: Block, states: Tensor) -> Tensor:
-    """(rows, length, hidden) as (rows, heads, length, head size)."""
-    headed: Tensor = states.view(*states.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
-    return headed
-
-
-def _joined(states: Tensor) -> Tensor:
-    return states.transpose(1, 2).flatten(2)
-
-
-def _query(block: Block, states: Tensor) -> Tensor:
-    attention = block.cross_attn
-    query = _headed(attention, attention.q_proj(block.input_layernorm(states)))
-    return attention.q_layer_norm(query) if attention.qk_layer_norms else query
-
-
-def _gated(block: Block, states: Tensor, attended: Tensor, blind: Tensor | None) -> Tensor:
-    added = block.cross_attn.o_proj(_joined(attended))
-    if blind is not None:
-        added = added.masked_fill(blind, 0.0)
-    return _mixed(block, states + block.act_cross_attn(block.alpha_cross_attn) * added)
-
-
-def _mixed(block: Block, states: Tensor) -> Tensor:
-    mixed: Tensor = states + block.act_dense(block.alpha_dense) * block.mlp(block.post_attention_layernorm(states))
-    return mixed
