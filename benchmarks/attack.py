@@ -29,6 +29,7 @@ from celery import Celery
 from PIL import Image
 
 from benchmarks import fuzz, measures
+from benchmarks.contenders import await_results
 from benchmarks.workloads import PictureBook
 from tasks import Caption, Client
 from worker.demo import stack
@@ -246,20 +247,12 @@ class Site:
             ids.append(self._client.submit(Caption(image=picture, max_new_tokens=20)).id)
         started = time.monotonic()
         self._control.add_consumer("idefics", destination=["attacked@attack"], reply=True)
-        self._await(ids)
+        await_results(self._results, ids)
         seconds = time.monotonic() - started
         return good / seconds, Counter(self._attacker.AsyncResult(id).state for id in hostile)
 
     def _attack(self, arguments: dict[str, Any]) -> str:
         return str(self._attacker.send_task("idefics.complete", kwargs=arguments, queue="idefics").id)
-
-    def _await(self, ids: list[str]) -> None:
-        keys = [f"celery-task-meta-{id}" for id in ids]
-        while keys:
-            time.sleep(0.05)
-            stored = self._results.mget(keys)
-            assert not any(b'"FAILURE"' in each for each in stored if each), "a good job failed"
-            keys = [key for key, each in zip(keys, stored, strict=True) if not each or b'"SUCCESS"' not in each]
 
 
 def measured(attack: Attack) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+import redis
 from celery import Celery
 
 from benchmarks.stock import Request, Stock
@@ -27,6 +29,8 @@ from worker.prompts import ImageRef, build
 HTTP_THREADS = 64
 #: Seconds for one round.
 ROUND_S = 900.0
+#: Results.
+ASKED_AT_ONCE = 32
 
 
 class Contender(Protocol):
@@ -94,7 +98,7 @@ class Queued:
         ids = [self._submit(job) for job in jobs]
         cpu, started = cpu_s(self.process), time.monotonic()
         self.app.control.add_consumer(self.queue, destination=[self.node], reply=True)
-        texts = self._await_texts(ids)
+        texts = [result["text"] for result in await_results(self.broker.connect(1), ids)]
         return Turn(time.monotonic() - started, cpu_s(self.process) - cpu, texts)
 
     def _submit(self, job: Job) -> str:
@@ -102,19 +106,23 @@ class Queued:
             return self.client.submit(job).id
         return str(self.app.send_task("naive.answer", (request_of(job),), queue=self.queue).id)
 
-    def _await_texts(self, ids: Sequence[str]) -> list[str]:
-        connection, end = self.broker.connect(1), time.monotonic() + ROUND_S
-        texts: dict[str, str] = {}
-        while len(texts) < len(ids) and time.monotonic() < end:
-            missing = [id for id in ids if id not in texts]
-            for id, stored in zip(missing, connection.mget([f"celery-task-meta-{id}" for id in missing]), strict=True):
-                meta: dict[str, Any] = json.loads(stored) if stored else {"status": "PENDING"}
-                if meta["status"] == "FAILURE":
-                    raise RuntimeError(f"{self.name}: a job failed: {meta['result']}")
-                if meta["status"] == "SUCCESS":
-                    texts[id] = meta["result"]["text"]
-            time.sleep(0.05)
-        return [texts[id] for id in ids]
+
+def await_results(results: redis.Redis, ids: Sequence[str]) -> list[Any]:
+    """What these jobs returned, in order, once it is stored. Raises RuntimeError where one failed or none came."""
+    found: list[Any] = []
+    end = time.monotonic() + ROUND_S
+    while len(found) < len(ids):
+        # Those that come next only: to ask for all takes much of a processor from the worker.
+        asked = [f"celery-task-meta-{id}" for id in ids[len(found) : len(found) + ASKED_AT_ONCE]]
+        metas: list[dict[str, Any]] = [json.loads(stored or "{}") for stored in results.mget(asked)]
+        ended = list(itertools.takewhile(lambda meta: meta.get("status") == "SUCCESS", metas))
+        found += [meta["result"] for meta in ended]
+        if len(ended) == len(metas):
+            continue
+        if metas[len(ended)].get("status") == "FAILURE" or time.monotonic() > end:
+            raise RuntimeError(f"job {len(found)} failed or never ended: {metas[len(ended)]}")
+        time.sleep(0.05)
+    return found
 
 
 @dataclass
