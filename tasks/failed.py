@@ -101,6 +101,8 @@ class FailedJob:
     attempts: int
     submitted_at: float | None
     failed_at: float
+    #: False for a large invalid request: its payload is not kept, since it would fail again.
+    is_whole: bool = True
 
 
 class FailedJobs:
@@ -115,7 +117,8 @@ class FailedJobs:
 
     def keep(self, job: FailedJob, signature: dict[str, Any], bounds: Bounds) -> None:
         """Put a job on the list. Raises ValueError for one that is larger than the whole list may be."""
-        about, whole = json.dumps(asdict(job)).encode(), kombu_json.dumps(signature).encode()
+        about = json.dumps(asdict(job)).encode()
+        whole = kombu_json.dumps(signature).encode() if job.is_whole else b""
         if len(about) + len(whole) > bounds.bytes:
             raise ValueError(f"it is larger than {bounds.bytes} bytes: raise IDEFICS_FAILED_MAX_BYTES")
         is_invalid = int(job.code == InvalidRequest.code)
@@ -144,6 +147,8 @@ class FailedJobs:
         whole = self._redis.hget(KEYS[3], id)
         if whole is None:
             raise LookupError(f"No failed job {id}: it was dropped, sent again or is too old.")
+        if not whole:
+            raise LookupError(f"The payload of {id} was invalid and too large to be kept: its producer has it.")
         return dict(kombu_json.loads(_text(whole)))
 
     def retry(self, job: FailedJob) -> None:
@@ -309,7 +314,8 @@ def ls(source: Any, selection: Selection, as_json: bool) -> None:
 def show(source: Any, id: str, reveal: bool) -> None:
     """Print a failed job with its payload, links and options as JSON, what may be secret left out."""
     jobs = _jobs(source)
-    whole = {**asdict(jobs.get(id)), "signature": jobs.signature(id)}
+    job = jobs.get(id)
+    whole = {**asdict(job), "signature": jobs.signature(id) if job.is_whole else {}}
     if not reveal:
         # Celery's own objects become plain JSON first.
         name, shown = "signature", json.loads(kombu_json.dumps(whole))
@@ -329,9 +335,11 @@ def retry(source: Any, selection: Selection, all_: bool) -> None:
     """
     jobs = _jobs(source)
     chosen = _chosen(jobs, selection, all_)
-    for job in chosen:
+    whole = [job for job in chosen if job.is_whole]
+    for job in whole:
         jobs.retry(job)
-    click.echo(f"{len(chosen)} jobs sent again")
+    left = len(chosen) - len(whole)
+    click.echo(f"{len(whole)} jobs sent again" + (f", {left} left whose payloads were not kept" if left else ""))
 
 
 @failed.command("drop")

@@ -14,11 +14,14 @@ from celery import Celery, Task, states
 from celery.app.task import Context
 from celery.signals import task_failure
 
-from tasks.errors import from_exception
+from tasks.errors import InvalidRequest, from_exception
 from tasks.failed import Bounds, FailedJob, FailedJobs
 from tasks.payloads import SUBMITTED_AT
 
 logger = logging.getLogger(__name__)
+
+#: Characters that an invalid request's payload may have to be kept: writing a megabyte costs as much as ten jobs.
+MAX_INVALID_CHARS = 200_000
 
 
 def keep_failures(app: Celery, bounds: Bounds) -> None:
@@ -49,7 +52,19 @@ def failed_job(task: str, request: Context, error: BaseException) -> FailedJob:
         attempts=(request.retries or 0) + 1,
         submitted_at=request.get(SUBMITTED_AT),
         failed_at=time.time(),
+        is_whole=ours.code != InvalidRequest.code or not _is_longer((request.args, request.kwargs), MAX_INVALID_CHARS),
     )
+
+
+def _is_longer(value: Any, most: int) -> bool:
+    """Whether a value of JSON has more characters and entries than that, looking at no more of them."""
+    rest = [value]
+    while rest and most >= 0:
+        each = rest.pop()
+        most -= len(each) if isinstance(each, str | list | tuple | dict) else 1
+        if isinstance(each, list | tuple | dict):
+            rest += [*each.items()] if isinstance(each, dict) else each
+    return most < 0
 
 
 def _has_other_end(app: Celery, id: str) -> bool:

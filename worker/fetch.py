@@ -44,6 +44,7 @@ from tasks.addresses import Address, Network, is_public, unmapped
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import Image
 from worker.hosts import Hosts
+from worker.pace import Pace
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -54,10 +55,13 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 #: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
 MAX_URL_CHARS = 8_192
 #: Bytes of status lines, headers and chunk sizes that an answer may have on top of its image, whatever is read ahead.
-MAX_FRAMING_BYTES = 131_072
+MAX_FRAMING_BYTES = 81_920
 CHUNK_BYTES = 16_384
 #: Bytes that are read at once of a large body.
 MAX_PIECE_BYTES = 262_144
+#: Bytes after which a body is a large one. Those keep a pace together, in bytes a second for each core: reading a
+#: megabyte costs up to 5 ms of a busy machine, and whoever sends the jobs chooses how many there are.
+LARGE_BYTES, LARGE_BYTES_PER_S = 2_000_000, 40_000_000
 #: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
 CHUNK_COST = 16
 
@@ -407,6 +411,7 @@ class Fetcher:
         self._policy = policy
         self._tls = tls_context()
         self._hosts = Hosts(policy.host_turns)
+        self._pace = Pace(LARGE_BYTES_PER_S * (os.cpu_count() or 1))
         self._headers = {
             "User-Agent": user_agent(contact=policy.contact),
             "Accept": "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1",
@@ -434,7 +439,7 @@ class Fetcher:
             for _ in range(self._policy.max_redirects + 1):
                 with _translated(url, guard), self._answer(session, url) as response:
                     if response.status_code not in REDIRECTS:
-                        return _body(response, guard)
+                        return _body(response, guard, self._pace)
                     url = _redirect_target(response)
         hops = self._policy.max_redirects
         raise ImageBlocked(f"{_host(url)} comes after more than {hops} redirects: send the image's final URL.")
@@ -458,7 +463,7 @@ def _redirect_target(response: requests.Response) -> str:
     return target
 
 
-def _body(response: requests.Response, guard: Guard) -> bytes:
+def _body(response: requests.Response, guard: Guard, pace: Pace) -> bytes:
     host, max_bytes = _host(response.url), guard.policy.max_bytes
     _check_status(response, host)
     if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
@@ -466,7 +471,7 @@ def _body(response: requests.Response, guard: Guard) -> bytes:
     length = response.headers.get("Content-Length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise _too_large(host, max_bytes)
-    return _read_capped(response, host, guard)
+    return _read_capped(response, host, guard, pace)
 
 
 def _check_status(response: requests.Response, host: str) -> None:
@@ -493,7 +498,7 @@ def retry_after_s(header: str, now: float) -> float | None:
         return None
 
 
-def _read_capped(response: requests.Response, host: str, guard: Guard) -> bytes:
+def _read_capped(response: requests.Response, host: str, guard: Guard, pace: Pace) -> bytes:
     body = bytearray()
     for piece in _pieces(response.raw, body):
         body += piece
@@ -503,6 +508,8 @@ def _read_capped(response: requests.Response, host: str, guard: Guard) -> bytes:
         guard.body_bytes += len(piece) - CHUNK_COST
         if len(body) > guard.policy.max_bytes:
             raise _too_large(host, guard.policy.max_bytes)
+        if len(body) > LARGE_BYTES:
+            time.sleep(guard.deadline.left(pace.wait_s(len(piece))))
     return bytes(body)
 
 

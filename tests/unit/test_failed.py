@@ -15,7 +15,7 @@ from celery.signals import task_failure
 from click.testing import CliRunner
 from click.testing import Result as Outcome
 
-from tasks import Client, ImageUnreachable, InvalidRequest, failed
+from tasks import Client, ImageUnreachable, InvalidRequest, JobError, failed
 from tasks.failed import KEYS, Bounds, FailedJob, FailedJobs, Selection, age, redacted
 from tasks.payloads import SUBMITTED_AT
 from worker.demo.stack import Broker
@@ -210,6 +210,29 @@ def test_a_failure_without_its_request_keeps_the_payload(app: Celery) -> None:
     assert ids(FailedJobs(app)) == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("error", "kwargs", "is_whole"),
+    [
+        (InvalidRequest("No."), {"prompt": ["x" * 200_001]}, False),
+        (InvalidRequest("No."), {"prompt": ["x"] * 200_001}, False),
+        (InvalidRequest("No."), {"metadata": {"x" * 100_000: "y" * 100_001}}, False),
+        (InvalidRequest("No."), {"prompt": ["x" * 199_000]}, True),
+        (ImageUnreachable("Away."), {"image": "x" * 200_001}, True),
+    ],
+)
+def test_only_a_large_invalid_request_is_kept_without_its_payload(
+    app: Celery, error: JobError, kwargs: dict[str, Any], is_whole: bool
+) -> None:
+    task_failure.send(sender=app.tasks["idefics.caption"], task_id="b", exception=error, args=[], kwargs=kwargs)
+    (kept,) = jobs = FailedJobs(app)
+    assert kept.is_whole is is_whole
+    if is_whole:
+        assert jobs.signature("b")["kwargs"] == kwargs
+    else:
+        with pytest.raises(LookupError, match="its producer has it"):
+            jobs.retry(kept)
+
+
 @pytest.mark.parametrize(("state", "kept"), [(states.SUCCESS, []), (states.REVOKED, []), (states.FAILURE, ["a"])])
 def test_a_job_that_another_run_ended_is_not_kept(app: Celery, state: str, kept: list[str]) -> None:
     app.backend.store_result("a", None if state == states.SUCCESS else ValueError("x"), state)
@@ -385,6 +408,13 @@ def test_retry_by_id_and_of_all(run: Any, jobs: FailedJobs) -> None:
     assert ids(jobs) == ["b"]
     assert run("retry", "--all").output == "1 jobs sent again\n"
     assert ids(jobs) == []
+
+
+def test_retry_leaves_what_was_kept_without_its_payload(run: Any, jobs: FailedJobs) -> None:
+    keep(jobs, job("d", "invalid_request", is_whole=False))
+    assert run("retry", "--all").output == "3 jobs sent again, 1 left whose payloads were not kept\n"
+    assert ids(jobs) == ["d"]
+    assert json.loads(run("show", "d").output)["signature"] == {}
 
 
 def test_drop_takes_off_the_list_and_sends_nothing(run: Any, jobs: FailedJobs, broker: Broker) -> None:

@@ -34,6 +34,7 @@ from PIL import Image
 
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import ImagePath
+from worker import fetch
 from worker.fetch import (
     Fetcher,
     FetchPolicy,
@@ -843,6 +844,20 @@ def test_a_large_image_in_small_chunks_arrives(policy: FetchPolicy) -> None:
     with Server(GOOD, answer=lambda c, _: c.sendall(_CHUNKED + _chunk(BODY[:100]) * 20_000 + b"0\r\n\r\n")) as server:
         fetcher = Fetcher(replace(policy, ports=(server.port,), max_bytes=len(body)))
         assert fetcher.fetch(f"http://good.test:{server.port}/x") == body
+
+
+def test_large_bodies_keep_a_pace_together_and_arrive(policy: FetchPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "LARGE_BYTES", 50_000)
+    monkeypatch.setattr(fetch, "LARGE_BYTES_PER_S", 200_000 / (os.cpu_count() or 1))
+    body = BODY.ljust(MAX_BYTES, b"x")
+    with Server(GOOD, answer=lambda c, _: c.sendall(response(body))) as server:
+        fetcher = Fetcher(replace(policy, ports=(server.port,), total_s=5.0))
+        began = time.monotonic()
+        with ThreadPoolExecutor(4) as threads:
+            bodies = list(threads.map(fetcher.fetch, [f"http://good.test:{server.port}/x"] * 4))
+    assert bodies == [body] * 4
+    # The half of each that is beyond.
+    assert time.monotonic() - began > 0.8
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 408])

@@ -112,6 +112,35 @@ def bodies(taker: Taker, number: int) -> list[str]:
     return [taker.take().decode() for _ in range(number)]
 
 
+# The envelope
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"body": "eyJhIjogMX0=", "headers": {"id": "b"}, "properties": {"body_encoding": "base64"}}',
+        b'{"body": "e30\\u003d", "properties": {"body_encoding": "base64"}}',
+        b'{"body": "plain text", "properties": {"body_encoding": null}}',
+        b'{"body": "a \\"quoted\\" text", "properties": {}}',
+        b'{"body": "", "properties": {}}',
+        b'{"properties": {"body_encoding": "base64"}, "body": "e30="}',
+        '{"body": "\u00fc", "properties": {}}'.encode(),
+    ],
+)
+def test_an_envelope_is_what_json_says_it_is(raw: bytes) -> None:
+    read = transport._envelope(raw)
+    body = read["body"]
+    assert {**read, "body": body.decode() if isinstance(body, bytes) else body} == json.loads(raw)
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"body": "abc', b'{"body": "abc"', b'{"body": "abc"}', b'{"body": "a", "properties": 1}']
+)
+def test_what_is_no_envelope_is_none(raw: bytes) -> None:
+    with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
+        transport._envelope(raw)
+
+
 # The take
 
 

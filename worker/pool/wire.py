@@ -41,7 +41,7 @@ class Channel:
         return self._connection.fileno()
 
     def send(self, message: Message) -> None:
-        self._outgoing.append(memoryview(_packed(message)))
+        self._outgoing.extend(map(memoryview, _packed(message)))
         self.flush()
 
     def flush(self) -> None:
@@ -86,7 +86,7 @@ class BlockingChannel:
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
-        packed = _packed(message)
+        packed = b"".join(_packed(message))
         with self._lock:
             self._connection.sendall(packed)
 
@@ -98,9 +98,11 @@ class BlockingChannel:
             yield from _unpacked(incoming)
 
 
-def _packed(message: Message) -> bytes:
+def _packed(message: Message) -> list[bytes]:
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return _LENGTH.pack(len(body)) + body
+    length = _LENGTH.pack(len(body))
+    # Megabytes are not copied for it.
+    return [length, body] if len(body) > _CHUNK else [length + body]
 
 
 def _unpacked(incoming: bytearray) -> Iterator[Message]:
