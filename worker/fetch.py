@@ -60,8 +60,9 @@ CHUNK_BYTES = 16_384
 #: Bytes that are read at once of a large body.
 MAX_PIECE_BYTES = 262_144
 #: Bytes after which a body is a large one. Those keep a pace together, in bytes a second for each core: reading a
-#: megabyte costs up to 5 ms of a busy machine, and whoever sends the jobs chooses how many there are.
-LARGE_BYTES, LARGE_BYTES_PER_S = 2_000_000, 40_000_000
+#: megabyte takes up to 5 ms of a core, and whoever sends the jobs chooses how many there are. Not only while others
+#: have work: a worker that reads at full speed cannot let them in.
+LARGE_BYTES, LARGE_BYTES_PER_S = 2_000_000, 15_000_000
 #: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
 CHUNK_COST = 16
 
@@ -499,26 +500,32 @@ def retry_after_s(header: str, now: float) -> float | None:
 
 
 def _read_capped(response: requests.Response, host: str, guard: Guard, pace: Pace) -> bytes:
-    body = bytearray()
-    for piece in _pieces(response.raw, body):
-        body += piece
-        if len(body) >= _PICTURE_BYTES and not _PICTURE.match(body):
+    # Not one buffer that grows: its new memory would be touched with the interpreter held, and moved again and again.
+    pieces: list[bytes] = []
+    size, head = 0, b""
+    for piece in _pieces(response.raw):
+        pieces.append(piece)
+        size += len(piece)
+        head += piece[: _PICTURE_BYTES - len(head)]
+        if len(head) == _PICTURE_BYTES and not _PICTURE.match(head):
             # Whatever else it sends, be it without end, need not be read.
             raise ImageInvalid(f"{host} sends no JPEG, PNG, WebP or GIF: check that the URL is the image's own.")
         guard.body_bytes += len(piece) - CHUNK_COST
-        if len(body) > guard.policy.max_bytes:
+        if size > guard.policy.max_bytes:
             raise _too_large(host, guard.policy.max_bytes)
-        if len(body) > LARGE_BYTES:
+        if size > LARGE_BYTES:
             time.sleep(guard.deadline.left(pace.wait_s(len(piece))))
-    return bytes(body)
+    return b"".join(pieces)
 
 
-def _pieces(raw: urllib3.HTTPResponse, body: bytearray) -> Iterator[bytes]:
-    """What follows `body`: in larger pieces the more there is, since each costs the interpreter the same."""
+def _pieces(raw: urllib3.HTTPResponse) -> Iterator[bytes]:
+    """A body: in larger pieces the more there is of it, since each costs the interpreter the same."""
     if raw.chunked:
         yield from raw.stream(CHUNK_BYTES, decode_content=False)
         return
-    while piece := raw.read(min(max(CHUNK_BYTES, len(body) // 4), MAX_PIECE_BYTES), decode_content=False):
+    size = 0
+    while piece := raw.read(min(max(CHUNK_BYTES, size // 4), MAX_PIECE_BYTES), decode_content=False):
+        size += len(piece)
         yield piece
 
 

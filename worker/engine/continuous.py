@@ -20,6 +20,7 @@ from worker.engine.sampling import RowSampler
 from worker.engine.scoring import begun
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
+from worker.models.traced import Traced
 
 #: Prompt tokens, padding included, that are read at once: more would hold up the running rows, and need memory.
 PREFILL_TOKENS = 4096
@@ -43,6 +44,7 @@ class ContinuousModel(StockModel):
         self._image_id = adapter.image_id
         self._features = adapter.features
         self._prefixes = PrefixCache(prefix_cache_bytes)
+        self._best = Traced(best)
         self._forbidden = torch.tensor(adapter.codec.bad_words_ids, device=adapter.model.device).flatten()
         #: By slot of the decoder.
         self._running: dict[int, tuple[Progress, RowSampler | None]] = {}
@@ -157,18 +159,20 @@ class ContinuousModel(StockModel):
 
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in these slots their next tokens, and free the slots of those that are over."""
-        logits.index_fill_(1, self._forbidden, -torch.inf)
+        now, tokens = time.monotonic(), self._best(logits, self._forbidden).tolist()
         running = [(place, slot, *self._running[slot]) for place, slot in enumerate(slots) if slot in self._running]
-        for place, _, _, sampler in running:
-            if sampler is not None:
-                logits[place] = sampler.perturb(logits[place])
-        now, tokens = time.monotonic(), logits.argmax(dim=-1).tolist()
-        for place, _, progress, _ in running:
-            progress.take(tokens[place], now)
+        for place, _, progress, sampler in running:
+            token = int(sampler.perturb(logits[place]).argmax()) if sampler else tokens[place]
+            progress.take(token, now)
         over = [slot for _, slot, progress, _ in running if progress.row.is_done]
         for slot in over:
             del self._running[slot]
         self._decoder.release(over)
+
+
+def best(logits: Tensor, forbidden: Tensor) -> Tensor:
+    """Each row's most likely token of those that are not forbidden, which get no chance in `logits` either."""
+    return logits.index_fill_(1, forbidden, -torch.inf).argmax(dim=-1)
 
 
 def _label_parts(rows: Sequence[Row]) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import IdeficsForVisionText2Text
 
 from worker.models.idefics_layers import Decoder, KeysValues
-from worker.models.idefics_network import Branches, Continuation, Reader, move
+from worker.models.idefics_network import Branches, Continuation, Reader, move, recall
 from worker.models.traced import Traced
 
 #: Positions that a cache grows by: often enough to be small, seldom enough for its copies not to count.
@@ -132,6 +132,7 @@ class IdeficsDecoder:
         self._continue = Traced(Continuation(decoder))
         self._branch = Traced(Branches(decoder))
         self._move = Traced(move)
+        self._put = Traced(recall)
         #: Keys of one image: the resampler's latents, or the vision tower's patches.
         self._width = 0
         #: By slot: its tokens, none where it is free, and whether new ones see an image.
@@ -155,18 +156,18 @@ class IdeficsDecoder:
         end = max(self.slots, slots[-1] + 1)
         # Padding on the right: no kept token looks at it, and the next tokens overwrite it.
         ids = _padded([prompt.ids for prompt in prompts], length, 0, self._device)
-        lasts = self._tensor([len(prompt.ids) - 1 for prompt in prompts])
+        ends = [len(prompt.ids) - 1 for prompt in prompts]
+        first_places, lasts, places, sees = self._tensor([starts, ends, slots, [0] * len(slots)]).unbind()
         own = self._own.views(0, end, max(starts) + length)
         self._recall(prompts, slots)
         if shown.images is None:
-            blind = self._tensor([False] * len(prompts))
-            logits = self._continue(ids, self._tensor(starts), lasts, blind, *(each[slots[0] :] for each in own))
+            logits = self._continue(ids, first_places, lasts, sees, *(each[slots[0] :] for each in own))
         else:
             self._width = shown.images.shape[1]
             read = self._resume if max(starts) else self._begin
             images = (shown.images, shown.index, shown.last, shown.unseeing)
             cross = self._cross.views(0, end, self._width)
-            logits = read(ids, self._tensor(starts), lasts, self._tensor(slots), *images, *own, *cross)
+            logits = read(ids, first_places, lasts, places, *images, *own, *cross)
         self._lengths += [0] * (end - self.slots)
         self._sees += [False] * (end - len(self._sees))
         for slot, prompt in zip(slots, prompts, strict=True):
@@ -185,9 +186,9 @@ class IdeficsDecoder:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each slot; free ones take any. The next token's logits (slots, vocabulary)."""
-        starts = self._tensor(self._lengths)
-        ids = self._tensor(tokens)[:, None]
-        logits = self._continue(ids, starts, torch.zeros_like(starts), *self._seen_from(0, 1))
+        # One tensor, since each that is made lets go of the interpreter and has to get it back.
+        ids, starts, lasts, sees = self._tensor([tokens, self._lengths, [0] * self.slots, self._sees]).unbind()
+        logits = self._continue(ids[:, None], starts, lasts, sees, *self._caches(0, 1))
         self._lengths = [length and length + 1 for length in self._lengths]
         return logits
 
@@ -210,8 +211,8 @@ class IdeficsDecoder:
             _padded(rows, longest, fill, self._device)
             for rows, fill in ((tokens, 0), (targets, 0), (owners, -1), (depths, 0))
         )
-        starts = self._tensor(self._lengths[first:])
-        picked = self._branch(ids, starts, target, owner, depth, *self._seen_from(first, longest)).tolist()
+        starts, sees = self._tensor([self._lengths[first:], self._sees[first:]]).unbind()
+        picked = self._branch(ids, starts, target, owner, depth, sees, *self._caches(first, longest)).tolist()
         return [_unpacked(row, pack) for row, pack in zip(picked, packs, strict=True)]
 
     def release(self, slots: Sequence[int]) -> None:
@@ -258,13 +259,10 @@ class IdeficsDecoder:
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return torch.tensor(numbers, device=self._device)
 
-    def _seen_from(self, first: int, count: int) -> list[Tensor]:
-        """For so many new tokens in each slot from `first` on: whether they see an image, and the caches."""
-        end, sees = self.slots, self._sees[first:]
-        caches = self._own.views(first, end, max(self._lengths[first:]) + count)
-        if any(sees):
-            caches += self._cross.views(first, end, self._width)
-        return [self._tensor(sees), *caches]
+    def _caches(self, first: int, count: int) -> list[Tensor]:
+        """Of the slots from `first` on, with room for so many new tokens in each."""
+        caches = self._own.views(first, self.slots, max(self._lengths[first:]) + count)
+        return caches + self._cross.views(first, self.slots, self._width) if any(self._sees[first:]) else caches
 
     def _recall(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> None:
         """Put the prompts' prefixes into their slots, which have room for them."""
@@ -273,10 +271,8 @@ class IdeficsDecoder:
         for slot, prompt in zip(slots, prompts, strict=True):
             places.setdefault(id(prompt.prefix), []).append(slot)
         for key, prefix in prefixes.items():
-            targets = self._tensor(places[key])
             kept = (tensor for layer in prefix.layers for tensor in layer)
-            for tensor, beginning in zip(self._own.tensors, kept, strict=True):
-                tensor[targets, :, : prefix.length] = beginning
+            self._put(self._tensor(places[key]), *self._own.tensors, *kept)
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch.device) -> Tensor:

@@ -136,6 +136,16 @@ def move(sources: Tensor, targets: Tensor, *tensors: Tensor) -> Tensor:
     return targets
 
 
+def recall(slots: Tensor, *tensors: Tensor) -> Tensor:
+    """Put one beginning into some slots. The first half of the tensors are caches (slots, heads, positions, head size),
+    the second what they get (heads, length, head size)."""
+    half = len(tensors) // 2
+    for cache, beginning in zip(tensors[:half], tensors[half:], strict=True):
+        whole = beginning.expand(slots.shape[0], *beginning.shape)
+        cache[:, :, : beginning.shape[1]].index_copy_(0, slots, whole)
+    return slots
+
+
 def _up_to(stored: Tensor, keys: Tensor) -> Tensor:
     """(rows, 1, length, positions): a token sees those up to itself."""
     return (torch.arange(keys.shape[2], device=stored.device) <= stored[..., None])[:, None]
@@ -147,7 +157,7 @@ def _picked(states: Tensor, lasts: Tensor) -> Tensor:
 
 def _looker_back(sees: Tensor) -> Callable[[ImageBlock, Tensor, KeysValues | None], Tensor]:
     """After the prompt every token sees its row's last image, whose keys and values are kept."""
-    blind = ~sees[:, None, None]
+    blind = (sees == 0)[:, None, None]
 
     def look(block: ImageBlock, states: Tensor, kept: KeysValues | None) -> Tensor:
         return block.mixed(states) if kept is None else block.looked(states, *kept, blind)
