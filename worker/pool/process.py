@@ -6,6 +6,7 @@ chords and retries.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
@@ -66,7 +67,6 @@ class ModelProcess:
         self._service = service
         self._queue: queue.SimpleQueue[tuple[int, tuple[Any, ...]]] = queue.SimpleQueue()
         self._ids: dict[int, str] = {}
-        self._cores = job_cores(os.sched_getaffinity(0))
 
     def serve(self, threads: int) -> None:
         """Run jobs until the parent says stop or is gone."""
@@ -89,7 +89,7 @@ class ModelProcess:
             self._channel.send(("canceled", serial, None))
 
     def _work(self) -> None:
-        os.sched_setaffinity(threading.get_native_id(), self._cores)
+        _leave_cores_to_the_engine()
         while True:
             serial, arguments = self._queue.get()
             message = self._outcome(serial, arguments)
@@ -136,6 +136,13 @@ def job_cores(cores: Collection[int]) -> list[int]:
     neither free: 12 % more jobs a second with one, for 8 % less time of each job.
     """
     return sorted(cores)[min(2, len(cores) // 2) :]
+
+
+def _leave_cores_to_the_engine() -> None:
+    if sys.platform == "linux":
+        # A sandbox may forbid it: then it is only slower.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(threading.get_native_id(), job_cores(os.sched_getaffinity(0)))
 
 
 def _bare(info: ExceptionInfo) -> BaseException:
