@@ -127,13 +127,28 @@ def await_results(results: redis.Redis, ids: Sequence[str]) -> list[Any]:
 
 @dataclass
 class Http:
-    """A server that is asked for everything at once."""
+    """A server that is asked for everything at once. It stands still until its turn, since idle ones poll."""
 
     name: str
     port: int
     process: psutil.Process
 
+    def __post_init__(self) -> None:
+        self.processes = [self.process, *self.process.children(recursive=True)]
+        self._stand_still()
+
+    def _stand_still(self) -> None:
+        for process in self.processes:
+            process.suspend()
+
     def run(self, jobs: Sequence[Job]) -> Turn:
+        for process in self.processes:
+            process.resume()
+        turn = self._ask_all(jobs)
+        self._stand_still()
+        return turn
+
+    def _ask_all(self, jobs: Sequence[Job]) -> Turn:
         requests = [json.dumps(request_of(job)) for job in jobs]
         cpu, started = cpu_s(self.process), time.monotonic()
         with ThreadPoolExecutor(HTTP_THREADS) as pool:
@@ -220,13 +235,12 @@ def _litserve(broker: stack.Broker, environment: Mapping[str, str]) -> Iterator[
     command = [sys.executable, "-m", "benchmarks.litserver", str(port)]
     with stack.started(command, log=log, environment=environment) as process:
         _await_http(port)
-        server = psutil.Process(process.pid)
-        below = server.children(recursive=True)
+        contender = Http("LitServe", port, psutil.Process(process.pid))
         try:
-            yield Http("LitServe", port, server)
+            yield contender
         finally:
             # It leaves its workers running when it is stopped.
-            for child in below:
+            for child in contender.processes[1:]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
 
