@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     #: When set, images come from these hosts and their sub-domains only.
     image_allow_domains: CommaSeparated = ()
     image_ports: Ports = (80, 443)
-    #: Bytes.
+    #: Bytes. What is beyond 2 MB comes at 15 MB a second for each core, of all downloads together.
     image_max_bytes: int = Field(default=20_000_000, ge=1)
     #: Seconds for one image, everything included.
     image_timeout_s: float = Field(default=20.0, gt=0)

@@ -140,6 +140,9 @@ class Deadline:
             raise TimeoutError("the total deadline has passed")
         return min(left, at_most)
 
+    def extend(self, seconds: float) -> None:
+        self._end += seconds
+
     def has_passed(self) -> bool:
         return time.monotonic() >= self._end
 
@@ -514,7 +517,10 @@ def _read_capped(response: requests.Response, host: str, guard: Guard, pace: Pac
         if size > guard.policy.max_bytes:
             raise _too_large(host, guard.policy.max_bytes)
         if size > LARGE_BYTES:
-            time.sleep(guard.deadline.left(pace.wait_s(len(piece))))
+            rest = pace.wait_s(len(piece))
+            time.sleep(rest)
+            # It is not the server that lets us wait.
+            guard.deadline.extend(rest)
     return b"".join(pieces)
 
 
