@@ -40,13 +40,13 @@ def next_batch(waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = 
     if not waiting:
         return []
     head = min(waiting, key=lambda row: (row.priority, row.arrived))
-    if running and not _may_join(head, waiting, limits, running):
+    batch, longest = [head], max(map(_length, (*running, head)))
+    if running and not _may_join(head, longest, waiting, limits, running):
         return []
     companions = sorted(
         (row for row in waiting if row is not head and _group(row) == _group(head)),
         key=lambda row: (row.priority, _distance(row, head), row.arrived),
     )
-    batch, longest = [head], max(map(_length, (*running, head)))
     for row in companions:
         longer = max(longest, _length(row))
         if _fits(len(running) + len(batch) + 1, longer, head, limits):
@@ -55,9 +55,8 @@ def next_batch(waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = 
     return batch
 
 
-def _may_join(head: Row, waiting: Sequence[Row], limits: Limits, running: Sequence[Row]) -> bool:
+def _may_join(head: Row, longest: int, waiting: Sequence[Row], limits: Limits, running: Sequence[Row]) -> bool:
     """Nobody overtakes a head that cannot join: the batch drains, and then the head is the first."""
-    longest = max(map(_length, (*running, head)))
     if _group(head) != _group(running[0]) or not _fits(len(running) + 1, longest, head, limits):
         return False
     free = limits.rows - len(running)

@@ -219,12 +219,14 @@ class IdeficsDecoder:
         """Free slots."""
         for slot in slots:
             self._lengths[slot], self._sees[slot] = 0, False
-        self._trim()
+        while self._lengths and not self._lengths[-1]:
+            self._lengths.pop()
+            self._sees.pop()
 
     @torch.inference_mode()
     def close_gaps(self) -> list[tuple[int, int]]:
         """Where too many slots are free among those in use, move the last rows there: from slot to slot."""
-        gaps = [slot for slot, length in enumerate(self._lengths) if not length]
+        gaps = self._gaps()
         if len(gaps) * GAPS_PART <= self.slots:
             return []
         left = self.slots - len(gaps)
@@ -235,18 +237,16 @@ class IdeficsDecoder:
         self._move(*self._tensor(moves).unbind(dim=1), *own, *cross)
         for source, target in moves:
             self._lengths[target], self._sees[target] = self._lengths[source], self._sees[source]
-            self._lengths[source] = 0
-        self._trim()
+        del self._lengths[left:], self._sees[left:]
         return moves
 
-    def _trim(self) -> None:
-        while self._lengths and not self._lengths[-1]:
-            self._lengths.pop()
-            self._sees.pop()
+    def _gaps(self) -> list[int]:
+        """The free slots before the last one in use."""
+        return [slot for slot, length in enumerate(self._lengths) if not length]
 
     def _free(self, count: int, *, at_end: bool) -> list[int]:
         """So many free slots."""
-        gaps = [] if at_end else [slot for slot, length in enumerate(self._lengths) if not length][:count]
+        gaps = [] if at_end else self._gaps()[:count]
         return [*gaps, *range(self.slots, self.slots + count - len(gaps))]
 
     def clear(self) -> None:

@@ -20,6 +20,10 @@ KeysValues = tuple[Tensor, Tensor]
 Block = Any
 
 
+#: Layers of which joining needs only the weights, which have no bias.
+_PLAIN = (torch.nn.Linear, IdeficsDecoupledLinear)
+
+
 class Joined(torch.nn.Module):
     """Linear layers of one input side by side: their outputs follow one another in the last dimension."""
 
@@ -28,7 +32,7 @@ class Joined(torch.nn.Module):
     def __init__(self, *layers: Block) -> None:
         super().__init__()
         # Others (quantized ones, for example) run one by one.
-        are_plain = all(type(layer) is torch.nn.Linear and layer.bias is None for layer in layers)
+        are_plain = all(type(layer) in _PLAIN and layer.bias is None for layer in layers)
         self.register_buffer("weight", _joined([layer.weight for layer in layers]) if are_plain else None)
         self.layers = torch.nn.ModuleList([] if are_plain else layers)
 
@@ -79,17 +83,24 @@ class _Mlp(torch.nn.Module):
         return mixed
 
 
-class Layer(torch.nn.Module):
+class _Attention(torch.nn.Module):
+    """What both kinds of layers have."""
+
+    def __init__(self, layer: Block, attention: Block) -> None:
+        super().__init__()
+        self.heads: int = attention.num_heads
+        self.before, self.between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self.out = attention.o_proj
+        self.mlp = _Mlp(layer.mlp)
+
+
+class Layer(_Attention):
     """The text's own attention, then an MLP."""
 
     def __init__(self, layer: Block) -> None:
-        super().__init__()
         attention = layer.self_attn
-        self.heads: int = attention.num_heads
-        self.before, self.between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        super().__init__(layer, attention)
         self.project = Joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = attention.o_proj
-        self.mlp = _Mlp(layer.mlp)
 
     def query_keys_values(self, states: Tensor, turns: KeysValues) -> tuple[Tensor, Tensor, Tensor]:
         """Each (rows, heads, length, head size). `turns` are the rotary embedding's (see `Decoder.turns`)."""
@@ -106,20 +117,16 @@ class Layer(torch.nn.Module):
         return mixed
 
 
-class ImageBlock(torch.nn.Module):
+class ImageBlock(_Attention):
     """Attention to images, then an MLP, both gated."""
 
     def __init__(self, block: Block) -> None:
-        super().__init__()
         attention = block.cross_attn
-        self.heads: int = attention.num_heads
-        self.before, self.between = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
+        super().__init__(block, attention)
         self.project_query = attention.q_proj
         self.project = Joined(attention.k_proj, attention.v_proj)
         self.query_norm: Block = _Norm(attention.q_layer_norm) if attention.qk_layer_norms else torch.nn.Identity()
         self.key_norm: Block = _Norm(attention.k_layer_norm) if attention.qk_layer_norms else torch.nn.Identity()
-        self.out = attention.o_proj
-        self.mlp = _Mlp(block.mlp)
         self.register_buffer("gate", block.act_cross_attn(block.alpha_cross_attn.data))
         self.register_buffer("mlp_gate", block.act_dense(block.alpha_dense.data))
 
@@ -182,11 +189,10 @@ class _Embedding(torch.nn.Module):
 
 def _head(head: Block) -> torch.nn.Module:
     """The head and the additional tokens' as one."""
-    if type(head) is not IdeficsDecoupledLinear or head.bias is not None or not head.out_additional_features:
-        return head  # type: ignore[no-any-return]
-    joined = torch.nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-    joined.weight = torch.nn.Parameter(_joined([head.weight, head.additional_fc.weight]), requires_grad=False)
-    return joined
+    is_decoupled = type(head) is IdeficsDecoupledLinear and head.bias is None and head.out_additional_features
+    if is_decoupled and type(head.additional_fc) is torch.nn.Linear:
+        return Joined(head, head.additional_fc)
+    return head  # type: ignore[no-any-return]
 
 
 def _headed(states: Tensor, heads: int) -> Tensor:
