@@ -23,6 +23,7 @@ from tasks import webhooks
 from tasks.errors import InvalidRequest, from_exception
 from tasks.outbox import Delivery, Outbox, connect, delivery_id
 from tasks.payloads import Callback
+from worker import turns
 from worker.webhook import check
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class Announcer:
             except UNAVAILABLE:
                 if not pauses:
                     raise
-                time.sleep(pauses.pop(0))
+                with turns.given_up():
+                    time.sleep(pauses.pop(0))
 
     def _record(
         self, callback: Callback, id: str, task: str, arguments: Mapping[str, Any], end: End, is_stored: bool

@@ -618,18 +618,21 @@ def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
     """A regular file strictly below `root`. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
     if root is None:
         raise ImageBlocked("This worker reads no local files: send a URL or have IDEFICS_IMAGE_ROOT set.")
+    relative = PurePosixPath(path)
+    if relative.is_absolute() or not relative.parts or ".." in relative.parts or "\0" in path:
+        raise ImageBlocked("The image's path leaves the image root: write it from there, without '..'.")
     try:
-        with _opened(*_inside(root, path)) as descriptor:
-            return _read_file(descriptor, max_bytes)
+        try:
+            return _read_file(root, relative.parts, max_bytes)
+        except OSError:
+            # On the way there may be a link, which may lead somewhere below the root.
+            return _read_file(*_inside(root, relative), max_bytes)
     except (OSError, RuntimeError, ValueError):
         raise ImageInvalid("The image's path names no readable file: check it below the image root.") from None
 
 
-def _inside(root: Path, path: str) -> tuple[Path, tuple[str, ...]]:
-    relative = PurePosixPath(path)
+def _inside(root: Path, relative: PurePosixPath) -> tuple[Path, tuple[str, ...]]:
     base = root.resolve(strict=True)
-    if relative.is_absolute() or ".." in relative.parts or "\0" in path:
-        raise ImageBlocked("The image's path leaves the image root: write it from there, without '..'.")
     real = (base / relative).resolve()
     if base not in real.parents:
         raise ImageBlocked("The image's path leaves the image root: copy the file below the root.")
@@ -638,8 +641,8 @@ def _inside(root: Path, path: str) -> tuple[Path, tuple[str, ...]]:
 
 @contextmanager
 def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
-    # Step by step without following links: what was resolved may have been exchanged for a link meanwhile.
-    opened = [os.open(base, _FOLDER_FLAGS)]
+    # Step by step without following links: what was resolved may have been exchanged for one meanwhile.
+    opened = [os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
     try:
         for name in parts[:-1]:
             opened.append(os.open(name, _FOLDER_FLAGS, dir_fd=opened[-1]))
@@ -650,12 +653,21 @@ def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
             os.close(descriptor)
 
 
-def _read_file(descriptor: int, max_bytes: int) -> bytes:
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise ImageInvalid("The image's path is no regular file: name one.")
-    with open(descriptor, "rb", closefd=False) as file:
-        # One byte more than allowed: files grow, and some in /proc say that they are empty.
-        data = file.read(max_bytes + 1)
+def _read_file(base: Path, parts: tuple[str, ...], max_bytes: int) -> bytes:
+    with _opened(base, parts) as descriptor:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageInvalid("The image's path is no regular file: name one.")
+        data = _contents(descriptor, status.st_size, max_bytes + 1)
     if len(data) > max_bytes:
         raise ImageTooLarge(f"The image's file has more than {max_bytes:,} bytes: send a smaller one.")
     return data
+
+
+def _contents(descriptor: int, size: int, most: int) -> bytes:
+    """Files grow, and some in /proc say that they are empty: what comes counts."""
+    pieces: list[bytes] = []
+    while most and (piece := os.read(descriptor, min(most, size + CHUNK_BYTES))):
+        pieces.append(piece)
+        most -= len(piece)
+    return b"".join(pieces)

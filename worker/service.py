@@ -22,6 +22,7 @@ from typing import Protocol
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, InvalidRequest, JobError, OutOfMemory, PromptTooLong
 from tasks.payloads import Classify, Job, ModelInfo, Result, Timing, Usage, parse
+from worker import turns
 from worker.answers import Answers
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Downloads at once for a job that shows several images. Its own: others' slow hosts must not hold them.
 DOWNLOADS = 4
+#: Bytes of a picture that takes longer to decode than others should wait for their turn.
+LARGE_BYTES = 200_000
 
 
 class Canceled(Exception):
@@ -139,7 +142,8 @@ class Service:
         with self._lock:
             run.row = row
             row.canceled = run.canceled
-        output = self._answers.output(row, self._info, self._compute) if self._answers else self._compute(row)
+        with turns.given_up():
+            output = self._answers.output(row, self._info, self._compute) if self._answers else self._compute(row)
         ended = time.monotonic()
         timing = Timing(
             queued_s=round(run.queued_s, 6),
@@ -172,7 +176,10 @@ class Service:
             raise InvalidRequest(
                 f"The job shows {len(references)} images: this worker takes at most {self._settings.max_images}."
             )
-        with self._network.turn("") if any(map(_is_remote, references)) else contextlib.nullcontext():
+        if any(map(_is_remote, references)):
+            with turns.given_up(), self._network.turn(""):
+                files = self._fetch_all(references)
+        else:
             files = self._fetch_all(references)
         images = {id(reference): self._pictures.get(file) for reference, file in zip(references, files, strict=True)}
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
@@ -189,7 +196,7 @@ class Service:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _open(self, data: bytes) -> Picture:
-        with self._decoders:
+        with self._decoders, turns.given_up() if len(data) > LARGE_BYTES else contextlib.nullcontext():
             return self._codec.picture(open_image(data))
 
     def _row(self, job: Job, parts: Parts, run: _Run, new_tokens: int) -> Row:

@@ -25,6 +25,7 @@ from tasks.addresses import Network, literal
 from tasks.errors import InvalidRequest
 from tasks.outbox import Delivery
 from tasks.payloads import Callback
+from worker import turns
 from worker.fetch import (
     NETWORK_ERRORS,
     Deadline,
@@ -97,7 +98,8 @@ def _is_good_name(host: str, allow_networks: tuple[Network, ...], minute: int) -
     """False for a name that leads to a forbidden address now. One without an address is tried when its time comes."""
     guard = Guard(FetchPolicy(allow_networks=allow_networks), Deadline(LOOK_UP_S))
     try:
-        guard.resolve(host, 443)
+        with turns.given_up():
+            guard.resolve(host, 443)
     except (NoAddress, TimeoutError):
         return True
     except Refused:

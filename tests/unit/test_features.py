@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.features import CHUNK, FeatureCache, Lookahead
+from worker.engine.features import CHUNK, FeatureCache, Lookahead, Patience
 from worker.engine.row import Picture
 
 #: Bytes of one picture's features here: 2 x 3 float32.
@@ -157,6 +158,34 @@ def test_pictures_that_wait_together_are_encoded_together() -> None:
         gate.set()
         looking.result(5)
     assert len(encoder.chunks) <= 3
+
+
+def came(patience: Patience, pictures: int, gap_s: float) -> float:
+    """The time at which the last of them comes."""
+    for number in range(pictures):
+        patience.came(number * gap_s)
+    return (pictures - 1) * gap_s
+
+
+def test_a_chunk_waits_for_pictures_that_come_fast() -> None:
+    patience = Patience()
+    patience.encoding_s = 0.03
+    now = came(patience, 100, gap_s=0.005)
+    assert patience.left(now, now) == pytest.approx(0.01, rel=0.1)
+    # But not longer than it takes to encode it.
+    assert patience.left(now - 0.025, now) == pytest.approx(0.005)
+    assert patience.left(now - 0.04, now) == 0
+
+
+def test_a_chunk_does_not_wait_where_pictures_come_seldom() -> None:
+    patience = Patience()
+    assert patience.left(0, 0) == 0
+    patience.encoding_s = 0.03
+    came(patience, 100, gap_s=0.04)
+    assert patience.left(4, 4) == 0
+    # Nor for what comes after a pause.
+    patience.came(100)
+    assert patience.left(100, 100) == 0
 
 
 def test_what_cannot_be_encoded_ahead_is_left_to_the_engine() -> None:

@@ -1129,6 +1129,7 @@ def test_a_folder_exchanged_for_a_link_meanwhile_is_not_followed(
     reader: Fetcher, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "b.jpg").write_bytes(b"secret")
+    (root / "link").symlink_to("a")
     real = Path.relative_to
 
     def exchange(self: Path, *args: Any) -> Path:
@@ -1138,7 +1139,7 @@ def test_a_folder_exchanged_for_a_link_meanwhile_is_not_followed(
 
     monkeypatch.setattr(Path, "relative_to", exchange)
     with pytest.raises(ImageInvalid):
-        reader.fetch(ImagePath(path="a/b.jpg"))
+        reader.fetch(ImagePath(path="link/b.jpg"))
 
 
 def test_what_is_no_regular_file_is_refused_without_waiting(reader: Fetcher, root: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 #: Images that the vision tower takes at once: larger chunks are no faster and need more memory.
 CHUNK = 8
+#: The weight of the newest in the average of times between two pictures.
+NEWEST_PART = 0.1
 
 
 class FeatureCache:
@@ -88,6 +92,29 @@ class _Look:
             self._then()
 
 
+class Patience:
+    """How long a chunk waits for its next picture: longer than one mostly takes to come, but where that is longer than
+    a chunk takes to encode, not at all. Times are those of time.monotonic()."""
+
+    def __init__(self) -> None:
+        #: What the last chunk took.
+        self.encoding_s = 0.0
+        self._gap_s = self._longest_s = 1.0
+        self._came_at = float("-inf")
+
+    def came(self, now: float) -> None:
+        """A picture has."""
+        gap_s = min(now - self._came_at, self._longest_s)
+        self._gap_s += (gap_s - self._gap_s) * NEWEST_PART
+        self._came_at = now
+
+    def left(self, begun: float, now: float) -> float:
+        """Seconds from now, for a chunk whose first picture was there at `begun`."""
+        if self._gap_s >= self.encoding_s:
+            return 0.0
+        return max(0.0, min(2 * self._gap_s, begun + self.encoding_s - now))
+
+
 class Lookahead:
     """A thread that encodes pictures before their jobs' turn, while the engine's computes for others.
 
@@ -100,6 +127,7 @@ class Lookahead:
         self._queue: queue.SimpleQueue[Picture] = queue.SimpleQueue()
         self._coming: dict[bytes, list[_Look]] = {}
         self._lock = threading.Lock()
+        self._patience = Patience()
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
     def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
@@ -115,6 +143,7 @@ class Lookahead:
             looks = self._coming.get(picture.key)
             if looks is None:
                 self._coming[picture.key] = [look]
+                self._patience.came(time.monotonic())
                 self._queue.put(picture)
             else:
                 looks.append(look)
@@ -124,14 +153,19 @@ class Lookahead:
             self._encode(self._chunk())
 
     def _chunk(self) -> list[Picture]:
+        """Pictures that have come, and those that come while it pays to wait for them."""
         chunk = [self._queue.get()]
-        while len(chunk) < CHUNK and not self._queue.empty():
-            chunk.append(self._queue.get())
+        begun = time.monotonic()
+        with contextlib.suppress(queue.Empty):
+            while len(chunk) < CHUNK:
+                chunk.append(self._queue.get(timeout=self._patience.left(begun, time.monotonic())))
         return chunk
 
     def _encode(self, chunk: Sequence[Picture]) -> None:
+        started = time.monotonic()
         try:
             self._cache.get(chunk)
+            self._patience.encoding_s = time.monotonic() - started
         except Exception:
             # The engine will need these features, try again, and knows what to do about a lack of memory.
             logger.warning("Encoding %d images ahead failed; the engine tries again.", len(chunk), exc_info=True)

@@ -42,8 +42,8 @@ class IdeficsCodec(Words):
         for part in parts:
             if isinstance(part, str):
                 self.refuse_reserved(part)
-        ids = self.tokenizer(self.text(parts), add_special_tokens=False).input_ids
-        return Tokens(tuple(ids), tuple(part for part in parts if isinstance(part, Picture)))
+        (ids,) = self.tokens_of(self.text(parts))
+        return Tokens(ids, tuple(part for part in parts if isinstance(part, Picture)))
 
     def picture(self, image: Image) -> Picture:
         """See `Codec`."""

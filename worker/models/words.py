@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 
 import torch
@@ -16,6 +17,9 @@ from worker.models import Parts
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
+#: Prompts, and labels, whose tokens are remembered: most jobs differ from those before them by their picture only.
+#: Longer ones (characters) come seldom and would hold memory.
+REMEMBERED, REMEMBERED_CHARS = 256, 20_000
 
 
 class Words:
@@ -29,6 +33,7 @@ class Words:
         """`ends`: the tokens that the checkpoint says end a text."""
         self.tokenizer = tokenizer
         self._ends = ends
+        self._known_ids = functools.lru_cache(REMEMBERED)(self._split)
         #: Characters of the longest token.
         self._longest = max(map(len, tokenizer.get_vocab()))
         self.bad_words_ids: list[list[int]] = tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
@@ -54,21 +59,28 @@ class Words:
         """A prompt's last parts as text, as far as it bears on how a label behind them is split."""
         raise NotImplementedError
 
+    def tokens_of(self, *texts: str) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each text as it stands: none is added."""
+        split = self._known_ids if sum(map(len, texts)) <= REMEMBERED_CHARS else self._split
+        return split(*texts)
+
+    def _split(self, *texts: str) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(tuple, self.tokenizer(list(texts), add_special_tokens=False).input_ids))
+
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """See `Codec`."""
         if not labels:
             return []
         text = self.lead_text(lead)
-        before, *after = self.tokenizer(
-            [text, *(f"{text} {label}{self.label_end}" for label in labels)], add_special_tokens=False
-        ).input_ids
+        before, *after = self.tokens_of(text, *(f"{text} {label}{self.label_end}" for label in labels))
         return [self._behind(before, ids, label) for ids, label in zip(after, labels, strict=True)]
 
-    def _behind(self, before: list[int], ids: list[int], label: str) -> tuple[int, ...]:
+    def _behind(self, before: tuple[int, ...], ids: tuple[int, ...], label: str) -> tuple[int, ...]:
         if ids[: len(before)] == before:
-            return tuple(ids[len(before) :])
+            return ids[len(before) :]
         # The tokenizer merged over the seam: what the label is alone is the nearest thing.
-        return tuple(self.tokenizer(f"{label}{self.label_end}", add_special_tokens=False).input_ids)
+        (alone,) = self.tokens_of(f"{label}{self.label_end}")
+        return alone
 
     def end_ids(self, *, utterance: bool) -> frozenset[int]:
         """See `Codec`."""

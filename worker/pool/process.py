@@ -34,6 +34,7 @@ from redis.exceptions import RedisError
 
 from config.settings import Settings
 from worker import app as worker_app
+from worker import turns
 from worker.answers import Answers
 from worker.defects import without_values
 from worker.engine.engine import Engine
@@ -70,6 +71,7 @@ class ModelProcess:
 
     def serve(self, threads: int) -> None:
         """Run jobs until the parent says stop or is gone."""
+        turns.allow(len(job_cores(_cores())))
         for number in range(threads):
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
         self._channel.send(("ready",))
@@ -101,7 +103,8 @@ class ModelProcess:
             return "canceled", serial, None
         self._channel.send(("accepted", serial, time.monotonic()))
         try:
-            outcome = fast_trace_task(*arguments)
+            with turns.taken():
+                outcome = fast_trace_task(*arguments)
             if outcome == HAD_SUCCEEDED:
                 self._repeat_end(*arguments[:3])
         except Reject:
@@ -138,11 +141,15 @@ def job_cores(cores: Collection[int]) -> list[int]:
     return sorted(cores)[min(2, len(cores) // 2) :]
 
 
+def _cores() -> Collection[int]:
+    return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+
+
 def _leave_cores_to_the_engine() -> None:
     if sys.platform == "linux":
         # A sandbox may forbid it: then it is only slower.
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(threading.get_native_id(), job_cores(os.sched_getaffinity(0)))
+            os.sched_setaffinity(threading.get_native_id(), job_cores(_cores()))
 
 
 def _bare(info: ExceptionInfo) -> BaseException:
@@ -166,6 +173,8 @@ def _beat(channel: BlockingChannel, model: Model) -> Callable[[], None]:
 
 def _service(settings: Settings, channel: BlockingChannel) -> Service:
     """The model, loaded, warm and right."""
+    # Job threads split texts side by side: threads of the tokenizer's own would only be more of them.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
     torch.set_num_threads(settings.torch_threads or max(1, (os.cpu_count() or 1) // 2))
     model, folder = _load(settings)
