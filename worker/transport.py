@@ -44,6 +44,9 @@ POLL_S = 0.03
 REFUSED_S = 1.0
 #: Seconds between two lines of the log about refusals.
 COMPLAIN_S = 30.0
+#: Seconds within which jobs that end are acknowledged together. A worker that dies before has them come again, and
+#: finds that they have ended.
+SETTLE_S = 0.03
 #: Seconds after which a reply is late: another worker may have been given its message meanwhile.
 LATE_S = 5.0
 #: Seconds that a publisher in the model process waits for a broker that is full.
@@ -235,7 +238,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if time.monotonic() < self._rests_until:
             return
         try:
-            self.settle()
+            if not self._settles_soon:
+                self.settle()
             if not self._ends or self.wants():
                 self._send_take()
         except ResponseError as error:
@@ -363,13 +367,13 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self.debts.returns.pop(tag, None)
 
     def settle_soon(self) -> None:
-        """At the event loop's next turn, where there is one: jobs often end together."""
+        """Together with what ends within SETTLE_S, where there is an event loop."""
         hub = get_event_loop()
         if hub is None:
             self.settle_if_possible()
         elif not self._settles_soon:
             self._settles_soon = True
-            hub.call_soon(self._settle_now)
+            hub.call_later(SETTLE_S, self._settle_now)
 
     def _settle_now(self) -> None:
         self._settles_soon = False

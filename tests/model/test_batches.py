@@ -47,9 +47,9 @@ def test_rows_that_join_a_running_batch_and_fill_its_gaps_say_what_they_say_alon
         moves.extend(moved := stock_close())
         return moved
 
-    def read(prompts: Sequence[Prompt], *, at_end: bool = False) -> tuple[Sequence[int], Tensor]:
+    def read(prompts: Sequence[Prompt]) -> tuple[Sequence[int], Tensor]:
         before = decoder.slots
-        slots, logits = stock_read(prompts, at_end=at_end)
+        slots, logits = stock_read(prompts)
         filled.extend(slot for slot in slots if slot < before)
         return slots, logits
 
@@ -106,9 +106,9 @@ def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(ser
     decoder = served.model._decoder
     stock_read = decoder.read
 
-    def counted(prompts: Sequence[Prompt], *, at_end: bool = False) -> tuple[Sequence[int], Tensor]:
+    def counted(prompts: Sequence[Prompt]) -> tuple[Sequence[int], Tensor]:
         read.append(sum(len(prompt.ids) for prompt in prompts))
-        return stock_read(prompts, at_end=at_end)
+        return stock_read(prompts)
 
     decoder.read = counted  # type: ignore[method-assign]
     try:

@@ -17,7 +17,6 @@ from worker.engine.progress import Progress
 from worker.engine.row import Output, Row, Tokens
 from worker.engine.runner import StockModel, finish_scored, memory_errors
 from worker.engine.sampling import RowSampler
-from worker.engine.scoring import begun
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
 from worker.models.traced import Traced
@@ -91,7 +90,11 @@ class ContinuousModel(StockModel):
         self._advance(self._decoder.step(tokens), slots)
 
     def _join(self, rows: Sequence[Row], beat: Beat) -> None:
-        prompts = self._prompts(rows, beat)
+        unseeing = [row for row in rows if row.labels and not row.tokens.pictures]
+        if unseeing:
+            # Our network for labels reads images.
+            self._score(unseeing, beat)
+        prompts = self._prompts([row for row in rows if not row.is_done], beat)
         self._partly_read += [(row, prompt) for row, prompt in prompts if len(prompt.ids) > PIECE_TOKENS]
         short = [(row, prompt) for row, prompt in prompts if len(prompt.ids) <= PIECE_TOKENS]
         for labeled in (True, False):
@@ -136,24 +139,23 @@ class ContinuousModel(StockModel):
     def _read(self, chunk: Sequence[tuple[Row, Prompt]]) -> None:
         """Read the prompts of rows that are all continued, or all scored."""
         rows, prompts = zip(*chunk, strict=True)
-        are_scored = bool(rows[0].labels)
-        slots, logits = self._decoder.read(prompts, at_end=are_scored)
-        if are_scored:
-            self._score_labels(rows, logits.log_softmax(dim=-1), slots)
+        if rows[0].labels:
+            self._score_labels(rows, prompts)
             return
+        slots, logits = self._decoder.read(prompts)
         for slot, row in zip(slots, rows, strict=True):
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
             self._running[slot] = Progress(row, self.decode), sampler
         self._advance(logits, slots)
 
-    def _score_labels(self, rows: Sequence[Row], first_tokens: Tensor, slots: Sequence[int]) -> None:
-        """Finish rows whose prompts stand in these slots, the last ones, and free them."""
-        scores = begun(first_tokens, [row.labels for row in rows])
-        for part in _label_parts(rows):
-            packs = [row.labels[part] for row in rows]
-            for place, likelihoods in enumerate(self._decoder.try_out(slots[0], packs)):
-                for number, likelihood in enumerate(likelihoods, start=part.start):
-                    scores[place][number] += sum(likelihood)
+    def _score_labels(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
+        """The first labels with the prompts, the others after them."""
+        part, *others = _label_parts(rows)
+        firsts = [[label[0] for label in row.labels] for row in rows]
+        slots, scores, behind = self._decoder.score(prompts, firsts, [row.labels[part] for row in rows])
+        _add(scores, part, behind)
+        for part in others:
+            _add(scores, part, self._decoder.try_out(slots[0], [row.labels[part] for row in rows]))
         self._decoder.release(slots)
         finish_scored(rows, scores)
 
@@ -173,6 +175,13 @@ class ContinuousModel(StockModel):
 def best(logits: Tensor, forbidden: Tensor) -> Tensor:
     """Each row's most likely token of those that are not forbidden, which get no chance in `logits` either."""
     return logits.index_fill_(1, forbidden, -torch.inf).argmax(dim=-1)
+
+
+def _add(scores: Sequence[list[float]], part: slice, likelihoods: Sequence[Sequence[Sequence[float]]]) -> None:
+    """To the scores of a part of the rows' labels, the log-probabilities of their tokens."""
+    for row, labels in zip(scores, likelihoods, strict=True):
+        for number, tokens in enumerate(labels, start=part.start):
+            row[number] += sum(tokens)
 
 
 def _label_parts(rows: Sequence[Row]) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import IdeficsForVisionText2Text
 
 from worker.models.idefics_layers import Decoder, KeysValues
-from worker.models.idefics_network import Branches, Continuation, Reader, move, recall
+from worker.models.idefics_network import NOBODY, PROMPT, Branches, Continuation, Reader, Scorer, move, recall
 from worker.models.traced import Traced
 
 #: Positions that a cache grows by: often enough to be small, seldom enough for its copies not to count.
@@ -131,6 +131,7 @@ class IdeficsDecoder:
         self._resume = Traced(Reader(decoder, image_id, begins=False))
         self._continue = Traced(Continuation(decoder))
         self._branch = Traced(Branches(decoder))
+        self._score = Traced(Scorer(decoder, image_id, begins=False))
         self._move = Traced(move)
         self._put = Traced(recall)
         #: Keys of one image: the resampler's latents, or the vision tower's patches.
@@ -145,35 +146,77 @@ class IdeficsDecoder:
         return len(self._lengths)
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Prompt], *, at_end: bool = False) -> tuple[Sequence[int], Tensor]:
-        """Read prompts into free slots. Those, in order, and the next tokens' logits (prompts, vocabulary).
-
-        `at_end`: into new slots behind all others.
-        """
-        starts, length = [prompt.start for prompt in prompts], max(len(prompt.ids) for prompt in prompts)
+    def read(self, prompts: Sequence[Prompt]) -> tuple[Sequence[int], Tensor]:
+        """Read prompts into free slots. Those, in order, and the next tokens' logits (prompts, vocabulary)."""
+        length = max(len(prompt.ids) for prompt in prompts)
         shown = _Shown(prompts, self._like)
-        slots = self._free(len(prompts), at_end=at_end or shown.images is None)
-        end = max(self.slots, slots[-1] + 1)
+        slots = self._free(len(prompts), at_end=shown.images is None)
         # Padding on the right: no kept token looks at it, and the next tokens overwrite it.
         ids = _padded([prompt.ids for prompt in prompts], length, 0, self._device)
-        ends = [len(prompt.ids) - 1 for prompt in prompts]
-        first_places, lasts, places, sees = self._tensor([starts, ends, slots, [0] * len(slots)]).unbind()
-        own = self._own.views(0, end, max(starts) + length)
-        self._recall(prompts, slots)
+        own, cross = self._occupied(prompts, slots, length, shown)
         if shown.images is None:
-            logits = self._continue(ids, first_places, lasts, sees, *(each[slots[0] :] for each in own))
-        else:
-            self._width = shown.images.shape[1]
-            read = self._resume if max(starts) else self._begin
-            images = (shown.images, shown.index, shown.last, shown.unseeing)
-            cross = self._cross.views(0, end, self._width)
-            logits = read(ids, first_places, lasts, places, *images, *own, *cross)
-        self._lengths += [0] * (end - self.slots)
-        self._sees += [False] * (end - len(self._sees))
+            starts, lasts, _, sees = self._numbers(prompts, slots)
+            return slots, self._continue(ids, starts, lasts, sees, *(each[slots[0] :] for each in own))
+        read = self._resume if any(prompt.start for prompt in prompts) else self._begin
+        return slots, read(ids, *self._numbers(prompts, slots)[:3], *shown.tensors, *own, *cross)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        firsts: Sequence[Sequence[int]],
+        packs: Sequence[Sequence[Sequence[int]]],
+    ) -> tuple[Sequence[int], list[list[float]], list[list[list[float]]]]:
+        """Read prompts that show images into slots behind all others, with continuations: what `try_out` says of those
+        comes last. Before it, for each prompt, the log-probabilities of its `firsts` as the next token."""
+        shown = _Shown(prompts, self._like)
+        assert shown.images is not None, "a prompt shows an image"
+        slots = self._free(len(prompts), at_end=True)
+        texts = _Texts(packs)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        rows = [[*prompt.ids, *tokens] for prompt, tokens in zip(prompts, texts.tokens, strict=True)]
+        owners = [[PROMPT] * length + owners for length, owners in zip(lengths, texts.owners, strict=True)]
+        depths = [
+            [*range(length), *(length + depth for depth in depths)]
+            for length, depths in zip(lengths, texts.depths, strict=True)
+        ]
+        longest = max(map(len, rows))
+        ids, owner, depth = (
+            _padded(numbers, longest, fill, self._device)
+            for numbers, fill in ((rows, 0), (owners, NOBODY), (depths, 0))
+        )
+        first, target = (_padded(each, max(map(len, each)), 0, self._device) for each in (firsts, texts.targets))
+        own, cross = self._occupied(prompts, slots, longest, shown)
+        numbers = self._numbers(prompts, slots)[:3]
+        picked = self._score(ids, *numbers, *shown.tensors, owner, depth, first, target, *own, *cross).tolist()
+        return (
+            slots,
+            [row[: len(asked)] for row, asked in zip(picked, firsts, strict=True)],
+            [_unpacked(row[first.shape[1] :], pack) for row, pack in zip(picked, packs, strict=True)],
+        )
+
+    def _numbers(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> tuple[Tensor, ...]:
+        """The prompts' starts, their last tokens' places, their slots, and that they see no image before."""
+        starts, lasts = [prompt.start for prompt in prompts], [len(prompt.ids) - 1 for prompt in prompts]
+        # One tensor, since each that is made lets go of the interpreter and has to get it back.
+        return self._tensor([starts, lasts, slots, [0] * len(slots)]).unbind()
+
+    def _occupied(
+        self, prompts: Sequence[Prompt], slots: Sequence[int], length: int, shown: _Shown
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Both caches' tensors, with the prompts' beginnings in their slots and room for so many tokens behind them."""
+        more = max(0, slots[-1] + 1 - self.slots)
+        self._lengths += [0] * more
+        self._sees += [False] * more
+        own = self._own.views(0, self.slots, max(prompt.start for prompt in prompts) + length)
+        self._recall(prompts, slots)
         for slot, prompt in zip(slots, prompts, strict=True):
             self._lengths[slot] = prompt.start + len(prompt.ids)
             self._sees[slot] = prompt.last_image is not None
-        return slots, logits
+        if shown.images is None:
+            return own, []
+        self._width = shown.images.shape[1]
+        return own, self._cross.views(0, self.slots, self._width)
 
     @torch.inference_mode()
     def read_prefix(self, prompt: Prompt) -> Prefix:
@@ -200,16 +243,13 @@ class IdeficsDecoder:
         each token but its first, whose probability is known from the prompt. The sequences of a slot run as one, each
         token seeing the prompt and its own sequence only, so that the prompt's keys and values stand once.
         """
-        tokens = [[token for sequence in pack for token in sequence[:-1]] for pack in packs]
-        longest = max(map(len, tokens))
+        texts = _Texts(packs)
+        longest = max(map(len, texts.tokens))
         if not longest:
             return [[[] for _ in pack] for pack in packs]
-        targets = [[token for sequence in pack for token in sequence[1:]] for pack in packs]
-        owners = [[n for n, sequence in enumerate(pack) for _ in sequence[:-1]] for pack in packs]
-        depths = [[depth for sequence in pack for depth in range(len(sequence) - 1)] for pack in packs]
         ids, target, owner, depth = (
             _padded(rows, longest, fill, self._device)
-            for rows, fill in ((tokens, 0), (targets, 0), (owners, -1), (depths, 0))
+            for rows, fill in ((texts.tokens, 0), (texts.targets, 0), (texts.owners, NOBODY), (texts.depths, 0))
         )
         starts, sees = self._tensor([self._lengths[first:], self._sees[first:]]).unbind()
         picked = self._branch(ids, starts, target, owner, depth, sees, *self._caches(first, longest)).tolist()
@@ -275,6 +315,17 @@ class IdeficsDecoder:
             self._put(self._tensor(places[key]), *self._own.tensors, *kept)
 
 
+class _Texts:
+    """Token sequences that stand side by side behind a prompt, each row's as one list."""
+
+    def __init__(self, packs: Sequence[Sequence[Sequence[int]]]) -> None:
+        #: Those that something follows, and what follows them.
+        self.tokens = [[token for sequence in pack for token in sequence[:-1]] for pack in packs]
+        self.targets = [[token for sequence in pack for token in sequence[1:]] for pack in packs]
+        self.owners = [[n for n, sequence in enumerate(pack) for _ in sequence[:-1]] for pack in packs]
+        self.depths = [[depth for sequence in pack for depth in range(len(sequence) - 1)] for pack in packs]
+
+
 def _padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch.device) -> Tensor:
     """Rows of unlike length as one tensor (rows, length), filled up on the right."""
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
@@ -300,3 +351,8 @@ class _Shown:
         self.index = _padded(index, most, 0, like.device)
         self.last = torch.tensor([places.get(id(prompt.last_image), 0) for prompt in prompts], device=like.device)
         self.unseeing = torch.tensor([prompt.image_before is None for prompt in prompts], device=like.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        assert self.images is not None, "a prompt shows an image"
+        return [self.images, self.index, self.last, self.unseeing]

@@ -16,6 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from worker.models.idefics_layers import Decoder, ImageBlock, KeysValues, Layer
 
+#: A block's part for states, with its own keys and values if there are any.
+Look = Callable[[ImageBlock, Tensor, KeysValues | None], Tensor]
+#: Where texts stand side by side, the owners of tokens that are of none of them: the prompt's, and padding.
+PROMPT, NOBODY = -1, -2
+
 
 class _Network(torch.nn.Module):
     def __init__(self, decoder: Decoder) -> None:
@@ -29,12 +34,11 @@ class _Network(torch.nn.Module):
         positions: Tensor,
         mask: Tensor | None,
         caches: Sequence[Tensor],
-        look: Callable[[ImageBlock, Tensor, KeysValues | None], Tensor],
+        look: Look,
         slots: Tensor | None = None,
     ) -> Tensor:
         """The tokens' last states (rows, length, hidden). `stored` and `positions` (rows, length) are their places in
-        the caches and in the text; `look` is what an image block does, with its own keys and values if there are any.
-        """
+        the caches and in the text."""
         decoder = self.decoder
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
         own, cross = pairs[: len(decoder.layers)], pairs[len(decoder.layers) :]
@@ -77,10 +81,18 @@ class Reader(_Network):
         none before the new tokens.
         """
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        look = self._looker(ids, slots, images, shown, kept, unseeing)
+        mask = None if self.begins else _up_to(stored, caches[0])
+        states = self.states(ids, stored, stored, mask, caches, look, slots)
+        return self.decoder.logits(_picked(states, lasts))
+
+    def _looker(
+        self, ids: Tensor, slots: Tensor, images: Tensor, shown: Tensor, kept: Tensor, unseeing: Tensor
+    ) -> Look:
+        """Each token sees the image before it."""
         seen = (ids == self.image_id).cumsum(dim=1)
         blind = ((seen == 0) & unseeing[:, None])[..., None]
         places = torch.arange(shown.shape[1] * images.shape[1], device=ids.device)
-        # Each token sees the image before it.
         looks = (seen[..., None] == places // images.shape[1])[:, None]
 
         def look(block: ImageBlock, states: Tensor, cache: KeysValues | None) -> Tensor:
@@ -92,9 +104,39 @@ class Reader(_Network):
             keys, values = (_side_by_side(each, shown) for each in own)
             return block.looked(states, keys, values, blind, looks)
 
-        mask = None if self.begins else _up_to(stored, caches[0])
-        states = self.states(ids, stored, stored, mask, caches, look, slots)
-        return self.decoder.logits(_picked(states, lasts))
+        return look
+
+
+class Scorer(Reader):
+    """Reads prompts that show images, and behind each several texts side by side, as `Branches` does."""
+
+    def forward(  # type: ignore[override]
+        self,
+        ids: Tensor,
+        starts: Tensor,
+        lasts: Tensor,
+        slots: Tensor,
+        images: Tensor,
+        shown: Tensor,
+        kept: Tensor,
+        unseeing: Tensor,
+        owner: Tensor,
+        depth: Tensor,
+        firsts: Tensor,
+        targets: Tensor,
+        *caches: Tensor,
+    ) -> Tensor:
+        """Log-probabilities (rows, firsts and targets): of `firsts` (rows, any) after each prompt, then of `targets`
+        (rows, any) after each token of the texts. The first eight are a Reader's, but `ids` go on with the texts'
+        tokens. `owner` and `depth` (rows, length) say whose a token is, and its place behind what `starts` counts."""
+        stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        look = self._looker(ids, slots, images, shown, kept, unseeing)
+        mask = _side_by_side_mask(starts, owner, depth, caches[0])
+        states = self.states(ids, stored, starts[:, None] + depth, mask, caches, look, slots)
+        scored = lasts[:, None] + torch.arange(targets.shape[1] + 1, device=ids.device)
+        likelihoods = self.decoder.logits(_picked(states, scored.clamp(max=ids.shape[1] - 1))).log_softmax(dim=-1)
+        behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
+        return torch.cat((likelihoods[:, 0].gather(1, firsts), behind), dim=1)
 
 
 class Continuation(_Network):
@@ -116,15 +158,8 @@ class Branches(_Network):
     ) -> Tensor:
         """The log-probabilities (rows, length) of `targets` (rows, length), the tokens that follow. `owner` and `depth`
         (rows, length) say which text a token is of, and its place there."""
-        count = ids.shape[1]
-        stored = starts[:, None] + torch.arange(count, device=ids.device)
-        every = torch.arange(caches[0].shape[2], device=ids.device)
-        behind = every - starts[:, None]
-        column = behind.clamp(0, count - 1)
-        same = owner.gather(1, column)[:, None] == owner[..., None]
-        reached = depth.gather(1, column)[:, None] <= depth[..., None]
-        inside = ((behind >= 0) & (behind < count))[:, None]
-        mask = ((behind < 0)[:, None] | (same & reached & inside))[:, None]
+        stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        mask = _side_by_side_mask(starts, owner, depth, caches[0])
         states = self.states(ids, stored, starts[:, None] + depth, mask, caches, _looker_back(sees))
         return self.decoder.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
 
@@ -151,11 +186,25 @@ def _up_to(stored: Tensor, keys: Tensor) -> Tensor:
     return (torch.arange(keys.shape[2], device=stored.device) <= stored[..., None])[:, None]
 
 
-def _picked(states: Tensor, lasts: Tensor) -> Tensor:
-    return states[torch.arange(states.shape[0], device=states.device), lasts]
+def _side_by_side_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: Tensor) -> Tensor:
+    """(rows, 1, length, positions): a token sees what stands before `starts` (rows,), and of the new ones the prompt's
+    and its own text's, up to itself. `owner` and `depth` are (rows, length)."""
+    behind = torch.arange(keys.shape[2], device=starts.device) - starts[:, None]
+    column = behind.clamp(0, owner.shape[1] - 1)
+    owners = owner.gather(1, column)[:, None]
+    is_shared = (owners == PROMPT) | (owners == owner[..., None])
+    is_reached = depth.gather(1, column)[:, None] <= depth[..., None]
+    is_new = ((behind >= 0) & (behind < owner.shape[1]))[:, None]
+    return ((behind < 0)[:, None] | (is_new & is_shared & is_reached))[:, None]
 
 
-def _looker_back(sees: Tensor) -> Callable[[ImageBlock, Tensor, KeysValues | None], Tensor]:
+def _picked(states: Tensor, places: Tensor) -> Tensor:
+    """The states at some places, (rows,) or (rows, any)."""
+    rows = torch.arange(states.shape[0], device=states.device)
+    return states[rows if places.dim() == 1 else rows[:, None], places]
+
+
+def _looker_back(sees: Tensor) -> Look:
     """After the prompt every token sees its row's last image, whose keys and values are kept."""
     blind = (sees == 0)[:, None, None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -50,14 +50,15 @@ class Job:
     #: The broker delivered it again, and its start is still to be counted (worker/deliveries.py).
     is_uncounted: bool = False
 
+    #: The same for a message that the broker delivers again.
+    key: tuple[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = self.id, self.trace_arguments[2].get("retries") or 0
+
     @property
     def id(self) -> str:
         return str(self.trace_arguments[1])
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """The same for a message that the broker delivers again."""
-        return self.id, self.trace_arguments[2].get("retries") or 0
 
     def is_overdue(self, now: float) -> bool:
         return (

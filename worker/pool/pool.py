@@ -199,7 +199,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
             return None
         callbacks = Callbacks(accept_callback, callback, error_callback)
         job = Job(next(self._serials), tuple(args), callbacks, timeout, self._cancel)
-        running = next((other for other in self._jobs.values() if other.key == job.key), None)
+        key = job.key
+        running = next((other for other in self._jobs.values() if other.key == key), None)
         if running is not None:
             return self._adopt(running, callbacks)
         self._jobs[job.serial] = job
