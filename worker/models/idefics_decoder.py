@@ -120,6 +120,7 @@ class IdeficsDecoder:
     def __init__(self, model: IdeficsForVisionText2Text, image_id: int) -> None:
         """`image_id`: the token that stands for an image."""
         self._device = model.device
+        self._image_id = image_id
         self._like: Tensor = model.model.norm.weight
         layers, blocks = model.model.layers, model.model.gated_cross_attn_layers
         self._own, self._cross = (
@@ -149,7 +150,7 @@ class IdeficsDecoder:
     def read(self, prompts: Sequence[Prompt]) -> tuple[Sequence[int], Tensor]:
         """Read prompts into free slots. Those, in order, and the next tokens' logits (prompts, vocabulary)."""
         length = max(len(prompt.ids) for prompt in prompts)
-        shown = _Shown(prompts, self._like)
+        shown = _Shown(prompts, self._like, self._image_id)
         slots = self._free(len(prompts), at_end=shown.images is None)
         # Padding on the right: no kept token looks at it, and the next tokens overwrite it.
         ids = _padded([prompt.ids for prompt in prompts], length, 0, self._device)
@@ -169,7 +170,7 @@ class IdeficsDecoder:
     ) -> tuple[Sequence[int], list[list[float]], list[list[list[float]]]]:
         """Read prompts that show images into slots behind all others, with continuations: what `try_out` says of those
         comes last. Before it, for each prompt, the log-probabilities of its `firsts` as the next token."""
-        shown = _Shown(prompts, self._like)
+        shown = _Shown(prompts, self._like, self._image_id)
         assert shown.images is not None, "a prompt shows an image"
         slots = self._free(len(prompts), at_end=True)
         texts = _Texts(packs)
@@ -340,12 +341,15 @@ def _unpacked(numbers: Sequence[float], pack: Sequence[Sequence[int]]) -> list[l
 class _Shown:
     """The images of prompts, as `Reader` takes them."""
 
-    def __init__(self, prompts: Sequence[Prompt], like: Tensor) -> None:
-        rows = [[prompt.image_before, *prompt.images] for prompt in prompts]
+    def __init__(self, prompts: Sequence[Prompt], like: Tensor, image_id: int) -> None:
+        # Number 0, the image before, is left out where no token sees it.
+        first = int(all(prompt.image_before is None or prompt.ids[0] == image_id for prompt in prompts))
+        rows = [[prompt.image_before, *prompt.images][first:] for prompt in prompts]
         distinct = {id(image): image for row in rows for image in row if image is not None}
         places = {key: place for place, key in enumerate(distinct)}
         most = max(map(len, rows))
         index = [[places.get(id(image), 0) for image in row] for row in rows]
+        self.first = torch.tensor(first, device=like.device)
         #: (images, width, size) of each distinct image once; None where no row shows one.
         self.images = torch.stack(list(distinct.values())).to(like) if distinct else None
         self.index = _padded(index, most, 0, like.device)
@@ -355,4 +359,4 @@ class _Shown:
     @property
     def tensors(self) -> list[Tensor]:
         assert self.images is not None, "a prompt shows an image"
-        return [self.images, self.index, self.last, self.unseeing]
+        return [self.images, self.index, self.last, self.unseeing, self.first]

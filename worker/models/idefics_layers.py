@@ -24,6 +24,15 @@ Block = Any
 _PLAIN = (torch.nn.Linear, IdeficsDecoupledLinear)
 
 
+def attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, each (rows, heads, length, head size). `mask` is added: -inf is not seen."""
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return scaled_dot_product_attention(query, keys, values, None if mask is None else mask.to(query.dtype))
+    # For a few queries each, torch's kernel takes up to a half longer than its parts.
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, keys.transpose(-1, -2))
+    return torch.matmul((scores if mask is None else scores + mask).softmax(dim=-1), values)
+
+
 class Joined(torch.nn.Module):
     """Linear layers of one input side by side: their outputs follow one another in the last dimension."""
 
@@ -110,9 +119,9 @@ class Layer(_Attention):
         turned = turned * cosine + turned.roll(turned.shape[-1] // 2, dims=-1) * sine
         return turned[:, : self.heads], turned[:, self.heads :], value
 
-    def mixed(self, states: Tensor, attended: Tensor) -> Tensor:
+    def mixed(self, states: Tensor, seen: Tensor) -> Tensor:
         """The states after the layer, from what its heads attended to."""
-        states = states + self.out(_joint(attended))
+        states = states + self.out(_joint(seen))
         mixed: Tensor = states + self.mlp(self.between(states))
         return mixed
 
@@ -138,10 +147,10 @@ class ImageBlock(_Attention):
     def looked(
         self, states: Tensor, keys: Tensor, values: Tensor, blind: Tensor, looks: Tensor | None = None
     ) -> Tensor:
-        """The states after the block. Those that are `blind` see nothing; `looks` is a mask for the others."""
+        """The states after the block. Those that are `blind` see nothing; `looks` is a mask (see `attended`)."""
         query = self.query_norm(_headed(self.project_query(self.before(states)), self.heads))
-        attended = scaled_dot_product_attention(query, keys, values, looks)
-        return self.mixed(states + self.gate * self.out(_joint(attended)).masked_fill(blind, 0.0))
+        seen = attended(query, keys, values, looks)
+        return self.mixed(states + self.gate * self.out(_joint(seen)).masked_fill(blind, 0.0))
 
     def mixed(self, states: Tensor) -> Tensor:
         """What the block does where no row sees an image."""

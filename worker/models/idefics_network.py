@@ -9,12 +9,12 @@ but a reader's rows have any.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from worker.models.idefics_layers import Decoder, ImageBlock, KeysValues, Layer
+from worker.models.idefics_layers import Decoder, ImageBlock, KeysValues, Layer, attended
 
 #: A block's part for states, with its own keys and values if there are any.
 Look = Callable[[ImageBlock, Tensor, KeysValues | None], Tensor]
@@ -22,23 +22,30 @@ Look = Callable[[ImageBlock, Tensor, KeysValues | None], Tensor]
 PROMPT, NOBODY = -1, -2
 
 
+@dataclass(frozen=True)
+class _Seeing:
+    """What new tokens see of one another and of the caches."""
+
+    #: (rows, length): their places in the caches.
+    stored: Tensor
+    #: (rows, 1, length, keys), see `attended`.
+    mask: Tensor
+    #: (rows,): where the rows are not the slots in order.
+    slots: Tensor | None = None
+    #: (rows, any): the tokens whose states are asked for.
+    wanted: Tensor | None = None
+    #: Nothing stands before them.
+    only_new: bool = False
+
+
 class _Network(torch.nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def states(
-        self,
-        ids: Tensor,
-        stored: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        caches: Sequence[Tensor],
-        look: Look,
-        slots: Tensor | None = None,
-    ) -> Tensor:
-        """The tokens' last states (rows, length, hidden). `stored` and `positions` (rows, length) are their places in
-        the caches and in the text."""
+    def states(self, ids: Tensor, positions: Tensor, caches: Sequence[Tensor], look: Look, seeing: _Seeing) -> Tensor:
+        """The tokens' last states (rows, length, hidden), or those of the ones that are wanted. `positions` (rows,
+        length) are their places in the text."""
         decoder = self.decoder
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
         own, cross = pairs[: len(decoder.layers)], pairs[len(decoder.layers) :]
@@ -48,7 +55,9 @@ class _Network(torch.nn.Module):
             if index % decoder.interval == 0:
                 number = index // decoder.interval
                 states = look(decoder.blocks[number], states, cross[number] if cross else None)
-            states = _attend(layer, states, turns, cache, stored, mask, slots)
+            # The last layer's keys and values are kept of all tokens, but what it says is asked of few.
+            wanted = seeing.wanted if index == len(own) - 1 else None
+            states = _attend(layer, states, turns, cache, seeing, wanted)
         return states
 
 
@@ -71,29 +80,30 @@ class Reader(_Network):
         shown: Tensor,
         kept: Tensor,
         unseeing: Tensor,
+        first: Tensor,
         *caches: Tensor,
     ) -> Tensor:
         """The logits (rows, vocabulary) after each row's last token, which `lasts` (rows,) says. `slots` (rows,) are
         the rows' places in the caches.
 
-        `images` (images, width, size) are features; `shown` (rows, most) which of them a row shows, the one before its
-        new tokens first; `kept` (rows,) which one the tokens after the prompt see; `unseeing` (rows,) whether there is
-        none before the new tokens.
+        `images` (images, width, size) are features; `shown` (rows, most) which of them a row shows, from its `first`
+        on: the one before its new tokens is number 0; `kept` (rows,) which one the tokens after the prompt see;
+        `unseeing` (rows,) whether there is none before the new tokens.
         """
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        look = self._looker(ids, slots, images, shown, kept, unseeing)
-        mask = None if self.begins else _up_to(stored, caches[0])
-        states = self.states(ids, stored, stored, mask, caches, look, slots)
-        return self.decoder.logits(_picked(states, lasts))
+        look = self._looker(ids, slots, images, shown, kept, unseeing, first)
+        mask = _up_to(stored, ids.shape[1] if self.begins else caches[0].shape[2])
+        seeing = _Seeing(stored, mask, slots, lasts[:, None], self.begins)
+        return self.decoder.logits(self.states(ids, stored, caches, look, seeing)[:, 0])
 
     def _looker(
-        self, ids: Tensor, slots: Tensor, images: Tensor, shown: Tensor, kept: Tensor, unseeing: Tensor
+        self, ids: Tensor, slots: Tensor, images: Tensor, shown: Tensor, kept: Tensor, unseeing: Tensor, first: Tensor
     ) -> Look:
         """Each token sees the image before it."""
         seen = (ids == self.image_id).cumsum(dim=1)
         blind = ((seen == 0) & unseeing[:, None])[..., None]
-        places = torch.arange(shown.shape[1] * images.shape[1], device=ids.device)
-        looks = (seen[..., None] == places // images.shape[1])[:, None]
+        numbers = torch.arange(shown.shape[1] * images.shape[1], device=ids.device) // images.shape[1] + first
+        looks = _added(seen[..., None] == numbers)
 
         def look(block: ImageBlock, states: Tensor, cache: KeysValues | None) -> Tensor:
             assert cache is not None, "a prompt shows an image"
@@ -120,6 +130,7 @@ class Scorer(Reader):
         shown: Tensor,
         kept: Tensor,
         unseeing: Tensor,
+        first: Tensor,
         owner: Tensor,
         depth: Tensor,
         firsts: Tensor,
@@ -127,14 +138,14 @@ class Scorer(Reader):
         *caches: Tensor,
     ) -> Tensor:
         """Log-probabilities (rows, firsts and targets): of `firsts` (rows, any) after each prompt, then of `targets`
-        (rows, any) after each token of the texts. The first eight are a Reader's, but `ids` go on with the texts'
+        (rows, any) after each token of the texts. The first nine are a Reader's, but `ids` go on with the texts'
         tokens. `owner` and `depth` (rows, length) say whose a token is, and its place behind what `starts` counts."""
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        look = self._looker(ids, slots, images, shown, kept, unseeing)
-        mask = _side_by_side_mask(starts, owner, depth, caches[0])
-        states = self.states(ids, stored, starts[:, None] + depth, mask, caches, look, slots)
-        scored = lasts[:, None] + torch.arange(targets.shape[1] + 1, device=ids.device)
-        likelihoods = self.decoder.logits(_picked(states, scored.clamp(max=ids.shape[1] - 1))).log_softmax(dim=-1)
+        look = self._looker(ids, slots, images, shown, kept, unseeing, first)
+        mask = _side_by_side_mask(starts, owner, depth, caches[0].shape[2])
+        scored = (lasts[:, None] + torch.arange(targets.shape[1] + 1, device=ids.device)).clamp(max=ids.shape[1] - 1)
+        states = self.states(ids, starts[:, None] + depth, caches, look, _Seeing(stored, mask, slots, scored))
+        likelihoods = self.decoder.logits(states).log_softmax(dim=-1)
         behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
         return torch.cat((likelihoods[:, 0].gather(1, firsts), behind), dim=1)
 
@@ -146,8 +157,9 @@ class Continuation(_Network):
         """The logits (rows, vocabulary) after each row's last token, which `lasts` (rows,) says. `sees` (rows,):
         whether it has an image. Without any, the image blocks' caches may be left out."""
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        states = self.states(ids, stored, stored, _up_to(stored, caches[0]), caches, _looker_back(sees))
-        return self.decoder.logits(_picked(states, lasts))
+        seeing = _Seeing(stored, _up_to(stored, caches[0].shape[2]))
+        states = self.states(ids, stored, caches, _looker_back(sees), seeing)
+        return self.decoder.logits(_picked(states, lasts[:, None])[:, 0])
 
 
 class Branches(_Network):
@@ -159,8 +171,8 @@ class Branches(_Network):
         """The log-probabilities (rows, length) of `targets` (rows, length), the tokens that follow. `owner` and `depth`
         (rows, length) say which text a token is of, and its place there."""
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        mask = _side_by_side_mask(starts, owner, depth, caches[0])
-        states = self.states(ids, stored, starts[:, None] + depth, mask, caches, _looker_back(sees))
+        mask = _side_by_side_mask(starts, owner, depth, caches[0].shape[2])
+        states = self.states(ids, starts[:, None] + depth, caches, _looker_back(sees), _Seeing(stored, mask))
         return self.decoder.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
 
 
@@ -181,27 +193,31 @@ def recall(slots: Tensor, *tensors: Tensor) -> Tensor:
     return slots
 
 
-def _up_to(stored: Tensor, keys: Tensor) -> Tensor:
-    """(rows, 1, length, positions): a token sees those up to itself."""
-    return (torch.arange(keys.shape[2], device=stored.device) <= stored[..., None])[:, None]
+def _added(mask: Tensor) -> Tensor:
+    """(rows, length, keys) as `attended` takes it."""
+    return torch.where(mask, 0.0, -torch.inf)[:, None]
 
 
-def _side_by_side_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: Tensor) -> Tensor:
-    """(rows, 1, length, positions): a token sees what stands before `starts` (rows,), and of the new ones the prompt's
-    and its own text's, up to itself. `owner` and `depth` are (rows, length)."""
-    behind = torch.arange(keys.shape[2], device=starts.device) - starts[:, None]
+def _up_to(stored: Tensor, keys: int) -> Tensor:
+    """A token sees those up to itself, of so many keys."""
+    return _added(torch.arange(keys, device=stored.device) <= stored[..., None])
+
+
+def _side_by_side_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int) -> Tensor:
+    """A token sees what stands before `starts` (rows,), and of the new ones the prompt's and its own text's, up to
+    itself. `owner` and `depth` are (rows, length)."""
+    behind = torch.arange(keys, device=starts.device) - starts[:, None]
     column = behind.clamp(0, owner.shape[1] - 1)
     owners = owner.gather(1, column)[:, None]
     is_shared = (owners == PROMPT) | (owners == owner[..., None])
     is_reached = depth.gather(1, column)[:, None] <= depth[..., None]
     is_new = ((behind >= 0) & (behind < owner.shape[1]))[:, None]
-    return ((behind < 0)[:, None] | (is_new & is_shared & is_reached))[:, None]
+    return _added((behind < 0)[:, None] | (is_new & is_shared & is_reached))
 
 
 def _picked(states: Tensor, places: Tensor) -> Tensor:
-    """The states at some places, (rows,) or (rows, any)."""
-    rows = torch.arange(states.shape[0], device=states.device)
-    return states[rows if places.dim() == 1 else rows[:, None], places]
+    """Of states (rows, length, ...) those at `places` (rows, any)."""
+    return states[torch.arange(states.shape[0], device=states.device)[:, None], places]
 
 
 def _looker_back(sees: Tensor) -> Look:
@@ -215,24 +231,23 @@ def _looker_back(sees: Tensor) -> Look:
 
 
 def _attend(
-    layer: Layer,
-    states: Tensor,
-    turns: KeysValues,
-    cache: KeysValues,
-    stored: Tensor,
-    mask: Tensor | None,
-    slots: Tensor | None,
+    layer: Layer, states: Tensor, turns: KeysValues, cache: KeysValues, seeing: _Seeing, wanted: Tensor | None
 ) -> Tensor:
-    """The text's own attention. Without a mask, to the new tokens only."""
+    """The text's own attention. `wanted` (rows, any) are those tokens whose states are."""
     query, key, value = layer.query_keys_values(states, turns)
-    rows = torch.arange(states.shape[0], device=states.device) if slots is None else slots
+    slots = torch.arange(states.shape[0], device=states.device) if seeing.slots is None else seeing.slots
     for kept, new in zip(cache, (key, value), strict=True):
-        # Not kept[rows, :, stored] = ...: recorded, that keeps the number of rows.
-        kept.transpose(1, 2).index_put_((rows[:, None], stored), new.transpose(1, 2))
-    if mask is None:
-        return layer.mixed(states, scaled_dot_product_attention(query, key, value, is_causal=True))
-    keys, values = cache if slots is None else (kept.index_select(0, slots) for kept in cache)
-    return layer.mixed(states, scaled_dot_product_attention(query, keys, values, mask))
+        # Not kept[slots, :, stored] = ...: recorded, that keeps the number of rows.
+        kept.transpose(1, 2).index_put_((slots[:, None], seeing.stored), new.transpose(1, 2))
+    mask = seeing.mask
+    if wanted is not None:
+        states, query = _picked(states, wanted), _picked(query.transpose(1, 2), wanted).transpose(1, 2)
+        mask = _picked(mask.transpose(1, 2), wanted).transpose(1, 2)
+    if seeing.only_new:
+        keys, values = key, value
+    else:
+        keys, values = cache if seeing.slots is None else (kept.index_select(0, slots) for kept in cache)
+    return layer.mixed(states, attended(query, keys, values, mask))
 
 
 def _side_by_side(images: Tensor, shown: Tensor) -> Tensor:
