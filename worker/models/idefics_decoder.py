@@ -25,6 +25,8 @@ GROWTH = 64
 #: One slot in so many may be free among those in use, before the last rows move there. Each costs a step what a row
 #: costs it; moving one costs more, and newcomers mostly fill it.
 GAPS_PART = 4
+#: New tokens of a row that are few (see idefics_layers.in_parts).
+FEW = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +130,17 @@ class IdeficsDecoder:
             for parts, attention in ((layers, layers[0].self_attn), (blocks, blocks[0].cross_attn))
         )
         decoder = Decoder(model)
-        self._begin = Traced(Reader(decoder, image_id, begins=True))
-        self._resume = Traced(Reader(decoder, image_id, begins=False))
-        self._continue = Traced(Continuation(decoder))
+        #: By whether the prompts begin, and whether they are short.
+        self._readers = {
+            (begins, is_short): Traced(Reader(decoder, image_id, begins=begins, is_short=is_short))
+            for begins, is_short in itertools.product((True, False), repeat=2)
+        }
+        self._scorers = {
+            is_short: Traced(Scorer(decoder, image_id, begins=False, is_short=is_short)) for is_short in (True, False)
+        }
+        self._read_text = Traced(Continuation(decoder))
+        self._step = Traced(Continuation(decoder, is_short=True))
         self._branch = Traced(Branches(decoder))
-        self._score = Traced(Scorer(decoder, image_id, begins=False))
         self._move = Traced(move)
         self._put = Traced(recall)
         #: Keys of one image: the resampler's latents, or the vision tower's patches.
@@ -157,9 +165,11 @@ class IdeficsDecoder:
         own, cross = self._occupied(prompts, slots, length, shown)
         if shown.images is None:
             starts, lasts, _, sees = self._numbers(prompts, slots)
-            return slots, self._continue(ids, starts, lasts, sees, *(each[slots[0] :] for each in own))
-        read = self._resume if any(prompt.start for prompt in prompts) else self._begin
-        return slots, read(ids, *self._numbers(prompts, slots)[:3], *shown.tensors, *own, *cross)
+            return slots, self._read_text(ids, starts, lasts, sees, *(each[slots[0] :] for each in own))
+        begins = not any(prompt.start for prompt in prompts)
+        return slots, self._readers[begins, length <= FEW](
+            ids, *self._numbers(prompts, slots)[:3], *shown.tensors, *own, *cross
+        )
 
     @torch.inference_mode()
     def score(
@@ -189,7 +199,9 @@ class IdeficsDecoder:
         first, target = (_padded(each, max(map(len, each)), 0, self._device) for each in (firsts, texts.targets))
         own, cross = self._occupied(prompts, slots, longest, shown)
         numbers = self._numbers(prompts, slots)[:3]
-        picked = self._score(ids, *numbers, *shown.tensors, owner, depth, first, target, *own, *cross).tolist()
+        picked = self._scorers[longest <= FEW](
+            ids, *numbers, *shown.tensors, owner, depth, first, target, *own, *cross
+        ).tolist()
         return (
             slots,
             [row[: len(asked)] for row, asked in zip(picked, firsts, strict=True)],
@@ -232,7 +244,7 @@ class IdeficsDecoder:
         """Append one token to each slot; free ones take any. The next token's logits (slots, vocabulary)."""
         # One tensor, since each that is made lets go of the interpreter and has to get it back.
         ids, starts, lasts, sees = self._tensor([tokens, self._lengths, [0] * self.slots, self._sees]).unbind()
-        logits = self._continue(ids[:, None], starts, lasts, sees, *self._caches(0, 1))
+        logits = self._step(ids[:, None], starts, lasts, sees, *self._caches(0, 1))
         self._lengths = [length and length + 1 for length in self._lengths]
         return logits
 

@@ -6,7 +6,7 @@ and what does not change is computed once. The arithmetic is that of transformer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,16 @@ Block = Any
 _PLAIN = (torch.nn.Linear, IdeficsDecoupledLinear)
 
 
-def attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention, each (rows, heads, length, head size). `mask` is added: -inf is not seen."""
-    if query.device.type != "cpu" or query.dtype != torch.float32:
-        return scaled_dot_product_attention(query, keys, values, None if mask is None else mask.to(query.dtype))
-    # For a few queries each, torch's kernel takes up to a half longer than its parts.
+#: Scaled dot-product attention of queries, keys and values (rows, heads, length, head size); what a mask says is seen.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def in_parts(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as its parts: of a few queries, torch's one kernel takes up to a half longer on a CPU."""
     scores = torch.matmul(query * query.shape[-1] ** -0.5, keys.transpose(-1, -2))
-    return torch.matmul((scores if mask is None else scores + mask).softmax(dim=-1), values)
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf)
+    return torch.matmul(scores.softmax(dim=-1), values)
 
 
 class Joined(torch.nn.Module):
@@ -145,11 +148,11 @@ class ImageBlock(_Attention):
         return self.key_norm(headed[:, : self.heads]), headed[:, self.heads :]
 
     def looked(
-        self, states: Tensor, keys: Tensor, values: Tensor, blind: Tensor, looks: Tensor | None = None
+        self, states: Tensor, keys: Tensor, values: Tensor, blind: Tensor, attend: Attend, looks: Tensor | None = None
     ) -> Tensor:
-        """The states after the block. Those that are `blind` see nothing; `looks` is a mask (see `attended`)."""
+        """The states after the block. Those that are `blind` see nothing; `looks` is a mask for the others."""
         query = self.query_norm(_headed(self.project_query(self.before(states)), self.heads))
-        seen = attended(query, keys, values, looks)
+        seen = attend(query, keys, values, looks)
         return self.mixed(states + self.gate * self.out(_joint(seen)).masked_fill(blind, 0.0))
 
     def mixed(self, states: Tensor) -> Tensor:
@@ -178,6 +181,12 @@ class Decoder(torch.nn.Module):
         cosine, sine = self.rotary(states, positions)
         first, second = sine.chunk(2, dim=-1)
         return cosine[:, None], torch.cat((-first, second), dim=-1)[:, None]
+
+    def attention(self, *, is_short: bool) -> Attend:
+        """For a few new tokens of each row, or for any number."""
+        weight = self.embedding.weight
+        is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+        return in_parts if is_short and is_plain else scaled_dot_product_attention
 
     def logits(self, states: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(states))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.models.idefics_layers import Decoder, ImageBlock, KeysValues, Layer, attended
+from worker.models.idefics_layers import Decoder, ImageBlock, KeysValues, Layer
 
 #: A block's part for states, with its own keys and values if there are any.
 Look = Callable[[ImageBlock, Tensor, KeysValues | None], Tensor]
@@ -28,7 +28,7 @@ class _Seeing:
 
     #: (rows, length): their places in the caches.
     stored: Tensor
-    #: (rows, 1, length, keys), see `attended`.
+    #: (rows, 1, length, keys)
     mask: Tensor
     #: (rows,): where the rows are not the slots in order.
     slots: Tensor | None = None
@@ -39,9 +39,11 @@ class _Seeing:
 
 
 class _Network(torch.nn.Module):
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, *, is_short: bool = False) -> None:
+        """`is_short`: each row has a few new tokens."""
         super().__init__()
         self.decoder = decoder
+        self.attend = decoder.attention(is_short=is_short)
 
     def states(self, ids: Tensor, positions: Tensor, caches: Sequence[Tensor], look: Look, seeing: _Seeing) -> Tensor:
         """The tokens' last states (rows, length, hidden), or those of the ones that are wanted. `positions` (rows,
@@ -57,16 +59,44 @@ class _Network(torch.nn.Module):
                 states = look(decoder.blocks[number], states, cross[number] if cross else None)
             # The last layer's keys and values are kept of all tokens, but what it says is asked of few.
             wanted = seeing.wanted if index == len(own) - 1 else None
-            states = _attend(layer, states, turns, cache, seeing, wanted)
+            states = self._layer(layer, states, turns, cache, seeing, wanted)
         return states
+
+    def _layer(
+        self, layer: Layer, states: Tensor, turns: KeysValues, cache: KeysValues, seeing: _Seeing, wanted: Tensor | None
+    ) -> Tensor:
+        """The text's own attention. `wanted` (rows, any) are those tokens whose states are."""
+        query, key, value = layer.query_keys_values(states, turns)
+        slots = torch.arange(states.shape[0], device=states.device) if seeing.slots is None else seeing.slots
+        for kept, new in zip(cache, (key, value), strict=True):
+            # Not kept[slots, :, stored] = ...: recorded, that keeps the number of rows.
+            kept.transpose(1, 2).index_put_((slots[:, None], seeing.stored), new.transpose(1, 2))
+        mask = seeing.mask
+        if wanted is not None:
+            states, query = _picked(states, wanted), _picked(query.transpose(1, 2), wanted).transpose(1, 2)
+            mask = _picked(mask.transpose(1, 2), wanted).transpose(1, 2)
+        if seeing.only_new:
+            keys, values = key, value
+        else:
+            keys, values = cache if seeing.slots is None else (kept.index_select(0, slots) for kept in cache)
+        return layer.mixed(states, self.attend(query, keys, values, mask))
+
+    def _looker_back(self, sees: Tensor) -> Look:
+        """After the prompt every token sees its row's last image, whose keys and values are kept."""
+        blind = (sees == 0)[:, None, None]
+
+        def look(block: ImageBlock, states: Tensor, kept: KeysValues | None) -> Tensor:
+            return block.mixed(states) if kept is None else block.looked(states, *kept, blind, self.attend)
+
+        return look
 
 
 class Reader(_Network):
     """Reads prompts that show images."""
 
-    def __init__(self, decoder: Decoder, image_id: int, *, begins: bool) -> None:
+    def __init__(self, decoder: Decoder, image_id: int, *, begins: bool, is_short: bool) -> None:
         """`begins`: nothing stands before any of them."""
-        super().__init__(decoder)
+        super().__init__(decoder, is_short=is_short)
         self.image_id = image_id
         self.begins = begins
 
@@ -103,7 +133,7 @@ class Reader(_Network):
         seen = (ids == self.image_id).cumsum(dim=1)
         blind = ((seen == 0) & unseeing[:, None])[..., None]
         numbers = torch.arange(shown.shape[1] * images.shape[1], device=ids.device) // images.shape[1] + first
-        looks = _added(seen[..., None] == numbers)
+        looks = (seen[..., None] == numbers)[:, None]
 
         def look(block: ImageBlock, states: Tensor, cache: KeysValues | None) -> Tensor:
             assert cache is not None, "a prompt shows an image"
@@ -112,7 +142,7 @@ class Reader(_Network):
             for slot_cache, new in zip(cache, own, strict=True):
                 slot_cache.index_copy_(0, slots, new[kept])
             keys, values = (_side_by_side(each, shown) for each in own)
-            return block.looked(states, keys, values, blind, looks)
+            return block.looked(states, keys, values, blind, self.attend, looks)
 
         return look
 
@@ -158,7 +188,7 @@ class Continuation(_Network):
         whether it has an image. Without any, the image blocks' caches may be left out."""
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
         seeing = _Seeing(stored, _up_to(stored, caches[0].shape[2]))
-        states = self.states(ids, stored, caches, _looker_back(sees), seeing)
+        states = self.states(ids, stored, caches, self._looker_back(sees), seeing)
         return self.decoder.logits(_picked(states, lasts[:, None])[:, 0])
 
 
@@ -172,7 +202,7 @@ class Branches(_Network):
         (rows, length) say which text a token is of, and its place there."""
         stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
         mask = _side_by_side_mask(starts, owner, depth, caches[0].shape[2])
-        states = self.states(ids, starts[:, None] + depth, caches, _looker_back(sees), _Seeing(stored, mask))
+        states = self.states(ids, starts[:, None] + depth, caches, self._looker_back(sees), _Seeing(stored, mask))
         return self.decoder.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
 
 
@@ -193,61 +223,26 @@ def recall(slots: Tensor, *tensors: Tensor) -> Tensor:
     return slots
 
 
-def _added(mask: Tensor) -> Tensor:
-    """(rows, length, keys) as `attended` takes it."""
-    return torch.where(mask, 0.0, -torch.inf)[:, None]
-
-
 def _up_to(stored: Tensor, keys: int) -> Tensor:
-    """A token sees those up to itself, of so many keys."""
-    return _added(torch.arange(keys, device=stored.device) <= stored[..., None])
+    """(rows, 1, length, keys): a token sees those up to itself."""
+    return (torch.arange(keys, device=stored.device) <= stored[..., None])[:, None]
 
 
 def _side_by_side_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int) -> Tensor:
-    """A token sees what stands before `starts` (rows,), and of the new ones the prompt's and its own text's, up to
-    itself. `owner` and `depth` are (rows, length)."""
+    """(rows, 1, length, keys): a token sees what stands before `starts` (rows,), and of the new ones the prompt's and
+    its own text's, up to itself. `owner` and `depth` are (rows, length)."""
     behind = torch.arange(keys, device=starts.device) - starts[:, None]
     column = behind.clamp(0, owner.shape[1] - 1)
     owners = owner.gather(1, column)[:, None]
     is_shared = (owners == PROMPT) | (owners == owner[..., None])
     is_reached = depth.gather(1, column)[:, None] <= depth[..., None]
     is_new = ((behind >= 0) & (behind < owner.shape[1]))[:, None]
-    return _added((behind < 0)[:, None] | (is_new & is_shared & is_reached))
+    return ((behind < 0)[:, None] | (is_new & is_shared & is_reached))[:, None]
 
 
 def _picked(states: Tensor, places: Tensor) -> Tensor:
     """Of states (rows, length, ...) those at `places` (rows, any)."""
     return states[torch.arange(states.shape[0], device=states.device)[:, None], places]
-
-
-def _looker_back(sees: Tensor) -> Look:
-    """After the prompt every token sees its row's last image, whose keys and values are kept."""
-    blind = (sees == 0)[:, None, None]
-
-    def look(block: ImageBlock, states: Tensor, kept: KeysValues | None) -> Tensor:
-        return block.mixed(states) if kept is None else block.looked(states, *kept, blind)
-
-    return look
-
-
-def _attend(
-    layer: Layer, states: Tensor, turns: KeysValues, cache: KeysValues, seeing: _Seeing, wanted: Tensor | None
-) -> Tensor:
-    """The text's own attention. `wanted` (rows, any) are those tokens whose states are."""
-    query, key, value = layer.query_keys_values(states, turns)
-    slots = torch.arange(states.shape[0], device=states.device) if seeing.slots is None else seeing.slots
-    for kept, new in zip(cache, (key, value), strict=True):
-        # Not kept[slots, :, stored] = ...: recorded, that keeps the number of rows.
-        kept.transpose(1, 2).index_put_((slots[:, None], seeing.stored), new.transpose(1, 2))
-    mask = seeing.mask
-    if wanted is not None:
-        states, query = _picked(states, wanted), _picked(query.transpose(1, 2), wanted).transpose(1, 2)
-        mask = _picked(mask.transpose(1, 2), wanted).transpose(1, 2)
-    if seeing.only_new:
-        keys, values = key, value
-    else:
-        keys, values = cache if seeing.slots is None else (kept.index_select(0, slots) for kept in cache)
-    return layer.mixed(states, attended(query, keys, values, mask))
 
 
 def _side_by_side(images: Tensor, shown: Tensor) -> Tensor:
