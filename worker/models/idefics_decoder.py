@@ -183,24 +183,12 @@ class IdeficsDecoder:
         shown = _Shown(prompts, self._like, self._image_id)
         assert shown.images is not None, "a prompt shows an image"
         slots = self._free(len(prompts), at_end=True)
-        texts = _Texts(packs)
-        lengths = [len(prompt.ids) for prompt in prompts]
-        rows = [[*prompt.ids, *tokens] for prompt, tokens in zip(prompts, texts.tokens, strict=True)]
-        owners = [[PROMPT] * length + owners for length, owners in zip(lengths, texts.owners, strict=True)]
-        depths = [
-            [*range(length), *(length + depth for depth in depths)]
-            for length, depths in zip(lengths, texts.depths, strict=True)
-        ]
-        longest = max(map(len, rows))
-        ids, owner, depth = (
-            _padded(numbers, longest, fill, self._device)
-            for numbers, fill in ((rows, 0), (owners, NOBODY), (depths, 0))
-        )
-        first, target = (_padded(each, max(map(len, each)), 0, self._device) for each in (firsts, texts.targets))
-        own, cross = self._occupied(prompts, slots, longest, shown)
-        numbers = self._numbers(prompts, slots)[:3]
-        picked = self._scorers[longest <= FEW](
-            ids, *numbers, *shown.tensors, owner, depth, first, target, *own, *cross
+        texts = _Texts(packs, [prompt.ids for prompt in prompts], self._device)
+        own, cross = self._occupied(prompts, slots, texts.length, shown)
+        first = _padded(firsts, max(map(len, firsts)), 0, self._device)
+        numbers, score = self._numbers(prompts, slots)[:3], self._scorers[texts.length <= FEW]
+        picked = score(
+            texts.ids, *numbers, *shown.tensors, texts.owner, texts.depth, first, texts.target, *own, *cross
         ).tolist()
         return (
             slots,
@@ -256,16 +244,12 @@ class IdeficsDecoder:
         each token but its first, whose probability is known from the prompt. The sequences of a slot run as one, each
         token seeing the prompt and its own sequence only, so that the prompt's keys and values stand once.
         """
-        texts = _Texts(packs)
-        longest = max(map(len, texts.tokens))
-        if not longest:
+        texts = _Texts(packs, [()] * len(packs), self._device)
+        if not texts.length:
             return [[[] for _ in pack] for pack in packs]
-        ids, target, owner, depth = (
-            _padded(rows, longest, fill, self._device)
-            for rows, fill in ((texts.tokens, 0), (texts.targets, 0), (texts.owners, NOBODY), (texts.depths, 0))
-        )
         starts, sees = self._tensor([self._lengths[first:], self._sees[first:]]).unbind()
-        picked = self._branch(ids, starts, target, owner, depth, sees, *self._caches(first, longest)).tolist()
+        caches = self._caches(first, texts.length)
+        picked = self._branch(texts.ids, starts, texts.target, texts.owner, texts.depth, sees, *caches).tolist()
         return [_unpacked(row, pack) for row, pack in zip(picked, packs, strict=True)]
 
     def release(self, slots: Sequence[int]) -> None:
@@ -329,14 +313,28 @@ class IdeficsDecoder:
 
 
 class _Texts:
-    """Token sequences that stand side by side behind a prompt, each row's as one list."""
+    """Token sequences that stand side by side behind each prompt, as `Scorer` and `Branches` take them."""
 
-    def __init__(self, packs: Sequence[Sequence[Sequence[int]]]) -> None:
-        #: Those that something follows, and what follows them.
-        self.tokens = [[token for sequence in pack for token in sequence[:-1]] for pack in packs]
-        self.targets = [[token for sequence in pack for token in sequence[1:]] for pack in packs]
-        self.owners = [[n for n, sequence in enumerate(pack) for _ in sequence[:-1]] for pack in packs]
-        self.depths = [[depth for sequence in pack for depth in range(len(sequence) - 1)] for pack in packs]
+    def __init__(
+        self, packs: Sequence[Sequence[Sequence[int]]], prompts: Sequence[Sequence[int]], device: torch.device
+    ) -> None:
+        """`prompts`: what is still to be read of them."""
+        both = list(zip(prompts, packs, strict=True))
+        # Of each sequence, what something follows.
+        tokens = [[*prompt, *(token for text in pack for token in text[:-1])] for prompt, pack in both]
+        owners = [
+            [PROMPT] * len(prompt) + [n for n, text in enumerate(pack) for _ in text[1:]] for prompt, pack in both
+        ]
+        depths = [
+            [*range(len(prompt)), *(len(prompt) + depth for text in pack for depth in range(len(text) - 1))]
+            for prompt, pack in both
+        ]
+        targets = [[token for text in pack for token in text[1:]] for pack in packs]
+        self.length = max(map(len, tokens))
+        self.ids = _padded(tokens, self.length, 0, device)
+        self.owner = _padded(owners, self.length, NOBODY, device)
+        self.depth = _padded(depths, self.length, 0, device)
+        self.target = _padded(targets, max(map(len, targets)), 0, device)
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch.device) -> Tensor:
