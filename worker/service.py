@@ -181,7 +181,7 @@ class Service:
                 files = self._fetch_all(references)
         else:
             files = self._fetch_all(references)
-        images = {id(reference): self._pictures.get(file) for reference, file in zip(references, files, strict=True)}
+        images = {id(reference): self._picture(file) for reference, file in zip(references, files, strict=True)}
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
 
     def _fetch_all(self, references: list[ImageRef]) -> list[bytes]:
@@ -195,8 +195,13 @@ class Service:
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
+    def _picture(self, data: bytes) -> Picture:
+        # Around all of it: a thread that has the turn may wait for a decoder, or for this very picture.
+        with turns.given_up() if len(data) > LARGE_BYTES else contextlib.nullcontext():
+            return self._pictures.get(data)
+
     def _open(self, data: bytes) -> Picture:
-        with self._decoders, turns.given_up() if len(data) > LARGE_BYTES else contextlib.nullcontext():
+        with self._decoders:
             return self._codec.picture(open_image(data))
 
     def _row(self, job: Job, parts: Parts, run: _Run, new_tokens: int) -> Row:

@@ -20,10 +20,12 @@ from PIL import Image
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRequest, OutOfMemory, PromptTooLong
 from tasks.payloads import Job, Result, parse
+from worker import turns
 from worker.engine.engine import Engine
 from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
 from worker.hosts import HostBusy
+from worker.images import open_image
 from worker.models import Parts
 from worker.models.fake import FakeCodec, FakeModel
 from worker.service import Canceled, Service, Ticket
@@ -211,6 +213,29 @@ def test_a_path_is_read_below_the_image_root(start: Start, tmp_path: Path) -> No
     (tmp_path / "a.png").write_bytes(png())
     result = start(image_root=tmp_path).run(job("caption", image={"path": "a.png"}), TICKET)
     assert result.text == start().run(job("caption", image=data_uri()), TICKET).text
+
+
+def test_jobs_that_share_a_large_picture_do_not_wait_for_one_anothers_turn(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(data: bytes) -> Image.Image:
+        time.sleep(0.1)
+        return open_image(data)
+
+    monkeypatch.setattr("worker.service.open_image", slow)
+    monkeypatch.setattr("worker.service.LARGE_BYTES", 10)
+    monkeypatch.setattr(turns, "PATIENCE_S", 2 * SOON)
+    turns.allow(1)
+    service = start()
+
+    def run(number: int) -> str:
+        with turns.taken():
+            return service.run(job("caption", image=data_uri(), max_new_tokens=4), Ticket(id=str(number))).text
+
+    with ThreadPoolExecutor(4) as threads:
+        running = [threads.submit(run, number) for number in range(4)]
+        assert not wait(running, SOON).not_done
+    assert len({each.result() for each in running}) == 1
 
 
 def test_hosts_that_hang_leave_threads_to_jobs_that_load_nothing_from_the_network(start: Start) -> None:
