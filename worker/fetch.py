@@ -641,8 +641,9 @@ def _inside(root: Path, relative: PurePosixPath) -> tuple[Path, tuple[str, ...]]
 
 @contextmanager
 def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
-    # Step by step without following links: what was resolved may have been exchanged for one meanwhile.
-    opened = [os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+    # Step by step without following links: what was resolved may have been exchanged for one meanwhile. The root is the
+    # operator's, who may have made it a link.
+    opened = [os.open(base, _FOLDER_FLAGS & ~os.O_NOFOLLOW)]
     try:
         for name in parts[:-1]:
             opened.append(os.open(name, _FOLDER_FLAGS, dir_fd=opened[-1]))

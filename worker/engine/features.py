@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 #: Images that the vision tower takes at once: larger chunks are no faster and need more memory.
 CHUNK = 8
-#: The weight of the newest in the average of times between two pictures.
-NEWEST_PART = 0.1
+#: The weight of the newest in the average of times between two pictures, and seconds that count of a pause.
+NEWEST_PART, LONGEST_GAP_S = 0.1, 1.0
 
 
 class FeatureCache:
@@ -99,12 +99,12 @@ class Patience:
     def __init__(self) -> None:
         #: What the last chunk took.
         self.encoding_s = 0.0
-        self._gap_s = self._longest_s = 1.0
+        self._gap_s = LONGEST_GAP_S
         self._came_at = float("-inf")
 
     def came(self, now: float) -> None:
         """A picture has."""
-        gap_s = min(now - self._came_at, self._longest_s)
+        gap_s = min(now - self._came_at, LONGEST_GAP_S)
         self._gap_s += (gap_s - self._gap_s) * NEWEST_PART
         self._came_at = now
 

@@ -34,7 +34,7 @@ def label_log_likelihoods(
     prompt = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
     beat()
     first = log_softmax(prompt.logits[:, -1].float(), dim=-1)
-    scores = begun(first, labels)
+    scores = _begun(first, labels)
     longer = [(row, n) for row, choices in enumerate(labels) for n, label in enumerate(choices) if len(label) > 1]
     longest = max((len(label) for choices in labels for label in choices), default=0)
     size = max(1, max_tokens // (inputs["input_ids"].shape[1] + longest))
@@ -46,7 +46,7 @@ def label_log_likelihoods(
     return scores
 
 
-def begun(likelihoods: Tensor, labels: Sequence[Labels]) -> list[list[float]]:
+def _begun(likelihoods: Tensor, labels: Sequence[Labels]) -> list[list[float]]:
     """The log-likelihood of each label's first token, from those of all tokens after its prompt (rows, vocabulary)."""
     firsts = [torch.tensor([label[0] for label in choices], device=likelihoods.device) for choices in labels]
     picked = likelihoods.gather(1, pad_sequence(firsts, batch_first=True)).tolist()

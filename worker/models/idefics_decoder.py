@@ -135,9 +135,7 @@ class IdeficsDecoder:
             (begins, is_short): Traced(Reader(decoder, image_id, begins=begins, is_short=is_short))
             for begins, is_short in itertools.product((True, False), repeat=2)
         }
-        self._scorers = {
-            is_short: Traced(Scorer(decoder, image_id, begins=False, is_short=is_short)) for is_short in (True, False)
-        }
+        self._scorers = {is_short: Traced(Scorer(decoder, image_id, is_short=is_short)) for is_short in (True, False)}
         self._read_text = Traced(Continuation(decoder))
         self._step = Traced(Continuation(decoder, is_short=True))
         self._branch = Traced(Branches(decoder))

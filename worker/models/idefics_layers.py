@@ -22,8 +22,6 @@ Block = Any
 
 #: Layers of which joining needs only the weights, which have no bias.
 _PLAIN = (torch.nn.Linear, IdeficsDecoupledLinear)
-
-
 #: Scaled dot-product attention of queries, keys and values (rows, heads, length, head size); what a mask says is seen.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -122,9 +120,9 @@ class Layer(_Attention):
         turned = turned * cosine + turned.roll(turned.shape[-1] // 2, dims=-1) * sine
         return turned[:, : self.heads], turned[:, self.heads :], value
 
-    def mixed(self, states: Tensor, seen: Tensor) -> Tensor:
+    def mixed(self, states: Tensor, attended: Tensor) -> Tensor:
         """The states after the layer, from what its heads attended to."""
-        states = states + self.out(_joint(seen))
+        states = states + self.out(_joint(attended))
         mixed: Tensor = states + self.mlp(self.between(states))
         return mixed
 
@@ -152,8 +150,8 @@ class ImageBlock(_Attention):
     ) -> Tensor:
         """The states after the block. Those that are `blind` see nothing; `looks` is a mask for the others."""
         query = self.query_norm(_headed(self.project_query(self.before(states)), self.heads))
-        seen = attend(query, keys, values, looks)
-        return self.mixed(states + self.gate * self.out(_joint(seen)).masked_fill(blind, 0.0))
+        attended = attend(query, keys, values, looks)
+        return self.mixed(states + self.gate * self.out(_joint(attended)).masked_fill(blind, 0.0))
 
     def mixed(self, states: Tensor) -> Tensor:
         """What the block does where no row sees an image."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,48 +92,49 @@ class _Network(torch.nn.Module):
         return look
 
 
-class Reader(_Network):
+class Prompts(NamedTuple):
+    """Prompts that show images."""
+
+    ids: Tensor
+    starts: Tensor
+    #: (rows,): their last tokens' places among the new ones.
+    lasts: Tensor
+    #: (rows,): their places in the caches.
+    slots: Tensor
+    #: (images, width, size): features.
+    images: Tensor
+    #: (rows, most): which of them a row shows, from its number `first` on.
+    shown: Tensor
+    #: (rows,): which one the tokens after the prompt see.
+    kept: Tensor
+    #: (rows,): whether there is no image before the new tokens.
+    unseeing: Tensor
+    #: 0, the image before the new tokens, or 1.
+    first: Tensor
+
+    @property
+    def stored(self) -> Tensor:
+        """(rows, length): the tokens' places in the caches."""
+        return self.starts[:, None] + torch.arange(self.ids.shape[1], device=self.ids.device)
+
+
+#: How many tensors come first where prompts are read.
+_PROMPT_TENSORS = len(Prompts._fields)
+
+
+class _Prompted(_Network):
     """Reads prompts that show images."""
 
-    def __init__(self, decoder: Decoder, image_id: int, *, begins: bool, is_short: bool) -> None:
-        """`begins`: nothing stands before any of them."""
+    def __init__(self, decoder: Decoder, image_id: int, *, is_short: bool) -> None:
         super().__init__(decoder, is_short=is_short)
         self.image_id = image_id
-        self.begins = begins
 
-    def forward(
-        self,
-        ids: Tensor,
-        starts: Tensor,
-        lasts: Tensor,
-        slots: Tensor,
-        images: Tensor,
-        shown: Tensor,
-        kept: Tensor,
-        unseeing: Tensor,
-        first: Tensor,
-        *caches: Tensor,
-    ) -> Tensor:
-        """The logits (rows, vocabulary) after each row's last token, which `lasts` (rows,) says. `slots` (rows,) are
-        the rows' places in the caches.
-
-        `images` (images, width, size) are features; `shown` (rows, most) which of them a row shows, from its `first`
-        on: the one before its new tokens is number 0; `kept` (rows,) which one the tokens after the prompt see;
-        `unseeing` (rows,) whether there is none before the new tokens.
-        """
-        stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        look = self._looker(ids, slots, images, shown, kept, unseeing, first)
-        mask = _up_to(stored, ids.shape[1] if self.begins else caches[0].shape[2])
-        seeing = _Seeing(stored, mask, slots, lasts[:, None], self.begins)
-        return self.decoder.logits(self.states(ids, stored, caches, look, seeing)[:, 0])
-
-    def _looker(
-        self, ids: Tensor, slots: Tensor, images: Tensor, shown: Tensor, kept: Tensor, unseeing: Tensor, first: Tensor
-    ) -> Look:
+    def looker(self, prompts: Prompts) -> Look:
         """Each token sees the image before it."""
+        ids, images, shown = prompts.ids, prompts.images, prompts.shown
         seen = (ids == self.image_id).cumsum(dim=1)
-        blind = ((seen == 0) & unseeing[:, None])[..., None]
-        numbers = torch.arange(shown.shape[1] * images.shape[1], device=ids.device) // images.shape[1] + first
+        blind = ((seen == 0) & prompts.unseeing[:, None])[..., None]
+        numbers = torch.arange(shown.shape[1] * images.shape[1], device=ids.device) // images.shape[1] + prompts.first
         looks = (seen[..., None] == numbers)[:, None]
 
         def look(block: ImageBlock, states: Tensor, cache: KeysValues | None) -> Tensor:
@@ -140,41 +142,47 @@ class Reader(_Network):
             own = block.keys_values(images)
             # The last image's are kept.
             for slot_cache, new in zip(cache, own, strict=True):
-                slot_cache.index_copy_(0, slots, new[kept])
+                slot_cache.index_copy_(0, prompts.slots, new[prompts.kept])
             keys, values = (_side_by_side(each, shown) for each in own)
             return block.looked(states, keys, values, blind, self.attend, looks)
 
         return look
 
 
-class Scorer(Reader):
+class Reader(_Prompted):
+    """Reads prompts that show images."""
+
+    def __init__(self, decoder: Decoder, image_id: int, *, begins: bool, is_short: bool) -> None:
+        """`begins`: nothing stands before any of them."""
+        super().__init__(decoder, image_id, is_short=is_short)
+        self.begins = begins
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Of `Prompts` and the caches: the logits (rows, vocabulary) after each row's last token."""
+        prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), tensors[_PROMPT_TENSORS:]
+        stored = prompts.stored
+        mask = _up_to(stored, stored.shape[1] if self.begins else caches[0].shape[2])
+        seeing = _Seeing(stored, mask, prompts.slots, prompts.lasts[:, None], self.begins)
+        return self.decoder.logits(self.states(prompts.ids, stored, caches, self.looker(prompts), seeing)[:, 0])
+
+
+class Scorer(_Prompted):
     """Reads prompts that show images, and behind each several texts side by side, as `Branches` does."""
 
-    def forward(  # type: ignore[override]
-        self,
-        ids: Tensor,
-        starts: Tensor,
-        lasts: Tensor,
-        slots: Tensor,
-        images: Tensor,
-        shown: Tensor,
-        kept: Tensor,
-        unseeing: Tensor,
-        first: Tensor,
-        owner: Tensor,
-        depth: Tensor,
-        firsts: Tensor,
-        targets: Tensor,
-        *caches: Tensor,
-    ) -> Tensor:
-        """Log-probabilities (rows, firsts and targets): of `firsts` (rows, any) after each prompt, then of `targets`
-        (rows, any) after each token of the texts. The first nine are a Reader's, but `ids` go on with the texts'
-        tokens. `owner` and `depth` (rows, length) say whose a token is, and its place behind what `starts` counts."""
-        stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        look = self._looker(ids, slots, images, shown, kept, unseeing, first)
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Of `Prompts`, whose ids go on with the texts' tokens, `owner`, `depth`, `firsts`, `targets`, and the caches:
+        log-probabilities (rows, firsts and targets) of `firsts` (rows, any) after each prompt, then of `targets` (rows,
+        any) after each token of the texts. `owner` and `depth` (rows, length) say whose a token is, and its place
+        behind what `starts` counts."""
+        prompts, (owner, depth, firsts, targets, *caches) = (
+            Prompts(*tensors[:_PROMPT_TENSORS]),
+            tensors[_PROMPT_TENSORS:],
+        )
+        stored, starts = prompts.stored, prompts.starts
         mask = _side_by_side_mask(starts, owner, depth, caches[0].shape[2])
-        scored = (lasts[:, None] + torch.arange(targets.shape[1] + 1, device=ids.device)).clamp(max=ids.shape[1] - 1)
-        states = self.states(ids, starts[:, None] + depth, caches, look, _Seeing(stored, mask, slots, scored))
+        scored = prompts.lasts[:, None] + torch.arange(targets.shape[1] + 1, device=stored.device)
+        seeing = _Seeing(stored, mask, prompts.slots, scored.clamp(max=stored.shape[1] - 1))
+        states = self.states(prompts.ids, starts[:, None] + depth, caches, self.looker(prompts), seeing)
         likelihoods = self.decoder.logits(states).log_softmax(dim=-1)
         behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
         return torch.cat((likelihoods[:, 0].gather(1, firsts), behind), dim=1)

@@ -19,7 +19,7 @@ IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
 #: Prompts, and labels, whose tokens are remembered: most jobs differ from those before them by their picture only.
 #: Longer ones (characters) come seldom and would hold memory.
-REMEMBERED, REMEMBERED_CHARS = 256, 20_000
+REMEMBERED, REMEMBERED_CHARS = 128, 8_000
 
 
 class Words:

@@ -199,8 +199,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             return None
         callbacks = Callbacks(accept_callback, callback, error_callback)
         job = Job(next(self._serials), tuple(args), callbacks, timeout, self._cancel)
-        key = job.key
-        running = next((other for other in self._jobs.values() if other.key == key), None)
+        running = next((other for other in self._jobs.values() if other.key == job.key), None)
         if running is not None:
             return self._adopt(running, callbacks)
         self._jobs[job.serial] = job
