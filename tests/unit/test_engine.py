@@ -156,6 +156,15 @@ def test_a_row_gets_its_answer() -> None:
         assert engine.submit(row("the red door", wanted=4)).result(SOON) == Output(tuple(map(ord, "door")), "length")
 
 
+def test_its_thread_is_prepared_first() -> None:
+    prepared: list[str] = []
+    engine = Engine(FakeModel(), LIMITS, prepare=lambda: prepared.append(threading.current_thread().name))
+    engine.start()
+    engine.submit(row()).result(SOON)
+    engine.stop()
+    assert prepared == ["engine"]
+
+
 def test_rows_that_wait_together_run_together() -> None:
     gate = Gate()
     with running(gate) as engine:

@@ -54,10 +54,18 @@ class Runner(Protocol):
 class Engine:
     """Submit rows from any thread; each gets a result or an error."""
 
-    def __init__(self, runner: Runner, limits: Limits, beat: Beat = lambda: None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits,
+        beat: Beat = lambda: None,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`prepare` is called in the engine's thread, before all else."""
         self._runner = runner
         self._limits = limits
         self._beat = beat
+        self._prepare = prepare
         self._waiting: list[Row] = []
         self._changed = threading.Condition()
         self._coming = 0
@@ -104,6 +112,7 @@ class Engine:
             self._changed.notify()
 
     def _loop(self) -> None:
+        self._prepare()
         while not self._stopping:
             self._beat()
             batch = self._take()

@@ -6,7 +6,6 @@ chords and retries.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import logging
@@ -17,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.models import Model
 from worker.models.fake import fake_model
+from worker.pool.cores import all_cores, go_last, job_cores, leave_cores_to_the_engine
 from worker.pool.job import exception_info
 from worker.pool.wire import BlockingChannel
 from worker.service import Service
@@ -71,7 +71,7 @@ class ModelProcess:
 
     def serve(self, threads: int) -> None:
         """Run jobs until the parent says stop or is gone."""
-        turns.allow(len(job_cores(_cores())))
+        turns.allow(len(job_cores(all_cores())))
         for number in range(threads):
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
         self._channel.send(("ready",))
@@ -91,7 +91,7 @@ class ModelProcess:
             self._channel.send(("canceled", serial, None))
 
     def _work(self) -> None:
-        _leave_cores_to_the_engine()
+        leave_cores_to_the_engine()
         while True:
             serial, arguments = self._queue.get()
             message = self._outcome(serial, arguments)
@@ -132,26 +132,6 @@ class ModelProcess:
         worker_app.app.tasks[name].announce(id, request["kwargs"], (SUCCESS, None), is_stored=True)
 
 
-def job_cores(cores: Collection[int]) -> list[int]:
-    """Those that job threads keep to: not the first two, for the engine and the encoder; of few, the last half.
-
-    Job threads take turns at the interpreter. On two cores they did so from one to the other, and the engine found
-    neither free: 12 % more jobs a second with one, for 8 % less time of each job.
-    """
-    return sorted(cores)[min(2, len(cores) // 2) :]
-
-
-def _cores() -> Collection[int]:
-    return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
-
-
-def _leave_cores_to_the_engine() -> None:
-    if sys.platform == "linux":
-        # A sandbox may forbid it: then it is only slower.
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(threading.get_native_id(), job_cores(_cores()))
-
-
 def _bare(info: ExceptionInfo) -> BaseException:
     """Billiard wraps the exceptions that it pickles."""
     bare: BaseException = getattr(info.exception, "exc", info.exception)
@@ -178,11 +158,17 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
     torch.set_num_threads(settings.torch_threads or max(1, (os.cpu_count() or 1) // 2))
     model, folder = _load(settings)
-    engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens), _beat(channel, model))
+    limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
+    engine = Engine(model, limits, _beat(channel, model), _prepare_engine)
     service = Service(settings, model.info, model.codec, engine, _answers(settings))
     engine.start()
     service.check_golden(folder)
     return service
+
+
+def _prepare_engine() -> None:
+    if not torch.accelerator.is_available():
+        go_last()
 
 
 def _load(settings: Settings) -> tuple[Model, Path | None]:
