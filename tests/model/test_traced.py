@@ -62,17 +62,34 @@ def test_a_function_that_a_graph_gets_wrong_runs_plainly() -> None:
         assert torch.equal(traced(states), of_rows(states))
 
 
+def cropping() -> IdeficsImageProcessorPil:
+    processor = IdeficsImageProcessorPil(image_size=64, do_resize=True)
+    processor.do_center_crop = True
+    processor.crop_size = processor.size.__class__(height=32, width=32)
+    return processor
+
+
+def assert_pixels_are_stock(processor: IdeficsImageProcessorPil, image: Image.Image) -> None:
+    pixels = Pixels(processor).picture(image).pixels
+    assert pixels is not None
+    assert torch.equal(pixels, processor([image], return_tensors="pt")[0])
+
+
 @pytest.mark.parametrize("size", [(64, 64), (31, 200), (640, 480)])
 def test_pixels_are_the_stock_processors(size: tuple[int, int]) -> None:
     processor = IdeficsImageProcessorPil(image_size=64)
     noise = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    assert torch.equal(Pixels(processor)(image), processor([image], return_tensors="pt")[0])
+    assert_pixels_are_stock(processor, image)
 
 
 def test_a_processor_that_does_more_is_used_itself() -> None:
-    processor = IdeficsImageProcessorPil(image_size=64, do_resize=True)
-    processor.do_center_crop = True
-    processor.crop_size = processor.size.__class__(height=32, width=32)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (80, 90, 3), dtype=np.uint8))
-    assert torch.equal(Pixels(processor)(image), processor([image], return_tensors="pt")[0])
+    assert_pixels_are_stock(cropping(), image)
+
+
+@pytest.mark.parametrize("processor", [IdeficsImageProcessorPil(image_size=64), cropping()])
+def test_a_picture_is_known_by_its_pixels(processor: IdeficsImageProcessorPil) -> None:
+    pixels = Pixels(processor)
+    black, white, again = (pixels.picture(Image.new("RGB", (80, 80), colour)) for colour in ("black", "white", "black"))
+    assert black.key == again.key != white.key

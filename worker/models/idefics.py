@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -47,8 +46,7 @@ class IdeficsCodec(Words):
 
     def picture(self, image: Image) -> Picture:
         """See `Codec`."""
-        pixels = self._pixels(image)
-        return Picture(hashlib.blake2b(pixels.numpy().data, digest_size=16).digest(), pixels)
+        return self._pixels.picture(image)
 
     def text(self, parts: Parts) -> str:
         """The whole prompt as text."""

@@ -184,9 +184,10 @@ class IdeficsDecoder:
         texts = _Texts(packs, [prompt.ids for prompt in prompts], self._device)
         own, cross = self._occupied(prompts, slots, texts.length, shown)
         first = _padded(firsts, max(map(len, firsts)), 0, self._device)
-        numbers, score = self._numbers(prompts, slots)[:3], self._scorers[texts.length <= FEW]
+        numbers, score = self._numbers(prompts, range(len(slots)))[:3], self._scorers[texts.length <= FEW]
+        caches = (each[slots[0] :] for each in (*own, *cross))
         picked = score(
-            texts.ids, *numbers, *shown.tensors, texts.owner, texts.depth, first, texts.target, *own, *cross
+            texts.ids, *numbers, *shown.tensors, texts.owner, texts.depth, first, texts.target, *caches
         ).tolist()
         return (
             slots,

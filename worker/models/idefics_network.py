@@ -3,7 +3,7 @@
 Everywhere, `ids` (rows, length) are new tokens, `starts` (rows,) how many stand before them, and `caches` the keys and
 values (slots, heads, positions, head size) of each layer in turn, with room for the new ones, which are stored there;
 then those of each image block, for the image that the tokens after a prompt see. Each row has the slot of its number,
-but a reader's rows have any.
+but a `Reader`'s rows have any.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Scorer(_Prompted):
         stored, starts = prompts.stored, prompts.starts
         mask = _side_by_side_mask(starts, owner, depth, caches[0].shape[2])
         scored = prompts.lasts[:, None] + torch.arange(targets.shape[1] + 1, device=stored.device)
-        seeing = _Seeing(stored, mask, prompts.slots, scored.clamp(max=stored.shape[1] - 1))
+        seeing = _Seeing(stored, mask, wanted=scored.clamp(max=stored.shape[1] - 1))
         states = self.states(prompts.ids, starts[:, None] + depth, caches, self.looker(prompts), seeing)
         likelihoods = self.decoder.logits(states).log_softmax(dim=-1)
         behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
