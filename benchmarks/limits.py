@@ -29,6 +29,7 @@ from worker.models.loading import load
 ROUNDS = 3
 #: Rows of a decode step.
 ROWS = 16
+#: Seconds that a picture takes to come.
 DOWNLOAD_S = 0.2
 
 
@@ -155,11 +156,13 @@ def _image_server(root: Path) -> Iterator[int]:
     server = loop.run_until_complete(asyncio.start_server(answer, "127.0.0.1", 0, backlog=1000))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    yield server.sockets[0].getsockname()[1]
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    server.close()
-    loop.close()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        loop.close()
 
 
 def memory(root: Path) -> dict[str, Any]:
