@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from tasks import Caption, CaptionExample, ImagePath, Job
+from tasks.errors import OutOfMemory
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
 from worker.engine import continuous
+from worker.engine.engine import Engine
 from worker.engine.row import Row, Sampling
-from worker.engine.runner import StockModel
+from worker.engine.runner import StockModel, memory_errors
+from worker.engine.scheduler import Limits
 from worker.models.idefics_decoder import Prompt
 
 
@@ -130,6 +133,30 @@ def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served)
     served.model.run(rows, _nothing, _nobody)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
+
+
+def test_beams_that_wait_for_a_running_batch_to_end_say_what_stock_beams_say(served: Served) -> None:
+    jobs = mixed_jobs(12, sorted(served.images), seed=5)
+    jobs = [job.model_copy(update={"num_beams": 3} if n % 2 else {}) for n, job in enumerate(jobs)]
+    prompts = [parts_of(job, served.images) for job in jobs]
+    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    engine = Engine(served.model, Limits(rows=32, tokens=10_000))
+    for row in rows:
+        engine.submit(row)
+    engine.start()
+    answers = [list(row.output.result(60).ids) for row in rows]
+    engine.stop()
+    assert answers == [
+        stock_ids(served.model, served.processor, job, parts) for job, parts in zip(jobs, prompts, strict=True)
+    ]
+
+
+def test_a_processor_without_memory_is_out_of_memory() -> None:
+    # Torch says so in a plain RuntimeError.
+    with pytest.raises(OutOfMemory), memory_errors():
+        torch.empty(10**15)
+    with pytest.raises(RuntimeError, match="shape"), memory_errors():
+        torch.zeros(2) @ torch.zeros(3, 4)
 
 
 def test_prompts_are_token_for_token_those_of_transformers_own_processor(served: Served) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tasks.errors import DeadlineExceeded, ImageInvalid, Internal, OutOfMemory
 from tests.unit.rows import row
+from worker.engine import engine as engines
 from worker.engine.engine import Beat, Engine, Newcomers, Runner
 from worker.engine.row import Output, Picture, Row
 from worker.engine.scheduler import Limits
@@ -129,7 +130,7 @@ class Joinable(Recorder):
             self.answer([row for row in running if steps[row] >= row.wanted or row.canceled])
             running = [row for row in running if not row.is_done]
             steps = {row: steps[row] for row in running}
-            joining = newcomers(running) if running else []
+            joining = newcomers(running)
             steps |= dict.fromkeys(joining, 0)
             running += joining
 
@@ -358,6 +359,42 @@ def test_nobody_joins_rows_that_run_again_after_a_failure() -> None:
     assert len([batch for batch in runner.batches if "poison" in batch]) <= 2
 
 
+def test_nobody_joins_a_batch_that_is_over() -> None:
+    # The runner chose by its first rows how it runs: beams need another way.
+    runner = Joinable(step_s=0.005)
+    with running(runner) as engine:
+        rows = submit(engine, row("single", wanted=10))
+        time.sleep(0.02)
+        rows += submit(engine, row("beams", wanted=3, beams=2))
+        assert [text(row) for row in rows] == ["single", "beams"]
+    assert runner.batches == [["single"], ["beams"]]
+
+
+def test_a_few_of_many_that_wait_join_once_nobody_has_joined_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "GROUP_PATIENCE_S", 0.1)
+    runner = Joinable(step_s=0.005)
+    with running(runner, Limits(rows=16, tokens=100_000)) as engine:
+        long = submit(engine, *[row(f"long {n}", wanted=1_000) for n in range(15)])
+        time.sleep(0.05)
+        short = submit(engine, *[row(f"short {n}", wanted=1) for n in range(2)])
+        assert [text(row) for row in short] == ["short 0", "short 1"]
+        assert not any(row.is_done for row in long)
+        for one in long:
+            engine.cancel(one)
+
+
+def test_a_batch_waits_for_those_that_come_once_while_the_first_cannot_join() -> None:
+    runner = Joinable(step_s=0.001)
+    with running(runner) as engine:
+        submit(engine, row("never", pictures=(PICTURE,)))
+        (single,) = submit(engine, row("single", wanted=50))
+        time.sleep(0.05)
+        submit(engine, row("beams", wanted=3, beams=2))
+        started = time.monotonic()
+        assert text(single) == "single"
+        assert time.monotonic() - started < 1.0
+
+
 def test_a_busy_engine_forgets_rows_that_are_over() -> None:
     # Under load a batch that rows can join never ends, and a row holds its pictures.
     with running(Joinable(step_s=0.001), Limits(rows=8, tokens=1_000_000)) as engine:
@@ -403,6 +440,47 @@ def test_a_batch_too_large_for_the_device_runs_in_halves() -> None:
         rows = submit(engine, *[row(f"row {n}") for n in range(8)])
         assert [text(row) for row in rows] == [f"row {n}" for n in range(8)]
     assert runner.sizes == [8, 4, 4]
+
+
+def test_what_a_failed_batch_held_is_free_when_it_runs_again() -> None:
+    class Cache:
+        """What a runner's frames hold."""
+
+    class Full(Small):
+        held: list[weakref.ref[Cache]] = []
+        still_held = 0
+
+        def answer(self, rows: Sequence[Row]) -> None:
+            cache = Cache()
+            self.still_held += sum(reference() is not None for reference in self.held)
+            self.held.append(weakref.ref(cache))
+            try:
+                super().answer(rows)
+            except OutOfMemory as error:
+                raise OutOfMemory from error
+
+    runner = Full(room=2)
+    with running(runner) as engine:
+        for one in submit(engine, *[row() for _ in range(8)]):
+            one.output.result(SOON)
+    assert len(runner.held) > 2
+    assert not runner.still_held
+
+
+def test_what_fits_is_remembered_in_beams() -> None:
+    class Narrow(Recorder):
+        def answer(self, rows: Sequence[Row]) -> None:
+            if sum(row.sampling.num_beams for row in rows) > 8:
+                raise OutOfMemory
+            super().answer(rows)
+
+    runner = Narrow()
+    with running(runner, Limits(rows=16, tokens=10_000)) as engine:
+        for one in submit(engine, row(beams=8), row(beams=8)):
+            one.output.result(SOON)
+        for one in submit(engine, *[row() for _ in range(8)]):
+            one.output.result(SOON)
+    assert runner.sizes == [2, 1, 1, 8]
 
 
 def test_the_engine_remembers_what_fits() -> None:

@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -23,6 +24,8 @@ LINGER_S = 0.003
 MAX_LINGER_S = 0.02
 #: Seconds that a running batch may be held up, between two joinings, for rows that come soon.
 PATIENCE_S = 0.2
+#: Seconds after the last joining in which rows that wait join in groups only (see scheduler.JOINING_PART).
+GROUP_PATIENCE_S = 1.0
 #: Seconds between two signs of life while there is nothing to do.
 IDLE_BEAT_S = 1.0
 
@@ -69,7 +72,7 @@ class Engine:
         self._waiting: list[Row] = []
         self._changed = threading.Condition()
         self._coming = 0
-        self._patience_ends = 0.0
+        self._joined_at = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -135,7 +138,8 @@ class Engine:
             for row in [row for row in self._waiting if row.interruption(now)]:
                 self._waiting.remove(row)
                 _drop(row)
-            batch = next_batch(self._waiting, self._limits, running)
+            is_late = now >= self._joined_at + GROUP_PATIENCE_S
+            batch = next_batch(self._waiting, self._limits, running, in_groups=not is_late)
             taken = set(map(id, batch))
             self._waiting = [row for row in self._waiting if id(row) not in taken]
         for row in batch:
@@ -151,21 +155,21 @@ class Engine:
     def _gather(self, running: int) -> None:
         """Let rows that come soon catch up with a batch that is far from full."""
         with self._changed:
-            while time.monotonic() < self._patience_ends and worth_waiting(
-                running, len(self._waiting), self._coming, self._limits
-            ):
-                self._changed.wait(max(0.0, self._patience_ends - time.monotonic()))
-            if self._waiting:
-                self._patience_ends = time.monotonic() + PATIENCE_S
+            end = self._joined_at + PATIENCE_S
+            while time.monotonic() < end and worth_waiting(running, len(self._waiting), self._coming, self._limits):
+                self._changed.wait(max(0.0, end - time.monotonic()))
 
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
         batch = list(first)
-        self._patience_ends = time.monotonic() + PATIENCE_S
+        self._joined_at = time.monotonic()
 
         def newcomers(running: Sequence[Row]) -> Sequence[Row]:
             if joinable:
                 self._gather(len(running))
-            joining = self._start(running) if joinable and not self._stopping else []
+            # Where nobody runs any more, whoever is first begins a batch of another run: it may be one of beams.
+            joining = self._start(running) if joinable and running and not self._stopping else []
+            if joining:
+                self._joined_at = time.monotonic()
             # Rows that are over need no recovery, and hold their pictures.
             batch[:] = [*running, *joining]
             return joining
@@ -175,6 +179,7 @@ class Engine:
             self._runner.run(first, self._beat, newcomers)
         except Exception as caught:
             error = caught
+            _let_go(error)
         unfinished = [row for row in batch if not row.is_done]
         if unfinished:
             self._recover(batch, unfinished, error)
@@ -187,7 +192,8 @@ class Engine:
         half = max(1, len(unfinished) // 2)
         limits = self._limits
         if isinstance(error, OutOfMemory):
-            self._limits = replace(limits, rows=max(1, min(limits.rows, len(batch) // 2)))
+            beams = sum(row.sampling.num_beams for row in batch)
+            self._limits = replace(limits, rows=max(1, min(limits.rows, beams // 2)))
         logger.warning(
             "A batch of %d failed; its %d unfinished jobs run again in smaller ones.",
             len(batch), len(unfinished), exc_info=error,
@@ -199,6 +205,13 @@ class Engine:
         if any(isinstance(row.output.exception(), OutOfMemory) for row in unfinished):
             # That row does not even fit alone: of what fits beside others it says nothing.
             self._limits = limits
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames hold that an error came through: where memory was short, the next try needs it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _stopped() -> Internal:

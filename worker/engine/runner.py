@@ -21,6 +21,9 @@ from worker.engine.sampling import RowSampling
 from worker.engine.scoring import label_log_likelihoods
 from worker.models.words import Words
 
+#: What a plain RuntimeError of torch says where a processor, or a GPU's library for products, had no memory.
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class Adapter(Protocol):
     """What a family adds to transformers' common interface; see worker.models.idefics."""
@@ -106,10 +109,16 @@ def memory_errors() -> Iterator[None]:
     """A device without memory as our OutOfMemory."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_of_memory(error):
+            raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemory() from error
+
+
+def _is_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def finish_scored(rows: Sequence[Row], likelihoods: Sequence[Sequence[float]]) -> None:

@@ -30,8 +30,11 @@ def worth_waiting(running: int, waiting: int, coming: int, limits: Limits) -> bo
     return coming > 0 and running <= HELD_UP * (coming + waiting) and running + waiting < FULL_PART * limits.rows
 
 
-def next_batch(waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = ()) -> list[Row]:
-    """The rows to run next, of those that wait; with `running`, those that join them.
+def next_batch(
+    waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = (), *, in_groups: bool = True
+) -> list[Row]:
+    """The rows to run next, of those that wait; with `running`, those that join them, few at a time only where
+    `in_groups` is off.
 
     The first is the oldest of the most urgent priority, so that nobody starves. With it go the rows that it can
     share a batch with, those nearest to it in wanted length first: a batch lasts as long as its longest row.
@@ -41,7 +44,9 @@ def next_batch(waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = 
         return []
     head = min(waiting, key=lambda row: (row.priority, row.arrived))
     batch, longest = [head], max(map(_length, (*running, head)))
-    if running and not _may_join(head, longest, waiting, limits, running):
+    if running and not _may_join(head, longest, limits, running):
+        return []
+    if running and in_groups and not _is_group(len(waiting), limits.rows - len(running), limits):
         return []
     companions = sorted(
         (row for row in waiting if row is not head and _group(row) == _group(head)),
@@ -55,12 +60,14 @@ def next_batch(waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = 
     return batch
 
 
-def _may_join(head: Row, longest: int, waiting: Sequence[Row], limits: Limits, running: Sequence[Row]) -> bool:
+def _may_join(head: Row, longest: int, limits: Limits, running: Sequence[Row]) -> bool:
     """Nobody overtakes a head that cannot join: the batch drains, and then the head is the first."""
-    if _group(head) != _group(running[0]) or not _fits(len(running) + 1, longest, head, limits):
-        return False
-    free = limits.rows - len(running)
-    return free * JOINING_PART >= limits.rows or len(waiting) <= free
+    return _group(head) == _group(running[0]) and _fits(len(running) + 1, longest, head, limits)
+
+
+def _is_group(waiting: int, free: int, limits: Limits) -> bool:
+    """Whether enough can join at once, or all that wait."""
+    return free * JOINING_PART >= limits.rows or waiting <= free
 
 
 def _group(row: Row) -> Hashable:
