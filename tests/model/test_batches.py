@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from tasks import Caption, CaptionExample, ImagePath, Job
-from tasks.errors import OutOfMemory
+from tasks.errors import Internal, OutOfMemory
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
 from worker.engine import continuous
-from worker.engine.engine import Engine
-from worker.engine.row import Row, Sampling
+from worker.engine.engine import Beat, Engine, Newcomers
+from worker.engine.prefixes import PrefixCache
+from worker.engine.row import Output, Picture, Row, Sampling
 from worker.engine.runner import StockModel, memory_errors
 from worker.engine.scheduler import Limits
-from worker.models.idefics_decoder import Prompt
+from worker.models.idefics_decoder import IdeficsDecoder, Prompt
 
 
 def _nobody(running: Sequence[Row]) -> Sequence[Row]:
@@ -26,6 +27,17 @@ def _nobody(running: Sequence[Row]) -> Sequence[Row]:
 
 def _nothing() -> None:
     """A beat that nobody hears."""
+
+
+def _alone(served: Served, row: Row) -> Output:
+    again = Row(row.tokens, row.sampling, row.labels)
+    served.model.run([again], _nothing, _nobody)
+    return again.output.result()
+
+
+def _in_turn(groups: list[list[Row]]) -> Newcomers:
+    """They join, one group at each step."""
+    return lambda running: groups.pop(0) if groups else []
 
 
 def test_a_batch_of_32_mixed_jobs_says_what_stock_generate_says_to_each_alone(served: Served) -> None:
@@ -87,9 +99,9 @@ def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_the_others(
     steps_while_reading: list[int] = []
     stock_read = served.model._read_a_piece
 
-    def counted() -> None:
+    def counted(beat: Beat) -> None:
         steps_while_reading.append(len(served.model._running))
-        stock_read()
+        stock_read(beat)
 
     monkeypatch.setattr(served.model, "_read_a_piece", counted)
     served.model.run(rows, _nothing, _nobody)
@@ -98,7 +110,12 @@ def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_the_others(
     assert any(steps_while_reading[:5])
 
 
-def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(served: Served) -> None:
+@pytest.mark.parametrize("piece", [512, 7])
+def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(
+    served: Served, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous, "PIECE_TOKENS", piece)
+    monkeypatch.setattr(served.model, "_prefixes", PrefixCache(2**29, served.model._decoder.position_bytes))
     names = sorted(served.images)
     examples = [CaptionExample(image=ImagePath(path=name), text=f"A thing like {name}.") for name in names[:3]]
     jobs: list[Job] = [
@@ -106,23 +123,110 @@ def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(ser
         for n, name in enumerate(names[3:12])
     ]
     read: list[int] = []
-    decoder = served.model._decoder
-    stock_read = decoder.read
+    stock_read = IdeficsDecoder.read
 
-    def counted(prompts: Sequence[Prompt]) -> tuple[Sequence[int], Tensor]:
+    def counted(decoder: IdeficsDecoder, prompts: Sequence[Prompt]) -> tuple[Sequence[int], Tensor]:
         read.append(sum(len(prompt.ids) for prompt in prompts))
-        return stock_read(prompts)
+        return stock_read(decoder, prompts)
 
-    decoder.read = counted  # type: ignore[method-assign]
-    try:
-        rows = [row_of(served.model, job, parts_of(job, served.images)) for job in jobs]
-        served.model.run(rows, _nothing, _nobody)
-    finally:
-        decoder.read = stock_read  # type: ignore[method-assign]
+    monkeypatch.setattr(IdeficsDecoder, "read", counted)
+    rows = [row_of(served.model, job, parts_of(job, served.images)) for job in jobs]
+    served.model.run(rows, _nothing, _nobody)
     for job, row in zip(jobs, rows, strict=True):
         alone = stock_ids(served.model, served.processor, job, parts_of(job, served.images))
         assert list(row.output.result().ids) == alone, job
     assert sum(read) < sum(len(row.tokens.ids) for row in rows) / 2
+    assert piece == 512 or max(read) <= piece * len(rows)
+
+
+def test_rows_are_right_where_no_more_is_kept_than_they_need(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cache in (served.model._decoder._own, served.model._decoder._cross, served.model._aside._own):
+        monkeypatch.setattr(cache, "_most", 1)
+    jobs = mixed_jobs(24, sorted(served.images), seed=6)
+    prompts = [parts_of(job, served.images) for job in jobs]
+    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    never_ends = Row(prepared(served.model, prompts[0]), Sampling(100))
+    # The others join when that one is long.
+    served.model.run([never_ends, *rows[:12]], _nothing, _in_turn([[]] * 80 + [rows[12:]]))
+    assert never_ends.output.result() == _alone(served, never_ends)
+    for job, parts, row in zip(jobs, prompts, rows, strict=True):
+        assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
+    assert served.model._decoder._own.positions == 0
+
+
+def test_many_short_rows_and_a_long_one_after_them_take_no_more_than_each_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 24 * 64
+    decoder = served.model._decoder.another(most)
+    monkeypatch.setattr(served.model, "_decoder", decoder)
+    held: list[int] = []
+    parts = [served.images[min(served.images)], "Say"]
+    short = [Row(prepared(served.model, parts), Sampling(2)) for _ in range(24)]
+    long = Row(prepared(served.model, parts), Sampling(300))
+    for rows in (short, [long], short[:1]):
+        again = [Row(row.tokens, row.sampling) for row in rows]
+        served.model.run(again, lambda: held.append(decoder._own.positions), _nobody)
+    assert max(held) <= most
+    assert max(map(len, (row.output.result().ids for row in again))) <= 2
+
+
+@pytest.mark.parametrize("labeled", [False, True])
+def test_a_row_that_overflows_fails_alone_and_leaves_no_trace(
+    served: Served, labeled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = sorted(served.images)[:4]
+    broken = served.model.codec.picture(served.images[names[0]]).key
+    stock_features = served.model._features
+
+    def features(pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
+        return {key: found * torch.nan if key == broken else found for key, found in stock_features(pictures).items()}
+
+    monkeypatch.setattr(served.model, "_features", features)
+    labels = tuple(tuple(served.model.codec.tokenizer(text).input_ids) for text in ("a dog", "a somewhat longer text"))
+
+    def rows_of(names: Sequence[str], text: str) -> list[Row]:
+        return [
+            Row(prepared(served.model, [served.images[name], text]), Sampling(8), labels if labeled else ())
+            for name in names
+        ]
+
+    again = rows_of(names[1:], "Say")
+    first, *others = rows_of(names, "Say " * 20)
+    # The later ones take its place, beside longer ones.
+    served.model.run([first, *others], _nothing, _in_turn([again]))
+    if labeled:
+        served.model.run(again, _nothing, _nobody)
+    with pytest.raises(Internal, match="overflow"):
+        first.output.result()
+    assert all(row.output.result() for row in others)
+    for row in again:
+        ours, alone = row.output.result(), _alone(served, row)
+        assert ours.ids == alone.ids
+        assert ours.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+    for decoder in (served.model._decoder, served.model._aside):
+        assert not any(tensor.isnan().any() for tensor in decoder._own.tensors)
+
+
+def test_a_long_prompt_that_is_canceled_waits_for_no_other(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuous, "PIECE_TOKENS", 4)
+    prompts = [[served.images[name], f"{name} " * 20] for name in sorted(served.images)[:3]]
+    rows = [Row(prepared(served.model, parts), Sampling(4), priority=n) for n, parts in enumerate(reversed(prompts))]
+    done: list[list[bool]] = []
+
+    def beat() -> None:
+        rows[2].canceled = True
+        done.append([row.is_done for row in rows])
+
+    served.model.run(rows, beat, _nobody)
+    assert rows[2].output.result().finish_reason == "canceled"
+    # The more urgent one first.
+    assert [each for n, each in enumerate(done) if each != done[n - 1]] == [
+        [False, False, False],
+        [False, False, True],
+        [True, False, True],
+        [True, True, True],
+    ]
 
 
 def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served) -> None:
@@ -201,8 +305,18 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
         for prompt, choice in zip(parts, choices, strict=True)
     ]
     on_stock = [Row(row.tokens, row.sampling, row.labels) for row in rows]
-    runs_on = row_of(served.model, mixed_jobs(1, sorted(served.images))[0], [served.images[min(served.images)]])
-    served.model.run([runs_on, *rows], _nothing, _nobody)
+    runs_on = Row(prepared(served.model, parts[0]), Sampling(60))
+    steps: list[int] = []
+    stock_try = served.model._aside.try_out
+
+    def counted(packs: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
+        steps.append(sum(len(progress._new) for progress, _ in served.model._running.values()))
+        return stock_try(packs)
+
+    monkeypatch.setattr(served.model._aside, "try_out", counted)
+    served.model.run([runs_on], _nothing, _in_turn([rows]))
+    assert len(steps) > 1
+    assert steps == sorted(set(steps))
     StockModel.run(served.model, on_stock, _nothing, _nobody)
     for row, stock_row in zip(rows, on_stock, strict=True):
         alone = torch.tensor([_log_likelihood(served, row, label) for label in row.labels], dtype=torch.float64)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from worker.engine.engine import Beat, Newcomers
 from worker.engine.prefixes import Head, PrefixCache, heads
 from worker.engine.progress import Progress
 from worker.engine.row import Output, Row, Tokens
-from worker.engine.runner import StockModel, finish_scored, memory_errors
+from worker.engine.runner import StockModel, finish_scored, memory_errors, overflow
 from worker.engine.sampling import RowSampler
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
@@ -27,6 +27,12 @@ PREFILL_TOKENS = 4096
 PIECE_TOKENS = 512
 #: Tokens of labels that are scored at once: each needs the logits of the whole vocabulary.
 LABEL_TOKENS = 2048
+#: Where a model of small numbers has overflowed.
+NO_TOKEN = -1
+
+T = TypeVar("T")
+#: Work that pauses wherever the running rows may take a step.
+Pauses = Generator[None, None, T]
 
 
 class ContinuousModel(StockModel):
@@ -39,16 +45,18 @@ class ContinuousModel(StockModel):
         self, adapter: IdeficsAdapter, info: ModelInfo, max_tokens: int, prefix_cache_bytes: int = 2**29
     ) -> None:
         super().__init__(adapter, info, max_tokens)
-        self._decoder = IdeficsDecoder(adapter.model, adapter.image_id)
+        self._decoder = IdeficsDecoder(adapter.model, adapter.image_id, max_tokens)
+        #: For beginnings and labels, which are read and not continued: the running rows' slots need no room for them.
+        self._aside = self._decoder.another(PREFILL_TOKENS + LABEL_TOKENS)
         self._image_id = adapter.image_id
         self._features = adapter.features
-        self._prefixes = PrefixCache(prefix_cache_bytes)
+        self._prefixes = PrefixCache(prefix_cache_bytes, self._decoder.position_bytes)
         self._best = Traced(best)
         self._forbidden = torch.tensor(adapter.codec.bad_words_ids, device=adapter.model.device).flatten()
         #: By slot of the decoder.
         self._running: dict[int, tuple[Progress, RowSampler | None]] = {}
         #: Rows whose prompt is read piece by piece, with what is still to be read.
-        self._partly_read: deque[tuple[Row, Prompt]] = deque()
+        self._partly_read: list[tuple[Row, Prompt]] = []
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
@@ -63,6 +71,7 @@ class ContinuousModel(StockModel):
             self._running.clear()
             self._partly_read.clear()
             self._decoder.clear()
+            self._aside.clear()
             raise
 
     def figures(self) -> dict[str, int]:
@@ -72,7 +81,7 @@ class ContinuousModel(StockModel):
     def _run_on(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self._join(rows, beat)
         while self._running or self._partly_read:
-            self._read_a_piece()
+            self._read_a_piece(beat)
             if self._running:
                 self._step()
             beat()
@@ -90,80 +99,110 @@ class ContinuousModel(StockModel):
         self._advance(self._decoder.step(tokens), slots)
 
     def _join(self, rows: Sequence[Row], beat: Beat) -> None:
+        """Read their prompts, with a step of the others between two pieces."""
         unseeing = [row for row in rows if row.labels and not row.tokens.pictures]
         if unseeing:
             # Our network for labels reads images.
             self._score(unseeing, beat)
-        prompts = self._prompts([row for row in rows if not row.is_done], beat)
+        self._go_through(self._reading([row for row in rows if not row.is_done]), beat)
+
+    def _go_through(self, work: Pauses[None], beat: Beat) -> None:
+        for _ in work:
+            beat()
+            if self._running:
+                self._step()
+
+    def _reading(self, rows: Sequence[Row]) -> Pauses[None]:
+        prompts = yield from self._prompts(rows)
         self._partly_read += [(row, prompt) for row, prompt in prompts if len(prompt.ids) > PIECE_TOKENS]
         short = [(row, prompt) for row, prompt in prompts if len(prompt.ids) <= PIECE_TOKENS]
-        for labeled in (True, False):
-            for chunk in _chunks([pair for pair in short if bool(pair[0].labels) is labeled]):
-                self._read(chunk)
-                beat()
+        for chunk in _chunks([pair for pair in short if pair[0].labels]):
+            yield from self._score_labels(*zip(*chunk, strict=True))
+        for chunk in _chunks([pair for pair in short if not pair[0].labels]):
+            self._begin(*zip(*chunk, strict=True))
+            yield
 
-    def _read_a_piece(self) -> None:
-        """Bring the first of the long prompts forward: the running rows wait for one piece between two steps."""
+    def _read_a_piece(self, beat: Beat) -> None:
+        """Bring the most urgent of the long prompts forward: the running rows wait for one piece between two steps."""
+        now = time.monotonic()
+        for row, _ in self._partly_read:
+            reason = row.interruption(now)
+            if reason:
+                row.finish(Output((), reason))
+        self._partly_read = [pair for pair in self._partly_read if not pair[0].is_done]
         if not self._partly_read:
             return
-        row, prompt = self._partly_read.popleft()
-        reason = row.interruption(time.monotonic())
-        if reason:
-            row.finish(Output((), reason))
-        elif len(prompt.ids) <= PIECE_TOKENS:
-            self._read([(row, prompt)])
+        pair = min(self._partly_read, key=lambda pair: (pair[0].priority, pair[0].arrived))
+        self._partly_read.remove(pair)
+        row, prompt = pair
+        if len(prompt.ids) > PIECE_TOKENS:
+            self._partly_read.append((row, self._less_a_piece(prompt)))
+        elif row.labels:
+            self._go_through(self._score_labels([row], [prompt]), beat)
         else:
-            piece, rest = prompt.split(PIECE_TOKENS, self._image_id)
-            prefix = self._decoder.read_prefix(piece)
-            self._partly_read.appendleft((row, replace(rest, prefix=prefix)))
+            self._begin([row], [prompt])
 
-    def _prompts(self, rows: Sequence[Row], beat: Beat) -> list[tuple[Row, Prompt]]:
+    def _less_a_piece(self, prompt: Prompt) -> Prompt:
+        """What is left of a prompt, once its first piece is read."""
+        piece, rest = prompt.split(PIECE_TOKENS, self._image_id)
+        return replace(rest, prefix=self._aside.read_prefix(piece))
+
+    def _prompts(self, rows: Sequence[Row]) -> Pauses[list[tuple[Row, Prompt]]]:
         """Each row's prompt, less the beginning that it shares with others."""
         batch = [heads(row.tokens, self._image_id) for row in rows]
         for index, head in self._prefixes.worth_reading(batch):
-            self._prefixes.keep(head, self._read_head(rows[index].tokens, head, batch[index]))
-            beat()
+            self._prefixes.keep(head, (yield from self._read_head(rows[index].tokens, head, batch[index])))
+            yield
         known = [self._prefixes.longest(row_heads) for row_heads in batch]
         rests = [_rest(row.tokens, found) for row, found in zip(rows, known, strict=True)]
         # All at once, so that they are encoded in chunks.
         features = self._features(picture for rest in rests for picture in rest.pictures)
         return [(row, _prompt(rest, features, found)) for row, rest, found in zip(rows, rests, known, strict=True)]
 
-    def _read_head(self, tokens: Tokens, head: Head, row_heads: Sequence[Head]) -> Prefix:
+    def _read_head(self, tokens: Tokens, head: Head, row_heads: Sequence[Head]) -> Pauses[Prefix]:
         beginning = Tokens(tokens.ids[: head.length], tokens.pictures[: head.images])
         # Examples that were shared before and one more: only what is new is read.
         shorter = self._prefixes.longest([each for each in row_heads if each.length < head.length])
         rest = _rest(beginning, shorter)
-        return self._decoder.read_prefix(_prompt(rest, self._features(rest.pictures), shorter))
+        prompt = _prompt(rest, self._features(rest.pictures), shorter)
+        while len(prompt.ids) > PIECE_TOKENS:
+            prompt = self._less_a_piece(prompt)
+            yield
+        return self._aside.read_prefix(prompt)
 
-    def _read(self, chunk: Sequence[tuple[Row, Prompt]]) -> None:
-        """Read the prompts of rows that are all continued, or all scored."""
-        rows, prompts = zip(*chunk, strict=True)
-        if rows[0].labels:
-            self._score_labels(rows, prompts)
-            return
+    def _begin(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
+        """Read the prompts of rows that are continued: from now on they run."""
         slots, logits = self._decoder.read(prompts)
         for slot, row in zip(slots, rows, strict=True):
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
             self._running[slot] = Progress(row, self.decode), sampler
         self._advance(logits, slots)
 
-    def _score_labels(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
+    def _score_labels(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> Pauses[None]:
         """The first labels with the prompts, the others after them."""
         part, *others = _label_parts(rows)
         firsts = [[label[0] for label in row.labels] for row in rows]
-        slots, scores, behind = self._decoder.score(prompts, firsts, [row.labels[part] for row in rows])
+        slots, scores, behind = self._aside.score(prompts, firsts, [row.labels[part] for row in rows])
         _add(scores, part, behind)
         for part in others:
-            _add(scores, part, self._decoder.try_out(slots[0], [row.labels[part] for row in rows]))
-        self._decoder.release(slots)
+            yield
+            _add(scores, part, self._aside.try_out([row.labels[part] for row in rows]))
+        self._aside.release(slots)
         finish_scored(rows, scores)
+        if any(row.output.exception() for row in rows):
+            self._aside.clear()
+        yield
 
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in these slots their next tokens, and free the slots of those that are over."""
         now, tokens = time.monotonic(), self._best(logits, self._forbidden).tolist()
         running = [(place, slot, *self._running[slot]) for place, slot in enumerate(slots) if slot in self._running]
-        for place, _, progress, sampler in running:
+        for place, slot, progress, sampler in running:
+            if tokens[place] == NO_TOKEN:
+                progress.row.fail(overflow())
+                # What stands there would spoil the next row's sums, although that row does not see it.
+                self._decoder.wipe(slot)
+                continue
             token = int(sampler.perturb(logits[place]).argmax()) if sampler else tokens[place]
             progress.take(token, now)
         over = [slot for _, slot, progress, _ in running if progress.row.is_done]
@@ -173,8 +212,10 @@ class ContinuousModel(StockModel):
 
 
 def best(logits: Tensor, forbidden: Tensor) -> Tensor:
-    """Each row's most likely token of those that are not forbidden, which get no chance in `logits` either."""
-    return logits.index_fill_(1, forbidden, -torch.inf).argmax(dim=-1)
+    """Each row's most likely token of those that are not forbidden, which get no chance in `logits` either; NO_TOKEN
+    where these are not numbers."""
+    chances, tokens = logits.index_fill_(1, forbidden, -torch.inf).max(dim=-1)
+    return torch.where(chances.isnan(), NO_TOKEN, tokens)
 
 
 def _add(scores: Sequence[list[float]], part: slice, likelihoods: Sequence[Sequence[Sequence[float]]]) -> None:
@@ -206,12 +247,19 @@ def _prompt(rest: Tokens, features: Mapping[bytes, Tensor], known: Known) -> Pro
 
 
 def _chunks(prompts: Sequence[tuple[Row, Prompt]]) -> Iterator[list[tuple[Row, Prompt]]]:
-    """Prompts of like length together, as many as PREFILL_TOKENS allow with their padding, one at least."""
+    """Prompts of like length together, as many as PREFILL_TOKENS and LABEL_TOKENS allow with their padding, one at
+    least."""
     chunk: list[tuple[Row, Prompt]] = []
-    for row, prompt in sorted(prompts, key=lambda pair: len(pair[1].ids)):
-        if chunk and (len(chunk) + 1) * len(prompt.ids) > PREFILL_TOKENS:
+    for row, prompt in sorted(prompts, key=_width):
+        if chunk and (len(chunk) + 1) * _width((row, prompt)) > PREFILL_TOKENS:
             yield chunk
             chunk = []
         chunk.append((row, prompt))
     if chunk:
         yield chunk
+
+
+def _width(pair: tuple[Row, Prompt]) -> int:
+    """Prompt tokens, or so many as a label is as dear as."""
+    row, prompt = pair
+    return max(len(prompt.ids), PREFILL_TOKENS // LABEL_TOKENS * max(map(len, row.labels), default=0))

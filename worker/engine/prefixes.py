@@ -46,8 +46,10 @@ def heads(tokens: Tokens, image_id: int) -> list[Head]:
 class PrefixCache:
     """Least-recently-used prefixes. Used by the engine's thread only."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, token_bytes: int) -> None:
+        """`token_bytes`: what one token of a prefix takes."""
         self._max_bytes = max_bytes
+        self._most_tokens = max_bytes // token_bytes
         self._bytes = 0
         self._hits = 0
         self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
@@ -65,13 +67,16 @@ class PrefixCache:
 
     def worth_reading(self, batch: Sequence[Sequence[Head]]) -> list[tuple[int, Head]]:
         """Beginnings to read on their own, and a prompt of the batch that has each: the longest that several prompts
-        of the batch share, or that came before. Call once a batch."""
+        of the batch share, or that came before. All fit side by side. Call once a batch."""
         shared = Counter(head.key for row in batch for head in row)
         found: dict[bytes, tuple[int, Head]] = {}
+        room = self._most_tokens
         for index, row in enumerate(batch):
-            head = next((head for head in row if shared[head.key] > 1 or head.key in self._seen), None)
-            if head is not None and head.key not in self._kept:
+            recurring = (head for head in row if shared[head.key] > 1 or head.key in self._seen)
+            head = next((head for head in recurring if head.length <= self._most_tokens), None)
+            if head is not None and head.key not in self._kept and head.key not in found and head.length <= room:
                 found[head.key] = index, head
+                room -= head.length
         for key in shared:
             self._seen[key] = None
             self._seen.move_to_end(key)
@@ -86,6 +91,6 @@ class PrefixCache:
     def keep(self, head: Head, prefix: Prefix) -> None:
         self._kept[head.key] = prefix
         self._bytes += prefix.nbytes
-        while self._bytes > self._max_bytes and len(self._kept) > 1:
+        while self._bytes > self._max_bytes:
             _, dropped = self._kept.popitem(last=False)
             self._bytes -= dropped.nbytes

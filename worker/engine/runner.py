@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from tasks.errors import OutOfMemory
+from tasks.errors import Internal, OutOfMemory
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
 from worker.engine.progress import Decode, Progress, has_stop
@@ -124,11 +124,18 @@ def _is_of_memory(error: Exception) -> bool:
 def finish_scored(rows: Sequence[Row], likelihoods: Sequence[Sequence[float]]) -> None:
     """Each row's labels' log-likelihoods as its probabilities."""
     for row, scores in zip(rows, likelihoods, strict=True):
+        if any(map(math.isnan, scores)):
+            row.fail(overflow())
+            continue
         # Not torch: for a few numbers, its calls cost more than they compute.
         best = max(scores)
         parts = [math.exp(score - best) for score in scores]
         total = math.fsum(parts)
         row.finish(Output((), "stop", tuple(part / total for part in parts)))
+
+
+def overflow() -> Internal:
+    return Internal("The model's numbers overflow on this job: load it with IDEFICS_DTYPE=bfloat16 or float32.")
 
 
 def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:

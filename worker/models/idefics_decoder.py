@@ -7,6 +7,7 @@ before it, and no other), and whole beginnings of prompts (`Prefix`).
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,27 +79,45 @@ class Prompt:
 class SlotCache:
     """Keys and values (slots, heads, capacity, head size) of each layer."""
 
-    def __init__(self, layers: int, heads: int, size: int, like: Tensor) -> None:
-        """`like` says the type and the device."""
+    def __init__(self, layers: int, heads: int, size: int, like: Tensor, most: int) -> None:
+        """`like` says the type and the device; `most` is how many positions are kept unused, of all slots together."""
         self._empty = like.new_zeros(0, heads, 0, size)
         self._layers: list[KeysValues] = [(self._empty, self._empty)] * layers
+        self._most = most
 
-    def reserve(self, index: int, slots: int, capacity: int) -> KeysValues:
-        """A layer's tensors with room for so many slots and positions; what they hold stays."""
-        kept = self._layers[index]
-        rows, room = max(slots, kept[0].shape[0]), max(capacity, kept[0].shape[2])
-        if (rows, room) != (kept[0].shape[0], kept[0].shape[2]):
-            room = -(-room // GROWTH) * GROWTH
-            keys, values = (self._empty.new_zeros(rows, old.shape[1], room, old.shape[3]) for old in kept)
-            for new, old in zip((keys, values), kept, strict=True):
-                new[: old.shape[0], :, : old.shape[2]] = old
-            self._layers[index] = keys, values
-        return self._layers[index]
+    @property
+    def positions(self) -> int:
+        """Of all slots together, in use or not."""
+        keys, _ = self._layers[0]
+        return keys.shape[0] * keys.shape[2]
 
-    def views(self, first: int, end: int, length: int) -> list[Tensor]:
-        """All layers' tensors, keys and values in turn, of these slots and so many positions."""
-        kept = (self.reserve(index, end, length) for index in range(len(self._layers)))
-        return [tensor[first:end, :, :length] for layer in kept for tensor in layer]
+    @property
+    def position_bytes(self) -> int:
+        """What the keys and values of one position take, in all layers."""
+        return 2 * len(self._layers) * self._empty.shape[1] * self._empty.shape[3] * self._empty.element_size()
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Room for so many slots, of so many positions. What those hold stays."""
+        held, held_room = self._layers[0][0].shape[0], self._layers[0][0].shape[2]
+        if slots <= held and capacity <= held_room:
+            return
+        rows, room = max(slots, held), _grown(max(capacity, held_room))
+        if rows * room > self._most:
+            # Many short rows and a long one need not have come at the same time.
+            rows, room = slots, _grown(capacity)
+        for index, (keys, values) in enumerate(self._layers):
+            # One after the other, so that only one stands twice.
+            self._layers[index] = self._resized(keys, rows, room), self._resized(values, rows, room)
+
+    def _resized(self, old: Tensor, rows: int, room: int) -> Tensor:
+        new = old.new_zeros(rows, old.shape[1], room, old.shape[3])
+        both = new[: old.shape[0], :, : old.shape[2]]
+        both.copy_(old[: both.shape[0], :, : both.shape[2]])
+        return new
+
+    def views(self, end: int, length: int) -> list[Tensor]:
+        """All layers' tensors, keys and values in turn, of the first slots and so many positions."""
+        return [tensor[:end, :, :length] for tensor in self.tensors]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -109,6 +128,20 @@ class SlotCache:
         """Give the memory back."""
         self._layers = [(self._empty, self._empty)] * len(self._layers)
 
+    def shrink(self) -> None:
+        """Nobody is here: give back what is more than is kept beyond need."""
+        if self.positions > self._most:
+            self.clear()
+
+    def wipe(self, slot: int) -> None:
+        """Zeros, where something stood that even a masked look would notice."""
+        for tensor in self.tensors:
+            tensor[slot : slot + 1].zero_()
+
+    def another(self, most: int) -> SlotCache:
+        """An empty one of the same shape."""
+        return SlotCache(len(self._layers), self._empty.shape[1], self._empty.shape[3], self._empty, most)
+
     def copy(self, slot: int, length: int) -> tuple[KeysValues, ...]:
         """A slot's first positions, in every layer."""
         return tuple(
@@ -116,17 +149,21 @@ class SlotCache:
         )
 
 
+def _grown(positions: int) -> int:
+    return -(-positions // GROWTH) * GROWTH
+
+
 class IdeficsDecoder:
     """Reads prompts into slots, and appends a token to every slot at a time."""
 
-    def __init__(self, model: IdeficsForVisionText2Text, image_id: int) -> None:
-        """`image_id`: the token that stands for an image."""
+    def __init__(self, model: IdeficsForVisionText2Text, image_id: int, most: int = 2**16) -> None:
+        """`image_id`: the token that stands for an image. `most`: see SlotCache."""
         self._device = model.device
         self._image_id = image_id
         self._like: Tensor = model.model.norm.weight
         layers, blocks = model.model.layers, model.model.gated_cross_attn_layers
         self._own, self._cross = (
-            SlotCache(len(parts), attention.num_heads, attention.head_dim, self._like)
+            SlotCache(len(parts), attention.num_heads, attention.head_dim, self._like, most)
             for parts, attention in ((layers, layers[0].self_attn), (blocks, blocks[0].cross_attn))
         )
         decoder = Decoder(model)
@@ -146,6 +183,18 @@ class IdeficsDecoder:
         #: By slot: its tokens, none where it is free, and whether new ones see an image.
         self._lengths: list[int] = []
         self._sees: list[bool] = []
+
+    def another(self, most: int) -> IdeficsDecoder:
+        """One with slots of its own. `most`: see SlotCache."""
+        other = copy.copy(self)
+        other._own, other._cross = self._own.another(most), self._cross.another(most)
+        other._lengths, other._sees = [], []
+        return other
+
+    @property
+    def position_bytes(self) -> int:
+        """What a token's keys and values take."""
+        return self._own.position_bytes
 
     @property
     def slots(self) -> int:
@@ -176,18 +225,18 @@ class IdeficsDecoder:
         firsts: Sequence[Sequence[int]],
         packs: Sequence[Sequence[Sequence[int]]],
     ) -> tuple[Sequence[int], list[list[float]], list[list[list[float]]]]:
-        """Read prompts that show images into slots behind all others, with continuations: what `try_out` says of those
-        comes last. Before it, for each prompt, the log-probabilities of its `firsts` as the next token."""
+        """Read prompts that show images into slots, of which none is in use, with continuations: what `try_out` says of
+        those comes last. Before it, for each prompt, the log-probabilities of its `firsts` as the next token."""
         shown = _Shown(prompts, self._like, self._image_id)
         assert shown.images is not None, "a prompt shows an image"
-        slots = self._free(len(prompts), at_end=True)
+        assert not self.slots, "nobody is here"
+        slots = range(len(prompts))
         texts = _Texts(packs, [prompt.ids for prompt in prompts], self._device)
         own, cross = self._occupied(prompts, slots, texts.length, shown)
         first = _padded(firsts, max(map(len, firsts)), 0, self._device)
-        numbers, score = self._numbers(prompts, range(len(slots)))[:3], self._scorers[texts.length <= FEW]
-        caches = (each[slots[0] :] for each in (*own, *cross))
+        numbers, score = self._numbers(prompts, slots)[:3], self._scorers[texts.length <= FEW]
         picked = score(
-            texts.ids, *numbers, *shown.tensors, texts.owner, texts.depth, first, texts.target, *caches
+            texts.ids, *numbers, *shown.tensors, texts.owner, texts.depth, first, texts.target, *own, *cross
         ).tolist()
         return (
             slots,
@@ -208,7 +257,7 @@ class IdeficsDecoder:
         more = max(0, slots[-1] + 1 - self.slots)
         self._lengths += [0] * more
         self._sees += [False] * more
-        own = self._own.views(0, self.slots, max(prompt.start for prompt in prompts) + length)
+        own = self._room(max(prompt.start for prompt in prompts) + length)
         self._recall(prompts, slots)
         for slot, prompt in zip(slots, prompts, strict=True):
             self._lengths[slot] = prompt.start + len(prompt.ids)
@@ -216,7 +265,17 @@ class IdeficsDecoder:
         if shown.images is None:
             return own, []
         self._width = shown.images.shape[1]
-        return own, self._cross.views(0, self.slots, self._width)
+        return own, self._images_room()
+
+    def _room(self, length: int) -> list[Tensor]:
+        """The text's keys and values: the first so many positions of each slot."""
+        self._own.reserve(self.slots, max(length, *self._lengths))
+        return self._own.views(self.slots, length)
+
+    def _images_room(self) -> list[Tensor]:
+        """The image blocks' keys and values in each slot."""
+        self._cross.reserve(self.slots, self._width)
+        return self._cross.views(self.slots, self._width)
 
     @torch.inference_mode()
     def read_prefix(self, prompt: Prompt) -> Prefix:
@@ -231,13 +290,13 @@ class IdeficsDecoder:
         """Append one token to each slot; free ones take any. The next token's logits (slots, vocabulary)."""
         # One tensor, since each that is made lets go of the interpreter and has to get it back.
         ids, starts, lasts, sees = self._tensor([tokens, self._lengths, [0] * self.slots, self._sees]).unbind()
-        logits = self._step(ids[:, None], starts, lasts, sees, *self._caches(0, 1))
+        logits = self._step(ids[:, None], starts, lasts, sees, *self._caches(1))
         self._lengths = [length and length + 1 for length in self._lengths]
         return logits
 
     @torch.inference_mode()
-    def try_out(self, first: int, packs: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
-        """Log-probabilities of continuations of the slots from `first` on, which stay as they are.
+    def try_out(self, packs: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
+        """Log-probabilities of continuations of each slot, which stays as it is.
 
         `packs[slot]` are token sequences that each follow the slot's prompt; the answer has, for each, one number for
         each token but its first, whose probability is known from the prompt. The sequences of a slot run as one, each
@@ -246,8 +305,8 @@ class IdeficsDecoder:
         texts = _Texts(packs, [()] * len(packs), self._device)
         if not texts.length:
             return [[[] for _ in pack] for pack in packs]
-        starts, sees = self._tensor([self._lengths[first:], self._sees[first:]]).unbind()
-        caches = self._caches(first, texts.length)
+        starts, sees = self._tensor([self._lengths, self._sees]).unbind()
+        caches = self._caches(texts.length)
         picked = self._branch(texts.ids, starts, texts.target, texts.owner, texts.depth, sees, *caches).tolist()
         return [_unpacked(row, pack) for row, pack in zip(picked, packs, strict=True)]
 
@@ -258,6 +317,14 @@ class IdeficsDecoder:
         while self._lengths and not self._lengths[-1]:
             self._lengths.pop()
             self._sees.pop()
+        if not self._lengths:
+            self._own.shrink()
+            self._cross.shrink()
+
+    def wipe(self, slot: int) -> None:
+        """Leave no trace of what a slot held."""
+        for cache in (self._own, self._cross):
+            cache.wipe(slot)
 
     @torch.inference_mode()
     def close_gaps(self) -> list[tuple[int, int]]:
@@ -268,9 +335,8 @@ class IdeficsDecoder:
         left = self.slots - len(gaps)
         sources = [slot for slot in range(left, self.slots) if self._lengths[slot]]
         moves = list(zip(sources, gaps, strict=False))
-        own, cross = (cache.views(0, self.slots, length) for cache, length in
-                      ((self._own, max(self._lengths)), (self._cross, self._width)))  # fmt: skip
-        self._move(*self._tensor(moves).unbind(dim=1), *own, *cross)
+        caches = self._room(max(self._lengths)) + self._images_room()
+        self._move(*self._tensor(moves).unbind(dim=1), *caches)
         for source, target in moves:
             self._lengths[target], self._sees[target] = self._lengths[source], self._sees[source]
         del self._lengths[left:], self._sees[left:]
@@ -295,10 +361,10 @@ class IdeficsDecoder:
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return torch.tensor(numbers, device=self._device)
 
-    def _caches(self, first: int, count: int) -> list[Tensor]:
-        """Of the slots from `first` on, with room for so many new tokens in each."""
-        caches = self._own.views(first, self.slots, max(self._lengths[first:]) + count)
-        return caches + self._cross.views(first, self.slots, self._width) if any(self._sees[first:]) else caches
+    def _caches(self, count: int) -> list[Tensor]:
+        """With room for so many new tokens in each slot."""
+        caches = self._room(max(self._lengths) + count)
+        return caches + self._images_room() if any(self._sees) else caches
 
     def _recall(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> None:
         """Put the prompts' prefixes into their slots, which have room for them."""
