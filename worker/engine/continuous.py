@@ -116,11 +116,15 @@ class ContinuousModel(StockModel):
         prompts = yield from self._prompts(rows)
         self._partly_read += [(row, prompt) for row, prompt in prompts if len(prompt.ids) > PIECE_TOKENS]
         short = [(row, prompt) for row, prompt in prompts if len(prompt.ids) <= PIECE_TOKENS]
-        for chunk in _chunks([pair for pair in short if pair[0].labels]):
-            yield from self._score_labels(*zip(*chunk, strict=True))
-        for chunk in _chunks([pair for pair in short if not pair[0].labels]):
-            self._begin(*zip(*chunk, strict=True))
-            yield
+        labeled = [pair for pair in short if pair[0].labels]
+        continued = [pair for pair in short if not pair[0].labels]
+        for number, chunk in enumerate((*_chunks(labeled), *_chunks(continued))):
+            if number:
+                yield
+            if chunk[0][0].labels:
+                yield from self._score_labels(*zip(*chunk, strict=True))
+            else:
+                self._begin(*zip(*chunk, strict=True))
 
     def _read_a_piece(self, beat: Beat) -> None:
         """Bring the most urgent of the long prompts forward: the running rows wait for one piece between two steps."""
@@ -191,7 +195,6 @@ class ContinuousModel(StockModel):
         finish_scored(rows, scores)
         if any(row.output.exception() for row in rows):
             self._aside.clear()
-        yield
 
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in these slots their next tokens, and free the slots of those that are over."""
