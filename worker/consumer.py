@@ -47,6 +47,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         most = load().max_job_bytes
         # Kombu's own channel (IDEFICS_ATOMIC_TAKE=false) does not ask; nor has another pool an answer.
         self.task_consumer.channel.wants = lambda: getattr(self.pool, "wants_jobs", True)
+        self.task_consumer.channel.most_bytes = most
 
         def on_task_received(message: Any) -> None:
             size = len(message.body or "")

@@ -32,6 +32,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from tasks.capacity import passes
+from worker.inflate import inflated
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._ends: dict[str, str] = {}
         #: Whether to ask for such messages now.
         self.wants: Callable[[], bool] = lambda: True
+        #: How far a compressed body is inflated.
+        self.most_bytes = 32_000_000
         self._take: Take | None = None
         self._command_client: Any = None
         self._settles_soon = False
@@ -323,7 +326,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _parse(self, queue: str, raw: bytes) -> dict[str, Any]:
         try:
-            message = _envelope(raw)
+            message = inflated(_envelope(raw), self.most_bytes)
             properties = message["properties"]
             properties["delivery_tag"] = self.recorded or properties["delivery_tag"]
         except (ValueError, TypeError, LookupError, AttributeError):

@@ -168,6 +168,11 @@ def test_a_job_that_has_not_expired_runs(producer: Producer) -> None:
     assert text(producer.complete().apply_async(expires=60)) == "llo"
 
 
+@pytest.mark.parametrize("compression", ["gzip", "bzip2"])
+def test_a_compressed_job_is_run(held_up: Stand, compression: str) -> None:
+    assert held_up.producer.complete().apply_async(compression=compression).get(timeout=PATIENCE_S)["text"] == "llo"
+
+
 def test_a_soft_limit_ends_a_job_with_its_text_so_far(held_up: Stand) -> None:
     job = held_up.producer.complete("Hello" * 100, tokens=300, soft_time_limit=0.5).apply_async()
     answer = job.get(timeout=PATIENCE_S)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import json
+import lzma
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,6 +122,10 @@ def message(
     }
 
 
+def bomb(compression: str, body: bytes) -> dict[str, Any]:
+    return {**message({"compression": compression}), "body": base64.b64encode(body).decode()}
+
+
 BROKEN: dict[str, dict[str, Any]] = {
     "no JSON": message(body=f"{SECRET}{{"),
     "an empty body": message(body=""),
@@ -151,6 +157,9 @@ BROKEN: dict[str, dict[str, Any]] = {
     "a name that is a number": message({"shadow": 7}),
     "another language": message({"lang": SECRET}),
     "compression": message({"compression": "gzip"}, body=SECRET),
+    "a bomb": bomb("application/x-bz2", bz2.compress(bytes(2**28))),
+    "a bomb behind a small body": bomb("bzip2", bz2.compress(b"[]") + bz2.compress(bytes(2**28))),
+    "a bomb of a kind that nobody asked for": bomb("xz", lzma.compress(bytes(2**28))),
     "delivery information that is none": message(properties={"delivery_info": None}),
     "a reply that goes nowhere": message(properties={"reply_to": 7, "correlation_id": {}}),
     "a group that is a number": message({"group": 7, "root_id": [1], "parent_id": {}}),
@@ -175,7 +184,14 @@ def test_no_message_of_another_form_ends_the_worker_or_is_repeated_in_its_log(st
 
 
 def test_a_message_that_cannot_be_used_ends_its_job_with_the_cure(stood: Stand) -> None:
-    names = ["no JSON", "pickle", "keyword arguments that are a list", "time limits that are texts"]
+    names = [
+        "no JSON",
+        "pickle",
+        "a bomb",
+        "a bomb of a kind that nobody asked for",
+        "keyword arguments that are a list",
+        "time limits that are texts",
+    ]
     for broken in (*names, "an embed that is none", "stamps that are a text"):
         id = uuid()
         sent = {**BROKEN[broken], "headers": {**BROKEN[broken]["headers"], "id": id}}
