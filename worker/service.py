@@ -115,14 +115,18 @@ class Service:
         """End a job: before it starts, or at its next step. True where no text of it is to be waited for."""
         with self._lock:
             self._canceled.add(id)
+        run = self.abandon(id)
+        return run is not None and run.row is None
+
+    def abandon(self, id: str) -> _Run | None:
+        """End a job's run, if there is one: at its next step. Another run of that job may follow."""
+        with self._lock:
             run = self._running.get(id)
-            if run is None:
-                return False
-            run.canceled = True
-            row = run.row
-        if row is not None:
-            self._engine.cancel(row)
-        return row is None
+            if run is not None:
+                run.canceled = True
+        if run is not None and run.row is not None:
+            self._engine.cancel(run.row)
+        return run
 
     def is_canceled(self, id: str) -> bool:
         return id in self._canceled

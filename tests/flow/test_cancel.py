@@ -77,13 +77,15 @@ def test_a_limit_ends_one_job_with_its_text_and_spares_its_neighbours(
     assert held_up.producer.model_process() == process
 
 
-def test_a_hard_limit_ends_one_job_and_its_neighbours_run_again(held_up: Stand, client: Client) -> None:
+def test_a_limit_of_its_own_ends_one_job_and_no_other(held_up: Stand, client: Client) -> None:
+    process = held_up.producer.model_process()
     neighbour = client.submit(ENDLESS.model_copy(update={"max_new_tokens": 100}))
     late = client.submit(ENDLESS, time_limit=1)
     with pytest.raises(Exception, match="limit of 1 s") as caught:
         late.result(timeout=PATIENCE_S)
     assert caught.value.args[0] == "deadline_exceeded"
     assert neighbour.result(timeout=PATIENCE_S).text == WORD * 10
+    assert held_up.producer.model_process() == process
 
 
 # Cancellation

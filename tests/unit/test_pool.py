@@ -33,6 +33,7 @@ THREADS = 100
 #: Seconds that a test waits for what takes a tick of the pool.
 SOON = 5.0
 HANG_S = Settings().hang_timeout_s
+LIMIT_S = Settings().time_limit_s
 
 
 class StubProcess:
@@ -727,9 +728,9 @@ def play(bench: Bench, requests: list[Request], poison: set[str]) -> None:
 
 
 def test_a_job_over_its_hard_limit_fails_alone_and_its_neighbours_run_again_together(started: Bench) -> None:
-    slow, *others = started.submit("slow", "b", "c", timeout=30)
+    slow, *others = started.submit("slow", "b", "c", timeout=LIMIT_S)
     started.process.accept("b")
-    started.process.accept("slow", at=time.monotonic() - 31)
+    started.process.accept("slow", at=time.monotonic() - LIMIT_S - 1)
     old = started.process
     started.until(lambda: "failure" in slow.kinds)
     assert isinstance(slow.error, DeadlineExceeded)
@@ -744,12 +745,43 @@ def test_a_job_over_its_hard_limit_fails_alone_and_its_neighbours_run_again_toge
     assert started.semaphore.releases == 3
 
 
+def test_a_job_over_a_limit_of_its_own_fails_alone_and_the_process_stays(started: Bench) -> None:
+    slow, other = started.submit("slow", "b", timeout=30)
+    process = started.process
+    process.accept("slow", at=time.monotonic() - 31)
+    started.until(lambda: "failure" in slow.kinds)
+    assert isinstance(slow.error, DeadlineExceeded)
+    assert ("abandon", process.serial("slow")) in process.heard
+    # What its thread says later is of no interest.
+    for id in ("slow", "b"):
+        process.finish(id)
+    started.until(lambda: "success" in other.kinds)
+    assert slow.kinds == ["accepted", "failure"]
+    assert started.semaphore.releases == 2
+    started.pool._settings = started.pool._settings.model_copy(update={"time_limit_s": 1.0})
+    started.settle()
+    assert not process.is_killed
+
+
+def test_a_thread_that_overstays_the_workers_own_limit_has_the_process_replaced(started: Bench) -> None:
+    started.submit("slow", "b", timeout=30)
+    old = started.process
+    old.accept("slow", at=time.monotonic() - 31)
+    started.settle()
+    assert not old.is_killed
+    started.pool._settings = started.pool._settings.model_copy(update={"time_limit_s": 20.0})
+    started.until(lambda: started.process is not old and started.process.ran)
+    assert started.process.ran == ["b"]
+    started.settle()
+    assert not started.process.is_killed
+
+
 def test_a_neighbour_of_overdue_jobs_is_never_lost(started: Bench) -> None:
     (neighbour,) = started.submit("neighbour")
     for n in range(4):
         old = started.process
-        started.submit(f"slow {n}", timeout=30)
-        old.accept(f"slow {n}", at=time.monotonic() - 31)
+        started.submit(f"slow {n}", timeout=LIMIT_S)
+        old.accept(f"slow {n}", at=time.monotonic() - LIMIT_S - 1)
         started.until(lambda old=old: started.process is not old and "neighbour" in started.process.ran)
     assert neighbour.told == []
 

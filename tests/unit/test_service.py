@@ -324,6 +324,16 @@ def test_a_job_canceled_while_it_runs_ends_with_its_text_so_far(start: Start) ->
     assert 0 < len(partial.text) < 60
 
 
+def test_a_run_that_is_abandoned_ends_and_another_of_its_job_does_not(start: Start) -> None:
+    service = start(FakeModel(step_s=0.01))
+    threading.Timer(0.1, service.abandon, ["job"]).start()
+    with pytest.raises(Canceled):
+        service.run(complete("a" * 60, max_new_tokens=60), TICKET)
+    assert not service.is_canceled("job")
+    assert service.run(complete("a", max_new_tokens=1), TICKET).text == "a"
+    assert service.abandon("job") is None
+
+
 def test_canceling_a_job_leaves_the_others_alone(start: Start) -> None:
     service = start(FakeModel(step_s=0.005))
     texts: list[str] = []

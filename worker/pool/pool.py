@@ -94,6 +94,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._is_writing = False
         #: The model's counters, as its process last told them.
         self._figures: dict[str, int] = {}
+        #: By serial, when they began: jobs that have ended by a limit of their own, and whose threads have not yet.
+        self._overstaying: dict[int, float] = {}
         #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
         self._culprit_is_known = False
         self._deliveries = Deliveries(
@@ -309,17 +311,23 @@ class InferencePool(BasePool):  # type: ignore[misc]
                 self._start_process()
             return
         self._process.channel.flush()
-        overdue = [job for job in self._jobs.values() if job.is_overdue(now)]
-        for job in overdue:
-            error = DeadlineExceeded(f"The job ran for more than its limit of {job.hard_limit} s and was ended.")
-            self._finish(job, functools.partial(job.fail, error))
-        if overdue:
-            logger.warning("%d jobs passed their time limit: the model process is replaced.", len(overdue))
+        for job in [job for job in self._jobs.values() if job.is_overdue(now)]:
+            self._end_overdue(job)
+        # A producer may set a limit of its own, and must not have the model loaded again for it.
+        stuck = [began for began in self._overstaying.values() if now - began > self._settings.time_limit_s]
+        if stuck:
+            logger.warning("%d jobs passed IDEFICS_TIME_LIMIT_S: the model process is replaced.", len(stuck))
             self._culprit_is_known = True
             self._process.kill()
         elif self._is_hung(now):
             logger.error("The model process gave no sign of life: it is replaced and its jobs run again.")
             self._process.kill()
+
+    def _end_overdue(self, job: Job) -> None:
+        error = DeadlineExceeded(f"The job ran for more than its limit of {job.hard_limit} s and was ended.")
+        self._finish(job, functools.partial(job.fail, error))
+        self._overstaying[job.serial] = job.accepted_at or 0.0
+        self._send(("abandon", job.serial))
 
     def _catch_up(self, now: float) -> None:
         """A broker that hangs holds this process up, a paused container both: what nobody heard was no silence."""
@@ -444,6 +452,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._end_job(serial, report)
 
     def _end_job(self, serial: int, report: Callable[[Job], None]) -> None:
+        self._overstaying.pop(serial, None)
         job = self._jobs.get(serial)
         if job is not None:
             self._finish(job, lambda: report(job))
@@ -514,6 +523,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         status = self._process.end(grace_s)
         self._process.close()
         self._process = None
+        self._overstaying.clear()
         return status
 
     def _health(self, now: float) -> tuple[State, str]:

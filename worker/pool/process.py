@@ -90,6 +90,12 @@ class ModelProcess:
             # Its thread loads images and ends when they have come: what it says then is too late to count.
             self._channel.send(("canceled", serial, None))
 
+    def abandon(self, serial: int) -> None:
+        """The job has ended by its limit: what its thread makes of it no longer counts."""
+        id = self._ids.get(serial)
+        if id is not None:
+            self._service.abandon(id)
+
     def _work(self) -> None:
         leave_cores_to_the_engine()
         while True:
