@@ -168,7 +168,8 @@ class Settings(BaseSettings):
     #: Seconds that an answer is reused for identical jobs (same pixels, prompt, sampling and model); jobs that run at
     #: the same time share one row. Greedy or seeded ones only. 0: off, since a hit can tell what others asked.
     answer_cache_ttl_s: int = Field(default=0, ge=0)
-    #: Seconds after which a job that does not end is given up, its process replaced and its neighbours run again.
+    #: Seconds after which a job that does not end is given up, its process replaced and its neighbours run again. A
+    #: message may set a lower limit (Celery's time_limit): then its job alone is given up.
     time_limit_s: float = Field(default=600.0, gt=0)
     #: Seconds after which a running job ends with the text it has.
     soft_time_limit_s: float = Field(default=540.0, gt=0)

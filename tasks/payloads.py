@@ -144,6 +144,21 @@ Label = Annotated[
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
+def checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The same, if it is small and can be said in JSON. Raises ValueError otherwise."""
+    try:
+        size = len(json.dumps(metadata, allow_nan=False))
+        # Half a surrogate pair, which no result could carry back, raises here.
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("metadata holds what JSON cannot say") from None
+    if _is_deeper(metadata, MAX_METADATA_DEPTH):
+        raise ValueError(f"metadata is nested more than {MAX_METADATA_DEPTH} deep")
+    if size > MAX_METADATA_BYTES:
+        raise ValueError(f"metadata has more than {MAX_METADATA_BYTES} bytes as JSON")
+    return metadata
+
+
 def _is_deeper(value: Any, most: int) -> bool:
     level = [value]
     for _ in range(most):
@@ -206,17 +221,7 @@ class Job(_Frozen):
     @field_validator("metadata")
     @classmethod
     def _metadata_is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        try:
-            size = len(json.dumps(metadata, allow_nan=False))
-            # Half a surrogate pair, which no result could carry back, raises here.
-            json.dumps(metadata, ensure_ascii=False).encode()
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("metadata holds what JSON cannot say") from None
-        if _is_deeper(metadata, MAX_METADATA_DEPTH):
-            raise ValueError(f"metadata is nested more than {MAX_METADATA_DEPTH} deep")
-        if size > MAX_METADATA_BYTES:
-            raise ValueError(f"metadata has more than {MAX_METADATA_BYTES} bytes as JSON")
-        return metadata
+        return checked_metadata(metadata)
 
     @model_validator(mode="after")
     def _sampling_is_one_of_beams_or_temperature(self) -> Job:

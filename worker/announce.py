@@ -22,7 +22,7 @@ from config.settings import Settings
 from tasks import webhooks
 from tasks.errors import InvalidRequest, from_exception
 from tasks.outbox import Delivery, Outbox, connect, delivery_id
-from tasks.payloads import Callback
+from tasks.payloads import Callback, checked_metadata
 from worker import turns
 from worker.webhook import check
 
@@ -119,5 +119,13 @@ def _data(id: str, task: str, arguments: Mapping[str, Any], state: str, value: A
     elif isinstance(value, BaseException) and len(value.args) > 1:
         # A cancellation's text so far.
         data["result"] = value.args[1]
+    return {**data, "metadata": _metadata(arguments), "truncated": []}
+
+
+def _metadata(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A job may have been refused for it."""
     metadata = arguments.get("metadata")
-    return {**data, "metadata": metadata if isinstance(metadata, dict) else {}, "truncated": []}
+    try:
+        return checked_metadata(metadata) if isinstance(metadata, dict) else {}
+    except ValueError:
+        return {}

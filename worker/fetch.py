@@ -8,6 +8,7 @@ says.
 from __future__ import annotations
 
 import binascii
+import contextlib
 import io
 import logging
 import os
@@ -19,7 +20,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
-from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -72,6 +72,8 @@ PASSING = frozenset({408, 425, 429})
 
 # "#@", "?@" and "\@" before the first slash are where URL parsers disagree about which part is the host.
 _PLAIN_URL = re.compile(r"https?://[^/\\@\x00-\x20\x7f]+(/[^\x00-\x20\x7f]*)?", re.IGNORECASE)
+#: In the place of a host that cannot be repeated.
+NO_HOST = "The image's host"
 _HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
 #: How the files begin that worker.images opens, and the bytes that tell.
 _PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP", re.DOTALL)
@@ -434,7 +436,7 @@ class Fetcher:
             return read_below(self._policy.root, source.path, self._policy.max_bytes)
         if source[:5].lower() == "data:":
             return decode_data_uri(source, self._policy.max_bytes)
-        with self._hosts.turn(_host(source).rstrip(".").lower(), patience_s):
+        with self._hosts.turn(_turn_of(source), patience_s):
             return self._download(source)
 
     def _download(self, url: str) -> bytes:
@@ -547,7 +549,7 @@ NETWORK_ERRORS = (
 )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _translated(url: str, guard: Guard) -> Iterator[None]:
     # `from None` throughout: the libraries' messages hold the whole URL, and Celery stores tracebacks.
     try:
@@ -597,7 +599,14 @@ def _host(url: str) -> str:
         host = urlsplit(url).hostname or ""
     except ValueError:
         host = ""
-    return host if _is_host(host) else "The image's host"
+    return host if _is_host(host) else NO_HOST
+
+
+def _turn_of(url: str) -> str:
+    """The host that a URL takes a turn at, as it will be asked: one of another script has a plain name too."""
+    with contextlib.suppress(requests.RequestException, ValueError):
+        url = str(requests.Request("GET", url).prepare().url) if _host(url) == NO_HOST else url
+    return _host(url).rstrip(".").lower()
 
 
 def decode_data_uri(uri: str, max_bytes: int) -> bytes:
@@ -639,7 +648,7 @@ def _inside(root: Path, relative: PurePosixPath) -> tuple[Path, tuple[str, ...]]
     return base, real.relative_to(base).parts
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
     # Step by step without following links: what was resolved may have been exchanged for one meanwhile. The root is the
     # operator's, who may have made it a link.

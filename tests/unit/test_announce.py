@@ -58,6 +58,10 @@ def only(outbox: Outbox) -> Delivery:
     return found
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"deeper": nested(depth - 1)} if depth else {}
+
+
 # What is recorded
 
 
@@ -73,6 +77,14 @@ def test_a_success_is_recorded_with_its_result(announcer: Announcer, outbox: Out
 def test_a_failure_is_recorded_with_its_code(announcer: Announcer, outbox: Outbox) -> None:
     tell(announcer, states.FAILURE, ImageInvalid("no picture"))
     assert json.loads(only(outbox).body)["data"]["error"] == {"code": "image_invalid", "message": "no picture"}
+
+
+@pytest.mark.parametrize("metadata", [{"n": float("nan")}, {"x": "a" * 100_000}, {"s": "\ud800"}, nested(50), [1]])
+def test_metadata_that_a_job_is_refused_for_is_not_repeated(
+    announcer: Announcer, outbox: Outbox, metadata: Any
+) -> None:
+    tell(announcer, states.FAILURE, ImageInvalid("no picture"), metadata=metadata)
+    assert json.loads(only(outbox).body)["data"]["metadata"] == {}
 
 
 def test_any_exception_has_a_code(announcer: Announcer, outbox: Outbox) -> None:

@@ -1178,3 +1178,17 @@ def test_no_descriptor_stays_open_after_paths(reader: Fetcher) -> None:
         with suppress(JobError):
             reader.fetch(ImagePath(path=path))
     assert _open_files() == before
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://Example.com./a", "example.com"),
+        ("https://b\u00fccher.example/a", "xn--bcher-kva.example"),
+        ("http://ex%61mple.com/", "example.com"),
+        ("http://[::1]:80/", "::1"),
+        ("http://a b/", "the image's host"),
+    ],
+)
+def test_a_turn_is_taken_at_the_host_that_will_be_asked(url: str, host: str) -> None:
+    assert fetch._turn_of(url) == host
