@@ -35,8 +35,9 @@ from .payloads import (
 )
 from .webhooks import check_public
 
-#: Seconds between two looks at a result: short at first, since most jobs end within a second.
-FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.25
+#: Seconds between two looks at a result: short at first, since most jobs end within a second; then an answer waits for
+#: a tenth of its time at most.
+FIRST_PAUSE_S, LAST_PAUSE_S, PAUSE_GROWTH = 0.01, 0.25, 1.1
 DEFAULT_BROKER = "redis://localhost:6379/0"
 
 Status = Literal["starting", "processing", "succeeded", "failed", "canceled"]
@@ -93,7 +94,7 @@ class SubmittedJob:
                     f"Job {self.id} has no answer after {timeout} s: it goes on; is a worker running on its queue?"
                 )
             time.sleep(min(pause, left))
-            pause = min(pause * 1.25, LAST_PAUSE_S)
+            pause = min(pause * PAUSE_GROWTH, LAST_PAUSE_S)
 
     async def aresult(self, timeout: float | None = None) -> Result:
         """`result` for asyncio."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import struct
 import zlib
@@ -27,8 +28,13 @@ from tasks.errors import ImageInvalid, ImageTooLarge, JobError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 #: A JPEG's passes over all its pixels. Encoders make about ten; 330 kB with 2,000 took 46 seconds to decode.
 MAX_SCANS = 64
-#: A JPEG's parts before its end. Pillow walks them in Python; real files have some hundreds at most.
-MAX_SEGMENTS = 10_000
+#: A file's parts, which Pillow walks in Python: a JPEG's segments and a PNG's chunks, and a GIF's blocks before its
+#: first picture. Real files have some thousands at most.
+MAX_PARTS = 10_000
+#: Bytes of fillings and junk between a JPEG's segments, which it skips one by one.
+MAX_JUNK = 10_000
+#: Bytes of EXIF that are looked at for the orientation. In a JPEG there are hardly more.
+MAX_EXIF = 2**17
 
 #: What Pillow raises for broken files. Not Exception: the task's own time limit must get through.
 _DECODER_ERRORS = (
@@ -62,6 +68,10 @@ _JPEG_START = b"\xff\xd8\xff"
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _END_OF_IMAGE = 0xD9
 _START_OF_SCAN = 0xDA
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_GIF_START = b"GIF8"
+_GIF_EXTENSION = 0x21
+_GIF_PICTURE_OR_END = b",;"
 
 _SIXTEEN_BITS = range(65_536)
 _TO_EIGHT_BITS = [round(value / 257) for value in _SIXTEEN_BITS]
@@ -91,7 +101,7 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, target: int | 
     photograph, but other pixels than the full decoding scaled down, so answers may change. Off by default.
     Raises ImageTooLarge for pictures beyond the limits and ImageInvalid for whatever cannot be decoded.
     """
-    _check_jpeg_segments(data)
+    _check_parts(data)
     with _translated(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_limits(image, limits)
         if target is not None:
@@ -124,19 +134,58 @@ def _check_limits(image: Image.Image, limits: ImageLimits) -> None:
         raise ImageTooLarge(f"One side of the image is over {limits.max_ratio:g} times the other: crop it.")
 
 
+def _check_parts(data: bytes) -> None:
+    """Raises ImageInvalid for more of them than Pillow walks in a moment."""
+    if data.startswith(_JPEG_START):
+        _check_jpeg_segments(data)
+    elif data.startswith(_PNG_START):
+        _check_count(_png_chunks(data), "PNG", "chunks")
+    elif data.startswith(_GIF_START):
+        _check_count(_gif_blocks(data), "GIF", "blocks")
+
+
 def _check_jpeg_segments(data: bytes) -> None:
     # Pixels bound a decoder's memory, but a JPEG may pass over all of them again and again. Thumbnails (in
     # a segment) and what follows the image (films, depth maps) are not decoded and do not count.
-    position = scans = 0
-    for _ in range(MAX_SEGMENTS):
-        found = _JPEG_MARKER.search(data, position) if data.startswith(_JPEG_START) else None
+    position = scans = junk = 0
+    for _ in range(MAX_PARTS):
+        found = _JPEG_MARKER.search(data, position)
         if found is None or found[1][0] == _END_OF_IMAGE:
             return
+        # What stands between the segments of a scan is its pixels.
+        junk += 0 if scans else found.start() - position
         scans += found[1][0] == _START_OF_SCAN
-        if scans > MAX_SCANS:
+        if scans > MAX_SCANS or junk > MAX_JUNK:
             break
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
     raise ImageInvalid("The JPEG has too many scans or segments: save it anew.")
+
+
+def _check_count(parts: Iterator[int], form: str, name: str) -> None:
+    if next(itertools.islice(parts, MAX_PARTS, None), None) is not None:
+        raise ImageInvalid(f"The {form} has too many {name}: save it anew.")
+
+
+def _png_chunks(data: bytes) -> Iterator[int]:
+    """Where they begin."""
+    position = len(_PNG_START)
+    while position < len(data):
+        yield position
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+
+
+def _gif_blocks(data: bytes) -> Iterator[int]:
+    """Where those begin that stand before the first picture; what is none is skipped byte by byte."""
+    flags = data[10] if len(data) > 10 else 0
+    position = 13 + (3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0)
+    while position < len(data) and data[position] not in _GIF_PICTURE_OR_END:
+        yield position
+        if data[position] == _GIF_EXTENSION:
+            position += 2
+            while position < len(data) and data[position]:
+                yield position
+                position += 1 + data[position]
+        position += 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -146,6 +195,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     # Broken EXIF is no reason to refuse good pixels; ImageOps.exif_transpose stumbles over it.
+    if len(image.info.get("exif") or b"") > MAX_EXIF:
+        return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DECODER_ERRORS:

@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from tasks.errors import ImageInvalid, ImageTooLarge, JobError
-from worker.images import DEFAULT_LIMITS, MAX_SEGMENTS, ImageLimits, open_image
+from worker.images import DEFAULT_LIMITS, MAX_EXIF, MAX_JUNK, MAX_PARTS, ImageLimits, open_image
 
 SIZE = (48, 32)
 WHITE = (255, 255, 255)
@@ -357,7 +357,44 @@ def test_scans_hidden_in_a_segment_that_decoders_do_not_know_count() -> None:
 def test_a_jpeg_of_countless_segments_is_refused() -> None:
     data = encoded(picture(), "JPEG")
     with pytest.raises(ImageInvalid, match="segments"):
-        open_image(data[:2] + b"\xff\xfe\x00\x02" * MAX_SEGMENTS + data[2:])
+        open_image(data[:2] + b"\xff\xfe\x00\x02" * MAX_PARTS + data[2:])
+
+
+@pytest.mark.parametrize("junk", [b"\xff", b"\x00"])
+def test_a_jpeg_with_much_between_its_segments_is_refused(junk: bytes) -> None:
+    data = encoded(picture(), "JPEG")
+    _, end = data[4:6], 4 + int.from_bytes(data[4:6], "big")
+    assert open_image(data[:end] + junk * 100 + data[end:]).size == SIZE
+    with pytest.raises(ImageInvalid, match="segments"):
+        open_image(data[:end] + junk * (MAX_JUNK + 1) + data[end:])
+
+
+def test_a_png_of_countless_chunks_is_refused() -> None:
+    data, chunk = encoded(picture(), "PNG"), b"\x00\x00\x00\x00abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+    assert open_image(data[:33] + chunk * 1_000 + data[33:]).size == SIZE
+    with pytest.raises(ImageInvalid, match="chunks"):
+        open_image(data[:33] + chunk * MAX_PARTS + data[33:])
+
+
+@pytest.mark.parametrize("part", [b"!\xfe\x00", b"!\xfe\x01a\x00", b"\x00"])
+def test_a_gif_of_countless_blocks_is_refused(part: bytes) -> None:
+    data = encoded(picture(), "GIF")
+    start = 13 + 3 * 2 ** (data[10] % 8 + 1)
+    assert open_image(data[:start] + part * 1_000 + data[start:]).size == SIZE
+    for parts in (part * (MAX_PARTS + 1), b"!\xfe" + b"\x01a" * MAX_PARTS + b"\x00"):
+        with pytest.raises(ImageInvalid, match="blocks"):
+            open_image(data[:start] + parts + data[start:])
+
+
+def test_exif_of_no_measure_is_not_looked_at() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    small, large = (io.BytesIO() for _ in range(2))
+    picture().save(small, "PNG", exif=exif)
+    exif[ExifTags.Base.ImageDescription] = "a" * MAX_EXIF
+    picture().save(large, "PNG", exif=exif)
+    assert open_image(small.getvalue()).size == SIZE[::-1]
+    assert open_image(large.getvalue()).size == SIZE
 
 
 def test_too_little_memory_is_a_picture_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
