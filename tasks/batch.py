@@ -137,7 +137,7 @@ class Batch:
             if self._held is None and not self._read(answers):
                 return
             if self._held is not None:
-                self._send(*self._held)
+                self._send(*self._held, answers)
 
     def _read(self, answers: list[dict[str, Any]]) -> bool:
         """Read a line, and hold it if a job of it is to be sent. False at the end."""
@@ -165,10 +165,14 @@ class Batch:
             self._held = line, job
         return True
 
-    def _send(self, line: Line, job: Job) -> None:
+    def _send(self, line: Line, job: Job, answers: list[dict[str, Any]]) -> None:
         id = self._id(line)
-        self._client.submit(job, priority=self._priority, task_id=id)
-        self._flying[id] = line
+        try:
+            self._client.submit(job, priority=self._priority, task_id=id)
+            self._flying[id] = line
+        except JobError as fault:
+            # Too large, or with a callback that may not be called.
+            answers.append(answer(line, fault, id))
         self._held = None
         self._on_sent(line.number)
 

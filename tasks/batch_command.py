@@ -86,7 +86,9 @@ class Output:
         for answer in answers:
             self.done.add(answered(answer))
             self.failed += is_failed(answer)
-        self._file.write("".join(f"{json.dumps(answer, ensure_ascii=False)}\n" for answer in answers).encode())
+        lines = "".join(f"{json.dumps(answer, ensure_ascii=False)}\n" for answer in answers)
+        # Half a surrogate pair, from an input line, is then as JSON escapes it.
+        self._file.write(lines.encode(errors="backslashreplace"))
         self._file.flush()
         if self._is_file:
             os.fsync(self._file.fileno())

@@ -65,7 +65,10 @@ redis.call('HSET', about, id, ARGV[3])
 redis.call('HSET', signatures, id, ARGV[4])
 redis.call('INCRBY', bytes, #ARGV[3] + #ARGV[4])
 while redis.call('ZCARD', times) > max_jobs or tonumber(redis.call('GET', bytes)) > max_bytes do
-    remove(redis.call('ZRANGE', invalid, 0, 0)[1] or redis.call('ZRANGE', times, 0, 0)[1])
+    local old = redis.call('ZRANGE', invalid, 0, 0)[1] or redis.call('ZRANGE', times, 0, 0)[1]
+    if not old then break end
+    -- One of the keys may have been deleted alone.
+    if remove(old) == 0 then redis.call('ZREM', invalid, old) end
 end
 for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ttl) end
 """
@@ -160,9 +163,16 @@ class FailedJobs:
         # Its deadline counts from now on, and it is wanted even where its producer's expiry has passed.
         again.options.pop("expires", None)
         headers = {**(again.options.get("headers") or {}), SUBMITTED_AT: time.time()}
+        backend, key = self._app.backend, self._app.backend.get_key_for_task(job.id)
+        record = backend.get(key)
         # A terminal result is final: without this the new one would not count.
-        forget(self._app.backend, again)
-        again.apply_async(serializer="json", headers=headers, **HIDDEN)
+        forget(backend, again)
+        try:
+            again.apply_async(serializer="json", headers=headers, **HIDDEN)
+        except Exception:
+            if record:
+                backend.set(key, record)
+            raise
         self.drop(job)
 
     def drop(self, job: FailedJob) -> bool:

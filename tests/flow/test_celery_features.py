@@ -205,6 +205,16 @@ def test_a_job_revoked_before_its_start_does_not_run(held_up: Stand, busy: list[
     assert shown not in held_up.gallery.asked
 
 
+def test_a_chord_fails_whose_job_is_revoked_before_its_start(held_up: Stand, busy: list[AsyncResult]) -> None:
+    part = held_up.producer.complete()
+    revoked = str(part.freeze().id)
+    joined = chord([held_up.producer.complete(), part], app=held_up.producer.app)(held_up.producer.shop("join"))
+    held_up.producer.app.control.revoke(revoked)
+    eventually(lambda: revoked in _revoked(held_up))
+    held_up.gallery.release()
+    assert type(joined.get(timeout=PATIENCE_S, propagate=False)).__name__ == "ChordError"
+
+
 def test_a_job_revoked_while_the_model_runs_it_ends_at_once(held_up: Stand) -> None:
     process = held_up.producer.model_process()
     job = held_up.producer.complete("Hello", tokens=500).apply_async()

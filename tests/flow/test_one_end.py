@@ -198,6 +198,20 @@ def test_a_message_that_was_sent_twice_is_answered_once(held_up: Stand) -> None:
     assert producer.server.connect().llen(links) == 1
 
 
+def test_a_message_that_comes_again_and_again_while_its_job_runs_takes_no_place(held_up: Stand) -> None:
+    producer, shown, id = held_up.producer, name(), name()
+    with producer.server.connect() as server:
+        job = producer.show(held_up.gallery.held(shown)).apply_async(task_id=id)
+        held_up.gallery.await_requests(shown)
+        for _ in range(3):
+            producer.show(held_up.gallery.held(shown)).apply_async(task_id=id)
+        # Taken, and answered by the same run: one message is left to stand for it.
+        eventually(lambda: server.llen("idefics") == 0 and server.hlen("unacked") == 1)
+        held_up.gallery.release()
+        assert job.get(timeout=PATIENCE_S)["text"] == "llo"
+        eventually(lambda: server.hlen("unacked") == 0)
+
+
 def test_the_client_and_other_producers_share_their_keys(producer: Producer, client: Client) -> None:
     key = name()
     job = Complete.model_validate(keyed(key))

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from click.testing import Result as Outcome
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tasks import Job, QueueFull, WorkerLost, batch, cli
+from tasks import InvalidRequest, Job, QueueFull, WorkerLost, batch, cli
 from tasks.batch import Batch, JobsLost
 from tasks.batch_command import progress
 from tasks.batch_lines import Fingerprints, read_line
@@ -89,6 +89,12 @@ def test_a_failed_job_and_a_repeated_custom_id_fail_their_lines_alone(client: Sl
     answers = list(batch.run(client, [ours(1, "fails"), ours(2), ours(2)]))
     codes = {answer.get("line", answer["custom_id"]): answer.get("error", {}).get("code") for answer in answers}
     assert codes == {"r1": "worker_lost", "r2": None, 3: "invalid_request"}
+
+
+def test_a_job_that_cannot_be_sent_fails_its_line_alone(client: SlowClient) -> None:
+    client.refusals = [InvalidRequest("Its callback may not be called.")]
+    answers = list(batch.run(client, [ours(1), ours(2)]))
+    assert [answer.get("error", {}).get("code") for answer in answers] == ["invalid_request", None]
 
 
 @pytest.mark.parametrize("refusal", [QueueFull("no room"), RedisConnectionError("away")])
@@ -185,6 +191,13 @@ def test_a_finished_batch_takes_new_lines(client: SlowClient, folder: Path) -> N
     assert command(folder).exit_code == 0
     assert ids(folder) == ["r0", "r1", "r2", "r3"]
     assert len(client.submitted) == 4
+
+
+def test_half_a_character_is_answered_as_it_came(client: SlowClient, folder: Path) -> None:
+    (folder / "in.jsonl").write_text('{"custom_id": "r1", "task": "complete", "arguments": {}, "\\ud800": 1}\n')
+    command(folder)
+    (answer,) = written(folder)
+    assert "\ud800" in answer["error"]["message"]
 
 
 def test_failed_lines_run_again_when_asked_for(client: SlowClient, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -253,6 +254,14 @@ def test_a_job_that_cannot_be_kept_is_logged(app: Celery, caplog: pytest.LogCapt
     assert "IDEFICS_FAILED_MAX_BYTES" in caplog.text
 
 
+def test_a_list_of_which_a_key_was_deleted_takes_new_jobs(app: Celery, broker: Broker) -> None:
+    fail(app, InvalidRequest("No."))
+    broker.connect().delete("idefics:failed")
+    jobs = FailedJobs(app)
+    keep(jobs, *[job(id) for id in "bcd"], bounds=replace(WIDE, jobs=2))
+    assert len(ids(jobs)) == 2
+
+
 # Sending again
 
 
@@ -278,9 +287,11 @@ def test_a_job_that_cannot_be_sent_stays(jobs: FailedJobs, monkeypatch: pytest.M
         raise ConnectionError("no broker")
 
     monkeypatch.setattr(jobs._app, "send_task", refuse)
+    jobs._app.backend.store_result("a", ValueError("x"), states.FAILURE)
     with pytest.raises(ConnectionError):
         jobs.retry(jobs.get("a"))
     assert ids(jobs) == ["a"]
+    assert jobs._app.backend.get_task_meta("a", cache=False)["status"] == states.FAILURE
 
 
 def test_a_job_that_fails_again_before_it_has_left_the_list_stays(

@@ -101,6 +101,17 @@ def test_stamps_of_another_form_than_celerys_are_refused(headers: dict[str, Any]
         request_of(told, {}, **headers)
 
 
+@pytest.mark.parametrize("headers", [{"timelimit": [1]}, {"timelimit": [1, 2, 3]}, {"_children": [1]}])
+def test_headers_that_a_running_job_would_stumble_over_are_refused(headers: dict[str, Any], told: list[str]) -> None:
+    with pytest.raises(InvalidTaskError):
+        request_of(told, {}, **headers)
+
+
+def test_an_embed_that_goes_over_the_headers_is_refused(told: list[str]) -> None:
+    with pytest.raises(InvalidTaskError):
+        request_of(told, {"delivery_info": 7})
+
+
 def test_stamps_and_an_embed_of_celerys_form_are_taken(told: list[str]) -> None:
     request = request_of(told, {"chord": None}, stamps={"monitoring": "7"}, stamped_headers=["monitoring"])
     assert request.stamps == {"monitoring": "7"}

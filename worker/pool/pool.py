@@ -18,6 +18,7 @@ from celery.concurrency.prefork import _run_ready_callbacks
 from celery.exceptions import Reject, WorkerShutdown
 from celery.platforms import EX_FAILURE
 from celery.worker import state as worker_state
+from celery.worker.request import Request
 from kombu.asynchronous import get_event_loop
 from kombu.asynchronous.hub import Hub
 from kombu.common import ignore_errors
@@ -223,7 +224,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _adopt(self, running: Job, callbacks: Callbacks) -> Job:
         """The broker delivered a message again whose job still runs here: one run answers both."""
+        older = getattr(running.callbacks.failure, "__self__", None)
         running.callbacks = callbacks
+        if isinstance(older, Request):
+            # The newer message stands for both; this one would count as prefetched for ever.
+            older.acknowledge()
         if running.accepted_at is not None and self._process is not None:
             callbacks.accept(self._process.pid, running.accepted_at)
         self.options["semaphore"].release()
@@ -311,7 +316,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
                 self._start_process()
             return
         self._process.channel.flush()
-        for job in [job for job in self._jobs.values() if job.is_overdue(now)]:
+        # In a cold shutdown Celery would acknowledge a failure and not store it: such a job comes again.
+        for job in [] if worker_state.should_terminate else [job for job in self._jobs.values() if job.is_overdue(now)]:
             self._end_overdue(job)
         # A producer may set a limit of its own, and must not have the model loaded again for it.
         stuck = [began for began in self._overstaying.values() if now - began > self._settings.time_limit_s]

@@ -20,6 +20,9 @@ from worker.pool.job import Job
 
 logger = logging.getLogger(__name__)
 
+#: What a message's body says beside the arguments.
+EMBEDDED = {"callbacks", "errbacks", "chain", "chord"}
+
 
 class JobRequest(Request):  # type: ignore[misc]
     """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice.
@@ -110,7 +113,8 @@ class JobRequest(Request):  # type: ignore[misc]
 def _check(headers: dict[str, Any], body: Sequence[Any]) -> None:
     """Raise InvalidTaskError for what would break whoever computes with it: Celery's tracer, the pool, the engine."""
     texts = (headers["id"], headers["task"], headers.get("shadow") or "")
-    numbers = (headers.get(SUBMITTED_AT), *(headers.get("timelimit") or ()), headers["delivery_info"].get("priority"))
+    limits = headers.get("timelimit") or (None, None)
+    numbers = (headers.get(SUBMITTED_AT), *limits, headers["delivery_info"].get("priority"))
     retries = headers.get("retries") or 0
     # The job's links, chord and chain.
     _, _, embed = body
@@ -122,6 +126,11 @@ def _check(headers: dict[str, Any], body: Sequence[Any]) -> None:
         or not isinstance(headers["args"], list | tuple)
         or not isinstance(headers["kwargs"], dict)
         or not isinstance(embed, dict)
+        # What stands there goes over the headers, which have been looked at.
+        or not embed.keys() <= EMBEDDED
+        or headers.get("_children")
+        # One that is missing is missed only once the job has its place, which it then keeps.
+        or len(limits) != 2
         or not isinstance(stamps, dict)
         or not (isinstance(stamped, list | tuple) and all(isinstance(name, str) for name in stamped))
     ):
