@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
+from celery.worker.request import Request
 
 from tasks.payloads import SUBMITTED_AT
 
@@ -28,6 +29,12 @@ class Callbacks:
     accept: Callback
     success: Callback
     failure: Callback
+
+    @property
+    def request(self) -> Request | None:
+        """Whose they are."""
+        owner = getattr(self.failure, "__self__", None)
+        return owner if isinstance(owner, Request) else None
 
 
 @dataclass(eq=False, weakref_slot=True, slots=True)

@@ -18,7 +18,6 @@ from celery.concurrency.prefork import _run_ready_callbacks
 from celery.exceptions import Reject, WorkerShutdown
 from celery.platforms import EX_FAILURE
 from celery.worker import state as worker_state
-from celery.worker.request import Request
 from kombu.asynchronous import get_event_loop
 from kombu.asynchronous.hub import Hub
 from kombu.common import ignore_errors
@@ -224,10 +223,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _adopt(self, running: Job, callbacks: Callbacks) -> Job:
         """The broker delivered a message again whose job still runs here: one run answers both."""
-        older = getattr(running.callbacks.failure, "__self__", None)
+        older, newer = running.callbacks.request, callbacks.request
         running.callbacks = callbacks
-        if isinstance(older, Request):
-            # The newer message stands for both; this one would count as prefetched for ever.
+        if older is not None and newer is not None and older.message.delivery_tag != newer.message.delivery_tag:
+            # The newer message stands for both; the older one would count as prefetched for ever. (Kombu's own
+            # transport may deliver one again under its tag.)
             older.acknowledge()
         if running.accepted_at is not None and self._process is not None:
             callbacks.accept(self._process.pid, running.accepted_at)
