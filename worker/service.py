@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from config.settings import Settings
-from tasks.errors import DeadlineExceeded, InvalidRequest, JobError, OutOfMemory, PromptTooLong
+from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError, OutOfMemory, PromptTooLong
 from tasks.payloads import Classify, Job, ModelInfo, Result, Timing, Usage, parse
 from worker import turns
 from worker.answers import Answers
@@ -34,6 +34,7 @@ from worker.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turn
 
 logger = logging.getLogger(__name__)
 
+NO_ANSWER = "The model computes no answer: its weights, their precision or this device is broken."
 #: Downloads at once for a job that shows several images. Its own: others' slow hosts must not hold them.
 DOWNLOADS = 4
 #: Bytes of a picture that takes longer to decode than others should wait for their turn.
@@ -260,8 +261,14 @@ class Service:
     def check_golden(self, folder: Path | None) -> None:
         """Answer the checkpoint's golden picture. Without one, answer a plain prompt at all.
 
-        Raises RuntimeError where the answer is wrong: such a model must not serve.
+        Raises RuntimeError where the answer is wrong or none: such a model must not serve.
         """
+        try:
+            self._check_golden(folder)
+        except Internal as error:
+            raise RuntimeError(f"{NO_ANSWER} {error}") from error
+
+    def _check_golden(self, folder: Path | None) -> None:
         golden = folder / "golden.json" if folder else None
         if golden is None or not golden.is_file():
             self._check_any_answer()
@@ -285,7 +292,7 @@ class Service:
         scored = Row(self._codec.prepare(parts), Sampling(1), labels=tuple(self._codec.encode_labels(parts, ["a"])))
         probabilities = self._engine.submit(scored).result().probabilities
         if not said.ids or not all(map(math.isfinite, probabilities)):
-            raise RuntimeError("The model computes no answer: its weights, their precision or this device is broken.")
+            raise RuntimeError(NO_ANSWER)
 
     def _run_once(self, job: Job, parts: Parts) -> str:
         row = self._row(job, parts, _Run(Ticket("golden"), None), self._new_tokens(job))

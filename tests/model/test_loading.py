@@ -72,7 +72,7 @@ def test_a_model_that_computes_no_numbers_does_not_serve(tmp_path: Path) -> None
         model._adapter.model.lm_head.weight.fill_(float("nan"))
     engine = Engine(model, Limits(8, 10_000))
     engine.start()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="computes no answer"):
         Service(settings, model.info, model.codec, engine).check_golden(folder)
     engine.stop()
 
