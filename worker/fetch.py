@@ -8,7 +8,6 @@ says.
 from __future__ import annotations
 
 import binascii
-import contextlib
 import io
 import logging
 import os
@@ -20,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -549,7 +549,7 @@ NETWORK_ERRORS = (
 )
 
 
-@contextlib.contextmanager
+@contextmanager
 def _translated(url: str, guard: Guard) -> Iterator[None]:
     # `from None` throughout: the libraries' messages hold the whole URL, and Celery stores tracebacks.
     try:
@@ -604,9 +604,11 @@ def _host(url: str) -> str:
 
 def _turn_of(url: str) -> str:
     """The host that a URL takes a turn at, as it will be asked: one of another script has a plain name too."""
-    with contextlib.suppress(requests.RequestException, ValueError):
-        url = str(requests.Request("GET", url).prepare().url) if _host(url) == NO_HOST else url
-    return _host(url).rstrip(".").lower()
+    host = _host(url)
+    if host == NO_HOST:
+        with suppress(requests.RequestException, ValueError):
+            host = _host(str(requests.Request("GET", url).prepare().url))
+    return host.rstrip(".").lower()
 
 
 def decode_data_uri(uri: str, max_bytes: int) -> bytes:
@@ -648,7 +650,7 @@ def _inside(root: Path, relative: PurePosixPath) -> tuple[Path, tuple[str, ...]]
     return base, real.relative_to(base).parts
 
 
-@contextlib.contextmanager
+@contextmanager
 def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
     # Step by step without following links: what was resolved may have been exchanged for one meanwhile. The root is the
     # operator's, who may have made it a link.

@@ -96,10 +96,12 @@ class _FirstEndWins:
         if kept and state in states.READY_STATES:
             logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept, state)
             if request is not None:
-                # Who stored it may have died right then, or have been a revocation that knew of no chord.
-                self._repeat_chord_part(request)
                 # What Celery calls next is the other run's to call.
-                request.chord = request.chain = request.errbacks = None
+                request.chain = request.errbacks = None
+                if request.chord:
+                    # That run may have died right then, or have been a revocation, which knows of no chord.
+                    self.repeat_end(request)
+                request.chord = None
         return result
 
     def start(self: Any, request: Any, *, is_stored: bool) -> str | None:
@@ -147,15 +149,11 @@ class _FirstEndWins:
 
         A chord counts each job's part once. The states of a chain's later tasks are ends themselves.
         """
-        self._repeat_chord_part(request)
         meta = self.get_task_meta(request.id, cache=False)
+        if request.chord:
+            self.on_chord_part_return(request, meta["status"], meta["result"])
         if meta["status"] == states.FAILURE:
             self._fail_chain(request.chain, meta["result"], meta["traceback"])
-
-    def _repeat_chord_part(self: Any, request: Any) -> None:
-        if request.chord:
-            meta = self.get_task_meta(request.id, cache=False)
-            self.on_chord_part_return(request, meta["status"], meta["result"])
 
 
 class ResultBackend(_FirstEndWins, RedisBackend):  # type: ignore[misc]

@@ -316,8 +316,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
                 self._start_process()
             return
         self._process.channel.flush()
-        # In a cold shutdown Celery would acknowledge a failure and not store it: such a job comes again.
-        for job in [] if worker_state.should_terminate else [job for job in self._jobs.values() if job.is_overdue(now)]:
+        for job in self._overdue(now):
             self._end_overdue(job)
         # A producer may set a limit of its own, and must not have the model loaded again for it.
         stuck = [began for began in self._overstaying.values() if now - began > self._settings.time_limit_s]
@@ -328,6 +327,10 @@ class InferencePool(BasePool):  # type: ignore[misc]
         elif self._is_hung(now):
             logger.error("The model process gave no sign of life: it is replaced and its jobs run again.")
             self._process.kill()
+
+    def _overdue(self, now: float) -> list[Job]:
+        # In a cold shutdown Celery would acknowledge a failure and not store it: such a job comes again.
+        return [job for job in self._jobs.values() if job.is_overdue(now) and not worker_state.should_terminate]
 
     def _end_overdue(self, job: Job) -> None:
         error = DeadlineExceeded(f"The job ran for more than its limit of {job.hard_limit} s and was ended.")
