@@ -31,6 +31,8 @@ HTTP_THREADS = 64
 ROUND_S = 900.0
 #: Results.
 ASKED_AT_ONCE = 32
+#: Seconds between two looks for them, and for the last ones: until those are there the time runs.
+LOOK_S, LAST_LOOK_S = 0.05, 0.01
 
 
 class Contender(Protocol):
@@ -121,7 +123,7 @@ def await_results(results: redis.Redis, ids: Sequence[str]) -> list[Any]:
             continue
         if metas[len(ended)].get("status") == "FAILURE" or time.monotonic() > end:
             raise RuntimeError(f"job {len(found)} failed or never ended: {metas[len(ended)]}")
-        time.sleep(0.05)
+        time.sleep(LOOK_S if len(ids) - len(found) > ASKED_AT_ONCE else LAST_LOOK_S)
     return found
 
 

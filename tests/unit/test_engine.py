@@ -47,6 +47,9 @@ class Recorder:
     def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
         self.encoded.append(then)
 
+    def catch_up(self, within_s: float) -> bool:
+        return False
+
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         self.batches.append([name(row) for row in rows])
         self.answer(rows)
@@ -568,6 +571,21 @@ def test_a_row_whose_deadline_passes_while_it_runs_ends_with_its_text() -> None:
         output = engine.submit(row("a" * 50, wanted=50, deadline=time.monotonic() + 0.1)).result(SOON)
     assert output.finish_reason == "deadline"
     assert 0 < len(output.ids) < 50
+
+
+def test_an_idle_engine_encodes_pictures_itself() -> None:
+    class Helped(Recorder):
+        def catch_up(self, within_s: float) -> bool:
+            helped = bool(self.encoded)
+            while self.encoded:
+                self.encoded.pop()(0)
+            return helped
+
+    engine = Engine(Helped(), LIMITS)
+    seeing = submit(engine, *(row(letter, pictures=(PICTURE,)) for letter in "ab"))
+    engine.start()
+    assert [text(one) for one in seeing] == ["a", "b"]
+    engine.stop()
 
 
 def test_a_row_whose_images_are_encoded_after_the_stop_fails() -> None:

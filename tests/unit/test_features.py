@@ -160,6 +160,40 @@ def test_pictures_that_wait_together_are_encoded_together() -> None:
     assert len(encoder.chunks) <= 3
 
 
+class Held(Encoder):
+    """Encodes one picture, then in its own thread nothing until it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened, self.entered = threading.Event(), threading.Event()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if self.chunks and threading.current_thread().name == "encoder":
+            self.entered.set()
+            assert self.opened.wait(5)
+        return super().__call__(pixels)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "within_s", "chunks"), [(CHUNK, 60, [CHUNK // 2]), (CHUNK - 1, 60, []), (20, 0, [])]
+)
+def test_another_thread_takes_half_of_the_pictures_that_wait(waiting: int, within_s: float, chunks: list[int]) -> None:
+    encoder = Held()
+    lookahead = Lookahead(FeatureCache(encoder, max_bytes=1_000))
+    looker(lookahead)([picture(0)])
+    known = [Future[int]() for _ in range(1 + waiting)]
+    lookahead.look([picture(1)], known[0].set_result)
+    assert encoder.entered.wait(5)
+    for number, each in enumerate(known[1:]):
+        lookahead.look([picture(2 + number)], each.set_result)
+    assert lookahead.catch_up(within_s) == bool(chunks)
+    assert encoder.chunks == [1, *chunks]
+    assert sum(each.done() for each in known) == sum(chunks)
+    encoder.opened.set()
+    assert [each.result(5) for each in known] == [0] * len(known)
+    assert encoder.encoded == len(known) + 1
+
+
 def came(patience: Patience, pictures: int, gap_s: float) -> float:
     """The time at which the last of them comes."""
     for number in range(pictures):

@@ -24,6 +24,8 @@ LINGER_S = 0.003
 MAX_LINGER_S = 0.02
 #: Seconds that a running batch may be held up, between two joinings, for rows that come soon.
 PATIENCE_S = 0.2
+#: Seconds that an engine with nothing to run may encode pictures at a time.
+CATCH_UP_S = 0.1
 #: Seconds after the last joining in which rows that wait join in groups only (see scheduler.JOINING_PART).
 GROUP_PATIENCE_S = 1.0
 #: Seconds between two signs of life while there is nothing to do.
@@ -44,6 +46,10 @@ class Runner(Protocol):
 
         Called from any thread.
         """
+
+    def catch_up(self, within_s: float) -> bool:
+        """Encode some of the pictures that wait, in the engine's thread while that has nothing to run, in about so many
+        seconds. False where that makes nobody's turn come sooner."""
 
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
         """Finish or fail each row, as soon as it is known; call `beat` at each step. From the engine's thread only.
@@ -123,10 +129,11 @@ class Engine:
                 self._run(batch)
 
     def _take(self) -> list[Row]:
-        with self._changed:
-            if not self._waiting:
-                self._changed.wait(IDLE_BEAT_S)
-                self._linger()
+        if self._waiting or not self._runner.catch_up(CATCH_UP_S):
+            with self._changed:
+                if not self._waiting:
+                    self._changed.wait(IDLE_BEAT_S)
+                    self._linger()
         return self._start(())
 
     def _start(self, running: Sequence[Row]) -> list[Row]:

@@ -118,8 +118,8 @@ class Patience:
 class Lookahead:
     """A thread that encodes pictures before their jobs' turn, while the engine's computes for others.
 
-    On a CPU the two share its cores; on a GPU their kernels follow one another, and the vision tower's launches do not
-    hold the decoder's up.
+    On a CPU the two share its cores, and an engine with nothing to run may help (`catch_up`); on a GPU their kernels
+    follow one another, and the vision tower's launches do not hold the decoder's up.
     """
 
     def __init__(self, cache: FeatureCache) -> None:
@@ -128,6 +128,8 @@ class Lookahead:
         self._coming: dict[bytes, list[_Look]] = {}
         self._lock = threading.Lock()
         self._patience = Patience()
+        #: What one of the last chunk took.
+        self._picture_s = float("inf")
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
     def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
@@ -137,6 +139,20 @@ class Lookahead:
         for picture in missing.values():
             self._want(picture, look)
         look.one_less()
+
+    def catch_up(self, within_s: float) -> bool:
+        """Encode some of those that wait, if they are a chunk at least: half of them, and as many as take so long at
+        most. Whether it did."""
+        waiting = self._queue.qsize()
+        count = min(CHUNK, waiting // 2, int(within_s / self._picture_s))
+        if waiting < CHUNK or count < 1:
+            return False
+        chunk: list[Picture] = []
+        with contextlib.suppress(queue.Empty):
+            while len(chunk) < count:
+                chunk.append(self._queue.get_nowait())
+        self._encode(chunk)
+        return bool(chunk)
 
     def _want(self, picture: Picture, look: _Look) -> None:
         with self._lock:
@@ -166,6 +182,7 @@ class Lookahead:
         try:
             self._cache.get(chunk)
             self._patience.encoding_s = time.monotonic() - started
+            self._picture_s = self._patience.encoding_s / len(chunk)
         except Exception:
             # The engine will need these features, try again, and knows what to do about a lack of memory.
             logger.warning("Encoding %d images ahead failed; the engine tries again.", len(chunk), exc_info=True)

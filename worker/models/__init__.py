@@ -46,7 +46,7 @@ class Codec(Protocol):
 
 
 class Model(Protocol):
-    """A loaded model. `look` and `run` are the engine's: see engine.Runner."""
+    """A loaded model. `look`, `catch_up` and `run` are the engine's: see engine.Runner."""
 
     info: ModelInfo
 
@@ -57,6 +57,8 @@ class Model(Protocol):
         """Counters of its caches, for monitoring."""
 
     def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None: ...
+
+    def catch_up(self, within_s: float) -> bool: ...
 
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None: ...
 

@@ -67,6 +67,9 @@ class FakeModel:
     def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
         then(0)
 
+    def catch_up(self, within_s: float) -> bool:
+        return False
+
     def figures(self) -> dict[str, int]:
         return {"batches": len(self.batches)}
 

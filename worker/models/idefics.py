@@ -82,7 +82,12 @@ class IdeficsAdapter:
         self.image_id: int = self.codec.tokenizer.convert_tokens_to_ids(IMAGE)
         self._encoder = Traced(_ImageEncoder(model))
         self._features = FeatureCache(self._encode, feature_cache_bytes)
-        self.look = Lookahead(self._features).look
+        self._ahead = Lookahead(self._features)
+        self.look = self._ahead.look
+
+    def catch_up(self, within_s: float) -> bool:
+        """See engine.Runner. Two that encode on one GPU take as long as one."""
+        return self.model.device.type == "cpu" and self._ahead.catch_up(within_s)
 
     def features(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
         """Each picture's features (length, width) by its key, computed where they are not known."""

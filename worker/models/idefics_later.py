@@ -116,6 +116,10 @@ class LaterIdeficsAdapter:
         """See engine.Runner: nothing is encoded ahead, and nothing kept."""
         then(0)
 
+    def catch_up(self, within_s: float) -> bool:
+        """See engine.Runner."""
+        return False
+
     def figures(self) -> dict[str, int]:
         """See `Model`."""
         return {}

@@ -20,7 +20,8 @@ class Traced:
 
     In Python, every operation of a network lets go of the interpreter and has to get it back from dozens of threads;
     a graph does so once, and spends a fifth less time between operations. It is recorded at the first call (by
-    `torch.jit.trace`) and compared with the function at every new shape of the first. For one thread.
+    `torch.jit.trace`) and compared with the function at every new shape of the first. Threads may share it: where two
+    record at once, either's graph will do.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
