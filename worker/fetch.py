@@ -43,6 +43,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from tasks.addresses import Address, Network, is_public, unmapped
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import Image
+from worker.deadlines import Deadline, Watch
 from worker.hosts import Hosts
 from worker.pace import Pace
 
@@ -129,26 +130,6 @@ class TooManyBytes(GuardError):
     """The server sends more than its image, or one of the allowed size, needs."""
 
 
-class Deadline:
-    """A moment that no wait may outlast."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def left(self, at_most: float) -> float:
-        """Seconds to wait: what is left, `at_most` at most. Raises TimeoutError when none is left."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the total deadline has passed")
-        return min(left, at_most)
-
-    def extend(self, seconds: float) -> None:
-        self._end += seconds
-
-    def has_passed(self) -> bool:
-        return time.monotonic() >= self._end
-
-
 # --- Which hosts and addresses are good: pure -----------------------------------------------------
 
 
@@ -216,6 +197,8 @@ def check_plain(url: str) -> None:
 
 # --- The connection: checked where it is made -----------------------------------------------------
 
+_watch = Watch()
+
 
 class Guard:
     """Makes one request's connections: only to allowed addresses, only until the deadline."""
@@ -226,8 +209,11 @@ class Guard:
         #: Bytes of the image so far, less each chunk's cost.
         self.body_bytes = 0
         self.responses: list[http_client.HTTPResponse] = []
+        self._handles: list[socket.socket] = []
 
     def close(self) -> None:
+        for handle in self._handles:
+            _watch.forget(handle)
         # urllib3 forgets to close an answer whose headers it refuses: the socket would stay open until collected.
         for response in self.responses:
             response.close()
@@ -277,6 +263,7 @@ class Guard:
             connection.connect(target)
             # For the TLS handshake and the request, which wait by the socket's timeout.
             connection.settimeout(self.deadline.left(self.policy.connect_s))
+            self._handles.append(_watch.add(connection, self.deadline))
         except BaseException:
             connection.close()
             raise
@@ -309,6 +296,9 @@ class _Metered(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         self._sock.settimeout(self._guard.deadline.left(self._guard.policy.read_s))
         count = self._raw.readinto(buffer) or 0
+        if not count and self._guard.deadline.has_passed():
+            # Our end, not the server's: what came before need be no whole image.
+            raise TimeoutError
         self._bytes += count
         # A quarter more: chunked bodies carry their chunks' sizes. By what has come of the image, not by what may: 1xx
         # answers and chunks of one byte cost a thread seconds of parsing in Python, with the interpreter held.
@@ -463,6 +453,9 @@ def _redirect_target(response: requests.Response) -> str:
     location = response.headers.get("Location")
     if not location:
         raise ImageInvalid(f"{_host(response.url)} redirects to nowhere: send the image's final URL.")
+    with suppress(UnicodeError):
+        # Headers are read as Latin-1, but where a server spells a path out it writes UTF-8.
+        location = location.encode("latin-1").decode()
     target = urljoin(response.url, requote_uri(location.strip())).partition("#")[0]
     if response.url.startswith("https:") and not target.lower().startswith("https:"):
         raise Refused(f"{_host(response.url)} redirects away from https: send the image's final URL")

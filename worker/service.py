@@ -6,7 +6,6 @@ The thread fetches and decodes its images, hands the engine a row and waits: so 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -181,24 +180,34 @@ class Service:
             raise InvalidRequest(
                 f"The job shows {len(references)} images: this worker takes at most {self._settings.max_images}."
             )
-        if any(map(_is_remote, references)):
-            with turns.given_up(), self._network.turn(""):
-                files = self._fetch_all(references)
+        if sum(map(_is_remote, references)) < 2:
+            pictures = [self._load(reference) for reference in references]
         else:
-            files = self._fetch_all(references)
-        images = {id(reference): self._picture(file) for reference, file in zip(references, files, strict=True)}
+            with turns.given_up(), self._network.turn(""):
+                pictures = self._download_all(references)
+        images = {id(reference): picture for reference, picture in zip(references, pictures, strict=True)}
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
 
-    def _fetch_all(self, references: list[ImageRef]) -> list[bytes]:
-        if sum(map(_is_remote, references)) < 2:
-            return [self._fetcher.fetch(reference.source, None) for reference in references]
-        # Patiently: a job sent away loses what it has loaded.
-        fetch = functools.partial(self._fetcher.fetch, patience_s=self._settings.image_timeout_s)
+    def _load(self, reference: ImageRef) -> Picture:
+        if not _is_remote(reference):
+            return self._picture(self._fetcher.fetch(reference.source))
+        with turns.given_up(), self._network.turn(""):
+            data = self._fetcher.fetch(reference.source)
+        return self._picture(data)
+
+    def _download_all(self, references: list[ImageRef]) -> list[Picture]:
         threads = ThreadPoolExecutor(min(DOWNLOADS, len(references)), thread_name_prefix="download")
         try:
-            return list(threads.map(fetch, (reference.source for reference in references)))
+            return list(threads.map(self._download, references))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+
+    def _download(self, reference: ImageRef) -> Picture:
+        # Patiently: a job sent away loses what it has loaded.
+        data = self._fetcher.fetch(reference.source, patience_s=self._settings.image_timeout_s)
+        # At once, since the files of all of a job's images take much more memory than what is kept of them.
+        with turns.taken():
+            return self._picture(data)
 
     def _picture(self, data: bytes) -> Picture:
         # Around all of it: a thread that has the turn may wait for a decoder, or for this very picture.

@@ -26,9 +26,9 @@ from tasks.errors import InvalidRequest
 from tasks.outbox import Delivery
 from tasks.payloads import Callback
 from worker import turns
+from worker.deadlines import Deadline
 from worker.fetch import (
     NETWORK_ERRORS,
-    Deadline,
     FetchPolicy,
     Guard,
     GuardedSession,

@@ -35,6 +35,7 @@ from PIL import Image
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import ImagePath
 from worker import fetch
+from worker.deadlines import Deadline
 from worker.fetch import (
     Fetcher,
     FetchPolicy,
@@ -725,6 +726,11 @@ def test_the_request_carries_nothing_but_what_it_needs(
     assert f"User-Agent: {user_agent()}\r\n" in good.heads[-1]
 
 
+def test_a_redirects_target_is_read_as_utf_8(fetcher: Fetcher, good: Server) -> None:
+    assert fetcher.fetch(f"http://good.test:{good.port}{_redirect('/ok/café')}") == BODY
+    assert "GET /ok/caf%C3%A9 " in good.heads[-1]
+
+
 # --- TLS ---
 
 
@@ -795,6 +801,23 @@ def test_a_trickled_handshake_leaves_within_the_deadline(hasty: FetchPolicy) -> 
 
 
 # --- Hostile servers ---
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\n\r\n" + BODY])
+def test_what_no_timeout_ends_is_cut_off_at_the_deadline(
+    hasty: FetchPolicy, start: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As TLS tickets without end do: they are read within one call.
+    monkeypatch.setattr(Deadline, "left", lambda deadline, at_most: 60.0)
+
+    def stall(connection: socket.socket, path: str) -> None:
+        connection.sendall(start)
+        time.sleep(LEAVES_S)
+
+    with Server(GOOD, answer=stall) as server:
+        fetcher = Fetcher(replace(hasty, ports=(server.port,)))
+        with within(LEAVES_S), pytest.raises(ImageUnreachable, match="seconds"):
+            fetcher.fetch(f"http://good.test:{server.port}/")
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(HOSTILE_ANSWERS)))

@@ -28,7 +28,7 @@ from worker.hosts import HostBusy
 from worker.images import open_image
 from worker.models import Parts
 from worker.models.fake import FakeCodec, FakeModel
-from worker.service import Canceled, Service, Ticket
+from worker.service import DOWNLOADS, Canceled, Service, Ticket
 
 Start = Callable[..., Service]
 
@@ -310,6 +310,28 @@ def test_a_job_canceled_while_its_image_loads_is_not_even_tokenized(start: Start
             service.run(job("caption", image=f"http://127.0.0.1:{port}/a.png"), TICKET)
         server.shutdown()
     assert prepared == []
+
+
+@pytest.mark.parametrize(("url", "at_once"), [("data:image/png;base64,{}", 1), ("http://a.test/{}", DOWNLOADS)])
+def test_the_files_of_a_jobs_images_are_not_all_held_at_once(
+    start: Start, url: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: set[int] = set()
+    most: list[int] = []
+
+    class File(bytes):
+        def __init__(self, *_: object) -> None:
+            held.add(id(self))
+            most.append(len(held))
+
+        def __del__(self) -> None:
+            held.remove(id(self))
+
+    service = start()
+    monkeypatch.setattr(service._fetcher, "fetch", lambda *_, **__: File(png()))
+    result = service.run(job("write", images=[url.format(n) for n in range(32)]), TICKET)
+    assert result.text
+    assert 0 < max(most) <= at_once
 
 
 def test_a_job_canceled_while_it_runs_ends_with_its_text_so_far(start: Start) -> None:
