@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -136,6 +137,10 @@ class StateFile:
 def _clean(folder: Path) -> None:
     """Make the folder, without the files of workers that were killed."""
     folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        # Where all may write, somebody else made it first, or a link to a folder of ours.
+        raise PermissionError(f"{folder} is not this user's own folder")
     for path in folder.glob("*.json"):
         report = _read(path)
         if report is None or not report.is_there:

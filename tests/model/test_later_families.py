@@ -6,7 +6,7 @@ import base64
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from config.settings import Settings
-from tasks import Chat, InvalidRequest, Job
+from tasks import Chat, Internal, InvalidRequest, Job
 from tasks.payloads import parse
 from tests.model.checkpoints import TEMPLATE, later_checkpoint
 from tests.model.conftest import noise
@@ -113,6 +113,26 @@ def test_answers_depend_on_the_picture(later: Later) -> None:
     rows = [Row(prepared(later.model, [image, "Say"]), Sampling(12)) for image in IMAGES.values()]
     _run(later.model, rows)
     assert len({row.output.result().ids for row in rows}) > 1
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_row_whose_numbers_overflow_fails_alone(later: Later, beams: int) -> None:
+    ends = later.model.codec.end_ids(utterance=False)
+
+    def rows() -> list[Row]:
+        parts = ([image, "Say"] for image in IMAGES.values())
+        return [Row(prepared(later.model, each), Sampling(6, num_beams=beams, end_ids=ends)) for each in parts]
+
+    expected, found = rows(), rows()
+    _run(later.model, expected)
+    (picture,) = found[0].tokens.pictures
+    assert picture.pixels is not None
+    broken = replace(picture, key=b"broken", pixels=picture.pixels * torch.nan)
+    found[0] = Row(replace(found[0].tokens, pictures=(broken,)), found[0].sampling)
+    _run(later.model, found)
+    with pytest.raises(Internal, match="overflow"):
+        found[0].output.result()
+    assert [row.output.result() for row in found[1:]] == [row.output.result() for row in expected[1:]]
 
 
 def test_labels_score_in_a_batch_what_each_scores_alone(later: Later) -> None:

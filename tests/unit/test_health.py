@@ -148,6 +148,18 @@ def test_the_workers_folder_is_their_users_alone(shared: Path) -> None:
     assert shared.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_folder_that_another_user_made_is_not_touched(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "data.json").write_text("{}")
+    shared.symlink_to(precious)
+    StateFile(None, "w").show(State.READY)
+    assert [path.name for path in precious.iterdir()] == ["data.json"]
+    assert "own folder" in caplog.text
+
+
 def test_an_orderly_end_leaves_no_file_and_a_failed_start_its_reason(file: Path) -> None:
     ended, broken = StateFile(file, "a@b"), StateFile(file, "a@b")
     ended.show(State.READY)

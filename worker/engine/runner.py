@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from tasks.errors import Internal, OutOfMemory
 from tasks.payloads import ModelInfo
@@ -86,7 +86,7 @@ class StockModel:
             max_new_tokens=max(row.wanted for row in rows),
             eos_token_id=sorted(self.codec.end_ids(utterance=False)),
             bad_words_ids=self.codec.bad_words_ids,
-            logits_processor=LogitsProcessorList([RowSampling(rows)]),
+            logits_processor=LogitsProcessorList([Overflow(rows), RowSampling(rows)]),
             stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.decode, beat)]),
         )
 
@@ -100,10 +100,12 @@ class StockModel:
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(sampling.end_ids),
             bad_words_ids=self.codec.bad_words_ids,
+            logits_processor=LogitsProcessorList([Overflow(rows)]),
             stopping_criteria=StoppingCriteriaList([AllInterrupted(rows, beat)]),
         )
         for row, sequence in zip(rows, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            row.finish(_search_output(row, sequence, self.decode))
+            if not row.is_done:
+                row.finish(_search_output(row, sequence, self.decode))
 
 
 @contextlib.contextmanager
@@ -150,6 +152,20 @@ def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:
     return Output(ids, row.interruption(time.monotonic()) or reason)
 
 
+class Overflow(LogitsProcessor):  # type: ignore[misc]
+    """Fails each row whose scores are not numbers."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        are_bad = scores.isnan().view(len(self._rows), -1).any(dim=1).tolist()
+        for row, is_bad in zip(self._rows, are_bad, strict=True):
+            if is_bad and not row.is_done:
+                row.fail(overflow())
+        return scores
+
+
 class RowStopping(StoppingCriteria):  # type: ignore[misc]
     """Ends each row by its own rules, and finishes it at that very step: it need not wait for its batch."""
 
@@ -176,5 +192,5 @@ class AllInterrupted(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         self._beat()
         now = time.monotonic()
-        over = all(row.interruption(now) for row in self._rows)
+        over = all(row.is_done or row.interruption(now) for row in self._rows)
         return torch.full((input_ids.shape[0],), over, device=input_ids.device)
