@@ -344,6 +344,16 @@ def test_a_defect_outside_of_celerys_tracer_is_told_as_internal(started: Bench) 
     assert str(request.error) == "SystemExit in the worker."
 
 
+def test_a_defect_in_a_cold_shutdown_sends_its_job_back(started: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_state, "should_terminate", True)
+    (request,) = started.submit("a")
+    started.process.accept("a")
+    started.process.say("broken", started.process.serial("a"), "SystemExit in the worker.")
+    started.until(lambda: "failure" in request.kinds)
+    assert isinstance(request.error, Reject)
+    assert request.error.requeue
+
+
 def test_the_next_in_celerys_semaphore_takes_a_free_place(started: Bench) -> None:
     started.submit(*[f"job {n}" for n in range(THREADS)])
     started.submit("next")

@@ -329,7 +329,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             self._process.kill()
 
     def _overdue(self, now: float) -> list[Job]:
-        # In a cold shutdown Celery would acknowledge a failure and not store it: such a job comes again.
+        # As in `_on_broken`: such a job comes again.
         return [job for job in self._jobs.values() if job.is_overdue(now) and not worker_state.should_terminate]
 
     def _end_overdue(self, job: Job) -> None:
@@ -449,7 +449,9 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @_guarded
     def _on_broken(self, serial: int, message: str) -> None:
         """The task ended outside of Celery's tracer by a defect."""
-        self._end_job(serial, lambda job: job.fail(Internal(message)))
+        # In a cold shutdown Celery would acknowledge a failure and not store it.
+        error = Reject(message, requeue=True) if worker_state.should_terminate else Internal(message)
+        self._end_job(serial, lambda job: job.fail(error))
 
     @_guarded
     def _on_canceled(self, serial: int, partial: dict[str, Any] | None) -> None:
