@@ -19,6 +19,7 @@ from typing import Any
 
 from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .batch_lines import Fingerprints, Line, answer, read_line
@@ -122,7 +123,7 @@ class Batch:
                 self.trouble = f"Redis does not answer: {error}"
             yield answers
             if ended and not self._keep_results:
-                self._patiently(self._client.forget, ended)
+                self._forget(ended)
             if answers or self.trouble:
                 self._last_news = time.monotonic()
             pause = FIRST_PAUSE_S if answers else min(pause * 1.5, LAST_PAUSE_S)
@@ -136,8 +137,8 @@ class Batch:
         while len(self._flying) < self._window and time.monotonic() < until:
             if self._held is None and not self._read(answers):
                 return
-            if self._held is not None:
-                self._send(*self._held, answers)
+            if self._held is not None and not self._send(*self._held, answers):
+                return
 
     def _read(self, answers: list[dict[str, Any]]) -> bool:
         """Read a line, and hold it if a job of it is to be sent. False at the end."""
@@ -165,26 +166,37 @@ class Batch:
             self._held = line, job
         return True
 
-    def _send(self, line: Line, job: Job, answers: list[dict[str, Any]]) -> None:
+    def _send(self, line: Line, job: Job, answers: list[dict[str, Any]]) -> bool:
+        """False where no job of it can be sent: its answer is to be written down before a later line's job is."""
         id = self._id(line)
         try:
             self._client.submit(job, priority=self._priority, task_id=id)
-            self._flying[id] = line
         except JobError as fault:
             # Too large, or with a callback that may not be called.
             answers.append(answer(line, fault, id))
+            self._held = None
+            return False
+        self._flying[id] = line
         self._held = None
         self._on_sent(line.number)
+        return True
 
     def _id(self, line: Line) -> str:
-        digest = hashlib.blake2b(f"{self._name} {line.fingerprint}".encode(), digest_size=16).digest()
-        return str(uuid.UUID(bytes=digest))
+        named = f"{self._name} {line.fingerprint} ".encode() + line.digest
+        return str(uuid.UUID(bytes=hashlib.blake2b(named, digest_size=16).digest()))
 
     def _collect(self, answers: list[dict[str, Any]]) -> list[str]:
         """Take the lines whose jobs have ended out of the window; their jobs' ids."""
         outcomes: dict[str, Outcome] = self._client.outcomes(self._flying)
         answers += [answer(self._flying.pop(id), outcome, id) for id, outcome in outcomes.items()]
         return list(outcomes)
+
+    def _forget(self, ids: list[str]) -> None:
+        try:
+            self._patiently(self._client.forget, ids)
+        except NoPermissionError:
+            # The Redis user is an operator's own: its results expire.
+            self._keep_results = True
 
     def _patiently(self, call: Callable[[Any], Any], argument: Any) -> Any:
         """What is missed here is done later, or expires."""
@@ -197,6 +209,14 @@ class Batch:
         if not self._flying or time.monotonic() - self._last_news < LOST_S:
             return
         self._last_news = time.monotonic()
-        # A job that has started comes back by itself when its worker dies.
-        if self._client.queued() == 0 and all(self._client.job(id).status == "starting" for id in self._flying):
+        try:
+            # Of their own priority: where others always send more urgent ones, the whole queue is never empty. A job
+            # that has started comes back by itself when its worker dies.
+            are_lost = self._client.queued(self._priority) == 0 and all(
+                self._client.job(id).status == "starting" for id in self._flying
+            )
+        except (RedisError, OperationalError):
+            # Unknown, while it cannot be asked.
+            return
+        if are_lost:
             raise JobsLost(len(self._flying))

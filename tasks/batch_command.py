@@ -1,13 +1,16 @@
 """`idefics-jobs batch`: a JSONL file in, a JSONL file out, and on again after any interruption.
 
 The output is the record of what is done: a line stands there, whole, before its result is forgotten in Redis. Beside
-it, while the batch is unfinished, lies `OUTPUT.resume` with the batch's name, which its jobs' ids are made from, and
-the number of the last line whose job was sent. Whoever goes on asks for the results of these first.
+it, while the batch is unfinished, lies `OUTPUT.resume` with the batch's name, which its jobs' ids are made from, the
+number of the last line whose job was sent, and a digest of the lines up to there. Whoever goes on asks for the results
+of these first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 import os
 import signal
@@ -131,26 +134,32 @@ def _opened(path: str) -> BinaryIO:
 class Resume:
     """What an unfinished batch is gone on with."""
 
-    _FORM = "{name} {sent:020}\n"
+    _FORM = "{name} {sent:020} {digest}\n"
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, lines: Input) -> None:
         """None: nothing is kept."""
         self._path = path
+        self._lines = lines
         self.name, self.sent = uuid.uuid4().hex, 0
         if path is None:
             return
         with contextlib.suppress(FileNotFoundError, ValueError):
-            name, sent = path.read_text().split()
-            self.name, self.sent = name, int(sent)
+            name, sent, digest = path.read_text().split()
+            if lines.begins(int(sent), digest):
+                self.name, self.sent = name, int(sent)
+            else:
+                click.echo("The input has changed meanwhile: its lines that have no answer are sent anew.", err=True)
         # Before the first job is sent.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         self.note(self.sent)
 
     def note(self, sent: int) -> None:
+        """Say when that line is the last one read."""
         self.sent = sent
         if self._path:
             # The same number of bytes each time: nobody reads half a note.
-            os.pwrite(self._file, self._FORM.format(name=self.name, sent=sent).encode(), 0)
+            note = self._FORM.format(name=self.name, sent=sent, digest=self._lines.digest)
+            os.pwrite(self._file, note.encode(), 0)
 
     def options(self, out: Output) -> dict[str, Any]:
         """What a Batch is told of earlier runs."""
@@ -170,6 +179,7 @@ class Input:
         #: Bytes; 0 where it is no file.
         self._size = about.st_size if stat.S_ISREG(about.st_mode) else 0
         self._read = 0
+        self._hash = _hash()
 
     @property
     def can_rewind(self) -> bool:
@@ -180,13 +190,31 @@ class Input:
         """Of the bytes read; 0 where it cannot be known."""
         return self._read / self._size if self._size else 0.0
 
+    @property
+    def digest(self) -> str:
+        """Of the lines read."""
+        return str(self._hash.hexdigest())
+
+    def begins(self, lines: int, digest: str) -> bool:
+        """Whether its first lines have that digest. True where it can be read only once."""
+        if not self.can_rewind:
+            return True
+        for _ in itertools.islice(self, lines):
+            pass
+        return self.digest == digest
+
     def __iter__(self) -> Iterator[bytes]:
         if self._read:
             self._file.seek(0)
-            self._read = 0
+            self._read, self._hash = 0, _hash()
         for line in self._file:
             self._read += len(line)
+            self._hash.update(line)
             yield line
+
+
+def _hash() -> Any:
+    return hashlib.blake2b(digest_size=8)
 
 
 class Progress:
@@ -275,27 +303,38 @@ def batch(
     """
     note = _note_beside(input, output, retry_failed)
     source = client()
-    with _output(output, retry_failed) as out, _Stop() as stop:
-        lines, resume, told = Input(input), Resume(note), Progress(len(out.done))
-        options: dict[str, Any] = {"window": window, "priority": priority, "keep_results": keep_results}
-        try:
+    options: dict[str, Any] = {"window": window, "priority": priority, "keep_results": keep_results}
+    again = ON_AGAIN if note else ""
+    try:
+        # Closing the output tries once more to write what a full disk has refused.
+        with _output(output, retry_failed) as out:
+            is_stopped = _run(source, Input(input), out, note, options)
+    except RedisError as error:
+        raise click.ClickException(f"Redis refuses: {error}") from None
+    except OSError as error:
+        raise click.ClickException(f"Cannot write {error.filename or output}: {error.strerror}.{again}") from None
+    done = f"{len(out.done):,} lines done, {out.failed:,} of them failed"
+    if is_stopped:
+        click.echo(f"Stopped: {done}.{again}", err=True)
+        sys.exit(INTERRUPTED)
+    click.echo(f"{done}{': --retry-failed runs these again.' if out.failed and note else '.'}", err=True)
+    sys.exit(1 if out.failed else 0)
+
+
+def _run(source: Any, lines: Input, out: Output, note: Path | None, options: dict[str, Any]) -> bool:
+    """Whether it was stopped before its end."""
+    resume, told = Resume(note, lines), Progress(len(out.done))
+    try:
+        with _Stop() as stop:
             while not _carried_out(Batch(source, lines, **resume.options(out), **options), lines, out, told, stop):
                 resume.note(0)
                 if not lines.can_rewind:
                     raise click.ClickException("Run the same command again: it sends the lost jobs again.")
-        except RedisError as error:
-            raise click.ClickException(f"Redis refuses: {error}") from None
-        except OSError as error:
-            raise click.ClickException(f"Cannot write {output}: {error.strerror}.{ON_AGAIN if note else ''}") from None
-        finally:
-            told.close()
-        done = f"{len(out.done):,} lines done, {out.failed:,} of them failed"
-        if stop.is_asked:
-            click.echo(f"Stopped: {done}.{ON_AGAIN if note else ''}", err=True)
-            sys.exit(INTERRUPTED)
+    finally:
+        told.close()
+    if not stop.is_asked:
         resume.drop()
-    click.echo(f"{done}{': --retry-failed runs these again.' if out.failed and note else '.'}", err=True)
-    sys.exit(1 if out.failed else 0)
+    return stop.is_asked
 
 
 def _note_beside(input: BinaryIO, output: str, retry_failed: bool) -> Path | None:

@@ -61,6 +61,8 @@ class Line:
     fault: InvalidRequest | None = None
     #: Its custom_id is another line's.
     is_duplicate: bool = False
+    #: Of all of it: a line that has been corrected asks for another job.
+    digest: bytes = b""
 
     @property
     def is_numbered(self) -> bool:
@@ -92,6 +94,11 @@ class Line:
 
 def read_line(number: int, text: str | bytes) -> Line:
     """A line as it stands in the input, its payload not yet looked at."""
+    content = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    return replace(_line(number, text), digest=hashlib.blake2b(content.strip(), digest_size=8).digest())
+
+
+def _line(number: int, text: str | bytes) -> Line:
     try:
         asked = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from .errors import QueueFull
 #: Seconds between two looks at the broker.
 LOOK_S = 1.0
 #: Celery's priorities; each but 0 has a list of its own in Redis.
-PRIORITIES = range(1, 10)
+PRIORITIES = range(10)
 
 
 @dataclass(slots=True)
@@ -59,29 +60,34 @@ class Capacity:
                 )
             look.queued += 1
 
-    def queued(self, queue: str) -> int:
-        """Jobs that wait; 0 where the broker cannot be asked."""
-        return self._look(queue).queued
+    def queued(self, queue: str, priority: int | None = None) -> int:
+        """Jobs that wait, all or (on Redis) with one priority. Raises OperationalError where the broker is away."""
+        with self._app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, timeout=5)
+            try:
+                return _queued(connection, queue, PRIORITIES if priority is None else [priority])
+            except ChannelError:
+                # No such queue yet.
+                return 0
+            except connection.connection_errors as error:
+                raise OperationalError(str(error)) from error
 
     def _look(self, queue: str) -> Look:
         connection = self._app.connection_for_write()
         try:
             connection.ensure_connection(max_retries=1, timeout=5)
-            channel = connection.default_channel
-            if connection.transport.driver_type == "redis":
-                return Look(time.monotonic(), _queued(channel, queue), self._memory(channel))
-            return Look(time.monotonic(), channel.queue_declare(queue, passive=True).message_count)
+            return Look(time.monotonic(), _queued(connection, queue, PRIORITIES), self._memory(connection))
         except (OperationalError, ChannelError, *connection.connection_errors, *connection.channel_errors):
             # No such queue yet, or no such broker: submitting tells.
             return Look(time.monotonic())
         finally:
             connection.release()
 
-    def _memory(self, channel: Any) -> float:
-        if self._max_memory is None:
+    def _memory(self, connection: Any) -> float:
+        if self._max_memory is None or connection.transport.driver_type != "redis":
             return 0.0
         try:
-            with channel.conn_or_acquire() as client:
+            with connection.default_channel.conn_or_acquire() as client:
                 memory = client.info("memory")
         except NoPermissionError:
             self._max_memory = None
@@ -90,11 +96,14 @@ class Capacity:
         return memory["used_memory"] / limit if limit else 0.0
 
 
-def _queued(channel: Any, queue: str) -> int:
-    """At every priority, whatever priorities the app itself sends."""
+def _queued(connection: Any, queue: str, priorities: Iterable[int]) -> int:
+    """Whatever priorities the app itself sends."""
+    channel = connection.default_channel
+    if connection.transport.driver_type != "redis":
+        return int(channel.queue_declare(queue, passive=True).message_count)
     with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-        for name in (queue, *(f"{queue}{channel.sep}{priority}" for priority in PRIORITIES)):
-            pipe.llen(name)
+        for priority in priorities:
+            pipe.llen(f"{queue}{channel.sep}{priority}" if priority else queue)
         return sum(pipe.execute())
 
 

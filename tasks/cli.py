@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import click
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from .batch_command import batch
 from .client import Client
@@ -71,8 +73,10 @@ def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait:
         _fail(error)
     try:
         job = client().submit(payload, priority=priority)
-    except QueueFull as error:
+    except (JobError, QueueFull) as error:
         _fail(error)
+    except (RedisError, OperationalError) as error:
+        raise _away(error) from None
     if wait:
         _print_result(job, timeout)
     else:
@@ -93,7 +97,13 @@ def _print_result(job: Any, timeout: float | None) -> None:
         answer: Result = job.result(timeout)
     except (JobError, JobCanceled, TimeoutError) as error:
         _fail(error)
+    except RedisError as error:
+        raise _away(error) from None
     click.echo(answer.model_dump_json(indent=2))
+
+
+def _away(error: Exception) -> click.ClickException:
+    return click.ClickException(f"Redis does not answer ({error}): is it up, and its URL right?")
 
 
 def _fail(error: Exception) -> Any:

@@ -14,7 +14,9 @@ from celery import Celery, states, uuid
 from celery.backends.redis import RedisBackend
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .capacity import Capacity, is_full
 from .errors import JobCanceled, QueueFull, from_exception
@@ -38,6 +40,10 @@ from .webhooks import check_public
 #: Seconds between two looks at a result: short at first, since most jobs end within a second; then an answer waits for
 #: a tenth of its time at most.
 FIRST_PAUSE_S, LAST_PAUSE_S, PAUSE_GROWTH = 0.01, 0.25, 1.1
+#: Seconds that a wait bears with results' Redis that is away: it restarts within them.
+AWAY_S = 60.0
+#: Seconds without an answer after which a connection is given up: a server that is frozen closes none.
+SOCKET_TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
 DEFAULT_BROKER = "redis://localhost:6379/0"
 
 Status = Literal["starting", "processing", "succeeded", "failed", "canceled"]
@@ -74,31 +80,17 @@ class SubmittedJob:
 
         Raises the job's JobError, JobCanceled, or TimeoutError, after which the job goes on.
         """
-        outcome = _outcome(self._await_end(timeout))
-        if isinstance(outcome, Result):
-            return outcome
-        raise outcome
-
-    def _await_end(self, timeout: float | None) -> dict[str, Any]:
-        # Asked for again and again, with growing pauses: AsyncResult.get() waits on one subscription for all results of
-        # a process, which threads that wait at the same time (a web server's) take from each other.
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        pause = FIRST_PAUSE_S
-        while True:
-            meta: dict[str, Any] = self.async_result.backend.get_task_meta(self.id)
-            left = end - time.monotonic()
-            if meta["status"] in states.READY_STATES:
-                return meta
-            if left <= 0:
-                raise TimeoutError(
-                    f"Job {self.id} has no answer after {timeout} s: it goes on; is a worker running on its queue?"
-                )
-            time.sleep(min(pause, left))
-            pause = min(pause * PAUSE_GROWTH, LAST_PAUSE_S)
+        wait = _Wait(self.async_result, timeout)
+        while (outcome := wait.look()) is None:
+            time.sleep(wait.pause_s())
+        return _answer(outcome)
 
     async def aresult(self, timeout: float | None = None) -> Result:
-        """`result` for asyncio."""
-        return await asyncio.to_thread(self.result, timeout)
+        """`result` for asyncio: no thread waits meanwhile."""
+        wait = _Wait(self.async_result, timeout)
+        while (outcome := await asyncio.to_thread(wait.look)) is None:
+            await asyncio.sleep(wait.pause_s())
+        return _answer(outcome)
 
     def cancel(self) -> None:
         """Take the job back: it does not start, or ends at its next step, and JobCanceled has its text so far."""
@@ -119,6 +111,44 @@ class SubmittedJob:
         except RedisError:
             return False
         return True
+
+
+class _Wait:
+    """For a job's end, by looking again and again, with growing pauses.
+
+    AsyncResult.get() waits on one subscription for all results of a process, which threads that wait at the same time
+    (a web server's) take from each other.
+    """
+
+    def __init__(self, job: AsyncResult[Any], timeout: float | None) -> None:
+        self._job = job
+        self._timeout = timeout
+        self._pause_s = FIRST_PAUSE_S
+        now = time.monotonic()
+        self._end = math.inf if timeout is None else now + timeout
+        self._answered_at = now
+
+    def look(self) -> Outcome | None:
+        """What it ended with, if it has. Raises Redis's error once that has been away for AWAY_S."""
+        try:
+            meta: dict[str, Any] = self._job.backend.get_task_meta(self._job.id)
+        except (RedisConnectionError, RedisTimeoutError):
+            if time.monotonic() - self._answered_at > AWAY_S:
+                raise
+            return None
+        self._answered_at = time.monotonic()
+        return _outcome(meta) if meta["status"] in states.READY_STATES else None
+
+    def pause_s(self) -> float:
+        """Seconds until the next look. Raises TimeoutError where the time is over."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(
+                f"Job {self._job.id} has no answer after {self._timeout} s: it goes on; "
+                "is a worker running on its queue?"
+            )
+        pause, self._pause_s = self._pause_s, min(self._pause_s * PAUSE_GROWTH, LAST_PAUSE_S)
+        return min(pause, left)
 
 
 class Client:
@@ -204,14 +234,14 @@ class Client:
     def submit_many(
         self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Any
     ) -> list[SubmittedJob]:
-        """Queue jobs over one connection, in order. A QueueFull holds those `submitted` before it."""
+        """Queue jobs over one connection, in order. Whatever it raises holds those `submitted` before it."""
         submitted: list[SubmittedJob] = []
         with self.app.producer_pool.acquire(block=True) as producer:
             try:
                 for job in jobs:
                     submitted.append(self.submit(job, priority=priority, producer=producer, **options))
-            except QueueFull as error:
-                error.submitted = submitted
+            except Exception as error:
+                error.submitted = submitted  # type: ignore[attr-defined]
                 raise
         return submitted
 
@@ -263,9 +293,9 @@ class Client:
         for id in keys:
             backend.result_consumer.cancel_for(id)
 
-    def queued(self) -> int:
-        """Jobs that wait in the queue."""
-        return self._capacity.queued(self._queue)
+    def queued(self, priority: int | None = None) -> int:
+        """Jobs that wait in the queue, all or with one priority. Raises OperationalError where the broker is away."""
+        return self._capacity.queued(self._queue, priority)
 
     def failed(self) -> Iterator[FailedJob]:
         """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
@@ -299,6 +329,12 @@ def _outcome(meta: dict[str, Any]) -> Outcome:
     return Result.model_validate(meta["result"])
 
 
+def _answer(outcome: Outcome) -> Result:
+    if isinstance(outcome, Result):
+        return outcome
+    raise outcome
+
+
 def _partial(revoked: BaseException) -> Result | None:
     """What the worker stored with a revocation: Celery's reason, and the text so far where there was one."""
     return Result.model_validate(revoked.args[1]) if len(revoked.args) > 1 else None
@@ -330,8 +366,17 @@ def _app(broker_url: str | None, result_backend: str | None) -> Celery:
         task_serializer="json",
         result_serializer="json",
         accept_content=["json"],
-        # The worker's steps: with other ones a priority would land in a queue that nobody reads.
-        broker_transport_options={"priority_steps": list(range(10)), "queue_order_strategy": "priority"},
+        broker_transport_options={
+            # The worker's steps: with other ones a priority would land in a queue that nobody reads.
+            "priority_steps": list(range(10)),
+            "queue_order_strategy": "priority",
+            "socket_timeout": SOCKET_TIMEOUT_S,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_keepalive": True,
+        },
+        redis_socket_timeout=SOCKET_TIMEOUT_S,
+        redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
+        redis_socket_keepalive=True,
     )
     return app
 
@@ -341,5 +386,8 @@ def database_after(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("redis", "rediss"):
         raise ValueError("Give result_backend too: it follows from the broker for redis:// and rediss:// only.")
-    number = int(parts.path.strip("/") or 0)
-    return urlunsplit(parts._replace(path=f"/{number + 1}"))
+    number = parts.path.strip("/") or "0"
+    if not number.isdecimal():
+        # It is not repeated: what urlsplit takes for a path may hold a password.
+        raise ValueError("Give result_backend too: the broker's URL does not end with the number of a database.")
+    return urlunsplit(parts._replace(path=f"/{int(number) + 1}"))

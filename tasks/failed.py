@@ -6,6 +6,7 @@ They lie in the results' Redis under `idefics:failed`, bounded by number, bytes 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -163,14 +164,15 @@ class FailedJobs:
         # Its deadline counts from now on, and it is wanted even where its producer's expiry has passed.
         again.options.pop("expires", None)
         headers = {**(again.options.get("headers") or {}), SUBMITTED_AT: time.time()}
-        backend, key = self._app.backend, self._app.backend.get_key_for_task(job.id)
-        record = backend.get(key)
+        backend = self._app.backend
+        keys = [backend.get_key_for_task(id) for id in _ended_with(again)]
+        records = {key: record for key in keys if (record := backend.get(key))}
         # A terminal result is final: without this the new one would not count.
         forget(backend, again)
         try:
             again.apply_async(serializer="json", headers=headers, **HIDDEN)
-        except Exception:
-            if record:
+        except BaseException:
+            for key, record in records.items():
                 backend.set(key, record)
             raise
         self.drop(job)
@@ -185,12 +187,18 @@ def forget(backend: Backend, signature: Any) -> None:
 
     `signature` is a Celery signature or its dictionary, with its `task_id`; `backend` may be Celery's plain one.
     """
+    for id in _ended_with(signature):
+        backend.forget(id)
+
+
+def _ended_with(signature: Any) -> Iterator[str]:
+    """The ids of a job and of the rest of its chain."""
     options = signature.get("options") or {}
     for sent in [signature, *(options.get("chain") or [])]:
         while sent:
             id = (sent.get("options") or {}).get("task_id")
             if id:
-                backend.forget(id)
+                yield id
             # A chord's result is its body's.
             sent = (sent.get("kwargs") or {}).get("body") if sent.get("subtask_type") == "chord" else None
 
@@ -346,10 +354,14 @@ def retry(source: Any, selection: Selection, all_: bool) -> None:
     jobs = _jobs(source)
     chosen = _chosen(jobs, selection, all_)
     whole = [job for job in chosen if job.is_whole]
+    sent = 0
     for job in whole:
-        jobs.retry(job)
+        # One that meanwhile has left the list, another's retry or the workers' bounds took.
+        with contextlib.suppress(LookupError):
+            jobs.retry(job)
+            sent += 1
     left = len(chosen) - len(whole)
-    click.echo(f"{len(whole)} jobs sent again" + (f", {left} left whose payloads were not kept" if left else ""))
+    click.echo(f"{sent} jobs sent again" + (f", {left} left whose payloads were not kept" if left else ""))
 
 
 @failed.command("drop")

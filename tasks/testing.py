@@ -91,7 +91,7 @@ class FakeClient:
         for id in ids:
             self._jobs.pop(id, None)
 
-    def queued(self) -> int:
+    def queued(self, priority: int | None = None) -> int:
         return 0
 
     def failed(self) -> Iterator[FailedJob]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from celery import Celery, chord, group
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 
-from tasks import Client, Complete, JobCanceled
+from tasks import Client, Complete, JobCanceled, batch
 from tasks.failed import FailedJobs
 from tasks.outbox import Delivery, Outbox, delivery_id
 from tests.flow.conftest import PATIENCE_S, Producer, eventually
@@ -32,10 +33,13 @@ class Guarded:
         self.server = server
         self.secrets = secrets
         self.log = log
-        self.admin = Redis(port=server.port, username="admin", password="x", decode_responses=True)
+        self.admin = self.admin_of(0)
 
     def __getitem__(self, user: str) -> stack.Broker:
         return as_user(self.server, self.secrets, user)
+
+    def admin_of(self, database: int) -> Redis:
+        return Redis(port=self.server.port, db=database, username="admin", password="x", decode_responses=True)
 
     def refusals(self, user: str) -> set[str]:
         """What the server has refused a user since it was last asked."""
@@ -79,6 +83,17 @@ def test_a_producer_submits_with_every_option_of_our_client_and_reads_its_answer
     keyed = HELLO.model_copy(update={"idempotency_key": "one"})
     assert client.submit(keyed).id == client.submit(keyed).id
     assert client.submit(keyed).result(PATIENCE_S).text == "llo"
+    assert guarded.refusals("producer") == set()
+
+
+def test_a_producer_has_lines_run_and_their_results_forgotten(guarded: Guarded) -> None:
+    client = Client(guarded["producer"].url)
+    arguments = HELLO.model_dump(mode="json", exclude_defaults=True)
+    line = {"task": "complete", "arguments": arguments}
+    kept = set(guarded.admin_of(1).keys("celery-task-meta-*"))
+    answers = list(batch.run(client, (json.dumps({"custom_id": str(number), **line}) for number in range(20))))
+    assert {answer["result"]["text"] for answer in answers} == {"llo"}
+    assert set(guarded.admin_of(1).keys("celery-task-meta-*")) == kept
     assert guarded.refusals("producer") == set()
 
 
@@ -131,7 +146,6 @@ def test_a_producer_cannot_list_or_read_what_is_not_its_own(guarded: Guarded, da
 def test_a_producer_cannot_forge_or_follow_others_answers(guarded: Guarded) -> None:
     redis = guarded["producer"].connect(1)
     _refused(redis.set, "celery-task-meta-x", "{}")
-    _refused(redis.delete, "celery-task-meta-x")
     _refused(redis.publish, "celery-task-meta-x", "{}")
     _refused(redis.get, "idefics:cancel:x")
     for pattern in ("celery-task-meta-*", "*"):

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from click.testing import Result as Outcome
+from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from tasks import InvalidRequest, Job, QueueFull, WorkerLost, batch, cli
 from tasks.batch import Batch, JobsLost
@@ -72,6 +74,20 @@ def test_every_line_is_answered_and_then_forgotten(client: SlowClient) -> None:
     assert sorted(map(str, (answer["custom_id"] for answer in answers))) == ["None", "r1", "r2"]
     assert {options["priority"] for options in client.options} == {7}
     assert sorted(client.forgotten) == sorted(options["task_id"] for options in client.options)
+
+
+def test_where_results_may_not_be_forgotten_lines_are_answered_all_the_same(
+    client: SlowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(ids: Iterable[str]) -> None:
+        asked.append(ids)
+        raise NoPermissionError("no")
+
+    monkeypatch.setattr(client, "forget", refuse)
+    assert len(list(batch.run(client, map(ours, range(50)), window=8))) == 50
+    assert len(asked) == 1
 
 
 def test_no_more_jobs_are_in_flight_than_the_window_holds(client: SlowClient) -> None:
@@ -149,10 +165,38 @@ def test_jobs_that_run_or_wait_are_not_lost(
 ) -> None:
     monkeypatch.setattr(batch, "LOST_S", 0.0)
     monkeypatch.setattr(client, "job", lambda _: type("Job", (), {"status": status}))
-    monkeypatch.setattr(client, "queued", lambda: queued)
+    monkeypatch.setattr(client, "queued", {4: queued}.__getitem__)
+    client.is_open = False
+    turns = Batch(client, map(ours, range(2)), priority=4).turns()
+    assert [next(turns) for _ in range(4)] == [[]] * 4
+
+
+def test_a_broker_that_is_away_has_lost_nothing(client: SlowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(priority: int) -> int:
+        raise OperationalError("away")
+
+    monkeypatch.setattr(batch, "LOST_S", 0.0)
+    monkeypatch.setattr(client, "job", lambda _: type("Job", (), {"status": "starting"}))
+    monkeypatch.setattr(client, "queued", refuse)
     client.is_open = False
     turns = Batch(client, map(ours, range(2))).turns()
     assert [next(turns) for _ in range(4)] == [[]] * 4
+
+
+def test_a_line_that_cannot_be_sent_is_answered_before_a_later_one_is_sent(client: SlowClient) -> None:
+    client.refusals, notes = [InvalidRequest("Its callback may not be called.")], []
+    turns = Batch(client, map(ours, range(2)), on_sent=notes.append).turns()
+    assert [answer["custom_id"] for answer in next(turns)] == ["r0"]
+    assert notes == []
+    list(turns)
+    assert notes == [2]
+
+
+def test_a_line_that_was_corrected_is_another_job(client: SlowClient) -> None:
+    for text in (ours(1, "wrong"), ours(1, "right"), ours(1, "right") + "\n"):
+        list(Batch(client, [text], name="n").turns())
+    first, second, third = (options["task_id"] for options in client.options)
+    assert first != second == third
 
 
 # The command
@@ -191,6 +235,33 @@ def test_a_finished_batch_takes_new_lines(client: SlowClient, folder: Path) -> N
     assert command(folder).exit_code == 0
     assert ids(folder) == ["r0", "r1", "r2", "r3"]
     assert len(client.submitted) == 4
+
+
+@pytest.mark.parametrize(("prompt", "sent"), [("Hello", 3), ("right", 6)])
+def test_an_unfinished_batch_goes_on_but_with_an_input_that_was_corrected_anew(
+    client: SlowClient, folder: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, sent: int
+) -> None:
+    def refuse(ids: Iterable[str]) -> Any:
+        raise ResponseError("no")
+
+    client._answer = lambda job: f"an answer to {job.prompt[0].text}"  # type: ignore[attr-defined]
+    monkeypatch.setattr(client, "outcomes", refuse)
+    assert "Redis refuses" in command(folder).stderr
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "Client", lambda *args, **options: client)
+    (folder / "in.jsonl").write_text("\n".join(ours(number, prompt) for number in range(3)) + "\n")
+    outcome = command(folder)
+    assert outcome.exit_code == 0
+    assert ("The input has changed" in outcome.stderr) == (prompt != "Hello")
+    assert [answer["result"]["text"] for answer in written(folder)] == [f"an answer to {prompt}"] * 3
+    assert len(client.submitted) == sent
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
+def test_a_full_disk_is_told(client: SlowClient, folder: Path) -> None:
+    outcome = CliRunner().invoke(cli.main, ["batch", str(folder / "in.jsonl"), "/dev/full"])
+    assert outcome.exit_code == 1
+    assert "Cannot write /dev/full: No space left on device." in outcome.stderr
 
 
 def test_half_a_character_is_answered_as_it_came(client: SlowClient, folder: Path) -> None:

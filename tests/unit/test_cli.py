@@ -11,8 +11,23 @@ import click
 import pytest
 from click.testing import CliRunner
 from click.testing import Result as Outcome
+from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tasks import Answer, Caption, Chat, Classify, Complete, ImageBlocked, Job, JobCanceled, Result, Write, cli
+from tasks import (
+    Answer,
+    Caption,
+    Chat,
+    Classify,
+    Complete,
+    ImageBlocked,
+    InvalidRequest,
+    Job,
+    JobCanceled,
+    Result,
+    Write,
+    cli,
+)
 from tasks.cli import arguments, data_uri, main
 from tasks.testing import FakeClient
 
@@ -130,6 +145,25 @@ def test_a_refused_payload_is_told_with_its_code_on_standard_error(client: Recor
     assert client.submitted == []
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InvalidRequest("The job has too many bytes."), "invalid_request: The job has too many bytes.\n"),
+        (RedisConnectionError("away"), "Error: Redis does not answer (away): is it up, and its URL right?\n"),
+        (OperationalError("away"), "Error: Redis does not answer (away): is it up, and its URL right?\n"),
+    ],
+)
+def test_a_job_that_cannot_be_sent_is_told_without_a_traceback(
+    client: Recorder, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(job: Job, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(client, "submit", refuse)
+    outcome = run("submit", "caption", f"image={URL}")
+    assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (1, "", said)
+
+
 def test_a_blocked_image_is_told_with_its_code(client: Recorder) -> None:
     outcome = run("submit", "caption", "image=file:///etc/passwd")
     assert (outcome.exit_code, outcome.stdout) == (1, "")
@@ -177,7 +211,11 @@ def test_result_prints_a_submitted_jobs_result(client: Recorder) -> None:
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(TimeoutError("No answer after 1 s."), "No answer after 1 s.\n"), (JobCanceled("It was canceled."), "canceled")],
+    [
+        (TimeoutError("No answer after 1 s."), "No answer after 1 s.\n"),
+        (JobCanceled("It was canceled."), "canceled"),
+        (RedisConnectionError("away"), "Redis does not answer (away)"),
+    ],
 )
 def test_a_job_without_a_result_exits_with_one(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Waiting:

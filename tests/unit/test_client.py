@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ from tasks import (
     QueueFull,
     capacity,
 )
+from tasks import client as client_module
 from tasks.client import database_after
 from tasks.payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, parse
 from tasks.testing import canned
@@ -218,6 +221,43 @@ def test_a_job_without_an_answer_in_time_raises_the_builtin_timeout(client: Clie
         client.submit(JOB).result(timeout=0.01)
 
 
+def away(client: Client, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results' Redis is, when it is asked so often."""
+    backend, asked = client.app.backend, itertools.count(1)
+    stock = backend.get_task_meta
+
+    def ask(id: str) -> Any:
+        if next(asked) <= times:
+            raise redis.ConnectionError("away")
+        return stock(id)
+
+    monkeypatch.setattr(backend, "get_task_meta", ask)
+
+
+def test_a_wait_outlasts_a_restart_of_redis(client: Client, id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    end(client, id, canned("an answer", JOB).model_dump(mode="json"), states.SUCCESS)
+    away(client, 3, monkeypatch)
+    assert client.result(id, timeout=5).text == "an answer"
+
+
+def test_a_redis_that_stays_away_ends_a_wait(client: Client, id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "AWAY_S", 0.05)
+    away(client, math.inf, monkeypatch)
+    with pytest.raises(redis.ConnectionError):
+        client.result(id)
+
+
+def test_many_wait_in_asyncio_without_a_thread_each(client: Client) -> None:
+    async def story() -> list[BaseException | Any]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        jobs = [client.job(uuid.uuid4().hex) for _ in range(20)]
+        return await asyncio.gather(*(job.aresult(timeout=0.3) for job in jobs), return_exceptions=True)
+
+    began = time.monotonic()
+    assert {type(outcome) for outcome in asyncio.run(story())} == {TimeoutError}
+    assert time.monotonic() - began < 3
+
+
 def test_canceling_tells_every_worker_to_end_the_job(client: Client) -> None:
     mailbox = client.app.control.mailbox
     with client.app.connection_for_write() as connection:
@@ -311,6 +351,19 @@ def test_another_broker_needs_a_result_backend(url: str) -> None:
         Client(url)
 
 
+@pytest.mark.parametrize("url", ["redis://a/0;redis://:s3cret@b/0", "redis://:s3/cret@host/0"])
+def test_a_url_without_the_number_of_a_database_needs_one_and_is_not_repeated(url: str) -> None:
+    with pytest.raises(ValueError, match="result_backend") as refused:
+        Client(url)
+    assert "cret" not in str(refused.value)
+
+
+def test_the_clients_own_app_gives_a_frozen_server_up() -> None:
+    conf = Client("redis://host/0").app.conf
+    assert conf.broker_transport_options["socket_timeout"] == conf.redis_socket_timeout == 30
+    assert conf.broker_transport_options["socket_connect_timeout"] == conf.redis_socket_connect_timeout == 5
+
+
 def test_the_clients_own_app_speaks_json_and_the_workers_priorities() -> None:
     conf = Client("redis://host/0").app.conf
     assert (conf.task_serializer, conf.result_serializer, conf.accept_content) == ("json", "json", ["json"])
@@ -353,6 +406,14 @@ def test_what_many_jobs_had_queued_before_the_refusal_is_known(client: Client) -
     with pytest.raises(QueueFull) as refused:
         client.submit_many([JOB] * 5)
     assert [job.id for job in refused.value.submitted] == [m.headers["id"] for m in received(client)]
+
+
+def test_what_many_jobs_had_queued_before_one_that_is_refused_is_known(client: Client) -> None:
+    client = Client(app=client.app, queue=uuid.uuid4().hex, max_job_bytes=1_000)
+    with pytest.raises(InvalidRequest) as refused:
+        client.submit_many([JOB, JOB, JOB.model_copy(update={"prompt": "x" * 2_000}), JOB])
+    submitted = refused.value.submitted  # type: ignore[attr-defined]
+    assert [job.id for job in submitted] == [message.headers["id"] for message in received(client)]
 
 
 def test_jobs_are_accepted_again_once_the_queue_is_shorter(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,11 +287,16 @@ def test_a_job_that_cannot_be_sent_stays(jobs: FailedJobs, monkeypatch: pytest.M
         raise ConnectionError("no broker")
 
     monkeypatch.setattr(jobs._app, "send_task", refuse)
-    jobs._app.backend.store_result("a", ValueError("x"), states.FAILURE)
+    signature = jobs.signature("a")
+    signature["options"]["chain"] = [{"task": "shop.next", "options": {"task_id": "b"}}]
+    monkeypatch.setattr(jobs, "signature", {"a": signature}.__getitem__)
+    for id in "ab":
+        jobs._app.backend.store_result(id, ValueError("x"), states.FAILURE)
     with pytest.raises(ConnectionError):
         jobs.retry(jobs.get("a"))
     assert ids(jobs) == ["a"]
-    assert jobs._app.backend.get_task_meta("a", cache=False)["status"] == states.FAILURE
+    for id in "ab":
+        assert jobs._app.backend.get_task_meta(id, cache=False)["status"] == states.FAILURE
 
 
 def test_a_job_that_fails_again_before_it_has_left_the_list_stays(
@@ -419,6 +424,20 @@ def test_retry_by_id_and_of_all(run: Any, jobs: FailedJobs) -> None:
     assert ids(jobs) == ["b"]
     assert run("retry", "--all").output == "1 jobs sent again\n"
     assert ids(jobs) == []
+
+
+def test_retry_goes_on_where_a_job_has_left_the_list_meanwhile(
+    run: Any, jobs: FailedJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = FailedJobs.retry
+
+    def retry(self: FailedJobs, job: FailedJob) -> None:
+        if job.id == "a":
+            self.drop(job)
+        stock(self, job)
+
+    monkeypatch.setattr(FailedJobs, "retry", retry)
+    assert run("retry", "--all").output == "2 jobs sent again\n"
 
 
 def test_retry_leaves_what_was_kept_without_its_payload(run: Any, jobs: FailedJobs) -> None:
