@@ -87,7 +87,8 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     #: By bitsandbytes.
     quantization: Literal["none", "4bit", "8bit"] = "none"
-    #: `auto`: the GPU that the process sees, else the CPU. As transformers' `device_map`.
+    #: `auto`: the first GPU that the process sees, the next ones too where it has no room; else the CPU. As
+    #: transformers' `device_map`.
     device_map: str = "auto"
 
     #: Jobs that the model runs at once.
@@ -179,7 +180,8 @@ class Settings(BaseSettings):
     hang_timeout_s: float = Field(default=300.0, ge=2)
     #: Seconds before a process that died while it loaded is started again; four times as long each time, three times.
     restart_backoff_s: float = Field(default=1.0, ge=0)
-    #: Seconds that a worker asked to stop waits for its running jobs, before they go back to the queue.
+    #: Seconds that a worker asked to stop by SIGQUIT waits for its running jobs, before they go back to the queue.
+    #: SIGTERM waits until all have ended, but with REMAP_SIGTERM=SIGQUIT is the same.
     soft_shutdown_timeout_s: float = Field(default=60.0, ge=0)
     #: Attempts of a job whose error may pass (unreachable image, lost worker, out of memory).
     max_retries: int = Field(default=3, ge=0)

@@ -30,6 +30,10 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
     _publishes_events_at = float("-inf")
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # Whatever `--concurrency` says, which Celery multiplies: the pool's places are all that can be used.
+        super().__init__(*args, **{**options, "initial_prefetch_count": load().job_threads})
+
     def on_send_event_buffered(self) -> None:
         now = time.monotonic()
         if self.hub and now > self._publishes_events_at:

@@ -43,6 +43,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from tasks.addresses import Address, Network, is_public, unmapped
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import Image
+from worker.cores import all_cores
 from worker.deadlines import Deadline, Watch
 from worker.hosts import Hosts
 from worker.pace import Pace
@@ -407,7 +408,7 @@ class Fetcher:
         self._policy = policy
         self._tls = tls_context()
         self._hosts = Hosts(policy.host_turns)
-        self._pace = Pace(LARGE_BYTES_PER_S * (os.cpu_count() or 1))
+        self._pace = Pace(LARGE_BYTES_PER_S * len(all_cores()))
         self._headers = {
             "User-Agent": user_agent(contact=policy.contact),
             "Accept": "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1",

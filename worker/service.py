@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError, O
 from tasks.payloads import Classify, Job, ModelInfo, Result, Timing, Usage, parse
 from worker import turns
 from worker.answers import Answers
+from worker.cores import all_cores
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
 from worker.hosts import HostBusy, Hosts
@@ -86,7 +86,7 @@ class Service:
         self._network = Hosts(settings.image_job_turns, most_waiting=settings.image_job_turns // 4)
         self._pictures = PictureCache(self._open, settings.image_cache_bytes)
         #: More decoders than cores only fight over the interpreter.
-        self._decoders = threading.Semaphore(os.cpu_count() or 1)
+        self._decoders = threading.Semaphore(len(all_cores()))
         self._running: dict[str, _Run] = {}
         self._canceled: set[str] = set()
         self._lock = threading.Lock()

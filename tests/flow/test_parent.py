@@ -46,6 +46,13 @@ def test_the_parent_never_loads_torch_and_the_model_process_does(held_up: Stand)
     assert _libraries(model, "libtorch")
 
 
+def test_whatever_its_concurrency_a_worker_takes_as_many_jobs_as_it_has_places_for(
+    server: stack.Broker, gallery: Gallery, tmp_path: Path
+) -> None:
+    with stand(server, gallery, tmp_path / "log", "--concurrency", "4", PREFETCH="6") as stood:
+        assert stood.producer.stats()["prefetch_count"] == 6
+
+
 def test_the_parent_has_one_child_and_that_has_none(held_up: Stand) -> None:
     parent = psutil.Process(held_up.process.pid)
     assert [child.pid for child in parent.children(recursive=True)] == [held_up.producer.model_process()]

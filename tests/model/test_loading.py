@@ -6,17 +6,20 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+from transformers import IdeficsForVisionText2Text
+from transformers.integrations import accelerate
 
 from config.settings import Settings
 from tests.model.checkpoints import random_checkpoint
 from worker.engine.continuous import ContinuousModel
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
-from worker.models import DEMO, checkpoint_folder
+from worker.models import DEMO, checkpoint_folder, loading
 from worker.models.loading import NOT_QUANTIZED, SetupFailed, load
 from worker.service import Service
 
@@ -162,3 +165,18 @@ def test_offline_what_is_not_in_the_cache_is_refused_at_once(hub_cache: Path, na
     with pytest.raises(SetupFailed, match="IDEFICS_OFFLINE"):
         load(Settings(offline=True, **named))
     assert time.monotonic() - started < 5
+
+
+def test_a_model_that_fits_on_the_first_gpu_is_not_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = {0: 10**9, 1: 10**9, "cpu": 10**9}
+    monkeypatch.setattr(accelerate, "get_max_memory", lambda *_: dict(room))
+    model, chosen = IdeficsForVisionText2Text.from_pretrained(DEMO), loading._device_map(Settings())
+    assert chosen != "auto", "which spreads it over all"
+
+    def placed() -> set[Any]:
+        return set(accelerate._get_device_map(model, chosen, None, None).values())
+
+    assert placed() == {0}
+    room[0] = 4 * 10**6
+    assert placed() == {0, 1}
+    assert loading._device_map(Settings(device_map="cuda:1")) == "cuda:1"

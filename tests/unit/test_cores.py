@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from worker.pool.cores import LAST, go_last, job_cores
+from worker.cores import LAST, go_last, job_cores
 
 
 @pytest.mark.parametrize(

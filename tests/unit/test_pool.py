@@ -923,7 +923,9 @@ def test_a_process_that_always_dies_while_it_loads_stops_the_worker(
     assert len(bench.processes) == 4
 
 
-def test_a_process_that_loads_for_too_long_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_loads_for_too_long_is_replaced_and_the_cure_is_told(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(pool_module, "RESTART_DELAYS", (0.0,))
 
     def stuck(process: StubProcess) -> None:
@@ -933,6 +935,7 @@ def test_a_process_that_loads_for_too_long_is_replaced(bench: Bench, monkeypatch
     bench.pool.start()
     assert bench.processes[0].is_killed
     assert len(bench.processes) == 2
+    assert "did not load within IDEFICS_LOAD_TIMEOUT_S" in caplog.text
 
 
 def test_a_process_that_was_ready_starts_the_count_anew(started: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

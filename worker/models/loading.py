@@ -66,7 +66,7 @@ def load(settings: Settings) -> Model:
             **pinned,
             use_safetensors=True,
             dtype=_dtype(settings),
-            device_map=settings.device_map,
+            device_map=_device_map(settings),
             quantization_config=_quantization(settings),
         )
     except (OSError, ValueError, ImportError) as error:
@@ -86,6 +86,11 @@ def _on_own_decoder(
     adapter = IdeficsAdapter(model, processor, settings.feature_cache_bytes)
     # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
     if len({parameter.device for parameter in model.parameters()}) > 1:
+        logger.warning(
+            "%s is spread over several devices and runs through transformers' generate, without what makes it fast: "
+            "free a GPU that it fits on, or set IDEFICS_QUANTIZATION=4bit.",
+            settings.model,
+        )
         return StockModel(adapter, info, settings.max_batch_tokens)
     return ContinuousModel(adapter, info, settings.max_batch_tokens, settings.prefix_cache_bytes)
 
@@ -108,6 +113,11 @@ FAMILIES = {
     "idefics2": Family(Idefics2ForConditionalGeneration, _on_stock_generate),
     "idefics3": Family(Idefics3ForConditionalGeneration, _on_stock_generate),
 }
+
+
+def _device_map(settings: Settings) -> str:
+    # transformers' `auto` spreads a model over all GPUs that it sees, even one that the first has room for.
+    return "sequential" if settings.device_map == "auto" else settings.device_map
 
 
 def _dtype(settings: Settings) -> torch.dtype | str:

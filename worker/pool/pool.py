@@ -44,6 +44,11 @@ SILENT_S = 2.0
 #: One for each time that a process that dies while it loads is started again: how many `restart_backoff_s` later.
 RESTART_DELAYS = (1, 4, 16)
 NEVER = float("inf")
+HUNG = "The model process gave no sign of life: it is replaced and its jobs run again."
+LOADS_TOO_LONG = (
+    "The model did not load within IDEFICS_LOAD_TIMEOUT_S: its process is started again. Raise that where the download "
+    "or the disk is slow, or fill the hub's cache first."
+)
 #: Seconds that a process which has no job left gets to leave by itself.
 LEAVE_S = 5.0
 
@@ -325,7 +330,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             self._culprit_is_known = True
             self._process.kill()
         elif self._is_hung(now):
-            logger.error("The model process gave no sign of life: it is replaced and its jobs run again.")
+            logger.error(HUNG if self._is_ready else LOADS_TOO_LONG)
             self._process.kill()
 
     def _overdue(self, now: float) -> list[Job]:

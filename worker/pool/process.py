@@ -35,12 +35,12 @@ from config.settings import Settings
 from worker import app as worker_app
 from worker import turns
 from worker.answers import Answers
+from worker.cores import all_cores, go_last, job_cores, leave_cores_to_the_engine
 from worker.defects import without_values
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.models import Model
 from worker.models.fake import fake_model
-from worker.pool.cores import all_cores, go_last, job_cores, leave_cores_to_the_engine
 from worker.pool.job import exception_info
 from worker.pool.wire import BlockingChannel
 from worker.service import Service
@@ -162,7 +162,7 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     # Job threads split texts side by side: threads of the tokenizer's own would only be more of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
-    torch.set_num_threads(settings.torch_threads or max(1, (os.cpu_count() or 1) // 2))
+    torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
     model, folder = _load(settings)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
     engine = Engine(model, limits, _beat(channel, model), _prepare_engine)

@@ -18,6 +18,7 @@ LAST = 10
 
 
 def all_cores() -> Collection[int]:
+    """Those that this process may use: a container's or a taskset's, not the machine's."""
     return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
 
 
