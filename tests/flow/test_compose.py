@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -46,9 +47,9 @@ WORKERS = ("worker", "worker-cpu")
 # --- What the compose file says -------------------------------------------------------------------
 
 
-def test_the_file_is_of_the_compose_specification_and_has_our_four_services() -> None:
+def test_the_file_is_of_the_compose_specification_and_has_our_services() -> None:
     assert "version" not in compose()
-    assert set(SERVICES) == {"redis", "callbacks", *WORKERS}
+    assert set(SERVICES) == {"redis", "callbacks", "client", *WORKERS}
 
 
 def test_redis_keeps_what_it_accepted_and_refuses_what_it_cannot_hold() -> None:
@@ -68,7 +69,7 @@ def test_volumes_are_named_and_the_secrets_are_read_only() -> None:
     used = {tuple(volume.split(":")) for service in SERVICES.values() for volume in service["volumes"]}
     bound = {volume for volume in used if volume[0].startswith(".")}
     assert {volume[0] for volume in used - bound} == set(compose()["volumes"])
-    assert bound == {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks")}
+    assert bound == {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks", "producer")}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -95,7 +96,7 @@ def test_redis_speaks_tls_alone_to_clients_with_a_certificate() -> None:
 
 
 def test_every_service_restarts_and_says_when_it_is_healthy() -> None:
-    assert {service["restart"] for service in SERVICES.values()} == {"unless-stopped"}
+    assert {name for name, service in SERVICES.items() if service.get("restart") != "unless-stopped"} == {"client"}
     kind, program, *_, command = SERVICES["redis"]["healthcheck"]["test"]
     assert (kind, program, command) == ("CMD", "redis-cli", "ping")
     probe = ["CMD", "python", "-m", "worker.health", "--ready"]
@@ -151,6 +152,14 @@ def test_the_callbacks_worker_is_light_and_has_time_to_end_its_attempts() -> Non
     assert service["env_file"] == [{"path": "secrets/callbacks/env"}, {"path": ".env", "required": False}]
     assert service["cap_drop"] == ["ALL"]
     assert _seconds(service["stop_grace_period"]) >= Settings().callback_timeout_s + 10
+
+
+def test_the_client_is_a_producer_in_the_callbacks_image_and_runs_when_asked() -> None:
+    service = SERVICES["client"]
+    assert service["profiles"] == ["client"]
+    assert (service["image"], service["build"]) == (SERVICES["callbacks"]["image"], SERVICES["callbacks"]["build"])
+    assert service["env_file"] == [{"path": "secrets/producer/env"}, {"path": ".env", "required": False}]
+    assert "client" in (CHECKOUT / "README.md").read_text().partition("docker compose run --rm ")[2].split()[0]
 
 
 def _redis_options() -> dict[str, str]:
@@ -287,6 +296,16 @@ def test_the_worker_answers_is_healthy_and_stops(server: stack.Broker, producer:
         assert _is_healthy(server, tmp_path / "log")
         _stop(process)
     assert not _is_healthy(server, tmp_path / "log")
+
+
+def test_the_client_has_the_worker_answer(server: stack.Broker, secrets: Path, tmp_path: Path) -> None:
+    user = as_user(server, secrets, "producer")
+    environment = _environment(user, tmp_path / "log")
+    command = [*SERVICES["client"]["entrypoint"], "submit", "complete", "prompt=Hello", "max_new_tokens:=3", "--wait"]
+    command[0] = str(PROGRAMS / command[0])
+    with _worker(server, tmp_path / "log"):
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert json.loads(run.stdout)["text"] == "llo", run.stderr
 
 
 def test_a_worker_that_is_stopped_ends_its_running_jobs_and_leaves_as_soon(

@@ -19,9 +19,10 @@ from tasks import Caption, Client, ImageUnreachable
 from worker.demo.stack import CHECKOUT, Broker
 
 README = (CHECKOUT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)( gpu)?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, gpu, code in BLOCKS if language == "python"]
-SHELL = [code for language, gpu, code in BLOCKS if language == "bash" and not gpu]
+BLOCKS = re.findall(r"^```(\w+)( gpu| docker)?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, _, code in BLOCKS if language == "python"]
+SHELL = [code for language, needs, code in BLOCKS if language == "bash" and not needs]
+DOCKER = [code for _, needs, code in BLOCKS if needs == " docker"]
 
 
 def _placed(code: str, broker: Broker, pictures_url: str) -> str:
@@ -52,7 +53,7 @@ def test_the_fastapi_block_serves_a_caption(demo_broker: Broker, pictures_url: s
     async def use() -> dict[str, Any]:
         created = await namespace["create"](image=f"{pictures_url}/cat.png")
         for _ in range(600):
-            answer = await namespace["read"](created["id"])
+            answer = await asyncio.to_thread(namespace["read"], created["id"])
             if answer["status"] == "succeeded":
                 return dict(answer)
             await asyncio.sleep(0.1)
@@ -72,6 +73,13 @@ def test_the_shell_blocks_of_the_command_line_print_results(demo_broker: Broker,
     [code] = [code for code in SHELL if "idefics-jobs submit" in code]
     texts = [json.loads(said)["text"].strip() for said in _said(_placed(code, demo_broker, pictures_url), demo_broker)]
     assert texts == ["A cat on a blue background.", "animal"]
+
+
+def test_the_shell_block_of_the_containers_prints_a_result(demo_broker: Broker, pictures_url: str) -> None:
+    [code] = DOCKER
+    code = code.replace("docker compose run --rm client", "idefics-jobs")
+    [said] = _said(_placed(code, demo_broker, pictures_url), demo_broker)
+    assert json.loads(said)["text"].strip() == "A cat on a blue background."
 
 
 def test_the_shell_block_of_bulk_jobs_answers_the_shipped_lines(
