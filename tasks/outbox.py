@@ -39,7 +39,10 @@ MAX_DISABLED = 10_000
 
 # Keys begin alike: the delivery, its host's pending ones, the hosts. Arguments too: seconds that pending ones are kept,
 # the host, the id.
+# The server's clock counts: workers' may differ by more than a lease.
 _COMMON = """
+local clock = redis.call('TIME')
+local now = clock[1] + clock[2] / 1000000
 local function sort_in(pending, hosts, ttl, host)
   local first = redis.call('ZRANGE', pending, 0, 0, 'WITHSCORES')
   if first[2] then
@@ -56,17 +59,17 @@ _ADD = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 redis.call('HSET', KEYS[1], unpack(ARGV, 5))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[2], ARGV[4], ARGV[3])
+redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[3])
 sort_in(KEYS[2], KEYS[3], ARGV[1], ARGV[2])
 return 1
 """
 
 # A claimed delivery is due again when its lease ends: so one whose worker was killed is not lost.
 _CLAIM = """
-local ttl, prefix, token, now, lease = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local free, per_host, each = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local ttl, prefix, token, lease = ARGV[1], ARGV[2], ARGV[3], now + ARGV[4]
+local free, per_host, each = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local busy, claimed = {}, {}
-for index = 9, #ARGV, 2 do busy[ARGV[index]] = tonumber(ARGV[index + 1]) end
+for index = 8, #ARGV, 2 do busy[ARGV[index]] = tonumber(ARGV[index + 1]) end
 for _, host in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)) do
   local slots = math.min(free, per_host - (busy[host] or 0))
   if free <= 0 then break end
@@ -100,7 +103,7 @@ redis.call('HDEL', KEYS[1], 'token')
 redis.call('HSET', KEYS[1], unpack(ARGV, 7))
 redis.call('EXPIRE', KEYS[1], ARGV[6])
 redis.call('ZREM', KEYS[2], ARGV[3])
-redis.call('ZADD', KEYS[4], ARGV[5], ARGV[3])
+redis.call('ZADD', KEYS[4], now + ARGV[5], ARGV[3])
 redis.call('EXPIRE', KEYS[4], ARGV[6])
 sort_in(KEYS[2], KEYS[3], ARGV[1], ARGV[2])
 return 1
@@ -120,19 +123,19 @@ for index = 1, members do
 end
 redis.call('HSET', KEYS[1], unpack(ARGV, 7 + members))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[2], ARGV[5], ARGV[3])
+redis.call('ZADD', KEYS[2], now + ARGV[5], ARGV[3])
 sort_in(KEYS[2], KEYS[3], ARGV[1], ARGV[2])
 return 1
 """
 
 _REPLAY = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'pending', 'attempts', 0, 'note', 'replayed', 'changed', ARGV[4])
+redis.call('HSET', KEYS[1], 'state', 'pending', 'attempts', 0, 'note', 'replayed', 'changed', now)
 redis.call('HDEL', KEYS[1], 'token')
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[4], ARGV[3])
 redis.call('ZREM', KEYS[5], ARGV[3])
-redis.call('ZADD', KEYS[2], ARGV[4], ARGV[3])
+redis.call('ZADD', KEYS[2], now, ARGV[3])
 sort_in(KEYS[2], KEYS[3], ARGV[1], ARGV[2])
 return 1
 """
@@ -202,7 +205,7 @@ class Outbox:
         """Record a delivery, due in so many seconds. False where it is already there."""
         now = time.time()
         pairs = _pairs({**asdict(delivery), "created": now, "changed": now})
-        return bool(self._add(_keys(delivery), [*_arguments(delivery), now + wait_s, *pairs]))
+        return bool(self._add(_keys(delivery), [*_arguments(delivery), wait_s, *pairs]))
 
     def claim(
         self, free: int, lease_s: float, *, per_host: int = 1_000, each: int = 1, busy: Mapping[str, int] | None = None
@@ -211,30 +214,29 @@ class Outbox:
 
         A call may take `each` deliveries. They are due again in `lease_s` where nothing is heard of them.
         """
-        now = time.time()
-        numbers = [now, now + lease_s, free, per_host, each, *_pairs(dict(busy or {}))]
+        numbers = [lease_s, free, per_host, each, *_pairs(dict(busy or {}))]
         ids = self._claim([HOSTS], [PENDING_S, PREFIX, uuid.uuid4().hex, *numbers])
         return self.read([id.decode() for id in ids])
 
     def put_back(self, delivery: Delivery) -> bool:
         """A claimed delivery that was not tried: due at once."""
-        return self._settled(delivery, _pending(delivery), time.time(), PENDING_S)
+        return self._settled(delivery, _pending(delivery), 0.0, PENDING_S)
 
     def again(self, delivery: Delivery, wait_s: float, note: str) -> bool:
         """An attempt failed; the next one is due in so many seconds."""
         tried = {"attempts": delivery.attempts + 1, "note": note}
-        return self._settled(delivery, _pending(delivery), time.time() + wait_s, PENDING_S, tried)
+        return self._settled(delivery, _pending(delivery), wait_s, PENDING_S, tried)
 
     def end(self, delivery: Delivery, state: Literal["delivered", "failed"], note: str, keep_s: int) -> bool:
         """No attempt follows. `note` says what the last one met."""
         tried = {"state": state, "attempts": delivery.attempts + 1, "note": note}
-        return self._settled(delivery, ENDED[state], time.time(), keep_s, tried)
+        return self._settled(delivery, ENDED[state], 0.0, keep_s, tried)
 
     def _settled(
-        self, delivery: Delivery, into: str, score: float, ttl_s: int, changes: dict[str, Any] | None = None
+        self, delivery: Delivery, into: str, wait_s: float, ttl_s: int, changes: dict[str, Any] | None = None
     ) -> bool:
         pairs = _pairs({"changed": time.time(), **(changes or {})})
-        arguments = [*_arguments(delivery), delivery.token, score, ttl_s, *pairs]
+        arguments = [*_arguments(delivery), delivery.token, wait_s, ttl_s, *pairs]
         return bool(self._settle([*_keys(delivery), into], arguments))
 
     def batch(self, batch: Delivery, members: Sequence[Delivery], lease_s: float, keep_s: int) -> bool:
@@ -243,7 +245,7 @@ class Outbox:
         pairs = _pairs({**asdict(batch), "created": now, "changed": now})
         keys = [*_keys(batch), *(_record(member.id) for member in members)]
         ids = [member.id for member in members]
-        return bool(self._batch(keys, [*_arguments(batch), batch.token, now + lease_s, keep_s, *ids, *pairs]))
+        return bool(self._batch(keys, [*_arguments(batch), batch.token, lease_s, keep_s, *ids, *pairs]))
 
     def replay(self, id: str) -> bool:
         """Attempt a delivery again from its first attempt on, at once and under its id. False where it is not there.
@@ -256,7 +258,7 @@ class Outbox:
         if found[0].state == "batched":
             return self.replay(found[0].batch)
         self._redis.zrem(DISABLED, found[0].url)
-        return bool(self._replay([*_keys(found[0]), DELIVERED, FAILED], [*_arguments(found[0]), time.time()]))
+        return bool(self._replay([*_keys(found[0]), DELIVERED, FAILED], _arguments(found[0])))
 
     def read(self, ids: Iterable[str]) -> list[Delivery]:
         """Those that are still there."""

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import redis
 from celery import Celery, states
+from celery.exceptions import BackendError
 from kombu.exceptions import OperationalError
 from pydantic import ValidationError
 
@@ -38,7 +39,7 @@ EVENTS: dict[str, webhooks.JobEvent] = {
 End: TypeAlias = tuple[str, Any]
 
 #: What keeps a delivery from being recorded and may pass.
-UNAVAILABLE = (redis.RedisError, OperationalError, OSError)
+UNAVAILABLE = (redis.RedisError, OperationalError, OSError, BackendError)
 #: Seconds before each further try to record one.
 RETRY_S = (0.1, 0.5, 2.0)
 
@@ -58,9 +59,9 @@ class Announcer:
         """Record the delivery of a job's end, once. Nothing for a job without a callback.
 
         Where the end is stored, the stored one counts: another one may have been first. `may_wait`, in a job's own
-        thread: look the host up, and try for some seconds. Raises one of UNAVAILABLE.
+        thread: try for some seconds. Raises one of UNAVAILABLE.
         """
-        callback = self._callback(arguments, look_up=may_wait)
+        callback = self._callback(id, arguments)
         if callback is None:
             return
         pauses = list(RETRY_S) if may_wait else []
@@ -85,14 +86,16 @@ class Announcer:
         record = Delivery(delivery_id(id, event), id, event, callback.url, callback.key_id, body)
         self._connected().add(record, self._settings.callback_batch_window_s)
 
-    def _callback(self, arguments: Mapping[str, Any], *, look_up: bool) -> Callback | None:
+    def _callback(self, id: str, arguments: Mapping[str, Any]) -> Callback | None:
         """The job's, if it may be called: a job with another one has been refused."""
         if not arguments.get("callback"):
             return None
         try:
             callback = Callback.model_validate(arguments["callback"])
-            check(callback, self._settings, look_up=look_up)
-        except (ValidationError, InvalidRequest):
+            # What the name service says this very moment would lose it; the attempts ask for themselves.
+            check(callback, self._settings, look_up=False)
+        except (ValidationError, InvalidRequest) as error:
+            logger.info("Job %s calls nobody back: %s", id, error if isinstance(error, InvalidRequest) else "malformed")
             return None
         return callback
 

@@ -170,13 +170,21 @@ class Courier:
                 self._settle(delivery, self._post(delivery))
         except UNAVAILABLE as error:
             logger.warning("How delivery %s went cannot be kept (%s): it goes out again.", delivery.id, error)
-        except Exception:
-            logger.exception("A defect at delivery %s; it goes out again.", delivery.id)
+        except Exception as error:
+            logger.exception("A defect at delivery %s.", delivery.id)
+            self._settle_defect(delivery, error)
         finally:
             with self._lock:
                 self._busy[delivery.host] -= 1
                 self._busy += Counter()  # drops hosts at zero
             self._wake.set()
+
+    def _settle_defect(self, delivery: Delivery, error: Exception) -> None:
+        """As an attempt that has failed: else it would go out at each end of its lease, for ever."""
+        try:
+            self._settle(delivery, Answer(note=f"a defect ({type(error).__name__}): see the log"))
+        except Exception:
+            logger.exception("Delivery %s goes out again when its lease ends.", delivery.id)
 
     def _settle(self, delivery: Delivery, answer: Answer) -> None:
         verdict = judge(answer, delivery.attempts, self._settings.callback_schedule_s)

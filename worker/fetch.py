@@ -318,6 +318,15 @@ class _Response(http_client.HTTPResponse):
         guard.responses.append(self)
         self.fp = io.BufferedReader(_Metered(self.fp.detach(), sock, guard), CHUNK_BYTES)
 
+    def begin(self) -> None:
+        try:
+            super().begin()
+        except GuardError:
+            raise
+        except (TypeError, ValueError, LookupError) as error:
+            # The e-mail parser's, of parameters that no header has: neither urllib3 nor requests expects it.
+            raise http_client.HTTPException("the answer's headers cannot be read") from error
+
 
 class _Connection(HTTPConnection):
     def __init__(self, *args: Any, guard: Guard, **kwargs: Any) -> None:

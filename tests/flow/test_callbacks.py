@@ -136,6 +136,14 @@ def callbacks_worker(server: stack.Broker, log: Path, settings: dict[str, str]) 
 
 
 @pytest.mark.usefixtures("worker", "courier")
+def test_a_job_that_fails_outside_of_its_task_is_delivered(shop: Shop) -> None:
+    # Celery sends it between the task's return and the result.
+    link = {"task": "shop.next", "args": [], "kwargs": {}, "options": {"countdown": "soon"}, "immutable": False}
+    job = shop.submit("Hello", options={"link": {**link, "subtask_type": None}})
+    eventually(lambda: shop.state_of(job, "job.failed") == "delivered")
+
+
+@pytest.mark.usefixtures("worker", "courier")
 def test_each_end_of_a_job_is_delivered_once_and_verifies(shop: Shop) -> None:
     succeeded = shop.submit("Hello", metadata={"row": 7})
     failed = shop.submit("Hello", tokens=9_999)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +12,14 @@ import redis
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated
 from celery import Celery, states
+from celery.exceptions import BackendGetMetaError
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, ImageInvalid
 from tasks.outbox import Delivery, Outbox
 from tests.receiver import SECRET
 from worker import announce
-from worker.announce import Announcer
+from worker.announce import UNAVAILABLE, Announcer
 from worker.demo import stack
 from worker.pool.job import exception_info
 from worker.pool.request import JobRequest
@@ -85,6 +87,31 @@ def test_metadata_that_a_job_is_refused_for_is_not_repeated(
 ) -> None:
     tell(announcer, states.FAILURE, ImageInvalid("no picture"), metadata=metadata)
     assert json.loads(only(outbox).body)["data"]["metadata"] == {}
+
+
+def test_what_the_name_service_says_at_the_end_loses_no_callback(
+    announcer: Announcer, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = socket.getaddrinfo
+
+    def private(host: str, *more: Any, **options: Any) -> Any:
+        return stock("10.0.0.8" if host == "hooks.example.com" else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", private)
+    tell(announcer, states.SUCCESS, {"text": "llo"}, callback={**CALLBACK, "url": "https://hooks.example.com/"})
+    assert only(outbox).url == "https://hooks.example.com/"
+
+
+def test_results_that_stay_away_are_told_as_what_may_pass(
+    announcer: Announcer, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: Any, **__: Any) -> None:
+        raise BackendGetMetaError("failed to get meta")
+
+    monkeypatch.setattr("worker.announce.RETRY_S", ())
+    monkeypatch.setattr(app.backend, "get_task_meta", give_up)
+    with pytest.raises(UNAVAILABLE):
+        tell(announcer, states.SUCCESS, {"text": "llo"}, is_stored=True)
 
 
 def test_any_exception_has_a_code(announcer: Announcer, outbox: Outbox) -> None:

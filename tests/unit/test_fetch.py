@@ -347,6 +347,10 @@ HOSTILE_ANSWERS: dict[str, tuple[Callable[[socket.socket], None], type[JobError]
     "silence": (lambda c: time.sleep(6), ImageUnreachable),
     "no answer at all": (lambda c: None, ImageUnreachable),
     "garbage": (lambda c: c.sendall(b"\x00\xff garbage \r\n\r\n" * 50), ImageUnreachable),
+    "headers that no parser expects": (
+        lambda c: c.sendall(response(Content_Type="multipart/mixed; boundary*0=a; boundary*=b")),
+        ImageUnreachable,
+    ),
     "endless 1xx answers": (
         lambda c: _flood(c, b"", b"HTTP/1.1 100 Continue\r\nX-A: " + b"x" * 9999 + b"\r\n\r\n"),
         ImageTooLarge,

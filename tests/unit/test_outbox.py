@@ -351,6 +351,15 @@ def test_a_defect_loses_no_delivery(outbox: Outbox, monkeypatch: pytest.MonkeyPa
     assert len(post.posted) == 2
 
 
+def test_a_defect_that_stays_does_not_send_a_delivery_for_ever(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "LEASE_MARGIN_S", 0.1)
+    outbox.add(delivery())
+    post = Answers(*[RuntimeError("a defect")] * 9)
+    with courier(outbox, post, callback_timeout_s=0.1, callback_schedule_s=(0, 0.05, 0.05)):
+        counted(outbox, failed=1)
+    assert len(post.posted) == 3
+
+
 def test_what_ends_together_goes_out_together(outbox: Outbox) -> None:
     post = Answers(DOWN)
     for number in range(5):

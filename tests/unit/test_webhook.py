@@ -178,6 +178,8 @@ def test_an_unknown_name_may_be_known_later(monkeypatch: pytest.MonkeyPatch) -> 
         (b"HTTP/1.1 200 OK\r\nX: ", None),
         (b"HTTP/1.1 200 OK\r\n\r\nx", 200),
         (b"\x00\x01garbage\r\n\r\n", None),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: multipart/mixed; boundary*0=a; boundary*=b\r\n\r\n", None),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: multipart/mixed; boundary*=a%00b''x\r\n\r\n", None),
     ],
 )
 def test_an_answer_that_does_not_end_is_left_in_time(sent: bytes, status: int | None) -> None:

@@ -27,14 +27,15 @@ from billiard.process import current_process
 from celery.app.task import Context
 from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
-from celery.exceptions import BackendStoreError, Reject
-from celery.states import SUCCESS
+from celery.exceptions import BackendStoreError, Reject, TaskPredicate
+from celery.states import FAILURE, SUCCESS
 from redis.exceptions import RedisError
 
 from config.settings import Settings
 from worker import app as worker_app
 from worker import turns
-from worker.answers import Answers
+from worker.announce import End
+from worker.answers import Answers, fingerprint
 from worker.cores import all_cores, go_last, job_cores, leave_cores_to_the_engine
 from worker.defects import without_values
 from worker.engine.engine import Engine
@@ -113,6 +114,10 @@ class ModelProcess:
                 outcome = fast_trace_task(*arguments)
             if outcome == HAD_SUCCEEDED:
                 self._repeat_end(*arguments[:3])
+            elif _failed_outside_the_task(outcome):
+                # The tracer has stored an end, and skipped what follows it.
+                name, id, request, *_ = arguments
+                _announce(name, id, request, (FAILURE, _bare(outcome[1])))
         except Reject:
             return "raised", serial, ExceptionInfo()
         except (BackendStoreError, RedisError) as error:
@@ -134,8 +139,18 @@ class ModelProcess:
     def _repeat_end(self, name: str, id: str, request: dict[str, Any]) -> None:
         """What follows a success that is stored: the worker that stored it may have died right then."""
         worker_app.app.backend.repeat_end(Context(request))
-        # The tracer has put the arguments there.
-        worker_app.app.tasks[name].announce(id, request["kwargs"], (SUCCESS, None), is_stored=True)
+        _announce(name, id, request, (SUCCESS, None))
+
+
+def _announce(name: str, id: str, request: dict[str, Any], end: End) -> None:
+    # The tracer has put the arguments there.
+    worker_app.app.tasks[name].announce(id, request["kwargs"], end, is_stored=not request.get("ignore_result"))
+
+
+def _failed_outside_the_task(outcome: tuple[Any, ...]) -> bool:
+    """In what Celery does around it: its links, its result."""
+    failed, value, _ = outcome
+    return bool(failed and value.internal and not isinstance(_bare(value), TaskPredicate))
 
 
 def _bare(info: ExceptionInfo) -> BaseException:
@@ -166,7 +181,7 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     model, folder = _load(settings)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
     engine = Engine(model, limits, _beat(channel, model), _prepare_engine)
-    service = Service(settings, model.info, model.codec, engine, _answers(settings))
+    service = Service(settings, model.info, model.codec, engine, _answers(settings, folder))
     engine.start()
     service.check_golden(folder)
     return service
@@ -192,10 +207,11 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
     return load(settings), checkpoint_folder(settings)
 
 
-def _answers(settings: Settings) -> Answers | None:
+def _answers(settings: Settings, folder: Path | None) -> Answers | None:
     if not settings.answer_cache_ttl_s:
         return None
-    return Answers(worker_app.app.backend.client, settings.answer_cache_ttl_s)
+    weights = fingerprint(folder) if folder else ""
+    return Answers(worker_app.app.backend.client, settings.answer_cache_ttl_s, weights)
 
 
 def main() -> None:
