@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from redis import Redis
@@ -35,9 +36,11 @@ Compute = Callable[[Row], Output]
 class Answers:
     """Used from many threads at once. Without Redis it computes."""
 
-    def __init__(self, redis: Redis, ttl_s: int) -> None:
+    def __init__(self, redis: Redis, ttl_s: int, weights: str = "") -> None:
+        """`weights` tells apart what the model's id and revision do not (see fingerprint)."""
         self._redis = redis
         self._ttl_s = ttl_s
+        self._prefix = PREFIX + weights
         #: What it resolves to: the output, or None where there is none to share.
         self._running: dict[str, Future[Output | None]] = {}
         self._lock = threading.Lock()
@@ -78,7 +81,7 @@ class Answers:
 
     def _kept(self, key: str) -> Output | None:
         try:
-            kept: Any = self._redis.get(PREFIX + key)
+            kept: Any = self._redis.get(self._prefix + key)
         except RedisError as error:
             logger.warning("Kept answers cannot be read (%s): the job is computed.", error)
             return None
@@ -86,9 +89,15 @@ class Answers:
 
     def _keep(self, key: str, output: Output) -> None:
         try:
-            self._redis.set(PREFIX + key, json.dumps(asdict(output)), ex=self._ttl_s)
+            self._redis.set(self._prefix + key, json.dumps(asdict(output)), ex=self._ttl_s)
         except RedisError as error:
             logger.warning("An answer is not kept for reuse: %s", error)
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a checkpoint's files, by name, size and time: an operator may put other weights in their place."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def digest(row: Row, model: ModelInfo) -> str | None:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from redis.retry import Retry
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, OutOfMemory
 from tasks.payloads import ModelInfo, parse
-from worker.answers import PREFIX, Answers, digest
+from worker.answers import PREFIX, Answers, digest, fingerprint
 from worker.demo import stack
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling, Tokens
@@ -121,6 +122,20 @@ def test_a_finished_answer_is_used_again_by_any_worker(answers: Answers, text: s
     assert elsewhere.output(again, MODEL, Model().compute) == scored
     assert again.cached_images == 1
     assert 0 < broker.connect(1).ttl(f"{PREFIX}{digest(again, MODEL)}") <= 60
+
+
+def test_other_weights_in_the_same_folder_do_not_give_the_old_answers(
+    tmp_path: Path, text: str, broker: stack.Broker
+) -> None:
+    model = Model()
+    for number, weights in enumerate((b"old", b"newer")):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        answers = Answers(broker.connect(1), 60, fingerprint(tmp_path))
+        for _ in range(2):
+            asked = row(text)
+            asked.finish(Output((number,), "length"))
+            assert answers.output(asked, MODEL, model.compute).ids == (number,)
+    assert len(model.rows) == 2
 
 
 @pytest.mark.parametrize("why", ["canceled", "deadline"])
