@@ -201,6 +201,8 @@ class Client:
             return self._send(job, priority, options)
         keys = IdempotencyKeys(self.app.backend.client, self.app.backend.expires)
         claim = keys.claim(job, options.pop("task_id", None) or uuid(), is_sent=False)
+        if claim.is_started and self.app.backend.get_task_meta(claim.id, cache=False)["status"] == states.PENDING:
+            claim = keys.claim_again(job, claim)
         if claim.is_sent:
             return self.job(claim.id)
         submitted = self._send(job, priority, {**options, "task_id": claim.id})

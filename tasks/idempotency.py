@@ -5,7 +5,8 @@ under `idefics:key:<sha256 of the key>`. The record says which job the key stand
 result does, so that a key never leads to an answer that is gone.
 
 The client claims before it sends, and confirms after: a claim that was never confirmed, since its producer died in
-between, is sent again by the next `submit` with that key, or taken over by the first such job that a worker gets.
+between, is sent again by the next `submit` with that key, or taken over by the first such job that a worker gets. So is
+one whose job was begun and has no record any more: its answer was forgotten.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ABANDONED_S = 60.0
 _REPLACE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL')
+if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
 return 1
 """
 
@@ -45,9 +47,12 @@ class Claim:
     claimed_at: float
     #: Its message is in the queue, or was.
     is_sent: bool
+    #: A worker has begun it.
+    is_started: bool = False
 
     def is_abandoned(self, now: float) -> bool:
-        return not self.is_sent and now - self.claimed_at > ABANDONED_S
+        """Of a job that has no record: it was never sent, or its answer was forgotten."""
+        return self.is_started or (not self.is_sent and now - self.claimed_at > ABANDONED_S)
 
 
 class IdempotencyKeys:
@@ -71,19 +76,27 @@ class IdempotencyKeys:
                 return _same_payload(Claim(**json.loads(kept)), mine)
         return mine
 
+    def claim_again(self, job: Job, claim: Claim) -> Claim:
+        """Its job's answer was forgotten, and the job is to be sent once more."""
+        again = replace(claim, claimed_at=time.time(), is_sent=False, is_started=False)
+        self._redis.set(_name(job), _written(again), xx=True, keepttl=True)
+        return again
+
     def confirm(self, job: Job, claim: Claim) -> None:
         """Its message is in the queue."""
-        self._redis.set(_name(job), _written(replace(claim, is_sent=True)), xx=True, keepttl=True)
+        # A worker that has begun it meanwhile knows more.
+        if self._redis.get(_name(job)) == _written(claim).encode():
+            self._redis.set(_name(job), _written(replace(claim, is_sent=True)), xx=True, keepttl=True)
 
-    def renew(self, job: Job) -> None:
-        """From now on it is kept for this side's time: a producer does not know how long a worker keeps results."""
-        if self._ttl_s:
-            self._redis.expire(_name(job), self._ttl_s)
+    def start(self, job: Job, claim: Claim) -> None:
+        """Its job begins. From now on it is kept for this side's time: a producer does not know how long a worker keeps
+        results."""
+        self._redis.set(_name(job), _written(replace(claim, is_sent=True, is_started=True)), ex=self._ttl_s)
 
     def take_over(self, job: Job, claim: Claim, id: str) -> bool:
-        """Make an abandoned claim this job's, unless somebody was faster."""
-        mine = Claim(id, claim.digest, time.time(), is_sent=True)
-        return bool(self._redis.eval(_REPLACE, 1, _name(job), _written(claim), _written(mine)))
+        """Make an abandoned claim this job's, which begins, unless somebody was faster."""
+        mine = Claim(id, claim.digest, time.time(), is_sent=True, is_started=True)
+        return bool(self._redis.eval(_REPLACE, 1, _name(job), _written(claim), _written(mine), self._ttl_s or 0))
 
 
 def digest(job: Job) -> str:
@@ -98,8 +111,9 @@ def digest(job: Job) -> str:
 def _same_payload(kept: Claim, mine: Claim) -> Claim:
     if kept.digest != mine.digest:
         raise InvalidRequest(
-            f"idempotency_key: job {kept.id} has this key and another payload. "
-            "Give each payload a key of its own, or repeat the first one unchanged."
+            # Not which job: an id is the right to its answer.
+            "idempotency_key: another job has this key and another payload. Give each payload a key of its own, or "
+            "repeat the first one unchanged."
         )
     return kept
 

@@ -163,7 +163,11 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _first_answer(self, job: Job) -> Result | None:
         keys = IdempotencyKeys(self.backend.client, settings.idempotency_ttl_s or settings.result_ttl_s)
-        return first_answer(job, self.request.id, keys, self.backend)
+        try:
+            return first_answer(job, self.request.id, keys, self.backend)
+        except UNAVAILABLE as error:
+            logger.error("Job %s cannot look its key up (%s): it goes back to the queue.", self.request.id, error)
+            raise Reject(error, requeue=True) from error
 
     def _look_again(self, job: Job, countdown: float, why: str) -> NoReturn:
         """As Celery's retry, which would use one of the job's retries up."""

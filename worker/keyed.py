@@ -35,7 +35,7 @@ def first_answer(job: Job, id: str, keys: IdempotencyKeys, backend: Any) -> Resu
     """
     claim: Claim = backend.patiently(functools.partial(keys.claim, is_sent=True), job, id)
     if claim.id == id:
-        keys.renew(job)
+        keys.start(job, claim)
         return None
     meta = backend.get_task_meta(claim.id, cache=False)
     if meta["status"] == states.SUCCESS:
@@ -45,6 +45,7 @@ def first_answer(job: Job, id: str, keys: IdempotencyKeys, backend: Any) -> Resu
     if meta["status"] == states.REVOKED:
         raise Canceled
     now = time.time()
-    if meta["status"] == states.PENDING and claim.is_abandoned(now) and keys.take_over(job, claim, id):
+    is_gone = meta["status"] == states.PENDING and claim.is_abandoned(now)
+    if is_gone and keys.take_over(job, claim, id):
         return None
     raise FirstStillRuns(min(max(FIRST_LOOK_S, (now - claim.claimed_at) / 4), LAST_LOOK_S))

@@ -89,8 +89,9 @@ def test_the_first_has_the_key_and_the_second_is_told_whose_it_is(make: Make, ke
 
 def test_another_payload_under_the_same_key_is_refused_with_the_cure(make: Make, keys: IdempotencyKeys) -> None:
     keys.claim(make(), "first", is_sent=True)
-    with pytest.raises(InvalidRequest, match=r"job first has this key and another payload\. Give each payload a key"):
+    with pytest.raises(InvalidRequest, match=r"has this key and another payload\. Give each payload a key") as refused:
         keys.claim(make("b"), "second", is_sent=True)
+    assert "first" not in str(refused.value).removesuffix("repeat the first one unchanged."), "an id is a right"
 
 
 def test_of_many_claims_at_once_one_is_the_first(make: Make, broker: stack.Broker) -> None:
@@ -106,15 +107,16 @@ def test_a_record_expires_and_does_not_show_its_key(make: Make, keys: Idempotenc
     keys.confirm(job, claim)
     assert 0 < broker.connect(1).ttl(record(job)) <= 60
     assert str(job.idempotency_key) not in record(job) + str(broker.connect(1).get(record(job)))
-    IdempotencyKeys(broker.connect(1), 10).renew(job)
+    IdempotencyKeys(broker.connect(1), 10).start(job, claim)
     assert 0 < broker.connect(1).ttl(record(job)) <= 10
 
 
-def test_only_a_claim_that_was_never_sent_can_be_abandoned() -> None:
+def test_a_claim_without_a_record_of_its_job_is_abandoned_if_it_was_never_sent_or_was_begun() -> None:
     claimed = {"id": "first", "digest": "d", "claimed_at": 100.0}
     assert not Claim(**claimed, is_sent=False).is_abandoned(100.0 + ABANDONED_S)
     assert Claim(**claimed, is_sent=False).is_abandoned(101.0 + ABANDONED_S)
     assert not Claim(**claimed, is_sent=True).is_abandoned(101.0 + ABANDONED_S)
+    assert Claim(**claimed, is_sent=True, is_started=True).is_abandoned(100.0)
 
 
 def test_one_of_many_takes_an_abandoned_claim_over(make: Make, keys: IdempotencyKeys) -> None:
@@ -122,6 +124,13 @@ def test_one_of_many_takes_an_abandoned_claim_over(make: Make, keys: Idempotency
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(lambda n: keys.take_over(make(), claim, f"job {n}"), range(8))) == 1
     assert keys.claim(make(), "last", is_sent=True).id.startswith("job ")
+
+
+@pytest.fixture
+def backend(broker: stack.Broker) -> Iterator[Any]:
+    app = Celery("keyed", backend=f"worker.results:ResultBackend+{broker.results}", set_as_current=False)
+    yield app.backend
+    app.close()
 
 
 # The client
@@ -176,6 +185,29 @@ def test_a_producer_that_dies_before_it_sends_does_not_block_its_key(
     assert len(queued(client, broker)) == 1
 
 
+def test_a_job_whose_answer_was_forgotten_is_sent_again(
+    make: Make, client: Client, keys: IdempotencyKeys, backend: Any, broker: stack.Broker
+) -> None:
+    id = client.submit(make()).id
+    for times in (1, 2):
+        assert first_answer(make(), id, keys, backend) is None
+        backend.store_result(id, canned("a cat", make()).model_dump(mode="json"), "SUCCESS")
+        assert client.submit(make()).id == id
+        assert queued(client, broker) == [id] * times
+        client.forget([id])
+        assert client.submit(make()).id == client.submit(make()).id == id
+        assert queued(client, broker) == [id] * (times + 1)
+
+
+def test_a_worker_that_begins_a_job_before_its_producer_confirms_it_is_not_overruled(
+    make: Make, keys: IdempotencyKeys
+) -> None:
+    claim = keys.claim(make(), "first", is_sent=False)
+    keys.start(make(), claim)
+    keys.confirm(make(), claim)
+    assert keys.claim(make(), "second", is_sent=True).is_started
+
+
 def test_without_redis_for_results_the_workers_hold_to_the_key_alone(make: Make) -> None:
     client = Client("memory://", result_backend="cache+memory://", queue=uuid.uuid4().hex)
     assert client.submit(make()).id != client.submit(make()).id
@@ -191,13 +223,6 @@ def test_the_fake_client_keeps_to_keys_too(make: Make) -> None:
 
 
 # The worker: a second job, under an id of its own
-
-
-@pytest.fixture
-def backend(broker: stack.Broker) -> Iterator[Any]:
-    app = Celery("keyed", backend=f"worker.results:ResultBackend+{broker.results}", set_as_current=False)
-    yield app.backend
-    app.close()
 
 
 @pytest.fixture
@@ -242,11 +267,20 @@ def test_the_second_is_refused_with_another_payload(
         first_answer(make("b"), "second", keys, backend)
 
 
+def test_the_second_runs_where_the_firsts_answer_was_forgotten(
+    make: Make, keys: IdempotencyKeys, backend: Any, first: str
+) -> None:
+    assert first_answer(make(), "second", keys, backend) is None
+    assert keys.claim(make(), "third", is_sent=True).id == "second"
+
+
 @pytest.mark.parametrize("state", [None, "STARTED", "RETRY"])
 def test_the_second_waits_for_a_first_that_has_not_ended(
-    make: Make, keys: IdempotencyKeys, backend: Any, first: str, state: str | None, broker: stack.Broker
+    make: Make, keys: IdempotencyKeys, backend: Any, state: str | None, broker: stack.Broker
 ) -> None:
+    first = keys.claim(make(), uuid.uuid4().hex, is_sent=True).id
     if state:
+        assert first_answer(make(), first, keys, backend) is None
         backend.store_result(first, None, state)
     with pytest.raises(FirstStillRuns) as wait:
         first_answer(make(), "second", keys, backend)
