@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,15 @@ def test_the_wheel_holds_the_client_alone(wheel: Path) -> None:
     assert "idefics_jobs/client.py" in names
 
 
-def test_the_wheel_imports_where_torch_tasks_worker_and_config_are_absent(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "pins", [("--constraint", CHECKOUT / "constraints.txt"), ("celery==5.4.0", "kombu<5.5")], ids=["tested", "oldest"]
+)
+def test_the_wheel_imports_where_torch_tasks_worker_and_config_are_absent(
+    wheel: Path, tmp_path: Path, pins: Sequence[str | Path]
+) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--constraint", CHECKOUT / "constraints.txt", wheel]
+    install = [python, "-m", "pip", "install", "--quiet", *pins, wheel]
     subprocess.run(install, check=True, capture_output=True)
     done = subprocess.run([python, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
