@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .client import Status
-from .errors import InvalidRequest, JobError
+from .errors import InvalidRequest, JobCanceled, JobError
 from .failed import FailedJob
 from .idempotency import digest
-from .payloads import Job, ModelInfo, Outcome, Result, Timing, Usage
+from .payloads import Classify, Job, ModelInfo, Outcome, Result, Timing, Usage
 
 Answer = Callable[[Job], Result | str]
 
@@ -19,18 +19,20 @@ Answer = Callable[[Job], Result | str]
 class FakeJob:
     """What FakeClient.submit returns: a SubmittedJob that is over."""
 
-    def __init__(self, outcome: Result | JobError, id: str | None = None) -> None:
+    def __init__(self, outcome: Outcome, id: str | None = None) -> None:
         self.id = id or str(uuid.uuid4())
         self.outcome = outcome
 
     @property
     def status(self) -> Status:
-        return "failed" if isinstance(self.outcome, JobError) else "succeeded"
+        if isinstance(self.outcome, Result):
+            return "succeeded"
+        return "canceled" if isinstance(self.outcome, JobCanceled) else "failed"
 
     def result(self, timeout: float | None = None) -> Result:
-        if isinstance(self.outcome, JobError):
-            raise self.outcome
-        return self.outcome
+        if isinstance(self.outcome, Result):
+            return self.outcome
+        raise self.outcome
 
     async def aresult(self, timeout: float | None = None) -> Result:
         return self.result()
@@ -40,7 +42,8 @@ class FakeJob:
 
 
 class FakeClient:
-    """Answers every job with `answer(job)`: a text or a whole Result; a JobError that it raises fails the job."""
+    """Answers every job with `answer(job)`: a text or a whole Result. A JobError that it raises fails the job, and
+    JobCanceled cancels it."""
 
     def __init__(self, answer: Answer = lambda job: "an answer") -> None:
         self._answer = answer
@@ -103,18 +106,18 @@ class FakeClient:
         return self._run(job, id)
 
     async def asubmit(self, job: Job, **options: Any) -> FakeJob:
-        return self.submit(job)
+        return self.submit(job, **options)
 
     async def asubmit_many(self, jobs: Iterable[Job], **options: Any) -> list[FakeJob]:
-        return self.submit_many(jobs)
+        return self.submit_many(jobs, **options)
 
     async def aresult(self, id: str, timeout: float | None = None) -> Result:
         return self.result(id)
 
-    def _outcome(self, job: Job) -> Result | JobError:
+    def _outcome(self, job: Job) -> Outcome:
         try:
             answer = self._answer(job)
-        except JobError as error:
+        except (JobError, JobCanceled) as error:
             return error
         return answer if isinstance(answer, Result) else canned(answer, job)
 
@@ -134,10 +137,14 @@ def _failed(job: Job, id: str, error: JobError) -> FailedJob:
 
 
 def canned(text: str, job: Job) -> Result:
-    """A Result with this text and plausible figures."""
+    """A Result with this text and plausible figures. Of a classification the text is a label, else its first one is."""
+    labels = job.labels if isinstance(job, Classify) else []
+    label = text if not labels or text in labels else labels[0]
     return Result(
-        text=text,
+        text=label,
         finish_reason="stop",
+        label=label if labels else None,
+        scores={each: float(each == label) for each in labels} or None,
         usage=Usage(prompt_tokens=10, completion_tokens=len(text.split()), images=1),
         model=ModelInfo(id="fake", family="fake", dtype="float32"),
         timing=Timing(queued_s=0.0, fetch_s=0.0, wait_s=0.0, generate_s=0.0),

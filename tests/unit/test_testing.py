@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from tasks import Caption, Client, ImageBlocked, Job, Result, SubmittedJob
+from tasks import Caption, Classify, Client, ImageBlocked, Job, JobCanceled, Result, SubmittedJob
 from tasks.testing import FakeClient, FakeJob, canned
 
 URL = "https://example.com/a.jpg"
@@ -49,6 +49,27 @@ def test_an_error_that_the_answer_raises_fails_the_job_and_not_its_submission() 
     assert job.status == "failed"
     with pytest.raises(ImageBlocked, match=r"Use another\."):
         job.result()
+
+
+def test_a_cancellation_that_the_answer_raises_cancels_the_job() -> None:
+    def cancel(job: Job) -> str:
+        raise JobCanceled
+
+    job = FakeClient(cancel).submit(ONE)
+    assert job.status == "canceled"
+    with pytest.raises(JobCanceled):
+        job.result()
+
+
+@pytest.mark.parametrize(("said", "label"), [("dog", "dog"), ("an answer", "cat")])
+def test_a_classification_has_a_label_and_scores(said: str, label: str) -> None:
+    result = FakeClient(lambda job: said).submit(Classify(image=URL, labels=["cat", "dog"])).result()
+    assert (result.text, result.label) == (label, label)
+    assert result.scores == {"cat": float(label == "cat"), "dog": float(label == "dog")}
+
+
+def test_asyncio_keeps_the_options() -> None:
+    assert asyncio.run(FakeClient().asubmit(ONE, task_id="row-7")).id == "row-7"
 
 
 def test_a_defect_of_the_test_itself_is_not_hidden() -> None:
