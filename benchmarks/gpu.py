@@ -1,7 +1,8 @@
 """The engine on a GPU: idefics-9b's shape with random weights in bf16. `python -m benchmarks.gpu --save gpu`.
 
-Milliseconds of a decode step at 1, 16 and 64 rows, beside the time that the card needs to read the weights once (the
-floor) and beside a step of stock `generate` in the same process; images a second of the vision tower and resampler.
+Milliseconds of a decode step at 1, 16 and 64 rows, launched as it comes and as recorded CUDA graphs, beside the time
+that the card needs to read the weights once (the floor) and beside a step of stock `generate` in the same process;
+images a second of the vision tower and resampler.
 `--tiny --device cpu` runs the same code where there is no GPU, for its own test.
 """
 
@@ -18,6 +19,7 @@ import torch
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from benchmarks.measures import RESULTS
+from worker.models.graphed import CudaGraphs
 from worker.models.idefics_decoder import IdeficsDecoder, Prompt
 
 ROWS = (1, 16, 64)
@@ -79,11 +81,11 @@ def _settle(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def our_step_s(model: IdeficsForVisionText2Text, rows: int, device: str) -> float:
+def our_step_s(model: IdeficsForVisionText2Text, rows: int, device: str, *, graphs: bool = False) -> float:
     """One decode step of our decoder, prompts of one image already read."""
     latents = model.config.perceiver_config.resampler_n_latents
     image = torch.randn(latents, model.config.vision_config.embed_dim, device=device, dtype=torch.bfloat16)
-    decoder = IdeficsDecoder(model, IMAGE_ID)
+    decoder = IdeficsDecoder(model, IMAGE_ID, record=CudaGraphs() if graphs else None)
     prompt = Prompt([1, IMAGE_ID, *range(10, 8 + PROMPT_TOKENS)], [image])
     decoder.read([prompt] * rows)
 
@@ -130,6 +132,7 @@ def measure(model: IdeficsForVisionText2Text, device: str) -> dict[str, Any]:
     vision = sum(p.nbytes for m in (model.model.vision_model, model.model.perceiver_resampler) for p in m.parameters())
     read = sum(p.nbytes for p in model.parameters()) - vision - model.model.embed_tokens.weight.nbytes
     ours = {rows: our_step_s(model, rows, device) for rows in ROWS}
+    graphed = {rows: our_step_s(model, rows, device, graphs=True) for rows in ROWS} if device == "cuda" else {}
     stock = {rows: stock_step_s(model, rows, device) for rows in ROWS}
     return {
         "device": name,
@@ -137,6 +140,7 @@ def measure(model: IdeficsForVisionText2Text, device: str) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "floor_ms": round(1000 * read / bandwidth, 2) if bandwidth else None,
         "step_ms": {rows: round(1000 * value, 2) for rows, value in ours.items()},
+        "graphed_step_ms": {rows: round(1000 * value, 2) for rows, value in graphed.items()},
         "stock_step_ms": {rows: round(1000 * value, 2) for rows, value in stock.items()},
         "images_per_s": {chunk: round(images_per_s(model, device, chunk), 1) for chunk in (1, 8, 32)},
     }

@@ -137,6 +137,9 @@ class Settings(BaseSettings):
     feature_cache_bytes: int = Field(default=2**29, ge=0)
     #: Bytes of prompts' shared beginnings (examples, instructions) kept on the device.
     prefix_cache_bytes: int = Field(default=2**29, ge=0)
+    #: Record a decode step once for each shape and replay it: on a GPU, to launch a step's kernels one by one takes
+    #: longer than they do. Not tried on a GPU yet, so off.
+    cuda_graphs: bool = False
 
     #: `id=whsec_...` pairs: the secrets that sign callbacks. An id given twice signs with both, while a secret rotates.
     callback_keys: Annotated[dict[str, tuple[SecretStr, ...]], NoDecode] = {}

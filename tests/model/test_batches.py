@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -18,7 +19,8 @@ from worker.engine.prefixes import PrefixCache
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.engine.runner import StockModel, memory_errors
 from worker.engine.scheduler import Limits
-from worker.models.idefics_decoder import IdeficsDecoder, Prompt
+from worker.models.graphed import Graphed, Step
+from worker.models.idefics_decoder import IdeficsDecoder, Prompt, _stepped
 
 
 def _nobody(running: Sequence[Row]) -> Sequence[Row]:
@@ -137,6 +139,31 @@ def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(
         assert list(row.output.result().ids) == alone, job
     assert sum(read) < sum(len(row.tokens.ids) for row in rows) / 2
     assert piece == 512 or max(read) <= piece * len(rows)
+
+
+def recorded(step: Step) -> Step:
+    """As a CUDA graph, where there is no GPU: what it answers stands in one place."""
+    answer = step().clone()
+    return lambda: answer.copy_(step())
+
+
+def test_steps_that_are_recorded_and_replayed_say_the_same(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, shapes = served.model._decoder, []
+
+    def record(step: Step) -> Step:
+        shapes.append(decoder.slots)
+        return recorded(step)
+
+    function = functools.partial(_stepped, decoder._step._function)
+    monkeypatch.setattr(decoder, "_graphed", Graphed(function, record))
+    jobs = mixed_jobs(24, sorted(served.images), seed=8)
+    prompts = [parts_of(job, served.images) for job in jobs]
+    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    steps = []
+    served.model.run(rows[:12], lambda: steps.append(1), _in_turn([[], [], rows[12:20], [], [], [], rows[20:]]))
+    for job, parts, row in zip(jobs, prompts, rows, strict=True):
+        assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
+    assert 0 < len(shapes) < len(steps) / 2
 
 
 def test_rows_are_right_where_no_more_is_kept_than_they_need(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

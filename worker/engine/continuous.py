@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from worker.engine.progress import Progress
 from worker.engine.row import Output, Row, Tokens
 from worker.engine.runner import StockModel, finish_scored, memory_errors, overflow
 from worker.engine.sampling import RowSampler
+from worker.models.graphed import Step
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
 from worker.models.traced import Traced
@@ -42,10 +43,16 @@ class ContinuousModel(StockModel):
     """
 
     def __init__(
-        self, adapter: IdeficsAdapter, info: ModelInfo, max_tokens: int, prefix_cache_bytes: int = 2**29
+        self,
+        adapter: IdeficsAdapter,
+        info: ModelInfo,
+        max_tokens: int,
+        prefix_cache_bytes: int = 2**29,
+        record: Callable[[Step], Step] | None = None,
     ) -> None:
+        """`record`: see IdeficsDecoder."""
         super().__init__(adapter, info, max_tokens)
-        self._decoder = IdeficsDecoder(adapter.model, adapter.image_id, max_tokens)
+        self._decoder = IdeficsDecoder(adapter.model, adapter.image_id, max_tokens, record)
         #: For beginnings and labels, which are read and not continued: the running rows' slots need no room for them.
         self._aside = self._decoder.another(PREFILL_TOKENS + LABEL_TOKENS)
         self._image_id = adapter.image_id

@@ -8,8 +8,9 @@ before it, and no other), and whole beginnings of prompts (`Prefix`).
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import IdeficsForVisionText2Text
 
+from worker.models.graphed import Graphed, Step, bucket
 from worker.models.idefics_layers import Decoder, KeysValues
 from worker.models.idefics_network import NOBODY, PROMPT, Branches, Continuation, Reader, Scorer, move, recall
 from worker.models.traced import Traced
@@ -156,8 +158,15 @@ def _grown(positions: int) -> int:
 class IdeficsDecoder:
     """Reads prompts into slots, and appends a token to every slot at a time."""
 
-    def __init__(self, model: IdeficsForVisionText2Text, image_id: int, most: int = 2**16) -> None:
-        """`image_id`: the token that stands for an image. `most`: see SlotCache."""
+    def __init__(
+        self,
+        model: IdeficsForVisionText2Text,
+        image_id: int,
+        most: int = 2**16,
+        record: Callable[[Step], Step] | None = None,
+    ) -> None:
+        """`image_id`: the token that stands for an image. `most`: see SlotCache. `record`: see Graphed; None: steps are
+        not recorded."""
         self._device = model.device
         self._image_id = image_id
         self._like: Tensor = model.model.norm.weight
@@ -174,7 +183,9 @@ class IdeficsDecoder:
         }
         self._scorers = {is_short: Traced(Scorer(decoder, image_id, is_short=is_short)) for is_short in (True, False)}
         self._read_text = Traced(Continuation(decoder))
-        self._step = Traced(Continuation(decoder, is_short=True))
+        step = Continuation(decoder, is_short=True)
+        self._step = Traced(step)
+        self._graphed = Graphed(functools.partial(_stepped, step), record) if record else None
         self._branch = Traced(Branches(decoder))
         self._move = Traced(move)
         self._put = Traced(recall)
@@ -288,11 +299,26 @@ class IdeficsDecoder:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each slot; free ones take any. The next token's logits (slots, vocabulary)."""
-        # One tensor, since each that is made lets go of the interpreter and has to get it back.
-        ids, starts, lasts, sees = self._tensor([tokens, self._lengths, [0] * self.slots, self._sees]).unbind()
-        logits = self._step(ids[:, None], starts, lasts, sees, *self._caches(1))
+        logits = self._graphed_step(tokens, self._graphed) if self._graphed else self._plain_step(tokens)
         self._lengths = [length and length + 1 for length in self._lengths]
         return logits
+
+    def _plain_step(self, tokens: Sequence[int]) -> Tensor:
+        # One tensor, since each that is made lets go of the interpreter and has to get it back.
+        numbers = self._tensor([tokens, self._lengths, [0] * self.slots, self._sees])
+        return _stepped(self._step, numbers, *self._caches(1))
+
+    def _graphed_step(self, tokens: Sequence[int], graphed: Graphed) -> Tensor:
+        """As many rows as their bucket, those that are too many free ones, and lengths by the caches' growth."""
+        rows, length = bucket(self.slots), max(self._lengths) + 1
+        more = [0] * (rows - self.slots)
+        numbers = self._tensor([[*tokens, *more], [*self._lengths, *more], [0] * rows, [*self._sees, *more]])
+        self._own.reserve(rows, length)
+        caches = self._own.views(rows, _grown(length))
+        if any(self._sees):
+            self._cross.reserve(rows, self._width)
+            caches += self._cross.views(rows, self._width)
+        return graphed(numbers, caches)[: self.slots]
 
     @torch.inference_mode()
     def try_out(self, packs: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
@@ -375,6 +401,12 @@ class IdeficsDecoder:
         for key, prefix in prefixes.items():
             kept = (tensor for layer in prefix.layers for tensor in layer)
             self._put(self._tensor(places[key]), *self._own.tensors, *kept)
+
+
+def _stepped(step: Callable[..., Tensor], numbers: Tensor, *caches: Tensor) -> Tensor:
+    """`numbers` (4, rows): each row's token, how many stand before it, zeros, and whether it sees an image."""
+    ids, starts, lasts, sees = numbers.unbind()
+    return step(ids[:, None], starts, lasts, sees, *caches)
 
 
 class _Texts:

@@ -29,6 +29,7 @@ from tasks.payloads import ModelInfo
 from worker.engine.continuous import ContinuousModel
 from worker.engine.runner import StockModel
 from worker.models import Model, checkpoint_folder
+from worker.models.graphed import CudaGraphs
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_later import LaterIdeficsAdapter
 
@@ -92,7 +93,8 @@ def _on_own_decoder(
             settings.model,
         )
         return StockModel(adapter, info, settings.max_batch_tokens)
-    return ContinuousModel(adapter, info, settings.max_batch_tokens, settings.prefix_cache_bytes)
+    record = CudaGraphs() if settings.cuda_graphs and model.device.type == "cuda" else None
+    return ContinuousModel(adapter, info, settings.max_batch_tokens, settings.prefix_cache_bytes, record)
 
 
 def _on_stock_generate(

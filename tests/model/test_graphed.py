@@ -1,0 +1,55 @@
+"""Recorded steps: once for each shape and place, and replayed with new numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from worker.models.graphed import MOST, Graphed, Step, bucket
+
+
+class Recorder:
+    """Counts what is recorded, and runs it at each replay."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.recorded += 1
+        return step
+
+
+def added(numbers: Tensor, cache: Tensor) -> Tensor:
+    """A step: it writes to its cache and answers."""
+    cache += numbers[0]
+    return cache.sum() + numbers[1]
+
+
+def test_a_shape_is_recorded_once_and_replayed_with_new_numbers() -> None:
+    record, cache = Recorder(), torch.zeros(3)
+    run = Graphed(added, record)
+    assert run(torch.tensor([[1.0] * 3, [0.0] * 3]), [cache]).tolist() == [3, 3, 3]
+    assert run(torch.tensor([[2.0] * 3, [1.0] * 3]), [cache]).tolist() == [10, 10, 10]
+    assert record.recorded == 1
+
+
+def test_caches_in_another_place_or_of_another_form_are_recorded_anew() -> None:
+    record, whole = Recorder(), torch.zeros(4, 4)
+    run = Graphed(lambda numbers, cache: cache + numbers, record)
+    for cache in (whole[:2, :2], whole[2:, :2], whole[:2], whole[:, :2][::2], whole[:2, :2]):
+        run(torch.zeros(2, 1), [cache])
+    assert record.recorded == 4
+
+
+def test_the_latest_shapes_are_kept() -> None:
+    record, caches = Recorder(), torch.zeros(MOST + 1, 1)
+    run = Graphed(added, record)
+    for cache in (*caches, caches[-1], caches[0]):
+        run(torch.zeros(2, 1), [cache])
+    assert record.recorded == MOST + 2
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 1), (2, 2), (3, 4), (33, 64), (64, 64)])
+def test_rows_are_rounded_up_to_few_shapes(rows: int, most: int) -> None:
+    assert bucket(rows) == most
