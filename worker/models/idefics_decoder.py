@@ -268,7 +268,7 @@ class IdeficsDecoder:
         more = max(0, slots[-1] + 1 - self.slots)
         self._lengths += [0] * more
         self._sees += [False] * more
-        own = self._room(max(prompt.start for prompt in prompts) + length)
+        own = self._room(max(prompt.start for prompt in prompts) + length, self.slots)
         self._recall(prompts, slots)
         for slot, prompt in zip(slots, prompts, strict=True):
             self._lengths[slot] = prompt.start + len(prompt.ids)
@@ -276,17 +276,17 @@ class IdeficsDecoder:
         if shown.images is None:
             return own, []
         self._width = shown.images.shape[1]
-        return own, self._images_room()
+        return own, self._images_room(self.slots)
 
-    def _room(self, length: int) -> list[Tensor]:
-        """The text's keys and values: the first so many positions of each slot."""
-        self._own.reserve(self.slots, max(length, *self._lengths))
-        return self._own.views(self.slots, length)
+    def _room(self, length: int, slots: int) -> list[Tensor]:
+        """The text's keys and values: the first so many positions of the first so many slots."""
+        self._own.reserve(slots, max(length, *self._lengths))
+        return self._own.views(slots, length)
 
-    def _images_room(self) -> list[Tensor]:
-        """The image blocks' keys and values in each slot."""
-        self._cross.reserve(self.slots, self._width)
-        return self._cross.views(self.slots, self._width)
+    def _images_room(self, slots: int) -> list[Tensor]:
+        """The image blocks' keys and values in the first so many slots."""
+        self._cross.reserve(slots, self._width)
+        return self._cross.views(slots, self._width)
 
     @torch.inference_mode()
     def read_prefix(self, prompt: Prompt) -> Prefix:
@@ -299,26 +299,17 @@ class IdeficsDecoder:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each slot; free ones take any. The next token's logits (slots, vocabulary)."""
-        logits = self._graphed_step(tokens, self._graphed) if self._graphed else self._plain_step(tokens)
-        self._lengths = [length and length + 1 for length in self._lengths]
-        return logits
-
-    def _plain_step(self, tokens: Sequence[int]) -> Tensor:
+        rows, length = self.slots, max(self._lengths) + 1
+        if self._graphed:
+            # Few shapes are recorded: rows that are too many are free ones.
+            rows, length = bucket(rows), _grown(length)
+        free = [0] * (rows - self.slots)
         # One tensor, since each that is made lets go of the interpreter and has to get it back.
-        numbers = self._tensor([tokens, self._lengths, [0] * self.slots, self._sees])
-        return _stepped(self._step, numbers, *self._caches(1))
-
-    def _graphed_step(self, tokens: Sequence[int], graphed: Graphed) -> Tensor:
-        """As many rows as their bucket, those that are too many free ones, and lengths by the caches' growth."""
-        rows, length = bucket(self.slots), max(self._lengths) + 1
-        more = [0] * (rows - self.slots)
-        numbers = self._tensor([[*tokens, *more], [*self._lengths, *more], [0] * rows, [*self._sees, *more]])
-        self._own.reserve(rows, length)
-        caches = self._own.views(rows, _grown(length))
-        if any(self._sees):
-            self._cross.reserve(rows, self._width)
-            caches += self._cross.views(rows, self._width)
-        return graphed(numbers, caches)[: self.slots]
+        numbers = self._tensor([[*tokens, *free], [*self._lengths, *free], [0] * rows, [*self._sees, *free]])
+        caches = self._caches(length, rows)
+        logits = self._graphed(numbers, caches) if self._graphed else _stepped(self._step, numbers, *caches)
+        self._lengths = [length and length + 1 for length in self._lengths]
+        return logits[: self.slots]
 
     @torch.inference_mode()
     def try_out(self, packs: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
@@ -332,7 +323,7 @@ class IdeficsDecoder:
         if not texts.length:
             return [[[] for _ in pack] for pack in packs]
         starts, sees = self._tensor([self._lengths, self._sees]).unbind()
-        caches = self._caches(texts.length)
+        caches = self._caches(max(self._lengths) + texts.length, self.slots)
         picked = self._branch(texts.ids, starts, texts.target, texts.owner, texts.depth, sees, *caches).tolist()
         return [_unpacked(row, pack) for row, pack in zip(picked, packs, strict=True)]
 
@@ -361,7 +352,7 @@ class IdeficsDecoder:
         left = self.slots - len(gaps)
         sources = [slot for slot in range(left, self.slots) if self._lengths[slot]]
         moves = list(zip(sources, gaps, strict=False))
-        caches = self._room(max(self._lengths)) + self._images_room()
+        caches = self._room(max(self._lengths), self.slots) + self._images_room(self.slots)
         self._move(*self._tensor(moves).unbind(dim=1), *caches)
         for source, target in moves:
             self._lengths[target], self._sees[target] = self._lengths[source], self._sees[source]
@@ -387,10 +378,10 @@ class IdeficsDecoder:
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return torch.tensor(numbers, device=self._device)
 
-    def _caches(self, count: int) -> list[Tensor]:
-        """With room for so many new tokens in each slot."""
-        caches = self._room(max(self._lengths) + count)
-        return caches + self._images_room() if any(self._sees) else caches
+    def _caches(self, length: int, slots: int) -> list[Tensor]:
+        """Of what the rows see: the first so many positions of the first so many slots."""
+        caches = self._room(length, slots)
+        return caches + self._images_room(slots) if any(self._sees) else caches
 
     def _recall(self, prompts: Sequence[Prompt], slots: Sequence[int]) -> None:
         """Put the prompts' prefixes into their slots, which have room for them."""
