@@ -6,9 +6,11 @@ model process, which hands its service over with `serve_with`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from celery import Celery, Task
@@ -71,6 +73,16 @@ class AlreadyEnded(Ignore):  # type: ignore[misc]
     """Has the message acknowledged, and nothing stored or sent."""
 
 
+@contextlib.contextmanager
+def _else_requeued(id: str, what: str) -> Iterator[None]:
+    """Raises Reject where Redis is away: the message goes back."""
+    try:
+        yield
+    except UNAVAILABLE as error:
+        logger.error("Job %s %s (%s): it goes back to the queue.", id, what, error)
+        raise Reject(error, requeue=True) from error
+
+
 class JobTask(Task):  # type: ignore[misc]
     """One of the six: its name says which payload its keyword arguments are."""
 
@@ -86,11 +98,8 @@ class JobTask(Task):  # type: ignore[misc]
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Store that the job runs, and leave it where it is canceled or has ended in another run."""
-        try:
+        with _else_requeued(task_id, "cannot start"):
             kept = self.backend.start(self.request, is_stored=not self._ignores_result)
-        except UNAVAILABLE as error:
-            logger.error("Job %s cannot start (%s): it goes back to the queue.", task_id, error)
-            raise Reject(error, requeue=True) from error
         if kept == CANCELED:
             raise JobCanceled
         if kept is not None:
@@ -163,11 +172,8 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _first_answer(self, job: Job) -> Result | None:
         keys = IdempotencyKeys(self.backend.client, settings.idempotency_ttl_s or settings.result_ttl_s)
-        try:
+        with _else_requeued(self.request.id, "cannot look its key up"):
             return first_answer(job, self.request.id, keys, self.backend)
-        except UNAVAILABLE as error:
-            logger.error("Job %s cannot look its key up (%s): it goes back to the queue.", self.request.id, error)
-            raise Reject(error, requeue=True) from error
 
     def _look_again(self, job: Job, countdown: float, why: str) -> NoReturn:
         """As Celery's retry, which would use one of the job's retries up."""
@@ -185,11 +191,8 @@ class JobTask(Task):  # type: ignore[misc]
 
     def announce(self, id: str, arguments: dict[str, Any], end: End, *, is_stored: bool) -> None:
         """Record the callback's delivery. Raises Reject where that cannot be done: the message goes back."""
-        try:
+        with _else_requeued(id, "ended, but its callback cannot be recorded"):
             self.announcer.announce(id, self.name, arguments, end, is_stored=is_stored, may_wait=True)
-        except UNAVAILABLE as error:
-            logger.error("Job %s ended, but its callback cannot be recorded (%s): it goes back.", id, error)
-            raise Reject(error, requeue=True) from error
 
     @property
     def _ignores_result(self) -> bool:
