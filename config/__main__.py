@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from pydantic import SecretStr, ValidationError
@@ -16,7 +17,8 @@ def lines(settings: Settings) -> list[str]:
 
 def _shown(value: object) -> str:
     if isinstance(value, SecretStr):
-        return _masked_url(value.get_secret_value())
+        secret = value.get_secret_value()
+        return _masked_url(secret) if "://" in secret else "****" * bool(secret)
     if isinstance(value, dict):
         return ",".join(f"{name}=****" for name in value)
     if isinstance(value, tuple):
@@ -27,6 +29,7 @@ def _shown(value: object) -> str:
 def _masked_url(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     credentials, at, host = rest.rpartition("@")
+    host = re.sub(r"(?<=password=)[^&;]*", "****", host)
     return f"{scheme}{separator}{'****' if credentials else ''}{at}{host}"
 
 

@@ -10,9 +10,10 @@ from config.settings import Settings
 def configuration(settings: Settings, queue: str, default_priority: int) -> dict[str, Any]:
     """Celery's settings. Where one is not Celery's default, the line says what it is for."""
     sweep_s = max(1, min(10, settings.visibility_timeout_s // 4))
+    broker, results = settings.broker, settings.results
     return {
-        "broker_url": settings.broker_url.get_secret_value(),
-        "result_backend": _first_end_wins(settings.result_backend.get_secret_value()),
+        "broker_url": broker.url,
+        "result_backend": _first_end_wins(results.url),
         # JSON only: a pickle from a queue is code.
         "task_serializer": "json",
         "result_serializer": "json",
@@ -47,7 +48,8 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
             "queue_order_strategy": "priority",
             "priority_steps": list(range(10)),
             "socket_timeout": 30,
-            "socket_keepalive": True,
+            **broker.keepalive,
+            **broker.options,
             "health_check_interval": 25,
             # Seconds between two looks for jobs whose visibility timeout is over.
             "unacked_restore_interval": sweep_s,
@@ -57,12 +59,13 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
         },
         "result_backend_transport_options": {
             "socket_timeout": 30,
+            **results.options,
             "retry_policy": {"timeout": 30.0},
             # A server that is full or whose disk is answers with these: the result waits until it is stored.
             "additional_connection_errors": ["redis.exceptions.ResponseError"],
         },
         "redis_socket_timeout": 30,
-        "redis_socket_keepalive": True,
+        "redis_socket_keepalive": bool(results.keepalive),
         "redis_backend_health_check_interval": 25,
         # Results are stored by many job threads at once.
         "result_backend_thread_safe": True,

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from tasks.redis_urls import NOT_CERTAIN, Server, result_server, results_beside, server
 
 PREFIX = "IDEFICS_"
 DEFAULT_BROKER = "redis://localhost:6379/0"
@@ -29,14 +31,6 @@ def _split(value: Any) -> Any:
 
 def _networks(value: Any) -> Any:
     return [ip_network(item) if isinstance(item, str) else item for item in _split(value)]
-
-
-def _next_database(url: str) -> str:
-    parts = urlsplit(url)
-    database = parts.path.strip("/")
-    if parts.scheme not in ("redis", "rediss") or not (database or "0").isdecimal():
-        return f"{DEFAULT_BROKER[:-1]}1"
-    return urlunsplit(parts._replace(path=f"/{int(database or 0) + 1}"))
 
 
 def _is_secret(text: str) -> bool:
@@ -68,8 +62,13 @@ class Settings(BaseSettings):
 
     #: Redis that holds the queues. SecretStr, since the URL may carry a password.
     broker_url: SecretStr = SecretStr(DEFAULT_BROKER)
-    #: Redis that holds the results; the default is the broker's next database.
+    #: Redis that holds the results; the default is the broker's next database, where the broker is one redis:// or
+    #: rediss:// address. Elsewhere it must be given.
     result_backend: SecretStr = SecretStr("")
+    #: The master's name, for sentinel:// URLs without ?master_name=.
+    sentinel_master: str = ""
+    #: What the sentinels ask for, where they ask: the URL's own password is the Redis server's.
+    sentinel_password: SecretStr = SecretStr("")
 
     #: Take jobs with a script that moves them in one step. False: kombu's own way, for brokers that run no scripts; a
     #: worker that dies while it takes a job then loses it.
@@ -212,22 +211,25 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _results_lie_beside_the_queues(cls, values: dict[str, Any]) -> dict[str, Any]:
-        broker = SecretStr(str(values.get("broker_url", DEFAULT_BROKER)))
-        return {"result_backend": _next_database(broker.get_secret_value()), **values}
+        broker = values.get("broker_url") or DEFAULT_BROKER
+        url = broker.get_secret_value() if isinstance(broker, SecretStr) else str(broker)
+        try:
+            return {"result_backend": results_beside(url), **values}
+        except ValueError:
+            # `_servers_are_known` says so, after what is wrong with the broker's own URL.
+            return values
 
-    @field_validator("broker_url", "result_backend")
-    @classmethod
-    def _redis_only(cls, url: SecretStr) -> SecretStr:
-        scheme = url.get_secret_value().partition("://")[0]
-        if scheme not in ("redis", "rediss", "redis+socket", "sentinel", "socket"):
-            raise ValueError("a Redis URL, as redis://localhost:6379/0, rediss:// or redis+socket:///path")
-        # Celery's own defaults differ between broker and results, and between versions.
-        if scheme == "rediss" and "ssl_cert_reqs=" not in url.get_secret_value():
-            raise ValueError(
-                "rediss:// needs ?ssl_cert_reqs=required&ssl_ca_certs=/ca.crt, and &ssl_certfile=/tls.crt"
-                "&ssl_keyfile=/tls.key where the server asks for a client's certificate"
-            )
-        return url
+    @model_validator(mode="after")
+    def _servers_are_known(self) -> Settings:
+        for name in ("broker_url", "result_backend"):
+            url = getattr(self, name).get_secret_value()
+            if not url:
+                raise ValueError(f"{PREFIX}{name.upper()} is needed: {NOT_CERTAIN}")
+            try:
+                _ = self.broker if name == "broker_url" else self.results
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return self
 
     @field_validator("callback_keys", mode="before")
     @classmethod
@@ -251,6 +253,20 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def broker(self) -> Server:
+        """The queues' Redis, in Celery's words."""
+        return server(self.broker_url.get_secret_value(), self.sentinel_master, self._sentinel_password)
+
+    @property
+    def results(self) -> Server:
+        """The results' Redis, in Celery's words."""
+        return result_server(self.result_backend.get_secret_value(), self.sentinel_master, self._sentinel_password)
+
+    @property
+    def _sentinel_password(self) -> str:
+        return self.sentinel_password.get_secret_value()
+
+    @property
     def job_threads(self) -> int:
         """Jobs that the model process holds at once: some wait for images while others compute."""
         return self.prefetch or 3 * self.max_batch_size
@@ -261,10 +277,36 @@ class Settings(BaseSettings):
         return self.image_jobs or max(1, self.job_threads // 3)
 
 
+#: What Kubernetes puts into each pod for a Service of its namespace, and docker for `--link`: by the ends of the names,
+#: and what their values are. A Service called `idefics-redis` has names that begin like ours.
+_INJECTED = tuple(
+    (re.compile(name + r"\Z"), re.compile(value))
+    for name, value in (
+        (r"_SERVICE_HOST", r"[\w.:-]*"),
+        (r"_SERVICE_PORT(_[A-Z0-9_]+)?", r"\d*"),
+        (r"_PORT", r"(tcp|udp|sctp)://\S+"),
+        (r"_PORT_\d+_(TCP|UDP|SCTP)", r"(tcp|udp|sctp)://\S+"),
+        (r"_PORT_\d+_(TCP|UDP|SCTP)_PROTO", r"tcp|udp|sctp"),
+        (r"_PORT_\d+_(TCP|UDP|SCTP)_PORT", r"\d+"),
+        (r"_PORT_\d+_(TCP|UDP|SCTP)_ADDR", r"[\w.:-]+"),
+        # Of docker's links: the name, and the other container's environment.
+        (r"_NAME", r"/\S+"),
+        (r"_ENV_\w+", r"(?s:.*)"),
+    )
+)
+
+
+def _is_injected(name: str, value: str) -> bool:
+    """Whether a variable is an orchestrator's, about a service whose name begins like our settings."""
+    rest = name[len(PREFIX) - 1 :]
+    return any(ending.search(rest) and form.fullmatch(value) for ending, form in _INJECTED)
+
+
 def load() -> Settings:
     """The settings of this environment. Raises ValueError for an unknown `IDEFICS_` name."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    others = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name not in known}
+    unknown = sorted(name for name, value in others.items() if not _is_injected(name, value))
     if unknown:
         raise ValueError(f"Unknown settings: {', '.join(unknown)}. `python -m config` lists all.")
     return Settings()

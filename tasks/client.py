@@ -6,9 +6,8 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from celery import Celery, states, uuid
 from celery.backends.redis import RedisBackend
@@ -35,6 +34,7 @@ from .payloads import (
     Result,
     check_size,
 )
+from .redis_urls import SCHEMES, Server, result_server, results_beside, server
 from .webhooks import check_public
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second; then an answer waits for
@@ -359,11 +359,14 @@ def _subscribe_to_nothing(producer: Any, task_id: str) -> None:
 
 
 def _app(broker_url: str | None, result_backend: str | None) -> Celery:
-    broker = broker_url or os.environ.get("IDEFICS_BROKER_URL", DEFAULT_BROKER)
-    known = None if broker_url else os.environ.get("IDEFICS_RESULT_BACKEND")
-    backend = result_backend or known or database_after(broker)
+    broker_url, of_environment = (
+        (broker_url, False) if broker_url else (_environment("BROKER_URL", DEFAULT_BROKER), True)
+    )
+    backend_url = result_backend or (_environment("RESULT_BACKEND") if of_environment else "")
+    broker = _server(broker_url, server)
+    results = _server(backend_url or _results_beside(broker_url), result_server)
     # Not the process's current app: that is its own.
-    app = _App("idefics_jobs", broker=broker, backend=backend, set_as_current=False)
+    app = _App("idefics_jobs", broker=broker.url, backend=results.url, set_as_current=False)
     app.conf.update(
         task_serializer="json",
         result_serializer="json",
@@ -374,22 +377,31 @@ def _app(broker_url: str | None, result_backend: str | None) -> Celery:
             "queue_order_strategy": "priority",
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
-            "socket_keepalive": True,
+            **broker.keepalive,
+            **broker.options,
         },
+        result_backend_transport_options=results.options,
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
-        redis_socket_keepalive=True,
+        redis_socket_keepalive=bool(results.keepalive),
     )
     return app
 
 
-def database_after(url: str) -> str:
-    """The Redis URL with the next database: `redis://host/0` gives `redis://host/1`."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("redis", "rediss"):
-        raise ValueError("Give result_backend too: it follows from the broker for redis:// and rediss:// only.")
-    number = parts.path.strip("/") or "0"
-    if not number.isdecimal():
-        # It is not repeated: what urlsplit takes for a path may hold a password.
-        raise ValueError("Give result_backend too: the broker's URL does not end with the number of a database.")
-    return urlunsplit(parts._replace(path=f"/{int(number) + 1}"))
+def _environment(name: str, default: str = "") -> str:
+    """One of the worker's settings, where it is in this process's environment too. Empty is the default."""
+    return os.environ.get(f"IDEFICS_{name}") or default
+
+
+def _server(url: str, read: Callable[[str, str, str], Server]) -> Server:
+    """Of another broker than Redis, Celery knows what there is to know."""
+    if url.partition("://")[0] not in SCHEMES:
+        return Server(url)
+    return read(url, _environment("SENTINEL_MASTER"), _environment("SENTINEL_PASSWORD"))
+
+
+def _results_beside(broker_url: str) -> str:
+    try:
+        return results_beside(broker_url)
+    except ValueError as error:
+        raise ValueError(f"Give result_backend too: {error}.") from None

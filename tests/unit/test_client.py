@@ -32,7 +32,6 @@ from tasks import (
     capacity,
 )
 from tasks import client as client_module
-from tasks.client import database_after
 from tasks.payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, parse
 from tasks.testing import canned
 from worker.demo import stack
@@ -331,21 +330,7 @@ def test_a_url_that_is_given_wins_over_the_environment(monkeypatch: pytest.Monke
     assert (conf.broker_url, conf.result_backend) == ("redis://other/2", "redis://other/3")
 
 
-@pytest.mark.parametrize(
-    ("url", "after"),
-    [
-        ("redis://host/0", "redis://host/1"),
-        ("redis://host", "redis://host/1"),
-        ("redis://host/", "redis://host/1"),
-        ("redis://:pass@host:6380/14", "redis://:pass@host:6380/15"),
-        ("rediss://host/0?ssl_cert_reqs=required", "rediss://host/1?ssl_cert_reqs=required"),
-    ],
-)
-def test_results_are_in_the_database_after_the_queues(url: str, after: str) -> None:
-    assert database_after(url) == after
-
-
-@pytest.mark.parametrize("url", ["memory://", "amqp://host//", "sentinel://host:26379/0"])
+@pytest.mark.parametrize("url", ["memory://", "amqp://host//", "sentinel://host:26379/0?master_name=m"])
 def test_another_broker_needs_a_result_backend(url: str) -> None:
     with pytest.raises(ValueError, match="result_backend"):
         Client(url)
@@ -353,7 +338,7 @@ def test_another_broker_needs_a_result_backend(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["redis://a/0;redis://:s3cret@b/0", "redis://:s3/cret@host/0"])
 def test_a_url_without_the_number_of_a_database_needs_one_and_is_not_repeated(url: str) -> None:
-    with pytest.raises(ValueError, match="result_backend") as refused:
+    with pytest.raises(ValueError, match=r"result_backend|cannot be read") as refused:
         Client(url)
     assert "cret" not in str(refused.value)
 

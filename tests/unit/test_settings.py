@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from config.__main__ import lines
 from config.celery import configuration
-from config.settings import PREFIX, Settings, load
+from config.settings import PREFIX, Settings, _is_injected, load
 from tasks import Client
 
 Environment = Callable[..., Settings]
@@ -136,6 +136,52 @@ def test_an_unknown_name_is_refused_as_a_misspelt_one(environment: Environment) 
         environment(MODLE="demo")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("IDEFICS_SERVICE_HOST", "10.0.0.11"),
+        ("IDEFICS_SERVICE_PORT", "6379"),
+        ("IDEFICS_PORT", "tcp://10.0.0.11:6379"),
+        ("IDEFICS_REDIS_SERVICE_HOST", "fd00::11"),
+        ("IDEFICS_REDIS_SERVICE_PORT", "6379"),
+        ("IDEFICS_REDIS_SERVICE_PORT_CLIENT_TLS", "6379"),
+        ("IDEFICS_REDIS_PORT", "tcp://10.0.0.11:6379"),
+        ("IDEFICS_REDIS_PORT_6379_TCP", "tcp://10.0.0.11:6379"),
+        ("IDEFICS_REDIS_PORT_6379_TCP_ADDR", "10.0.0.11"),
+        ("IDEFICS_REDIS_PORT_6379_TCP_PORT", "6379"),
+        ("IDEFICS_REDIS_PORT_6379_TCP_PROTO", "tcp"),
+        ("IDEFICS_DNS_PORT_53_UDP", "udp://10.0.0.11:53"),
+        # A Service whose name is a setting's.
+        ("IDEFICS_BROKER_URL_SERVICE_HOST", "10.0.0.11"),
+        ("IDEFICS_BROKER_URL_PORT", "tcp://10.0.0.11:6379"),
+        ("IDEFICS_IMAGE_PORT", "tcp://10.0.0.11:80"),
+        # docker run --link redis:idefics_redis
+        ("IDEFICS_REDIS_NAME", "/worker/idefics_redis"),
+        ("IDEFICS_REDIS_ENV_REDIS_VERSION", "7.4"),
+    ],
+)
+def test_what_an_orchestrator_says_of_a_service_is_no_setting(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    before = environment()
+    monkeypatch.setenv(name, value)
+    assert load() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("IMAGE_PORT", "80"), ("REDIS_SERVICE_HOST", "10.0.0.11 or so"), ("CALLBACK_PORT_443", "1")]
+)
+def test_a_misspelt_setting_is_no_services(environment: Environment, name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        environment(**{name: value})
+
+
+def test_no_setting_could_be_taken_for_a_services() -> None:
+    names = [PREFIX + name.upper() for name in Settings.model_fields]
+    values = ("tcp://10.0.0.11:6379", "10.0.0.11", "6379", "tcp", "/worker/idefics")
+    assert not [name for name in names for value in values if _is_injected(name, value)]
+
+
 def test_other_programs_names_are_left_alone(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTHER_MODLE", "demo")
     assert environment().model == "demo"
@@ -220,11 +266,19 @@ def test_what_is_printed_can_be_read_again(environment: Environment) -> None:
         (f"redis://user:{SECRET}@{SECRET}@host/0", "redis://****@host/0"),
         ("redis://host/0", "redis://host/0"),
         ("redis+socket:///run/redis.sock", "redis+socket:///run/redis.sock"),
+        (
+            f"sentinel://:{SECRET}@a:1;sentinel://:{SECRET}@b:2/0?master_name=m&sentinel_password={SECRET}",
+            "sentinel://****@b:2/0?master_name=m&sentinel_password=****",
+        ),
     ],
 )
 def test_a_urls_password_is_masked(environment: Environment, url: str, masked: str) -> None:
     printed = shown(environment(BROKER_URL=url, RESULT_BACKEND=url))
     assert printed["IDEFICS_BROKER_URL"] == printed["IDEFICS_RESULT_BACKEND"] == masked
+
+
+def test_the_sentinels_password_is_masked(environment: Environment) -> None:
+    assert shown(environment(SENTINEL_PASSWORD=SECRET))["IDEFICS_SENTINEL_PASSWORD"] == "****"
 
 
 def test_a_callback_keys_name_is_printed_and_its_secret_is_not(environment: Environment) -> None:
@@ -273,7 +327,7 @@ def test_celery_has_the_urls_with_their_passwords(celery: dict[str, Any]) -> Non
         ("rediss://a/1?ssl_cert_reqs=required", "ResultBackend+rediss://a/1?ssl_cert_reqs=required"),
         ("redis+socket:///run/redis", "ResultBackend+socket:///run/redis"),
         ("socket:///run/redis", "ResultBackend+socket:///run/redis"),
-        ("sentinel://a/1", "SentinelResultBackend+sentinel://a/1"),
+        ("sentinel://a/1?master_name=m", "SentinelResultBackend+sentinel://a/1"),
     ],
 )
 def test_results_go_through_our_own_backend(environment: Environment, url: str, backend: str) -> None:
