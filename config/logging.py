@@ -8,7 +8,7 @@ import sys
 FORMAT = "%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s"
 
 #: Libraries that log each request or warn of what we have decided. Celery's pool logs jobs' arguments at DEBUG.
-QUIET = ("httpx", "filelock", "accelerate", "bitsandbytes", "celery.pool", "celery.redirected")
+QUIET = ("PIL", "httpx", "filelock", "accelerate", "bitsandbytes", "celery.pool", "celery.redirected")
 
 
 def configure(level: str) -> None:

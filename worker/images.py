@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import io
-import itertools
-import re
 import struct
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 # Imported for their registration: Pillow's lazy one would load all its 43 formats, from many threads at once.
 from PIL import (
-    ExifTags,
     GifImagePlugin,  # noqa: F401
     Image,
+    ImageChops,
     JpegImagePlugin,  # noqa: F401
-    MpoImagePlugin,  # noqa: F401
     PngImagePlugin,  # noqa: F401
     WebPImagePlugin,  # noqa: F401
 )
 
 from tasks.errors import ImageInvalid, ImageTooLarge, JobError
+from worker import containers
 
-#: Of Pillow's formats; among the others, EPS runs Ghostscript. Phones' MPO files open as JPEG.
+# What Pillow warns of is decided here, and a line for each of a stranger's pictures would fill the log.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+#: Of Pillow's formats; among the others, EPS runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-#: A JPEG's passes over all its pixels. Encoders make about ten; 330 kB with 2,000 took 46 seconds to decode.
-MAX_SCANS = 64
-#: A file's parts, which Pillow walks in Python: a JPEG's segments and a PNG's chunks, and a GIF's blocks before its
-#: first picture. Real files have some thousands at most.
-MAX_PARTS = 10_000
-#: Bytes of fillings and junk between a JPEG's segments, which it skips one by one.
-MAX_JUNK = 10_000
-#: Bytes of EXIF that are looked at for the orientation. In a JPEG there are hardly more.
-MAX_EXIF = 2**17
-
 #: What Pillow raises for broken files. Not Exception: the task's own time limit must get through.
 _DECODER_ERRORS = (
     OSError,  # UnidentifiedImageError is one
@@ -63,15 +55,15 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_JPEG_START = b"\xff\xd8\xff"
-# Only markers with a length, and the end: not escapes, fillings, restarts nor what decoders skip.
-_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
-_END_OF_IMAGE = 0xD9
-_START_OF_SCAN = 0xDA
-_PNG_START = b"\x89PNG\r\n\x1a\n"
-_GIF_START = b"GIF8"
-_GIF_EXTENSION = 0x21
-_GIF_PICTURE_OR_END = b",;"
+#: Pixels that are converted at once, since what lies between two forms takes several times a picture's memory.
+STRIP_PIXELS = 2_000_000
+_GARBAGE = bytes(range(1, 255)) * 16
+#: Behind the pixels of a JPEG without an end, what no encoder wrote there: see _decoded. With every restart marker,
+#: since a decoder that waits for one skips all the rest.
+_NO_PIXELS = _GARBAGE + b"".join(bytes([0xFF, 0xD0 + number]) + _GARBAGE for number in range(8))
+_END_OF_IMAGE = b"\xff\xd9"
+#: Rows that the last pixels of a JPEG stand in, at least: a unit of its coding has 32 at most.
+_LAST_ROWS = 64
 
 _SIXTEEN_BITS = range(65_536)
 _TO_EIGHT_BITS = [round(value / 257) for value in _SIXTEEN_BITS]
@@ -101,13 +93,45 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, target: int | 
     photograph, but other pixels than the full decoding scaled down, so answers may change. Off by default.
     Raises ImageTooLarge for pictures beyond the limits and ImageInvalid for whatever cannot be decoded.
     """
-    _check_parts(data)
-    with _translated(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with _translated():
+        bare = containers.bare(data)
+        plain, orientation = _decoded(bare, limits, target)
+        # Last, since what was decoded is gone then: each form of a large picture takes much memory.
+        turn = _TURNS.get(orientation)
+        return plain if turn is None else plain.transpose(turn)
+
+
+def _decoded(bare: containers.Bare, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
+    """A picture as it lies in its file, and its orientation."""
+    if bare.has_end:
+        return _opened(bare, limits, target)
+    # All of its pixels may be there. libjpeg makes up those that are not, by what follows: two ends, two pictures.
+    plain, orientation = _opened(_ended(bare, _END_OF_IMAGE), limits, target)
+    other, _ = _opened(_ended(bare, _NO_PIXELS + _END_OF_IMAGE), limits, target)
+    if ImageChops.difference(*map(_last_rows, (plain, other))).getbbox():
+        raise ImageInvalid("The JPEG ends before its last pixels: send the whole file.")
+    return plain, orientation
+
+
+def _ended(bare: containers.Bare, end: bytes) -> containers.Bare:
+    return containers.Bare(bare.data + end, bare.orientation)
+
+
+def _last_rows(image: Image.Image) -> Image.Image:
+    return image.crop((0, max(0, image.height - _LAST_ROWS), *image.size))
+
+
+def _opened(bare: containers.Bare, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
+    with Image.open(io.BytesIO(bare.data), formats=FORMATS) as image:
         _check_limits(image, limits)
         if target is not None:
             image.draft(None, (target, target))
         image.load()
-        return _plain(_upright(image))
+        return _plain(image), bare.orientation or _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    return containers.orientation(image.info.get("exif") or b"", image.info.get("xmp") or b"")
 
 
 @contextmanager
@@ -134,91 +158,36 @@ def _check_limits(image: Image.Image, limits: ImageLimits) -> None:
         raise ImageTooLarge(f"One side of the image is over {limits.max_ratio:g} times the other: crop it.")
 
 
-def _check_parts(data: bytes) -> None:
-    """Raises ImageInvalid for more of them than Pillow walks in a moment."""
-    if data.startswith(_JPEG_START):
-        _check_jpeg_segments(data)
-    elif data.startswith(_PNG_START):
-        _check_count(_png_chunks(data), "PNG", "chunks")
-    elif data.startswith(_GIF_START):
-        _check_count(_gif_blocks(data), "GIF", "blocks")
-
-
-def _check_jpeg_segments(data: bytes) -> None:
-    # Pixels bound a decoder's memory, but a JPEG may pass over all of them again and again. Thumbnails (in
-    # a segment) and what follows the image (films, depth maps) are not decoded and do not count.
-    position = scans = junk = 0
-    for _ in range(MAX_PARTS):
-        found = _JPEG_MARKER.search(data, position)
-        if found is None or found[1][0] == _END_OF_IMAGE:
-            return
-        # What stands between the segments of a scan is its pixels.
-        junk += 0 if scans else found.start() - position
-        scans += found[1][0] == _START_OF_SCAN
-        if scans > MAX_SCANS or junk > MAX_JUNK:
-            break
-        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    raise ImageInvalid("The JPEG has too many scans or segments: save it anew.")
-
-
-def _check_count(parts: Iterator[int], form: str, name: str) -> None:
-    if next(itertools.islice(parts, MAX_PARTS, None), None) is not None:
-        raise ImageInvalid(f"The {form} has too many {name}: save it anew.")
-
-
-def _png_chunks(data: bytes) -> Iterator[int]:
-    """Where they begin."""
-    position = len(_PNG_START)
-    while position < len(data):
-        yield position
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-
-
-def _gif_blocks(data: bytes) -> Iterator[int]:
-    """Where those begin that stand before the first picture; what is none is skipped byte by byte."""
-    flags = data[10] if len(data) > 10 else 0
-    position = 13 + (3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0)
-    while position < len(data) and data[position] not in _GIF_PICTURE_OR_END:
-        yield position
-        if data[position] == _GIF_EXTENSION:
-            position += 2
-            while position < len(data) and data[position]:
-                yield position
-                position += 1 + data[position]
-        position += 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def _orientation(image: Image.Image) -> int:
-    # Broken EXIF is no reason to refuse good pixels; ImageOps.exif_transpose stumbles over it.
-    if len(image.info.get("exif") or b"") > MAX_EXIF:
-        return 1
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _DECODER_ERRORS:
-        return 1
-    return value if isinstance(value, int) else 1
-
-
 def _plain(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_sixteen_bits(image)
-    if image.has_transparency_data:
-        return _on_white(image.convert("RGBA"))
-    plain = image.convert("RGB")
-    # convert() has made a new image, but handed on the EXIF and the colour profile.
+    """It as RGB, on white; a new image without EXIF and colour profile. Each pixel becomes what it is by itself."""
+    convert = _converter(image)
+    is_copied = convert is _to_rgb and image.mode == "RGB"
+    rows = max(1, STRIP_PIXELS // image.width)
+    if is_copied or rows >= image.height:
+        plain = convert(image)
+    else:
+        plain = Image.new("RGB", image.size)
+        for top in range(0, image.height, rows):
+            bottom = min(top + rows, image.height)
+            plain.paste(convert(image.crop((0, top, image.width, bottom))), (0, top))
     plain.info = {}
     return plain
+
+
+def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    if image.mode.startswith("I"):
+        return _from_sixteen_bits
+    return _on_white if image.has_transparency_data else _to_rgb
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     # alpha_composite, as the stock IDEFICS processor does it: pasting rounds otherwise.
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:
@@ -229,5 +198,4 @@ def _from_sixteen_bits(image: Image.Image) -> Image.Image:
     if isinstance(clear, int):
         mask = wide.point([255 * (value == clear) for value in _SIXTEEN_BITS], "L")
         plain.paste((255, 255, 255), mask=mask)
-    plain.info = {}
     return plain

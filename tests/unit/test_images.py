@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import random
 import struct
+import subprocess
+import sys
 import time
 import warnings
 import zlib
@@ -12,13 +14,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from tasks.errors import ImageInvalid, ImageTooLarge, JobError
-from worker.images import DEFAULT_LIMITS, MAX_EXIF, MAX_JUNK, MAX_PARTS, ImageLimits, open_image
+from worker.containers import MAX_JUNK, MAX_PARTS
+from worker.images import DEFAULT_LIMITS, ImageLimits, open_image
 
 SIZE = (48, 32)
 WHITE = (255, 255, 255)
@@ -386,15 +390,200 @@ def test_a_gif_of_countless_blocks_is_refused(part: bytes) -> None:
             open_image(data[:start] + parts + data[start:])
 
 
-def test_exif_of_no_measure_is_not_looked_at() -> None:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    small, large = (io.BytesIO() for _ in range(2))
-    picture().save(small, "PNG", exif=exif)
-    exif[ExifTags.Base.ImageDescription] = "a" * MAX_EXIF
-    picture().save(large, "PNG", exif=exif)
-    assert open_image(small.getvalue()).size == SIZE[::-1]
-    assert open_image(large.getvalue()).size == SIZE
+# --- What stands beside the pixels ---
+
+
+def _exif_of_many_tags(tags: int = 65_535) -> bytes:
+    """Descriptions that all name the same 100 kB, and an orientation."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    entries += b"".join(struct.pack("<HHII", 0x0200 + at % 60_000, 2, 2_000, 8) for at in range(tags - 1))
+    return b"II*\0" + struct.pack("<IH", 8, tags) + entries
+
+
+def _in_chunks(*chunks: bytes) -> bytes:
+    """Behind the header of a PNG."""
+    data = encoded(picture(), "PNG")
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def _in_segments(*segments: bytes) -> bytes:
+    """Behind the first segment of a JPEG."""
+    data = encoded(picture(), "JPEG")
+    end = 4 + int.from_bytes(data[4:6], "big")
+    return data[:end] + b"".join(segments) + data[end:]
+
+
+def _segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def _hexadecimal(exif: bytes) -> bytes:
+    return f"\nexif\n{len(exif):8}\n{exif.hex()}".encode()
+
+
+_MANY_TAGS = _exif_of_many_tags()
+_COSTLY = {
+    "eXIf": _in_chunks(chunk(b"eXIf", _MANY_TAGS)),
+    "zTXt": _in_chunks(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_hexadecimal(_MANY_TAGS)[: 10**6]))),
+    "tEXt": _in_chunks(chunk(b"tEXt", b"Raw profile type exif\0" + _hexadecimal(_MANY_TAGS))),
+    "texts": _in_chunks(*[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6)))] * 60),
+    "profiles": _in_chunks(*[chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6)))] * 2_000),
+    "APP1": _in_segments(
+        *(_segment(0xE1, b"Exif\0\0" + _MANY_TAGS[at : at + 60_000]) for at in range(0, len(_MANY_TAGS), 60_000))
+    ),
+    "APP1 without end": _in_segments(*[_segment(0xE1, b"Exif\0\0" + bytes(65_000))] * 300),
+    "APP2": _in_segments(*[_segment(0xE2, b"ICC_PROFILE\0" + bytes(20))] * 9_000),
+    "APP2 of a MPO": _in_segments(_segment(0xE2, b"MPF\0" + _MANY_TAGS[:65_000])),
+    "APP13": _in_segments(*[_segment(0xED, b"Photoshop 3.0\0" + b"8BIM\4\4\0\0\0\0\0\0" * 5_000)] * 200),
+    "EXIF": encoded(picture(), "WEBP", lossless=True, exif=_MANY_TAGS),
+}
+
+
+@pytest.mark.parametrize("kind", _COSTLY)
+def test_what_stands_beside_the_pixels_costs_nothing_and_says_nothing(kind: str) -> None:
+    data = _COSTLY[kind]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        started = time.process_time()
+        opened = open_image(data)
+        took = time.process_time() - started
+    assert took < 0.05
+    assert warned == []
+    assert opened.size in (SIZE, SIZE[::-1])
+
+
+def test_the_orientation_is_found_in_exif_of_any_size() -> None:
+    for kind in ("eXIf", "tEXt", "zTXt", "APP1", "EXIF"):
+        assert open_image(_COSTLY[kind]).size == SIZE[::-1], kind
+
+
+_XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _in_chunks(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + _XMP)),
+        _in_chunks(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0en\0\0" + zlib.compress(_XMP))),
+        _in_chunks(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_hexadecimal(_turned(6))))),
+        _in_segments(_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + _XMP)),
+        _in_segments(_segment(0xE1, _turned(6)), _segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0")),
+        encoded(picture(), "WEBP", lossless=True, xmp=_XMP),
+    ],
+)
+def test_an_orientation_in_other_places_is_pillows(data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as plain:
+        expected = ImageOps.exif_transpose(plain).convert("RGB")
+    assert expected.size == SIZE[::-1]
+    assert difference(open_image(data), expected) == 0
+
+
+def test_a_stranger_fills_no_log(tmp_path: Path) -> None:
+    for number, data in enumerate((*_COSTLY.values(), png(9_500, 9_500, 8, 2, b""), png(9_501, 9_500, 8, 2, b""))):
+        (tmp_path / f"{number}").write_bytes(data)
+    code = """if True:
+        import sys
+        from contextlib import suppress
+        from pathlib import Path
+        from config.logging import configure
+        from tasks.errors import JobError
+        from worker.images import open_image
+        configure("DEBUG")
+        for file in Path(sys.argv[1]).iterdir():
+            with suppress(JobError):
+                open_image(file.read_bytes())"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "name", [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"gAMA", b"cHRM", b"pHYs", b"sRGB", b"caNv"]
+)
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"a\0\0broken", b"a\0\0" + zlib.compress(bytes(5 * 10**6)), bytes(10**7)]
+)
+def test_a_defect_in_what_the_pixels_do_not_need_does_not_cost_the_picture(name: bytes, content: bytes) -> None:
+    sound = chunk(name, content)
+    for part in (sound, sound[:-4] + b"\0\0\0\0"):
+        assert difference(open_image(_in_chunks(part)), picture()) == 0
+    data = encoded(picture(), "PNG")
+    assert difference(open_image(data[:-12] + sound[:-1]), picture()) == 0
+
+
+@pytest.mark.parametrize("transparency", [bytes(300), b"\0\0", b""])
+def test_broken_transparency_is_left_out(transparency: bytes) -> None:
+    broken = chunk(b"tRNS", transparency)[:-4] + b"\0\0\0\0"
+    assert difference(open_image(_in_chunks(broken)), picture()) == 0
+
+
+def test_a_png_without_its_end_is_opened() -> None:
+    assert difference(open_image(encoded(picture(), "PNG")[:-12]), picture()) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.parametrize("behind", [b"", bytes(100), b"junk" * 999])
+def test_a_jpeg_without_its_last_marker_is_opened(options: dict[str, Any], mode: str, lost: int, behind: bytes) -> None:
+    data = encoded(Image.effect_noise((203, 151), 90).convert("RGB").convert(mode), "JPEG", **options)
+    assert data.endswith(b"\xff\xd9")
+    assert difference(open_image(data[:-lost] + (behind if lost == 2 else b"")), open_image(data)) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}])
+def test_a_jpeg_that_lacks_pixels_is_refused(options: dict[str, Any]) -> None:
+    data = encoded(Image.effect_noise((203, 151), 90).convert("RGB"), "JPEG", **options)
+    for lost in (*range(20, 40), 200, 2_000):
+        with pytest.raises(ImageInvalid, match="before its last pixels"):
+            open_image(data[:-lost])
+
+
+# --- Memory ---
+
+_LARGE = (8_000, 5_000)
+
+
+def _flat(mode: str, colour: Any) -> Image.Image:
+    return Image.new(mode, _LARGE, colour)
+
+
+_LARGE_FILES: dict[str, Callable[[], bytes]] = {
+    "palette": lambda: encoded(_flat("P", 1), "PNG", transparency=bytes([255, 128, 0])),
+    "palette, one clear colour": lambda: encoded(_flat("P", 1), "GIF", transparency=0),
+    "alpha": lambda: encoded(_flat("RGBA", (*RED, 9)), "PNG", compress_level=1),
+    "grey and alpha": lambda: encoded(_flat("LA", (9, 9)), "PNG", compress_level=1),
+    "one clear colour": lambda: encoded(_flat("RGB", RED), "PNG", compress_level=1, transparency=RED),
+    "sixteen bits": lambda: encoded(_flat("I;16", 9), "PNG", compress_level=1, transparency=9),
+    "upright": lambda: encoded(_flat("RGB", RED), "JPEG", exif=_turned(6)),
+    "CMYK": lambda: encoded(_flat("CMYK", (0, 9, 9, 0)), "JPEG", exif=_turned(6)),
+    "no end": lambda: encoded(_flat("L", 9), "JPEG")[:-2],
+}
+
+
+@pytest.mark.parametrize("kind", _LARGE_FILES)
+def test_a_picture_at_the_limit_takes_little_more_than_its_pixels(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(_LARGE_FILES[kind]())
+    code = """if True:
+        import resource, sys
+        from worker.images import open_image
+        data = open(sys.argv[1], "rb").read()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        image = open_image(data)
+        print(4 * image.width * image.height, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, check=True)
+    decoded, peak = map(int, run.stdout.split())
+    assert peak < decoded + 250_000_000
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "I;16", "CMYK"])
+def test_in_strips_every_pixel_is_what_it_was(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.linear_gradient("L").convert("I;16") if mode == "I;16" else picture((301, 203)).convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.radial_gradient("L").resize(image.size))
+    data = encoded(image, "JPEG" if mode == "CMYK" else "PNG", exif=_turned(7))
+    whole = open_image(data)
+    monkeypatch.setattr("worker.images.STRIP_PIXELS", 1_000)
+    assert difference(open_image(data), whole) == 0
 
 
 def test_too_little_memory_is_a_picture_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
