@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 
-FORMAT = "%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s"
-
 #: Libraries that log each request or warn of what we have decided. Celery's pool logs jobs' arguments at DEBUG.
 QUIET = ("PIL", "httpx", "filelock", "accelerate", "bitsandbytes", "celery.pool", "celery.redirected")
 
 
-def configure(level: str) -> None:
+def configure(level: str, formatter: logging.Formatter) -> None:
     """Send everything from `level` on to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)

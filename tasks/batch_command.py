@@ -27,6 +27,7 @@ from redis.exceptions import RedisError
 
 from .batch import PRIORITY, WINDOW, Batch, JobsLost
 from .batch_lines import Fingerprints, answered, is_failed
+from .printable import echo, escaped, escaped_json
 
 if sys.platform != "win32":
     import fcntl
@@ -89,9 +90,8 @@ class Output:
         for answer in answers:
             self.done.add(answered(answer))
             self.failed += is_failed(answer)
-        lines = "".join(f"{json.dumps(answer, ensure_ascii=False)}\n" for answer in answers)
-        # Half a surrogate pair, from an input line, is then as JSON escapes it.
-        self._file.write(lines.encode(errors="backslashreplace"))
+        lines = (escaped_json(json.dumps(answer, ensure_ascii=False)) for answer in answers)
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
         self._file.flush()
         if self._is_file:
             os.fsync(self._file.fileno())
@@ -234,7 +234,7 @@ class Progress:
         self._told_at, self._trouble = now, run.trouble
         done = len(out.done)
         told = progress(done, out.failed, (done - self._already) / (now - self._started), lines.share, run.in_flight)
-        told += f"; waiting: {run.trouble}" if run.trouble else ""
+        told += f"; waiting: {escaped(run.trouble)}" if run.trouble else ""
         click.echo(f"\r\033[K{told}" if self._is_live else told, err=True, nl=not self._is_live)
 
     def close(self) -> None:
@@ -310,7 +310,7 @@ def batch(
         with _output(output, retry_failed) as out:
             is_stopped = _run(source, Input(input), out, note, options)
     except RedisError as error:
-        raise click.ClickException(f"Redis refuses: {error}") from None
+        raise click.ClickException(escaped(f"Redis refuses: {error}")) from None
     except OSError as error:
         raise click.ClickException(f"Cannot write {error.filename or output}: {error.strerror}.{again}") from None
     done = f"{len(out.done):,} lines done, {out.failed:,} of them failed"
@@ -360,6 +360,6 @@ def _carried_out(run: Batch, lines: Input, out: Output, told: Progress, stop: _S
             told.tell(out, lines, run)
             run.is_stopped = stop.is_asked
     except JobsLost as lost:
-        click.echo(f"{lost} They are sent again.", err=True)
+        echo(f"{lost} They are sent again.", err=True)
         return False
     return True

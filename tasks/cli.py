@@ -19,6 +19,7 @@ from .deliveries import deliveries
 from .errors import JobCanceled, JobError, QueueFull
 from .failed import failed
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
+from .printable import away, echo, echo_json, escaped
 
 #: `caption` for `idefics.caption`.
 TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
@@ -46,7 +47,7 @@ def _client(broker: str | None, results: str | None) -> Client:
     except ValueError as error:
         raise click.UsageError(f"{error} On the command line it is --results.") from None
     except ConnectionError as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(escaped(str(error))) from None
     return client
 
 
@@ -76,11 +77,11 @@ def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait:
     except (JobError, QueueFull) as error:
         _fail(error)
     except (RedisError, OperationalError) as error:
-        raise _away(error) from None
+        raise away(error) from None
     if wait:
         _print_result(job, timeout)
     else:
-        click.echo(job.id)
+        echo(job.id)
 
 
 @main.command()
@@ -98,17 +99,13 @@ def _print_result(job: Any, timeout: float | None) -> None:
     except (JobError, JobCanceled, TimeoutError) as error:
         _fail(error)
     except RedisError as error:
-        raise _away(error) from None
-    click.echo(answer.model_dump_json(indent=2))
-
-
-def _away(error: Exception) -> click.ClickException:
-    return click.ClickException(f"Redis does not answer ({error}): is it up, and its URL right?")
+        raise away(error) from None
+    echo_json(answer.model_dump(mode="json"))
 
 
 def _fail(error: Exception) -> Any:
     code = f"{error.code}: " if isinstance(error, JobError | QueueFull) else ""
-    click.echo(f"{code}{error}", err=True)
+    echo(f"{code}{error}", err=True)
     sys.exit(1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .outbox import STATES, Delivery, Outbox, connect
+from .printable import echo, escaped
 
 
 @click.group()
@@ -44,7 +45,7 @@ def line(delivery: Delivery) -> str:
         delivery.host,
         delivery.note or "-",
     )
-    return "\t".join(columns)
+    return "\t".join(map(escaped, columns))
 
 
 @deliveries.command()
@@ -63,7 +64,7 @@ def replay(outbox: Any, ids: tuple[str, ...], failed: bool) -> None:
     unknown = [id for id in chosen if not found.replay(id)]
     click.echo(f"{len(chosen) - len(unknown)} go out again.")
     for id in unknown:
-        click.echo(f"{id} is not there (any more).", err=True)
+        echo(f"{id} is not there (any more).", err=True)
     if unknown:
         sys.exit(1)
 
@@ -73,7 +74,7 @@ def replay(outbox: Any, ids: tuple[str, ...], failed: bool) -> None:
 def disabled(outbox: Any) -> None:
     """List the URLs that answered 410 (Gone), and until when they get nothing. They may hold secrets."""
     for url, until in outbox().disabled().items():
-        click.echo(f"{url}\t{_moment(until)}")
+        click.echo(f"{escaped(url)}\t{_moment(until)}")
 
 
 @deliveries.command()

@@ -27,6 +27,7 @@ from redis import RedisError
 
 from .errors import InvalidRequest
 from .payloads import HIDDEN, SUBMITTED_AT
+from .printable import away, echo, echo_json, escaped
 
 PREFIX = "idefics:failed"
 #: Ids by the time of their failure, those of invalid requests again, two hashes by id, and the hashes' size.
@@ -211,7 +212,9 @@ def _text(value: bytes | str) -> str:
 
 _SECRET_NAME = re.compile(r"pass|secret|token|credential|authorization|signature|cookie|api.?key", re.IGNORECASE)
 _DATA_URI = re.compile(r"(data:[\w.+/-]+(?:;[\w.+=-]+)*,)(\S*)", re.IGNORECASE)
-_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)([^\s/@]*@)?([^\s?#]*)([?#]\S*)?", re.IGNORECASE)
+#: From the `://` on: to look for a scheme before it would take quadratic time in a text of words and dots.
+_URL = re.compile(r"://([^\s/@]*@)?([^\s?#]*)([?#]\S*)?")
+_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 
 def redacted(value: Any) -> Any:
@@ -234,8 +237,8 @@ def _redacted_text(text: str) -> str:
 
 
 def _redacted_url(match: re.Match[str]) -> str:
-    scheme, credentials, place, query = match.groups()
-    return f"{scheme}{'****@' if credentials else ''}{place}{query[0] + '****' if query else ''}"
+    credentials, place, query = match.groups()
+    return f"://{'****@' if credentials else ''}{place}{query[0] + '****' if query else ''}"
 
 
 # The command
@@ -271,7 +274,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 def age(written: str) -> float:
     """Seconds in `90s`, `15m`, `2h`, `7d`; a bare number is seconds. Raises click.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", written)
+    match = _AGE.fullmatch(written)
     if match is None:
         raise click.BadParameter(f"{written!r} is no age: write 90s, 15m, 2h or 7d.")
     return float(match[1]) * _UNITS[match[2]]
@@ -282,9 +285,11 @@ class _Group(click.Group):
         try:
             return super().invoke(context)
         except (RedisError, OperationalError) as error:
-            raise click.ClickException(f"Redis does not answer ({error}): is it up, and its URL right?") from None
+            raise away(error) from None
         except LookupError as error:
-            raise click.ClickException(str(error.args[0])) from None
+            raise click.ClickException(escaped(str(error.args[0]))) from None
+        except RecursionError:
+            raise click.ClickException("The job is nested too deeply to be read: drop it.") from None
 
 
 @click.group(cls=_Group)
@@ -319,10 +324,10 @@ def ls(source: Any, selection: Selection, as_json: bool) -> None:
     for job in selection.of(_jobs(source)):
         counts[job.code] += 1
         shown = replace(job, message=redacted(job.message))
-        click.echo(json.dumps(asdict(shown)) if as_json else _line(shown))
+        echo(json.dumps(asdict(shown)) if as_json else _line(shown))
     if not as_json:
         by_code = ", ".join(f"{number} {code}" for code, number in counts.most_common())
-        click.echo(f"{counts.total()} failed jobs{': ' if by_code else ''}{by_code}")
+        echo(f"{counts.total()} failed jobs{': ' if by_code else ''}{by_code}")
 
 
 @failed.command("show")
@@ -338,7 +343,7 @@ def show(source: Any, id: str, reveal: bool) -> None:
         # Celery's own objects become plain JSON first.
         name, shown = "signature", json.loads(kombu_json.dumps(whole))
         whole = {**redacted({**shown, name: None}), name: redacted(shown[name])}
-    click.echo(json.dumps(json.loads(kombu_json.dumps(whole)), indent=2, ensure_ascii=False))
+    echo_json(json.loads(kombu_json.dumps(whole)))
 
 
 @failed.command("retry")

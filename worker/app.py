@@ -30,6 +30,7 @@ from worker.defects import without_values
 from worker.failed import keep_failures
 from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
+from worker.observability.log_lines import LineFormatter
 from worker.pool import SoftShutdown
 from worker.results import CANCELED
 from worker.service import Canceled, Service, Ticket
@@ -57,7 +58,7 @@ def serve_with(service: Service) -> None:
 
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
 def _set_up_logging(**_: Any) -> None:
-    configure(settings.log_level)
+    configure(settings.log_level, LineFormatter())
 
 
 class JobCanceled(Ignore):  # type: ignore[misc]

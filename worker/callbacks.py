@@ -26,6 +26,7 @@ from tasks.outbox import Delivery, Outbox, batch_id, connect
 from tasks.payloads import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from tasks.webhooks import MAX_BODY_BYTES, batch_body
 from worker.announce import UNAVAILABLE
+from worker.observability.log_lines import LineFormatter
 from worker.webhook import Answer, Sender, judge
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ class Deliveries(bootsteps.StartStopStep):  # type: ignore[misc]
 
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
 def _set_up_logging(**_: Any) -> None:
-    configure(settings.log_level)
+    configure(settings.log_level, LineFormatter())
 
 
 settings = load()

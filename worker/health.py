@@ -163,6 +163,11 @@ def reports(path: Path | None, worker: str | None = None) -> list[Report]:
     return [report for report in found if report.is_there] or found
 
 
+def _on_one_line(text: str) -> str:
+    """Its reason may repeat what a checkpoint says. As `tasks.printable`, which would make the probe start slowly."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def main() -> int:
     """Print the state of this machine's workers. The exit status is 0 where all are as asked, else 1."""
     parser = argparse.ArgumentParser("python -m worker.health", description=main.__doc__)
@@ -173,7 +178,7 @@ def main() -> int:
     options = parser.parse_args()
     path = os.environ.get(SETTING)
     found = reports(Path(path) if path else None, options.worker)
-    sys.stdout.writelines(f"{report}\n" for report in found)
+    sys.stdout.writelines(f"{_on_one_line(str(report))}\n" for report in found)
     if not found:
         sys.stdout.write(f"No worker: none runs here, or its {SETTING} is another.\n")
     is_good = found and all(report.is_alive if options.alive else report.is_ready for report in found)

@@ -183,6 +183,28 @@ def test_no_message_of_another_form_ends_the_worker_or_is_repeated_in_its_log(st
     assert "A defect in" not in stood.log.read_text()
 
 
+def test_no_message_forges_a_line_of_the_log(stood: Stand) -> None:
+    forged = "2026-01-02 03:04:05,678 CRITICAL [1] worker.app: forged"
+    hostile = "".join(
+        f"{mark}{forged}" for mark in ("\n", "\r", "\x1b[2J", "\x85", "\u2028", "\u202e", "\x9b", "\ud800")
+    )
+    headers = [{name: f"a{hostile}"} for name in ("id", "shadow", "task", "lang", "root_id", "group", "eta", "expires")]
+    already = len(stood.log.read_text())
+    with stood.producer.server.connect(0) as server:
+        for header in headers:
+            for body in ('[[], {"prompt": ["Hello"], "max_new_tokens": 2}, {}]', '[[], {"prompt": 7}, {}]'):
+                server.lpush("idefics", json.dumps(message(header, body)))
+        server.lpush(
+            "idefics", json.dumps(message({"shadow": hostile}, '[[], {"prompt": ["' + "x" * 9_000 + '"]}, {}]'))
+        )
+    assert stood.producer.complete().apply_async().get(timeout=PATIENCE_S)["text"] == "llo"
+    eventually(lambda: stood.producer.stats()["pool"]["in-flight"] == 0)
+    lines = stood.log.read_text()[already:].removesuffix("\n").split("\n")
+    assert all(line.isprintable() for line in lines), [line for line in lines if not line.isprintable()]
+    # A record begins with its time, here and now; what belongs to it is indented.
+    assert not [line for line in lines if line.startswith("2026-01-02") or not line.startswith(("20", "    "))]
+
+
 def test_a_message_that_cannot_be_used_ends_its_job_with_the_cure(stood: Stand) -> None:
     names = [
         "no JSON",

@@ -1,0 +1,56 @@
+"""Strangers' text as a terminal or a log may show it: pure.
+
+A job's id, a host's name or an error's message can hold characters that move the cursor, begin a new line, or reorder
+what stands beside them. They are shown as escapes, as in Python's and JSON's strings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import click
+
+# Line and paragraph separators, marks that reorder text (bidi), invisible ones (BOM, soft hyphen, zero width space,
+# tags), and halves of surrogate pairs, which no output can encode. Joiners stay: scripts and emoji need them.
+_HIDDEN = (
+    "\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f"
+)
+_UNPRINTABLE = re.compile(f"[\x00-\x1f{_HIDDEN}]")
+_UNPRINTABLE_IN_JSON = re.compile(f"[{_HIDDEN}]")
+
+
+def escaped(text: str) -> str:
+    """The text on one line: control characters, newlines among them, as `\\n`, `\\x1b` or `\\u202e`."""
+    # What is printable for Python holds none of them, and asking is faster than searching.
+    return text if text.isprintable() else _UNPRINTABLE.sub(_python_escape, text)
+
+
+def escaped_json(text: str) -> str:
+    """JSON, as `json.dumps(..., ensure_ascii=False)` writes it, that means the same and is safe to show."""
+    return _UNPRINTABLE_IN_JSON.sub(_json_escape, text)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print one line of text that may hold a stranger's."""
+    click.echo(escaped(text), err=err)
+
+
+def echo_json(value: Any) -> None:
+    """Print JSON over several lines, for people and for programs."""
+    click.echo(escaped_json(json.dumps(value, indent=2, ensure_ascii=False)))
+
+
+def away(error: Exception) -> click.ClickException:
+    """What a command says where Redis does not answer."""
+    return click.ClickException(escaped(f"Redis does not answer ({error}): is it up, and its URL right?"))
+
+
+def _python_escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    return json.dumps(match[0])[1:-1]

@@ -1,0 +1,171 @@
+"""Regular expressions that read strangers' text take linear time, each on the worst text of its kind.
+
+All of them are found in the source: a new one needs its worst text here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tasks.cli import main
+from tasks.failed import FailedJob, FailedJobs, redacted
+from worker.demo import stack
+from worker.demo.stack import CHECKOUT
+
+CHARS = 200_000
+#: Seconds. Linear ones take some milliseconds, quadratic ones minutes.
+MOST_S = 0.5
+
+#: Texts that are repeated to 200,000 characters, some between a beginning and an end.
+WORST: dict[str, list[tuple[str, str, str]]] = {
+    "tasks/failed.py:_AGE": [("", "9", "x"), ("9.", "9", "x")],
+    "tasks/failed.py:_DATA_URI": [
+        ("", "data:", ""),
+        ("data:a", ";a", ""),
+        ("", "data:a;", " "),
+        ("", "data:a;a=data", ""),
+    ],
+    "tasks/failed.py:_SECRET_NAME": [("", "api", ""), ("", "pas", ""), ("", "credentia", "")],
+    "tasks/failed.py:_URL": [("", "a.", ""), ("", "a://", ""), ("", "a:/", ""), ("", "://a ", ""), ("://", "a", " ")],
+    "tasks/payloads.py:_CONTROL": [("", "\x1b", ""), ("", "a", "\x1b")],
+    "tasks/payloads.py:_DATA_FORM": [("data:image/", "a", ""), ("", "data:image/a;", "")],
+    "tasks/payloads.py:_DATA_IMAGE": [("data:image/", "a", " "), ("", "data:image/a ", "")],
+    "tasks/payloads.py:_NAME": [("", "a", "!")],
+    "tasks/payloads.py:_SCHEME": [("", "a", ""), ("", "a.", "")],
+    "tasks/payloads.py:_WEB_IMAGE": [("http://", "a", " "), ("", "http://a ", "")],
+    "tasks/printable.py:_UNPRINTABLE": [("", "\x1b", ""), ("", "a", "\x1b")],
+    "tasks/printable.py:_UNPRINTABLE_IN_JSON": [("", "\u202e", ""), ("", "a", "\u202e")],
+    "worker/fetch.py:_DATA_URI": [("data:image/", "a", ""), ("", "data:image/a;", "")],
+    "worker/fetch.py:_HOST_NAME": [("", "a", ""), ("", "a.", "!"), ("", "a" * 63 + ".", "!")],
+    "worker/fetch.py:_PICTURE": [("", "RIFF", ""), ("", "\xff\xd8", "")],
+    "worker/fetch.py:_PLAIN_URL": [("http://", "a", " "), ("http://a/", "/", " ")],
+    "worker/images.py:_JPEG_MARKER": [("", "\xff", ""), ("", "\xff\xd0", "")],
+    "worker/models/idefics_later.py:_MARKUP": [("", "<", ""), ("<", ">", "<")],
+    "worker/models/loading.py:_COMMIT": [("", "a", "")],
+    "worker/results.py:_HEAD": [("", " ", ""), ("{", " ", ""), ('{"status":"', "a", "")],
+}
+
+
+@dataclass
+class Pattern:
+    """A compiled expression of a module, and the methods that are called on it there."""
+
+    name: str
+    compiled: re.Pattern[Any]
+    methods: set[str] = field(default_factory=set)
+
+
+def _is_call(node: ast.AST, *names: str) -> bool:
+    """Of a function of `re`."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "re"
+        and node.func.attr in names
+    )
+
+
+def _patterns() -> Iterator[Pattern]:
+    for folder in ("tasks", "config", "worker"):
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            place = str(path.relative_to(CHECKOUT))
+            # The demo's page and its training read our own texts.
+            if not place.startswith("worker/demo/"):
+                yield from _patterns_of(place, ast.parse(path.read_text()))
+
+
+def _patterns_of(place: str, tree: ast.Module) -> Iterator[Pattern]:
+    found: dict[str, Pattern] = {}
+    values: dict[str, Any] = {"re": re}
+    calls = 0
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if _is_call(node.value, "compile"):
+                calls += 1
+                compiled = eval(compile(ast.Expression(node.value), place, "eval"), values)
+                found[name] = Pattern(f"{place}:{name}", compiled)
+            elif isinstance(node.value, ast.Constant):
+                values[name] = node.value.value
+    for node in ast.walk(tree):
+        calls -= _is_call(node, "compile")
+        assert not _is_call(node, "match", "fullmatch", "search", "sub", "split", "findall", "finditer"), (
+            f"{place}: compile the pattern at the top of its module, so that it is found here"
+        )
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in found:
+            found[node.value.id].methods.add(node.attr)
+    assert not calls, f"{place}: a pattern is not compiled at the top of its module"
+    yield from found.values()
+
+
+PATTERNS = {pattern.name: pattern for pattern in _patterns()}
+
+
+def test_every_pattern_has_its_worst_text() -> None:
+    assert set(PATTERNS) == set(WORST)
+    assert all(pattern.methods for pattern in PATTERNS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "worst"), [(name, worst) for name in sorted(WORST) for worst in WORST[name]], ids=ascii
+)
+def test_a_pattern_takes_linear_time_on_its_worst_text(name: str, worst: tuple[str, str, str]) -> None:
+    pattern = PATTERNS[name]
+    start, repeated, end = worst
+    text: Any = start + repeated * (CHARS // len(repeated)) + end
+    if isinstance(pattern.compiled.pattern, bytes):
+        text = text.encode("latin-1")
+    for method in pattern.methods & {"match", "fullmatch", "search", "sub", "finditer"}:
+        arguments = (text[:0], text) if method == "sub" else (text,)
+        began = time.perf_counter()
+        outcome = getattr(pattern.compiled, method)(*arguments)
+        list(outcome) if method == "finditer" else outcome
+        assert time.perf_counter() - began < MOST_S, method
+
+
+def test_pydantics_patterns_are_rusts_which_take_linear_time() -> None:
+    sources = [path.read_text() for folder in ("tasks", "config") for path in (CHECKOUT / folder).glob("*.py")]
+    assert not [source for source in sources if "python-re" in source]
+
+
+@pytest.mark.parametrize("text", ["a." * 100_000, "a://" * 50_000, "data:" * 40_000, ";a=b" * 50_000, "a:/" * 66_666])
+def test_show_is_fast_whatever_the_prompt(text: str, broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = FailedJob(
+        id="a",
+        task="idefics.complete",
+        code="internal",
+        message=text,
+        host="h",
+        attempts=1,
+        submitted_at=None,
+        failed_at=1,
+    )
+    monkeypatch.setattr(FailedJobs, "get", lambda *_: job)
+    monkeypatch.setattr(FailedJobs, "signature", lambda *_: {"kwargs": {"prompt": [text]}})
+    began = time.perf_counter()
+    outcome = CliRunner().invoke(main, ["--broker", broker.url, "failed", "show", "a"])
+    assert outcome.exit_code == 0, outcome.output
+    assert time.perf_counter() - began < 4 * MOST_S
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see https://user:pass@host/a?b=c#d now", "see https://****@host/a?**** now"),
+        ("redis://:pass@host/0", "redis://****@host/0"),
+        (f"{'a' * 90}://user:pass@host", f"{'a' * 90}://****@host"),
+        ("1http://u:p@h", "1http://****@h"),
+        ("no url", "no url"),
+    ],
+)
+def test_a_urls_secrets_are_hidden_whatever_its_scheme(text: str, shown: str) -> None:
+    assert redacted(text) == shown

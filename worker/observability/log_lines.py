@@ -1,0 +1,95 @@
+"""The log's format: each record is one line, and nothing in a message can look like another record.
+
+Messages repeat what strangers chose: ids, names of tasks, hosts, texts of errors. Control characters in them are
+escaped. A traceback keeps its lines, each indented, so that a line which begins with a time is a record.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from numbers import Number
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from tasks.printable import escaped
+
+FORMAT = "%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s"
+INDENT = "    "
+
+_ExceptionInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+class Lines(str):
+    """A text of our own making that keeps its lines in the log: a traceback."""
+
+    __slots__ = ()
+
+
+class LineFormatter(logging.Formatter):
+    """Formats records for a handler that writes to a terminal or a file."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMAT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        if _is_plain(record):
+            return super().format(record)
+        shown = logging.makeLogRecord(record.__dict__)
+        shown.msg, shown.args = _message(record), None
+        return super().format(shown)
+
+    def formatException(self, ei: _ExceptionInfo) -> str:  # noqa: N802 - logging's name
+        return _indented(super().formatException(ei), INDENT)
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802 - logging's name
+        return _indented(super().formatStack(stack_info), INDENT)
+
+
+def _is_plain(record: logging.LogRecord) -> bool:
+    """Nothing in its message needs an escape: so it is with most, and a job has two."""
+    try:
+        return record.getMessage().isprintable()
+    except Exception:
+        return False
+
+
+def _message(record: logging.LogRecord) -> str:
+    if not record.args:
+        return escaped(record.getMessage().strip("\n"))
+    try:
+        # The format itself is the program's: Celery's have several lines.
+        text = str(record.msg) % _shown_arguments(record.args)
+    except Exception:
+        # Values that do not fit the format.
+        return escaped(f"{record.msg} {record.args!r}")
+    first, *rest = text.strip("\n").split("\n")
+    return "\n".join([escaped(first), *(INDENT + escaped(line) for line in rest)])
+
+
+def _shown_arguments(arguments: Any) -> Any:
+    if isinstance(arguments, Mapping):
+        return {name: _shown(value) for name, value in arguments.items()}
+    return tuple(_shown(value) for value in arguments)
+
+
+def _shown(value: Any) -> Any:
+    """What `%s` and `%r` make one line of, and `%d` and `%f` a number."""
+    if isinstance(value, Lines | Number):
+        return value
+    return escaped(value) if isinstance(value, str) else _Escaped(value)
+
+
+class _Escaped:
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return escaped(str(self._value))
+
+    def __repr__(self) -> str:
+        return escaped(repr(self._value))
+
+
+def _indented(text: str, indent: str) -> str:
+    return "\n".join(indent + escaped(line) for line in text.split("\n"))
