@@ -496,6 +496,25 @@ def test_the_engine_remembers_what_fits() -> None:
     assert runner.sizes[-4:] == [2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("is_continuous", [False, True])
+def test_memory_that_was_short_once_makes_batches_small_for_a_while_only(is_continuous: bool) -> None:
+    class ShortOnce(Joinable if is_continuous else Recorder):  # type: ignore[misc]
+        def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+            if len(self.batches) == 0 and len(rows) > 1:
+                self.batches.append([])
+                raise OutOfMemory
+            super().run(rows, beat, newcomers)
+
+    with running(ShortOnce()) as engine:
+        for one in submit(engine, *[row(wanted=1) for _ in range(8)]):
+            one.output.result(SOON)
+        assert engine._limits.rows == 4
+        for _ in range(40):
+            for one in submit(engine, *[row(wanted=1) for _ in range(16)]):
+                one.output.result(SOON)
+        assert engine._limits.rows == 8
+
+
 def test_a_row_too_large_for_the_device_alone_is_out_of_memory() -> None:
     with running(Small(room=4)) as engine:
         with pytest.raises(OutOfMemory):

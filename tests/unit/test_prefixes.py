@@ -68,3 +68,14 @@ def test_nothing_is_read_on_its_own_where_nothing_may_be_kept() -> None:
     kept = cache(0)
     assert read(kept, [head("a")], [head("a")]) == []
     assert kept.figures()["prefixes"] == 0
+
+
+def test_a_prefixs_last_image_counts() -> None:
+    kept = PrefixCache(20 * TOKEN_BYTES + 4_000, TOKEN_BYTES, image_bytes=4_000)
+    layer = torch.zeros(1, 20, 1), torch.zeros(1, 20, 1)
+    large = Prefix((layer,), torch.zeros(10, 100))
+    assert large.nbytes == 20 * TOKEN_BYTES + 4_000
+    # One fits, and two do not: the second is not read, only to be dropped.
+    assert [one.key for _, one in kept.worth_reading([[head("a")], [head("a")], [head("b")], [head("b")]])] == [b"a"]
+    kept.keep(head("a"), large)
+    assert kept.figures()["prefix_bytes"] == large.nbytes

@@ -57,7 +57,9 @@ class ContinuousModel(StockModel):
         self._aside = self._decoder.another(PREFILL_TOKENS + LABEL_TOKENS)
         self._image_id = adapter.image_id
         self._features = adapter.features
-        self._prefixes = PrefixCache(prefix_cache_bytes, self._decoder.position_bytes)
+        self._prefixes = PrefixCache(
+            prefix_cache_bytes, self._decoder.position_bytes, adapter.feature_bytes
+        )
         self._best = Traced(best)
         self._forbidden = torch.tensor(adapter.codec.bad_words_ids, device=adapter.model.device).flatten()
         #: By slot of the decoder.

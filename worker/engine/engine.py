@@ -9,10 +9,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Protocol
 
 from tasks.errors import DeadlineExceeded, Internal, JobError, OutOfMemory
+from worker.engine.ceiling import Ceiling
 from worker.engine.row import Output, Picture, Row
 from worker.engine.scheduler import Limits, next_batch, worth_waiting
 
@@ -72,7 +72,8 @@ class Engine:
     ) -> None:
         """`prepare` is called in the engine's thread, before all else."""
         self._runner = runner
-        self._limits = limits
+        self._ceiling = Ceiling(limits.rows)
+        self._most_tokens = limits.tokens
         self._beat = beat
         self._prepare = prepare
         self._waiting: list[Row] = []
@@ -81,6 +82,10 @@ class Engine:
         self._joined_at = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self._ceiling.rows, self._most_tokens)
 
     def start(self) -> None:
         self._thread.start()
@@ -167,16 +172,19 @@ class Engine:
                 self._changed.wait(max(0.0, end - time.monotonic()))
 
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
-        batch = list(first)
+        batch, most = list(first), _beams(first)
         self._joined_at = time.monotonic()
 
         def newcomers(running: Sequence[Row]) -> Sequence[Row]:
+            nonlocal most
             if joinable:
                 self._gather(len(running))
             # Where nobody runs any more, whoever is first begins a batch of another run: it may be one of beams.
             joining = self._start(running) if joinable and running and not self._stopping else []
             if joining:
                 self._joined_at = time.monotonic()
+                self._ceiling.ran_well(most)
+                most = _beams([*running, *joining])
             # Rows that are over need no recovery, and hold their pictures.
             batch[:] = [*running, *joining]
             return joining
@@ -184,6 +192,8 @@ class Engine:
         error: Exception = Internal("The model left this job without an answer: report it.")
         try:
             self._runner.run(first, self._beat, newcomers)
+            if joinable:
+                self._ceiling.ran_well(most)
         except Exception as caught:
             error = caught
             _let_go(error)
@@ -197,10 +207,9 @@ class Engine:
             unfinished[0].fail(error if isinstance(error, JobError) else Internal(type(error).__name__))
             return
         half = max(1, len(unfinished) // 2)
-        limits = self._limits
+        fitted = self._ceiling.rows
         if isinstance(error, OutOfMemory):
-            beams = sum(row.sampling.num_beams for row in batch)
-            self._limits = replace(limits, rows=max(1, min(limits.rows, beams // 2)))
+            self._ceiling.lower(_beams(batch))
         logger.warning(
             "A batch of %d failed; its %d unfinished jobs run again in smaller ones.",
             len(batch), len(unfinished), exc_info=error,
@@ -210,8 +219,11 @@ class Engine:
                 # Newcomers would be suspects too, and the culprit never alone.
                 self._run(part, joinable=False)
         if any(isinstance(row.output.exception(), OutOfMemory) for row in unfinished):
-            # That row does not even fit alone: of what fits beside others it says nothing.
-            self._limits = limits
+            self._ceiling.restore(fitted)
+
+
+def _beams(rows: Sequence[Row]) -> int:
+    return sum(row.sampling.num_beams for row in rows)
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import queue
 import threading
@@ -133,11 +132,13 @@ class Lookahead:
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
     def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """Call `then` once pictures are encoded, here or in the encoder's thread, with how many were known already."""
+        """Call `then` once pictures are encoded, here or in the encoder's thread, with how many of them were not encoded
+        for this call: known, shown twice, or encoded for another that came before."""
         missing = {picture.key: picture for picture in pictures if picture not in self._cache}
-        look = _Look(len(missing), functools.partial(then, sum(picture.key not in missing for picture in pictures)))
+        encoded = 0
+        look = _Look(len(missing), lambda: then(len(pictures) - encoded))
         for picture in missing.values():
-            self._want(picture, look)
+            encoded += self._want(picture, look)
         look.one_less()
 
     def catch_up(self, within_s: float) -> bool:
@@ -154,15 +155,17 @@ class Lookahead:
         self._encode(chunk)
         return bool(chunk)
 
-    def _want(self, picture: Picture, look: _Look) -> None:
+    def _want(self, picture: Picture, look: _Look) -> bool:
+        """Whether the picture is to be encoded for this look: it was not on its way already."""
         with self._lock:
             looks = self._coming.get(picture.key)
-            if looks is None:
-                self._coming[picture.key] = [look]
-                self._patience.came(time.monotonic())
-                self._queue.put(picture)
-            else:
+            if looks is not None:
                 looks.append(look)
+                return False
+            self._coming[picture.key] = [look]
+            self._patience.came(time.monotonic())
+            self._queue.put(picture)
+            return True
 
     def _loop(self) -> None:
         while True:

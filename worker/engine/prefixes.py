@@ -46,10 +46,11 @@ def heads(tokens: Tokens, image_id: int) -> list[Head]:
 class PrefixCache:
     """Least-recently-used prefixes. Used by the engine's thread only."""
 
-    def __init__(self, max_bytes: int, token_bytes: int) -> None:
-        """`token_bytes`: what one token of a prefix takes."""
+    def __init__(self, max_bytes: int, token_bytes: int, image_bytes: int = 0) -> None:
+        """`token_bytes`: the keys and values of one token. `image_bytes`: the features of a prefix's last image."""
         self._max_bytes = max_bytes
-        self._most_tokens = max_bytes // token_bytes
+        self._token_bytes = token_bytes
+        self._image_bytes = image_bytes
         self._bytes = 0
         self._hits = 0
         self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
@@ -70,19 +71,23 @@ class PrefixCache:
         of the batch share, or that came before. All fit side by side. Call once a batch."""
         shared = Counter(head.key for row in batch for head in row)
         found: dict[bytes, tuple[int, Head]] = {}
-        room = self._most_tokens
+        room = self._max_bytes
         for index, row in enumerate(batch):
             recurring = (head for head in row if shared[head.key] > 1 or head.key in self._seen)
-            head = next((head for head in recurring if head.length <= self._most_tokens), None)
-            if head is not None and head.key not in self._kept and head.key not in found and head.length <= room:
+            head = next((head for head in recurring if self._size(head) <= self._max_bytes), None)
+            if head is not None and head.key not in self._kept and head.key not in found and self._size(head) <= room:
                 found[head.key] = index, head
-                room -= head.length
+                room -= self._size(head)
         for key in shared:
             self._seen[key] = None
             self._seen.move_to_end(key)
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
         return list(found.values())
+
+    def _size(self, head: Head) -> int:
+        """Bytes that its prefix will take."""
+        return head.length * self._token_bytes + (self._image_bytes if head.images else 0)
 
     def figures(self) -> dict[str, int]:
         """Beginnings that were not read again, those kept, and their bytes."""

@@ -148,6 +148,8 @@ def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:
     ids = tuple(sequence[:end])
     reason: FinishReason = "length" if end is None else "stop"
     if has_stop(decode(ids), row.sampling.stop):
+        # As a greedy row's, whose last token completes the stop string.
+        ids = next(ids[:n] for n in range(1, len(ids) + 1) if has_stop(decode(ids[:n]), row.sampling.stop))
         reason = "stop_sequence"
     return Output(ids, row.interruption(time.monotonic()) or reason)
 

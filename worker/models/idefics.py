@@ -93,6 +93,15 @@ class IdeficsAdapter:
         """Each picture's features (length, width) by its key, computed where they are not known."""
         return self._features.get(pictures)
 
+    @property
+    def feature_bytes(self) -> int:
+        """What the features (length, width) of one picture take."""
+        config = self.model.config
+        vision = config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        length = config.perceiver_config.resampler_n_latents if config.use_resampler else patches + 1
+        return int(length * self._feature_width * self.model.dtype.itemsize)
+
     def figures(self) -> dict[str, int]:
         """See FeatureCache."""
         return self._features.figures()

@@ -46,7 +46,8 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        last_image = 0 if self.last_image is None else self.last_image.nbytes
+        return last_image + sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,58 @@
+"""How many rows run at once after memory was short."""
+
+from __future__ import annotations
+
+from worker.engine.ceiling import FIRST_PROOF, LONGEST_PROOF, Ceiling
+
+
+def good(ceiling: Ceiling, batches: int) -> list[int]:
+    """The ceiling after each of so many full batches."""
+    heights = []
+    for _ in range(batches):
+        ceiling.ran_well(ceiling.rows)
+        heights.append(ceiling.rows)
+    return heights
+
+
+def test_a_ceiling_that_was_lowered_once_comes_back() -> None:
+    ceiling = Ceiling(64)
+    ceiling.lower(16)
+    assert ceiling.rows == 8
+    heights = good(ceiling, 6 * FIRST_PROOF)
+    assert heights[:2] == [8, 8]
+    assert heights == sorted(heights)
+    assert heights[-1] == 64
+
+
+def test_a_single_row_is_no_prison() -> None:
+    ceiling = Ceiling(64)
+    ceiling.lower(2)
+    assert ceiling.rows == 1
+    assert good(ceiling, 100)[-1] == 64
+
+
+def test_batches_below_the_ceiling_prove_nothing() -> None:
+    ceiling = Ceiling(64)
+    ceiling.lower(32)
+    for _ in range(1_000):
+        ceiling.ran_well(15)
+    assert ceiling.rows == 16
+
+
+def test_a_device_without_more_room_is_tried_ever_more_seldom() -> None:
+    ceiling, tries = Ceiling(64), 0
+    for _ in range(1_000):
+        if ceiling.rows > 8:
+            tries += 1
+            ceiling.lower(ceiling.rows)
+        else:
+            ceiling.ran_well(ceiling.rows)
+    assert 0 < tries <= 1_000 / LONGEST_PROOF + 8
+    assert ceiling.rows >= 4
+
+
+def test_what_does_not_fit_alone_says_nothing_of_others() -> None:
+    ceiling = Ceiling(64)
+    ceiling.lower(2)
+    ceiling.restore(64)
+    assert ceiling.rows == 64
