@@ -198,6 +198,9 @@ class Job(_Frozen):
     #: 0 is greedy.
     temperature: float = Field(default=0.0, ge=0.0, le=10.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    #: Sampling takes one of so many likeliest tokens; 0 is all. None is what the checkpoint's generation_config.json
+    #: says, else all: transformers' own default of 50 applies nowhere.
+    top_k: int | None = Field(default=None, ge=0, le=1_000_000)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     #: The text ends before the first of these.
     stop: list[StopString] = Field(default=[], max_length=16)
@@ -468,6 +471,8 @@ class Result(_Reply):
     usage: Usage
     model: ModelInfo
     timing: Timing
+    #: transformers' generation parameters that applied, the checkpoint's own among them. Empty: plain greedy decoding.
+    generation: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError, OutOfMemory, PromptTooLong
@@ -23,6 +23,7 @@ from tasks.payloads import Classify, Job, ModelInfo, Result, Timing, Usage, pars
 from worker import turns
 from worker.answers import Answers
 from worker.cores import all_cores
+from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
 from worker.hosts import HostBusy, Hosts
@@ -73,13 +74,22 @@ class Service:
     """Answers jobs on one model. `run` is called from many threads at once."""
 
     def __init__(
-        self, settings: Settings, info: ModelInfo, codec: Codec, engine: AnyEngine, answers: Answers | None = None
+        self,
+        settings: Settings,
+        info: ModelInfo,
+        codec: Codec,
+        engine: AnyEngine,
+        answers: Answers | None = None,
+        rules: GenerationRules = NO_RULES,
     ) -> None:
+        """`rules`: the checkpoint's, which each result names as far as they applied to it."""
         self._settings = settings
         self._info = info
         self._codec = codec
         self._engine = engine
         self._answers = answers
+        self._rules = rules
+        self._rules_told = rules.told()
         self._fetcher = Fetcher(_fetch_policy(settings))
         #: For the network as for a single host: hosts that hang, however many, leave threads to jobs that need none.
         #: Nor may all threads wait here, before it shows that the hosts hang.
@@ -233,12 +243,26 @@ class Service:
             max_new_tokens=new_tokens,
             num_beams=job.num_beams,
             temperature=job.temperature,
-            top_p=job.top_p,
+            **self._cuts(job),
             seed=job.seed,
             stop=tuple(job.stop),
             end_ids=self._codec.end_ids(utterance=ends_with_utterance(job)),
         )
         return Row(tokens, sampling, tuple(labels), run.ticket.priority, run.deadline)
+
+    def _cuts(self, job: Job) -> dict[str, Any]:
+        """What leaves unlikely tokens out when a job is sampled: its own fields, else the checkpoint's."""
+        asked = {name: value for name in ("top_k", "top_p") if (value := getattr(job, name)) is not None}
+        return {**self._rules.sampling, **asked} if job.temperature > 0 else {}
+
+    def _generation(self, job: Job) -> dict[str, Any]:
+        """By which of transformers' generation parameters a job was answered; none for plain greedy decoding."""
+        if _labels(job):
+            return {}
+        if job.num_beams > 1:
+            return {**self._rules_told.scores, **self._rules_told.beams, "num_beams": job.num_beams}
+        sampled = {"temperature": job.temperature, **self._cuts(job)} if job.temperature > 0 else {}
+        return {**self._rules_told.scores, **sampled}
 
     def _too_long(self, count: str) -> PromptTooLong:
         return PromptTooLong(
@@ -264,6 +288,7 @@ class Service:
             usage=usage,
             model=self._info,
             timing=timing,
+            generation=self._generation(job),
             metadata=job.metadata,
         )
 

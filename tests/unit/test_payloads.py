@@ -127,6 +127,7 @@ def test_the_common_fields_have_the_contracts_defaults(task: str) -> None:
         "num_beams": 1,
         "temperature": 0.0,
         "top_p": None,
+        "top_k": None,
         "seed": None,
         "stop": [],
         "deadline_s": None,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
+from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.prefixes import Head, PrefixCache, heads
+from worker.engine.processors import RowRules
 from worker.engine.progress import Progress
 from worker.engine.row import Output, Row, Tokens
 from worker.engine.runner import StockModel, finish_scored, memory_errors, overflow
@@ -36,6 +38,14 @@ T = TypeVar("T")
 Pauses = Generator[None, None, T]
 
 
+class _Running(NamedTuple):
+    """A row that is continued. Without a sampler it is greedy."""
+
+    progress: Progress
+    sampler: RowSampler | None
+    rules: RowRules | None
+
+
 class ContinuousModel(StockModel):
     """IDEFICS on a decoder of our own, token for token what stock `generate` says in float32.
 
@@ -49,21 +59,20 @@ class ContinuousModel(StockModel):
         max_tokens: int,
         prefix_cache_bytes: int = 2**29,
         record: Callable[[Step], Step] | None = None,
+        rules: GenerationRules = NO_RULES,
     ) -> None:
         """`record`: see IdeficsDecoder."""
-        super().__init__(adapter, info, max_tokens)
+        super().__init__(adapter, info, max_tokens, rules)
         self._decoder = IdeficsDecoder(adapter.model, adapter.image_id, max_tokens, record)
         #: For beginnings and labels, which are read and not continued: the running rows' slots need no room for them.
         self._aside = self._decoder.another(PREFILL_TOKENS + LABEL_TOKENS)
         self._image_id = adapter.image_id
         self._features = adapter.features
-        self._prefixes = PrefixCache(
-            prefix_cache_bytes, self._decoder.position_bytes, adapter.feature_bytes
-        )
+        self._prefixes = PrefixCache(prefix_cache_bytes, self._decoder.position_bytes, adapter.feature_bytes)
         self._best = Traced(best)
         self._forbidden = torch.tensor(adapter.codec.bad_words_ids, device=adapter.model.device).flatten()
         #: By slot of the decoder.
-        self._running: dict[int, tuple[Progress, RowSampler | None]] = {}
+        self._running: dict[int, _Running] = {}
         #: Rows whose prompt is read piece by piece, with what is still to be read.
         self._partly_read: list[tuple[Row, Prompt]] = []
 
@@ -95,7 +104,7 @@ class ContinuousModel(StockModel):
                 self._step()
             beat()
             joining = newcomers(
-                [*(progress.row for progress, _ in self._running.values()), *(row for row, _ in self._partly_read)]
+                [*(run.progress.row for run in self._running.values()), *(row for row, _ in self._partly_read)]
             )
             if joining:
                 self._join(joining, beat)
@@ -104,7 +113,7 @@ class ContinuousModel(StockModel):
         for source, target in self._decoder.close_gaps():
             self._running[target] = self._running.pop(source)
         slots = range(self._decoder.slots)
-        tokens = [self._running[slot][0].last if slot in self._running else 0 for slot in slots]
+        tokens = [self._running[slot].progress.last if slot in self._running else 0 for slot in slots]
         self._advance(self._decoder.step(tokens), slots)
 
     def _join(self, rows: Sequence[Row], beat: Beat) -> None:
@@ -188,7 +197,8 @@ class ContinuousModel(StockModel):
         slots, logits = self._decoder.read(prompts)
         for slot, row in zip(slots, rows, strict=True):
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
-            self._running[slot] = Progress(row, self.decode), sampler
+            rules = RowRules(row, self.rules.scores, self._forbidden.device) if self.rules.scores else None
+            self._running[slot] = _Running(Progress(row, self.decode), sampler, rules)
         self._advance(logits, slots)
 
     def _score_labels(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> Pauses[None]:
@@ -208,19 +218,26 @@ class ContinuousModel(StockModel):
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in these slots their next tokens, and free the slots of those that are over."""
         now, tokens = time.monotonic(), self._best(logits, self._forbidden).tolist()
-        running = [(place, slot, *self._running[slot]) for place, slot in enumerate(slots) if slot in self._running]
-        for place, slot, progress, sampler in running:
+        running = [(place, slot, self._running[slot]) for place, slot in enumerate(slots) if slot in self._running]
+        for place, slot, run in running:
             if tokens[place] == NO_TOKEN:
-                progress.row.fail(overflow())
+                run.progress.row.fail(overflow())
                 # What stands there would spoil the next row's sums, although that row does not see it.
                 self._decoder.wipe(slot)
                 continue
-            token = int(sampler.perturb(logits[place]).argmax()) if sampler else tokens[place]
-            progress.take(token, now)
-        over = [slot for _, slot, progress, _ in running if progress.row.is_done]
+            run.progress.take(_next_token(run, tokens[place], logits[place]), now)
+        over = [slot for _, slot, run in running if run.progress.row.is_done]
         for slot in over:
             del self._running[slot]
         self._decoder.release(over)
+
+
+def _next_token(run: _Running, likeliest: int, logits: Tensor) -> int:
+    """A row's next token, given the one that greedy decoding without rules takes and its scores (vocabulary)."""
+    if run.rules is None and run.sampler is None:
+        return likeliest
+    scores = run.rules.apply(run.progress.new, logits) if run.rules else logits
+    return int((run.sampler.perturb(scores) if run.sampler else scores).argmax())
 
 
 def best(logits: Tensor, forbidden: Tensor) -> Tensor:

@@ -132,8 +132,8 @@ class Lookahead:
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
     def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """Call `then` once pictures are encoded, here or in the encoder's thread, with how many of them were not encoded
-        for this call: known, shown twice, or encoded for another that came before."""
+        """Call `then` once pictures are encoded, here or in the encoder's thread, with how many of them were not
+        encoded for this call: known, shown twice, or encoded for another that came before."""
         missing = {picture.key: picture for picture in pictures if picture not in self._cache}
         encoded = 0
         look = _Look(len(missing), lambda: then(len(pictures) - encoded))

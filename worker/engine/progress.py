@@ -18,6 +18,11 @@ class Progress:
         self._new: list[int] = []
 
     @property
+    def new(self) -> Sequence[int]:
+        """Its new tokens so far."""
+        return self._new
+
+    @property
     def last(self) -> int:
         """The newest token."""
         return self._new[-1]

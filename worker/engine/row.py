@@ -21,6 +21,12 @@ class Sampling:
     num_beams: int = 1
     temperature: float = 0.0
     top_p: float | None = None
+    #: The cuts of transformers' sampling, by its names; None cuts nothing off.
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()

@@ -15,6 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from tasks.errors import Internal, OutOfMemory
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
+from worker.engine.generation import NO_RULES, GenerationRules
+from worker.engine.processors import BatchRules
 from worker.engine.progress import Decode, Progress, has_stop
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
@@ -42,8 +44,10 @@ class Adapter(Protocol):
 class StockModel:
     """A family's checkpoint, run by stock `generate`. In float32 each row's tokens are those it gets alone."""
 
-    def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int) -> None:
+    def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int, rules: GenerationRules = NO_RULES) -> None:
+        """`rules`: the checkpoint's, which its own generation config no longer holds."""
         self.info = info
+        self.rules = rules
         self.codec = adapter.codec
         self.look = adapter.look
         self.catch_up = adapter.catch_up
@@ -86,11 +90,20 @@ class StockModel:
             max_new_tokens=max(row.wanted for row in rows),
             eos_token_id=sorted(self.codec.end_ids(utterance=False)),
             bad_words_ids=self.codec.bad_words_ids,
-            logits_processor=LogitsProcessorList([Overflow(rows), RowSampling(rows)]),
+            logits_processor=LogitsProcessorList([Overflow(rows), *self._batch_rules(rows, inputs), RowSampling(rows)]),
             stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.decode, beat)]),
         )
 
+    def _batch_rules(self, rows: Sequence[Row], inputs: dict[str, Tensor]) -> list[LogitsProcessor]:
+        ids = inputs["input_ids"]
+        return [BatchRules(rows, self.rules.scores, ids.device, ids.shape[1])] if self.rules.scores else []
+
     def _search(self, rows: Sequence[Row], beat: Beat) -> None:
+        # The rules see a prompt's padding, and beams of different prompts share no state: each prompt alone.
+        for part in [[row] for row in rows] if self.rules.scores else [rows]:
+            self._search_together(part, beat)
+
+    def _search_together(self, rows: Sequence[Row], beat: Beat) -> None:
         inputs = self._adapter.inputs([row.tokens for row in rows])
         sampling = rows[0].sampling
         sequences = self._adapter.model.generate(
@@ -99,7 +112,11 @@ class StockModel:
             num_beams=sampling.num_beams,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(sampling.end_ids),
-            bad_words_ids=self.codec.bad_words_ids,
+            **{
+                **self.rules.scores,
+                **self.rules.beams,
+                "bad_words_ids": [*self.codec.bad_words_ids, *self.rules.scores.get("bad_words_ids", [])],
+            },
             logits_processor=LogitsProcessorList([Overflow(rows)]),
             stopping_criteria=StoppingCriteriaList([AllInterrupted(rows, beat)]),
         )

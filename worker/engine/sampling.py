@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from worker.engine.row import Row, Sampling
 
@@ -35,9 +44,7 @@ class RowSampler:
     """One row's temperature, nucleus and noise."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._warpers = [TemperatureLogitsWarper(sampling.temperature)]
-        if sampling.top_p is not None and sampling.top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._warpers = [TemperatureLogitsWarper(sampling.temperature), *_cuts(sampling)]
         # On the CPU, so that a seed means the same on every device.
         self._generator = torch.Generator()
         self._generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
@@ -50,3 +57,19 @@ class RowSampler:
         uniform = torch.rand(warped.shape, generator=self._generator, dtype=torch.float64)
         noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
         return (warped + noise.to(warped)).to(scores.dtype)[0]
+
+
+def _cuts(sampling: Sampling) -> Iterator[LogitsProcessor]:
+    """What leaves unlikely tokens out, in the order of stock `generate`."""
+    if sampling.top_k:
+        yield TopKLogitsWarper(sampling.top_k)
+    if sampling.top_p is not None and sampling.top_p < 1.0:
+        yield TopPLogitsWarper(sampling.top_p)
+    if sampling.min_p:
+        yield MinPLogitsWarper(sampling.min_p)
+    if sampling.typical_p is not None and sampling.typical_p < 1.0:
+        yield TypicalLogitsWarper(sampling.typical_p)
+    if sampling.epsilon_cutoff:
+        yield EpsilonLogitsWarper(sampling.epsilon_cutoff)
+    if sampling.eta_cutoff:
+        yield EtaLogitsWarper(sampling.eta_cutoff)

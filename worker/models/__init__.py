@@ -11,6 +11,7 @@ from PIL.Image import Image
 from config.settings import Settings
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
+from worker.engine.generation import GenerationRules
 from worker.engine.row import Picture, Row, Tokens
 
 DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
@@ -49,6 +50,7 @@ class Model(Protocol):
     """A loaded model. `look`, `catch_up` and `run` are the engine's: see engine.Runner."""
 
     info: ModelInfo
+    rules: GenerationRules
 
     @property
     def codec(self) -> Codec: ...

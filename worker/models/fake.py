@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from tasks.payloads import ModelInfo
 from worker.engine.engine import Beat, Newcomers
+from worker.engine.generation import NO_RULES
 from worker.engine.row import Output, Picture, Row, Tokens
 from worker.models import Parts
 
@@ -61,6 +62,7 @@ class FakeModel:
     def __init__(self, step_s: float = 0.0) -> None:
         self.info = ModelInfo(id="fake", family="fake", dtype="float32")
         self.codec = FakeCodec()
+        self.rules = NO_RULES
         self.batches: list[int] = []
         self._step_s = step_s
 

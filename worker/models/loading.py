@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     Idefics2ForConditionalGeneration,
     Idefics3ForConditionalGeneration,
     IdeficsForVisionText2Text,
@@ -27,6 +29,7 @@ from transformers import (
 from config.settings import Settings
 from tasks.payloads import ModelInfo
 from worker.engine.continuous import ContinuousModel
+from worker.engine.generation import NO_RULES, GenerationRules, generation_rules
 from worker.engine.runner import StockModel
 from worker.models import Model, checkpoint_folder
 from worker.models.graphed import CudaGraphs
@@ -70,6 +73,7 @@ def load(settings: Settings) -> Model:
             device_map=_device_map(settings),
             quantization_config=_quantization(settings),
         )
+        rules = _taken_rules(model)
     except (OSError, ValueError, ImportError) as error:
         raise SetupFailed(
             f"Cannot load {settings.model}: {error} IDEFICS_MODEL takes a hub id or a folder with safetensors."
@@ -78,11 +82,13 @@ def load(settings: Settings) -> Model:
     if checkpoint_folder(settings) is None and not _COMMIT.fullmatch(settings.model_revision or ""):
         commit = _commit(settings)
         logger.warning("%s is not pinned and may change: set IDEFICS_MODEL_REVISION, now %s.", settings.model, commit)
-    return family.serve(model.eval(), processor, _info(settings, model), settings)
+    if rules != NO_RULES:
+        logger.info("The generation_config.json of %s applies: %s.", settings.model, asdict(rules))
+    return family.serve(model.eval(), processor, _info(settings, model), settings, rules)
 
 
 def _on_own_decoder(
-    model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings
+    model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
 ) -> StockModel:
     adapter = IdeficsAdapter(model, processor, settings.feature_cache_bytes)
     # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
@@ -92,22 +98,22 @@ def _on_own_decoder(
             "free a GPU that it fits on, or set IDEFICS_QUANTIZATION=4bit.",
             settings.model,
         )
-        return StockModel(adapter, info, settings.max_batch_tokens)
+        return StockModel(adapter, info, settings.max_batch_tokens, rules)
     record = CudaGraphs() if settings.cuda_graphs and model.device.type == "cuda" else None
-    return ContinuousModel(adapter, info, settings.max_batch_tokens, settings.prefix_cache_bytes, record)
+    return ContinuousModel(adapter, info, settings.max_batch_tokens, settings.prefix_cache_bytes, record, rules)
 
 
 def _on_stock_generate(
-    model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings
+    model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
 ) -> StockModel:
-    return StockModel(LaterIdeficsAdapter(model, processor), info, settings.max_batch_tokens)
+    return StockModel(LaterIdeficsAdapter(model, processor), info, settings.max_batch_tokens, rules)
 
 
 class Family(NamedTuple):
     """How the checkpoints of a `model_type` are loaded and run."""
 
     network: type[PreTrainedModel]
-    serve: Callable[[PreTrainedModel, ProcessorMixin, ModelInfo, Settings], Model]
+    serve: Callable[[PreTrainedModel, ProcessorMixin, ModelInfo, Settings, GenerationRules], Model]
 
 
 FAMILIES = {
@@ -115,6 +121,17 @@ FAMILIES = {
     "idefics2": Family(Idefics2ForConditionalGeneration, _on_stock_generate),
     "idefics3": Family(Idefics3ForConditionalGeneration, _on_stock_generate),
 }
+
+
+def _taken_rules(model: PreTrainedModel) -> GenerationRules:
+    """The rules of a checkpoint's generation config, which keeps special tokens alone: stock `generate` would apply the
+    rules once more. Raises UnsupportedGeneration."""
+    config = model.generation_config
+    rules = generation_rules(config.to_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    return rules
 
 
 def _device_map(settings: Settings) -> str:

@@ -181,7 +181,7 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     model, folder = _load(settings)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
     engine = Engine(model, limits, _beat(channel, model), _prepare_engine)
-    service = Service(settings, model.info, model.codec, engine, _answers(settings, folder))
+    service = Service(settings, model.info, model.codec, engine, _answers(settings, folder), model.rules)
     engine.start()
     service.check_golden(folder)
     return service
