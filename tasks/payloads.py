@@ -105,8 +105,9 @@ def _checked_image(value: Any) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Without control characters, newlines and tabs excepted: they say nothing, and can hide a reserved token."""
-    return _CONTROL.sub("", text)
+    """Without control characters, which say nothing and can hide a reserved token. Tabs and line ends stay: those of
+    DOS and of old Macs become newlines."""
+    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _without(tokens: tuple[str, ...]) -> AfterValidator:
@@ -139,7 +140,7 @@ RawText = Annotated[
 #: Refused with control characters, not stripped of them: the answer is one of the labels as they were sent.
 Label = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"),
+    StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"),
 ]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
@@ -288,9 +289,17 @@ class Classify(Job):
     @field_validator("labels")
     @classmethod
     def _labels_are_distinct(cls, labels: list[str]) -> list[str]:
-        if len(set(labels)) < len(labels):
-            raise ValueError("the labels must be distinct")
+        spoken = [label.strip() for label in labels]
+        if not all(spoken):
+            raise ValueError("a label must not be blank")
+        if len(set(spoken)) < len(labels):
+            raise ValueError("the labels must be distinct, blanks around them apart")
         return labels
+
+    @property
+    def spoken_labels(self) -> list[str]:
+        """The labels as the model reads them; the answer has them as they were sent."""
+        return [label.strip() for label in self.labels]
 
 
 class Write(Job):

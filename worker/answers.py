@@ -7,9 +7,11 @@ ids, labels, sampling, stop strings and model, whatever tasks and URLs they came
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -94,10 +96,36 @@ class Answers:
             logger.warning("An answer is not kept for reuse: %s", error)
 
 
-def fingerprint(folder: Path) -> str:
-    """Of a checkpoint's files, by name, size and time: an operator may put other weights in their place."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+def fingerprint(folder: Path, cache: Path | None = None) -> str:
+    """Hash of a checkpoint's files by content, 16 hexadecimal digits: an operator may put other weights in their place.
+
+    Reading takes some seconds for each 10 GB. So each file's hash is kept in the folder `cache`, under the file's
+    place, inode, size and times: no program can set the time of an inode's last change.
+    """
+    hashes = [(path.name, _content_hash(path, cache)) for path in sorted(folder.iterdir()) if path.is_file()]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
+
+
+def _content_hash(path: Path, cache: Path | None) -> str:
+    kept = cache / hashlib.sha256(repr(_identity(path)).encode()).hexdigest() if cache else None
+    with contextlib.suppress(OSError):
+        if kept:
+            return kept.read_text()
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "blake2b").hexdigest()
+    with contextlib.suppress(OSError):
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            # In one step: another worker may start at the same time.
+            part = kept.with_suffix(f".{os.getpid()}")
+            part.write_text(found)
+            part.rename(kept)
+    return found
+
+
+def _identity(path: Path) -> tuple[str | int, ...]:
+    state = path.stat()
+    return str(path.resolve()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def digest(row: Row, model: ModelInfo) -> str | None:

@@ -71,7 +71,7 @@ def _answer(job: Answer) -> Prompt:
 
 @build.register
 def _classify(job: Classify) -> Prompt:
-    prompt: Prompt = [CLASSIFY_INSTRUCTION.format(labels=job.labels)]
+    prompt: Prompt = [CLASSIFY_INSTRUCTION.format(labels=job.spoken_labels)]
     for example in job.examples:
         prompt += [ImageRef(example.image), f"Category: {example.label}\n"]
     return [*prompt, ImageRef(job.image), "Category:"]
@@ -126,7 +126,7 @@ def _classify_in_turns(job: Classify) -> Prompt:
     known: list[Exchange] = [([ImageRef(each.image)], each.label) for each in job.examples]
     exchanges: list[Exchange] = [*known, ([ImageRef(job.image)], None)]
     (first, answer), *others = exchanges
-    return _turns([([f" {CLASSIFY_INSTRUCTION.format(labels=job.labels)}", *first], answer), *others])
+    return _turns([([f" {CLASSIFY_INSTRUCTION.format(labels=job.spoken_labels)}", *first], answer), *others])
 
 
 @in_turns.register

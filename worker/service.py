@@ -234,7 +234,7 @@ class Service:
             # Splitting 200,000 characters into tokens takes a quarter of a second, of everybody's.
             raise self._too_long(f"at least {least}")
         tokens = self._codec.prepare(parts)
-        labels = self._codec.encode_labels(parts[-2:], _labels(job))
+        labels = self._codec.encode_labels(parts[-2:], _spoken_labels(job))
         # The longest label counts too: it stands in the same window.
         length = len(tokens.ids) + max(map(len, labels), default=0)
         if length > self._settings.max_prompt_tokens:
@@ -370,6 +370,10 @@ def _is_remote(reference: ImageRef) -> bool:
 
 def _labels(job: Job) -> list[str]:
     return job.labels if isinstance(job, Classify) else []
+
+
+def _spoken_labels(job: Job) -> list[str]:
+    return job.spoken_labels if isinstance(job, Classify) else []
 
 
 def _until_stop(text: str, stop: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -136,6 +137,27 @@ def test_other_weights_in_the_same_folder_do_not_give_the_old_answers(
             asked.finish(Output((number,), "length"))
             assert answers.output(asked, MODEL, model.compute).ids == (number,)
     assert len(model.rows) == 2
+
+
+def test_weights_are_told_apart_by_their_content_alone(tmp_path: Path) -> None:
+    checkpoint, cache = tmp_path / "checkpoint", tmp_path / "cache"
+    checkpoint.mkdir()
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(b"a" * 1000)
+    (checkpoint / "folder").mkdir()
+    first, times = fingerprint(checkpoint, cache), file.stat()
+    file.write_bytes(b"b" * 1000)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other = fingerprint(checkpoint, cache)
+    assert first != other
+    # Hashed once: what the cache keeps is taken.
+    assert len(list(cache.iterdir())) == 2
+    for kept in cache.iterdir():
+        kept.write_text("known")
+    assert fingerprint(checkpoint, cache) not in (first, other)
+    assert fingerprint(checkpoint) == other
+    file.write_bytes(b"a" * 1000)
+    assert fingerprint(checkpoint, tmp_path / "file" / "where" / "none can be") == first
 
 
 @pytest.mark.parametrize("why", ["canceled", "deadline"])

@@ -188,6 +188,8 @@ def test_unknown_fields_are_refused_inside_a_payload_too() -> None:
         ("temperature", float("nan")),
         ("top_p", 0),
         ("top_p", 1.1),
+        ("top_k", -1),
+        ("top_k", 1.5),
         ("seed", -1),
         ("seed", 2**63),
         ("stop", [""]),
@@ -216,7 +218,7 @@ def test_a_value_out_of_bounds_is_refused_by_its_fields_name(name: str, value: A
     "fields",
     [
         {"max_new_tokens": 1, "num_beams": 16},
-        {"temperature": 10, "top_p": 1, "seed": 2**63 - 1},
+        {"temperature": 10, "top_p": 1, "top_k": 0, "seed": 2**63 - 1},
         {"stop": ["a" * 200] * 16},
         {"deadline_s": 0.001, "idempotency_key": "k" * 255},
     ],
@@ -232,6 +234,17 @@ def test_beams_and_temperature_do_not_go_together() -> None:
 @pytest.mark.parametrize("labels", [[], ["one"], [str(n) for n in range(1001)]])
 def test_labels_are_two_to_a_thousand(labels: list[str]) -> None:
     assert "labels" in refusal("idefics.classify", labels=labels)
+
+
+def test_labels_stay_as_they_were_sent_and_are_spoken_without_outer_blanks() -> None:
+    job = Classify(image=URL, labels=[" food", "animal "])
+    assert job.labels == [" food", "animal "]
+    assert job.spoken_labels == ["food", "animal"]
+
+
+@pytest.mark.parametrize(("sent", "read"), [("a\r\nb", "a\nb"), ("a\rb", "a\nb"), ("a\x00b\tc\x85", "ab\tc")])
+def test_line_ends_are_newlines_and_other_control_characters_are_left_out(sent: str, read: str) -> None:
+    assert Caption(image=URL, prompt=sent).prompt == read
 
 
 def test_a_thousand_labels_are_taken() -> None:
@@ -416,7 +429,17 @@ def test_a_result_comes_back_from_json_as_it_was() -> None:
 
 def test_a_result_has_the_contracts_form() -> None:
     form = RESULT.model_dump(mode="json")
-    assert list(form) == ["text", "finish_reason", "label", "scores", "usage", "model", "timing", "metadata"]
+    assert list(form) == [
+        "text",
+        "finish_reason",
+        "label",
+        "scores",
+        "usage",
+        "model",
+        "timing",
+        "generation",
+        "metadata",
+    ]
     assert list(form["usage"]) == ["prompt_tokens", "completion_tokens", "images", "cached_images"]
     assert list(form["model"]) == ["id", "revision", "family", "dtype", "quantization"]
     assert list(form["timing"]) == ["queued_s", "fetch_s", "wait_s", "generate_s"]

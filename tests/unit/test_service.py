@@ -185,6 +185,11 @@ def test_a_prompt_with_too_many_tokens_is_refused_with_its_cure(start: Start) ->
         service.run(complete("a" * 11), TICKET)
 
 
+def test_labels_come_back_as_they_were_sent(service: Service) -> None:
+    result = service.run(job("classify", image=data_uri(), labels=[" food ", "animal"]), TICKET)
+    assert (result.text, result.label, result.scores) == (" food ", " food ", {" food ": 1.0, "animal": 0.0})
+
+
 def test_the_longest_label_counts_as_part_of_the_prompt(start: Start) -> None:
     image = job("classify", image=data_uri(), labels=["a", "b"])
     length = start().run(image, TICKET).usage.prompt_tokens

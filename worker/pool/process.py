@@ -29,6 +29,7 @@ from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
 from celery.exceptions import BackendStoreError, Reject, TaskPredicate
 from celery.states import FAILURE, SUCCESS
+from huggingface_hub.constants import HF_HOME
 from redis.exceptions import RedisError
 
 from config.settings import Settings
@@ -210,7 +211,8 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
 def _answers(settings: Settings, folder: Path | None) -> Answers | None:
     if not settings.answer_cache_ttl_s:
         return None
-    weights = fingerprint(folder) if folder else ""
+    # A hub id needs none: the commit of its snapshot is a part of the model's description.
+    weights = fingerprint(folder, Path(HF_HOME) / "idefics-jobs") if folder else ""
     return Answers(worker_app.app.backend.client, settings.answer_cache_ttl_s, weights)
 
 
