@@ -32,6 +32,7 @@ from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
 from worker.observability.log_lines import LineFormatter
 from worker.pool import SoftShutdown
+from worker.queue.refusals import Refusals
 from worker.results import CANCELED
 from worker.service import Canceled, Service, Ticket
 from worker.transport import use as use_atomic_take
@@ -40,12 +41,13 @@ from worker.webhook import check as check_callback
 logger = logging.getLogger(__name__)
 
 settings = load()
-if settings.atomic_take:
-    use_atomic_take()
 app = Celery("idefics", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY))
 app.steps["worker"].update([SoftShutdown, Cancellations])
-keep_failures(app, Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s))
+failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
+if settings.atomic_take:
+    use_atomic_take(Refusals(app, failed_bounds))
+keep_failures(app, failed_bounds)
 
 _service: Service | None = None
 
@@ -212,3 +214,7 @@ class JobTask(Task):  # type: ignore[misc]
 
 for _name, _payload in PAYLOADS.items():
     app.register_task(type(_payload.__name__, (JobTask,), {"name": _name, "__doc__": _payload.__doc__})())
+
+# Celery's built-in tasks run what a message tells them to: any task, and an end of any job.
+for _name in set(app.tasks) - PAYLOADS.keys():
+    app.tasks.pop(_name)

@@ -8,18 +8,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from celery.utils.objects import Bunch
+from celery.app.task import Context
+from celery.exceptions import TaskRevokedError
 from celery.worker import consumer
 
 from config.settings import load
-from tasks.errors import InvalidRequest, JobError
+from tasks.errors import Internal
+from tasks.failed import Bounds
+from worker.announce import UNAVAILABLE
+from worker.defects import without_values
+from worker.deliveries import Deliveries
+from worker.pool.job import exception_info
+from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, usable_id
+from worker.queue.refusals import Refusals
 
 logger = logging.getLogger(__name__)
-
-#: What a header or a body of another form than Celery's raises on its way to a request. Not the broker's own errors:
-#: those are OSErrors and RedisErrors.
-_BAD_FORM = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-
 
 #: Seconds that events wait for others. Celery publishes at every turn of its loop, which costs it more than the jobs.
 EVENTS_S = 0.25
@@ -32,7 +35,18 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         # Whatever `--concurrency` says, which Celery multiplies: the pool's places are all that can be used.
-        super().__init__(*args, **{**options, "initial_prefetch_count": load().job_threads})
+        settings = load()
+        super().__init__(*args, **{**options, "initial_prefetch_count": settings.job_threads})
+        bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
+        self._refusals = Refusals(self.app, bounds)
+        self._deliveries = Deliveries(
+            lambda: self.app.backend.client,
+            most=settings.max_deliveries,
+            ttl_s=settings.visibility_timeout_s + settings.result_ttl_s,
+        )
+        if self.controller is not None:
+            # Celery's keeps a job's place for ever where handing the job over fails.
+            self.controller._process_task = self._hand_over
 
     def on_send_event_buffered(self) -> None:
         now = time.monotonic()
@@ -54,42 +68,111 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         self.task_consumer.channel.most_bytes = most
 
         def on_task_received(message: Any) -> None:
-            size = len(message.body or "")
-            if size > most:
-                # Not even decoded, so its links and its chord stay unknown.
-                self._refuse(message, f"The job has {size:,} bytes and this worker takes {most:,}: send URLs.")
+            try:
+                envelope = checked(message, most)
+            except Refused as refused:
+                self._refuse(message, refused)
                 return
+            message.headers, message.body, message.content_encoding = envelope.headers, envelope.body, "utf-8"
+            # Decoded once, and kept no longer than the request needs it: it takes many times the body's memory.
+            message._decoded_cache, message._raw = list(envelope.payload), None
             try:
                 handle(message)
-            except _BAD_FORM as error:
-                self.on_invalid_task(None, message, error)
+            except (*self.connection_errors, *self.channel_errors):
+                raise
+            except Exception as error:
+                self._end_by_defect(message, envelope.payload[2], error)
+            finally:
+                message._decoded_cache = None
 
         return on_task_received
 
+    # Messages that are no jobs
+
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        self._refuse(message, "The message cannot be decoded: send JSON, as Celery's serializer 'json' does.")
+        self._refuse(message, Refused(UNREADABLE, _id(message)))
 
     def on_unknown_message(self, body: Any, message: Any) -> None:
-        self._refuse(message, "The message is no task of Celery's: send it with Celery.")
+        self._refuse(message, Refused(NO_TASK, _id(message)))
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
-        self._refuse(message, "The message names no task of this worker: use one of the six.")
+        self._refuse(message, Refused("The message names no task of this worker: use one of the six.", _id(message)))
 
     def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
-        self._refuse(message, f"The message has not the form of Celery's ({type(exc).__name__}): send it with Celery.")
+        self._refuse(message, Refused(NO_ENVELOPE, _id(message)))
 
-    def _refuse(self, message: Any, why: str) -> None:
+    def _refuse(self, message: Any, refused: Refused) -> None:
         """Drop a message, and end its job where it has an id."""
-        headers = message.headers if isinstance(message.headers, dict) else {}
-        id = headers.get("id")
-        logger.error("A message of %d bytes is dropped. %s", len(message.body or ""), why)
-        if isinstance(id, str) and 0 < len(id) < 256:
-            self._fail(id, headers, InvalidRequest(why))
+        try:
+            self._refusals(message.body if refused.id else _shown(message), refused)
+        except UNAVAILABLE as error:
+            logger.error("A message cannot be refused (%s): it goes back to the queue.", error)
+            message.reject_log_error(logger, self.connection_errors, requeue=True)
+            return
+        if self.event_dispatcher and refused.id:
+            self.event_dispatcher.send("task-failed", uuid=refused.id, exception=f"InvalidRequest({str(refused)!r})")
         message.reject_log_error(logger, self.connection_errors)
 
-    def _fail(self, id: str, headers: dict[str, Any], error: JobError) -> None:
-        request = Bunch(chord=None, errbacks=None, chain=None, task=None, delivery_info={}, id=id)
-        with contextlib.suppress(*_BAD_FORM):
-            self.app.backend.mark_as_failure(id, error, request=request)
-        if self.event_dispatcher:
-            self.event_dispatcher.send("task-failed", uuid=id, exception=repr(error))
+    # Defects of ours
+
+    def _end_by_defect(self, message: Any, embed: dict[str, Any], error: Exception) -> None:
+        """End a job, with its chord, chain and error links, that could not be taken in."""
+        headers = message.headers
+        logger.error("Job %s hit a defect; it fails as internal: %s", ascii(headers["id"]), without_values(error))
+        request = Context({**headers, **embed, "delivery_info": {}})
+        try:
+            self.app.backend.mark_as_failure(headers["id"], _internal(error), request=request)
+            message.reject_log_error(logger, self.connection_errors)
+        except Exception as again:
+            self._return(headers, lambda: message.reject_log_error(logger, self.connection_errors, requeue=True), again)
+
+    def _hand_over(self, request: Any) -> None:
+        """Give the pool a job that has its place. Whatever fails, the place is free again."""
+        try:
+            request.execute_using_pool(self.pool)
+            return
+        except TaskRevokedError:
+            pass
+        except UNAVAILABLE as error:
+            logger.error("Job %s cannot start (%s): it goes back to the queue.", ascii(request.id), error)
+            request.reject(requeue=True)
+        except Exception as error:
+            logger.error("Job %s hit a defect; it fails as internal: %s", ascii(request.id), without_values(error))
+            try:
+                request.on_failure(exception_info(_internal(error)))
+            except Exception as again:
+                self._return(request.request_dict, lambda: request.reject(requeue=True), again)
+        self._release_place()
+
+    def _return(self, headers: dict[str, Any], requeue: Callable[[], None], error: Exception) -> None:
+        """Give a job back whose end could not be stored: for as long as Redis is away, else a few times."""
+        id, key = headers["id"], (headers["id"], headers.get("retries") or 0)
+        if isinstance(error, UNAVAILABLE) or not self._deliveries.is_lost(self._deliveries.earlier(key)):
+            logger.error("Job %s goes back to the queue: %s", ascii(id), without_values(error))
+            self._deliveries.count([key])
+            requeue()
+            return
+        logger.critical("Job %s came back too often; it fails as internal.", ascii(id))
+        self._refusals.end(id, _internal(error))
+
+    def _release_place(self) -> None:
+        """Later, where there is an event loop: the next job in line may fail too, and the next, each in the other."""
+        if self.hub:
+            self.hub.call_soon(self.controller._quick_release)
+        else:
+            self.controller._quick_release()
+
+
+def _internal(error: Exception) -> Internal:
+    return Internal(f"{type(error).__name__} in the worker: its log has the traceback.")
+
+
+def _id(message: Any) -> str | None:
+    return usable_id(message.headers.get("id")) if isinstance(message.headers, dict) else None
+
+
+def _shown(message: Any) -> bytes:
+    """A message for the list of dead letters."""
+    with contextlib.suppress(Exception):
+        return ascii(message.headers).encode() + b" " + bytes(message.body or b"")
+    return b""

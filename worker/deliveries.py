@@ -18,7 +18,6 @@ import logging
 from collections.abc import Callable, Iterable
 
 from redis import Redis
-from redis.exceptions import RedisError
 
 from worker.results import DELIVERIES
 
@@ -45,8 +44,8 @@ class Deliveries:
         id, retries = key
         try:
             return 1 + int(self._client().hget(DELIVERIES + id, str(retries)) or 0)
-        except RedisError as error:
-            logger.warning("The deliveries of job %s are unknown (%s): it runs.", id, error)
+        except Exception as error:
+            logger.warning("The deliveries of job %s are unknown (%s): it runs.", ascii(id), error)
             return 1
 
     def is_lost(self, earlier: int) -> bool:
@@ -67,5 +66,5 @@ class Deliveries:
                     pipe.hincrby(name, field, by)
                     pipe.expire(name, self._ttl_s)
                 pipe.execute()
-        except RedisError as error:
+        except Exception as error:
             logger.warning("The deliveries of %d jobs are not counted: %s", len(commands), error)

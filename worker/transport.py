@@ -25,19 +25,15 @@ from kombu import transport
 from kombu.asynchronous import get_event_loop
 from kombu.transport import redis as stock
 from kombu.transport import virtual
-from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from tasks.capacity import passes
-from worker.inflate import inflated
+from worker.queue.envelope import NO_ENVELOPE, Refused, given_back, opened
 
 logger = logging.getLogger(__name__)
-
-#: How kombu's messages begin.
-_BODY = b'{"body": "'
 
 #: Seconds between two takes while the queues are empty.
 POLL_S = 0.03
@@ -80,8 +76,22 @@ return false
 TAKE_SHA = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
 
 
-def use() -> None:
+class _NotKept(Exception):
+    """There is no place for a message that is to be dropped."""
+
+
+def _forget(raw: bytes, refused: Refused) -> None:
+    logger.critical("A message of %d bytes is dropped. %s", len(raw), refused)
+
+
+#: Called with each message that is dropped because it cannot be read, before it is.
+_on_refused: Callable[[bytes, Refused], None] = _forget
+
+
+def use(on_refused: Callable[[bytes, Refused], None] = _forget) -> None:
     """From now on this process's Redis connections take atomically."""
+    global _on_refused
+    _on_refused = on_refused
     # By alias: a broker_transport of our own would be forgotten at the fail-over to another URL.
     names = {"redis": "Transport", "rediss": "Transport", "sentinel": "SentinelTransport"}
     for alias, name in names.items():
@@ -150,11 +160,45 @@ class QoS(stock.QoS):  # type: ignore[misc]
         self.channel.settle_if_possible()
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        """Kombu's, which lets what it cannot read end each worker that comes by, or drops it."""
+
+        def restore(pipe: Any) -> None:
+            record = pipe.hget(self.unacked_key, tag)
+            pipe.multi()
+            self._remove_from_indices(tag, pipe)
+            if record:
+                self._put_back(record, pipe.lpush if leftmost else pipe.rpush)
+
+        with self.channel.conn_or_acquire(client) as redis, contextlib.suppress(_NotKept):
+            redis.transaction(restore, self.unacked_key)
+
+    def _put_back(self, record: bytes, push: Callable[[str, str], Any]) -> None:
         try:
-            super().restore_by_tag(tag, client, leftmost)
-        except ValueError:
-            logger.critical("The message %s in %s cannot be read; it is dropped.", tag, self.unacked_key)
-            self.remove(tag)
+            message, exchange, routing_key = given_back(record)
+            raw = dumps(message)
+        except Refused as refused:
+            self._keep_refused(record, refused)
+            return
+        except Exception:
+            self._keep_refused(record, Refused(NO_ENVELOPE))
+            return
+        for queue in self.channel._lookup(exchange, routing_key):
+            push(self.channel._q_for_pri(queue, self._priority(message)), raw)
+
+    def _keep_refused(self, record: bytes, refused: Refused) -> None:
+        """Raises _NotKept, upon which the record stays where it is: the sweep finds it."""
+        try:
+            _on_refused(record, refused)
+        except Exception as error:
+            self.channel._complain(error)
+            raise _NotKept from error
+
+    def _priority(self, message: dict[str, Any]) -> int:
+        try:
+            return int(self.channel._get_message_priority(message, reverse=False))
+        except ArithmeticError:
+            # Of an infinite one.
+            return int(self.channel.default_priority)
 
     def remove(self, *tags: str) -> None:
         with self.pipe_or_acquire() as pipe:
@@ -285,9 +329,17 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._queue_cycle.rotate(queue)
         try:
             self.connection._deliver(message, queue)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            # Of a header or an encoding that is not Celery's: it must not end the worker, nor the next one.
-            self._drop(queue, f"{len(raw)} bytes ({type(error).__name__})")
+        except self.connection_errors:
+            raise
+        except Exception:
+            # A defect of ours is not its sender's fault. A second one with the same message would loop.
+            logger.exception("A defect while a message of queue %s was taken in.", queue)
+            if not self.recorded:
+                pass
+            elif message["properties"]["delivery_info"].get("redelivered"):
+                self._drop(raw, Refused("The worker has a defect: its log has the traceback."))
+            else:
+                self.qos.reject(self.recorded, requeue=True)
         return True
 
     def _read_reply(self, **options: Any) -> Any:
@@ -325,19 +377,36 @@ class Channel(stock.Channel):  # type: ignore[misc]
             raise Empty
 
     def _parse(self, queue: str, raw: bytes) -> dict[str, Any]:
+        """Raises Empty for what is no message."""
         try:
-            message = inflated(_envelope(raw), self.most_bytes)
-            properties = message["properties"]
-            properties["delivery_tag"] = self.recorded or properties["delivery_tag"]
-        except (ValueError, TypeError, LookupError, AttributeError):
-            self._drop(queue, f"{len(raw)} bytes")
+            message = opened(raw, queue, self.most_bytes)
+        except Refused as refused:
+            try:
+                self._drop(raw, refused)
+            except Exception as error:
+                # Nothing is lost for want of a place to say so.
+                self._complain(error)
+                if self.recorded:
+                    self.debts.give_back(self.recorded, last=True)
             raise Empty from None
+        if self.recorded:
+            message["properties"]["delivery_tag"] = self.recorded
         return message
 
-    def _drop(self: Any, queue: str, what: str) -> None:
-        logger.critical("What was in queue %s is no message of Celery's and is dropped: %s.", queue, what)
+    def _drop(self, raw: bytes, refused: Refused) -> None:
+        _on_refused(raw, refused)
         if self.recorded:
             self.qos.ack(self.recorded)
+
+    def _receive_one(self, client: Any) -> Any:
+        """Kombu's, for a message on a channel that everybody listens to."""
+        try:
+            return super()._receive_one(client)
+        except (Empty, ResponseError, *self.connection_errors):
+            raise
+        except Exception as error:
+            logger.error("What came on a channel of Redis cannot be read (%s); it is dropped.", type(error).__name__)
+            raise Empty from None
 
     def _refused(self, error: Exception) -> None:
         self._rests_until = time.monotonic() + REFUSED_S
@@ -414,18 +483,6 @@ class Channel(stock.Channel):  # type: ignore[misc]
                     raise
                 self._complain(error)
             time.sleep(REFUSED_S)
-
-
-def _envelope(raw: bytes) -> dict[str, Any]:
-    """A message, whose body is still encoded. Kombu writes it first: megabytes need not be read as JSON, a character
-    at a time, where they are base64."""
-    end = raw.find(b'"', len(_BODY)) if raw.startswith(_BODY) else -1
-    body = raw[len(_BODY) : end]
-    if end < 0 or b"\\" in body:
-        return dict(loads(bytes_to_str(raw)))
-    message: dict[str, Any] = loads(bytes_to_str(_BODY + raw[end:]))
-    is_base64 = message["properties"].get("body_encoding") == "base64"
-    return {**message, "body": body if is_base64 else bytes_to_str(body)}
 
 
 class SentinelChannel(Channel, stock.SentinelChannel):  # type: ignore[misc]

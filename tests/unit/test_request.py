@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from celery.exceptions import Ignore, InvalidTaskError, Reject
+from celery.exceptions import Ignore, Reject
 from celery.signals import task_failure
 from celery.worker.request import Request
 
@@ -78,41 +78,3 @@ def test_a_failure_that_cannot_be_stored_leaves_its_message_for_the_queue(
 def test_what_is_not_stored_is_acknowledged_all_the_same(request_: Request, told: list[str]) -> None:
     request_.on_failure(exception_info(Ignore()))
     assert told == ["acknowledged"]
-
-
-@pytest.mark.parametrize("embed", [None, 7, "a text", ["a list"], True])
-def test_an_embed_that_is_no_mapping_is_refused(embed: Any, told: list[str]) -> None:
-    with pytest.raises(InvalidTaskError):
-        request_of(told, embed)
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"stamps": "text"},
-        {"stamps": ["a"]},
-        {"stamped_headers": "text"},
-        {"stamped_headers": 7},
-        {"stamped_headers": [{}]},
-    ],
-)
-def test_stamps_of_another_form_than_celerys_are_refused(headers: dict[str, Any], told: list[str]) -> None:
-    with pytest.raises(InvalidTaskError):
-        request_of(told, {}, **headers)
-
-
-@pytest.mark.parametrize("headers", [{"timelimit": [1]}, {"timelimit": [1, 2, 3]}, {"_children": [1]}])
-def test_headers_that_a_running_job_would_stumble_over_are_refused(headers: dict[str, Any], told: list[str]) -> None:
-    with pytest.raises(InvalidTaskError):
-        request_of(told, {}, **headers)
-
-
-def test_an_embed_that_goes_over_the_headers_is_refused(told: list[str]) -> None:
-    with pytest.raises(InvalidTaskError):
-        request_of(told, {"delivery_info": 7})
-
-
-def test_stamps_and_an_embed_of_celerys_form_are_taken(told: list[str]) -> None:
-    request = request_of(told, {"chord": None}, stamps={"monitoring": "7"}, stamped_headers=["monitoring"])
-    assert request.stamps == {"monitoring": "7"}
-    assert request_of(told, {}, stamps=None, stamped_headers=None).stamps == {}

@@ -210,9 +210,14 @@ class InferencePool(BasePool):  # type: ignore[misc]
         if running is not None:
             return self._adopt(running, callbacks)
         self._jobs[job.serial] = job
-        if is_redelivered(job.trace_arguments):
-            self._suspect(job)
-        self._dispatch()
+        try:
+            if is_redelivered(job.trace_arguments):
+                self._suspect(job)
+            self._dispatch()
+        except BaseException:
+            # It was not taken: whoever gave it here gives its place to another.
+            self._jobs.pop(job.serial, None)
+            raise
         return job
 
     @_guarded
@@ -265,9 +270,20 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _run(self, jobs: list[Job]) -> None:
         self._deliveries.count([job.key for job in jobs if job.is_uncounted])
         for job in jobs:
-            job.is_uncounted = False
-            job.state = JobState.SENT
+            # One that cannot be sent ends, and lets others in that are sent at once.
+            if job.state is JobState.WAITING and job.serial in self._jobs:
+                job.is_uncounted = False
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        try:
             self._send(("run", job.serial, sendable(job.trace_arguments)))
+            job.state = JobState.SENT
+        except Exception as defect:
+            # Of this job: its neighbours are to run.
+            logger.exception("A defect: job %s cannot be sent to the model process.", ascii(job.id))
+            error = Internal(f"{type(defect).__name__} in the worker: its log has the traceback.")
+            self._finish(job, lambda: job.fail(error))
 
     def _finish(self, job: Job, report: Callable[[], None]) -> None:
         """Give a job's outcome to Celery and its place to the next one, once."""

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from celery import states
-from celery.exceptions import InvalidTaskError, TaskRevokedError
+from celery.app.task import Context
+from celery.exceptions import TaskRevokedError
 from celery.signals import task_revoked
 from celery.worker.request import Request
 from celery.worker.state import task_ready
+from kombu.serialization import loads
 
 from tasks.errors import JobError
-from tasks.payloads import HIDDEN, SUBMITTED_AT
+from tasks.payloads import HIDDEN
 from worker.announce import UNAVAILABLE, End
 from worker.pool.job import Job
 
 logger = logging.getLogger(__name__)
-
-#: What a message's body says beside the arguments.
-EMBEDDED = {"callbacks", "errbacks", "chain", "chord"}
 
 
 class JobRequest(Request):  # type: ignore[misc]
@@ -37,9 +36,32 @@ class JobRequest(Request):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        _check(self.request_dict, self._payload)
         self._argsrepr, self._kwargsrepr = HIDDEN.values()
         self.request_dict.update(HIDDEN)
+        # The decoded payload takes many times the memory of the body, which has it too.
+        self._args = self._kwargs = self._Request__payload = None
+        for name in ("args", "kwargs"):
+            self.request_dict.pop(name, None)
+
+    @property
+    def _payload(self) -> Sequence[Any]:
+        """Arguments, keyword arguments and links: decoded for each who asks, which few do."""
+        if self._decoded:
+            return self._body  # type: ignore[no-any-return]
+        return loads(self._body, self._content_type, self._content_encoding)  # type: ignore[no-any-return]
+
+    @property
+    def args(self) -> Any:
+        return self._payload[0]
+
+    @property
+    def kwargs(self) -> Any:
+        return self._payload[1]
+
+    @cached_property
+    def _context(self) -> Context:
+        args, kwargs, embed = self._payload
+        return Context({**self.request_dict, "args": args, "kwargs": kwargs, **embed})
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """What `inspect active` and Flower tell. Celery's own hides the arguments only where it is asked to."""
@@ -108,34 +130,3 @@ class JobRequest(Request):  # type: ignore[misc]
             backend.store_result(self.id, error, states.REVOKED, request=context)
         if context.chord:
             backend.on_chord_part_return(context, states.REVOKED, error)
-
-
-def _check(headers: dict[str, Any], body: Sequence[Any]) -> None:
-    """Raise InvalidTaskError for what would break whoever computes with it: Celery's tracer, the pool, the engine."""
-    texts = (headers["id"], headers["task"], headers.get("shadow") or "")
-    limits = headers.get("timelimit") or (None, None)
-    numbers = (headers.get(SUBMITTED_AT), *limits, headers["delivery_info"].get("priority"))
-    retries = headers.get("retries") or 0
-    # The job's links, chord and chain.
-    _, _, embed = body
-    stamps, stamped = headers.get("stamps") or {}, headers.get("stamped_headers") or []
-    if (
-        not all(isinstance(text, str) and len(text) < 256 for text in texts)
-        or not all(number is None or _is_number(number) for number in numbers)
-        or not (isinstance(retries, int) and 0 <= retries < 1_000)
-        or not isinstance(headers["args"], list | tuple)
-        or not isinstance(headers["kwargs"], dict)
-        or not isinstance(embed, dict)
-        # What stands there goes over the headers, which have been looked at.
-        or not embed.keys() <= EMBEDDED
-        or headers.get("_children")
-        # One that is missing is missed only once the job has its place, which it then keeps.
-        or len(limits) != 2
-        or not isinstance(stamps, dict)
-        or not (isinstance(stamped, list | tuple) and all(isinstance(name, str) for name in stamped))
-    ):
-        raise InvalidTaskError("a header or the embed is of another type than Celery's")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

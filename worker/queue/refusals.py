@@ -1,0 +1,57 @@
+"""What becomes of a message that is no job: it ends as `invalid_request` under its id, else it is a dead letter."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+
+from celery import Celery
+from celery.utils.objects import Bunch
+
+from tasks.errors import InvalidRequest, JobError
+from tasks.failed import Bounds, FailedJob, FailedJobs
+from worker.queue.envelope import Refused
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of such a message that are kept.
+KEPT_BYTES = 2_000
+
+
+class Refusals:
+    """Called with each message that is dropped, before it is. Its links, chain and chord are not called: they may be
+    what is wrong with it."""
+
+    def __init__(self, app: Celery, bounds: Bounds) -> None:
+        self._app = app
+        self._bounds = bounds
+
+    def __call__(self, raw: bytes, refused: Refused) -> None:
+        """Raises what Redis does where neither can be stored."""
+        logger.error("A message of %d bytes is dropped. %s", len(raw), refused)
+        if refused.id:
+            self.end(refused.id, InvalidRequest(str(refused)))
+        else:
+            self._keep(raw, refused)
+
+    def end(self, id: str, error: JobError) -> None:
+        """Store a job's failure, and nothing that follows from it."""
+        request = Bunch(chord=None, errbacks=None, chain=None, task=None, delivery_info={}, id=id)
+        self._app.backend.mark_as_failure(id, error, request=request)
+
+    def _keep(self, raw: bytes, refused: Refused) -> None:
+        job = FailedJob(
+            # The same message is one entry, however often it comes.
+            id=f"refused-{hashlib.sha256(raw).hexdigest()[:16]}",
+            task="unknown",
+            code=InvalidRequest.code,
+            # Escaped: it is read in a terminal.
+            message=f"{refused} It was: {raw[:KEPT_BYTES]!r}",
+            host="",
+            attempts=0,
+            submitted_at=None,
+            failed_at=time.time(),
+            is_whole=False,
+        )
+        FailedJobs(self._app).keep(job, {}, self._bounds)
