@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -25,10 +26,10 @@ from worker.answers import Answers
 from worker.cores import all_cores
 from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.row import Output, Picture, Row, Sampling
-from worker.fetch import Fetcher, FetchPolicy
+from worker.fetch import Fetcher, FetchPolicy, read_below
 from worker.hosts import HostBusy, Hosts
 from worker.images import open_image
-from worker.models import Codec, Parts
+from worker.models import Codec, Parts, SetupFailed
 from worker.pictures import PictureCache
 from worker.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 NO_ANSWER = "The model computes no answer: its weights, their precision or this device is broken."
 #: Downloads at once for a job that shows several images. Its own: others' slow hosts must not hold them.
 DOWNLOADS = 4
+#: Bytes of a checkpoint's golden.json, and of its picture.
+MAX_GOLDEN_BYTES = 20_000_000
 #: Bytes of a picture that takes longer to decode than others should wait for their turn.
 LARGE_BYTES = 200_000
 
@@ -295,26 +298,34 @@ class Service:
     def check_golden(self, folder: Path | None) -> None:
         """Answer the checkpoint's golden picture. Without one, answer a plain prompt at all.
 
-        Raises RuntimeError where the answer is wrong or none: such a model must not serve.
+        Raises SetupFailed where the answer is wrong or none: such a model must not serve.
         """
         try:
             self._check_golden(folder)
         except Internal as error:
-            raise RuntimeError(f"{NO_ANSWER} {error}") from error
+            raise SetupFailed(f"{NO_ANSWER} {error}") from error
+        except JobError as error:
+            raise SetupFailed(f"The checkpoint's golden question cannot be asked: {error}") from error
+        except SetupFailed:
+            raise
+        except Exception as error:
+            # Of a checkpoint that loads but does not fit together: to start again would not help.
+            raise SetupFailed(
+                f"The checkpoint cannot be asked ({type(error).__name__}: {error}): correct it."
+            ) from error
 
     def _check_golden(self, folder: Path | None) -> None:
-        golden = folder / "golden.json" if folder else None
-        if golden is None or not golden.is_file():
+        golden = _golden(folder) if folder else None
+        if golden is None:
             self._check_any_answer()
             return
-        expected = json.loads(golden.read_text())
-        image = self._open((golden.parent / expected["image"]).read_bytes())
-        job = parse(expected["task"], {"image": {"path": expected["image"]}, **expected["arguments"]})
+        job, data, right = golden
+        image = self._open(data)
         parts = [image if isinstance(part, ImageRef) else part for part in self._prompt(job)]
         text = self._run_once(job, parts)
-        if text.strip() != expected["text"].strip():
-            raise RuntimeError(
-                f"The golden check failed: the model says {text!r} where {expected['text']!r} is right. "
+        if text.strip() != right.strip():
+            raise SetupFailed(
+                f"The golden check failed: the model says {text!r} where {right!r} is right. "
                 "The weights, their precision or this device is broken."
             )
 
@@ -326,11 +337,30 @@ class Service:
         scored = Row(self._codec.prepare(parts), Sampling(1), labels=tuple(self._codec.encode_labels(parts, ["a"])))
         probabilities = self._engine.submit(scored).result().probabilities
         if not said.ids or not all(map(math.isfinite, probabilities)):
-            raise RuntimeError(NO_ANSWER)
+            raise SetupFailed(NO_ANSWER)
 
     def _run_once(self, job: Job, parts: Parts) -> str:
         row = self._row(job, parts, _Run(Ticket("golden"), None), self._new_tokens(job))
         return self._codec.decode(self._engine.submit(row).result().ids)
+
+
+def _golden(folder: Path) -> tuple[Job, bytes, str] | None:
+    """A checkpoint's golden question, its picture's file and the right answer. Raises SetupFailed or a JobError.
+
+    The file is the checkpoint's, and may be a stranger's: it names files beside itself only.
+    """
+    if not os.path.lexists(folder / "golden.json"):
+        return None
+    try:
+        expected = json.loads(read_below(folder, "golden.json", MAX_GOLDEN_BYTES))
+        name = expected["image"]
+        if not isinstance(name, str) or "/" in name:
+            raise SetupFailed("The checkpoint's golden.json names a picture elsewhere: put it beside the file.")
+        data = read_below(folder, name, MAX_GOLDEN_BYTES)
+        job = parse(expected["task"], {"image": {"path": name}, **expected["arguments"]})
+        return job, data, str(expected["text"])
+    except (LookupError, TypeError, ValueError, RecursionError):
+        raise SetupFailed("The checkpoint's golden.json has another form than task, image, arguments, text.") from None
 
 
 class _Run:

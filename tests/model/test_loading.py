@@ -129,6 +129,151 @@ def test_a_family_that_comes_with_its_own_code_is_refused(tmp_path: Path) -> Non
     assert not trace.exists()
 
 
+def _changed(folder: Path, file: str, **changes: Any) -> None:
+    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**content, **changes}))
+
+
+@pytest.fixture
+def demo_copy(tmp_path: Path) -> Path:
+    return shutil.copytree(DEMO, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"attn_implementation": "someone/kernel"}),
+        ("config.json", {"_attn_implementation": "someone/kernel"}),
+        ("config.json", {"_attn_implementation_internal": "someone/kernel"}),
+        ("config.json", {"attn_implementation": {"vision_config": "someone/kernel@v1"}}),
+        ("config.json", {"vision_config": {"attn_implementation": "flash_attention_2"}}),
+        ("config.json", {"vision_config": [["attn_implementation", "someone/kernel"]]}),
+        ("config.json", {"experts_implementation": "someone/kernel"}),
+        ("config.json", {"attribute_map": {"note": "_attn_implementation"}, "note": "someone/kernel"}),
+        ("config.json", {"transformers_weights": "../other.safetensors"}),
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        ("config.json", {"quantization_config": {"quant_method": "mxfp4"}}),
+        ("config.json", {"quantization_config": {"bits": 4}}),
+        ("config.json", {"quantization_config": "gptq"}),
+        ("config.json", {"text_config": {"model_type": "timm_backbone"}}),
+        ("config.json", {"backbone": "resnet18", "use_pretrained_backbone": True}),
+        ("config.json", {"dtype": "load"}),
+        ("config.json", {"torch_dtype": ["float16"]}),
+        ("config.json", {"fusion_config": {"patch_embeddings": True}}),
+        ("config.json", {"processor_class": "WhisperProcessor"}),
+        ("config.json", {"tokenizer_class": "TapasTokenizer"}),
+        ("generation_config.json", {"cache_implementation": "quantized"}),
+        ("generation_config.json", {"custom_generate": "someone/generate"}),
+        ("processor_config.json", {"processor_class": "WhisperProcessor"}),
+        ("processor_config.json", {"image_processor": {"image_processor_type": "TimmWrapperImageProcessor"}}),
+        ("processor_config.json", {"audio_tokenizer": {"audio_tokenizer_name_or_path": "someone/model"}}),
+        ("preprocessor_config.json", {"image_processor_type": "ViTImageProcessor"}),
+        ("tokenizer_config.json", {"tokenizer_class": "MistralCommonBackend"}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.../../x.json"]}),
+        ("tokenizer_config.json", {"gguf_file": "../x.gguf"}),
+        ("audio_tokenizer_config.json", {"audio_tokenizer_name_or_path": "someone/model"}),
+        ("adapter_config.json", {"base_model_name_or_path": "someone/model"}),
+        ("model.safetensors.index.json", {"weight_map": {"lm_head.weight": "../x.safetensors"}, "metadata": {}}),
+        ("model.safetensors.index.json", {"weight_map": {"lm_head.weight": "x.bin"}, "metadata": {}}),
+        ("shard-00001-model-00001-of-00001.safetensors", {}),
+    ],
+)
+def test_what_would_fetch_import_or_name_other_files_is_refused_by_name(
+    demo_copy: Path, file: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What transformers would make of it is not to be tried here.
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("read by transformers"))
+    _changed(demo_copy, file, **changes)
+    with pytest.raises(SetupFailed, match=r"^The checkpoint") as refused:
+        load(Settings(model=str(demo_copy)))
+    assert "someone" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[" * 100_000),
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": ["idefics"]}'),
+        ("config.json", '{"model_type": "idefics", "hidden_size": "large"}'),
+        ("config.json", '{"model_type": "idefics", "hidden_size": 7}'),
+        ("config.json", '{"model_type": "idefics", "vision_config": {"num_attention_heads": 0}}'),
+        ("config.json", '{"model_type": "idefics", "hidden_act": "none such"}'),
+        ("config.json", '{"model_type": "idefics", "vocab_size": -5}'),
+        ("generation_config.json", "{"),
+        ("generation_config.json", '{"eos_token_id": {"a": 1}}'),
+        ("preprocessor_config.json", "null"),
+        ("processor_config.json", '{"processor_class": "IdeficsProcessor", "image_processor": 7}'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "\0" * 50),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 7}}'),
+        ("model.safetensors", ""),
+        ("model.safetensors", "\xff" * 100),
+        ("model.safetensors.index.json", '{"weight_map": 7}'),
+    ],
+)
+def test_every_broken_file_ends_in_setup_failed(demo_copy: Path, file: str, content: str) -> None:
+    if file.endswith("index.json"):
+        (demo_copy / "model.safetensors").unlink()
+    (demo_copy / file).write_text(content)
+    with pytest.raises(SetupFailed):
+        _checked(Settings(model=str(demo_copy)))
+
+
+class Panic(BaseException):
+    """As Rust's are, in Python."""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), RuntimeError("x"), Panic("x"), AssertionError()])
+def test_no_error_while_loading_is_another_than_setup_failed(error: BaseException, monkeypatch: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", fail)
+    with pytest.raises(SetupFailed, match="Cannot load demo"):
+        load(Settings(model="demo"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image": "../secret.png"},
+        {"image": "{secret}"},
+        {"image": "link.png"},
+        {"image": "folder/golden.png"},
+        {"image": "none.png"},
+        {"image": "config.json"},
+        {"image": ["golden.png"]},
+        {"image": "golden\0.png"},
+        {"task": "idefics.none"},
+        {"task": ["idefics.caption"]},
+        {"arguments": {"prompt": "<image>"}},
+        {"arguments": {"max_new_tokens": 10**6}},
+        {"arguments": [1]},
+        {"text": None},
+    ],
+)
+def test_a_golden_file_names_files_beside_itself_and_nothing_else(demo_copy: Path, changes: dict[str, Any]) -> None:
+    secret = demo_copy.parent / "secret.png"
+    shutil.copy(DEMO / "golden.png", secret)
+    (demo_copy / "link.png").symlink_to(secret)
+    (demo_copy / "folder").mkdir()
+    shutil.copy(DEMO / "golden.png", demo_copy / "folder")
+    if changes.get("image") == "{secret}":
+        changes = {"image": str(secret)}
+    _changed(demo_copy, "golden.json", **changes)
+    with pytest.raises(SetupFailed):
+        _checked(Settings(model=str(demo_copy)))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "7", '{"image": "golden.png"}'])
+def test_a_broken_golden_file_is_setup_failed(demo_copy: Path, content: str) -> None:
+    (demo_copy / "golden.json").write_text(content)
+    with pytest.raises(SetupFailed, match=r"golden\.json"):
+        _checked(Settings(model=str(demo_copy)))
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

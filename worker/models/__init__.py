@@ -16,6 +16,11 @@ from worker.engine.row import Picture, Row, Tokens
 
 DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 
+
+class SetupFailed(RuntimeError):
+    """The model cannot be served; the message tells the cure."""
+
+
 #: Texts and pictures in reading order.
 Parts = Sequence[str | Picture]
 

@@ -31,7 +31,8 @@ from tasks.payloads import ModelInfo
 from worker.engine.continuous import ContinuousModel
 from worker.engine.generation import NO_RULES, GenerationRules, generation_rules
 from worker.engine.runner import StockModel
-from worker.models import Model, checkpoint_folder
+from worker.models import Model, SetupFailed, checkpoint_folder
+from worker.models.checkpoint import inspect
 from worker.models.graphed import CudaGraphs
 from worker.models.idefics import IdeficsAdapter
 from worker.models.idefics_later import LaterIdeficsAdapter
@@ -45,10 +46,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 NOT_QUANTIZED = ["model.vision_model", "model.perceiver_resampler", "model.connector", "lm_head"]
 
 
-class SetupFailed(RuntimeError):
-    """The model cannot be served; the message tells the cure."""
-
-
 def load(settings: Settings) -> Model:
     """The model that the settings name. Raises SetupFailed."""
     source = str(checkpoint_folder(settings) or settings.model)
@@ -58,33 +55,50 @@ def load(settings: Settings) -> Model:
         "local_files_only": settings.offline,
     }
     try:
-        config = AutoConfig.from_pretrained(source, **pinned)  # nosec B615 - pinned as the operator says
-        family = FAMILIES.get(config.model_type)
-        if family is None:
-            raise SetupFailed(
-                f"{settings.model} is of the family {config.model_type!r}: served are {', '.join(FAMILIES)}."
-            )
-        processor = AutoProcessor.from_pretrained(source, **pinned)  # nosec B615
-        model = family.network.from_pretrained(  # nosec B615
-            source,
-            **pinned,
-            use_safetensors=True,
-            dtype=_dtype(settings),
-            device_map=_device_map(settings),
-            quantization_config=_quantization(settings),
-        )
-        rules = _taken_rules(model)
-    except (OSError, ValueError, ImportError) as error:
+        return _load(settings, source, pinned)
+    except SetupFailed:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # Whatever a stranger's files make the libraries raise: to start again would not help. Rust's panics are no
+        # Exceptions.
         raise SetupFailed(
-            f"Cannot load {settings.model}: {error} IDEFICS_MODEL takes a hub id or a folder with safetensors."
+            f"Cannot load {settings.model}: {_told(error)} IDEFICS_MODEL takes a hub id or a folder with safetensors."
             + (" IDEFICS_OFFLINE is on: a hub id must be in the cache already." if settings.offline else "")
         ) from error
+
+
+def _load(settings: Settings, source: str, pinned: dict[str, Any]) -> Model:
+    content = inspect(source, **pinned)
+    family = FAMILIES.get(str(content.get("model_type")))
+    if family is None:
+        raise SetupFailed(
+            f"{settings.model} is of the family {content.get('model_type')!r}: served are {', '.join(FAMILIES)}."
+        )
+    config = AutoConfig.from_pretrained(source, **pinned)  # nosec B615 - pinned as the operator says
+    processor = AutoProcessor.from_pretrained(source, **pinned)  # nosec B615
+    model = family.network.from_pretrained(  # nosec B615
+        source,
+        config=config,
+        **pinned,
+        use_safetensors=True,
+        dtype=_dtype(settings),
+        device_map=_device_map(settings),
+        quantization_config=_quantization(settings),
+    )
+    rules = _taken_rules(model)
     if checkpoint_folder(settings) is None and not _COMMIT.fullmatch(settings.model_revision or ""):
         commit = _commit(settings)
         logger.warning("%s is not pinned and may change: set IDEFICS_MODEL_REVISION, now %s.", settings.model, commit)
     if rules != NO_RULES:
         logger.info("The generation_config.json of %s applies: %s.", settings.model, asdict(rules))
     return family.serve(model.eval(), processor, _info(settings, model), settings, rules)
+
+
+def _told(error: BaseException) -> str:
+    text = str(error).strip() if isinstance(error, OSError | ValueError | ImportError) else ""
+    return text or f"{type(error).__name__}: {error}."
 
 
 def _on_own_decoder(

@@ -1,0 +1,179 @@
+"""What a checkpoint's own files may say: read before transformers reads them.
+
+A checkpoint is a stranger's. Some keys of its JSON have transformers fetch other repositories (kernels, audio
+tokenizers, base models), import packages, or open files by a name that the checkpoint chooses. Those are refused, by
+file and key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+from worker.models import SetupFailed
+
+#: Bytes of one JSON file. The largest, a list of tensors, has about one.
+MAX_JSON_BYTES = 16_000_000
+
+CONFIGS = ("config.json", "generation_config.json")
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json")
+WEIGHTS = "model.safetensors.index.json"
+#: Files whose being there is enough to have another repository loaded, or weights that are no plain safetensors.
+REFUSED_FILES = ("adapter_config.json", "audio_tokenizer_config.json")
+_SHARD_OF_A_CLUSTER = re.compile(r"shard-\d+-model-.*")
+
+#: Keys, wherever they stand, with a leading underscore or without.
+REFUSED_KEYS = frozenset(
+    {
+        # Fetch kernels, and run them.
+        "attn_implementation",
+        "attn_implementation_internal",
+        "experts_implementation",
+        "experts_implementation_internal",
+        "kernel_config",
+        "use_kernels",
+        "allow_all_kernels",
+        # Load other checkpoints.
+        "audio_tokenizer",
+        "base_model_name_or_path",
+        "backbone",
+        "backbone_config",
+        "use_pretrained_backbone",
+        "use_timm_backbone",
+        "assistant_model",
+        # Name other files.
+        "transformers_weights",
+        "gguf_file",
+        "fast_tokenizer_files",
+        "extra_files",
+        "extra_config_files",
+        # Change what other keys mean.
+        "attribute_map",
+        "sub_configs",
+        "sub_configs_defaults",
+        # Run other code than the family's.
+        "trust_remote_code",
+        "code_revision",
+        "custom_generate",
+        "custom_pipelines",
+        "compile_config",
+        "cache_implementation",
+        "cache_config",
+        "fusion_config",
+        "distributed_config",
+        "device_mesh",
+        "tp_plan",
+        "pp_plan",
+        "tokenizer_object",
+    }
+)
+
+_IDEFICS = r"[Ii]defics\w*"
+#: What the values of keys that name a class or a type may be. transformers imports what they name.
+NAMES = {
+    "model_type": re.compile(rf"{_IDEFICS}|mistral|llama|siglip\w*"),
+    "processor_class": re.compile(_IDEFICS),
+    "image_processor_type": re.compile(_IDEFICS),
+    "feature_extractor_type": re.compile(_IDEFICS),
+    "video_processor_type": re.compile(_IDEFICS),
+    "tokenizer_class": re.compile(r"(Llama|PreTrained|GPT2|CodeLlama)Tokenizer(Fast)?|TokenizersBackend"),
+    "dtype": re.compile(r"(torch\.)?(float(16|32|64)|bfloat16|auto)"),
+    "torch_dtype": re.compile(r"(torch\.)?(float(16|32|64)|bfloat16|auto)"),
+    "quant_method": re.compile(r"bitsandbytes"),
+}
+#: They may not be of another kind, as a list: there the values of NAMES would not be found.
+_OBJECTS = frozenset({"quantization_config", "text_config", "vision_config", "perceiver_config"})
+
+Found = Callable[[str], Path | None]
+
+
+def inspect(source: str, **pinned: Any) -> dict[str, Any]:
+    """The content of a checkpoint's config.json. Raises SetupFailed where one of its files asks for what is refused,
+    OSError where it has none.
+
+    `source`: a folder or a hub id; `pinned`: arguments of transformers' from_pretrained.
+    """
+    pinned = {name: value for name, value in pinned.items() if name != "trust_remote_code"}
+
+    def found(name: str) -> Path | None:
+        path = cached_file(source, name, **pinned, _raise_exceptions_for_missing_entries=False)
+        return Path(path) if path else None
+
+    contents = {name: content for name in (*CONFIGS, *PROCESSORS, WEIGHTS) if (content := _content(name, found))}
+    _check_files(source, found)
+    for name, content in contents.items():
+        check(name, content)
+    if "config.json" not in contents:
+        raise OSError("it has no config.json.")
+    return contents["config.json"]
+
+
+def _content(name: str, found: Found) -> dict[str, Any] | None:
+    path = found(name)
+    if path is None:
+        return None
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise SetupFailed(f"The checkpoint's {name} has more than {MAX_JSON_BYTES:,} bytes: it is none.")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise SetupFailed(f"The checkpoint's {name} is not valid JSON: download it anew.") from None
+    if not isinstance(content, dict):
+        raise SetupFailed(f"The checkpoint's {name} is no JSON object: download it anew.")
+    return content
+
+
+def _check_files(source: str, found: Found) -> None:
+    for name in REFUSED_FILES:
+        if found(name) is not None:
+            raise SetupFailed(f"The checkpoint has a file {name}: merge an adapter into its model, or remove the file.")
+    folder = Path(source)
+    if folder.is_dir() and any(_SHARD_OF_A_CLUSTER.fullmatch(path.name) for path in folder.iterdir()):
+        raise SetupFailed("The checkpoint's weights are those of a cluster: save it as plain safetensors.")
+
+
+def check(name: str, content: Mapping[str, Any]) -> None:
+    """Raises SetupFailed where a JSON file's content asks for what is refused. Pure."""
+    if name == WEIGHTS:
+        _check_weights(content)
+        return
+    for place, key, value in _entries(content):
+        plain = key.lstrip("_")
+        if value is None or value is False or place == "model_type":
+            # The family itself is the loader's to judge.
+            continue
+        if plain in REFUSED_KEYS:
+            raise SetupFailed(f"The checkpoint's {name} has the key {place}, which is not followed here: remove it.")
+        if plain in _OBJECTS and not isinstance(value, dict):
+            raise SetupFailed(f"The checkpoint's {name}: {place} is no object: correct it.")
+        if plain == "quantization_config" and "quant_method" not in value:
+            raise SetupFailed(
+                f"The checkpoint's {name}: {place} has no quant_method: set IDEFICS_QUANTIZATION instead."
+            )
+        if plain in NAMES and not (isinstance(value, str) and NAMES[plain].fullmatch(value)):
+            raise SetupFailed(f"The checkpoint's {name}: {place} names none of what is served here: correct it.")
+
+
+def _check_weights(content: Mapping[str, Any]) -> None:
+    files = content.get("weight_map")
+    names = files.values() if isinstance(files, dict) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+        raise SetupFailed(f"The checkpoint's {WEIGHTS} names other files than safetensors beside itself: correct it.")
+
+
+def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Every key at any depth, its place before it and its value behind it. Without recursion."""
+    waiting: list[tuple[str, Any]] = [("", content)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield place + key, key, inner
+                waiting.append((f"{place}{key}.", inner))
+        elif isinstance(value, list):
+            waiting.extend((f"{place}{number}.", inner) for number, inner in enumerate(value))
