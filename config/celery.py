@@ -33,7 +33,8 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
         # One model process; the pool itself holds `job_threads` jobs.
         "worker_concurrency": 1,
         "worker_prefetch_multiplier": settings.job_threads,
-        # Jobs with a countdown wait in memory beside those: they must not starve the queue, nor be unbounded.
+        # With IDEFICS_ATOMIC_TAKE=false jobs with a countdown wait in memory beside those: they must not starve the
+        # queue, nor be unbounded. Else they wait in Redis (worker/queue/due.py), and take no place in a worker.
         "worker_eta_task_limit": settings.job_threads + 10_000,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_soft_shutdown_timeout": settings.soft_shutdown_timeout_s,

@@ -70,8 +70,9 @@ class Settings(BaseSettings):
     #: What the sentinels ask for, where they ask: the URL's own password is the Redis server's.
     sentinel_password: SecretStr = SecretStr("")
 
-    #: Take jobs with a script that moves them in one step. False: kombu's own way, for brokers that run no scripts; a
-    #: worker that dies while it takes a job then loses it.
+    #: Take jobs with a script that moves them in one step, and have jobs with a countdown wait in Redis. False: kombu's
+    #: own way, for brokers that run no scripts; a worker that dies while it takes a job then loses it, and jobs with a
+    #: countdown fill its memory.
     atomic_take: bool = True
 
     #: A hub id, a folder, or `demo`: the checkpoint in worker/demo. `fake` answers without a network, for tests of

@@ -296,7 +296,10 @@ class Client:
             backend.result_consumer.cancel_for(id)
 
     def queued(self, priority: int | None = None) -> int:
-        """Jobs that wait in the queue, all or with one priority. Raises OperationalError where the broker is away."""
+        """Jobs that wait in the queue, all or with one priority. Raises OperationalError where the broker is away.
+
+        Those that a worker has met before their time (`eta`, `countdown`) are not among them.
+        """
         return self._capacity.queued(self._queue, priority)
 
     def failed(self) -> Iterator[FailedJob]:

@@ -41,8 +41,8 @@ HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
 #: A key in the results' database, followed by a job's id: while it is there, the job does not start and one that runs
 #: ends. So a producer cancels that may not write to Celery's mailbox.
 CANCEL_KEY = "idefics:cancel:"
-#: Seconds that such a key stays: longer than a job waits.
-CANCEL_TTL_S = 86_400
+#: Seconds that such a key stays: longer than a job waits, for its `eta` too.
+CANCEL_TTL_S = 32 * 86_400
 
 MAX_TEXT_CHARS = 200_000
 MAX_LABELS = 1_000

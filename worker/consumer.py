@@ -19,6 +19,7 @@ from worker.announce import UNAVAILABLE
 from worker.defects import without_values
 from worker.deliveries import Deliveries
 from worker.pool.job import exception_info
+from worker.queue.due import hold_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, usable_id
 from worker.queue.refusals import Refusals
 
@@ -66,6 +67,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         # Kombu's own channel (IDEFICS_ATOMIC_TAKE=false) does not ask; nor has another pool an answer.
         self.task_consumer.channel.wants = lambda: getattr(self.pool, "wants_jobs", True)
         self.task_consumer.channel.most_bytes = most
+        if not load().atomic_take:
+            release(self.task_consumer.channel, [queue.name for queue in self.task_consumer.queues])
 
         def on_task_received(message: Any) -> None:
             try:
@@ -77,7 +80,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             # Decoded once, and kept no longer than the request needs it: it takes many times the body's memory.
             message._decoded_cache, message._raw = list(envelope.payload), None
             try:
-                handle(message)
+                if not hold_until_due(message):
+                    handle(message)
             except (*self.connection_errors, *self.channel_errors):
                 raise
             except Exception as error:

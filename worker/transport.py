@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import time
 from collections import defaultdict
@@ -31,7 +32,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from tasks.capacity import passes
-from worker.queue.envelope import NO_ENVELOPE, Refused, given_back, opened
+from worker.queue.due import DUE, ETA, HOLD
+from worker.queue.envelope import MAX_DELAY_S, NO_ENVELOPE, Refused, given_back, opened
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,9 @@ COMPLAIN_S = 30.0
 #: Seconds within which jobs that end are acknowledged together. A worker that dies before has them come again, and
 #: finds that they have ended.
 SETTLE_S = 0.03
+#: Messages, and their bytes, that one take puts where they wait for their time: no script is to hold Redis up.
+MOST_HELD = 100
+MOST_HELD_BYTES = 1_000_000
 #: Seconds after which a reply is late: another worker may have been given its message meanwhile.
 LATE_S = 5.0
 #: Seconds that a publisher in the model process waits for a broker that is full.
@@ -51,24 +56,49 @@ PUBLISH_PATIENCE_S = 300.0
 #: Seconds between two looks for messages whose visibility timeout is over, without an event loop.
 SWEEP_S = 0.5
 
-#: KEYS: unacked, its index, then the lists in order. ARGV: tag, time, then for each list what ends the record of its
-#: messages; empty where they are not acknowledged.
-#: RPOP comes first: a full server allows what follows a write that frees memory. Lua does not roll back.
-TAKE = """
+#: KEYS: unacked, its index, then the lists in order. ARGV: tag, what stands before a list's name in the name of its
+#: set of messages that wait for their time (worker/queue/due.py), then for each list what ends the record of its
+#: messages; empty where they are not acknowledged. Answers with the list's number, the message, the server's time; the
+#: number is -1 where it met so many messages before their time that it is to be asked again.
+#: RPOP or ZREM comes first: a full server allows what follows a write that frees memory. Lua does not roll back.
+#: All times are the server's: a worker's clock may be hours ahead.
+TAKE = f"""
+{ETA}
 local function failed(reply) return type(reply) == 'table' and reply.err end
+local time = redis.call('TIME')
+local now = string.format('%d.%06d', time[1], time[2])
+local met, bytes = 0, 0
 for i = 3, #KEYS do
-  local raw = redis.call('RPOP', KEYS[i])
+  local due, raw, at
+  if ARGV[i] ~= '' then
+    due = ARGV[2] .. KEYS[i]
+    local first = redis.pcall('ZRANGEBYSCORE', due, '-inf', now, 'WITHSCORES', 'LIMIT', 0, 1)
+    raw, at = first[1], first[2]
+  end
+  if raw then redis.call('ZREM', due, raw) else raw = redis.call('RPOP', KEYS[i]) end
+  while due and raw and not at do
+    local moment = eta(raw)
+    if not moment or moment <= tonumber(now) or moment > time[1] + {MAX_DELAY_S} then break end
+    local reply = redis.pcall('ZADD', due, string.format('%.6f', moment), raw)
+    if failed(reply) then
+      redis.call('RPUSH', KEYS[i], raw)
+      return reply
+    end
+    met, bytes = met + 1, bytes + #raw
+    if met >= {MOST_HELD} or bytes >= {MOST_HELD_BYTES} then return {{-1, '', now}} end
+    raw = redis.call('RPOP', KEYS[i])
+  end
   if raw then
-    if ARGV[i] ~= '' and string.byte(raw) == 123 then
+    if due and string.byte(raw) == 123 then
       local reply = redis.pcall('HSET', KEYS[1], ARGV[1], '[' .. raw .. ARGV[i])
-      if not failed(reply) then reply = redis.pcall('ZADD', KEYS[2], ARGV[2], ARGV[1]) end
+      if not failed(reply) then reply = redis.pcall('ZADD', KEYS[2], now, ARGV[1]) end
       if failed(reply) then
         redis.pcall('HDEL', KEYS[1], ARGV[1])
-        redis.call('RPUSH', KEYS[i], raw)
+        if at then redis.call('ZADD', due, at, raw) else redis.call('RPUSH', KEYS[i], raw) end
         return reply
       end
     end
-    return {i - 3, raw}
+    return {{i - 3, raw, now}}
   end
 end
 return false
@@ -106,6 +136,20 @@ class Take:
     tag: str
     #: Of each list, in order.
     queues: tuple[str, ...]
+    #: Without the prefix of all keys.
+    lists: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A message that is to wait for its time."""
+
+    #: The sorted set.
+    key: str
+    #: Unix seconds.
+    at: float
+    #: Bytes that end its record.
+    ending: int
 
 
 class Debts:
@@ -115,13 +159,14 @@ class Debts:
         self.acks: dict[str, None] = {}
         #: Whether each goes to the end of its queue.
         self.returns: dict[str, bool] = {}
+        self.holds: dict[str, Hold] = {}
 
     def ack(self, tag: str) -> None:
         self.returns.pop(tag, None)
         self.acks[tag] = None
 
     def give_back(self, tag: str, *, last: bool = False) -> None:
-        if tag not in self.acks:
+        if tag not in self.acks and tag not in self.holds:
             self.returns[tag] = last
 
 
@@ -219,6 +264,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
         #: Of each queue with acknowledgements, how its records end: the default exchange and the queue's name, so that
         #: a message that comes back needs no binding.
         self._ends: dict[str, str] = {}
+        #: When the message that is being delivered was taken, in unix seconds of the server's clock.
+        self.taken_at = 0.0
+        #: The list that it was taken from, and how its record ends.
+        self._taken_from = "", ""
         #: Whether to ask for such messages now.
         self.wants: Callable[[], bool] = lambda: True
         #: How far a compressed body is inflated.
@@ -272,7 +321,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         """Raises ImproperlyConfigured where the broker's user may run no script."""
         try:
             with self.conn_or_acquire() as client:
-                client.execute_command("EVAL", TAKE, *self._script_arguments(Take(uuid(), ()), ()))
+                client.execute_command("EVAL", TAKE, *self._script_arguments(Take(uuid(), (), ())))
         except NoPermissionError as error:
             raise ImproperlyConfigured(
                 f"The broker's user may not run scripts ({error}): add +eval +evalsha +rpop to its ACL, "
@@ -299,17 +348,21 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if not queues:
             return
         lists = [(queue, self._q_for_pri(queue, step)) for step in self.priority_steps for queue in queues]
-        self._take = Take(uuid(), tuple(queue for queue, _ in lists))
-        arguments = self._script_arguments(self._take, tuple(key for _, key in lists))
+        self._take = Take(uuid(), tuple(queue for queue, _ in lists), tuple(name for _, name in lists))
+        arguments = self._script_arguments(self._take)
         command = ("EVALSHA", TAKE_SHA) if self._knows_script else ("EVAL", TAKE)
         self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
         self.client.connection.send_command(*command, *arguments)
 
-    def _script_arguments(self, take: Take, lists: tuple[str, ...]) -> list[Any]:
-        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, *lists)]
+    def _script_arguments(self, take: Take) -> list[Any]:
+        keys = [*self._record_keys, *(self.global_keyprefix + name for name in take.lists)]
         ends = [self._ends.get(queue, "") for queue in take.queues]
-        return [len(keys), *keys, take.tag, time.time(), *ends]
+        return [len(keys), *keys, take.tag, self.global_keyprefix + DUE, *ends]
+
+    @property
+    def _record_keys(self) -> tuple[str, str]:
+        return self.global_keyprefix + self.unacked_key, self.global_keyprefix + self.unacked_index_key
 
     def _brpop_read(self, **options: Any) -> bool:
         take = self._take
@@ -321,7 +374,11 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if reply is None:
             self._rests_until = self._brpop_sent_at + POLL_S / 2
             raise Empty
-        queue, raw = take.queues[reply[0]], reply[1]
+        number, raw, now = reply
+        if number < 0:
+            raise Empty
+        queue, self.taken_at = take.queues[number], float(now)
+        self._taken_from = take.lists[number], self._ends.get(queue, "")
         self.recorded = take.tag if queue in self._ends and raw[:1] == b"{" else None
         if self.recorded:
             self._check_late(take.tag)
@@ -425,6 +482,13 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._take = None
         super()._on_connection_disconnect(connection)
 
+    def hold(self, tag: str, at: float) -> None:
+        """Have the message that is being delivered wait in Redis until a time, in unix seconds."""
+        (name, ending), prefix = self._taken_from, self.global_keyprefix
+        self.debts.holds[tag] = Hold(f"{prefix}{DUE}{prefix}{name}", at, len(ending))
+        self.settle_soon()
+        virtual.QoS.ack(self.qos, tag)
+
     # Debts
 
     def settle(self) -> None:
@@ -434,9 +498,19 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self.qos.remove(*tags)
         for tag in tags:
             self.debts.acks.pop(tag, None)
+        self._settle_holds()
         for tag, last in list(self.debts.returns.items()):
             self.qos.restore_by_tag(tag, leftmost=last)
             self.debts.returns.pop(tag, None)
+
+    def _settle_holds(self) -> None:
+        while chunk := list(itertools.islice(self.debts.holds.items(), MOST_HELD)):
+            keys = [*self._record_keys, *(hold.key for _, hold in chunk)]
+            arguments = [part for tag, hold in chunk for part in (tag, hold.at, hold.ending)]
+            with self.conn_or_acquire() as client:
+                client.execute_command("EVAL", HOLD, len(keys), *keys, *arguments)
+            for tag, _ in chunk:
+                self.debts.holds.pop(tag, None)
 
     def settle_soon(self) -> None:
         """Together with what ends within SETTLE_S, where there is an event loop."""

@@ -361,14 +361,14 @@ def _is_limits(value: Any) -> bool:
 
 
 def _is_due_time(value: Any) -> bool:
-    return 0 <= _unix_seconds(value) <= time.time() + MAX_DELAY_S
+    return 0 <= unix_seconds(value) <= time.time() + MAX_DELAY_S
 
 
 def _is_expiry(value: Any) -> bool:
-    return _is_seconds(value) or 0 <= _unix_seconds(value) <= MAX_EXPIRY
+    return _is_seconds(value) or 0 <= unix_seconds(value) <= MAX_EXPIRY
 
 
-def _unix_seconds(value: Any) -> float:
+def unix_seconds(value: Any) -> float:
     """Of a moment as Celery writes it; NaN for anything else."""
     if not isinstance(value, str | datetime):
         return math.nan

@@ -1,0 +1,177 @@
+"""Jobs with a countdown wait in Redis: none holds a worker up, none is lost, and each runs on time."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from celery import chord
+from celery.result import AsyncResult
+
+from tasks import Client
+from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
+from tests.flow.gallery import Gallery
+from worker.demo import stack
+
+pytestmark = pytest.mark.timeout(120)
+
+#: A job later than that was not on time, on a machine that does other things too.
+LATE_S = 1.0
+#: Jobs with a countdown that stopped a worker which held them.
+FLOOD = 10_200
+
+
+@pytest.fixture
+def server() -> Iterator[stack.Broker]:
+    with stack.broker() as server:
+        yield server
+
+
+@pytest.fixture
+def producer(server: stack.Broker) -> Producer:
+    return Producer(server)
+
+
+@pytest.fixture
+def gallery() -> Iterator[Gallery]:
+    with Gallery().open() as gallery:
+        yield gallery
+
+
+@pytest.fixture(scope="module")
+def stood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    log = tmp_path_factory.mktemp("due") / "log"
+    with (
+        Gallery().open() as gallery,
+        stack.broker() as server,
+        stand(server, gallery, log, MODEL="fake", PREFETCH="64") as stood,
+    ):
+        yield stood
+
+
+def waiting(server: stack.Broker) -> int:
+    """Jobs that wait for their time."""
+    broker = server.connect()
+    return sum(broker.zcard(name) for name in broker.scan_iter("idefics:due:*"))
+
+
+def lateness(job: AsyncResult, at: float) -> float:
+    """Seconds between a job's time and its end."""
+    assert job.get(timeout=PATIENCE_S)["text"] == "llo"
+    return float(job.date_done.replace(tzinfo=UTC).timestamp()) - at
+
+
+def flood(server: stack.Broker, producer: Producer) -> None:
+    """What a stock producer sends, by the thousand."""
+    model = producer.complete().apply_async(countdown=3_600)
+    with server.connect() as broker:
+        message = broker.lpop("idefics").decode()
+        tag = json.loads(message)["properties"]["delivery_tag"]
+        with broker.pipeline() as pipe:
+            for _ in range(FLOOD):
+                pipe.lpush("idefics", message.replace(model.id, str(uuid.uuid4())).replace(tag, str(uuid.uuid4())))
+            pipe.execute()
+
+
+def test_ten_thousand_jobs_with_a_countdown_hold_neither_due_nor_urgent_jobs_up(
+    server: stack.Broker, producer: Producer, gallery: Gallery, tmp_path: Path
+) -> None:
+    flood(server, producer)
+    with stand(server, gallery, tmp_path / "log", MODEL="fake") as stood:
+        sent = time.time()
+        urgent = producer.complete().apply_async(priority=0)
+        due = producer.complete().apply_async(eta=datetime.fromtimestamp(sent + 0.5, UTC))
+        plain = producer.complete().apply_async(priority=9)
+        assert [job.get(timeout=PATIENCE_S)["text"] for job in (urgent, plain, due)] == ["llo"] * 3
+        assert time.time() - sent < 10
+        assert waiting(server) == FLOOD
+        eventually(lambda: server.connect().hlen("unacked") == 0)
+        # A worker that stops has none of them to give back.
+        asked = time.monotonic()
+        stood.process.terminate()
+        stood.process.wait(PATIENCE_S)
+        assert time.monotonic() - asked < 10
+    assert waiting(server) == FLOOD
+
+
+def test_jobs_run_on_time(stood: Stand) -> None:
+    start = time.time() + 1.0
+    times = [start + 0.05 * number for number in range(40)]
+    jobs = [stood.producer.complete().apply_async(eta=datetime.fromtimestamp(at, UTC)) for at in times]
+    late = sorted(lateness(job, at) for job, at in zip(jobs, times, strict=True))
+    assert late[0] >= 0
+    assert late[-1] < LATE_S
+    log = stood.log.read_text()
+    begun = [log.index(f"[{job.id}] received") for job in jobs]
+    assert begun == sorted(begun)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_job_runs_on_time_after_its_worker_was_ended(
+    server: stack.Broker, producer: Producer, gallery: Gallery, tmp_path: Path, end: signal.Signals
+) -> None:
+    with stand(server, gallery, tmp_path / "first", MODEL="fake") as first:
+        at = time.time() + 12
+        job = producer.complete().apply_async(eta=datetime.fromtimestamp(at, UTC))
+        eventually(lambda: waiting(server) == 1)
+        first.process.send_signal(end)
+        first.process.wait(PATIENCE_S)
+    with stand(server, gallery, tmp_path / "second", MODEL="fake"):
+        assert time.time() < at, "the second worker took too long to start"
+        assert 0 <= lateness(job, at) < LATE_S
+    assert "redelivered" not in (tmp_path / "second").read_text()
+
+
+def test_a_job_that_expires_before_its_time_does_not_run(stood: Stand) -> None:
+    job = stood.producer.complete().apply_async(countdown=1.0, expires=0.5)
+    eventually(lambda: job.state == "REVOKED")
+
+
+@pytest.mark.parametrize("by", ["revoke", "Client.cancel"])
+def test_a_job_that_is_taken_back_before_its_time_does_not_run(stood: Stand, by: str) -> None:
+    job = stood.producer.complete().apply_async(countdown=1.5)
+    eventually(lambda: waiting(stood.producer.server) > 0)
+    if by == "revoke":
+        job.revoke()
+    else:
+        Client(stood.producer.server.url).cancel(job.id)
+    eventually(lambda: job.state == "REVOKED")
+    assert not re.search(rf"\[{job.id}\] succeeded", stood.log.read_text())
+
+
+def test_links_and_chords_with_a_countdown_go_on(stood: Stand) -> None:
+    producer = stood.producer
+    second = producer.complete("Second", immutable=True, countdown=0.5, task_id=uuid.uuid4().hex)
+    producer.complete().apply_async(link=second, countdown=0.5)
+    assert producer.app.AsyncResult(second.options["task_id"]).get(timeout=PATIENCE_S)["text"] == "ond"
+    parts = [producer.complete(countdown=delay) for delay in (0.2, 1.0)]
+    joined = chord(parts, app=producer.app)(producer.complete("Joined", immutable=True, countdown=0.3))
+    assert joined.get(timeout=PATIENCE_S)["text"] == "ned"
+
+
+def test_a_first_protocol_producers_job_waits_too(stood: Stand) -> None:
+    producer = Producer(stood.producer.server)
+    producer.app.conf.task_protocol = 1
+    at = time.time() + 1.0
+    job = producer.complete().apply_async(eta=datetime.fromtimestamp(at, UTC))
+    eventually(lambda: waiting(producer.server) == 1)
+    assert 0 <= lateness(job, at) < LATE_S
+
+
+def test_what_waits_in_redis_goes_to_a_worker_that_takes_as_stock_kombu_does(
+    server: stack.Broker, producer: Producer, gallery: Gallery, tmp_path: Path
+) -> None:
+    with stand(server, gallery, tmp_path / "first", MODEL="fake"):
+        at = time.time() + 8
+        job = producer.complete().apply_async(eta=datetime.fromtimestamp(at, UTC))
+        eventually(lambda: waiting(server) == 1)
+    with stand(server, gallery, tmp_path / "second", MODEL="fake", ATOMIC_TAKE="false"):
+        assert lateness(job, at) >= 0
+    assert waiting(server) == 0
