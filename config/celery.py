@@ -6,6 +6,9 @@ from typing import Any
 
 from config.settings import Settings
 
+#: Seconds for a connection to be made: a host that drops what is sent to it is given up.
+CONNECT_TIMEOUT_S = 5.0
+
 
 def configuration(settings: Settings, queue: str, default_priority: int) -> dict[str, Any]:
     """Celery's settings. Where one is not Celery's default, the line says what it is for."""
@@ -49,6 +52,7 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
             "queue_order_strategy": "priority",
             "priority_steps": list(range(10)),
             "socket_timeout": 30,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
             **broker.keepalive,
             **broker.options,
             "health_check_interval": 25,
@@ -66,6 +70,7 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
             "additional_connection_errors": ["redis.exceptions.ResponseError"],
         },
         "redis_socket_timeout": 30,
+        "redis_socket_connect_timeout": CONNECT_TIMEOUT_S,
         "redis_socket_keepalive": bool(results.keepalive),
         "redis_backend_health_check_interval": 25,
         # Results are stored by many job threads at once.

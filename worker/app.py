@@ -32,6 +32,7 @@ from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
 from worker.observability.log_lines import LineFormatter
 from worker.pool import SoftShutdown
+from worker.pool.signals import PoolExitInTime
 from worker.queue.refusals import Refusals
 from worker.results import CANCELED
 from worker.service import Canceled, Service, Ticket
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 settings = load()
 app = Celery("idefics", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY))
-app.steps["worker"].update([SoftShutdown, Cancellations])
+app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
 if settings.atomic_take:
     use_atomic_take(Refusals(app, failed_bounds))

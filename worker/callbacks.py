@@ -27,6 +27,7 @@ from tasks.payloads import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from tasks.webhooks import MAX_BODY_BYTES, batch_body
 from worker.announce import UNAVAILABLE
 from worker.observability.log_lines import LineFormatter
+from worker.runtime.exit_watchdog import ExitInTime, Held
 from worker.webhook import Answer, Sender, judge
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,11 @@ class Courier:
 
     def start(self) -> None:
         self._loop.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether attempts run. By any thread."""
+        return any(list(self._busy.values()))
 
     def stop(self) -> None:
         """Take nothing any more, and wait for the attempts that run."""
@@ -227,6 +233,22 @@ class Deliveries(bootsteps.StartStopStep):  # type: ignore[misc]
 
     terminate = stop
 
+    @property
+    def is_busy(self) -> bool:
+        courier = self._courier
+        return courier is not None and courier.is_busy
+
+
+class DeliveriesExitInTime(ExitInTime):
+    """The exit watchdog of this worker: it holds no message, and waits for the attempts that run."""
+
+    def held(self, worker: Any) -> Held:
+        return Held(is_running=_deliveries(worker).is_busy, is_owed=False)
+
+
+def _deliveries(worker: Any) -> Deliveries:
+    return next(step for step in worker.steps if isinstance(step, Deliveries))
+
 
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
 def _set_up_logging(**_: Any) -> None:
@@ -242,4 +264,4 @@ app.conf.update(worker_pool="solo", worker_prefetch_multiplier=1)
 # does not look for messages to give back.
 app.conf.control_exchange = "idefics.callbacks"
 app.conf.broker_transport_options = {**app.conf.broker_transport_options, "ack_emulation": False}
-app.steps["worker"].add(Deliveries)
+app.steps["worker"].update([Deliveries, DeliveriesExitInTime])

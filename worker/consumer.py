@@ -49,6 +49,24 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             # Celery's keeps a job's place for ever where handing the job over fails.
             self.controller._process_task = self._hand_over
 
+    def ensure_connected(self, conn: Any) -> Any:
+        """Celery's, which asks between its tries whether to stop: the deferred signals that say so run there too."""
+        ensure = conn.ensure_connection
+        run_signals = getattr(self.pool, "run_signals", lambda: None)
+
+        def ensure_connection(errback: Any, max_retries: Any, callback: Callable[[], None]) -> Any:
+            def in_a_pause() -> None:
+                run_signals()
+                callback()
+
+            return ensure(errback, max_retries, callback=in_a_pause)
+
+        conn.ensure_connection = ensure_connection
+        try:
+            return super().ensure_connected(conn)
+        finally:
+            del conn.ensure_connection
+
     def on_send_event_buffered(self) -> None:
         now = time.monotonic()
         if self.hub and now > self._publishes_events_at:

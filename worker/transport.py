@@ -175,6 +175,11 @@ class Debts:
 _debts: defaultdict[tuple[str, str, str], Debts] = defaultdict(Debts)
 
 
+def owes() -> bool:
+    """Whether any broker waits for an answer of this process. By any thread."""
+    return any(debts.acks or debts.returns for debts in list(_debts.values()))
+
+
 class QoS(stock.QoS):  # type: ignore[misc]
     """Kombu's, for messages that are recorded when they are taken, and for brokers that refuse or are away."""
 

@@ -32,6 +32,8 @@ from worker.pool.job import Callback, Callbacks, Job, JobState, is_redelivered, 
 from worker.pool.launch import ModelProcess
 from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
+from worker.runtime.exit_watchdog import Held
+from worker.transport import owes
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,22 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._closing = True
         self._hub_is_gone()
         self._leave()
+
+    def held(self) -> Held:
+        """Asked by the exit watchdog's thread."""
+        jobs = list(self._jobs.values())
+        is_owed = bool(jobs or worker_state.reserved_requests or worker_state.scheduled_requests or owes())
+        return Held(any(job.state is not JobState.WAITING for job in jobs), is_owed)
+
+    def abandon(self) -> None:
+        """The process ends this moment, by the exit watchdog's thread."""
+        if self._process is not None:
+            self._process.kill()
+        self._state_file.remove()
+
+    def run_signals(self) -> None:
+        """For who holds the main thread up: run the handlers of signals that have arrived, and raise what they do."""
+        self._signals.run()
 
     def _leave(self, grace_s: float = 0.0) -> None:
         self._end_process(grace_s)

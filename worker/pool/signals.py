@@ -2,7 +2,8 @@
 
 Celery's handler for a cold shutdown cancels requests and sends events inside the signal handler: where the signal
 struck while the event dispatcher held its lock, the worker deadlocks (it did 2 of 3 times when tried). So a signal
-only leaves its number in a pipe, and whoever reads the pipe runs the handler.
+only leaves its number in a pipe, and whoever reads the pipe runs the handler: the event loop, the pool where there is
+none, and the consumer while it reconnects. Where none of them comes to it in time, the exit watchdog ends the process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from worker.runtime.exit_watchdog import ExitInTime, Held
 
 SIGNALS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 
@@ -52,3 +55,14 @@ class DeferredSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(BlockingIOError):
             os.write(self._write_fd, bytes([number]))
+
+
+class PoolExitInTime(ExitInTime):
+    """The exit watchdog of a worker with our pool."""
+
+    def held(self, worker: Any) -> Held:
+        held: Held = worker.pool.held()
+        return held
+
+    def abandon(self, worker: Any) -> None:
+        worker.pool.abandon()
