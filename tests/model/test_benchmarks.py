@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import divergence, gpu
 from benchmarks.contenders import StockLoop, request_of
 from benchmarks.stock import Stock
 from benchmarks.workloads import WORKLOADS, PictureBook
+from tests.model.checkpoints import random_checkpoint
 from worker.models import DEMO
 
 
@@ -19,6 +20,14 @@ def test_the_gpu_benchmark_measures_steps_and_images(monkeypatch: pytest.MonkeyP
     figures = gpu.measure(gpu.new_model(gpu.tiny(), "cpu"), "cpu")
     assert all(milliseconds > 0 for milliseconds in figures["step_ms"].values())
     assert set(figures["step_ms"]) == set(figures["stock_step_ms"]) == {1, 2}
+
+
+def test_divergence_is_none_in_float32(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "checkpoint", use_resampler=True)
+    figures = divergence.measure(folder, "float32", 3)
+    assert (figures["jobs"], figures["labeled_jobs"]) == (12, 3)
+    assert (figures["different_texts"], figures["different_labels"], figures["tokens_alike"]) == (0, 0, 1.0)
+    assert figures["largest_difference_of_a_probability"] < 1e-5
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
