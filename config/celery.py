@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from kombu import Exchange, Queue
 
 from config.settings import Settings
 
@@ -10,8 +13,11 @@ from config.settings import Settings
 CONNECT_TIMEOUT_S = 5.0
 
 
-def configuration(settings: Settings, queue: str, default_priority: int) -> dict[str, Any]:
-    """Celery's settings. Where one is not Celery's default, the line says what it is for."""
+def configuration(settings: Settings, queue: str, default_priority: int, tasks: Iterable[str] = ()) -> dict[str, Any]:
+    """Celery's settings for a worker of `queue`, where its own `tasks` are sent.
+
+    Where one is not Celery's default, the line says what it is for.
+    """
     sweep_s = max(1, min(10, settings.visibility_timeout_s // 4))
     broker, results = settings.broker, settings.results
     return {
@@ -22,7 +28,11 @@ def configuration(settings: Settings, queue: str, default_priority: int) -> dict
         "result_serializer": "json",
         "accept_content": ["json"],
         "result_accept_content": ["json"],
-        "task_default_queue": queue,
+        # What a worker reads that is told no other queue. As a producer's Celery declares it.
+        "task_queues": [Queue(queue, Exchange(queue, type="direct"), routing_key=queue)],
+        "task_routes": {name: {"queue": queue} for name in tasks},
+        # Links, errbacks, chains and chords' bodies are the producers' tasks, for the workers of their own apps.
+        "task_default_queue": settings.default_queue,
         "task_create_missing_queues": True,
         "task_default_priority": default_priority,
         # A job leaves the queue when its result is stored, not when a worker has seen it.

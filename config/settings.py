@@ -70,6 +70,10 @@ class Settings(BaseSettings):
     #: What the sentinels ask for, where they ask: the URL's own password is the Redis server's.
     sentinel_password: SecretStr = SecretStr("")
 
+    #: The queue for links, errbacks, chains and chords' bodies that name none: a stock Celery app's. Set it where your
+    #: producers' app has another `task_default_queue`.
+    default_queue: str = Field(default="celery", min_length=1, max_length=200, pattern=r"^[\w.:@/-]+$")
+
     #: Take jobs with a script that moves them in one step, and have jobs with a countdown wait in Redis. False: kombu's
     #: own way, for brokers that run no scripts; a worker that dies while it takes a job then loses it, and jobs with a
     #: countdown fill its memory.

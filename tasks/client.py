@@ -306,10 +306,13 @@ class Client:
         """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
         return iter(FailedJobs(self.app))
 
-    def retry(self, id: str) -> SubmittedJob:
-        """Send a failed job again: it keeps its id, links and chain. Raises LookupError where it is not kept."""
+    def retry(self, id: str, *, queue: str | None = None) -> SubmittedJob:
+        """Send a failed job again: it keeps its id, links and chain. Raises LookupError where it is not kept.
+
+        `queue`: where to, for a task of your own that was sent to our queue by mistake.
+        """
         jobs = FailedJobs(self.app)
-        jobs.retry(jobs.get(id))
+        jobs.retry(jobs.get(id), queue)
         return self.job(id)
 
     async def asubmit(self, job: Job, **options: Any) -> SubmittedJob:

@@ -26,8 +26,9 @@ from kombu.utils import json as kombu_json
 from redis import RedisError
 
 from .errors import InvalidRequest
-from .payloads import HIDDEN, SUBMITTED_AT
+from .payloads import HIDDEN, QUEUE, SUBMITTED_AT
 from .printable import away, echo, echo_json, escaped
+from .routing import is_ours, priority_for
 
 PREFIX = "idefics:failed"
 #: Ids by the time of their failure, those of invalid requests again, two hashes by id, and the hashes' size.
@@ -156,22 +157,23 @@ class FailedJobs:
             raise LookupError(f"The payload of {id} was invalid and too large to be kept: its producer has it.")
         return dict(kombu_json.loads(_text(whole)))
 
-    def retry(self, job: FailedJob) -> None:
+    def retry(self, job: FailedJob, queue: str | None = None) -> None:
         """Send a job again under its id: its links, errbacks and chain go on. A failed chord stays failed.
 
-        It leaves the list once it is sent, so that nothing is lost; who dies in between may have sent it twice.
+        To `queue`; else to the queue that it came from, and a task that is none of ours to the default queue of
+        Celery. It leaves the list once it is sent, so that nothing is lost; who dies in between may have sent it twice.
         """
         again = signature(self.signature(job.id), app=self._app)
-        # Its deadline counts from now on, and it is wanted even where its producer's expiry has passed.
+        # It is wanted even where its producer's expiry has passed.
         again.options.pop("expires", None)
-        headers = {**(again.options.get("headers") or {}), SUBMITTED_AT: time.time()}
+        _address(again, queue)
         backend = self._app.backend
         keys = [backend.get_key_for_task(id) for id in _ended_with(again)]
         records = {key: record for key in keys if (record := backend.get(key))}
         # A terminal result is final: without this the new one would not count.
         forget(backend, again)
         try:
-            again.apply_async(serializer="json", headers=headers, **HIDDEN)
+            again.apply_async(serializer="json")
         except BaseException:
             for key, record in records.items():
                 backend.set(key, record)
@@ -181,6 +183,24 @@ class FailedJobs:
     def drop(self, job: FailedJob) -> bool:
         """Take a job off the list. False where it is not there, or has failed once more since it was read."""
         return bool(self._redis.eval(_DROP, len(KEYS), *KEYS, job.id, repr(job.failed_at)))
+
+
+def _address(again: Any, queue: str | None) -> None:
+    """Say where a signature goes, and with what beside its payload."""
+    options = again.options
+    if queue:
+        for name in ("exchange", "routing_key"):
+            options.pop(name, None)
+        options["queue"] = queue
+    if not is_ours(again.task):
+        # Its own worker reads a stock one's priorities.
+        options["priority"] = priority_for(again.task, options.get("priority"))
+        return
+    if not (options.get("queue") or options.get("exchange")):
+        options["queue"] = QUEUE
+    # Its deadline counts from now on.
+    options["headers"] = {**(options.get("headers") or {}), SUBMITTED_AT: time.time()}
+    options.update(HIDDEN)
 
 
 def forget(backend: Backend, signature: Any) -> None:
@@ -349,9 +369,10 @@ def show(source: Any, id: str, reveal: bool) -> None:
 @failed.command("retry")
 @click.argument("ids", nargs=-1)
 @click.option("--all", "all_", is_flag=True, help="Every failed job.")
+@click.option("--queue", help="Send them there: a task that is none of ours to its own worker. Default: as they came.")
 @_with_filters
 @click.pass_obj
-def retry(source: Any, selection: Selection, all_: bool) -> None:
+def retry(source: Any, selection: Selection, all_: bool, queue: str | None) -> None:
     """Send failed jobs again, each under its id: links and chains go on.
 
     Name ids or filters, or --all. A job leaves the list once it is sent.
@@ -363,7 +384,7 @@ def retry(source: Any, selection: Selection, all_: bool) -> None:
     for job in whole:
         # One that meanwhile has left the list, another's retry or the workers' bounds took.
         with contextlib.suppress(LookupError):
-            jobs.retry(job)
+            jobs.retry(job, queue)
             sent += 1
     left = len(chosen) - len(whole)
     click.echo(f"{sent} jobs sent again" + (f", {left} left whose payloads were not kept" if left else ""))

@@ -24,6 +24,7 @@ from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.failed import Bounds
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
+from tasks.routing import priority_for
 from worker.announce import UNAVAILABLE, Announcer, End
 from worker.cancel import Cancellations
 from worker.defects import without_values
@@ -42,8 +43,18 @@ from worker.webhook import check as check_callback
 logger = logging.getLogger(__name__)
 
 settings = load()
-app = Celery("idefics", set_as_current=False)
-app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY))
+
+
+class _App(Celery):  # type: ignore[misc]
+    def send_task(self, name: str, *args: Any, **options: Any) -> Any:
+        """Celery's. What is sent to a producer's own worker has a priority that it reads."""
+        if "priority" in options:
+            options["priority"] = priority_for(name, options["priority"])
+        return super().send_task(name, *args, **options)
+
+
+app = _App("idefics", set_as_current=False)
+app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY, PAYLOADS))
 app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
 if settings.atomic_take:

@@ -13,11 +13,13 @@ from celery.exceptions import TaskRevokedError
 from celery.worker import consumer
 
 from config.settings import load
-from tasks.errors import Internal
+from tasks.errors import Internal, InvalidRequest
 from tasks.failed import Bounds
+from tasks.printable import escaped
 from worker.announce import UNAVAILABLE
 from worker.defects import without_values
 from worker.deliveries import Deliveries
+from worker.failed import keep_misrouted, misrouted
 from worker.pool.job import exception_info
 from worker.queue.due import hold_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, usable_id
@@ -25,6 +27,10 @@ from worker.queue.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
+_MISROUTED = (
+    "This queue's workers have no task {task}: use one of the six, or send a task of your own to its own worker's "
+    "queue (signature.set(queue=...)). The message is kept: `idefics-jobs failed retry ID --queue NAME` sends it on."
+)
 #: Seconds that events wait for others. Celery publishes at every turn of its loop, which costs it more than the jobs.
 EVENTS_S = 0.25
 
@@ -38,8 +44,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         # Whatever `--concurrency` says, which Celery multiplies: the pool's places are all that can be used.
         settings = load()
         super().__init__(*args, **{**options, "initial_prefetch_count": settings.job_threads})
-        bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
-        self._refusals = Refusals(self.app, bounds)
+        self._bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
+        self._refusals = Refusals(self.app, self._bounds)
         self._deliveries = Deliveries(
             lambda: self.app.backend.client,
             most=settings.max_deliveries,
@@ -118,7 +124,19 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         self._refuse(message, Refused(NO_TASK, _id(message)))
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
-        self._refuse(message, Refused("The message names no task of this worker: use one of the six.", _id(message)))
+        """Keep the message whole with the failed jobs, from where it can be sent on, and end its job."""
+        why = InvalidRequest(_MISROUTED.format(task=escaped(message.headers["task"])))
+        request = misrouted(message, self.hostname)
+        logger.error("Message %s is kept with the failed jobs. %s", request.id, why)
+        try:
+            keep_misrouted(self.app, request, self._bounds, why)
+            self.app.backend.mark_as_failure(request.id, why, request=request)
+        except UNAVAILABLE as error:
+            logger.error("Message %s cannot be kept (%s): it goes back to the queue.", request.id, error)
+            message.reject_log_error(logger, self.connection_errors, requeue=True)
+            return
+        self._tell_failed(request.id, str(why))
+        message.reject_log_error(logger, self.connection_errors)
 
     def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
         self._refuse(message, Refused(NO_ENVELOPE, _id(message)))
@@ -131,9 +149,13 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             logger.error("A message cannot be refused (%s): it goes back to the queue.", error)
             message.reject_log_error(logger, self.connection_errors, requeue=True)
             return
-        if self.event_dispatcher and refused.id:
-            self.event_dispatcher.send("task-failed", uuid=refused.id, exception=f"InvalidRequest({str(refused)!r})")
+        if refused.id:
+            self._tell_failed(refused.id, str(refused))
         message.reject_log_error(logger, self.connection_errors)
+
+    def _tell_failed(self, id: str, why: str) -> None:
+        if self.event_dispatcher:
+            self.event_dispatcher.send("task-failed", uuid=id, exception=f"InvalidRequest({why!r})")
 
     # Defects of ours
 

@@ -1,17 +1,20 @@
 """Keeps every job that ended in FAILURE, whole, on the list that `tasks/failed.py` reads.
 
 Celery says `task_failure` where a job fails: in the model process as a rule, in the parent where that process was lost
-or the job overran its hard limit. Both import this.
+or the job overran its hard limit. Both import this. A message for a task of somebody else's, which cannot run here, is
+kept by the parent with all that it takes to send it on.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from celery import Celery, Task, states
 from celery.app.task import Context
+from celery.canvas import Signature
 from celery.signals import task_failure
 
 from tasks.errors import InvalidRequest, from_exception
@@ -54,6 +57,25 @@ def failed_job(task: str, request: Context, error: BaseException) -> FailedJob:
         failed_at=time.time(),
         is_whole=ours.code != InvalidRequest.code or not _is_longer((request.args, request.kwargs), MAX_INVALID_CHARS),
     )
+
+
+def misrouted(message: Any, host: str) -> Context:
+    """The request in a checked message for a task that is none of ours."""
+    args, kwargs, links = message.payload
+    own = {"args": args, "kwargs": kwargs, "delivery_info": {}, "properties": message.properties, "hostname": host}
+    return Context({**message.headers, **links, **own})
+
+
+def keep_misrouted(app: Celery, request: Context, bounds: Bounds, error: InvalidRequest) -> None:
+    """Keep a message for a task that is none of ours, so that it can be sent on to its own queue."""
+    job = replace(failed_job(request.task, request, error), is_whole=True)
+    options = {**request.as_execution_options(), "ignore_result": bool(request.ignore_result)}
+    priority = (request.properties or {}).get("priority")
+    signature = Signature(request.task, request.args, request.kwargs, {**options, "priority": priority}, app=app)
+    try:
+        FailedJobs(app).keep(job, dict(signature), bounds)
+    except ValueError as too_large:
+        logger.error("Message %s cannot be kept on the list of failed jobs: %s", request.id, too_large)
 
 
 def _is_longer(value: Any, most: int) -> bool:

@@ -32,6 +32,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from tasks.capacity import passes
+from tasks.routing import priority_for
 from worker.queue.due import DUE, ETA, HOLD
 from worker.queue.envelope import MAX_DELAY_S, NO_ENVELOPE, Refused, given_back, opened
 
@@ -537,6 +538,13 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self.settle()
         except (*self.connection_errors, ResponseError) as error:
             self._complain(error)
+
+    def _get_message_priority(self, message: Any, *args: Any, **options: Any) -> int:
+        """Kombu's. The messages of other apps' dead workers come back through here, too."""
+        priority: int = super()._get_message_priority(message, *args, **options)
+        headers = message.get("headers")
+        task = headers.get("task") if isinstance(headers, dict) else None
+        return int(priority_for(task, priority)) if task is not None else priority
 
     # What a full server refuses
 

@@ -431,13 +431,35 @@ def test_retry_goes_on_where_a_job_has_left_the_list_meanwhile(
 ) -> None:
     stock = FailedJobs.retry
 
-    def retry(self: FailedJobs, job: FailedJob) -> None:
+    def retry(self: FailedJobs, job: FailedJob, queue: str | None) -> None:
         if job.id == "a":
             self.drop(job)
-        stock(self, job)
+        stock(self, job, queue)
 
     monkeypatch.setattr(FailedJobs, "retry", retry)
     assert run("retry", "--all").output == "2 jobs sent again\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "priority", "words", "list_"),
+    [
+        ("idefics.caption", 5, [], "idefics\x06\x165"),
+        ("idefics.caption", 5, ["--queue", "big"], "big\x06\x165"),
+        ("site.save", 5, [], "celery\x06\x163"),
+        ("site.save", None, ["--queue", "site"], "site"),
+        ("site.save", 8, ["--queue", "site"], "site\x06\x166"),
+    ],
+)
+def test_retry_sends_a_job_where_its_worker_reads(
+    run: Any, client: Client, broker: Broker, task: str, priority: int | None, words: list[str], list_: str
+) -> None:
+    kept = {**signature("x", priority=priority), "task": task}
+    if not task.startswith("idefics."):
+        del kept["options"]["queue"]
+    FailedJobs(client.app).keep(job("x", task=task), kept, WIDE)
+    outcome = run("retry", "x", *words)
+    assert (outcome.exception, outcome.output) == (None, "1 jobs sent again\n")
+    assert broker.connect(0).llen(list_) == 1
 
 
 def test_retry_leaves_what_was_kept_without_its_payload(run: Any, jobs: FailedJobs) -> None:

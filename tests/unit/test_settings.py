@@ -349,7 +349,15 @@ def test_a_job_leaves_the_queue_once_its_result_is_stored(celery: dict[str, Any]
 def test_celery_runs_our_pool_on_our_queue(celery: dict[str, Any]) -> None:
     assert celery["worker_pool"] == "worker.pool:InferencePool"
     assert celery["worker_concurrency"] == 1
-    assert (celery["task_default_queue"], celery["task_default_priority"]) == ("idefics", 5)
+    assert [queue.name for queue in celery["task_queues"]] == ["idefics"]
+    assert celery["task_default_priority"] == 5
+
+
+def test_our_tasks_go_to_our_queue_and_all_others_where_a_stock_app_sends_them(environment: Environment) -> None:
+    celery = configuration(environment(), "idefics", 5, ["idefics.caption"])
+    assert celery["task_routes"] == {"idefics.caption": {"queue": "idefics"}}
+    assert celery["task_default_queue"] == "celery"
+    assert configuration(environment(DEFAULT_QUEUE="site"), "idefics", 5)["task_default_queue"] == "site"
 
 
 def test_celery_prefetches_what_the_pool_holds(celery: dict[str, Any]) -> None:

@@ -753,3 +753,25 @@ def test_a_worker_that_takes_as_stock_kombu_does_puts_them_back(start: Start, se
     due.release(stock.channel, ["jobs"])
     assert waiting(server) == 0
     assert held(server)[0] + server.hlen("unacked") == due.RELEASED_AT_ONCE + 1
+
+
+# Messages for workers of other apps
+
+
+@pytest.mark.parametrize(
+    ("task", "priority", "list_"),
+    [("site.save", 5, "jobs\x06\x163"), ("site.save", 2, "jobs"), ("idefics.chat", 5, "jobs\x06\x165")],
+)
+def test_a_task_of_another_app_is_put_and_put_back_where_a_stock_worker_reads(
+    server: redis.Redis, start: Start, task: str, priority: int, list_: str
+) -> None:
+    taker = start()
+    producer = taker.connection.Producer(taker.channel, serializer="json")
+    taker.consumer.cancel()
+    producer.publish([], routing_key="jobs", priority=priority, headers={"task": task}, declare=[Queue("jobs")])
+    assert server.llen(list_) == 1
+    taker.consumer.consume()
+    message = taker.take()
+    assert server.llen(list_) == 0
+    message.requeue()
+    assert server.llen(list_) == 1

@@ -1,0 +1,29 @@
+"""Where Celery's messages go: our six tasks to our queue, all others as a stock Celery app would send them."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from typing import Any
+
+from .payloads import PAYLOADS
+
+#: The queue of a stock app's worker: where a task without a queue of its own is sent.
+DEFAULT_QUEUE = "celery"
+#: The priorities that a stock worker reads. Our own workers read 0 to 9, and so these too.
+STOCK_STEPS = (0, 3, 6, 9)
+
+
+def is_ours(task: Any) -> bool:
+    """Whether a message's task is one of the six."""
+    return isinstance(task, str) and task in PAYLOADS
+
+
+def priority_for(task: Any, priority: Any) -> Any:
+    """A message's priority. For a task of others: the step below it, whose list in Redis a stock worker reads."""
+    if is_ours(task) or priority is None:
+        return priority
+    try:
+        wanted = max(STOCK_STEPS[0], int(priority))
+    except (TypeError, ValueError, OverflowError):
+        return STOCK_STEPS[0]
+    return STOCK_STEPS[bisect(STOCK_STEPS, wanted) - 1]
