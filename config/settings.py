@@ -158,7 +158,8 @@ class Settings(BaseSettings):
     callback_timeout_s: float = Field(default=15.0, gt=0)
     #: Seconds before each attempt, counted from the one before; their number is that of the attempts. With jitter.
     callback_schedule_s: Seconds = (0, 5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-    #: Attempts at once in one callbacks worker; a quarter of them to one host, so that a slow one holds no other up.
+    #: Attempts at once in one callbacks worker; a quarter of them to one host, so that a slow one holds no other up,
+    #: and half of them to hosts that have not answered lately, so that those which hang hold up none that answer.
     callback_concurrency: int = Field(default=16, ge=1, le=1_024)
     #: Seconds that a first attempt waits for others to the same URL, to go out as one `job.batch`. 0: each by itself.
     callback_batch_window_s: float = Field(default=0.0, ge=0)
@@ -166,6 +167,11 @@ class Settings(BaseSettings):
     callback_batch_max: int = Field(default=100, ge=2, le=1_000)
     #: Seconds that a delivery is listed, and can be replayed, after its end.
     callback_keep_s: int = Field(default=86_400, ge=1)
+    #: Bytes of pending callbacks to one host, in the queues' Redis. Beyond it the oldest are given up unsent and listed
+    #: with the failed ones: a receiver that is away for days must not fill the server.
+    callback_max_host_bytes: int = Field(default=2**26, ge=2**16)
+    #: Bytes of pending callbacks altogether; the same.
+    callback_max_pending_bytes: int = Field(default=2**28, ge=2**16)
     #: Seconds that a URL which answered 410 (Gone) gets no callbacks.
     callback_disabled_s: int = Field(default=604_800, ge=1)
 

@@ -49,6 +49,14 @@ def line(delivery: Delivery) -> str:
 
 
 @deliveries.command()
+@click.pass_obj
+def hosts(outbox: Any) -> None:
+    """List the hosts with pending deliveries and their bytes, the largest first."""
+    for host, size in outbox().bytes().items():
+        click.echo(f"{escaped(host)}\t{size}")
+
+
+@deliveries.command()
 @click.argument("ids", nargs=-1)
 @click.option("--failed", is_flag=True, help="All that have failed.")
 @click.pass_obj

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -18,11 +19,8 @@ from urllib.parse import urlsplit
 import redis
 from celery import Celery
 
-PREFIX = "idefics:callbacks:"
-#: Hosts with pending deliveries, by the time of their next attempt. Each host has a sorted set of its own, so that
-#: what is due for a slow one stands in no other's way.
-HOSTS = PREFIX + "hosts"
-DELIVERED, FAILED, DISABLED = (PREFIX + name for name in ("delivered", "failed", "disabled"))
+from . import outbox_scripts as scripts
+from .outbox_scripts import AT_ONCE, BYTES, DELIVERED, DISABLED, FAILED, GIVEN_UP, HOSTS, PREFIX, SIZES
 
 #: A batched delivery is part of another one.
 State = Literal["pending", "delivered", "failed", "batched"]
@@ -37,108 +35,33 @@ MAX_FAILED = 100_000
 #: URLs that answered 410, the newest.
 MAX_DISABLED = 10_000
 
-# Keys begin alike: the delivery, its host's pending ones, the hosts. Arguments too: seconds that pending ones are kept,
-# the host, the id.
-# The server's clock counts: workers' may differ by more than a lease.
-_COMMON = """
-local clock = redis.call('TIME')
-local now = clock[1] + clock[2] / 1000000
-local function sort_in(pending, hosts, ttl, host)
-  local first = redis.call('ZRANGE', pending, 0, 0, 'WITHSCORES')
-  if first[2] then
-    redis.call('ZADD', hosts, first[2], host)
-    redis.call('EXPIRE', hosts, ttl)
-    redis.call('EXPIRE', pending, ttl)
-  else
-    redis.call('ZREM', hosts, host)
-  end
-end
-"""
+#: Bytes of ended deliveries kept, of each state: a body has up to 20 kB.
+MAX_ENDED_BYTES = 2**28
+#: Bytes that Redis needs for a delivery beside its texts, as measured with MEMORY USAGE.
+OVERHEAD_BYTES = 1_000
 
-_ADD = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 5))
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[3])
-sort_in(KEYS[2], KEYS[3], ARGV[1], ARGV[2])
-return 1
-"""
 
-# A claimed delivery is due again when its lease ends: so one whose worker was killed is not lost.
-_CLAIM = """
-local ttl, prefix, token, lease = ARGV[1], ARGV[2], ARGV[3], now + ARGV[4]
-local free, per_host, each = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local busy, claimed = {}, {}
-for index = 8, #ARGV, 2 do busy[ARGV[index]] = tonumber(ARGV[index + 1]) end
-for _, host in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)) do
-  local slots = math.min(free, per_host - (busy[host] or 0))
-  if free <= 0 then break end
-  if slots > 0 then
-    local pending = prefix .. 'pending:' .. host
-    local ids = redis.call('ZRANGEBYSCORE', pending, '-inf', now, 'LIMIT', 0, slots * each)
-    for _, id in ipairs(ids) do
-      local record = prefix .. 'delivery:' .. id
-      if redis.call('EXISTS', record) == 1 then
-        redis.call('HDEL', record, 'token')
-        redis.call('HSET', record, 'token', token)
-        redis.call('ZADD', pending, lease, id)
-        claimed[#claimed + 1] = id
-      else
-        redis.call('ZREM', pending, id)
-      end
-    end
-    free = free - math.min(slots, #ids)
-    sort_in(pending, KEYS[1], ttl, host)
-  end
-end
-return claimed
-"""
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much may be pending; what is beyond is given up, the oldest first, and kept with the failed ones."""
 
-# In each script what needs no memory comes first: a full server refuses a script whose first write may need some, and
-# what was sent and cannot be noted is sent again.
-# Only who holds the claim may say how it went: another worker may have taken it over.
-_SETTLE = """
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[4] then return 0 end
-redis.call('HDEL', KEYS[1], 'token')
-redis.call('HSET', KEYS[1], unpack(ARGV, 7))
-redis.call('EXPIRE', KEYS[1], ARGV[6])
-redis.call('ZREM', KEYS[2], ARGV[3])
-redis.call('ZADD', KEYS[4], now + ARGV[5], ARGV[3])
-redis.call('EXPIRE', KEYS[4], ARGV[6])
-sort_in(KEYS[2], KEYS[3], ARGV[1], ARGV[2])
-return 1
-"""
+    #: Bytes of one destination (a host and its port), and of all together.
+    host_bytes: int = 2**26
+    bytes: int = 2**28
+    #: Seconds that what was given up is kept.
+    keep_s: int = 86_400
 
-# The batch takes its members' place in one step: each event is in one pending delivery, whoever is killed when.
-_BATCH = """
-local members = #KEYS - 3
-for index = 1, members do
-  if redis.call('HGET', KEYS[3 + index], 'token') ~= ARGV[4] then return 0 end
-end
-for index = 1, members do
-  redis.call('HDEL', KEYS[3 + index], 'token', 'body')
-  redis.call('HSET', KEYS[3 + index], 'state', 'batched', 'batch', ARGV[3])
-  redis.call('EXPIRE', KEYS[3 + index], ARGV[6])
-  redis.call('ZREM', KEYS[2], ARGV[6 + index])
-end
-redis.call('HSET', KEYS[1], unpack(ARGV, 7 + members))
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[2], now + ARGV[5], ARGV[3])
-sort_in(KEYS[2], KEYS[3], ARGV[1], ARGV[2])
-return 1
-"""
 
-_REPLAY = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'pending', 'attempts', 0, 'note', 'replayed', 'changed', now)
-redis.call('HDEL', KEYS[1], 'token')
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-redis.call('ZREM', KEYS[4], ARGV[3])
-redis.call('ZREM', KEYS[5], ARGV[3])
-redis.call('ZADD', KEYS[2], now, ARGV[3])
-sort_in(KEYS[2], KEYS[3], ARGV[1], ARGV[2])
-return 1
-"""
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How many calls a claim may make to hosts that are not known to answer."""
+
+    #: Hosts that answered lately, and those that did not.
+    answered: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
+    #: Calls to all but those that answered, and to silent ones among them.
+    others: int = 1_000_000
+    silent_calls: int = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,63 +112,97 @@ def connect(app: Celery) -> redis.Redis:
 class Outbox:
     """Every change is one step in Redis, so that a kill leaves a delivery before it or after it."""
 
-    def __init__(self, client: redis.Redis) -> None:
+    def __init__(
+        self, client: redis.Redis, bounds: Bounds | None = None, tell: Callable[[str, int], None] | None = None
+    ) -> None:
+        """`tell` hears for which host's delivery how many others were given up."""
         # redis-py types each answer as an awaitable too.
         self._redis: Any = client
-        self._add = self._script(_ADD)
-        self._claim = self._script(_CLAIM)
-        self._settle = self._script(_SETTLE)
-        self._batch = self._script(_BATCH)
-        self._replay = self._script(_REPLAY)
+        self._bounds = bounds or Bounds()
+        self._tell = tell
+        self._add = self._script(scripts.ADD)
+        self._claim = self._script(scripts.CLAIM)
+        self._settle = self._script(scripts.SETTLE)
+        self._batch = self._script(scripts.BATCH)
+        self._replay = self._script(scripts.REPLAY)
+        self._trim = self._script(scripts.TRIM)
+        self._recount_host = self._script(scripts.RECOUNT_HOST)
+        self._recount = self._script(scripts.RECOUNT)
 
     def _script(self, text: str) -> Any:
-        return self._redis.register_script(_COMMON + text)
+        return self._redis.register_script(scripts.COMMON + text)
 
     def add(self, delivery: Delivery, wait_s: float = 0.0) -> bool:
         """Record a delivery, due in so many seconds. False where it is already there."""
         now = time.time()
         pairs = _pairs({**asdict(delivery), "created": now, "changed": now})
-        return bool(self._add(_keys(delivery), [*_arguments(delivery), wait_s, *pairs]))
+        bounds = [self._bounds.host_bytes, self._bounds.bytes, self._bounds.keep_s]
+        is_added, given_up = self._add(
+            _keys(delivery), [*_arguments(delivery), wait_s, size_of(delivery), *bounds, *pairs]
+        )
+        if given_up and self._tell is not None:
+            self._tell(delivery.host, given_up)
+        return bool(is_added)
 
     def claim(
-        self, free: int, lease_s: float, *, per_host: int = 1_000, each: int = 1, busy: Mapping[str, int] | None = None
+        self,
+        free: int,
+        lease_s: float,
+        *,
+        per_host: int = 1_000,
+        each: int = 1,
+        busy: Mapping[str, int] | None = None,
+        shares: Shares | None = None,
     ) -> list[Delivery]:
         """Take what is due, for `free` calls: hosts by their longest wait, each for `per_host` calls less its `busy`.
 
         A call may take `each` deliveries. They are due again in `lease_s` where nothing is heard of them.
         """
-        numbers = [lease_s, free, per_host, each, *_pairs(dict(busy or {}))]
-        ids = self._claim([HOSTS], [PENDING_S, PREFIX, uuid.uuid4().hex, *numbers])
+        shares = shares or Shares()
+        known = len(shares.answered) + len(shares.silent)
+        plan = {
+            "free": free,
+            "per_host": per_host,
+            "each": each,
+            "busy": dict(busy or {}),
+            "answered": sorted(shares.answered),
+            "silent": sorted(shares.silent),
+            "others": shares.others,
+            "silent_calls": shares.silent_calls,
+            # Hosts that are read, beyond those that are passed over.
+            "window": known + len(busy or {}) + free,
+        }
+        ids = self._claim([HOSTS], [PENDING_S, uuid.uuid4().hex, lease_s, json.dumps(plan)])
         return self.read([id.decode() for id in ids])
 
     def put_back(self, delivery: Delivery) -> bool:
         """A claimed delivery that was not tried: due at once."""
-        return self._settled(delivery, _pending(delivery), 0.0, PENDING_S)
+        return self._settled(delivery, "", 0.0, PENDING_S)
 
     def again(self, delivery: Delivery, wait_s: float, note: str) -> bool:
         """An attempt failed; the next one is due in so many seconds."""
         tried = {"attempts": delivery.attempts + 1, "note": note}
-        return self._settled(delivery, _pending(delivery), wait_s, PENDING_S, tried)
+        return self._settled(delivery, "", wait_s, PENDING_S, tried)
 
     def end(self, delivery: Delivery, state: Literal["delivered", "failed"], note: str, keep_s: int) -> bool:
         """No attempt follows. `note` says what the last one met."""
         tried = {"state": state, "attempts": delivery.attempts + 1, "note": note}
-        return self._settled(delivery, ENDED[state], 0.0, keep_s, tried)
+        return self._settled(delivery, state, 0.0, keep_s, tried)
 
     def _settled(
         self, delivery: Delivery, into: str, wait_s: float, ttl_s: int, changes: dict[str, Any] | None = None
     ) -> bool:
         pairs = _pairs({"changed": time.time(), **(changes or {})})
-        arguments = [*_arguments(delivery), delivery.token, wait_s, ttl_s, *pairs]
-        return bool(self._settle([*_keys(delivery), into], arguments))
+        arguments = [*_arguments(delivery), delivery.token, into, wait_s, ttl_s, *pairs]
+        return bool(self._settle(_keys(delivery), arguments))
 
     def batch(self, batch: Delivery, members: Sequence[Delivery], lease_s: float, keep_s: int) -> bool:
         """Let a delivery, claimed from the start, take the place of claimed ones to the same host."""
         now = time.time()
         pairs = _pairs({**asdict(batch), "created": now, "changed": now})
-        keys = [*_keys(batch), *(_record(member.id) for member in members)]
         ids = [member.id for member in members]
-        return bool(self._batch(keys, [*_arguments(batch), batch.token, lease_s, keep_s, *ids, *pairs]))
+        numbers = [batch.token, lease_s, keep_s, size_of(batch), len(ids)]
+        return bool(self._batch(_keys(batch), [*_arguments(batch), *numbers, *ids, *pairs]))
 
     def replay(self, id: str) -> bool:
         """Attempt a delivery again from its first attempt on, at once and under its id. False where it is not there.
@@ -258,7 +215,7 @@ class Outbox:
         if found[0].state == "batched":
             return self.replay(found[0].batch)
         self._redis.zrem(DISABLED, found[0].url)
-        return bool(self._replay([*_keys(found[0]), DELIVERED, FAILED], _arguments(found[0])))
+        return bool(self._replay(_keys(found[0]), [*_arguments(found[0]), size_of(found[0])]))
 
     def read(self, ids: Iterable[str]) -> list[Delivery]:
         """Those that are still there."""
@@ -279,8 +236,25 @@ class Outbox:
         return [id.decode() for id, _ in sorted(itertools.chain(*pending), key=lambda found: found[1])]
 
     def counts(self) -> dict[str, int]:
+        """How many of each state there are, and how many of the failed ones were given up, if any were, since they did
+        not fit."""
         pending = sum(self._each_host("zcard"))
-        return {"pending": pending, **{state: int(self._redis.zcard(key)) for state, key in ENDED.items()}}
+        given_up = int(self._redis.hget(BYTES, GIVEN_UP) or 0)
+        found = {"pending": pending, **{state: int(self._redis.zcard(key)) for state, key in ENDED.items()}}
+        return {**found, "given_up": given_up} if given_up else found
+
+    def bytes(self) -> dict[str, int]:
+        """Of each host's pending deliveries; those with most come first."""
+        found = {name.decode(): int(size) for name, size in self._redis.hgetall(BYTES).items()}
+        hosts = {name: size for name, size in found.items() if not name.startswith(" ")}
+        return dict(sorted(hosts.items(), key=lambda each: -each[1]))
+
+    def recount(self) -> int:
+        """Count the bytes anew, in case that somebody removed a key or recorded without counting; of pending ones."""
+        hosts = {host.decode() for host in self._redis.zrange(HOSTS, 0, -1)} | set(self.bytes())
+        for host in hosts:
+            self._recount_host([HOSTS], [PENDING_S, host, OVERHEAD_BYTES])
+        return int(self._recount([BYTES, SIZES], [PENDING_S]))
 
     def _each_host(self, command: str, *arguments: Any, **options: Any) -> list[Any]:
         with self._redis.pipeline(transaction=False) as pipeline:
@@ -311,13 +285,15 @@ class Outbox:
         return {url.decode(): until for url, until in found}
 
     def trim(self, keep_s: int) -> None:
-        """Forget ended deliveries that are too old or too many."""
-        for key, most in ((DELIVERED, MAX_DELIVERED), (FAILED, MAX_FAILED)):
-            self._redis.zremrangebyscore(key, "-inf", time.time() - keep_s)
-            excess = int(self._redis.zcard(key)) - most
-            if excess > 0:
-                gone = [id.decode() for id, _ in self._redis.zpopmin(key, excess)]
-                self._redis.delete(*map(_record, gone))
+        """Forget ended deliveries that are too old, too many or too large together."""
+        for state, most in (("delivered", MAX_DELIVERED), ("failed", MAX_FAILED)):
+            while self._trim([ENDED[state]], [state, keep_s, most, MAX_ENDED_BYTES]) >= AT_ONCE:
+                """More are left."""
+
+
+def size_of(delivery: Delivery) -> int:
+    """Bytes that it takes in Redis, about."""
+    return len(delivery.body.encode()) + len(delivery.url.encode()) + OVERHEAD_BYTES
 
 
 def _record(id: str) -> str:

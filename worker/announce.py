@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from config.settings import Settings
 from tasks import webhooks
 from tasks.errors import InvalidRequest, from_exception
-from tasks.outbox import Delivery, Outbox, connect, delivery_id
+from tasks.outbox import Bounds, Delivery, Outbox, connect, delivery_id
 from tasks.payloads import Callback, checked_metadata
 from worker import turns
 from worker.webhook import check
@@ -42,6 +42,32 @@ End: TypeAlias = tuple[str, Any]
 UNAVAILABLE = (redis.RedisError, OperationalError, OSError, BackendError)
 #: Seconds before each further try to record one.
 RETRY_S = (0.1, 0.5, 2.0)
+#: Seconds between two log lines about callbacks that were given up.
+TOLD_S = 60.0
+
+
+class GivenUp:
+    """Logs that pending callbacks were given up, at most once in TOLD_S."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._tells_at = 0.0
+
+    def tell(self, host: str, count: int) -> None:
+        with self._lock:
+            self._count += count
+            if time.monotonic() < self._tells_at:
+                return
+            count, self._count = self._count, 0
+            self._tells_at = time.monotonic() + TOLD_S
+        logger.error(
+            "%d callbacks were given up unsent, the oldest ones, at last for a new one to %s: more are pending than "
+            "IDEFICS_CALLBACK_MAX_HOST_BYTES or IDEFICS_CALLBACK_MAX_PENDING_BYTES. `idefics-jobs deliveries hosts` "
+            "says where to; `deliveries replay` sends them again.",
+            count,
+            host,
+        )
 
 
 class Announcer:
@@ -51,6 +77,7 @@ class Announcer:
         self._app = app
         self._settings = settings
         self._outbox: Outbox | None = None
+        self._given_up = GivenUp()
         self._lock = threading.Lock()
 
     def announce(
@@ -108,7 +135,12 @@ class Announcer:
     def _connected(self) -> Outbox:
         with self._lock:
             if self._outbox is None:
-                self._outbox = Outbox(connect(self._app))
+                bounds = Bounds(
+                    self._settings.callback_max_host_bytes,
+                    self._settings.callback_max_pending_bytes,
+                    self._settings.callback_keep_s,
+                )
+                self._outbox = Outbox(connect(self._app), bounds, self._given_up.tell)
             return self._outbox
 
 

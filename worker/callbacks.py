@@ -22,10 +22,11 @@ from celery.signals import setup_logging
 from config.celery import configuration
 from config.logging import configure
 from config.settings import Settings, load
-from tasks.outbox import Delivery, Outbox, batch_id, connect
+from tasks.outbox import Delivery, Outbox, Shares, batch_id, connect
 from tasks.payloads import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from tasks.webhooks import MAX_BODY_BYTES, batch_body
 from worker.announce import UNAVAILABLE
+from worker.delivery.known_hosts import KnownHosts
 from worker.observability.log_lines import LineFormatter
 from worker.runtime.exit_watchdog import ExitInTime, Held
 from worker.webhook import Answer, Sender, judge
@@ -39,6 +40,8 @@ AWAY_S = 1.0
 TRIM_S = 60.0
 #: Seconds beyond an attempt's own that a claim lasts. Of a worker that was killed, deliveries go on after so long.
 LEASE_MARGIN_S = 5.0
+#: Delivered ones that are read at a start, for the hosts that answer.
+RECENT_DELIVERIES = 1_000
 #: What a batch's frame takes of its 20 kB, and each event's id.
 BATCH_FRAME_BYTES = 200
 BATCH_ID_BYTES = 50
@@ -69,18 +72,23 @@ def grouped(due: Iterable[Delivery], most: int) -> list[list[Delivery]]:
 
 
 def admitted(
-    groups: Iterable[list[Delivery]], busy: Mapping[str, int], free: int, per_host: int
+    groups: Iterable[list[Delivery]], busy: Mapping[str, int], free: int, per_host: int, shares: Shares | None = None
 ) -> tuple[list[list[Delivery]], list[Delivery]]:
     """The groups that go out now, and what waits for a thread or for its host."""
+    shares = shares or Shares()
     counts = Counter(busy)
+    others = silent = 0
     now: list[list[Delivery]] = []
     waiting: list[Delivery] = []
     for group in groups:
         host = group[0].host
-        if len(now) >= free or counts[host] >= per_host:
+        is_other, is_silent = host not in shares.answered, host in shares.silent
+        is_beyond_share = (is_other and others >= shares.others) or (is_silent and silent >= shares.silent_calls)
+        if len(now) >= free or counts[host] >= per_host or is_beyond_share:
             waiting += group
         else:
             counts[host] += 1
+            others, silent = others + is_other, silent + is_silent
             now.append(group)
     return now, waiting
 
@@ -99,6 +107,8 @@ class Courier:
         self._per_host = max(1, settings.callback_concurrency // 4)
         self._batch_most = settings.callback_batch_max if settings.callback_batch_window_s else 1
         self._busy: Counter[str] = Counter()
+        self._hosts = KnownHosts(settings.callback_timeout_s)
+        self._is_prepared = False
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._is_stopping = False
@@ -138,14 +148,30 @@ class Courier:
             return AWAY_S
         return POLL_S
 
+    def _prepare(self) -> None:
+        """Learn what earlier workers knew."""
+        self._outbox.recount()
+        delivered = self._outbox.listed("delivered", RECENT_DELIVERIES)
+        with self._lock:
+            self._hosts = KnownHosts(
+                self._settings.callback_timeout_s, [delivery.host for delivery in reversed(delivered)]
+            )
+        self._is_prepared = True
+
     def _turn(self) -> None:
+        if not self._is_prepared:
+            self._prepare()
+        threads = self._settings.callback_concurrency
         with self._lock:
             busy = dict(self._busy)
-        free = self._settings.callback_concurrency - sum(busy.values())
+            shares = self._hosts.shares(threads, busy)
+        free = threads - sum(busy.values())
         if free <= 0:
             return
-        due = self._outbox.claim(free, self._lease_s, per_host=self._per_host, each=self._batch_most, busy=busy)
-        now, waiting = admitted(grouped(due, self._batch_most), busy, free, self._per_host)
+        due = self._outbox.claim(
+            free, self._lease_s, per_host=self._per_host, each=self._batch_most, busy=busy, shares=shares
+        )
+        now, waiting = admitted(grouped(due, self._batch_most), busy, free, self._per_host, shares)
         for group in now:
             self._send(group)
         for delivery in waiting:
@@ -174,7 +200,7 @@ class Courier:
             if self._outbox.is_disabled(delivery.url):
                 self._outbox.end(delivery, "failed", "its URL is disabled since it answered 410", self._keep_s)
             else:
-                self._settle(delivery, self._post(delivery))
+                self._settle(delivery, self._posted(delivery))
         except UNAVAILABLE as error:
             logger.warning("How delivery %s went cannot be kept (%s): it goes out again.", delivery.id, error)
         except Exception as error:
@@ -185,6 +211,13 @@ class Courier:
                 self._busy[delivery.host] -= 1
                 self._busy += Counter()  # drops hosts at zero
             self._wake.set()
+
+    def _posted(self, delivery: Delivery) -> Answer:
+        started = time.monotonic()
+        answer = self._post(delivery)
+        with self._lock:
+            self._hosts.note(delivery.host, has_answered=answer.status is not None, seconds=time.monotonic() - started)
+        return answer
 
     def _settle_defect(self, delivery: Delivery, error: Exception) -> None:
         """As an attempt that has failed: else it would go out at each end of its lease, for ever."""

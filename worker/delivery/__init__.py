@@ -1,0 +1,1 @@
+"""Callbacks on their way: which go out next."""
