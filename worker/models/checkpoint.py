@@ -25,6 +25,7 @@ PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_co
 WEIGHTS = "model.safetensors.index.json"
 #: Files whose being there is enough to have another repository loaded, or weights that are no plain safetensors.
 REFUSED_FILES = ("adapter_config.json", "audio_tokenizer_config.json")
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
 _SHARD_OF_A_CLUSTER = re.compile(r"shard-\d+-model-.*")
 
 #: Keys, wherever they stand, with a leading underscore or without.
@@ -162,7 +163,7 @@ def check(name: str, content: Mapping[str, Any]) -> None:
 def _check_weights(content: Mapping[str, Any]) -> None:
     files = content.get("weight_map")
     names = files.values() if isinstance(files, dict) else [None]
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+    if not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
         raise SetupFailed(f"The checkpoint's {WEIGHTS} names other files than safetensors beside itself: correct it.")
 
 
