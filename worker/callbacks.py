@@ -150,8 +150,12 @@ class Courier:
 
     def _prepare(self) -> None:
         """Learn what earlier workers knew."""
-        self._outbox.recount()
         delivered = self._outbox.listed("delivered", RECENT_DELIVERIES)
+        try:
+            self._outbox.recount()
+        except UNAVAILABLE as error:
+            # A full server still lets what is pending go out.
+            logger.warning("The pending deliveries' bytes are not counted anew: %s", error)
         with self._lock:
             self._hosts = KnownHosts(
                 self._settings.callback_timeout_s, [delivery.host for delivery in reversed(delivered)]

@@ -21,7 +21,7 @@ from tasks import outbox as outboxes
 from tasks.cli import main
 from tasks.outbox import BYTES, HOSTS, PREFIX, SIZES, Bounds, Delivery, Outbox, Shares, size_of
 from tests.receiver import SECRET
-from tests.unit.test_outbox import KEEP_S, OK, courier, delivery
+from tests.unit.test_outbox import KEEP_S, OK, Answers, counted, courier, delivery
 from worker.announce import Announcer, GivenUp
 from worker.callbacks import admitted
 from worker.delivery import known_hosts
@@ -290,6 +290,19 @@ def test_a_server_that_refuses_leaves_nothing_of_a_delivery(client: Any, broker:
             server.config_set(change[fault][0], change[fault][2])
     assert {key: client.dump(key) for key in sorted(client.keys())} == before
     assert outbox.add(delivery(9))
+
+
+def test_a_full_server_lets_what_is_pending_go_out(client: Any, broker: stack.Broker) -> None:
+    outbox = bounded(client)
+    outbox.add(delivery(1))
+    posted = Answers()
+    server = broker.connect()
+    server.config_set("maxmemory", 1)
+    try:
+        with courier(outbox, posted):
+            counted(outbox, pending=0, delivered=1)
+    finally:
+        server.config_set("maxmemory", 0)
 
 
 # Hosts that hang
