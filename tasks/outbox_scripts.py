@@ -218,7 +218,7 @@ sort_in(host, ttl)
 return 1
 """
 
-# The batch takes its members' place in one step: each event is in one pending delivery, whoever is killed when.
+# The batch takes its members' place in one step: each event is in one pending delivery, also after a kill.
 # Arguments: the token, its lease, seconds that members are kept, its bytes, the number of members, their ids, fields.
 BATCH = """
 local ttl, host, id, token, lease, keep, size = unpack(ARGV, 1, 7)
@@ -287,7 +287,7 @@ end
 return forgotten
 """
 
-# Count one host's pending deliveries anew, whatever was counted before.
+# Count one host's pending deliveries anew.
 RECOUNT_HOST = """
 local ttl, host = ARGV[1], ARGV[2]
 ensure_types(host)

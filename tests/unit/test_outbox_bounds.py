@@ -86,7 +86,7 @@ def test_what_all_hosts_have_beyond_their_bytes_is_given_up_the_oldest_first(cli
     assert is_counted_right(client, outbox)
 
 
-def test_the_oldest_is_the_one_that_was_added_first_whenever_its_next_attempt_is(client: Any) -> None:
+def test_the_oldest_is_the_one_that_was_added_first_however_it_is_due(client: Any) -> None:
     outbox = bounded(client, host=3)
     for number in range(3):
         outbox.add(delivery(number))
@@ -122,7 +122,7 @@ def test_one_that_was_given_up_while_it_was_sent_may_say_that_it_arrived_and_no_
     assert is_counted_right(client, outbox)
 
 
-def test_the_bytes_are_right_whatever_happens(client: Any) -> None:
+def test_the_bytes_are_right_after_any_steps(client: Any) -> None:
     choose = random.Random(7)
     outbox = bounded(client, host=12, total=30)
     known: list[Delivery] = []

@@ -154,7 +154,7 @@ def test_pydantics_patterns_are_rusts_which_take_linear_time() -> None:
 
 
 @pytest.mark.parametrize("text", ["a." * 100_000, "a://" * 50_000, "data:" * 40_000, ";a=b" * 50_000, "a:/" * 66_666])
-def test_show_is_fast_whatever_the_prompt(text: str, broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_is_fast_for_any_prompt(text: str, broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     job = FailedJob(
         id="a",
         task="idefics.complete",
@@ -183,5 +183,5 @@ def test_show_is_fast_whatever_the_prompt(text: str, broker: stack.Broker, monke
         ("no url", "no url"),
     ],
 )
-def test_a_urls_secrets_are_hidden_whatever_its_scheme(text: str, shown: str) -> None:
+def test_a_urls_secrets_are_hidden_behind_any_scheme(text: str, shown: str) -> None:
     assert redacted(text) == shown

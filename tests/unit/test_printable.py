@@ -88,7 +88,7 @@ def has_one_record(text: str) -> bool:
     ],
     ids=range(11),
 )
-def test_a_record_is_one_line_whoever_chose_its_values(arguments: tuple[Any, ...]) -> None:
+def test_a_record_is_one_line_for_any_values(arguments: tuple[Any, ...]) -> None:
     text = logged(*arguments)
     assert has_one_record(text), text
     assert len([line for line in text.splitlines() if line.startswith("2")]) == 1

@@ -29,7 +29,7 @@ class KnownHosts:
             _remember(self._answered, host)
 
     def note(self, host: str, *, has_answered: bool, seconds: float) -> None:
-        """An attempt has ended. What failed at once has held nobody up, and says nothing."""
+        """An attempt has ended. What failed at once held no thread, and changes nothing."""
         if seconds <= self._quick_s:
             if has_answered:
                 self._silent.pop(host, None)
