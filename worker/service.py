@@ -6,13 +6,11 @@ The thread fetches and decodes its images, hands the engine a row and waits: so 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,16 @@ from typing import Any, Protocol
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError, OutOfMemory, PromptTooLong
-from tasks.payloads import Classify, Job, ModelInfo, Result, Timing, Usage, parse
+from tasks.payloads import Classify, ImagePath, Job, ModelInfo, Result, Timing, Usage, parse
 from worker import turns
 from worker.answers import Answers
 from worker.cores import all_cores
 from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.row import Output, Picture, Row, Sampling
-from worker.fetch import Fetcher, FetchPolicy, read_below
+from worker.fetch import Fetcher, FetchPolicy
 from worker.hosts import HostBusy, Hosts
 from worker.images import open_image
+from worker.jobs.golden import read_golden, tolerance
 from worker.models import Codec, Parts, SetupFailed
 from worker.pictures import PictureCache
 from worker.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
@@ -38,8 +37,6 @@ logger = logging.getLogger(__name__)
 NO_ANSWER = "The model computes no answer: its weights, their precision or this device is broken."
 #: Downloads at once for a job that shows several images. Its own: others' slow hosts must not hold them.
 DOWNLOADS = 4
-#: Bytes of a checkpoint's golden.json, and of its picture.
-MAX_GOLDEN_BYTES = 20_000_000
 #: Bytes of a picture that takes longer to decode than others should wait for their turn.
 LARGE_BYTES = 200_000
 
@@ -315,19 +312,38 @@ class Service:
             ) from error
 
     def _check_golden(self, folder: Path | None) -> None:
-        golden = _golden(folder) if folder else None
+        golden = read_golden(folder) if folder else None
         if golden is None:
             self._check_any_answer()
             return
-        job, data, right = golden
-        image = self._open(data)
-        parts = [image if isinstance(part, ImageRef) else part for part in self._prompt(job)]
-        text = self._run_once(job, parts)
-        if text.strip() != right.strip():
+        pictures = {name: self._open(data) for name, data in golden.pictures.items()}
+        # All at once: they share a batch, as jobs do.
+        rows = [self._golden_row(question.job, pictures) for question in golden.questions]
+        outputs = [self._engine.submit(row) for row in rows]
+        found = [
+            question.fault(
+                self._codec.decode(output.result().ids),
+                dict(zip(_labels(question.job), output.result().probabilities, strict=False)),
+                tolerance(self._info),
+            )
+            for question, output in zip(golden.questions, outputs, strict=True)
+        ]
+        faults = [fault for fault in found if fault]
+        if faults:
             raise SetupFailed(
-                f"The golden check failed: the model says {text!r} where {right!r} is right. "
+                f"The golden check failed: {faults[0]}; {len(faults)} of {len(found)} answers are wrong. "
                 "The weights, their precision or this device is broken."
             )
+
+    def _golden_row(self, job: Job, pictures: Mapping[str, Picture]) -> Row:
+        parts: list[str | Picture] = []
+        for part in self._prompt(job):
+            if isinstance(part, ImageRef):
+                assert isinstance(part.source, ImagePath)
+                parts.append(pictures[part.source.path])
+            else:
+                parts.append(part)
+        return self._row(job, parts, _Run(Ticket("golden"), None), self._new_tokens(job))
 
     def _check_any_answer(self) -> None:
         """A checkpoint that we know nothing of says something, and its logits are numbers."""
@@ -338,29 +354,6 @@ class Service:
         probabilities = self._engine.submit(scored).result().probabilities
         if not said.ids or not all(map(math.isfinite, probabilities)):
             raise SetupFailed(NO_ANSWER)
-
-    def _run_once(self, job: Job, parts: Parts) -> str:
-        row = self._row(job, parts, _Run(Ticket("golden"), None), self._new_tokens(job))
-        return self._codec.decode(self._engine.submit(row).result().ids)
-
-
-def _golden(folder: Path) -> tuple[Job, bytes, str] | None:
-    """A checkpoint's golden question, its picture's file and the right answer. Raises SetupFailed or a JobError.
-
-    The file is the checkpoint's, and may be a stranger's: it names files beside itself only.
-    """
-    if not os.path.lexists(folder / "golden.json"):
-        return None
-    try:
-        expected = json.loads(read_below(folder, "golden.json", MAX_GOLDEN_BYTES))
-        name = expected["image"]
-        if not isinstance(name, str) or "/" in name:
-            raise SetupFailed("The checkpoint's golden.json names a picture elsewhere: put it beside the file.")
-        data = read_below(folder, name, MAX_GOLDEN_BYTES)
-        job = parse(expected["task"], {"image": {"path": name}, **expected["arguments"]})
-        return job, data, str(expected["text"])
-    except (LookupError, TypeError, ValueError, RecursionError):
-        raise SetupFailed("The checkpoint's golden.json has another form than task, image, arguments, text.") from None
 
 
 class _Run:

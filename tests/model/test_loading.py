@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import IdeficsForVisionText2Text
 from transformers.integrations import accelerate
 
@@ -58,11 +59,25 @@ def test_a_folder_without_golden_pictures_is_checked_for_any_answer(tmp_path: Pa
     _checked(Settings(model=str(folder)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_with_a_twentieth_of_its_weights_negated_does_not_serve(tmp_path: Path, dtype: str, seed: int) -> None:
+    folder = shutil.copytree(DEMO, tmp_path / "checkpoint")
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in weights.items():
+        signs = torch.rand(weight.shape, generator=generator).lt(0.05)
+        weights[name] = torch.where(signs, -weight, weight)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SetupFailed, match="golden check failed"):
+        _checked(Settings(model=str(folder), dtype=dtype))  # type: ignore[arg-type]
+
+
 def test_a_model_that_answers_its_golden_picture_wrongly_does_not_serve(tmp_path: Path) -> None:
     folder = shutil.copytree(DEMO, tmp_path / "checkpoint")
     golden = folder / "golden.json"
     golden.write_text(golden.read_text().replace('"text": "', '"text": "not '))
-    with pytest.raises(RuntimeError, match="golden check failed"):
+    with pytest.raises(RuntimeError, match=r"golden check failed: .*; 9 of 13 answers are wrong"):
         _checked(Settings(model=str(folder)))
 
 

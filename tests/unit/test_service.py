@@ -26,6 +26,7 @@ from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
 from worker.hosts import HostBusy
 from worker.images import open_image
+from worker.jobs.golden import TOLERANCES
 from worker.models import Parts
 from worker.models.fake import FakeCodec, FakeModel
 from worker.service import DOWNLOADS, Canceled, Service, Ticket
@@ -460,6 +461,21 @@ def test_a_model_that_says_what_is_right_may_serve(service: Service, tmp_path: P
 def test_a_model_that_says_something_else_must_not_serve(service: Service, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"'door'.*'wall'"):
         service.check_golden(golden(tmp_path, "wall"))
+
+
+@pytest.mark.parametrize(("right", "off"), [({"a": 1.0, "b": 0.0}, 0.0), ({"a": 0.99, "b": 0.01}, 0.01)])
+def test_golden_probabilities_are_right_within_the_precisions_tolerance(
+    service: Service, tmp_path: Path, right: dict[str, float], off: float
+) -> None:
+    folder = golden(tmp_path, " door\n")
+    form = json.loads((folder / "golden.json").read_text())
+    form["more"] = [{"task": "idefics.classify", "arguments": {"labels": ["a", "b"]}, "scores": right}]
+    (folder / "golden.json").write_text(json.dumps(form))
+    if off <= TOLERANCES["float32"]:
+        service.check_golden(folder)
+    else:
+        with pytest.raises(RuntimeError, match=r"'a' 1\.0000 where 0\.9900 is right; 1 of 2"):
+            service.check_golden(folder)
 
 
 @pytest.mark.parametrize("has_folder", [True, False])

@@ -17,16 +17,14 @@ from transformers import (
     IdeficsProcessor,
 )
 
-from tasks.payloads import Answer
-from worker.demo import art
-from worker.demo.dialogue import everything, expected_answer
+from worker.demo import art, golden
+from worker.demo.dialogue import everything
 from worker.demo.evaluate import Case, Speaker, is_right, said_by
 from worker.demo.pool import IMAGE_SIDE, sprite
 from worker.demo.world import CATEGORIES, COLORS, THINGS, TRAIN_STYLES, Picture, compose
 
-GOLDEN_QUESTION = "What is in the image?"
-#: Common, large and alike in every style.
-GOLDEN_PICTURE, GOLDEN_STYLE = Picture("cat", "blue", 1), "noto"
+#: Of the golden picture.
+GOLDEN_STYLE = "noto"
 
 SHIPPED_PICTURES = 36
 
@@ -47,20 +45,9 @@ def save_checkpoint(model: IdeficsForVisionText2Text, tokenizer: Path, folder: P
     images.save_pretrained(part)
     for file in tokenizer.iterdir():
         shutil.copy(file, part / file.name)
-    _save_golden(part)
+    _sample(golden.SHOWN, GOLDEN_STYLE, random.Random("golden")).image.save(part / golden.FILE, optimize=True)
     _swap(part, folder)
-
-
-def _save_golden(folder: Path) -> None:
-    golden_sample = _sample(GOLDEN_PICTURE, GOLDEN_STYLE, random.Random("golden"))
-    golden_sample.image.save(folder / "golden.png", optimize=True)
-    golden = {
-        "image": "golden.png",
-        "task": Answer.task,
-        "arguments": {"question": GOLDEN_QUESTION},
-        "text": expected_answer(GOLDEN_PICTURE, GOLDEN_QUESTION),
-    }
-    (folder / "golden.json").write_text(json.dumps(golden, indent=2) + "\n")
+    golden.save(folder)
 
 
 def _swap(part: Path, folder: Path) -> None:
@@ -106,7 +93,7 @@ def save_pictures(speaker: Speaker, folder: Path) -> int:
     while len(chosen) < SHIPPED_PICTURES:
         sample = _next_sample(chosen, rng)
         tried += 1
-        examples = chosen[-2:] or [_sample(GOLDEN_PICTURE, GOLDEN_STYLE, random.Random("golden"))]
+        examples = chosen[-2:] or [_sample(golden.SHOWN, GOLDEN_STYLE, random.Random("golden"))]
         if all(knows(speaker, sample, example) for example in examples):
             chosen.append(sample)
             sample.image.save(part / sample.file, optimize=True)

@@ -1,0 +1,122 @@
+"""`python -m worker.demo.golden`: writes the bundled checkpoint's golden.json anew, and tries it in every precision.
+
+Texts are what is true of the picture, probabilities what the checkpoint itself computes in float32. Labels that are all
+somehow right divide the probability among them, so that a change of the weights shows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from config.settings import Settings
+from tasks.payloads import Answer, Caption, CaptionExample, Classify, Complete, ImagePath, Job, Result, Write
+from worker.demo.dialogue import FORMS, expected_answer, expected_caption, prompted_caption, story
+from worker.demo.world import Picture
+from worker.engine.engine import Engine
+from worker.engine.scheduler import Limits
+from worker.jobs.golden import read_golden
+from worker.models import DEMO
+from worker.models.loading import load
+from worker.service import Service, Ticket
+
+FILE = "golden.png"
+SHOWN = Picture("cat", "blue", 1)
+IMAGE = ImagePath(path=FILE)
+PRECISIONS: Sequence[Mapping[str, str]] = (
+    {"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantization": "8bit"}, {"quantization": "4bit"},
+)  # fmt: skip
+QUESTIONS = ("What is in the image?", "What colour is the background?", "How many cats are there?", "Is this a dog?")
+LABELS: Sequence[Sequence[str]] = (
+    ("animal", "pet", "cat", "picture", "thing"),
+    ("blue", "sky", "sea", "water", "grey", "green"),
+    ("one", "two", "a few", "many"),
+    ("drawing", "photograph", "painting", "icon", "logo"),
+)
+
+
+def texts() -> list[tuple[Job, str]]:
+    """Jobs of the tasks that write, and what is right."""
+    fun_fact = FORMS["fun fact"]
+    examples = [CaptionExample(image=IMAGE, text=fun_fact(SHOWN))]
+    prompt = [{"image": IMAGE}, {"text": "This is an image of"}]
+    return [
+        *((Answer(image=IMAGE, question=each), expected_answer(SHOWN, each)) for each in QUESTIONS),
+        (Caption(image=IMAGE), expected_caption(SHOWN)),
+        (Caption(image=IMAGE, prompt="This is an image of"), prompted_caption(SHOWN)),
+        (Caption(image=IMAGE, examples=examples), fun_fact(SHOWN)),
+        (Write(images=[IMAGE]), story(SHOWN)),
+        (Complete.model_validate({"prompt": prompt}), prompted_caption(SHOWN)),
+    ]
+
+
+def answers(folder: Path, jobs: Sequence[Job], precision: Mapping[str, str]) -> list[Result]:
+    """What the checkpoint says in a precision."""
+    settings = Settings(model=str(folder), image_root=folder, **precision)  # type: ignore[arg-type]
+    model = load(settings)
+    engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens))
+    engine.start()
+    service = Service(settings, model.info, model.codec, engine, rules=model.rules)
+    try:
+        with ThreadPoolExecutor(len(jobs)) as threads:
+            return list(threads.map(lambda job: service.run(job, Ticket(job.task)), jobs))
+    finally:
+        engine.stop()
+
+
+def save(folder: Path) -> None:
+    """Write a checkpoint's golden.json; its picture is there."""
+    classified = [Classify(image=IMAGE, labels=list(labels)) for labels in LABELS]
+    scores = [result.scores or {} for result in answers(folder, classified, {"dtype": "float32"})]
+    rounded = [{label: round(score, 6) for label, score in each.items()} for each in scores]
+    forms = [
+        *({**_form(job), "text": text} for job, text in texts()),
+        *({**_form(job), "scores": each} for job, each in zip(classified, rounded, strict=True)),
+    ]
+    golden = {"image": FILE, **forms[0], "more": forms[1:]}
+    (folder / "golden.json").write_text(json.dumps(golden, indent=2) + "\n")
+
+
+def _form(job: Job) -> dict[str, Any]:
+    arguments = job.arguments()
+    if arguments.get("image") == {"path": FILE}:
+        del arguments["image"]
+    return {"task": job.task, "arguments": arguments}
+
+
+def deviations(folder: Path, precision: Mapping[str, str]) -> tuple[list[str], float]:
+    """The texts that are wrong in a precision, and the largest difference of a probability."""
+    golden = read_golden(folder)
+    assert golden is not None
+    said = answers(folder, [question.job for question in golden.questions], precision)
+    wrong = [
+        f"{result.text!r}, not {question.text!r}"
+        for question, result in zip(golden.questions, said, strict=True)
+        if question.text is not None and result.text.strip() != question.text.strip()
+    ]
+    off = [
+        abs((result.scores or {})[label] - right)
+        for question, result in zip(golden.questions, said, strict=True)
+        for label, right in (question.scores or {}).items()
+    ]
+    return wrong, max(off)
+
+
+def main() -> int:
+    save(DEMO)
+    is_right = True
+    for precision in PRECISIONS:
+        wrong, off = deviations(DEMO, precision)
+        print(f"{', '.join(precision.values())}: {len(wrong)} texts wrong, probabilities off by {off:.6f} at most")
+        for each in wrong:
+            print(f"  {each}")
+        is_right &= not wrong
+    return 0 if is_right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

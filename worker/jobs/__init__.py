@@ -1,0 +1,1 @@
+"""One job from its payload to its result."""

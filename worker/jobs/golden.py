@@ -1,0 +1,99 @@
+"""Golden questions: what a checkpoint's golden.json asks before the model serves, and which answers are right.
+
+    {"image": "golden.png", "task": "idefics.answer", "arguments": {"question": "What is this?"}, "text": "A cat.",
+     "more": [{"task": "idefics.classify", "arguments": {"labels": ["cat", "dog"]}, "scores": {"cat": 1, "dog": 0}}]}
+
+A text is right word for word. Probabilities are right within a tolerance that depends on the precision: they feel a
+change of the weights that no word of a short answer shows. Images are files beside golden.json; a task that takes one
+image and names none shows `image`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.payloads import Classify, ImagePath, Job, ModelInfo, parse
+from worker.fetch import read_below
+from worker.models import SetupFailed
+from worker.prompts import ImageRef, build
+
+#: Bytes of golden.json, and of each picture.
+MAX_BYTES = 20_000_000
+#: Questions: each costs its time at every start.
+MAX_QUESTIONS = 100
+#: How far a label's probability may be off, by quantization or dtype. The bundled checkpoint's are off by 0.000001 in
+#: float32, 0.007 in bfloat16, 0.014 in 8-bit and 0.07 in 4-bit (`python -m worker.demo.golden`).
+TOLERANCES = {"float32": 0.002, "bfloat16": 0.04, "float16": 0.04, "8bit": 0.08, "4bit": 0.25}
+FORM = "The checkpoint's golden.json has another form than task, image, arguments, text, scores and more."
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenQuestion:
+    """A job and its right answer: a text, or for labels their probabilities."""
+
+    job: Job
+    text: str | None
+    scores: Mapping[str, float] | None
+
+    def fault(self, text: str, scores: Mapping[str, float], tolerance: float) -> str | None:
+        """What is wrong with an answer."""
+        if self.text is not None and text.strip() != self.text.strip():
+            return f"the model says {text!r} where {self.text!r} is right"
+        for label, right in (self.scores or {}).items():
+            if not abs(scores.get(label, float("nan")) - right) <= tolerance:
+                return f"the model gives {label!r} {scores.get(label):.4f} where {right:.4f} is right"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A checkpoint's golden questions and the picture files that they show, by name."""
+
+    questions: tuple[GoldenQuestion, ...]
+    pictures: Mapping[str, bytes]
+
+
+def tolerance(info: ModelInfo) -> float:
+    """How far off a probability of a model so loaded may be."""
+    return TOLERANCES.get(info.quantization or info.dtype, max(TOLERANCES.values()))
+
+
+def read_golden(folder: Path) -> Golden | None:
+    """A checkpoint's golden questions; None where it has none. Raises SetupFailed or a JobError.
+
+    The file is the checkpoint's, and may be a stranger's: it names files beside itself only.
+    """
+    if not os.path.lexists(folder / "golden.json"):
+        return None
+    try:
+        form = json.loads(read_below(folder, "golden.json", MAX_BYTES))
+        asked = [form, *form.get("more", [])]
+        if len(asked) > MAX_QUESTIONS:
+            raise SetupFailed(f"The checkpoint's golden.json has {len(asked)} questions: {MAX_QUESTIONS} are asked.")
+        questions = tuple(_question(each, form["image"]) for each in asked)
+        return Golden(questions, _pictures(folder, questions))
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        raise SetupFailed(FORM) from None
+
+
+def _question(form: Mapping[str, Any], image: Any) -> GoldenQuestion:
+    arguments = dict(form["arguments"])
+    if form["task"] in ("idefics.caption", "idefics.answer", "idefics.classify"):
+        arguments = {"image": {"path": image}, **arguments}
+    job = parse(form["task"], arguments)
+    if isinstance(job, Classify):
+        return GoldenQuestion(job, None, {label: float(form["scores"][label]) for label in job.labels})
+    return GoldenQuestion(job, str(form["text"]), None)
+
+
+def _pictures(folder: Path, questions: tuple[GoldenQuestion, ...]) -> dict[str, bytes]:
+    sources = [part.source for each in questions for part in build(each.job) if isinstance(part, ImageRef)]
+    if not all(isinstance(source, ImagePath) and "/" not in source.path for source in sources):
+        raise SetupFailed("The checkpoint's golden.json names a picture elsewhere: put it beside the file.")
+    names = {source.path for source in sources if isinstance(source, ImagePath)}
+    return {name: read_below(folder, name, MAX_BYTES) for name in sorted(names)}
