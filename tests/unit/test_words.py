@@ -15,9 +15,14 @@ class Letters:
     """A tokenizer whose tokens are letters."""
 
     all_special_tokens = ("<image>",)
+    bos_token_id = eos_token_id = unk_token_id = None
 
     def __init__(self) -> None:
         self.asked = 0
+        self.added_tokens_decoder: dict[int, Any] = {}
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        return [-1 for _ in tokens]
 
     def get_vocab(self) -> dict[str, int]:
         return {"a": 0}

@@ -41,8 +41,14 @@ class IdeficsCodec(Words):
         for part in parts:
             if isinstance(part, str):
                 self.refuse_reserved(part)
-        (ids,) = self.tokens_of(self.text(parts))
+        ids = self.prompt_ids(parts)
+        self.refuse_smuggled(ids, parts)
         return Tokens(ids, tuple(part for part in parts if isinstance(part, Picture)))
+
+    def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
+        """See Words."""
+        (ids,) = self.tokens_of(self.text(parts))
+        return ids
 
     def picture(self, image: Image) -> Picture:
         """See `Codec`."""

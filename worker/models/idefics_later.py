@@ -12,24 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import Idefics3Processor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import Idefics3Processor, PreTrainedModel, ProcessorMixin
 
+from tasks.errors import InvalidRequest
 from tasks.payloads import END_OF_UTTERANCE
 from worker.engine.row import Picture, Tokens
 from worker.models import Parts
 from worker.models.words import FAKE, IMAGE, Words, configured_ends
 
 logger = logging.getLogger(__name__)
-
-#: Special tokens, and those that say where in a picture a frame lies, which not every tokenizer calls special.
-_MARKUP = re.compile(r"<\S+>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +58,6 @@ class LaterIdeficsCodec(Words):
         self._opening = opening or ""
         self.label_end = END_OF_UTTERANCE if self.in_turns else "\n"
 
-    def reserved(self, tokenizer: PreTrainedTokenizerBase) -> set[str]:
-        """See Words."""
-        return {
-            token.content
-            for token in tokenizer.added_tokens_decoder.values()
-            if token.special or _MARKUP.fullmatch(token.content)
-        }
-
     def picture(self, image: Image) -> Frames:
         """See `Codec`."""
         keywords = {"return_row_col_info": True} if self._spells else {}
@@ -87,14 +76,23 @@ class LaterIdeficsCodec(Words):
         # Joined, since texts that follow one another could spell a token together.
         self.refuse_reserved("".join(part if isinstance(part, str) else "\n" for part in parts))
         pictures = tuple(part for part in parts if isinstance(part, Frames))
-        text = self._opening + "".join(part if isinstance(part, str) else part.text for part in parts)  # type: ignore[attr-defined]
-        return Tokens(tuple(self._ids(text)), pictures)
+        ids = self.prompt_ids(parts)
+        self.refuse_smuggled(ids, parts)
+        return Tokens(ids, pictures)
 
-    def _ids(self, text: str) -> list[int]:
+    def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
+        """See Words."""
+        text = self._opening + "".join(part if isinstance(part, str) else part.text for part in parts)  # type: ignore[attr-defined]
         # A template may open with what the tokenizer would add.
         opened = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        [ids] = self._read(text=[text], add_special_tokens=not opened)["input_ids"]
-        return list(ids)
+        try:
+            [ids] = self._read(text=[text], add_special_tokens=not opened)["input_ids"]
+        except ValueError:
+            # Idefics2's processor counts them itself.
+            raise InvalidRequest(
+                f"The text becomes {IMAGE} in the model's terms, which is reserved: remove it."
+            ) from None
+        return tuple(ids)
 
     def lead_text(self, lead: Parts) -> str:
         """See Words. A picture's last token stands for all of it: a long spelling would be read for each label."""

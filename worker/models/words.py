@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
@@ -17,6 +19,8 @@ from worker.models import Parts
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
+#: Special tokens by their form. Not every tokenizer calls those special that say where in a picture a frame lies.
+_MARKUP = re.compile(r"<\S+>")
 #: Prompts, and labels, whose tokens are remembered: most jobs differ from those before them by their picture only.
 #: Longer ones (characters) come seldom and would hold memory.
 REMEMBERED, REMEMBERED_CHARS = 128, 8_000
@@ -37,11 +41,10 @@ class Words:
         #: Characters of the longest token.
         self._longest = max(map(len, tokenizer.get_vocab()))
         self.bad_words_ids: list[list[int]] = tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
-        self._reserved = sorted(self.reserved(tokenizer) - {END_OF_UTTERANCE} | {IMAGE, FAKE})
-
-    def reserved(self, tokenizer: PreTrainedTokenizerBase) -> set[str]:
-        """Tokens that users may not write."""
-        return set(tokenizer.all_special_tokens)
+        special = _special_tokens(tokenizer)
+        self._reserved = sorted(special - {END_OF_UTTERANCE} | {IMAGE, FAKE})
+        self._special_ids = frozenset(_ids_that_texts_never_have(tokenizer, special))
+        self._markers = functools.lru_cache(REMEMBERED)(self._markers_of)
 
     def picture(self, image: Image) -> Picture:
         """See `Codec`."""
@@ -53,6 +56,10 @@ class Words:
 
     def prepare(self, parts: Parts) -> Tokens:
         """See `Codec`."""
+        raise NotImplementedError
+
+    def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
+        """A whole prompt's tokens, without a look at what they are."""
         raise NotImplementedError
 
     def lead_text(self, lead: Parts) -> str:
@@ -73,7 +80,11 @@ class Words:
             return []
         text = self.lead_text(lead)
         before, *after = self.tokens_of(text, *(f"{text} {label}{self.label_end}" for label in labels))
-        return [self._behind(before, ids, label) for ids, label in zip(after, labels, strict=True)]
+        encoded = [self._behind(before, ids, label) for ids, label in zip(after, labels, strict=True)]
+        end = (self.tokenizer.convert_tokens_to_ids(self.label_end),) if self.label_end == END_OF_UTTERANCE else ()
+        for ids in encoded:
+            self._refuse_others(ids, end)
+        return encoded
 
     def _behind(self, before: tuple[int, ...], ids: tuple[int, ...], label: str) -> tuple[int, ...]:
         if ids[: len(before)] == before:
@@ -109,6 +120,68 @@ class Words:
         for token in self._reserved:
             if token in text:
                 raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")
+
+    def refuse_smuggled(self, ids: Sequence[int], parts: Parts) -> None:
+        """Raises InvalidRequest where a text of `parts` became a special token although it does not spell one.
+
+        A tokenizer normalises: it may drop characters that no eye sees, fold others into ASCII, and join texts.
+        """
+        spelled = [_plainest(part) if isinstance(part, str) else part for part in parts]
+        self._refuse_others(ids, self._markers(_Shape(spelled)))
+
+    def _markers_of(self, shape: _Shape) -> tuple[int, ...]:
+        return self._special(self.prompt_ids(shape.parts))
+
+    def _special(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(id for id in ids if id in self._special_ids)
+
+    def _refuse_others(self, ids: Sequence[int], expected: tuple[int, ...]) -> None:
+        found = self._special(ids)
+        if found == expected:
+            return
+        for id in Counter(found) - Counter(expected):
+            token = self.tokenizer.convert_ids_to_tokens(id)
+            raise InvalidRequest(f"The text becomes {token} in the model's terms, which is reserved: remove it.")
+        raise InvalidRequest("The text changes the marks around the prompt's images: remove what resembles <image>.")
+
+
+class _Shape:
+    """A prompt's order of texts and pictures, whichever these are: equal to others of the same."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._key = tuple(part if isinstance(part, str) else _shape_of(part) for part in parts)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shape) and self._key == other._key
+
+
+def _plainest(text: str) -> str:
+    """A text of one letter, with as many ends of utterances. An empty one stays so: pictures may share a mark then."""
+    return text and END_OF_UTTERANCE.join("a" * (1 + text.count(END_OF_UTTERANCE)))
+
+
+def _shape_of(picture: Picture) -> object:
+    """What a picture is in a text: the same for most families, else its own spelling."""
+    return getattr(picture, "text", None)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Tokens that users may not write."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {
+        *tokenizer.all_special_tokens,
+        *(token.content for token in added if token.special or _MARKUP.fullmatch(token.content)),
+    }
+
+
+def _ids_that_texts_never_have(tokenizer: PreTrainedTokenizerBase, special: Collection[str]) -> set[int]:
+    ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
+    # A text of strange characters holds the unknown token by right, where nothing else is meant by it.
+    return ids - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
 
 
 def configured_ends(model: PreTrainedModel) -> list[int]:
