@@ -203,7 +203,9 @@ class Settings(BaseSettings):
     #: Deliveries of a job, each ended by the death of its whole worker, after which it fails as worker_lost. One among
     #: neighbours may be anybody's fault, and each costs a visibility timeout: the third, which runs alone, decides.
     max_deliveries: int = Field(default=3, ge=2)
-    #: Seconds until the jobs of a worker that died come back. More than any job lasts, retries included.
+    #: Seconds until the jobs of a worker that died come back. A worker that lives says so every quarter of it, or every
+    #: 10 s, for as long as its jobs run: it may be short (60), but longer than your network or Redis may stand still.
+    #: With atomic_take=false nobody says so: then it must be more than any job lasts.
     visibility_timeout_s: int = Field(default=3_600, ge=1)
 
     #: Failed jobs kept with their payload, to be looked at and sent again (`idefics-jobs failed`).

@@ -37,7 +37,7 @@ from worker.pool.signals import PoolExitInTime
 from worker.queue.refusals import Refusals
 from worker.results import CANCELED
 from worker.service import Canceled, Service, Ticket
-from worker.transport import use as use_atomic_take
+from worker.transport import use as use_transport
 from worker.webhook import check as check_callback
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ app = _App("idefics", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY, PAYLOADS))
 app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
-if settings.atomic_take:
-    use_atomic_take(Refusals(app, failed_bounds))
+use_transport(Refusals(app, failed_bounds), atomic=settings.atomic_take)
 keep_failures(app, failed_bounds)
 
 _service: Service | None = None

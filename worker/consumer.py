@@ -46,10 +46,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         super().__init__(*args, **{**options, "initial_prefetch_count": settings.job_threads})
         self._bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
         self._refusals = Refusals(self.app, self._bounds)
-        self._deliveries = Deliveries(
-            lambda: self.app.backend.client,
-            most=settings.max_deliveries,
-            ttl_s=settings.visibility_timeout_s + settings.result_ttl_s,
+        self._deliveries: Deliveries = getattr(self.pool, "deliveries", None) or Deliveries(
+            most=settings.max_deliveries
         )
         if self.controller is not None:
             # Celery's keeps a job's place for ever where handing the job over fails.
@@ -91,6 +89,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         # Kombu's own channel (IDEFICS_ATOMIC_TAKE=false) does not ask; nor has another pool an answer.
         self.task_consumer.channel.wants = lambda: getattr(self.pool, "wants_jobs", True)
         self.task_consumer.channel.most_bytes = most
+        self._deliveries.channel = self.task_consumer.channel
         if not load().atomic_take:
             release(self.task_consumer.channel, [queue.name for queue in self.task_consumer.queues])
 
@@ -191,9 +190,9 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def _return(self, headers: dict[str, Any], requeue: Callable[[], None], error: Exception) -> None:
         """Give a job back whose end could not be stored: for as long as Redis is away, else a few times."""
         id, key = headers["id"], (headers["id"], headers.get("retries") or 0)
-        if isinstance(error, UNAVAILABLE) or not self._deliveries.is_lost(self._deliveries.earlier(key)):
+        if isinstance(error, UNAVAILABLE) or not self._deliveries.is_lost(self._deliveries.history(key).deaths):
             logger.error("Job %s goes back to the queue: %s", ascii(id), without_values(error))
-            self._deliveries.count([key])
+            self._deliveries.count_return(key)
             requeue()
             return
         logger.critical("Job %s came back too often; it fails as internal.", ascii(id))

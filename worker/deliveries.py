@@ -1,70 +1,116 @@
-"""Which jobs kill their workers: a count in Redis that outlives every process.
+"""Which jobs kill their workers: a record in Redis that outlives every process.
 
-A job whose whole worker died comes back after the visibility timeout, marked as redelivered, and would do so for ever
-if it is the reason. So each start of a redelivered job is counted, when it is sent to the model process, in the hash
-`idefics:deliveries:<id>` of the results' Redis, with Celery's retries as the field: each retry is a series of its own.
-The first delivery needs no count: a redelivered job had one. So a job that is delivered once costs nothing here.
+A job whose whole worker died comes back after the visibility timeout, and would do so for ever if it is the reason. So
+what comes back that way is counted, in the same step (worker/transport.py): its holder died, froze or was cut off. A
+message that says of itself that it was redelivered proves nothing, since anybody can write that; and what a worker
+gives back in order is no death.
 
-Not counted are runs that the pool repeats after the death of the model process alone (worker/pool/quarantine.py), and
-messages that come again while their job still runs. What a worker gives back when it is stopped in order is taken off.
+The hash `idefics:deliveries:<id>` in the broker's database has a job's returns, under the number of its retries: each
+retry is a series of its own. A worker that dies takes along what it has not begun too. So of a job that came back, the
+start in each later delivery is marked, before it is sent to the model process, under `<retries>:<return>`. A job that
+never came back costs nothing here.
 
-One death takes all jobs in flight along, so a count alone proves nothing: from the third delivery on a job runs alone,
-and its innocent neighbours end. The key goes with the job's end (worker/results.py), else after its time to live.
+One death takes all jobs in flight along, so a count alone proves nothing: after two a job runs alone, and its innocent
+neighbours end. Not counted are runs that the pool repeats after the death of the model process alone
+(worker/pool/quarantine.py). The key goes when the job's message is acknowledged, else after its time to live.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from redis import Redis
-
-from worker.results import DELIVERIES
+from redis.exceptions import RedisError
 
 logger = logging.getLogger(__name__)
 
-#: Jobs started so often before run alone.
+#: Followed by a job's id.
+DELIVERIES = "idefics:deliveries:"
+#: Seconds beyond the visibility timeout that such a record is kept: longer than a job waits for its next delivery.
+KEPT_S = 7 * 86_400
+
+#: Jobs that so many workers died with run alone.
 ALONE_AFTER = 2
 
 #: A job's id and its retries.
 Key = tuple[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class History:
+    """What is known of a job's earlier deliveries."""
+
+    #: Deliveries that did not end.
+    returns: int = 0
+    #: Those of them in which it had been started, as far as is known: in the first one it counts as started.
+    deaths: int = 0
+
+
 class Deliveries:
     """Used by Celery's parent process. Where Redis does not answer, jobs run uncounted: a count is not worth a job."""
 
-    def __init__(self, client: Callable[[], Redis], *, most: int, ttl_s: int) -> None:
-        """`most`: starts after which a job is not started any more. `ttl_s` is longer than a delivery can take."""
-        self._client = client
+    def __init__(self, *, most: int) -> None:
+        """`most`: deaths after which a job is not started any more."""
         self._most = most
-        self._ttl_s = ttl_s
+        #: Kombu's, of the consumer; it changes with each connection.
+        self.channel: Any = None
 
-    def earlier(self, key: Key) -> int:
-        """How often a redelivered job was started before."""
+    def history(self, key: Key) -> History:
         id, retries = key
         try:
-            return 1 + int(self._client().hget(DELIVERIES + id, str(retries)) or 0)
-        except Exception as error:
+            record = self._client().hgetall(self._name(id))
+        except (RedisError, OSError) as error:
             logger.warning("The deliveries of job %s are unknown (%s): it runs.", ascii(id), error)
-            return 1
+            return History()
+        returns = int(record.get(str(retries).encode(), 0))
+        started = sum(f"{retries}:{number}".encode() in record for number in range(1, returns))
+        return History(returns, min(returns, 1) + started)
 
-    def is_lost(self, earlier: int) -> bool:
-        return earlier >= self._most
+    def is_lost(self, deaths: int) -> bool:
+        return deaths >= self._most
 
-    def is_suspect(self, earlier: int) -> bool:
+    def is_suspect(self, deaths: int) -> bool:
         """It is to run alone: always so before it is given up."""
-        return earlier >= min(ALONE_AFTER, self._most - 1)
+        return deaths >= min(ALONE_AFTER, self._most - 1)
 
-    def count(self, keys: Iterable[Key], by: int = 1) -> None:
-        """Note starts; `by=-1` takes them off again."""
-        commands = [(DELIVERIES + id, str(retries)) for id, retries in keys]
-        if not commands:
+    def mark_started(self, jobs: Iterable[tuple[Key, int]]) -> None:
+        """Note that jobs which came back so often start."""
+        self._write([("hset", self._name(id), f"{retries}:{returns}", 1) for (id, retries), returns in jobs])
+
+    def unmark_started(self, jobs: Iterable[tuple[Key, int]]) -> None:
+        """They are given back in order."""
+        self._write([("hdel", self._name(id), f"{retries}:{returns}") for (id, retries), returns in jobs])
+
+    def count_return(self, key: Key) -> None:
+        """Note that a job which was begun goes back for want of an end."""
+        returns = self.history(key).returns
+        name = self._name(key[0])
+        self._write([("hset", name, f"{key[1]}:{returns}", 1), ("hincrby", name, str(key[1]), 1)])
+
+    def _write(self, commands: list[tuple[Any, ...]]) -> None:
+        if not commands or self.channel is None:
             return
         try:
             with self._client().pipeline(transaction=False) as pipe:
-                for name, field in commands:
-                    pipe.hincrby(name, field, by)
-                    pipe.expire(name, self._ttl_s)
+                for command, name, *arguments in commands:
+                    getattr(pipe, command)(name, *arguments)
+                    pipe.expire(name, kept_s(self.channel))
                 pipe.execute()
-        except Exception as error:
-            logger.warning("The deliveries of %d jobs are not counted: %s", len(commands), error)
+        except (RedisError, OSError) as error:
+            logger.warning("The deliveries of jobs are not counted: %s", error)
+
+    def _name(self, id: str) -> str:
+        return self.channel.global_keyprefix + DELIVERIES + id if self.channel is not None else ""
+
+    def _client(self) -> Redis:
+        if self.channel is None:
+            raise RedisError("no connection yet")
+        # Kombu's own client would prefix the keys of some commands only.
+        return Redis(connection_pool=self.channel.pool)
+
+
+def kept_s(channel: Any) -> int:
+    return int(channel.visibility_timeout) + KEPT_S

@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Of each job whose worker died: how often it was started. See worker/deliveries.py.
-DELIVERIES = "idefics:deliveries:"
-
 #: What `start` says of a job that its producer took back.
 CANCELED = "CANCELED"
 
@@ -41,9 +38,9 @@ CANCELED = "CANCELED"
 _HEAD_BYTES = 40
 _HEAD = re.compile(rb'\s*{\s*"status"\s*:\s*"(\w+)"')
 
-#: KEYS: the job's record, its deliveries, and for a start the job's cancellation. ARGV: the record, its seconds to live
-#: (0: for ever), 1 if its state is an end. Answers with the end that is there already or with CANCELED, or with nil
-#: where it has written. A record that is there word for word is this very call's: the connection was lost before it
+#: KEYS: the job's record, its cancellation. ARGV: the record, its seconds to live (0: for ever), `start` or `end` where
+#: its state is one. Answers with the end that is there already or for a start with CANCELED, or with nil where it has
+#: written. A record that is there word for word is this very call's: the connection was lost before it
 #: heard of it.
 _STORE = f"""
 local head = redis.call('GETRANGE', KEYS[1], 0, {_HEAD_BYTES - 1})
@@ -51,7 +48,7 @@ local kept = string.match(head, '^%s*{{%s*"status"%s*:%s*"(%w+)"')
 if kept == 'SUCCESS' or kept == 'FAILURE' or kept == 'REVOKED' then
     return redis.call('GET', KEYS[1]) ~= ARGV[1] and kept
 end
-if KEYS[3] and redis.call('EXISTS', KEYS[3]) == 1 then
+if ARGV[3] == 'start' and redis.call('EXISTS', KEYS[2]) == 1 then
     return '{CANCELED}'
 end
 if ARGV[1] == '' then
@@ -63,7 +60,7 @@ else
     redis.call('SETEX', KEYS[1], ARGV[2], ARGV[1])
 end
 redis.call('PUBLISH', KEYS[1], ARGV[1])
-if ARGV[3] == '1' then
+if ARGV[3] == 'end' then
     redis.call('DEL', KEYS[2])
 end
 return false
@@ -108,9 +105,7 @@ class _FirstEndWins:
         """Say that a job runs, in one step with a look at whether it should. None if so; else CANCELED or its end."""
         value = {"pid": os.getpid(), "hostname": request.hostname}
         record = self._record(request.id, value, states.STARTED, None, request) if is_stored else ""
-        kept: str | None = self.patiently(
-            self._store_record, request.id, record, states.STARTED, [CANCEL_KEY + request.id]
-        )
+        kept: str | None = self.patiently(self._store_record, request.id, record, states.STARTED, "start")
         return kept
 
     def _record(self: Any, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> str:
@@ -119,11 +114,11 @@ class _FirstEndWins:
         record: str = self.encode({**meta, "task_id": task_id, "args": None, "kwargs": None})
         return record
 
-    def _store_record(self: Any, task_id: str, record: str, state: str, cancellation: Sequence[str] = ()) -> str | None:
+    def _store_record(self: Any, task_id: str, record: str, state: str, step: str = "") -> str | None:
         seconds = self.failure_expires if state == states.FAILURE else self.expires
         kept: bytes | None = self._store_script(
-            keys=[self.get_key_for_task(task_id), DELIVERIES + task_id, *cancellation],
-            args=[record, seconds or 0, int(state in states.READY_STATES)],
+            keys=[self.get_key_for_task(task_id), CANCEL_KEY + task_id],
+            args=[record, seconds or 0, "end" if state in states.READY_STATES else step],
             client=self.client,
         )
         return kept.decode() if kept else None

@@ -33,8 +33,9 @@ from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from tasks.capacity import passes
 from tasks.routing import priority_for
+from worker.deliveries import DELIVERIES, kept_s
 from worker.queue.due import DUE, ETA, HOLD
-from worker.queue.envelope import MAX_DELAY_S, NO_ENVELOPE, Refused, given_back, opened
+from worker.queue.envelope import MAX_DELAY_S, NO_ENVELOPE, Refused, given_back, opened, returned_job, usable_id
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ LATE_S = 5.0
 PUBLISH_PATIENCE_S = 300.0
 #: Seconds between two looks for messages whose visibility timeout is over, without an event loop.
 SWEEP_S = 0.5
+#: Seconds after which a worker says again that it has its messages: a quarter of the visibility timeout, within these.
+EXTEND_LEAST_S, EXTEND_MOST_S = 0.25, 10.0
 
 #: KEYS: unacked, its index, then the lists in order. ARGV: tag, what stands before a list's name in the name of its
 #: set of messages that wait for their time (worker/queue/due.py), then for each list what ends the record of its
@@ -107,6 +110,18 @@ return false
 TAKE_SHA = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
 
 
+#: Says that messages are still held. KEYS: the index. ARGV: their tags. What has gone back to its queue stays there.
+#: A full server allows what follows a write that frees memory.
+EXTEND = """
+local time = redis.call('TIME')
+local now = string.format('%d.%06d', time[1], time[2])
+for _, tag in ipairs(ARGV) do
+  if redis.call('ZREM', KEYS[1], tag) == 1 then redis.call('ZADD', KEYS[1], now, tag) end
+end
+return now
+"""
+
+
 class _NotKept(Exception):
     """There is no place for a message that is to be dropped."""
 
@@ -119,14 +134,17 @@ def _forget(raw: bytes, refused: Refused) -> None:
 _on_refused: Callable[[bytes, Refused], None] = _forget
 
 
-def use(on_refused: Callable[[bytes, Refused], None] = _forget) -> None:
-    """From now on this process's Redis connections take atomically."""
+def use(on_refused: Callable[[bytes, Refused], None] = _forget, *, atomic: bool = True) -> None:
+    """From now on this process's Redis connections take atomically, or as kombu's own where the broker runs no scripts.
+
+    Both count what comes back from workers that are lost.
+    """
     global _on_refused
     _on_refused = on_refused
     # By alias: a broker_transport of our own would be forgotten at the fail-over to another URL.
     names = {"redis": "Transport", "rediss": "Transport", "sentinel": "SentinelTransport"}
     for alias, name in names.items():
-        transport.TRANSPORT_ALIASES[alias] = f"{__name__}:{name}"
+        transport.TRANSPORT_ALIASES[alias] = f"{__name__}:{'' if atomic else 'Plain'}{name}"
         transport._transport_cache.pop(alias, None)
 
 
@@ -157,14 +175,15 @@ class Debts:
     """Tags that this process owes its broker an answer for."""
 
     def __init__(self) -> None:
-        self.acks: dict[str, None] = {}
+        #: The job whose returns are forgotten with each: one that had come back.
+        self.acks: dict[str, str | None] = {}
         #: Whether each goes to the end of its queue.
         self.returns: dict[str, bool] = {}
         self.holds: dict[str, Hold] = {}
 
-    def ack(self, tag: str) -> None:
+    def ack(self, tag: str, id: str | None = None) -> None:
         self.returns.pop(tag, None)
-        self.acks[tag] = None
+        self.acks[tag] = id
 
     def give_back(self, tag: str, *, last: bool = False) -> None:
         if tag not in self.acks and tag not in self.holds:
@@ -178,10 +197,82 @@ _debts: defaultdict[tuple[str, str, str], Debts] = defaultdict(Debts)
 
 def owes() -> bool:
     """Whether any broker waits for an answer of this process. By any thread."""
-    return any(debts.acks or debts.returns for debts in list(_debts.values()))
+    return any(debts.acks or debts.returns or debts.holds for debts in list(_debts.values()))
 
 
-class QoS(stock.QoS):  # type: ignore[misc]
+class SweepingQoS(stock.QoS):  # type: ignore[misc]
+    """Kombu's, which counts what comes back from holders that are silent, and bears records that cannot be read."""
+
+    def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
+        """Kombu's, by the server's clock. What comes back here had a holder that died, froze or was cut off."""
+        self._vrestore_count += 1
+        if (self._vrestore_count - 1) % (interval or 1):
+            return
+        with (
+            self.channel.conn_or_acquire() as redis,
+            contextlib.suppress(stock.MutexHeld),
+            stock.Mutex(redis, self.unacked_mutex_key, self.unacked_mutex_expire),
+        ):
+            seconds, microseconds = redis.time()
+            latest = seconds + microseconds / 1e6 - self.visibility_timeout
+            options = {"desc": True, "byscore": True, "offset": num and start, "num": num}
+            for tag in redis.zrange(self.unacked_index_key, latest, 0, **options):
+                self.restore_by_tag(tag, redis, is_lost=True)
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False, *, is_lost: bool = False) -> None:
+        """Kombu's, which lets what it cannot read end each worker that comes by, or drops it."""
+
+        def restore(pipe: Any) -> None:
+            record = pipe.hget(self.unacked_key, tag)
+            pipe.multi()
+            self._remove_from_indices(tag, pipe)
+            if record:
+                message = self._put_back(record, pipe.lpush if leftmost else pipe.rpush)
+                if is_lost:
+                    self._count_return(message, pipe)
+
+        with self.channel.conn_or_acquire(client) as redis, contextlib.suppress(_NotKept):
+            redis.transaction(restore, self.unacked_key)
+
+    def _put_back(self, record: bytes, push: Callable[[str, str], Any]) -> dict[str, Any]:
+        """Answers with the message, or with nothing where it was refused."""
+        try:
+            message, exchange, routing_key = given_back(record)
+            raw = dumps(message)
+        except Refused as refused:
+            self._keep_refused(record, refused)
+            return {}
+        except Exception:
+            self._keep_refused(record, Refused(NO_ENVELOPE))
+            return {}
+        for queue in self.channel._lookup(exchange, routing_key):
+            push(self.channel._q_for_pri(queue, self._priority(message)), raw)
+        return message
+
+    def _count_return(self, message: dict[str, Any], pipe: Any) -> None:
+        key = returned_job(message)
+        if key is not None:
+            # Kombu's client prefixes the keys of some commands only, and these are not among them.
+            name = f"{self.channel.global_keyprefix}{DELIVERIES}{key[0]}"
+            pipe.hincrby(name, str(key[1]), 1).expire(name, kept_s(self.channel))
+
+    def _keep_refused(self, record: bytes, refused: Refused) -> None:
+        """Raises _NotKept, upon which the record stays where it is: the sweep finds it."""
+        try:
+            _on_refused(record, refused)
+        except Exception as error:
+            self.channel._complain(error)
+            raise _NotKept from error
+
+    def _priority(self, message: dict[str, Any]) -> int:
+        try:
+            return int(self.channel._get_message_priority(message, reverse=False))
+        except ArithmeticError:
+            # Of an infinite one.
+            return int(self.channel.default_priority)
+
+
+class QoS(SweepingQoS):
     """Kombu's, for messages that are recorded when they are taken, and for brokers that refuse or are away."""
 
     def append(self, message: Any, delivery_tag: str) -> None:
@@ -191,7 +282,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        self.channel.debts.ack(delivery_tag)
+        self.channel.debts.ack(delivery_tag, _returned_job(self._delivered.get(delivery_tag)))
         self.channel.settle_soon()
         virtual.QoS.ack(self, delivery_tag)
 
@@ -210,50 +301,28 @@ class QoS(stock.QoS):  # type: ignore[misc]
         self._delivered.clear()
         self.channel.settle_if_possible()
 
-    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
-        """Kombu's, which lets what it cannot read end each worker that comes by, or drops it."""
+    def extend(self) -> None:
+        """Tell the broker that this process lives, and has its messages."""
+        debts = self.channel.debts
+        tags = {*(self._delivered.keys() - self._dirty), *debts.acks, *debts.holds}
+        with self.channel.conn_or_acquire() as redis:
+            redis.execute_command("EVAL", EXTEND, 1, self.channel.record_keys[1], *tags)
 
-        def restore(pipe: Any) -> None:
-            record = pipe.hget(self.unacked_key, tag)
-            pipe.multi()
-            self._remove_from_indices(tag, pipe)
-            if record:
-                self._put_back(record, pipe.lpush if leftmost else pipe.rpush)
-
-        with self.channel.conn_or_acquire(client) as redis, contextlib.suppress(_NotKept):
-            redis.transaction(restore, self.unacked_key)
-
-    def _put_back(self, record: bytes, push: Callable[[str, str], Any]) -> None:
-        try:
-            message, exchange, routing_key = given_back(record)
-            raw = dumps(message)
-        except Refused as refused:
-            self._keep_refused(record, refused)
-            return
-        except Exception:
-            self._keep_refused(record, Refused(NO_ENVELOPE))
-            return
-        for queue in self.channel._lookup(exchange, routing_key):
-            push(self.channel._q_for_pri(queue, self._priority(message)), raw)
-
-    def _keep_refused(self, record: bytes, refused: Refused) -> None:
-        """Raises _NotKept, upon which the record stays where it is: the sweep finds it."""
-        try:
-            _on_refused(record, refused)
-        except Exception as error:
-            self.channel._complain(error)
-            raise _NotKept from error
-
-    def _priority(self, message: dict[str, Any]) -> int:
-        try:
-            return int(self.channel._get_message_priority(message, reverse=False))
-        except ArithmeticError:
-            # Of an infinite one.
-            return int(self.channel.default_priority)
-
-    def remove(self, *tags: str) -> None:
+    def remove(self, acks: dict[str, str | None]) -> None:
+        """Forget messages, and the returns of their jobs."""
+        names = [DELIVERIES + id for id in acks.values() if id]
         with self.pipe_or_acquire() as pipe:
-            pipe.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags).execute()
+            pipe.zrem(self.unacked_index_key, *acks).hdel(self.unacked_key, *acks)
+            if names:
+                pipe.delete(*names)
+            pipe.execute()
+
+
+def _returned_job(message: Any) -> str | None:
+    """The id in a message that says that it came back."""
+    if message is None or not message.delivery_info.get("redelivered") or not isinstance(message.headers, dict):
+        return None
+    return usable_id(message.headers.get("id"))
 
 
 class Channel(stock.Channel):  # type: ignore[misc]
@@ -362,12 +431,13 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self.client.connection.send_command(*command, *arguments)
 
     def _script_arguments(self, take: Take) -> list[Any]:
-        keys = [*self._record_keys, *(self.global_keyprefix + name for name in take.lists)]
+        keys = [*self.record_keys, *(self.global_keyprefix + name for name in take.lists)]
         ends = [self._ends.get(queue, "") for queue in take.queues]
         return [len(keys), *keys, take.tag, self.global_keyprefix + DUE, *ends]
 
     @property
-    def _record_keys(self) -> tuple[str, str]:
+    def record_keys(self) -> tuple[str, str]:
+        """Of messages that are not acknowledged, and of their index."""
         return self.global_keyprefix + self.unacked_key, self.global_keyprefix + self.unacked_index_key
 
     def _brpop_read(self, **options: Any) -> bool:
@@ -488,6 +558,11 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._take = None
         super()._on_connection_disconnect(connection)
 
+    @property
+    def acknowledges(self) -> bool:
+        """Whether messages were taken here that count as held until they are acknowledged."""
+        return bool(self._ends)
+
     def hold(self, tag: str, at: float) -> None:
         """Have the message that is being delivered wait in Redis until a time, in unix seconds."""
         (name, ending), prefix = self._taken_from, self.global_keyprefix
@@ -499,10 +574,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def settle(self) -> None:
         """Tell the broker what it does not know yet. Raises where it cannot be told."""
-        tags = list(self.debts.acks)
-        if tags:
-            self.qos.remove(*tags)
-        for tag in tags:
+        acks = dict(self.debts.acks)
+        if acks:
+            self.qos.remove(acks)
+        for tag in acks:
             self.debts.acks.pop(tag, None)
         self._settle_holds()
         for tag, last in list(self.debts.returns.items()):
@@ -511,7 +586,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _settle_holds(self) -> None:
         while chunk := list(itertools.islice(self.debts.holds.items(), MOST_HELD)):
-            keys = [*self._record_keys, *(hold.key for _, hold in chunk)]
+            keys = [*self.record_keys, *(hold.key for _, hold in chunk)]
             arguments = [part for tag, hold in chunk for part in (tag, hold.at, hold.ending)]
             with self.conn_or_acquire() as client:
                 client.execute_command("EVAL", HOLD, len(keys), *keys, *arguments)
@@ -579,7 +654,10 @@ class SentinelChannel(Channel, stock.SentinelChannel):  # type: ignore[misc]
 class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
     """Kombu's, with waits that are short enough for the next take."""
 
-    _swept_at = float("-inf")
+    def __init__(self) -> None:
+        super().__init__()
+        self._swept_at = float("-inf")
+        self._extended_at = time.monotonic()
 
     def get(self, callback: Any, timeout: float | None = None) -> Any:
         return super().get(callback, POLL_S if timeout is None else min(timeout, POLL_S))
@@ -590,7 +668,31 @@ class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
         if now - self._swept_at < SWEEP_S:
             return None
         self._swept_at = now
+        stood_still = now - self._extended_at
+        self.extend()
+        if any(stood_still > channel.visibility_timeout / 2 for channel in self._holders):
+            # The broker hung, or this process: other workers, too, must first say that they are there.
+            return None
         return super().maybe_restore_messages()
+
+    def on_poll_init(self, poller: Any) -> None:
+        # Kombu looks for lost messages here: after an outage, before others could say that they hold theirs.
+        self.poller = poller
+        self._extended_at = time.monotonic()
+
+    @property
+    def _holders(self) -> list[Any]:
+        return [channel for channel in self._channels if channel.acknowledges]
+
+    def extend(self) -> None:
+        """Say of all messages that are held here that they are."""
+        for channel in self._holders:
+            try:
+                channel.qos.extend()
+            except (*channel.connection_errors, ResponseError) as error:
+                channel._complain(error)
+                return
+        self._extended_at = time.monotonic()
 
 
 class Transport(stock.Transport):  # type: ignore[misc]
@@ -606,6 +708,8 @@ class Transport(stock.Transport):  # type: ignore[misc]
         super().register_with_event_loop(connection, loop)
         # Celery cancels it with the connection.
         loop.call_repeatedly(POLL_S, _wake)
+        timeout = connection.client.transport_options.get("visibility_timeout", Channel.visibility_timeout)
+        loop.call_repeatedly(max(EXTEND_LEAST_S, min(EXTEND_MOST_S, timeout / 4)), self.cycle.extend)
 
 
 def _wake() -> None:
@@ -616,3 +720,50 @@ class SentinelTransport(Transport, stock.SentinelTransport):  # type: ignore[mis
     """The same behind Sentinel."""
 
     Channel = SentinelChannel
+
+
+# Where the broker runs no scripts
+
+
+class PlainQoS(SweepingQoS):
+    """Kombu's, and a job's returns are forgotten with its message."""
+
+    def ack(self, delivery_tag: str) -> None:
+        self._forget_returns(delivery_tag)
+        super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if not requeue:
+            self._forget_returns(delivery_tag)
+        super().reject(delivery_tag, requeue)
+
+    def _forget_returns(self, tag: str) -> None:
+        id = _returned_job(self._delivered.get(tag))
+        if id is not None:
+            with self.channel.conn_or_acquire() as redis:
+                redis.delete(DELIVERIES + id)
+
+
+class PlainChannel(stock.Channel):  # type: ignore[misc]
+    """Kombu's own, but for what is swept."""
+
+    QoS = PlainQoS
+
+    def _complain(self, error: Exception) -> None:
+        logger.error("The broker refuses or is away (%s): it is asked again.", error)
+
+
+class PlainSentinelChannel(PlainChannel, stock.SentinelChannel):  # type: ignore[misc]
+    """The same behind Sentinel."""
+
+
+class PlainTransport(stock.Transport):  # type: ignore[misc]
+    """Kombu's, with that channel."""
+
+    Channel = PlainChannel
+
+
+class PlainSentinelTransport(stock.SentinelTransport):  # type: ignore[misc]
+    """The same behind Sentinel."""
+
+    Channel = PlainSentinelChannel

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from billiard.exceptions import Terminated
 from celery.exceptions import Reject, WorkerShutdown
 from celery.platforms import EX_FAILURE
@@ -23,7 +22,7 @@ from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, WorkerLost
 from tasks.payloads import SUBMITTED_AT
-from worker.deliveries import Deliveries, Key
+from worker.deliveries import Deliveries, History, Key
 from worker.pool import pool as pool_module
 from worker.pool.job import Job, JobState, exception_info
 from worker.pool.pool import InferencePool
@@ -138,15 +137,19 @@ class Ledger(Deliveries):
     """Deliveries counted without a server."""
 
     def __init__(self) -> None:
-        super().__init__(redis.Redis, most=3, ttl_s=60)
+        super().__init__(most=3)
+        self.histories: dict[Key, History] = {}
+        #: Starts that are marked.
         self.counts: Counter[Key] = Counter()
 
-    def earlier(self, key: Key) -> int:
-        return 1 + self.counts[key]
+    def history(self, key: Key) -> History:
+        return self.histories.get(key, History())
 
-    def count(self, keys: Iterable[Key], by: int = 1) -> None:
-        for key in keys:
-            self.counts[key] += by
+    def mark_started(self, jobs: Iterable[tuple[Key, int]]) -> None:
+        self.counts.update(key for key, _ in jobs)
+
+    def unmark_started(self, jobs: Iterable[tuple[Key, int]]) -> None:
+        self.counts.subtract(key for key, _ in jobs)
 
 
 class Bench:
@@ -159,7 +162,7 @@ class Bench:
         self.semaphore = Semaphore(1)
         self.pool = InferencePool(limit=1, semaphore=self.semaphore, initargs=(None, "worker@here"))
         self.hub = Hub()
-        self.ledger = self.pool._deliveries = Ledger()
+        self.ledger = self.pool.deliveries = Ledger()
 
     def new_process(self, hostname: str) -> StubProcess:
         process = StubProcess(pid=1000 + len(self.processes))
@@ -401,7 +404,15 @@ def test_a_job_that_is_delivered_once_is_not_counted(started: Bench) -> None:
     assert not started.ledger.counts
 
 
-def test_a_redelivered_job_is_counted_when_it_starts(started: Bench) -> None:
+def test_a_job_that_only_says_that_it_was_redelivered_is_none(started: Bench) -> None:
+    started.submit("first")
+    started.submit("forged", redelivered=True)
+    assert started.process.ran == ["first", "forged"]
+    assert not started.ledger.counts
+
+
+def test_the_start_of_a_job_that_came_back_is_marked(started: Bench) -> None:
+    started.ledger.histories["bad", 0] = History(1, 1)
     (suspect,) = started.submit("bad", redelivered=True)
     assert started.ledger.counts == {("bad", 0): 1}
     started.process.finish("bad")
@@ -409,7 +420,8 @@ def test_a_redelivered_job_is_counted_when_it_starts(started: Bench) -> None:
     assert suspect.kinds == ["success"]
 
 
-def test_a_redelivered_job_that_waits_for_the_model_is_not_counted(bench: Bench) -> None:
+def test_a_job_that_came_back_and_waits_for_the_model_is_not_marked(bench: Bench) -> None:
+    bench.ledger.histories["waits", 0] = History(1, 1)
     bench.start()
     bench.scripts.append(loading)
     bench.process.die()
@@ -422,6 +434,7 @@ def test_a_redelivered_job_that_waits_for_the_model_is_not_counted(bench: Bench)
 
 
 def test_deaths_of_the_model_process_alone_are_not_counted(started: Bench) -> None:
+    started.ledger.histories |= {(id, 0): History(1, 1) for id in "abc"}
     requests = started.submit("a", "b", "c", redelivered=True)
     for _ in range(2):
         started.die_and_restart()
@@ -437,7 +450,7 @@ def test_a_message_that_comes_again_while_its_job_runs_is_not_counted(started: B
 
 
 def test_a_job_that_was_there_at_two_deaths_runs_alone(started: Bench) -> None:
-    started.ledger.counts["bad", 0] = 1
+    started.ledger.histories["bad", 0] = History(2, 2)
     started.submit("first")
     started.submit("bad", redelivered=True)
     started.submit("last")
@@ -449,7 +462,7 @@ def test_a_job_that_was_there_at_two_deaths_runs_alone(started: Bench) -> None:
 
 
 def test_a_job_that_was_there_at_three_deaths_fails_and_frees_its_place(started: Bench) -> None:
-    started.ledger.counts["bad", 0] = 2
+    started.ledger.histories["bad", 0] = History(3, 3)
     (bad,) = started.submit("bad", redelivered=True)
     assert isinstance(bad.error, WorkerLost)
     assert str(bad.error).startswith("3 workers died with this job")
@@ -458,18 +471,18 @@ def test_a_job_that_was_there_at_three_deaths_fails_and_frees_its_place(started:
 
 
 def test_another_attempt_of_a_job_is_counted_for_itself(started: Bench) -> None:
-    started.ledger.counts["bad", 0] = 2
+    started.ledger.histories["bad", 0] = History(3, 3)
     started.submit("bad", redelivered=True, retries=1)
     assert started.process.ran == ["bad"]
 
 
 def test_what_a_stopping_worker_gives_back_is_taken_off(started: Bench) -> None:
+    started.ledger.histories["old", 0] = History(1, 1)
     started.submit("new")
     started.submit("old", redelivered=True)
-    started.pool.terminate()
-    assert started.ledger.counts == {("new", 0): -1, ("old", 0): 0}
-    started.pool.terminate()
-    assert started.ledger.counts == {("new", 0): -1, ("old", 0): 0}
+    for _ in range(2):
+        started.pool.terminate()
+        assert started.ledger.counts == {("old", 0): 0}
 
 
 # Adoption

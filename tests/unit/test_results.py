@@ -18,7 +18,6 @@ from celery.app.task import Context
 from tasks.errors import InvalidRequest
 from tasks.failed import forget
 from tasks.payloads import CANCEL_KEY
-from worker.deliveries import DELIVERIES
 from worker.demo import stack
 from worker.results import CANCELED, ResultBackend
 
@@ -265,10 +264,10 @@ def test_a_forgotten_end_makes_room_for_another(
         assert plain.get_state(ended) == "SUCCESS"
 
 
-def test_a_jobs_end_takes_its_deliveries_along(backend: Any, id: str, broker: stack.Broker) -> None:
+def test_a_jobs_end_takes_its_cancellation_along(backend: Any, id: str, broker: stack.Broker) -> None:
     results = broker.connect(1)
-    results.hset(DELIVERIES + id, "0", 2)
+    results.set(CANCEL_KEY + id, 1, ex=60)
     backend.store_result(id, None, "STARTED")
-    assert results.exists(DELIVERIES + id)
-    end(backend, id, "FAILURE")
-    assert not results.exists(DELIVERIES + id)
+    assert results.exists(CANCEL_KEY + id)
+    end(backend, id, "REVOKED")
+    assert not results.exists(CANCEL_KEY + id)

@@ -54,7 +54,9 @@ class Job:
     partial: dict[str, Any] | None = None
     #: Deaths of the model process with this job alone in it.
     deaths: int = 0
-    #: The broker delivered it again, and its start is still to be counted (worker/deliveries.py).
+    #: How often it came back from workers that were lost, and whether its start is still to be marked
+    #: (worker/deliveries.py).
+    returns: int = 0
     is_uncounted: bool = False
 
     #: The same for a message that the broker delivers again.

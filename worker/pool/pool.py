@@ -105,11 +105,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._overstaying: dict[int, float] = {}
         #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
         self._culprit_is_known = False
-        self._deliveries = Deliveries(
-            lambda: self.app.backend.client,
-            most=self._settings.max_deliveries,
-            ttl_s=self._settings.visibility_timeout_s + self._settings.result_ttl_s,
-        )
+        #: The consumer's too, which tells them the connection.
+        self.deliveries = Deliveries(most=self._settings.max_deliveries)
         self._state_file = StateFile(self._settings.state_file, self._hostname)
 
     # Life cycle
@@ -188,7 +185,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _give_back(self) -> None:
         """A stop in order is no death: what it ends was not started in vain."""
         jobs = self._in_flight
-        self._deliveries.count([job.key for job in jobs], by=-1)
+        self.deliveries.unmark_started([(job.key, job.returns) for job in jobs if job.returns])
         for job in jobs:
             job.state = JobState.WAITING
 
@@ -241,12 +238,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @_guarded
     def _suspect(self, job: Job) -> None:
         """A worker that had this job may have died of it."""
-        job.is_uncounted = True
-        earlier = self._deliveries.earlier(job.key)
-        if self._deliveries.is_lost(earlier):
-            error = WorkerLost(f"{earlier} workers died with this job: look at their logs for the reason.")
+        history = self.deliveries.history(job.key)
+        job.returns, job.is_uncounted = history.returns, history.returns > 0
+        if self.deliveries.is_lost(history.deaths):
+            error = WorkerLost(f"{history.deaths} workers died with this job: look at their logs for the reason.")
             self._finish(job, lambda: job.fail(error))
-        elif self._deliveries.is_suspect(earlier):
+        elif self.deliveries.is_suspect(history.deaths):
             self._quarantine.append([job])
 
     def _adopt(self, running: Job, callbacks: Callbacks) -> Job:
@@ -286,7 +283,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         return []
 
     def _run(self, jobs: list[Job]) -> None:
-        self._deliveries.count([job.key for job in jobs if job.is_uncounted])
+        self.deliveries.mark_started([(job.key, job.returns) for job in jobs if job.is_uncounted])
         for job in jobs:
             # One that cannot be sent ends, and lets others in that are sent at once.
             if job.state is JobState.WAITING and job.serial in self._jobs:

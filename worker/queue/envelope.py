@@ -169,6 +169,16 @@ def given_back(record: bytes) -> tuple[dict[str, Any], str, str]:
     raise Refused(NO_ENVELOPE, _known_id(message))
 
 
+def returned_job(message: dict[str, Any]) -> tuple[str, int] | None:
+    """The id and the retries of a message that `given_back` has read; None where it says none."""
+    headers, properties = message.get("headers"), message.get("properties")
+    said: dict[str, Any] = headers if isinstance(headers, dict) else {}
+    # Celery's first protocol has the id in the body, and in this property too.
+    id = usable_id(said.get("id")) or usable_id(properties.get("correlation_id") if properties else None)
+    retries = said.get("retries")
+    return (id, int(retries) if retries is not None and _is_count(retries) else 0) if id else None
+
+
 def _known_id(message: Any) -> str | None:
     headers = message.get("headers") if isinstance(message, dict) else None
     return usable_id(headers.get("id")) if isinstance(headers, dict) else None
