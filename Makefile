@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check audit format bench chaos fuzz
+.PHONY: setup demo up test check audit format bench chaos fuzz
 
 setup: $(VENV)/.installed
 
@@ -14,6 +14,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python -m worker.demo
+
+# A broker and a worker until Ctrl-C. PORT: another one than 6379.
+up: setup
+	$(BIN)/python -m worker.demo.up $(if $(PORT),--port $(PORT))
 
 test: setup
 	$(BIN)/python -m pytest

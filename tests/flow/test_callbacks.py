@@ -414,7 +414,7 @@ def _durable(folder: Path, port: int) -> Iterator[stack.Broker]:
     command = [stack.server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
     command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
     with stack.started(command, log=folder / "redis") as process:
-        server = stack.Broker(port, process)
+        server = stack.Broker(port, process=process)
         eventually(lambda: _answers(server))
         yield server
 

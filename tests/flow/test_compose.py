@@ -342,7 +342,7 @@ def _redis(folder: Path, port: int, secrets: Path) -> Iterator[stack.Broker]:
     options["aclfile"] = options["aclfile"].replace(MOUNT, str(secrets / "redis"))
     command = [stack.server_binary(), *(part for name, value in options.items() for part in (f"--{name}", value))]
     with stack.started(command, log=folder / "log") as process:
-        server = as_user(stack.Broker(port, process), secrets, "worker")
+        server = as_user(stack.Broker(port, process=process), secrets, "worker")
         eventually(lambda: _pings(server))
         yield server
 

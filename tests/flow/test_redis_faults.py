@@ -54,7 +54,7 @@ class Server:
         resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def broker(self) -> stack.Broker:
-        return stack.Broker(self.port, self.process)
+        return stack.Broker(self.port, process=self.process)
 
     def _answers(self) -> bool:
         try:

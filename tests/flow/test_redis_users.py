@@ -161,7 +161,7 @@ def test_nobody_administers_the_server(guarded: Guarded, user: str) -> None:
 
 
 def test_who_is_no_user_is_refused(guarded: Guarded) -> None:
-    for server in (guarded.server, stack.Broker(guarded.server.port, guarded.server.process, "producer:wrong@")):
+    for server in (guarded.server, stack.Redis(guarded.server.port, "producer:wrong@")):
         with pytest.raises(AuthenticationError):
             server.connect().ping()
 

@@ -37,7 +37,7 @@ class Server:
         command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
         with (self._folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        self.broker = stack.Broker(self.port, self.process)
+        self.broker = stack.Broker(self.port, process=self.process)
         eventually(self._answers)
 
     def _answers(self) -> bool:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
@@ -34,11 +34,10 @@ class StartFailed(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Broker:
-    """A Redis server of our own."""
+class Redis:
+    """A Redis server on this machine."""
 
     port: int
-    process: subprocess.Popen[bytes]
     #: `user:password@`, where the server asks for them.
     credentials: str = ""
 
@@ -55,6 +54,13 @@ class Broker:
 
     def connect(self, database: int = 0) -> redis.Redis:
         return redis.Redis.from_url(self._url(database))
+
+
+@dataclass(frozen=True, slots=True)
+class Broker(Redis):
+    """A Redis server that this process started."""
+
+    process: subprocess.Popen[bytes] = field(kw_only=True)
 
 
 def server_binary() -> str:
@@ -77,14 +83,14 @@ def broker(*options: str, port: int | None = None, binary: str | None = None) ->
         command = [binary or server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
         command += ["--save", "", "--maxmemory-policy", "noeviction", *options]
         with started(command, log=Path(folder) / "log") as process:
-            server = Broker(port, process)
+            server = Broker(port, process=process)
             _await_answer(server, Path(folder) / "log")
             yield server
 
 
 @contextlib.contextmanager
 def worker(
-    server: Broker, *arguments: str, settings: Mapping[str, str] | None = None, log: Path | None = None
+    server: Redis, *arguments: str, settings: Mapping[str, str] | None = None, log: Path | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A worker that has answered a ping of Celery's: its model is loaded.
 
@@ -116,6 +122,8 @@ def started(
             stdout=output,
             stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent,
+            # A Ctrl-C is this process's: it ends the others in order.
+            start_new_session=True,
         )
     try:
         yield process
