@@ -49,3 +49,4 @@ chaos: setup
 fuzz: setup
 	$(BIN)/python -m benchmarks.fuzz --save fuzz
 	$(BIN)/python -m benchmarks.corpus --save fuzz
+	$(BIN)/python -m benchmarks.envelopes --save envelopes

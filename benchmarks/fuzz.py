@@ -266,6 +266,7 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "num_beams": _mostly(st.integers(1, 16), NUMBERS),
     "temperature": _mostly(st.floats(0, 10), NUMBERS),
     "top_p": _mostly(st.floats(0.01, 1), NUMBERS),
+    "top_k": _mostly(st.integers(0, 100), NUMBERS),
     "seed": _mostly(st.integers(0, 2**63 - 1), NUMBERS),
     "stop": st.lists(TEXTS, max_size=3),
     "deadline_s": _mostly(st.floats(0, 9), NUMBERS),

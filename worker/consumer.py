@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -167,7 +168,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             self.app.backend.mark_as_failure(headers["id"], _internal(error), request=request)
             message.reject_log_error(logger, self.connection_errors)
         except Exception as again:
-            self._return(headers, lambda: message.reject_log_error(logger, self.connection_errors, requeue=True), again)
+            self._return(headers, functools.partial(message.reject_log_error, logger, self.connection_errors), again)
 
     def _hand_over(self, request: Any) -> None:
         """Give the pool a job that has its place. Whatever fails, the place is free again."""
@@ -184,19 +185,25 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             try:
                 request.on_failure(exception_info(_internal(error)))
             except Exception as again:
-                self._return(request.request_dict, lambda: request.reject(requeue=True), again)
+                self._return(request.request_dict, request.reject, again)
         self._release_place()
 
-    def _return(self, headers: dict[str, Any], requeue: Callable[[], None], error: Exception) -> None:
+    def _return(self, headers: dict[str, Any], reject: Callable[..., None], error: Exception) -> None:
         """Give a job back whose end could not be stored: for as long as Redis is away, else a few times."""
         id, key = headers["id"], (headers["id"], headers.get("retries") or 0)
-        if isinstance(error, UNAVAILABLE) or not self._deliveries.is_lost(self._deliveries.history(key).deaths):
+        is_away = isinstance(error, UNAVAILABLE)
+        if is_away or not self._deliveries.is_lost(self._deliveries.history(key).deaths):
             logger.error("Job %s goes back to the queue: %s", ascii(id), without_values(error))
-            self._deliveries.count_return(key)
-            requeue()
+            if not is_away:
+                self._deliveries.count_return(key)
+            reject(requeue=True)
             return
         logger.critical("Job %s came back too often; it fails as internal.", ascii(id))
-        self._refusals.end(id, _internal(error))
+        try:
+            self._refusals.end(id, _internal(error))
+        except Exception as away:
+            logger.critical("Its end cannot be stored: %s", without_values(away))
+        reject(requeue=False)
 
     def _release_place(self) -> None:
         """Later, where there is an event loop: the next job in line may fail too, and the next, each in the other."""

@@ -62,7 +62,7 @@ class Deliveries:
         id, retries = key
         try:
             record = self._client().hgetall(self._name(id))
-        except (RedisError, OSError) as error:
+        except Exception as error:
             logger.warning("The deliveries of job %s are unknown (%s): it runs.", ascii(id), error)
             return History()
         returns = int(record.get(str(retries).encode(), 0))
@@ -99,7 +99,7 @@ class Deliveries:
                     getattr(pipe, command)(name, *arguments)
                     pipe.expire(name, kept_s(self.channel))
                 pipe.execute()
-        except (RedisError, OSError) as error:
+        except Exception as error:
             logger.warning("The deliveries of jobs are not counted: %s", error)
 
     def _name(self, id: str) -> str:

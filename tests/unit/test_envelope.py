@@ -328,6 +328,7 @@ def test_pickle_is_named() -> None:
         {"task": "idefics.complete", "id": "old", "args": [], "kwargs": {}, "eta": "soon"},
         {"task": "idefics.complete", "id": "old", "args": [], "kwargs": {}, "callbacks": "a text"},
         {"task": ["idefics.complete"], "id": "old", "args": [], "kwargs": {}},
+        {"task": "x", "id": "old", "args": [], "kwargs": {"a": {"__type__": "decimal", "__value__": "abc"}}},
         {"id": "old"},
     ],
 )

@@ -1059,3 +1059,44 @@ def test_a_worker_that_ended_in_order_has_no_state(started: Bench) -> None:
     started.until(lambda: health() == "READY")
     started.pool.terminate()
     assert not Path(os.environ["IDEFICS_STATE_FILE"]).exists()
+
+
+# Defects of ours
+
+
+def test_a_job_that_cannot_be_sent_ends_alone_and_frees_its_place(
+    started: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sendable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if arguments[1] == "deep":
+            raise RecursionError
+        return arguments
+
+    monkeypatch.setattr(pool_module, "sendable", sendable)
+    deep, good = started.submit("deep", "good")
+    assert isinstance(deep.error, Internal)
+    assert started.process.ran == ["good"]
+    assert started.semaphore.releases == 1
+    started.process.finish("good")
+    started.until(lambda: good.kinds == ["success"])
+    assert started.semaphore.releases == 2
+
+
+def test_a_job_that_waited_and_cannot_be_sent_takes_no_other_along(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sendable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if arguments[1].startswith("deep"):
+            raise MemoryError
+        return arguments
+
+    monkeypatch.setattr(pool_module, "sendable", sendable)
+    bench.start()
+    bench.scripts.append(loading)
+    bench.process.die()
+    bench.until(lambda: len(bench.processes) == 2)
+    requests = bench.submit("a", "deep-1", "b", "deep-2", "c")
+    bench.process.say("ready")
+    bench.until(lambda: len(bench.process.ran) == 3)
+    assert bench.process.ran == ["a", "b", "c"]
+    assert [request.kinds for request in requests] == [[], ["failure"], [], ["failure"], []]

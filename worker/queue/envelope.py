@@ -201,7 +201,19 @@ def checked(message: Any, most_bytes: int) -> Envelope:
         why = str(refused)
     except Exception:
         why = UNREADABLE
-    raise Refused(why, next(filter(None, ids), None))
+    raise Refused(why, next(filter(None, ids), None) or _id_of_first_protocol(message))
+
+
+def _id_of_first_protocol(message: Any) -> str | None:
+    """Of a body that is refused before its id is known: for a value of its, or for the message's content type."""
+    body, headers = message.body, message.headers
+    if not isinstance(body, bytes) or not isinstance(headers, dict) or "id" in headers or _marks(body) > MAX_MARKS:
+        return None
+    try:
+        said = json.loads(body.decode())
+        return usable_id(said.get("id")) if isinstance(said, dict) else None
+    except Exception:
+        return None
 
 
 def _checked(message: Any, most_bytes: int, ids: list[str | None]) -> Envelope:
@@ -251,7 +263,7 @@ _ENCODINGS = {"utf-8", "utf8", "ascii", "us-ascii", "binary"}
 
 
 def _decoded(body: bytes) -> Any:
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_MARKS:
+    if _marks(body) > MAX_MARKS:
         raise Refused(f"The body has more than {MAX_VALUES:,} values: send fewer.")
     try:
         payload = json.loads(body.decode(), object_hook=_typed)
@@ -262,6 +274,11 @@ def _decoded(body: bytes) -> Any:
     why = f"The body has more than {MAX_VALUES:,} values, or is nested more than {BODY_DEPTH} deep: send less."
     _require(_is_within(payload, values=MAX_VALUES, depth=BODY_DEPTH), why)
     return payload
+
+
+def _marks(body: bytes) -> int:
+    """As many as a body of JSON may have values."""
+    return sum(map(body.count, (b",", b"[", b"{")))
 
 
 def _typed(value: dict[str, Any]) -> Any:
