@@ -11,6 +11,8 @@ from config.settings import Settings
 
 #: Seconds for a connection to be made: a host that drops what is sent to it is given up.
 CONNECT_TIMEOUT_S = 5.0
+#: Connections that publish at once.
+BROKER_POOL = 4
 
 
 def configuration(settings: Settings, queue: str, default_priority: int, tasks: Iterable[str] = ()) -> dict[str, Any]:
@@ -57,6 +59,8 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         "broker_connection_retry_on_startup": True,
         # What a full server or a full disk refuses is tried again over a new connection; else the worker would exit.
         "broker_channel_error_retry": True,
+        # Job threads share these few: each is a connection or two.
+        "broker_pool_limit": BROKER_POOL,
         "broker_transport_options": {
             "visibility_timeout": settings.visibility_timeout_s,
             "queue_order_strategy": "priority",
@@ -75,9 +79,8 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         "result_backend_transport_options": {
             "socket_timeout": 30,
             **results.options,
-            "retry_policy": {"timeout": 30.0},
-            # A server that is full or whose disk is answers with these: the result waits until it is stored.
-            "additional_connection_errors": ["redis.exceptions.ResponseError"],
+            # Job threads wait in their client (worker/queue/patience.py); the parent's event loop must not.
+            "retry_policy": {"max_retries": 0},
         },
         "redis_socket_timeout": 30,
         "redis_socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -85,8 +88,6 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         "redis_backend_health_check_interval": 25,
         # Results are stored by many job threads at once.
         "result_backend_thread_safe": True,
-        "result_backend_always_retry": True,
-        "result_backend_max_retries": 20,
         "result_expires": settings.result_ttl_s,
         "result_extended": True,
     }

@@ -203,6 +203,9 @@ class Settings(BaseSettings):
     #: Deliveries of a job, each ended by the death of its whole worker, after which it fails as worker_lost. One among
     #: neighbours may be anybody's fault, and each costs a visibility timeout: the third, which runs alone, decides.
     max_deliveries: int = Field(default=3, ge=2)
+    #: Seconds that a running job waits for a Redis that is away or refuses (full, read-only, out of connections) before
+    #: it goes back to the queue. Its result, links, retries and callback all wait so. It is no running time.
+    redis_wait_s: float = Field(default=300.0, gt=0)
     #: Seconds until the jobs of a worker that died come back. A worker that lives says so every quarter of it, or every
     #: 10 s, for as long as its jobs run: it may be short (60), but longer than your network or Redis may stand still.
     #: With atomic_take=false nobody says so: then it must be more than any job lasts.

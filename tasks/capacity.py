@@ -10,7 +10,7 @@ from typing import Any
 
 from celery import Celery
 from kombu.exceptions import ChannelError, OperationalError
-from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
+from redis.exceptions import NoPermissionError
 
 from .errors import QueueFull
 
@@ -105,14 +105,3 @@ def _queued(connection: Any, queue: str, priorities: Iterable[int]) -> int:
         for priority in priorities:
             pipe.llen(f"{queue}{channel.sep}{priority}" if priority else queue)
         return sum(pipe.execute())
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether a broker refused a job because its memory or its disk is full."""
-    cause = error.__cause__ or error
-    return isinstance(cause, ResponseError) and passes(cause)
-
-
-def passes(refusal: ResponseError) -> bool:
-    """Whether a refusal ends by itself or by the operator's hand: the server is full, or its disk is."""
-    return isinstance(refusal, OutOfMemoryError) or "MISCONF" in str(refusal)

@@ -17,7 +17,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from .capacity import Capacity, is_full
+from .availability import is_full
+from .capacity import Capacity
 from .errors import JobCanceled, QueueFull, from_exception
 from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys

@@ -100,13 +100,13 @@ def batch_id(members: Iterable[str]) -> str:
     return delivery_id("\n".join(sorted(members)), "job.batch")
 
 
-def connect(app: Celery) -> redis.Redis:
+def connect(app: Celery, client: type[redis.Redis] = redis.Redis) -> redis.Redis:
     """The Redis of an app's queues, whatever its URL's scheme, with the app's own options."""
     with app.connection_for_write() as connection:
         pool = connection.default_channel.pool
     # kombu's 10 are for its consumer; here each thread may need one.
     pool.max_connections = max(pool.max_connections, 1_024)
-    return redis.Redis(connection_pool=pool)
+    return client(connection_pool=pool)
 
 
 class Outbox:

@@ -24,7 +24,7 @@ from tasks import webhooks
 from tasks.errors import InvalidRequest, from_exception
 from tasks.outbox import Bounds, Delivery, Outbox, connect, delivery_id
 from tasks.payloads import Callback, checked_metadata
-from worker import turns
+from worker.queue.patience import PatientRedis, patiently
 from worker.webhook import check
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ End: TypeAlias = tuple[str, Any]
 
 #: What keeps a delivery from being recorded and may pass.
 UNAVAILABLE = (redis.RedisError, OperationalError, OSError, BackendError)
-#: Seconds before each further try to record one.
-RETRY_S = (0.1, 0.5, 2.0)
 #: Seconds between two log lines about callbacks that were given up.
 TOLD_S = 60.0
 
@@ -80,27 +78,15 @@ class Announcer:
         self._given_up = GivenUp()
         self._lock = threading.Lock()
 
-    def announce(
-        self, id: str, task: str, arguments: Mapping[str, Any], end: End, *, is_stored: bool, may_wait: bool
-    ) -> None:
+    def announce(self, id: str, task: str, arguments: Mapping[str, Any], end: End, *, is_stored: bool) -> None:
         """Record the delivery of a job's end, once. Nothing for a job without a callback.
 
-        Where the end is stored, the stored one counts: another one may have been first. `may_wait`, in a job's own
-        thread: try for some seconds. Raises one of UNAVAILABLE.
+        Where the end is stored, the stored one counts: another one may have been first. Raises one of UNAVAILABLE,
+        and in a job's own thread RedisAway, after it has waited.
         """
         callback = self._callback(id, arguments)
-        if callback is None:
-            return
-        pauses = list(RETRY_S) if may_wait else []
-        while True:
-            try:
-                self._record(callback, id, task, arguments, end, is_stored)
-                return
-            except UNAVAILABLE:
-                if not pauses:
-                    raise
-                with turns.given_up():
-                    time.sleep(pauses.pop(0))
+        if callback is not None:
+            self._record(callback, id, task, arguments, end, is_stored)
 
     def _record(
         self, callback: Callback, id: str, task: str, arguments: Mapping[str, Any], end: End, is_stored: bool
@@ -133,15 +119,16 @@ class Announcer:
         return meta["status"], meta["result"], meta.get("date_done")
 
     def _connected(self) -> Outbox:
-        with self._lock:
-            if self._outbox is None:
-                bounds = Bounds(
-                    self._settings.callback_max_host_bytes,
-                    self._settings.callback_max_pending_bytes,
-                    self._settings.callback_keep_s,
-                )
-                self._outbox = Outbox(connect(self._app), bounds, self._given_up.tell)
-            return self._outbox
+        if self._outbox is None:
+            bounds = Bounds(
+                self._settings.callback_max_host_bytes,
+                self._settings.callback_max_pending_bytes,
+                self._settings.callback_keep_s,
+            )
+            outbox = Outbox(patiently(lambda: connect(self._app, PatientRedis)), bounds, self._given_up.tell)
+            with self._lock:
+                self._outbox = self._outbox or outbox
+        return self._outbox
 
 
 def _data(id: str, task: str, arguments: Mapping[str, Any], state: str, value: Any) -> dict[str, Any]:

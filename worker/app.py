@@ -6,15 +6,13 @@ model process, which hands its service over with `serve_with`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from celery import Celery, Task
-from celery.exceptions import Ignore, Reject, Retry, TaskPredicate
+from celery.exceptions import Ignore, Retry, TaskPredicate
 from celery.signals import setup_logging
 
 from config.celery import configuration
@@ -25,7 +23,7 @@ from tasks.failed import Bounds
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
 from tasks.routing import priority_for
-from worker.announce import UNAVAILABLE, Announcer, End
+from worker.announce import Announcer, End
 from worker.cancel import Cancellations
 from worker.defects import without_values
 from worker.failed import keep_failures
@@ -53,7 +51,7 @@ class _App(Celery):  # type: ignore[misc]
         return super().send_task(name, *args, **options)
 
 
-app = _App("idefics", set_as_current=False)
+app = _App("idefics", amqp="worker.queue.publisher:AMQP", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY, PAYLOADS))
 app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
@@ -87,16 +85,6 @@ class AlreadyEnded(Ignore):  # type: ignore[misc]
     """Has the message acknowledged, and nothing stored or sent."""
 
 
-@contextlib.contextmanager
-def _else_requeued(id: str, what: str) -> Iterator[None]:
-    """Raises Reject where Redis is away: the message goes back."""
-    try:
-        yield
-    except UNAVAILABLE as error:
-        logger.error("Job %s %s (%s): it goes back to the queue.", id, what, error)
-        raise Reject(error, requeue=True) from error
-
-
 class JobTask(Task):  # type: ignore[misc]
     """One of the six: its name says which payload its keyword arguments are."""
 
@@ -112,8 +100,7 @@ class JobTask(Task):  # type: ignore[misc]
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Store that the job runs, and leave it where it is canceled or has ended in another run."""
-        with _else_requeued(task_id, "cannot start"):
-            kept = self.backend.start(self.request, is_stored=not self._ignores_result)
+        kept = self.backend.start(self.request, is_stored=not self._ignores_result)
         if kept == CANCELED:
             raise JobCanceled
         if kept is not None:
@@ -186,8 +173,7 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _first_answer(self, job: Job) -> Result | None:
         keys = IdempotencyKeys(self.backend.client, settings.idempotency_ttl_s or settings.result_ttl_s)
-        with _else_requeued(self.request.id, "cannot look its key up"):
-            return first_answer(job, self.request.id, keys, self.backend)
+        return first_answer(job, self.request.id, keys, self.backend)
 
     def _look_again(self, job: Job, countdown: float, why: str) -> NoReturn:
         """As Celery's retry, which would use one of the job's retries up."""
@@ -204,9 +190,8 @@ class JobTask(Task):  # type: ignore[misc]
         self.announce(task_id, kwargs, (state, retval), is_stored=not self._ignores_result)
 
     def announce(self, id: str, arguments: dict[str, Any], end: End, *, is_stored: bool) -> None:
-        """Record the callback's delivery. Raises Reject where that cannot be done: the message goes back."""
-        with _else_requeued(id, "ended, but its callback cannot be recorded"):
-            self.announcer.announce(id, self.name, arguments, end, is_stored=is_stored, may_wait=True)
+        """Record the callback's delivery."""
+        self.announcer.announce(id, self.name, arguments, end, is_stored=is_stored)
 
     @property
     def _ignores_result(self) -> bool:

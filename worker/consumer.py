@@ -14,6 +14,7 @@ from celery.exceptions import TaskRevokedError
 from celery.worker import consumer
 
 from config.settings import load
+from tasks.availability import is_away
 from tasks.errors import Internal, InvalidRequest
 from tasks.failed import Bounds
 from tasks.printable import escaped
@@ -132,9 +133,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             keep_misrouted(self.app, request, self._bounds, why)
             self.app.backend.mark_as_failure(request.id, why, request=request)
         except UNAVAILABLE as error:
-            logger.error("Message %s cannot be kept (%s): it goes back to the queue.", request.id, error)
-            message.reject_log_error(logger, self.connection_errors, requeue=True)
-            return
+            if self._comes_again(message, error):
+                return
         self._tell_failed(request.id, str(why))
         message.reject_log_error(logger, self.connection_errors)
 
@@ -146,12 +146,19 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         try:
             self._refusals(message.body if refused.id else _shown(message), refused)
         except UNAVAILABLE as error:
-            logger.error("A message cannot be refused (%s): it goes back to the queue.", error)
-            message.reject_log_error(logger, self.connection_errors, requeue=True)
-            return
+            if self._comes_again(message, error):
+                return
         if refused.id:
             self._tell_failed(refused.id, str(refused))
         message.reject_log_error(logger, self.connection_errors)
+
+    def _comes_again(self, message: Any, error: Exception) -> bool:
+        """Give a message back whose end cannot be stored. Not for a defect, which would be there then, too."""
+        again = is_away(error)
+        logger.error("A message cannot be refused (%s): it %s.", error, "comes again" if again else "is dropped")
+        if again:
+            message.reject_log_error(logger, self.connection_errors, requeue=True)
+        return again
 
     def _tell_failed(self, id: str, why: str) -> None:
         if self.event_dispatcher:
@@ -177,24 +184,27 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             return
         except TaskRevokedError:
             pass
-        except UNAVAILABLE as error:
-            logger.error("Job %s cannot start (%s): it goes back to the queue.", ascii(request.id), error)
-            request.reject(requeue=True)
         except Exception as error:
-            logger.error("Job %s hit a defect; it fails as internal: %s", ascii(request.id), without_values(error))
-            try:
-                request.on_failure(exception_info(_internal(error)))
-            except Exception as again:
-                self._return(request.request_dict, request.reject, again)
+            if is_away(error):
+                logger.error("Job %s cannot start (%s): it goes back to the queue.", ascii(request.id), error)
+                request.reject(requeue=True)
+            else:
+                self._fail(request, error)
         self._release_place()
+
+    def _fail(self, request: Any, error: Exception) -> None:
+        logger.error("Job %s hit a defect; it fails as internal: %s", ascii(request.id), without_values(error))
+        try:
+            request.on_failure(exception_info(_internal(error)))
+        except Exception as again:
+            self._return(request.request_dict, request.reject, again)
 
     def _return(self, headers: dict[str, Any], reject: Callable[..., None], error: Exception) -> None:
         """Give a job back whose end could not be stored: for as long as Redis is away, else a few times."""
         id, key = headers["id"], (headers["id"], headers.get("retries") or 0)
-        is_away = isinstance(error, UNAVAILABLE)
-        if is_away or not self._deliveries.is_lost(self._deliveries.history(key).deaths):
+        if is_away(error) or not self._deliveries.is_lost(self._deliveries.history(key).deaths):
             logger.error("Job %s goes back to the queue: %s", ascii(id), without_values(error))
-            if not is_away:
+            if not is_away(error):
                 self._deliveries.count_return(key)
             reject(requeue=True)
             return

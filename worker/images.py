@@ -20,7 +20,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from tasks.errors import ImageInvalid, ImageTooLarge, JobError
+from tasks.errors import ImageInvalid, ImageTooLarge, JobError, OutOfMemory
 from worker import containers
 
 # What Pillow warns of is decided here, and a line for each of a stranger's pictures would fill the log.
@@ -140,7 +140,10 @@ def _translated() -> Iterator[None]:
         yield
     except JobError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
+    except MemoryError:
+        # Of this worker: another one, or a later attempt, has room for it.
+        raise OutOfMemory from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLarge from None
     except _DECODER_ERRORS:
         raise ImageInvalid from None

@@ -5,14 +5,13 @@ Our client does not even send a second job. Other producers do, under an id of i
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Any
 
 from celery import states
 
 from tasks.errors import from_exception
-from tasks.idempotency import Claim, IdempotencyKeys
+from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import Job, Result
 from worker.service import Canceled
 
@@ -33,7 +32,7 @@ def first_answer(job: Job, id: str, keys: IdempotencyKeys, backend: Any) -> Resu
 
     Raises InvalidRequest where that had another payload, FirstStillRuns, or what the first one ended with.
     """
-    claim: Claim = backend.patiently(functools.partial(keys.claim, is_sent=True), job, id)
+    claim = keys.claim(job, id, is_sent=True)
     if claim.id == id:
         keys.start(job, claim)
         return None

@@ -17,19 +17,21 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from celery import states
 from celery.backends.redis import RedisBackend, SentinelBackend
+from redis.exceptions import RedisError, ResponseError
 
+from tasks.availability import is_away
+from tasks.errors import Internal, JobError
 from tasks.payloads import CANCEL_KEY
+from worker.defects import without_values
+from worker.queue.patience import PatientRedis
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 #: What `start` says of a job that its producer took back.
 CANCELED = "CANCELED"
@@ -40,11 +42,11 @@ _HEAD = re.compile(rb'\s*{\s*"status"\s*:\s*"(\w+)"')
 
 #: KEYS: the job's record, its cancellation. ARGV: the record, its seconds to live (0: for ever), `start` or `end` where
 #: its state is one. Answers with the end that is there already or for a start with CANCELED, or with nil where it has
-#: written. A record that is there word for word is this very call's: the connection was lost before it
-#: heard of it.
+#: written. What is there of another type than a record is written over. A record that is there word for word is this
+#: very call's: the connection was lost before it heard of it.
 _STORE = f"""
-local head = redis.call('GETRANGE', KEYS[1], 0, {_HEAD_BYTES - 1})
-local kept = string.match(head, '^%s*{{%s*"status"%s*:%s*"(%w+)"')
+local head = redis.pcall('GETRANGE', KEYS[1], 0, {_HEAD_BYTES - 1})
+local kept = type(head) == 'string' and string.match(head, '^%s*{{%s*"status"%s*:%s*"(%w+)"')
 if kept == 'SUCCESS' or kept == 'FAILURE' or kept == 'REVOKED' then
     return redis.call('GET', KEYS[1]) ~= ARGV[1] and kept
 end
@@ -70,17 +72,9 @@ return false
 class _FirstEndWins:
     """Before one of Celery's Redis backends. Not for Redis Cluster: the script names two keys."""
 
-    @property
-    def client(self: Any) -> Any:
-        """Each thread's own. redis-py's pool has one lock, in which a hundred job threads queue up for each command."""
-        known = self._of_threads.__dict__
-        if "client" not in known:
-            known["client"] = self._create_client(**self.connparams)
-        return known["client"]
-
-    @cached_property
-    def _of_threads(self: Any) -> threading.local:
-        return threading.local()
+    def _get_client(self) -> type[PatientRedis]:
+        """One for all threads. Each with its own would be two hundred connections."""
+        return PatientRedis
 
     def store_result(
         self: Any, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
@@ -89,7 +83,7 @@ class _FirstEndWins:
         result = self.encode_result(result, state)
         # Encoded once for all attempts: the script tells by it whether an earlier attempt has written.
         record = self._record(task_id, result, state, traceback, request)
-        kept = self.patiently(self._store_record, task_id, record, state)
+        kept = self._store_record(task_id, record, state)
         if kept and state in states.READY_STATES:
             logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept, state)
             if request is not None:
@@ -105,7 +99,7 @@ class _FirstEndWins:
         """Say that a job runs, in one step with a look at whether it should. None if so; else CANCELED or its end."""
         value = {"pid": os.getpid(), "hostname": request.hostname}
         record = self._record(request.id, value, states.STARTED, None, request) if is_stored else ""
-        kept: str | None = self.patiently(self._store_record, request.id, record, states.STARTED, "start")
+        kept: str | None = self._store_record(request.id, record, states.STARTED, "start")
         return kept
 
     def _record(self: Any, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> str:
@@ -127,17 +121,34 @@ class _FirstEndWins:
     def _store_script(self: Any) -> Any:
         return self.client.register_script(_STORE)
 
-    def patiently(self: Any, call: Callable[..., T], *args: Any) -> T:
-        """Call Redis, and again while it is away, as Celery does when it stores: for minutes."""
-        answer: T = self._ensure_retryable(self.ensure, call, args)
-        return answer
-
     def end_of(self: Any, task_id: str) -> str | None:
         """SUCCESS, FAILURE or REVOKED; None for a job that has not ended. Cheap: it does not read the answer."""
-        head = self.patiently(self.client.getrange, self.get_key_for_task(task_id), 0, _HEAD_BYTES - 1)
+        try:
+            head = self.client.getrange(self.get_key_for_task(task_id), 0, _HEAD_BYTES - 1)
+        except ResponseError as error:
+            if is_away(error):
+                raise
+            # Of another type: no record of a job's.
+            head = b""
         found = _HEAD.match(head)
         state = found[1].decode() if found else states.PENDING
         return state if state in states.READY_STATES else None
+
+    def mark_as_failure(self: Any, task_id: str, exc: BaseException, *args: Any, **options: Any) -> None:
+        """Celery's; whatever went wrong around a job's task, its failure has a code."""
+        if options.get("request") is not None and not isinstance(exc, JobError):
+            logger.error("Job %s hit a defect; it fails as internal: %s", ascii(task_id), without_values(exc))
+            exc = Internal(f"{type(exc).__name__} in the worker: its log has the traceback.")
+        super().mark_as_failure(task_id, exc, *args, **options)  # type: ignore[misc]
+
+    def on_chord_part_return(self: Any, request: Any, state: str, result: Any, **options: Any) -> None:
+        """Celery's; where it meets a defect, that ends the job's part of the chord and not the job."""
+        try:
+            super().on_chord_part_return(request, state, result, **options)  # type: ignore[misc]
+        except RedisError as error:
+            if is_away(error):
+                raise
+            logger.error("Job %s is left out of its chord %s: %s", ascii(request.id), ascii(request.group), error)
 
     def repeat_end(self: Any, request: Any) -> None:
         """Do again what follows a job's end, where twice is once: the worker that stored it may have died before.

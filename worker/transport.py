@@ -10,7 +10,6 @@ What this process could not tell its broker (acknowledgements, messages to give 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import logging
@@ -31,7 +30,7 @@ from kombu.utils.uuid import uuid
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
-from tasks.capacity import passes
+from tasks.availability import is_away, is_demoted
 from tasks.routing import priority_for
 from worker.deliveries import DELIVERIES, kept_s
 from worker.queue.due import DUE, ETA, HOLD
@@ -53,8 +52,6 @@ MOST_HELD = 100
 MOST_HELD_BYTES = 1_000_000
 #: Seconds after which a reply is late: another worker may have been given its message meanwhile.
 LATE_S = 5.0
-#: Seconds that a publisher in the model process waits for a broker that is full.
-PUBLISH_PATIENCE_S = 300.0
 #: Seconds between two looks for messages whose visibility timeout is over, without an event loop.
 SWEEP_S = 0.5
 #: Seconds after which a worker says again that it has its messages: a quarter of the visibility timeout, within these.
@@ -357,7 +354,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             super().__init__(connection, **options)
         except ResponseError as error:
             # Such a server refuses even PING. As a connection error it is tried again, with growing pauses.
-            if passes(error):
+            if is_away(error):
                 raise RedisConnectionError(str(error)) from error
             raise
         self.debts = _debts[connection.client.as_uri(), self.global_keyprefix, self.unacked_key]
@@ -488,6 +485,9 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self.client.connection.disconnect()
             raise
         except ResponseError as error:
+            if is_demoted(error):
+                # Its name may stand for another server by now.
+                self.client.connection.disconnect()
             self._refused(error)
             raise Empty from None
         finally:
@@ -628,23 +628,9 @@ class Channel(stock.Channel):  # type: ignore[misc]
             super()._queue_bind(*args)
         except ResponseError as error:
             # A worker that starts beside a full server has to empty it, and needs no binding for that.
-            if not passes(error):
+            if not is_away(error):
                 raise
             self._complain(error)
-
-    def _put(self, *args: Any, **options: Any) -> None:
-        put = functools.partial(super()._put, *args, **options)
-        end = time.monotonic() + PUBLISH_PATIENCE_S
-        while True:
-            try:
-                put()
-                return
-            except ResponseError as error:
-                # Links and retries, in the model process: a job would fail for them. An event loop must not wait.
-                if not passes(error) or get_event_loop() is not None or time.monotonic() > end:
-                    raise
-                self._complain(error)
-            time.sleep(REFUSED_S)
 
 
 class SentinelChannel(Channel, stock.SentinelChannel):  # type: ignore[misc]

@@ -18,7 +18,6 @@ from config.settings import Settings
 from tasks.errors import DeadlineExceeded, ImageInvalid
 from tasks.outbox import Delivery, Outbox
 from tests.receiver import SECRET
-from worker import announce
 from worker.announce import UNAVAILABLE, Announcer
 from worker.demo import stack
 from worker.pool.job import exception_info
@@ -52,7 +51,7 @@ def outbox(broker: stack.Broker) -> Outbox:
 
 
 def tell(announcer: Announcer, *end: Any, is_stored: bool = False, **arguments: Any) -> None:
-    announcer.announce("job-1", "idefics.complete", {**ARGUMENTS, **arguments}, end, is_stored=is_stored, may_wait=True)
+    announcer.announce("job-1", "idefics.complete", {**ARGUMENTS, **arguments}, end, is_stored=is_stored)
 
 
 def only(outbox: Outbox) -> Delivery:
@@ -108,7 +107,6 @@ def test_results_that_stay_away_are_told_as_what_may_pass(
     def give_up(*_: Any, **__: Any) -> None:
         raise BackendGetMetaError("failed to get meta")
 
-    monkeypatch.setattr("worker.announce.RETRY_S", ())
     monkeypatch.setattr(app.backend, "get_task_meta", give_up)
     with pytest.raises(UNAVAILABLE):
         tell(announcer, states.SUCCESS, {"text": "llo"}, is_stored=True)
@@ -170,26 +168,6 @@ def test_in_a_batch_window_the_first_attempt_waits(app: Celery, outbox: Outbox) 
     tell(Announcer(app, chosen), states.SUCCESS, {"text": "llo"})
     assert outbox.claim(10, 60) == []
     assert only(outbox).job == "job-1"
-
-
-def test_a_job_thread_tries_for_some_seconds_and_then_says_so(
-    announcer: Announcer, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(announce, "RETRY_S", (0.01, 0.01))
-    failures = [redis.ConnectionError()] * 2
-    real = Outbox.add
-
-    def add(self: Outbox, *arguments: Any) -> bool:
-        if failures:
-            raise failures.pop()
-        return real(self, *arguments)
-
-    monkeypatch.setattr(Outbox, "add", add)
-    tell(announcer, states.SUCCESS, {"text": "llo"})
-    assert only(outbox).job == "job-1"
-    failures += [redis.ConnectionError()] * 3
-    with pytest.raises(redis.ConnectionError):
-        tell(announcer, states.SUCCESS, {"text": "llo"})
 
 
 # The parent's requests: stored, recorded, acknowledged, in this order

@@ -447,9 +447,7 @@ def test_a_producer_that_may_not_ask_for_memory_is_held_to_the_length_alone(brok
             client.submit(JOB)
 
 
-def test_a_broker_that_is_full_refuses_with_the_cure(broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Another test may have given this process the workers' transport, which waits; a producer's does not.
-    monkeypatch.setattr("worker.transport.PUBLISH_PATIENCE_S", 0.0)
+def test_a_broker_that_is_full_refuses_with_the_cure(broker: stack.Broker) -> None:
     with broker.connect() as server, _memory(server, share=100.0):
         client = Client(broker.url, max_memory=None)
         with pytest.raises(QueueFull, match=r"full and refused.*more memory or disk"):

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from tasks.errors import ImageInvalid, ImageTooLarge, JobError
+from tasks.errors import ImageInvalid, ImageTooLarge, JobError, OutOfMemory
 from worker.containers import MAX_JUNK, MAX_PARTS
 from worker.images import DEFAULT_LIMITS, ImageLimits, open_image
 
@@ -586,10 +586,10 @@ def test_in_strips_every_pixel_is_what_it_was(mode: str, monkeypatch: pytest.Mon
     assert difference(open_image(data), whole) == 0
 
 
-def test_too_little_memory_is_a_picture_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_no_fault_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(), "PNG")
     monkeypatch.setattr(Image.Image, "convert", _raise(MemoryError()))
-    with pytest.raises(ImageTooLarge):
+    with pytest.raises(OutOfMemory):
         open_image(data)
 
 

@@ -18,13 +18,14 @@ from celery.platforms import EX_FAILURE
 from celery.worker import state as worker_state
 from kombu.asynchronous import Hub
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
+from redis.exceptions import ResponseError
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, WorkerLost
 from tasks.payloads import SUBMITTED_AT
 from worker.deliveries import Deliveries, History, Key
 from worker.pool import pool as pool_module
-from worker.pool.job import Job, JobState, exception_info
+from worker.pool.job import Callbacks, Job, JobState, exception_info
 from worker.pool.pool import InferencePool
 from worker.pool.wire import Channel, Message
 
@@ -150,6 +151,10 @@ class Ledger(Deliveries):
 
     def unmark_started(self, jobs: Iterable[tuple[Key, int]]) -> None:
         self.counts.subtract(key for key, _ in jobs)
+
+    def count_return(self, key: Key) -> None:
+        known = self.history(key)
+        self.histories[key] = History(known.returns + 1, known.deaths + 1)
 
 
 class Bench:
@@ -336,6 +341,55 @@ def test_an_outcome_that_cannot_be_stored_sends_its_job_back_to_the_queue(starte
     assert isinstance(request.error, Reject)
     assert request.error.requeue is True
     assert started.semaphore.releases == 1
+
+
+def test_a_job_that_waited_for_redis_in_vain_goes_back_and_its_start_is_taken_off(started: Bench) -> None:
+    started.ledger.histories["a", 0] = History(1, 1)
+    (request,) = started.submit("a")
+    started.process.accept("a")
+    started.process.say("away", started.process.serial("a"))
+    started.until(lambda: "failure" in request.kinds)
+    assert isinstance(request.error, Reject)
+    assert request.error.requeue is True
+    assert not started.ledger.counts["a", 0]
+
+
+def test_waiting_for_redis_is_no_running_time() -> None:
+    job = Job(0, ("name", "id", {}), Callbacks(max, max, max), hard_limit=2.0, cancel=lambda job: None)
+    job.accept(1, at=100.0)
+    job.waited_s = 5.0
+    assert not job.is_overdue(now=106.9)
+    assert job.is_overdue(now=107.1)
+
+
+def test_an_outcome_that_cannot_be_told_for_a_defect_is_dropped_in_the_end(
+    started: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    started.ledger.histories["a", 0] = History(2, 2)
+    (request,) = started.submit("a", redelivered=True)
+    started.process.accept("a")
+
+    def on_success(outcome: tuple[Any, ...]) -> None:
+        raise ResponseError("WRONGTYPE Operation against a key")
+
+    assert request.job is not None
+    request.job.callbacks.success = on_success
+    started.process.finish("a")
+    started.until(lambda: request.told[-1:] and request.kinds[-1] == "failure")
+    assert isinstance(request.error, Reject)
+    assert request.error.requeue is False
+    assert "is dropped" in caplog.text
+
+
+def test_a_job_that_its_task_gives_back_again_and_again_ends(started: Bench) -> None:
+    for deaths, ends in ((0, False), (1, False), (2, True)):
+        started.ledger.histories["a", 0] = History(deaths, deaths)
+        (request,) = started.submit("a", redelivered=deaths > 0)
+        started.process.accept("a")
+        info = exception_info(Reject("its links cannot be sent", requeue=True))
+        started.process.say("raised", started.process.serial("a"), info)
+        started.until(lambda told=request.told: told[-1:] and told[-1][0] == "failure")
+        assert isinstance(request.error, Internal if ends else Reject)
 
 
 def test_a_defect_outside_of_celerys_tracer_is_told_as_internal(started: Bench) -> None:

@@ -14,11 +14,14 @@ import pytest
 import redis
 from celery import Celery, chord
 from celery.app.task import Context
+from kombu.exceptions import OperationalError
 
 from tasks.errors import InvalidRequest
 from tasks.failed import forget
 from tasks.payloads import CANCEL_KEY
 from worker.demo import stack
+from worker.queue import patience
+from worker.queue.patience import PatientRedis
 from worker.results import CANCELED, ResultBackend
 
 ENDS = ("SUCCESS", "FAILURE", "REVOKED")
@@ -182,19 +185,50 @@ def test_a_repeated_attempt_is_not_taken_for_another_run(
     backend: Any, id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The script has run, and the connection broke before it said so."""
-    store, attempts = backend._store_record, []
+    once, attempts = PatientRedis._execute_once, []
 
-    def breaking(*args: Any) -> Any:
-        attempts.append(store(*args))
+    def breaking(self: PatientRedis, *args: Any) -> Any:
+        attempts.append(once(self, *args))
         if len(attempts) == 1:
             raise redis.ConnectionError("gone")
         return attempts[-1]
 
-    monkeypatch.setattr(backend, "_store_record", breaking)
+    # The server knows the script.
+    backend.start(Context(id=id), is_stored=False)
+    monkeypatch.setattr(patience._waiting, "longest_s", 10.0)
+    monkeypatch.setattr(PatientRedis, "_execute_once", breaking)
     request = Context(id=id, chord="a chord", errbacks=["an errback"])
     end(backend, id, "FAILURE", request)
     assert attempts == [None, None]
     assert (request.chord, request.errbacks) == ("a chord", ["an errback"])
+
+
+# Keys that hold something else
+
+
+def test_a_record_of_another_type_is_written_over(backend: Any, plain: Any, id: str, broker: stack.Broker) -> None:
+    broker.connect(1).lpush(f"celery-task-meta-{id}", "no record")
+    assert backend.end_of(id) is None
+    assert backend.start(Context(id=id), is_stored=True) is None
+    end(backend, id, "SUCCESS")
+    assert plain.get_result(id) == {"text": "a cat"}
+
+
+def test_a_chord_whose_keys_hold_something_else_loses_a_part_and_its_job_ends(
+    backend: Any, plain: Any, id: str, broker: stack.Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = uuid.uuid4().hex
+    broker.connect(1).lpush(f"celery-taskset-meta-{group}.j", "no part")
+    body = backend.app.signature("shop.join", task_id=uuid.uuid4().hex)
+    request = Context(id=id, group=group, group_index=0, chord=body)
+    backend.mark_as_done(id, {"text": "a cat"}, request)
+    assert plain.get_result(id) == {"text": "a cat"}
+    assert f"Job {id!r} is left out of its chord {group!r}" in caplog.text
+
+
+def test_a_failure_around_a_task_has_a_code(backend: Any, plain: Any, id: str) -> None:
+    backend.mark_as_failure(id, OperationalError("a link's"), request=Context(id=id))
+    assert plain.get_result(id).args[0] == "internal"
 
 
 # What follows an end

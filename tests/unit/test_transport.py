@@ -520,44 +520,6 @@ def test_a_full_server_is_emptied(start: Start, server: redis.Redis) -> None:
     assert held(server) == (0, 0, 0)
 
 
-def test_a_publisher_waits_for_a_full_server(
-    start: Start, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taker = start()
-    taker.send("declares the queue")
-    server.config_set("maxmemory", 1)
-    # Not time.sleep itself, which other tests' threads call.
-    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: server.config_set("maxmemory", 0))
-    monkeypatch.setattr(transport, "time", clock)
-    monkeypatch.setattr(transport, "get_event_loop", lambda: None)
-    taker.send("a")
-    assert held(server)[0] == 2
-
-
-def test_an_event_loop_does_not_wait_for_a_full_server(
-    start: Start, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taker = start()
-    taker.send("declares the queue")
-    server.config_set("maxmemory", 1)
-    monkeypatch.setattr(transport, "get_event_loop", object)
-    with pytest.raises(Exception, match="maxmemory"):
-        taker.send("a")
-
-
-@pytest.mark.parametrize(
-    ("error", "ends"),
-    [
-        (redis.exceptions.OutOfMemoryError("command not allowed"), True),
-        (redis.exceptions.ResponseError("MISCONF Errors writing to the AOF file: No space left on device"), True),
-        (redis.exceptions.ResponseError("WRONGTYPE Operation against a key"), False),
-        (redis.exceptions.NoPermissionError("no permissions"), False),
-    ],
-)
-def test_only_a_full_server_or_disk_is_waited_for(error: Exception, ends: bool) -> None:
-    assert transport.passes(error) is ends
-
-
 def test_a_user_without_scripts_is_told_the_cure_at_the_start(start: Start, server: redis.Redis) -> None:
     server.execute_command("ACL", "SETUSER", "meek", "on", ">pw", "~*", "&*", "+@all", "-eval", "-evalsha")
     with pytest.raises(ImproperlyConfigured, match=r"\+eval \+evalsha.*IDEFICS_ATOMIC_TAKE=false"):

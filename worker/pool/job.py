@@ -49,6 +49,8 @@ class Job:
     cancel: Callable[[Job], None]
     state: JobState = JobState.WAITING
     accepted_at: float | None = None
+    #: Seconds since then that it waited for Redis, which do not count.
+    waited_s: float = 0.0
     canceled: bool = False
     #: A canceled job's result so far, as JSON.
     partial: dict[str, Any] | None = None
@@ -74,7 +76,7 @@ class Job:
             self.state is JobState.RUNNING
             and bool(self.hard_limit)
             and self.accepted_at is not None
-            and now - self.accepted_at > (self.hard_limit or 0)
+            and now - self.accepted_at - self.waited_s > (self.hard_limit or 0)
         )
 
     def accept(self, pid: int, at: float) -> None:

@@ -24,6 +24,7 @@ from kombu.common import ignore_errors
 
 from config.settings import Settings
 from config.settings import load as load_settings
+from tasks.availability import is_away
 from tasks.errors import DeadlineExceeded, Internal, WorkerLost
 from worker.deliveries import Deliveries
 from worker.health import State, StateFile
@@ -308,12 +309,23 @@ class InferencePool(BasePool):  # type: ignore[misc]
             report()
         except MemoryError:
             raise
-        except Exception:
-            logger.exception("The outcome of job %s could not be told: it goes back to the queue.", job.id)
-            job.fail(Reject("its outcome could not be stored", requeue=True))
+        except Exception as error:
+            self._give_up_telling(job, error)
         finally:
             if not self._closing:
                 self.options["semaphore"].release()
+
+    def _give_up_telling(self, job: Job, error: Exception) -> None:
+        """A defect would be there the next time too: its job comes again as often as one whose worker dies."""
+        again = is_away(error) or self._may_return(job)
+        what = "goes back to the queue" if again else "is dropped"
+        logger.error("The outcome of job %s could not be told: it %s.", job.id, what, exc_info=error)
+        job.fail(Reject("its outcome could not be stored", requeue=again))
+
+    def _may_return(self, job: Job) -> bool:
+        """Count that a job goes back for another reason than Redis's absence; False where it did so too often."""
+        self.deliveries.count_return(job.key)
+        return not self.deliveries.is_lost(self.deliveries.history(job.key).deaths)
 
     @property
     def _in_flight(self) -> list[Job]:
@@ -480,7 +492,29 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @_guarded
     def _on_raised(self, serial: int, info: Any) -> None:
         """The task ended outside of what Celery's tracer stores: a rejection."""
-        self._end_job(serial, lambda job: job.callbacks.failure(info))
+        rejection = getattr(info.exception, "exc", info.exception)
+
+        def report(job: Job) -> None:
+            if getattr(rejection, "requeue", False) and not self._may_return(job):
+                job.fail(Internal("The job came back too often: the worker's log says for what."))
+            else:
+                job.callbacks.failure(info)
+
+        self._end_job(serial, report)
+
+    @_guarded
+    def _on_waited(self, serial: int, seconds: float) -> None:
+        job = self._jobs.get(serial)
+        if job is not None:
+            job.waited_s += seconds
+
+    @_guarded
+    def _on_away(self, serial: int) -> None:
+        """Redis is away for longer than a job waits. That is no fault of the job's."""
+        job = self._jobs.get(serial)
+        if job is not None and job.returns:
+            self.deliveries.unmark_started([(job.key, job.returns)])
+        self._end_job(serial, lambda job: job.fail(Reject("Redis is away", requeue=True)))
 
     @_guarded
     def _on_broken(self, serial: int, message: str) -> None:

@@ -27,10 +27,9 @@ from billiard.process import current_process
 from celery.app.task import Context
 from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
-from celery.exceptions import BackendStoreError, Reject, TaskPredicate
+from celery.exceptions import Reject, TaskPredicate
 from celery.states import FAILURE, SUCCESS
 from huggingface_hub.constants import HF_HOME
-from redis.exceptions import RedisError
 
 from config.settings import Settings
 from worker import app as worker_app
@@ -43,8 +42,9 @@ from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.models import Model
 from worker.models.fake import fake_model
-from worker.pool.job import exception_info
 from worker.pool.wire import BlockingChannel
+from worker.queue import patience
+from worker.queue.patience import RedisAway
 from worker.service import Service
 
 logger = logging.getLogger(__name__)
@@ -65,15 +65,19 @@ einfo._Frame.Code = staticmethod(functools.lru_cache(1_000)(einfo._Code))
 class ModelProcess:
     """What the process does with each of its parent's messages."""
 
-    def __init__(self, channel: BlockingChannel, service: Service) -> None:
+    def __init__(self, channel: BlockingChannel, service: Service, redis_wait_s: float) -> None:
         self._channel = channel
+        self._redis_wait_s = redis_wait_s
         self._service = service
         self._queue: queue.SimpleQueue[tuple[int, tuple[Any, ...]]] = queue.SimpleQueue()
         self._ids: dict[int, str] = {}
+        #: Which job each thread runs.
+        self._thread = threading.local()
 
     def serve(self, threads: int) -> None:
         """Run jobs until the parent says stop or is gone."""
         turns.allow(len(job_cores(all_cores())))
+        patience.allow(self._redis_wait_s, self._tell_wait)
         for number in range(threads):
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
         self._channel.send(("ready",))
@@ -98,10 +102,17 @@ class ModelProcess:
         if id is not None:
             self._service.abandon(id)
 
+    def _tell_wait(self, seconds: float) -> None:
+        """A job that waits for Redis does not use its time up."""
+        serial = getattr(self._thread, "serial", None)
+        if serial is not None:
+            self._channel.send(("waited", serial, seconds))
+
     def _work(self) -> None:
         leave_cores_to_the_engine()
         while True:
             serial, arguments = self._queue.get()
+            self._thread.serial = serial
             message = self._outcome(serial, arguments)
             self._service.forget(self._ids.pop(serial))
             self._channel.send(message)
@@ -119,11 +130,11 @@ class ModelProcess:
                 # The tracer has stored an end, and skipped what follows it.
                 name, id, request, *_ = arguments
                 _announce(name, id, request, (FAILURE, _bare(outcome[1])))
+        except RedisAway as error:
+            logger.error("Redis is away for too long (%s): job %s goes back to the queue.", error, arguments[1])
+            return "away", serial
         except Reject:
             return "raised", serial, ExceptionInfo()
-        except (BackendStoreError, RedisError) as error:
-            logger.error("A job's result could not be stored (%s): the job goes back to the queue.", error)
-            return "raised", serial, exception_info(Reject("the result could not be stored", requeue=True))
         except BaseException as error:
             # A SystemExit that went on would end the thread, and the job would run for ever.
             logger.error("A job ended outside Celery's tracer: %s", without_values(error))
@@ -223,15 +234,18 @@ def main() -> None:
     # The parent decides when this process ends.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_S)
+    settings = worker_app.settings
+    # Kombu's own attempts to connect would hold the interpreter's permit: the publisher waits.
+    worker_app.app.conf.broker_transport_options = {**worker_app.app.conf.broker_transport_options, "max_retries": 0}
     try:
-        service = _service(worker_app.settings, channel)
+        service = _service(settings, channel)
     except RuntimeError as error:
         channel.send(("setup_failed", str(error)))
         sys.exit(1)
     worker_app.serve_with(service)
     # What loading made lives as long as the process: the collector need not look at it again.
     gc.freeze()
-    ModelProcess(channel, service).serve(worker_app.settings.job_threads)
+    ModelProcess(channel, service, settings.redis_wait_s).serve(settings.job_threads)
     # Threads wait in downloads and in the engine: nothing of theirs is owed to anybody.
     os._exit(0)
 

@@ -15,6 +15,7 @@ from celery.worker.request import Request
 from celery.worker.state import task_ready
 from kombu.serialization import loads
 
+from tasks.availability import is_away
 from tasks.errors import JobError
 from tasks.payloads import HIDDEN
 from worker.announce import UNAVAILABLE, End
@@ -104,12 +105,11 @@ class JobRequest(Request):  # type: ignore[misc]
         if self._end is None:
             return True
         try:
-            self.task.announcer.announce(
-                self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors, may_wait=False
-            )
+            self.task.announcer.announce(self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors)
         except UNAVAILABLE as error:
-            logger.error("Job %s ended, but its callback cannot be recorded (%s): it comes again.", self.id, error)
-            return False
+            logger.error("Job %s ended, but its callback cannot be recorded (%s).", self.id, error)
+            # It comes again; but what is no absence would be there then, too.
+            return not is_away(error)
         return True
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:

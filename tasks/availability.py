@@ -1,0 +1,77 @@
+"""Whether an error says that Redis is away, or refuses for now: such a call is made again. Others are defects."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+
+from celery.exceptions import BackendError
+from kombu.exceptions import LimitExceeded, OperationalError
+from redis.exceptions import (
+    ClusterDownError,
+    InvalidResponse,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+#: What a server answers that is full, read-only, cut off from its replicas, loading or busy. Redis before 7 puts the
+#: place in a script before a script's refusal.
+_CODES = "OOM|MISCONF|READONLY|NOREPLICAS|LOADING|MASTERDOWN|CLUSTERDOWN|BUSY|TRYAGAIN"
+_REFUSAL = re.compile(rf"(?:(?:ERR )?Error running script \(call to \w+\): @user_script:\s*\d+: -?)?(?:{_CODES})\b")
+#: redis-py takes the codes that it knows out of the message, and has classes for them.
+_REFUSAL_CLASSES = (OutOfMemoryError, ReadOnlyError, ClusterDownError, MasterDownError, TryAgainError)
+#: redis-py puts the command of a pipeline, so a stranger's text, before the server's answer.
+_OF_A_PIPELINE = "of pipeline caused error: "
+
+#: Of the operating system: a shortage that passes, or a network that is away.
+_ERRNOS = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN, errno.EINTR),
+        *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.EPIPE),
+    }
+)
+
+#: Errors that others raise in the place of Redis's own, which is their cause.
+_WRAPPERS = (OperationalError, BackendError)
+_AWAY = (RedisConnectionError, RedisTimeoutError, InvalidResponse, LimitExceeded, *_WRAPPERS)
+#: Causes that are followed: nobody wraps deeper.
+_MAX_DEPTH = 8
+
+
+def is_away(error: BaseException) -> bool:
+    """True for an error of a Redis that is away or refuses for now; False for one that would come again for ever."""
+    for _ in range(_MAX_DEPTH):
+        cause = error.__cause__ or error.__context__
+        if not isinstance(error, _WRAPPERS) or cause is None:
+            break
+        error = cause
+    if isinstance(error, ResponseError):
+        return _refuses(error)
+    if isinstance(error, OSError):
+        return isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or error.errno in _ERRNOS
+    return isinstance(error, _AWAY)
+
+
+def _refuses(error: ResponseError) -> bool:
+    answer = str(error).rpartition(_OF_A_PIPELINE)[2]
+    return isinstance(error, _REFUSAL_CLASSES) or bool(_REFUSAL.match(answer))
+
+
+def is_demoted(error: BaseException) -> bool:
+    """True where the server answers that is no primary any more: its name may stand for another one by now."""
+    return isinstance(error, ReadOnlyError | MasterDownError) or (
+        isinstance(error, ResponseError) and re.search("READONLY|NOREPLICAS", str(error)) is not None
+    )
+
+
+def is_full(error: BaseException) -> bool:
+    """True where the server's memory or its disk is full."""
+    cause = error.__cause__ or error
+    answer = str(cause).rpartition(_OF_A_PIPELINE)[2]
+    return isinstance(cause, OutOfMemoryError) or (isinstance(cause, ResponseError) and answer.startswith("MISCONF"))

@@ -1,0 +1,165 @@
+"""Waiting for a Redis that is away or refuses, in the model process: nothing that a job owes is lost meanwhile.
+
+A job thread waits, with pauses, for as long as IDEFICS_REDIS_WAIT_S allows; then its message goes back to the queue.
+This holds for whatever a job reads, stores or publishes. In the parent process nothing waits, since its event loop must
+hear signals: there the error is raised at once, and the job goes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import redis
+from redis.client import Pipeline
+
+from tasks.availability import is_away, is_demoted
+from worker import turns
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Connections to the results' Redis, and as many to the broker for callbacks, that all job threads share.
+CONNECTIONS = 8
+
+#: Seconds before the second attempt, and at most between two.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
+#: Seconds between two lines of the log about waiting.
+COMPLAIN_S = 30.0
+
+
+class RedisAway(BaseException):
+    """Redis stayed away for longer than a job waits: its message goes back to the queue.
+
+    No Exception: on its way to the job's thread it passes code of Celery's that would end the job, its chord or its
+    retry for any Exception.
+    """
+
+
+class _Waiting:
+    """How this process waits."""
+
+    def __init__(self) -> None:
+        #: Seconds; 0: not at all.
+        self.longest_s = 0.0
+        self.tell: Callable[[float], None] = lambda seconds: None
+        self.complained_at = float("-inf")
+
+
+_waiting = _Waiting()
+
+
+def allow(seconds: float, tell: Callable[[float], None]) -> None:
+    """From now on this process's threads wait. `tell` is called in the thread that waits, with the seconds so far."""
+    _waiting.longest_s = seconds
+    _waiting.tell = tell
+
+
+def longest_s() -> float:
+    """Seconds that a call waits; 0 in a process that does not wait."""
+    return _waiting.longest_s
+
+
+def is_allowed() -> bool:
+    return _waiting.longest_s > 0
+
+
+def patiently(call: Callable[[], T], reconnect: Callable[[], None] | None = None) -> T:
+    """Call Redis, and again while it is away. Raises RedisAway when IDEFICS_REDIS_WAIT_S is over, and defects at once.
+
+    `reconnect` is called after a failover, where the host's name may stand for another server by now.
+    """
+    started = time.monotonic()
+    told, pause = started, FIRST_PAUSE_S
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not is_allowed() or not is_away(error):
+                raise
+            if time.monotonic() - started > _waiting.longest_s:
+                raise RedisAway(str(error)) from error
+            _complain(error)
+            is_elsewhere = is_demoted(error)
+        with turns.given_up():
+            time.sleep(pause * random.uniform(0.7, 1.0))  # noqa: S311 - so that not all threads come back at once
+        told, before = time.monotonic(), told
+        _waiting.tell(told - before)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+        if reconnect is not None and is_elsewhere:
+            reconnect()
+
+
+def _complain(error: Exception) -> None:
+    now = time.monotonic()
+    if now - _waiting.complained_at >= COMPLAIN_S:
+        _waiting.complained_at = now
+        logger.error("Redis is away or refuses (%s): jobs wait for it.", error)
+
+
+class _Places:
+    """Few connections for many threads: a thread that has to wait for one lets others run meanwhile."""
+
+    def __init__(self, count: int) -> None:
+        self._free = threading.Semaphore(count)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        if not self._free.acquire(blocking=False):
+            with turns.given_up():
+                self._free.acquire()
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
+class PatientRedis(redis.Redis):
+    """A client for all job threads, which waits as they do. Every command of ours may be made twice."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._places = _Places(CONNECTIONS)
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        return patiently(functools.partial(self._execute_once, args, options), self.reconnect)
+
+    def _execute_once(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        with self._places.one():
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:
+        return _PatientPipeline(self, transaction, shard_hint)
+
+    def reconnect(self) -> None:
+        self.connection_pool.disconnect(inuse_connections=False)
+
+    def once(self, call: Callable[[], T]) -> T:
+        """Call with one of the connections."""
+        with self._places.one():
+            return call()
+
+
+class _PatientPipeline(Pipeline):
+    """Sends all of its commands again."""
+
+    def __init__(self, client: PatientRedis, transaction: bool, shard_hint: Any) -> None:
+        super().__init__(client.connection_pool, client.response_callbacks, transaction, shard_hint)
+        self._client = client
+
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
+        commands, scripts = list(self.command_stack), set(self.scripts)
+
+        def execute() -> list[Any]:
+            # The attempt before has taken them along.
+            self.command_stack, self.scripts = list(commands), set(scripts)
+            return super(_PatientPipeline, self).execute(raise_on_error)
+
+        return patiently(functools.partial(self._client.once, execute), self._client.reconnect)

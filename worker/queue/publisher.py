@@ -1,0 +1,66 @@
+"""What the model process publishes: links, errbacks, retries, chains and the bodies of chords."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from celery.app import amqp
+from kombu import pools
+from kombu.exceptions import LimitExceeded, OperationalError
+
+from worker import turns
+from worker.queue import patience
+from worker.queue.patience import RedisAway, patiently
+
+
+class AMQP(amqp.AMQP):  # type: ignore[misc]
+    """Celery's, through which all of its messages go, with the patience of the process."""
+
+    @cached_property
+    def send_task_message(self) -> Callable[..., Any]:
+        send = self._create_task_sender()
+
+        def send_patiently(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            if not patience.is_allowed():
+                return send(producer, name, message, **options)
+            # Celery's own attempts are few, and kombu's pauses hold the interpreter's permit.
+            options["retry"] = False
+            call = functools.partial(send, producer, name, message, **options)
+            return patiently(call, functools.partial(_reconnect, producer))
+
+        return send_patiently
+
+    _producer_pool: Any = None
+
+    @property
+    def producer_pool(self) -> Any:
+        if self._producer_pool is None:
+            self._producer_pool = _Producers(self.app.pool, limit=self.app.pool.limit)
+        return self._producer_pool
+
+
+def _reconnect(producer: Any) -> None:
+    with contextlib.suppress(*producer.connection.connection_errors, OperationalError):
+        producer.channel.pool.disconnect(inuse_connections=False)
+
+
+class _Producers(pools.ProducerPool):  # type: ignore[misc]
+    """Few producers for many threads: a thread that has to wait for one lets others run meanwhile."""
+
+    def acquire(self, block: bool = False, timeout: float | None = None) -> Any:
+        try:
+            return super().acquire(block=False)
+        except LimitExceeded:
+            if not block:
+                raise
+        with turns.given_up():
+            try:
+                return super().acquire(block=True, timeout=patience.longest_s() or timeout)
+            except LimitExceeded as error:
+                if not patience.is_allowed():
+                    raise
+                raise RedisAway("all producers wait for the broker") from error
