@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from logging.handlers import WatchedFileHandler
 
 #: Libraries that log each request or warn of what we have decided. Celery's pool logs jobs' arguments at DEBUG.
 QUIET = ("PIL", "httpx", "filelock", "accelerate", "bitsandbytes", "celery.pool", "celery.redirected")
 
 
-def configure(level: str, formatter: logging.Formatter) -> None:
-    """Send everything from `level` on to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure(level: str, formatter: logging.Formatter, file: str | None = None) -> logging.Handler:
+    """Send everything from `level` on to standard error, or to a file, which may be rotated. The handler."""
+    handler = WatchedFileHandler(file) if file else logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    return handler

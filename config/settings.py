@@ -222,7 +222,8 @@ class Settings(BaseSettings):
     #: file under the temporary directory, where the probe finds it.
     state_file: Path | None = None
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    #: Of the workers' logs; `--loglevel` of Celery's command goes before.
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,6 @@ from celery.exceptions import Ignore, Retry, TaskPredicate
 from celery.signals import setup_logging
 
 from config.celery import configuration
-from config.logging import configure
 from config.settings import load
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.failed import Bounds
@@ -29,7 +28,7 @@ from worker.defects import without_values
 from worker.failed import keep_failures
 from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
-from worker.observability.log_lines import LineFormatter
+from worker.observability import log_setup
 from worker.pool import SoftShutdown
 from worker.pool.signals import PoolExitInTime
 from worker.queue.refusals import Refusals
@@ -68,8 +67,8 @@ def serve_with(service: Service) -> None:
 
 
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
-def _set_up_logging(**_: Any) -> None:
-    configure(settings.log_level, LineFormatter())
+def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
+    log_setup.set_up(settings.log_level, logfile)
 
 
 class JobCanceled(Ignore):  # type: ignore[misc]
@@ -92,6 +91,8 @@ class JobTask(Task):  # type: ignore[misc]
     Request = "worker.pool.request:JobRequest"
     # Logs and events say that a job succeeded, and not what it answered.
     resultrepr_maxsize = 0
+    # One line at INFO: it is for the producer, who reads it in the result.
+    throws = log_setup.EXPECTED
     announcer = Announcer(app, settings)
 
     def apply_async(self, *args: Any, **options: Any) -> Any:

@@ -20,14 +20,13 @@ from celery import Celery, bootsteps
 from celery.signals import setup_logging
 
 from config.celery import configuration
-from config.logging import configure
 from config.settings import Settings, load
 from tasks.outbox import Delivery, Outbox, Shares, batch_id, connect
 from tasks.payloads import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from tasks.webhooks import MAX_BODY_BYTES, batch_body
 from worker.announce import UNAVAILABLE
 from worker.delivery.known_hosts import KnownHosts
-from worker.observability.log_lines import LineFormatter
+from worker.observability import log_setup
 from worker.runtime.exit_watchdog import ExitInTime, Held
 from worker.webhook import Answer, Sender, judge
 
@@ -288,8 +287,8 @@ def _deliveries(worker: Any) -> Deliveries:
 
 
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
-def _set_up_logging(**_: Any) -> None:
-    configure(settings.log_level, LineFormatter())
+def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
+    log_setup.set_up(settings.log_level, logfile)
 
 
 settings = load()

@@ -482,13 +482,14 @@ def test_a_stranger_fills_no_log(tmp_path: Path) -> None:
     for number, data in enumerate((*_COSTLY.values(), png(9_500, 9_500, 8, 2, b""), png(9_501, 9_500, 8, 2, b""))):
         (tmp_path / f"{number}").write_bytes(data)
     code = """if True:
+        import logging
         import sys
         from contextlib import suppress
         from pathlib import Path
         from config.logging import configure
         from tasks.errors import JobError
         from worker.images import open_image
-        configure("DEBUG")
+        configure("DEBUG", logging.Formatter())
         for file in Path(sys.argv[1]).iterdir():
             with suppress(JobError):
                 open_image(file.read_bytes())"""

@@ -29,7 +29,6 @@ from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
 from celery.exceptions import Reject, TaskPredicate
 from celery.states import FAILURE, SUCCESS
-from huggingface_hub.constants import HF_HOME
 
 from config.settings import Settings
 from worker import app as worker_app
@@ -212,7 +211,12 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
     if settings.offline:
         # Read when it is imported: no library of the hub's then tries the network.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    # Bars are for terminals: in a log each of their states is a line.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # transformers takes seconds to import: the fake is spared them.
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     from worker.models import checkpoint_folder
     from worker.models.loading import load
 
@@ -222,6 +226,8 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
 def _answers(settings: Settings, folder: Path | None) -> Answers | None:
     if not settings.answer_cache_ttl_s:
         return None
+    from huggingface_hub.constants import HF_HOME
+
     # A hub id needs none: the commit of its snapshot is a part of the model's description.
     weights = fingerprint(folder, Path(HF_HOME) / "idefics-jobs") if folder else ""
     return Answers(worker_app.app.backend.client, settings.answer_cache_ttl_s, weights)
