@@ -25,12 +25,14 @@ from tasks.routing import priority_for
 from worker.announce import Announcer, End
 from worker.cancel import Cancellations
 from worker.defects import without_values
+from worker.engine.row import NotBegun
 from worker.failed import keep_failures
 from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
 from worker.observability import log_setup
 from worker.pool import SoftShutdown
 from worker.pool.signals import PoolExitInTime
+from worker.queue.balance import Balance
 from worker.queue.refusals import Refusals
 from worker.results import CANCELED
 from worker.service import Canceled, Service, Ticket
@@ -52,7 +54,7 @@ class _App(Celery):  # type: ignore[misc]
 
 app = _App("idefics", amqp="worker.queue.publisher:AMQP", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY, PAYLOADS))
-app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime])
+app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime, Balance])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
 use_transport(Refusals(app, failed_bounds), atomic=settings.atomic_take)
 keep_failures(app, failed_bounds)
@@ -78,6 +80,10 @@ class JobCanceled(Ignore):  # type: ignore[misc]
         # Not among the arguments: those are logged.
         super().__init__()
         self.partial = partial and partial.model_dump(mode="json")
+
+
+class JobReturned(Ignore):  # type: ignore[misc]
+    """Leaves the job to another worker: its message goes back as it came."""
 
 
 class AlreadyEnded(Ignore):  # type: ignore[misc]
@@ -118,6 +124,8 @@ class JobTask(Task):  # type: ignore[misc]
             answer = self._answer(parse(self.name, arguments))
         except Canceled as canceled:
             raise JobCanceled(canceled.partial) from canceled
+        except NotBegun:
+            raise JobReturned from None
         except TaskPredicate:
             raise
         except JobError as error:

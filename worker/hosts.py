@@ -53,6 +53,12 @@ class Hosts:
         self._hosts: dict[str, _Host] = {}
         self._changed = threading.Condition()
 
+    @property
+    def held(self) -> int:
+        """Turns that are held or waited for, at all hosts."""
+        with self._changed:
+            return sum(len(host.began) + host.waiting for host in self._hosts.values())
+
     @contextmanager
     def turn(self, name: str, patience_s: float | None = None) -> Iterator[None]:
         """Hold one of a host's turns. Raises HostBusy if none comes soon, or within `patience_s` where given."""

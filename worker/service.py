@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,9 @@ from tasks.payloads import Classify, ImagePath, Job, ModelInfo, Result, Timing, 
 from worker import turns
 from worker.answers import Answers
 from worker.cores import all_cores
+from worker.engine.engine import Pace
 from worker.engine.generation import NO_RULES, GenerationRules
-from worker.engine.row import Output, Picture, Row, Sampling
+from worker.engine.row import NotBegun, Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
 from worker.hosts import HostBusy, Hosts
 from worker.images import open_image
@@ -68,6 +69,13 @@ class AnyEngine(Protocol):
 
     def cancel(self, row: Row) -> None:
         """End a row at the next step, wherever it is. Its output then says `canceled`."""
+
+    @property
+    def pace(self) -> Pace:
+        """What runs, and how fast."""
+
+    def withdraw(self, rows: Sequence[Row], most: int) -> list[Row]:
+        """Take rows out that have not begun; the caller fails them."""
 
 
 class Service:
@@ -137,6 +145,26 @@ class Service:
         if run is not None and run.row is not None:
             self._engine.cancel(run.row)
         return run
+
+    @property
+    def pace(self) -> Pace:
+        """The engine's, in jobs. Those that load images hold nobody's place in it."""
+        pace = self._engine.pace
+        return pace._replace(capacity=pace.capacity + self._network.held)
+
+    @contextlib.contextmanager
+    def withdrawn(self, ids: Sequence[str], most: int) -> Iterator[list[str]]:
+        """Those of these jobs, at most so many, that have not begun and shall not here: after the block they end by
+        NotBegun."""
+        with self._lock:
+            runs = [self._running[id] for id in ids if id in self._running]
+        by_row = {run.row: run.ticket.id for run in runs if run.row is not None}
+        rows = self._engine.withdraw(list(by_row), most)
+        try:
+            yield [by_row[row] for row in rows]
+        finally:
+            for row in rows:
+                row.fail(NotBegun())
 
     def is_canceled(self, id: str) -> bool:
         return id in self._canceled

@@ -15,7 +15,7 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
@@ -104,6 +104,22 @@ for i = 3, #KEYS do
 end
 return false
 """
+#: KEYS: unacked, its index, the list. ARGV: tag, what ends the record. 0 where it is of another form. The list's end is
+#: read next. Deleted first, for a full server.
+HAND_BACK = """
+local record = redis.call('HGET', KEYS[1], ARGV[1])
+if record and string.sub(record, -#ARGV[2]) ~= ARGV[2] then return 0 end
+redis.call('HDEL', KEYS[1], ARGV[1])
+if record then
+  local reply = redis.pcall('RPUSH', KEYS[3], string.sub(record, 2, -#ARGV[2] - 1))
+  if type(reply) == 'table' and reply.err then
+    redis.call('HSET', KEYS[1], ARGV[1], record)
+    return reply
+  end
+end
+redis.call('ZREM', KEYS[2], ARGV[1])
+return 1
+"""
 TAKE_SHA = hashlib.sha1(TAKE.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -177,14 +193,25 @@ class Debts:
         #: Whether each goes to the end of its queue.
         self.returns: dict[str, bool] = {}
         self.holds: dict[str, Hold] = {}
+        #: Messages to be put back as they came, as if nobody had taken them.
+        self.unbegun: dict[str, Unbegun] = {}
 
     def ack(self, tag: str, id: str | None = None) -> None:
         self.returns.pop(tag, None)
+        self.unbegun.pop(tag, None)
         self.acks[tag] = id
 
     def give_back(self, tag: str, *, last: bool = False) -> None:
-        if tag not in self.acks and tag not in self.holds:
+        if tag not in self.acks and tag not in self.holds and tag not in self.unbegun:
             self.returns[tag] = last
+
+
+@dataclass(frozen=True, slots=True)
+class Unbegun:
+    """Where a message came from: its list, and how its record ends."""
+
+    list: str
+    end: str
 
 
 #: By the broker's URL, the prefix of its keys and that of `unacked`: a channel that lost its connection leaves them to
@@ -194,7 +221,7 @@ _debts: defaultdict[tuple[str, str, str], Debts] = defaultdict(Debts)
 
 def owes() -> bool:
     """Whether any broker waits for an answer of this process. By any thread."""
-    return any(debts.acks or debts.returns or debts.holds for debts in list(_debts.values()))
+    return any(debts.acks or debts.returns or debts.holds or debts.unbegun for debts in list(_debts.values()))
 
 
 class SweepingQoS(stock.QoS):  # type: ignore[misc]
@@ -291,6 +318,29 @@ class QoS(SweepingQoS):
         self.channel.settle_if_possible()
         virtual.QoS.ack(self, delivery_tag)
 
+    def hand_back(self, message: Any) -> None:
+        """Put a message back where it came from, to be read next. It is not marked as redelivered: it was not begun."""
+        tag, channel = message.delivery_tag, self.channel
+        queue = message.delivery_info.get("routing_key")
+        if queue in channel.record_ends:
+            priority = self._priority({"properties": message.properties})
+            channel.debts.unbegun[tag] = Unbegun(channel._q_for_pri(queue, priority), channel.record_ends[queue])
+        else:
+            channel.debts.give_back(tag)
+        channel.settle_soon()
+        virtual.QoS.ack(self, tag)
+
+    def put_back(self, unbegun: dict[str, Unbegun]) -> None:
+        prefix = self.channel.global_keyprefix
+        with self.channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            for tag, origin in unbegun.items():
+                keys = [prefix + key for key in (self.unacked_key, self.unacked_index_key, origin.list)]
+                pipe.execute_command("EVAL", HAND_BACK, len(keys), *keys, tag, origin.end)
+            known = pipe.execute()
+        for tag, is_known in zip(unbegun, known, strict=True):
+            if not is_known:
+                self.restore_by_tag(tag)
+
     def restore_unacked(self, client: Any = None) -> None:
         # Given back to the end that is read next: in this order the oldest is read first.
         for tag in reversed(self._delivered):
@@ -358,6 +408,11 @@ class Channel(stock.Channel):  # type: ignore[misc]
                 raise RedisConnectionError(str(error)) from error
             raise
         self.debts = _debts[connection.client.as_uri(), self.global_keyprefix, self.unacked_key]
+
+    @property
+    def record_ends(self) -> Mapping[str, str]:
+        """Of each queue with acknowledgements, how its records end."""
+        return self._ends
 
     def basic_consume(self, queue: str, *args: Any, **options: Any) -> Any:
         no_ack = options["no_ack"] if "no_ack" in options else args[0]
@@ -579,6 +634,14 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self.qos.remove(acks)
         for tag in acks:
             self.debts.acks.pop(tag, None)
+        if self.debts.unbegun:
+            unbegun, self.debts.unbegun = self.debts.unbegun, {}
+            try:
+                self.qos.put_back(unbegun)
+            except Exception:
+                # To hand one back twice does nothing.
+                self.debts.unbegun = unbegun | self.debts.unbegun
+                raise
         self._settle_holds()
         for tag, last in list(self.debts.returns.items()):
             self.qos.restore_by_tag(tag, leftmost=last)

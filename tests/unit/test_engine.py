@@ -672,3 +672,84 @@ def test_a_runner_that_hangs_gives_none() -> None:
         time.sleep(0.05)
         assert len(beats) == before
         gate.opened.set()
+
+
+# Rows that are better left to other workers
+
+
+def test_rows_that_wait_for_long_are_withdrawn_the_least_urgent_and_latest_first() -> None:
+    gate = Gate()
+    with running(gate) as engine:
+        (first,) = submit(engine, row("first", arrived=0.0))
+        assert gate.entered.wait(SOON)
+        old = [row(f"old {n}", arrived=float(n), priority=p) for n, p in enumerate((5, 5, 5, 0))]
+        submit(engine, *old, young := row("young"))
+        assert engine.withdraw([first, *old, young], 2) == [old[2], old[1]]
+        assert engine.withdraw([first, *old, young], 9) == [old[0], old[3]]
+        gate.opened.set()
+        assert text(young) == "young"
+    assert gate.batches == [["first"], ["young"]]
+
+
+def test_a_row_is_withdrawn_while_its_pictures_are_encoded() -> None:
+    recorder = Recorder()
+    with running(recorder) as engine:
+        shown = row("shown", pictures=(PICTURE,), arrived=0.0)
+        submit(engine, shown)
+        assert engine.withdraw([shown], 1) == [shown]
+        recorder.encoded.pop()(0)
+        assert text(submit(engine, row("next"))[0]) == "next"
+    assert recorder.batches == [["next"]]
+
+
+def test_an_engine_with_nothing_to_run_has_room_for_a_batch() -> None:
+    with running(Recorder()) as engine:
+        assert engine.pace.capacity == LIMITS.rows
+        text(submit(engine, row())[0])
+        eventually(lambda: engine.pace.capacity == LIMITS.rows)
+
+
+def test_nobody_joins_a_batch_that_does_not_ask() -> None:
+    gate = Gate()
+    with running(gate) as engine:
+        submit(engine, row())
+        assert gate.entered.wait(SOON)
+        assert engine.pace.capacity == 1
+        gate.opened.set()
+
+
+def test_a_batch_that_asks_has_room_for_others() -> None:
+    with running(Joinable(step_s=0.01)) as engine:
+        submit(engine, long := row(wanted=1_000))
+        eventually(lambda: engine.pace.capacity == LIMITS.rows)
+        submit(engine, beams := row(wanted=1_000, beams=LIMITS.rows))
+        eventually(lambda: engine.pace.capacity == 1)
+        engine.cancel(long)
+        engine.cancel(beams)
+
+
+def test_the_pace_is_that_of_the_last_rows_and_known_before_the_first_one_ends() -> None:
+    with running(Joinable(step_s=0.01)) as engine:
+        assert engine.pace.job_s == 0
+        submit(engine, long := row(wanted=1_000))
+        eventually(lambda: engine.pace.job_s > 0.1)
+        engine.cancel(long)
+        for _ in range(40):
+            text(submit(engine, row(wanted=1))[0])
+        eventually(lambda: engine.pace.job_s < 0.1)
+
+
+def test_the_width_is_that_of_batches_that_others_wait_for() -> None:
+    with running(Joinable(step_s=0.001)) as engine:
+        assert engine.pace.width == LIMITS.rows
+        rows = submit(engine, *[row(wanted=50, beams=4) for _ in range(8)])
+        for each in rows:
+            text(each)
+        assert 2 <= engine.pace.width < LIMITS.rows
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + SOON
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -28,6 +29,7 @@ from worker.pool import pool as pool_module
 from worker.pool.job import Callbacks, Job, JobState, exception_info
 from worker.pool.pool import InferencePool
 from worker.pool.wire import Channel, Message
+from worker.queue.load import LONGEST_S, Load
 
 THREADS = 100
 #: Seconds that a test waits for what takes a tick of the pool.
@@ -98,6 +100,9 @@ class StubProcess:
 class Request:
     """Celery's request behind a job: what the pool told it."""
 
+    #: Of those that are given back.
+    order = itertools.count()
+
     def __init__(self, id: str) -> None:
         self.id = id
         self.told: list[tuple[Any, ...]] = []
@@ -108,6 +113,9 @@ class Request:
 
     def on_success(self, outcome: tuple[Any, ...]) -> None:
         self.told.append(("success", outcome[1]))
+
+    def give_back(self) -> None:
+        self.told.append(("given back", next(self.order)))
 
     def on_failure(self, info: Any) -> None:
         self.told.append(("failure", info.exception))
@@ -187,17 +195,19 @@ class Bench:
         return self.processes[-1]
 
     def submit(
-        self, *ids: str, timeout: float | None = None, retries: int = 0, redelivered: bool = False
+        self, *ids: str, timeout: float | None = None, retries: int = 0, redelivered: bool = False, queue: str = ""
     ) -> list[Request]:
         requests = [Request(id) for id in ids]
         for request in requests:
-            self.semaphore.acquire(self._apply, request, timeout, retries, redelivered)
+            self.semaphore.acquire(self._apply, request, timeout, retries, redelivered, queue)
         return requests
 
-    def _apply(self, request: Request, timeout: float | None, retries: int, redelivered: bool) -> None:
+    def _apply(self, request: Request, timeout: float | None, retries: int, redelivered: bool, queue: str) -> None:
         context = {"id": request.id, "retries": retries, "args": ["secret"], "kwargs": {"image": "secret"}}
         if redelivered:
             context["delivery_info"] = {"redelivered": True, "routing_key": "idefics"}
+        if queue:
+            context["delivery_info"] = {**context.get("delivery_info", {}), "routing_key": queue}
         request.job = self.pool.apply_async(
             None,
             ("idefics.caption", request.id, context, b"[[], {}, {}]", "application/json", "utf-8"),
@@ -445,8 +455,130 @@ def test_a_pool_wants_no_jobs_while_suspects_run(started: Bench) -> None:
 def test_a_pool_wants_no_jobs_while_its_process_is_silent(started: Bench) -> None:
     started.process.last_sign -= 0.11 * HANG_S
     assert not started.pool.wants_jobs
-    started.process.say("beat", {})
+    started.process.say("beat", {}, (THREADS, THREADS, 0.0))
     started.until(lambda: started.pool.wants_jobs)
+
+
+# Jobs that are better left to other workers
+
+
+@pytest.fixture
+def hoarding(started: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Jobs may go back at once."""
+    monkeypatch.setattr(pool_module, "KEPT_S", -1.0)
+    return started
+
+
+def asked(bench: Bench) -> list[Message]:
+    return [message for message in bench.process.heard if message[0] == "give_back"]
+
+
+def test_a_pool_tells_its_load(started: Bench) -> None:
+    slots = Settings().max_batch_size
+    started.submit("a", "b")
+    assert started.pool.load.unbegun == 2 - slots
+    started.process.say("beat", {}, (1, 1.0, 2.5))
+    started.until(lambda: started.pool.load == Load(1.0, 2.5, 1))
+
+
+def test_a_pool_whose_model_loads_begins_nothing(started: Bench) -> None:
+    started.scripts.append(loading)
+    started.process.die()
+    started.until(lambda: len(started.processes) == 2)
+    started.submit("a")
+    assert not started.pool.load.is_open
+    assert started.pool.load.ends_in_s() >= LONGEST_S
+    assert started.pool.load.unbegun == 1
+
+
+def test_a_full_pool_whose_places_wait_for_images_takes_nothing(started: Bench) -> None:
+    started.submit(*map(str, range(THREADS)))
+    started.process.say("beat", {}, (2 * THREADS, 1.0, 1.0))
+    started.until(lambda: not started.pool.load.is_open)
+
+
+def test_a_pool_that_leaves_jobs_to_others_wants_none(started: Bench) -> None:
+    started.until(lambda: started.pool.wants_jobs)
+    started.pool.leaves_to_others = True
+    assert not started.pool.wants_jobs
+
+
+def test_jobs_that_have_not_begun_go_back_together_the_latest_first(hoarding: Bench) -> None:
+    requests = hoarding.submit("a", "b", "c", queue="idefics")
+    serials = [hoarding.process.serial(id) for id in "abc"]
+    hoarding.pool.give_back("idefics", 2)
+    assert asked(hoarding) == [("give_back", 2, serials)]
+    hoarding.process.say("withdrawn", serials[1:])
+    hoarding.process.say("returned", serials[1])
+    hoarding.settle()
+    assert not any(request.told for request in requests)
+    hoarding.process.say("returned", serials[2])
+    hoarding.until(lambda: requests[1].told and requests[2].told)
+    assert requests[2].told[0][1] < requests[1].told[0][1]
+    assert hoarding.semaphore.releases == 2
+    hoarding.process.finish("a")
+    hoarding.until(lambda: requests[0].told)
+    assert requests[0].kinds == ["success"]
+
+
+def test_jobs_that_return_do_not_wait_for_ever_for_the_others(hoarding: Bench) -> None:
+    a, b = hoarding.submit("a", "b", queue="idefics")
+    hoarding.process.say("withdrawn", [hoarding.process.serial(id) for id in "ab"])
+    hoarding.process.say("returned", hoarding.process.serial("a"))
+    hoarding.until(lambda: a.told)
+    hoarding.process.say("returned", hoarding.process.serial("b"))
+    hoarding.until(lambda: b.told)
+    assert (a.kinds, b.kinds) == (["given back"], ["given back"])
+
+
+def test_jobs_of_another_queue_and_young_ones_stay(started: Bench) -> None:
+    started.submit("a", queue="other")
+    started.submit("b", queue="idefics")
+    started.pool.give_back("idefics", 9)
+    assert asked(started) == []
+
+
+def test_a_job_that_is_canceled_on_its_way_back_is_revoked(hoarding: Bench) -> None:
+    (request,) = hoarding.submit("a", queue="idefics")
+    hoarding.process.say("withdrawn", [hoarding.process.serial("a")])
+    request.job.terminate()
+    hoarding.process.say("returned", hoarding.process.serial("a"))
+    hoarding.until(lambda: request.told)
+    assert isinstance(request.error, Terminated)
+
+
+def test_jobs_that_wait_for_a_new_process_go_back_and_its_suspects_stay(hoarding: Bench) -> None:
+    (suspect,) = hoarding.submit("suspect", queue="idefics")
+    hoarding.scripts.append(loading)
+    hoarding.process.die()
+    hoarding.until(lambda: len(hoarding.processes) == 2)
+    (innocent,) = hoarding.submit("innocent", queue="idefics")
+    hoarding.pool.give_back("idefics", 9)
+    assert innocent.kinds == ["given back"]
+    assert suspect.told == []
+    hoarding.process.say("ready")
+    hoarding.until(lambda: hoarding.process.ran == ["suspect"])
+
+
+def test_a_death_while_jobs_return_loses_none(hoarding: Bench) -> None:
+    hoarding.submit("a", "b", queue="idefics")
+    hoarding.process.say("withdrawn", [hoarding.process.serial(id) for id in "ab"])
+    hoarding.process.say("returned", hoarding.process.serial("a"))
+    hoarding.until(lambda: hoarding.pool._returns.returned)
+    hoarding.die_and_restart()
+    hoarding.until(lambda: hoarding.process.ran)
+    hoarding.process.finish("a")
+    hoarding.until(lambda: hoarding.process.ran == ["a", "b"])
+
+
+def test_a_job_that_goes_back_was_not_started_in_vain(hoarding: Bench) -> None:
+    hoarding.ledger.histories["a", 0] = History(1, 1)
+    hoarding.submit("a", queue="idefics", redelivered=True)
+    assert hoarding.ledger.counts == {("a", 0): 1}
+    hoarding.process.say("withdrawn", [hoarding.process.serial("a")])
+    hoarding.process.say("returned", hoarding.process.serial("a"))
+    hoarding.until(lambda: hoarding.semaphore.releases == 1)
+    assert hoarding.ledger.counts == {("a", 0): 0}
 
 
 # Deliveries
@@ -889,7 +1021,7 @@ def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(sta
 def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     process = started.process
     process.last_sign -= HANG_S - 0.01
-    process.say("beat", {})
+    process.say("beat", {}, (THREADS, THREADS, 0.0))
     started.settle()
     assert not process.is_killed
 
@@ -1078,7 +1210,7 @@ def test_a_worker_is_unhealthy_long_before_its_silent_process_is_replaced(starte
     started.process.last_sign -= 0.11 * HANG_S
     started.until(lambda: health() == "UNHEALTHY")
     assert not started.process.is_killed
-    started.process.say("beat", {})
+    started.process.say("beat", {}, (THREADS, THREADS, 0.0))
     started.until(lambda: health() == "READY")
 
 

@@ -161,6 +161,64 @@ def test_a_message_that_is_rejected_comes_again_last_of_its_priority_and_as_rede
     assert again.delivery_info["redelivered"] is True
 
 
+def test_messages_that_were_not_begun_go_back_as_they_came_and_are_read_next(start: Start, server: redis.Redis) -> None:
+    taker = start()
+    for body in ("a", "b", "c"):
+        taker.send(body, priority=3)
+    taker.send("later", priority=7)
+    before = server.lrange("jobs\x06\x163", 0, -1)
+    taken = [taker.take() for _ in range(3)]
+    taker.send("d", priority=3)
+    for message in reversed(taken):
+        taker.channel.qos.hand_back(message)
+    assert held(server) == (5, 0, 0)
+    assert server.lrange("jobs\x06\x163", 1, -1) == before
+    assert bodies(taker, 5) == ["a", "b", "c", "d", "later"]
+    assert not any(message.delivery_info.get("redelivered") for message in taker.messages)
+
+
+def test_a_message_is_handed_back_once(start: Start, server: redis.Redis) -> None:
+    taker = start()
+    taker.send("a")
+    message = taker.take()
+    taker.channel.qos.restore_by_tag(message.delivery_tag)
+    taker.channel.qos.hand_back(message)
+    assert held(server) == (1, 0, 0)
+
+
+def test_a_message_that_cannot_be_handed_back_is_handed_back_by_the_next_connection(
+    start: Start, server: redis.Redis
+) -> None:
+    taker = start()
+    taker.send("a")
+    message = taker.take()
+    server.execute_command("ACL", "SETUSER", "default", "-eval")
+    taker.channel.qos.hand_back(message)
+    assert held(server) == (0, 1, 1)
+    server.execute_command("ACL", "SETUSER", "default", "+eval")
+    assert start().take().decode() == "a"
+
+
+def test_a_full_server_takes_a_message_back(start: Start, server: redis.Redis) -> None:
+    taker = start()
+    taker.send("a" * 1_000)
+    message = taker.take()
+    server.config_set("maxmemory", 1)
+    taker.channel.qos.hand_back(message)
+    assert held(server) == (1, 0, 0)
+
+
+def test_a_record_of_another_form_is_handed_back_by_kombu(start: Start, server: redis.Redis) -> None:
+    taker = start()
+    taker.send("a")
+    message = taker.take()
+    raw, _, _ = json.loads(server.hget("unacked", message.delivery_tag))
+    server.hset("unacked", message.delivery_tag, json.dumps([raw, "", "jobs"]) + " ")
+    taker.channel.qos.hand_back(message)
+    assert taker.take().decode() == "a"
+    assert held(server) == (0, 1, 1)
+
+
 def test_the_record_is_what_stock_kombu_writes(start: Start, server: redis.Redis) -> None:
     ours = start()
     body = 'a "quoted" \\ ü 😀'

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tasks.errors import DeadlineExceeded, Internal, JobError, OutOfMemory
 from worker.engine.ceiling import Ceiling
@@ -30,6 +30,10 @@ CATCH_UP_S = 0.1
 GROUP_PATIENCE_S = 1.0
 #: Seconds between two signs of life while there is nothing to do.
 IDLE_BEAT_S = 1.0
+#: Seconds that a row has waited before it is withdrawn for an idle worker: one that begins soon is not worth the way.
+WITHDRAWN_AFTER_S = 0.5
+#: The weight of the newest in averages of the pace, and seconds after the last row in which half of it is forgotten.
+NEWEST_PART, FORGOTTEN_S = 0.1, 5.0
 
 
 #: Called at each step: a sign of life.
@@ -60,6 +64,17 @@ class Runner(Protocol):
         """
 
 
+class Pace(NamedTuple):
+    """What an engine runs, and how fast."""
+
+    #: Rows that the model runs now or could begin at once. What is beyond waits for the end of others.
+    capacity: int
+    #: Rows that run at once while others wait.
+    width: float
+    #: Seconds that a row takes once it has begun; 0 where none has.
+    job_s: float
+
+
 class Engine:
     """Submit rows from any thread; each gets a result or an error."""
 
@@ -78,7 +93,15 @@ class Engine:
         self._prepare = prepare
         self._waiting: list[Row] = []
         self._changed = threading.Condition()
-        self._coming = 0
+        #: Rows whose pictures are being encoded.
+        self._coming: dict[Row, None] = {}
+        self._running: Sequence[Row] = ()
+        self._width = float(limits.rows)
+        #: Seconds that a row took, of late, and when the last one ended.
+        self._usual_s = 0.0
+        self._ended_at = float("-inf")
+        #: Rows more that could begin at once.
+        self._free = limits.rows
         self._joined_at = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -102,7 +125,7 @@ class Engine:
     def submit(self, row: Row) -> Future[Output]:
         """A row's output. Its images are encoded first, while others run."""
         with self._changed:
-            self._coming += 1
+            self._coming[row] = None
         if row.tokens.pictures:
             self._runner.look(row.tokens.pictures, functools.partial(self._has_come, row))
         else:
@@ -112,7 +135,10 @@ class Engine:
     def _has_come(self, row: Row, cached_images: int = 0) -> None:
         row.cached_images = cached_images
         with self._changed:
-            self._coming -= 1
+            if row not in self._coming:
+                # Withdrawn meanwhile.
+                return
+            del self._coming[row]
             if self._stopping:
                 row.fail(_stopped())
             else:
@@ -125,6 +151,31 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
+    @property
+    def pace(self) -> Pace:
+        """Safe in any thread."""
+        running, now = self._running, time.monotonic()
+        age_s = now - sum(row.started for row in running) / len(running) if running else 0.0
+        # Of long ago it says little: other jobs come.
+        usual_s = self._usual_s * 2 ** ((self._ended_at - now) / FORGOTTEN_S)
+        return Pace(len(running) + self._free, self._width, max(usual_s, age_s))
+
+    def withdraw(self, rows: Sequence[Row], most: int) -> list[Row]:
+        """Take those of these rows out that have waited for long and not begun, the least urgent and latest first.
+
+        The caller fails them.
+        """
+        since = time.monotonic() - WITHDRAWN_AFTER_S
+        with self._changed:
+            unbegun = {*self._waiting, *self._coming}
+            late = [row for row in rows if row in unbegun and row.arrived < since and not row.canceled]
+            withdrawn = sorted(late, key=lambda row: (row.priority, row.arrived), reverse=True)[:most]
+            taken = set(withdrawn)
+            self._waiting = [row for row in self._waiting if row not in taken]
+            for row in withdrawn:
+                self._coming.pop(row, None)
+        return withdrawn
+
     def _loop(self) -> None:
         self._prepare()
         while not self._stopping:
@@ -132,6 +183,7 @@ class Engine:
             batch = self._take()
             if batch:
                 self._run(batch)
+                self._rest()
 
     def _take(self) -> list[Row]:
         if self._waiting or not self._runner.catch_up(CATCH_UP_S):
@@ -168,11 +220,15 @@ class Engine:
         """Let rows that come soon catch up with a batch that is far from full."""
         with self._changed:
             end = self._joined_at + PATIENCE_S
-            while time.monotonic() < end and worth_waiting(running, len(self._waiting), self._coming, self._limits):
+            while time.monotonic() < end and worth_waiting(
+                running, len(self._waiting), len(self._coming), self._limits
+            ):
                 self._changed.wait(max(0.0, end - time.monotonic()))
 
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
         batch, most = list(first), _beams(first)
+        # Whether others may join shows when the runner asks for them.
+        self._count(batch, free=0)
         self._joined_at = time.monotonic()
 
         def newcomers(running: Sequence[Row]) -> Sequence[Row]:
@@ -187,6 +243,7 @@ class Engine:
                 most = _beams([*running, *joining])
             # Rows that are over need no recovery, and hold their pictures.
             batch[:] = [*running, *joining]
+            self._count(batch, free=self._free_rows(batch) if joinable else 0)
             return joining
 
         error: Exception = Internal("The model left this job without an answer: report it.")
@@ -200,6 +257,32 @@ class Engine:
         unfinished = [row for row in batch if not row.is_done]
         if unfinished:
             self._recover(batch, unfinished, error)
+
+    def _count(self, batch: Sequence[Row], free: int) -> None:
+        known = set(batch)
+        for row in self._running:
+            if row not in known:
+                self._has_ended(row)
+        self._running, self._free = tuple(batch), free
+        if self._waiting:
+            self._width += (len(batch) - self._width) * NEWEST_PART
+        else:
+            self._width = max(self._width, len(batch))
+
+    def _has_ended(self, row: Row) -> None:
+        now = time.monotonic()
+        forgotten = 1 - 2 ** ((self._ended_at - now) / FORGOTTEN_S)
+        self._usual_s += (now - row.started - self._usual_s) * max(NEWEST_PART, forgotten)
+        self._ended_at = now
+
+    def _rest(self) -> None:
+        for row in self._running:
+            self._has_ended(row)
+        self._running, self._free = (), self._limits.rows
+
+    def _free_rows(self, batch: Sequence[Row]) -> int:
+        """Whoever waits now could not join, and a row that came would wait behind it."""
+        return 0 if self._waiting else max(0, self._limits.rows - _beams(batch))
 
     def _recover(self, batch: Sequence[Row], unfinished: list[Row], error: Exception) -> None:
         if len(batch) == 1:

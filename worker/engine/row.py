@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "stop_sequence", "canceled", "deadline"]
 
 
+class NotBegun(Exception):
+    """The row was withdrawn before the model began it: another worker is to run its job."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How a row is continued. Temperature 0 is greedy; `end_ids` are the tokens that end it."""

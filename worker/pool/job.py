@@ -31,9 +31,14 @@ class Callbacks:
     failure: Callback
 
     @property
-    def request(self) -> Request | None:
+    def owner(self) -> Any:
         """Whose they are."""
-        owner = getattr(self.failure, "__self__", None)
+        return getattr(self.failure, "__self__", None)
+
+    @property
+    def request(self) -> Request | None:
+        """Their owner, where it is Celery's request."""
+        owner = self.owner
         return owner if isinstance(owner, Request) else None
 
 
@@ -56,6 +61,10 @@ class Job:
     partial: dict[str, Any] | None = None
     #: Deaths of the model process with this job alone in it.
     deaths: int = 0
+    #: A model process died with it: which job was the reason, this pool finds out.
+    is_suspect: bool = False
+    #: time.monotonic()
+    taken_at: float = field(default_factory=time.monotonic)
     #: How often it came back from workers that were lost, and whether its start is still to be marked
     #: (worker/deliveries.py).
     returns: int = 0
@@ -70,6 +79,11 @@ class Job:
     @property
     def id(self) -> str:
         return str(self.trace_arguments[1])
+
+    @property
+    def queue(self) -> str:
+        """That it came from, as its producer named it."""
+        return str((self.trace_arguments[2].get("delivery_info") or {}).get("routing_key"))
 
     def is_overdue(self, now: float) -> bool:
         return (
@@ -89,9 +103,14 @@ class Job:
     def fail(self, error: BaseException) -> None:
         self.callbacks.failure(exception_info(error))
 
+    def give_back(self) -> None:
+        """To its queue, as it came."""
+        self.callbacks.owner.give_back()
+
     def run_again(self) -> None:
         """Back to waiting, marked as redelivered so that a success stored before the death is kept."""
         self.state = JobState.WAITING
+        self.is_suspect = True
         name, id, request, *rest = self.trace_arguments
         delivery = {**(request.get("delivery_info") or {}), "redelivered": True}
         self.trace_arguments = (name, id, {**request, "delivery_info": delivery}, *rest)

@@ -8,7 +8,7 @@ import logging
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, TypeVar
 
 from billiard.exceptions import Terminated
@@ -33,6 +33,7 @@ from worker.pool.job import Callback, Callbacks, Job, JobState, is_redelivered, 
 from worker.pool.launch import ModelProcess
 from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
+from worker.queue.load import Load
 from worker.runtime.exit_watchdog import Held
 from worker.transport import owes
 
@@ -52,6 +53,10 @@ LOADS_TOO_LONG = (
     "The model did not load within IDEFICS_LOAD_TIMEOUT_S: its process is started again. Raise that where the download "
     "or the disk is slow, or fill the hub's cache first."
 )
+#: Seconds that a job has been here before it may go back for others.
+KEPT_S = 0.5
+#: Seconds that jobs which go back together wait for the last of them.
+TOGETHER_S = 0.3
 #: Seconds that a process which has no job left gets to leave by itself.
 LEAVE_S = 5.0
 
@@ -72,6 +77,33 @@ def _guarded(function: F) -> F:
             return None
 
     return call  # type: ignore[return-value]
+
+
+class Returns:
+    """Jobs that go back to their queue together, so that they keep their order."""
+
+    def __init__(self) -> None:
+        self._awaited: set[int] = set()
+        self._since = 0.0
+        self.returned: set[int] = set()
+
+    @property
+    def are_awaited(self) -> bool:
+        return bool(self._awaited or self.returned)
+
+    def begin(self, serials: Iterable[int], now: float) -> None:
+        self._awaited.update(serials)
+        self._since = now
+
+    def are_complete(self, held: Container[int], now: float) -> bool:
+        """Whether all have returned that are still held, or the others take long."""
+        missing = [serial for serial in self._awaited if serial in held and serial not in self.returned]
+        return self.are_awaited and (not missing or now - self._since > TOGETHER_S)
+
+    def end(self) -> list[int]:
+        """Those that have returned, the latest first."""
+        returned, self.returned, self._awaited = self.returned, set(), set()
+        return sorted(returned, reverse=True)
 
 
 class InferencePool(BasePool):  # type: ignore[misc]
@@ -102,6 +134,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._is_writing = False
         #: The model's counters, as its process last told them.
         self._figures: dict[str, int] = {}
+        #: As its process last told: jobs that could be under way, those that it runs at once, seconds that each takes.
+        self._capacity = self._settings.max_batch_size
+        self._width, self._job_s = float(self._settings.max_batch_size), 0.0
+        self._returns = Returns()
+        #: Other workers would end what is queued before this one could (worker/queue/balance.py).
+        self.leaves_to_others = False
         #: By serial, when they began: jobs that have ended by a limit of their own, and whose threads have not yet.
         self._overstaying: dict[int, float] = {}
         #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
@@ -198,7 +236,50 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @property
     def wants_jobs(self) -> bool:
         """Whether a job that came now would run. Else it is left in the queue: another worker may be idle."""
+        return self._can_begin and not self.leaves_to_others
+
+    @property
+    def load(self) -> Load:
+        """For the other workers, and to compare with theirs."""
+        if not self._can_begin:
+            return Load(1, NEVER, len(self._jobs), is_open=False)
+        unbegun = len(self._jobs) - self._capacity
+        # Hosts that hang may hold all places of a worker with nothing to run.
+        may_take = unbegun >= 0 or len(self._jobs) < self._settings.job_threads
+        return Load(self._width, self._job_s, unbegun, is_open=may_take and not self._closing)
+
+    @property
+    def _can_begin(self) -> bool:
         return self._is_ready and not self._is_apart and not self._is_silent(time.monotonic())
+
+    @_guarded
+    def give_back(self, queue: str, most: int) -> None:
+        """Put jobs that have not begun back into this queue: other workers would end them sooner."""
+        now = time.monotonic()
+        if self._returns.are_awaited:
+            return
+        jobs = [job for job in self._jobs.values() if self._may_go(job, queue, now)]
+        waiting = [job.serial for job in jobs if job.state is JobState.WAITING][-most:]
+        if waiting:
+            self._returns.begin(waiting, now)
+            self._returns.returned.update(waiting)
+            self._hand_back(now)
+        elif jobs and self._is_ready:
+            self._send(("give_back", most, [job.serial for job in jobs]))
+
+    def _may_go(self, job: Job, queue: str, now: float) -> bool:
+        return job.queue == queue and not job.is_suspect and not job.canceled and now - job.taken_at > KEPT_S
+
+    def _hand_back(self, now: float) -> None:
+        """Those that have returned, once all have that were to: in order, the first to be read again last."""
+        if not self._returns.are_complete(self._jobs, now):
+            return
+        jobs = [job for job in map(self._jobs.get, self._returns.end()) if job is not None]
+        self.deliveries.unmark_started([(job.key, job.returns) for job in jobs if job.returns])
+        for job in jobs:
+            self._finish(job, job.give_back)
+        if jobs:
+            logger.debug("%d jobs that had not begun are left to other workers.", len(jobs))
 
     @property
     def _is_apart(self) -> bool:
@@ -241,10 +322,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
         """A worker that had this job may have died of it."""
         history = self.deliveries.history(job.key)
         job.returns, job.is_uncounted = history.returns, history.returns > 0
+        job.is_suspect = self.deliveries.is_suspect(history.deaths)
         if self.deliveries.is_lost(history.deaths):
             error = WorkerLost(f"{history.deaths} workers died with this job: look at their logs for the reason.")
             self._finish(job, lambda: job.fail(error))
-        elif self.deliveries.is_suspect(history.deaths):
+        elif job.is_suspect:
             self._quarantine.append([job])
 
     def _adopt(self, running: Job, callbacks: Callbacks) -> Job:
@@ -364,6 +446,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
                 self._start_process()
             return
         self._process.channel.flush()
+        self._hand_back(now)
         for job in self._overdue(now):
             self._end_overdue(job)
         # A producer may set a limit of its own, and must not have the model loaded again for it.
@@ -463,6 +546,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._process.last_sign = time.monotonic()
         self._has_been_ready = True
         self._failed_starts = 0
+        self._capacity, self._job_s = self._settings.max_batch_size, 0.0
         seconds = time.monotonic() - self._process.started_at
         logger.info("The model is ready after %.1f s (process %d).", seconds, self._process.pid)
         self._dispatch()
@@ -472,11 +556,26 @@ class InferencePool(BasePool):  # type: ignore[misc]
         logger.critical("The model cannot be served: %s The worker stops.", message)
         self._give_up(message)
 
-    def _on_beat(self, figures: dict[str, int]) -> None:
+    def _on_beat(self, figures: dict[str, int], pace: tuple[int, float, float]) -> None:
         """A sign of life of the engine's. What job threads say is none: they go on beside an engine that is stuck."""
         assert self._process is not None
         self._process.last_sign = time.monotonic()
         self._figures = figures
+        self._capacity, self._width, self._job_s = pace
+
+    @_guarded
+    def _on_withdrawn(self, serials: list[int]) -> None:
+        """Jobs that have not begun and will return."""
+        self._returns.begin(serials, time.monotonic())
+
+    @_guarded
+    def _on_returned(self, serial: int) -> None:
+        job = self._jobs.get(serial)
+        if job is None or job.canceled:
+            self._on_canceled(serial, None)
+            return
+        self._returns.returned.add(serial)
+        self._hand_back(time.monotonic())
 
     @_guarded
     def _on_accepted(self, serial: int, at: float) -> None:
@@ -604,6 +703,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         status = self._process.end(grace_s)
         self._process.close()
         self._process = None
+        self._returns.end()
         self._overstaying.clear()
         return status
 

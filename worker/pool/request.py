@@ -95,6 +95,13 @@ class JobRequest(Request):  # type: ignore[misc]
         if self._owes_acknowledgement:
             self.acknowledge()
 
+    def give_back(self) -> None:
+        """Leave the job to others, as if it had never been here: a rejected message would come back as redelivered."""
+        task_ready(self)
+        self.acknowledged = True
+        self.send_event("task-rejected", requeue=True)
+        self.message.channel.qos.hand_back(self.message)
+
     def acknowledge(self) -> None:
         self._owes_acknowledgement = self._defers_acknowledgement
         if not self._defers_acknowledgement and self._is_announced():

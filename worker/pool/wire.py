@@ -3,10 +3,11 @@
 Pickle is safe here: both ends are the same code, and the socket has no other.
 
 Parent to model process: ("run", serial, fast_trace_task's arguments), ("cancel", serial),
-("abandon", serial), ("stop",).
+("abandon", serial), ("give_back", most, serials), ("stop",).
 Back: ("ready",), ("setup_failed", message), ("accepted", serial, time.monotonic()), ("done", serial, outcome),
 ("raised", serial, exception), ("broken", serial, message), ("canceled", serial, partial result),
-("beat", the model's counters).
+("beat", the model's counters, its engine's pace), ("withdrawn", serials that will return),
+("returned", serial).
 """
 
 from __future__ import annotations

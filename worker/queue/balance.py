@@ -1,0 +1,209 @@
+"""Jobs that would end late in a slow worker go to the others.
+
+A worker takes jobs ahead, so that its batches are full and images load meanwhile. At the end of a bulk, a slow worker
+would keep what it has taken ahead while the others are idle, and begin jobs that the others would have ended long
+before. So workers that share a queue tell each other their load, in the hash `idefics:load:<queue>` of the broker's
+database: a field for each, by the server's clock, which is dropped once it is old; the key expires in seconds. Idle
+workers write only while another is busy.
+
+By that each decides for itself (worker/queue/load.py): whether it takes more, and what of its jobs that have not begun
+it puts back. A worker without others never does either.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery import bootsteps
+from kombu.utils.uuid import uuid
+from redis import Redis
+
+from worker.queue.load import Load, leaves_to_others, surplus
+
+logger = logging.getLogger(__name__)
+
+LOAD = "idefics:load:"
+#: Seconds between two exchanges.
+PERIOD_S = 0.05
+#: Seconds that a report of the event loop, or what others tell, holds.
+FRESH_S = 0.5
+#: Seconds without exchanges after Redis refused one.
+REST_S = 2.0
+#: Seconds, in job times and at least, that jobs may lie in the queue while this worker leaves them to others; and for
+#: how long it then takes whatever there is.
+PATIENCE_JOBS, PATIENCE_S, INSIST_S = 2, 1.0, 5.0
+
+#: KEYS: the hash, the queue's lists. ARGV: this worker, its load, whether it is busy, milliseconds that a load holds.
+#: Returns how many jobs are queued, and the others' loads.
+EXCHANGE = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local reply, told = {0}, redis.call('HGETALL', KEYS[1])
+local is_busy = ARGV[3] == '1'
+for i = 1, #told, 2 do
+  local at, busy, load = string.match(told[i + 1], '^(%d+) (%d) (.*)$')
+  if not at or math.abs(now - at) > tonumber(ARGV[4]) then
+    redis.call('HDEL', KEYS[1], told[i])
+  elseif told[i] ~= ARGV[1] then
+    is_busy = is_busy or busy == '1'
+    reply[#reply + 1] = load
+  end
+end
+if is_busy then
+  redis.call('HSET', KEYS[1], ARGV[1], string.format('%d %s %s', now, ARGV[3], ARGV[2]))
+  redis.call('PEXPIRE', KEYS[1], 10 * ARGV[4])
+end
+for i = 2, #KEYS do reply[1] = reply[1] + redis.call('LLEN', KEYS[i]) end
+return reply
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A worker's state at time.monotonic() `at`."""
+
+    load: Load
+    is_busy: bool
+    #: Of each queue that it takes from, its lists.
+    queues: Mapping[str, Sequence[str]]
+    at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What is known of one queue at time.monotonic() `at`."""
+
+    queued: int
+    others: Sequence[Load]
+    at: float = field(default_factory=time.monotonic)
+
+
+class Exchange:
+    """Tells and hears loads in a thread: the event loop must not wait for a Redis that is slow or away."""
+
+    def __init__(self, connect: Callable[[], tuple[Redis, str]]) -> None:
+        """`connect`: a client, and what precedes all keys."""
+        self.report: Report | None = None
+        #: By queue.
+        self.elsewhere: Mapping[str, Elsewhere] = {}
+        self._connect = connect
+        self._client: tuple[Redis, str] | None = None
+        self._me = uuid()
+
+    def start(self) -> None:
+        threading.Thread(target=self._loop, name="balance", daemon=True).start()
+
+    def _loop(self) -> None:
+        while True:
+            time.sleep(self._pause())
+
+    def _pause(self) -> float:
+        report = self.report
+        try:
+            # An event loop that is held up would begin no job.
+            if report is not None and time.monotonic() - report.at < FRESH_S:
+                self.elsewhere = self.exchange(report)
+            return PERIOD_S
+        except Exception as error:
+            # Each worker then keeps what it has.
+            logger.debug("The workers' loads cannot be exchanged: %s", error)
+            self._client = None
+            return REST_S
+
+    def exchange(self, report: Report) -> Mapping[str, Elsewhere]:
+        """Tell the load, and hear the others'. Raises what the client does."""
+        self._client = self._client or self._connect()
+        client, prefix = self._client
+        load, is_busy = report.load, int(report.is_busy)
+        told = f"{load.width:.2f} {load.job_s:.4f} {load.unbegun} {load.is_open:d}"
+        with client.pipeline(transaction=False) as pipe:
+            for queue, lists in report.queues.items():
+                keys = [prefix + key for key in (LOAD + queue, *lists)]
+                pipe.eval(EXCHANGE, len(keys), *keys, self._me, told, is_busy, int(1000 * FRESH_S))
+            replies = pipe.execute()
+        return {
+            queue: Elsewhere(queued, [_load(each) for each in others])
+            for queue, (queued, *others) in zip(report.queues, replies, strict=True)
+        }
+
+
+def _load(told: bytes) -> Load:
+    width, job_s, unbegun, is_open = told.split()
+    return Load(float(width), float(job_s), int(unbegun), is_open == b"1")
+
+
+class Patience:
+    """Others may not do what is expected of them: jobs do not lie in the queue for long because of that."""
+
+    def __init__(self) -> None:
+        self._since = float("inf")
+        self._insists_until = float("-inf")
+
+    def bears(self, *, leaves: bool, queued: int, job_s: float, now: float) -> bool:
+        """Whether jobs are still to be left to others."""
+        if not leaves or not queued:
+            self._since = float("inf")
+        else:
+            self._since = min(self._since, now)
+        if now - self._since > max(PATIENCE_S, PATIENCE_JOBS * job_s):
+            self._insists_until, self._since = now + INSIST_S, float("inf")
+        return leaves and now >= self._insists_until
+
+
+class Balance(bootsteps.StartStopStep):  # type: ignore[misc]
+    """The parent's part."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, worker: Any) -> None:
+        self._worker = worker
+        self._patience = Patience()
+        self._exchange = Exchange(self._connect)
+        self._exchange.start()
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """Called at every reconnect to the broker, with an empty event loop."""
+        hub.call_repeatedly(PERIOD_S, self._balance)
+
+    def _connect(self) -> tuple[Redis, str]:
+        # Kept: its pool lives as long.
+        self._connection = self._worker.app.connection_for_write()
+        channel = self._connection.default_channel
+        # Not the channel's own client, which puts the prefix before the keys of some commands.
+        return Redis(connection_pool=channel.pool), channel.global_keyprefix
+
+    def _balance(self) -> None:
+        pool, consumer = self._worker.pool, self._worker.consumer.task_consumer
+        channel = consumer and consumer.channel
+        if not hasattr(channel, "record_ends"):
+            # Kombu's own (IDEFICS_ATOMIC_TAKE=false) cannot put a message back as it came.
+            return
+        lists = {
+            queue: [channel._q_for_pri(queue, step) for step in channel.priority_steps]
+            # A queue that is not consumed any more is not drained here.
+            for queue in set(channel.record_ends).intersection(channel.active_queues)
+        }
+        load: Load = pool.load
+        self._exchange.report = Report(load, load.unbegun > -load.width, lists)
+        known = {queue: each for queue, each in self._exchange.elsewhere.items() if self._is_fresh(each)}
+        pool.leaves_to_others = self._leaves(load, known, len(lists))
+        for queue, each in known.items():
+            number = surplus(load, each.others, each.queued)
+            if number:
+                pool.give_back(queue, number)
+
+    @staticmethod
+    def _is_fresh(each: Elsewhere) -> bool:
+        return time.monotonic() - each.at < FRESH_S
+
+    def _leaves(self, load: Load, known: Mapping[str, Elsewhere], queues: int) -> bool:
+        leaves = len(known) == queues > 0 and all(
+            leaves_to_others(load, each.others, each.queued) for each in known.values()
+        )
+        queued = sum(each.queued for each in known.values())
+        return self._patience.bears(leaves=leaves, queued=queued, job_s=load.job_s, now=time.monotonic())

@@ -1,0 +1,68 @@
+"""Whether a job ends sooner here or in another worker: pure estimates from what workers tell of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Seconds, and a part, by which the others must be faster: nothing is to idle for an estimate's error.
+SLACK_S, SLACK_PART = 0.1, 0.1
+#: Seconds that jobs which go back must save.
+WORTH_S = 0.25
+#: Seconds of a job, where estimates say less or more.
+SHORTEST_S, LONGEST_S = 0.001, 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One worker's jobs and pace."""
+
+    #: Jobs that its model runs at once, and seconds that each takes; the slots, and 0, where that is not known yet.
+    width: float
+    job_s: float
+    #: Jobs that wait here for the end of others; below 0, how many more would begin at once.
+    unbegun: int
+    #: Whether it takes what is in the queue.
+    is_open: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "job_s", min(self.job_s, LONGEST_S))
+
+    @property
+    def rate(self) -> float:
+        """Jobs a second."""
+        return max(1.0, self.width) / max(SHORTEST_S, self.job_s)
+
+    def ends_in_s(self, more: int = 0) -> float:
+        """Seconds until the last of its jobs ends, were there so many more."""
+        return max(0, self.unbegun + more) / self.rate + self.job_s
+
+
+def leaves_to_others(mine: Load, others: Sequence[Load], queued: int) -> bool:
+    """Whether the others are through with all that is queued before one more job would end here."""
+    takers = [each for each in others if each.is_open]
+    if not takers:
+        return False
+    return mine.ends_in_s(1) > (1 + SLACK_PART) * _drained_in_s(takers, queued) + SLACK_S
+
+
+def surplus(mine: Load, others: Sequence[Load], queued: int) -> int:
+    """How many jobs that have not begun here would better go back: so many that all end at about the same time."""
+    takers = [each for each in others if each.is_open]
+    if not takers or mine.unbegun <= 0:
+        return 0
+    rate = sum(each.rate for each in takers)
+    sooner_s = mine.ends_in_s() - _drained_in_s(takers, queued)
+    free = max(0, -_ahead(takers, queued))
+    number = min(mine.unbegun, int(sooner_s / (1 / mine.rate + 1 / rate)) + free) if sooner_s > 0 else 0
+    return number if number / mine.rate >= WORTH_S else 0
+
+
+def _drained_in_s(takers: Sequence[Load], queued: int) -> float:
+    rate = sum(each.rate for each in takers)
+    return max(0, _ahead(takers, queued)) / rate + min(each.job_s for each in takers)
+
+
+def _ahead(takers: Sequence[Load], queued: int) -> int:
+    """Jobs that wait for places; below 0, places that are free."""
+    return queued + sum(each.unbegun for each in takers)
