@@ -40,7 +40,8 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         # A job leaves the queue when its result is stored, not when a worker has seen it.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
-        "worker_deduplicate_successful_tasks": True,
+        # Our own backend does, by what was asked and not by the id alone.
+        "worker_deduplicate_successful_tasks": False,
         "task_time_limit": settings.time_limit_s,
         "task_soft_time_limit": settings.soft_time_limit_s,
         "worker_pool": "worker.pool:InferencePool",

@@ -39,6 +39,9 @@ TURN_S = 0.25
 TROUBLE_PAUSE_S = 1.0
 #: Seconds without any answer after which jobs that have neither started nor wait in the queue are held to be lost.
 LOST_S = 600.0
+#: The same where jobs of an earlier run are among them: their results may have expired since, or have been forgotten
+#: when their answers were written, and the output been cut. A job that is sent again needlessly ends once, by its id.
+RESUMED_LOST_S = 10.0
 
 
 def run(
@@ -94,6 +97,8 @@ class Batch:
         self._held: tuple[Line, Job] | None = None
         self._is_read = False
         self._flying: dict[str, Line] = {}
+        #: Ids of those whose jobs an earlier run has sent.
+        self._resumed: set[str] = set()
         self._last_news = time.monotonic()
         #: Lines that were read.
         self.read = 0
@@ -162,6 +167,7 @@ class Batch:
         line = line.without_payload()
         if number <= self._sent:
             self._flying[self._id(line)] = line
+            self._resumed.add(self._id(line))
         else:
             self._held = line, job
         return True
@@ -189,6 +195,7 @@ class Batch:
         """Take the lines whose jobs have ended out of the window; their jobs' ids."""
         outcomes: dict[str, Outcome] = self._client.outcomes(self._flying)
         answers += [answer(self._flying.pop(id), outcome, id) for id, outcome in outcomes.items()]
+        self._resumed.difference_update(outcomes)
         return list(outcomes)
 
     def _forget(self, ids: list[str]) -> None:
@@ -206,7 +213,7 @@ class Batch:
             self.trouble = f"Redis does not answer: {error}"
 
     def _check_for_lost_jobs(self) -> None:
-        if not self._flying or time.monotonic() - self._last_news < LOST_S:
+        if not self._flying or time.monotonic() - self._last_news < (RESUMED_LOST_S if self._resumed else LOST_S):
             return
         self._last_news = time.monotonic()
         try:

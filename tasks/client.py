@@ -200,7 +200,8 @@ class Client:
         if job.idempotency_key is None or not isinstance(self.app.backend, RedisBackend):
             # Where the results are not in Redis, the workers hold to the key alone.
             return self._send(job, priority, options)
-        keys = IdempotencyKeys(self.app.backend.client, self.app.backend.expires)
+        queue = options.get("queue", self._queue)
+        keys = IdempotencyKeys(self.app.backend.client, self.app.backend.expires, getattr(queue, "name", queue))
         claim = keys.claim(job, options.pop("task_id", None) or uuid(), is_sent=False)
         if claim.is_started and self.app.backend.get_task_meta(claim.id, cache=False)["status"] == states.PENDING:
             claim = keys.claim_again(job, claim)

@@ -1,8 +1,14 @@
 """Idempotency keys: the same key with the same payload is the same job; with another payload it is refused.
 
-Whoever is first with a key, our client as it submits or a worker as it starts a job, claims it in the results' Redis
-under `idefics:key:<sha256 of the key>`. The record says which job the key stands for. It expires before that job's
-result does, so that a key never leads to an answer that is gone.
+A key belongs to a queue: the same key in another model's queue is another one. Who is first with a key, our client as
+it submits or a worker as it starts a job, claims it in the results' Redis under `idefics:key:` and the SHA-256 of queue
+and key. The record says which job the key stands for. It expires before that job's result does, so that a key never
+leads to an answer that is gone.
+
+An id is the right to a job's answer, and all producers may read these records. So a record shows neither the id nor
+what was asked: only one who knows the payload can tell whether it is the same (`check`, its salted SHA-256) and read
+the id, which is XORed with a stream of SHAKE-256 of the payload and the salt. Each id has a salt of its own, so no
+stream serves twice. A payload that is easily guessed is no secret, here as elsewhere.
 
 The client claims before it sends, and confirms after: a claim that was never confirmed, since its producer died in
 between, is sent again by the next `submit` with that key, or taken over by the first such job that a worker gets. So is
@@ -13,12 +19,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .errors import InvalidRequest
-from .payloads import Job
+from .payloads import QUEUE, Job
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -41,7 +48,7 @@ class Claim:
 
     #: The job's.
     id: str
-    #: Of its payload.
+    #: Of its payload. It is the key to the id, and not in the record.
     digest: str
     #: Unix seconds.
     claimed_at: float
@@ -49,6 +56,8 @@ class Claim:
     is_sent: bool
     #: A worker has begun it.
     is_started: bool = False
+    #: Hexadecimal. Of each id another one.
+    salt: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def is_abandoned(self, now: float) -> bool:
         """Of a job that has no record: it was never sent, or its answer was forgotten."""
@@ -58,9 +67,11 @@ class Claim:
 class IdempotencyKeys:
     """Claims in Redis. Its methods raise redis.RedisError where Redis does not answer."""
 
-    def __init__(self, redis: Redis, ttl_s: int | None) -> None:
+    def __init__(self, redis: Redis, ttl_s: int | None, queue: str = QUEUE) -> None:
+        """`queue` is the jobs'."""
         self._redis = redis
         self._ttl_s = ttl_s or None
+        self._queue = queue
 
     def claim(self, job: Job, id: str, *, is_sent: bool) -> Claim:
         """The claim on the job's key, which is this `id`'s where nobody else had one.
@@ -68,35 +79,40 @@ class IdempotencyKeys:
         Raises InvalidRequest where the key stands for another payload.
         """
         mine = Claim(id, digest(job), time.time(), is_sent)
-        name = _name(job)
+        name = self._name(job)
         while not self._redis.set(name, _written(mine), nx=True, ex=self._ttl_s):
             kept = self._redis.get(name)
             # It may have expired in between.
             if kept is not None:
-                return _same_payload(Claim(**json.loads(kept)), mine)
+                return _same_payload(kept, mine)
         return mine
 
     def claim_again(self, job: Job, claim: Claim) -> Claim:
         """Its job's answer was forgotten, and the job is to be sent once more."""
         again = replace(claim, claimed_at=time.time(), is_sent=False, is_started=False)
-        self._redis.set(_name(job), _written(again), xx=True, keepttl=True)
+        self._redis.set(self._name(job), _written(again), xx=True, keepttl=True)
         return again
 
     def confirm(self, job: Job, claim: Claim) -> None:
         """Its message is in the queue."""
         # A worker that has begun it meanwhile knows more.
-        if self._redis.get(_name(job)) == _written(claim).encode():
-            self._redis.set(_name(job), _written(replace(claim, is_sent=True)), xx=True, keepttl=True)
+        if self._redis.get(self._name(job)) == _written(claim).encode():
+            self._redis.set(self._name(job), _written(replace(claim, is_sent=True)), xx=True, keepttl=True)
 
     def start(self, job: Job, claim: Claim) -> None:
         """Its job begins. From now on it is kept for this side's time: a producer does not know how long a worker keeps
         results."""
-        self._redis.set(_name(job), _written(replace(claim, is_sent=True, is_started=True)), ex=self._ttl_s)
+        self._redis.set(self._name(job), _written(replace(claim, is_sent=True, is_started=True)), ex=self._ttl_s)
 
     def take_over(self, job: Job, claim: Claim, id: str) -> bool:
         """Make an abandoned claim this job's, which begins, unless somebody was faster."""
         mine = Claim(id, claim.digest, time.time(), is_sent=True, is_started=True)
-        return bool(self._redis.eval(_REPLACE, 1, _name(job), _written(claim), _written(mine), self._ttl_s or 0))
+        return bool(self._redis.eval(_REPLACE, 1, self._name(job), _written(claim), _written(mine), self._ttl_s or 0))
+
+    def _name(self, job: Job) -> str:
+        # A key may be long, and may say more of a customer than a key space should show.
+        named = json.dumps([self._queue, job.idempotency_key or ""])
+        return PREFIX + hashlib.sha256(named.encode()).hexdigest()
 
 
 def digest(job: Job) -> str:
@@ -108,20 +124,37 @@ def digest(job: Job) -> str:
     return hashlib.sha256(json.dumps([job.task, asked], sort_keys=True).encode()).hexdigest()
 
 
-def _same_payload(kept: Claim, mine: Claim) -> Claim:
-    if kept.digest != mine.digest:
+def _same_payload(kept: bytes | str, mine: Claim) -> Claim:
+    """The claim in a record, as one reads it who knows the payload. Raises InvalidRequest for another one."""
+    record = json.loads(kept)
+    if record["check"] != _check(mine.digest, record["salt"]):
         raise InvalidRequest(
             # Not which job: an id is the right to its answer.
             "idempotency_key: another job has this key and another payload. Give each payload a key of its own, or "
             "repeat the first one unchanged."
         )
-    return kept
-
-
-def _name(job: Job) -> str:
-    # A key may be long, and may say more of a customer than a key space should show.
-    return PREFIX + hashlib.sha256((job.idempotency_key or "").encode()).hexdigest()
+    id = _sealed(bytes.fromhex(record["id"]), mine.digest, record["salt"]).decode()
+    return Claim(id, mine.digest, record["claimed_at"], record["is_sent"], record["is_started"], record["salt"])
 
 
 def _written(claim: Claim) -> str:
-    return json.dumps(asdict(claim))
+    return json.dumps(
+        {
+            "check": _check(claim.digest, claim.salt),
+            "id": _sealed(claim.id.encode(), claim.digest, claim.salt).hex(),
+            "claimed_at": claim.claimed_at,
+            "is_sent": claim.is_sent,
+            "is_started": claim.is_started,
+            "salt": claim.salt,
+        }
+    )
+
+
+def _check(digest: str, salt: str) -> str:
+    return hashlib.sha256(f"check {salt} {digest}".encode()).hexdigest()
+
+
+def _sealed(id: bytes, digest: str, salt: str) -> bytes:
+    """XOR with a stream that the digest and the salt give: done twice it gives the id back."""
+    stream = hashlib.shake_256(f"id {salt} {digest}".encode()).digest(len(id))
+    return bytes(one ^ other for one, other in zip(id, stream, strict=True))

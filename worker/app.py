@@ -181,8 +181,9 @@ class JobTask(Task):  # type: ignore[misc]
         raise AlreadyEnded
 
     def _first_answer(self, job: Job) -> Result | None:
-        keys = IdempotencyKeys(self.backend.client, settings.idempotency_ttl_s or settings.result_ttl_s)
-        return first_answer(job, self.request.id, keys, self.backend)
+        queue = (self.request.delivery_info or {}).get("routing_key") or QUEUE
+        keys = IdempotencyKeys(self.backend.client, settings.idempotency_ttl_s or settings.result_ttl_s, queue)
+        return first_answer(job, self.request.id, keys, self.backend, _service.model if _service else None)
 
     def _look_again(self, job: Job, countdown: float, why: str) -> NoReturn:
         """As Celery's retry, which would use one of the job's retries up."""

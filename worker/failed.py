@@ -20,6 +20,7 @@ from celery.signals import task_failure
 from tasks.errors import InvalidRequest, from_exception
 from tasks.failed import Bounds, FailedJob, FailedJobs
 from tasks.payloads import SUBMITTED_AT
+from worker.results import Asked, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ def misrouted(message: Any, host: str) -> Context:
     """The request in a checked message for a task that is none of ours."""
     args, kwargs, links = message.payload
     own = {"args": args, "kwargs": kwargs, "delivery_info": {}, "properties": message.properties, "hostname": host}
-    return Context({**message.headers, **links, **own})
+    request = Context({**message.headers, **links, **own})
+    request.asked = Asked(digest_of(request.task, args, kwargs), begins=True)
+    return request
 
 
 def keep_misrouted(app: Celery, request: Context, bounds: Bounds, error: InvalidRequest) -> None:

@@ -109,6 +109,11 @@ class Service:
         self._canceled: set[str] = set()
         self._lock = threading.Lock()
 
+    @property
+    def model(self) -> ModelInfo:
+        """The model that answers."""
+        return self._info
+
     def run(self, job: Job, ticket: Ticket) -> Result:
         """A job's answer. Raises a JobError, or Canceled."""
         run = _Run(ticket, _deadline(job, ticket))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,64 @@ def test_a_job_whose_worker_was_killed_right_after_its_end_does_not_run_again_an
     eventually(lambda: queues.hlen("unacked") == 0)
     assert backend.get_state(id) == end
     assert shown not in held_up.gallery.asked
+
+
+# A task id that is used again
+
+
+def again(producer: Producer, id: str, text: str, **options: Any) -> AsyncResult:
+    return producer.complete(text).apply_async(task_id=id, **options)
+
+
+def answered(producer: Producer, id: str, text: str) -> bool:
+    return bool((kept(producer.server, producer.app.AsyncResult(id)).get("result") or {}).get("text") == text)
+
+
+def test_an_id_that_is_used_again_for_another_payload_runs(producer: Producer) -> None:
+    id = name()
+    for text in ("one", "two", "one"):
+        again(producer, id, text)
+        eventually(lambda text=text: answered(producer, id, text))
+
+
+def test_a_redelivered_message_under_a_used_id_runs(producer: Producer) -> None:
+    id, queue = name(), name()
+    again(producer, id, "one")
+    eventually(lambda: answered(producer, id, "one"))
+    again(producer, id, "two", queue=queue)
+    with producer.server.connect() as queues:
+        message = json.loads(queues.lpop(queue) or b"")
+        message["properties"]["delivery_info"] = {"exchange": "", "routing_key": "idefics", "redelivered": True}
+        queues.lpush("idefics", json.dumps(message))
+    eventually(lambda: answered(producer, id, "two"))
+
+
+@pytest.mark.parametrize("refused", [{"shadow": 7}, {"task": "idefics.captoin"}, {"task": "idefics.complete", "x": 1}])
+def test_a_refused_message_blocks_no_later_job_under_its_id_and_is_told_under_a_used_one(
+    producer: Producer, refused: dict[str, Any]
+) -> None:
+    id, job = name(), producer.app.AsyncResult
+
+    def refuse() -> None:
+        arguments = {"prompt": ["one"]} if "x" not in refused else {"prompt": []}
+        headers = {"headers": {"shadow": 7}} if "shadow" in refused else {}
+        producer.app.send_task(
+            refused.get("task", "idefics.complete"), kwargs=arguments, task_id=id, queue="idefics", **headers
+        )
+        eventually(lambda: kept(producer.server, job(id)).get("status") == "FAILURE")
+
+    refuse()
+    again(producer, id, "one")
+    eventually(lambda: answered(producer, id, "one"))
+    refuse()
+
+
+def test_a_job_that_expires_under_a_used_id_is_told(producer: Producer) -> None:
+    id = name()
+    again(producer, id, "one")
+    eventually(lambda: answered(producer, id, "one"))
+    again(producer, id, "two", expires=datetime.now(UTC) - timedelta(seconds=5))
+    eventually(lambda: kept(producer.server, producer.app.AsyncResult(id)).get("status") == "REVOKED")
 
 
 # Idempotency keys

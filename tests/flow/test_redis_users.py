@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from celery import Celery, chord, group
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 
-from tasks import Client, Complete, JobCanceled, batch
+from tasks import Client, Complete, InvalidRequest, JobCanceled, batch
 from tasks.failed import FailedJobs
 from tasks.outbox import Delivery, Outbox, delivery_id
 from tests.flow.conftest import PATIENCE_S, Producer, eventually
@@ -84,6 +85,19 @@ def test_a_producer_submits_with_every_option_of_our_client_and_reads_its_answer
     assert client.submit(keyed).id == client.submit(keyed).id
     assert client.submit(keyed).result(PATIENCE_S).text == "llo"
     assert guarded.refusals("producer") == set()
+
+
+def test_a_producer_reads_no_id_from_a_key_whose_payload_it_does_not_know(guarded: Guarded) -> None:
+    job = Complete(prompt=["a secret"], max_new_tokens=3, idempotency_key="order 17")
+    id = Client(guarded["producer"].url).submit(job).id
+    name = hashlib.sha256(json.dumps(["idefics", "order 17"]).encode()).hexdigest()
+    shown = guarded["producer"].connect(1).get(f"idefics:key:{name}") or b""
+    assert json.loads(shown)["is_sent"]
+    assert id not in shown.decode()
+    assert id.encode().hex() not in shown.decode()
+    with pytest.raises(InvalidRequest, match="another payload"):
+        Client(guarded["producer"].url).submit(Complete(prompt=["a guess"], idempotency_key="order 17"))
+    assert Client(guarded["producer"].url).submit(job).id == id
 
 
 def test_a_producer_has_lines_run_and_their_results_forgotten(guarded: Guarded) -> None:
@@ -177,6 +191,21 @@ def test_two_workers_know_each_other(guarded: Guarded, tmp_path: Path) -> None:
         answers = Celery(broker=guarded["worker"].url).control.inspect(timeout=2).ping()
         assert len(answers) == 2
     assert "NoPermission" not in log.read_text()
+    assert guarded.refusals("worker") == set()
+
+
+@pytest.mark.parametrize("priority", [0, 5, 9])
+def test_a_worker_sends_links_to_the_default_queue_of_celery(guarded: Guarded, priority: int) -> None:
+    producer = Producer(guarded["producer"])
+    link = producer.app.signature("site.save", priority=priority)
+    job = producer.complete(tokens=-1, link=link, link_error=link).apply_async()
+    operator = FailedJobs(Client(guarded["worker"].url).app)
+    lists = ["celery", "celery\x06\x163", "celery\x06\x166", "celery\x06\x169"]
+    eventually(lambda: any(guarded.admin.llen(name) for name in lists))
+    (list_,) = [name for name in lists if guarded.admin.llen(name)]
+    assert json.loads(guarded.admin.lpop(list_))["headers"]["parent_id"] == job.id
+    eventually(lambda: job.id in [kept.id for kept in operator])
+    operator.drop(operator.get(job.id))
     assert guarded.refusals("worker") == set()
 
 

@@ -357,6 +357,27 @@ def test_jobs_that_redis_has_lost_are_sent_again(
     assert len(client.submitted) == 5
 
 
+def test_an_unfinished_output_that_was_cut_by_hand_is_completed_within_seconds(
+    client: SlowClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "RESUMED_LOST_S", 0.05)
+    monkeypatch.setattr(client, "job", lambda _: type("Job", (), {"status": "starting"}))
+    submit, refusals = client.submit, [ResponseError("no")]
+
+    def refuse_the_third(job: Job, **options: Any) -> Any:
+        if len(client.submitted) == 2 and refusals:
+            raise refusals.pop()
+        return submit(job, **options)
+
+    monkeypatch.setattr(client, "submit", refuse_the_third)
+    assert "Redis refuses" in command(folder, "--window", "1").stderr
+    assert len(client.forgotten) == 2
+    kept = (folder / "out.jsonl").read_text().splitlines(keepends=True)
+    (folder / "out.jsonl").write_text("".join(kept[1:]))
+    assert command(folder).exit_code == 0
+    assert ids(folder) == ["r0", "r1", "r2"]
+
+
 def test_the_line_of_progress_tells_what_is_left() -> None:
     told = progress(1000, 3, 10.0, 0.5, 200)
     assert told == "1,000 lines done, 3 failed, 200 in flight, 10.0/s, about 2 min 20 s left"

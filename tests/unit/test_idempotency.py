@@ -54,15 +54,16 @@ def queued(client: Client, broker: stack.Broker) -> list[str]:
     ]
 
 
-def record(job: Job) -> str:
-    return PREFIX + hashlib.sha256(str(job.idempotency_key).encode()).hexdigest()
+def record(job: Job, queue: str = "idefics") -> str:
+    return PREFIX + hashlib.sha256(json.dumps([queue, job.idempotency_key]).encode()).hexdigest()
 
 
-def make_old(broker: stack.Broker, job: Job) -> None:
+def make_old(broker: stack.Broker, job: Job, queue: str = "idefics") -> None:
     """As if the claim had been made some time ago."""
     results = broker.connect(1)
-    kept = json.loads(results.get(record(job)) or b"")
-    results.set(record(job), json.dumps({**kept, "claimed_at": kept["claimed_at"] - ABANDONED_S - 1}), keepttl=True)
+    name = record(job, queue)
+    kept = json.loads(results.get(name) or b"")
+    results.set(name, json.dumps({**kept, "claimed_at": kept["claimed_at"] - ABANDONED_S - 1}), keepttl=True)
 
 
 # What a payload is
@@ -186,8 +187,9 @@ def test_a_producer_that_dies_before_it_sends_does_not_block_its_key(
 
 
 def test_a_job_whose_answer_was_forgotten_is_sent_again(
-    make: Make, client: Client, keys: IdempotencyKeys, backend: Any, broker: stack.Broker
+    make: Make, client: Client, backend: Any, broker: stack.Broker
 ) -> None:
+    keys = IdempotencyKeys(broker.connect(1), 60, client._queue)
     id = client.submit(make()).id
     for times in (1, 2):
         assert first_answer(make(), id, keys, backend) is None
@@ -300,3 +302,44 @@ def test_the_second_runs_when_the_first_was_never_sent(
     make_old(broker, make())
     assert first_answer(make(), "second", keys, backend) is None
     assert keys.claim(make(), "third", is_sent=True).id == "second"
+
+
+def test_a_key_in_another_queue_is_another_key(make: Make, keys: IdempotencyKeys, broker: stack.Broker) -> None:
+    other = IdempotencyKeys(broker.connect(1), 60, "idefics-big")
+    assert keys.claim(make(), "first", is_sent=True).id == "first"
+    assert other.claim(make("b"), "second", is_sent=True).id == "second"
+    client = Client(broker.url, queue="idefics-big")
+    assert client.submit(make("b")).id == "second"
+    assert Client(broker.url).submit(make("b"), queue="idefics-big").id == "second"
+    client.app.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "is_answered"),
+    [({}, True), ({"dtype": "float16"}, True), ({"id": "b"}, False), ({"revision": "2"}, False)],
+)
+def test_the_second_runs_where_the_first_was_answered_by_another_model(
+    make: Make, keys: IdempotencyKeys, backend: Any, first: str, model: dict[str, str], is_answered: bool
+) -> None:
+    answer = canned("a cat", make())
+    backend.store_result(first, answer.model_dump(mode="json"), "SUCCESS")
+    mine = answer.model.model_copy(update=model)
+    assert (first_answer(make(), "second", keys, backend, mine) is not None) == is_answered
+    assert keys.claim(make(), "third", is_sent=True).id == (first if is_answered else "second")
+
+
+def test_a_record_shows_no_id_to_one_who_does_not_know_the_payload(
+    make: Make, keys: IdempotencyKeys, broker: stack.Broker
+) -> None:
+    job, id = make("a secret"), str(uuid.uuid4())
+    keys.claim(job, id, is_sent=True)
+    first = broker.connect(1).get(record(job)) or b""
+    keys.take_over(job, keys.claim(job, "other", is_sent=True), id)
+    second = broker.connect(1).get(record(job)) or b""
+    for shown in (first, second):
+        assert id not in shown.decode()
+        assert id.encode().hex() not in shown.decode()
+        assert digest(job) not in shown.decode()
+    # One stream is not used twice: what two records have in common would be seen.
+    assert json.loads(first)["id"] != json.loads(second)["id"]
+    assert keys.claim(job, "other", is_sent=True).id == id

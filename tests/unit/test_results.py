@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tasks.payloads import CANCEL_KEY
 from worker.demo import stack
 from worker.queue import patience
 from worker.queue.patience import PatientRedis
-from worker.results import CANCELED, ResultBackend
+from worker.results import ASKED, CANCELED, Asked, ResultBackend, digest_of
 
 ENDS = ("SUCCESS", "FAILURE", "REVOKED")
 ERROR = InvalidRequest("no")
@@ -170,6 +171,14 @@ def test_whoever_waits_is_told(backend: Any, id: str, broker: stack.Broker) -> N
     assert listener.get_message(timeout=0.1) is None
 
 
+def test_a_worker_subscribes_to_no_result_of_the_links_that_it_sends(
+    backend: Any, id: str, broker: stack.Broker
+) -> None:
+    backend.app.send_task("shop.keep", task_id=id, queue=id)
+    ((_, listeners),) = broker.connect(1).pubsub_numsub(f"celery-task-meta-{id}")
+    assert listeners == 0
+
+
 def test_a_unix_sockets_url_reaches_its_server(tmp_path: Path, id: str) -> None:
     socket = str(tmp_path / "redis.sock")
     with stack.broker("--unixsocket", socket) as server:
@@ -305,3 +314,79 @@ def test_a_jobs_end_takes_its_cancellation_along(backend: Any, id: str, broker: 
     assert results.exists(CANCEL_KEY + id)
     end(backend, id, "REVOKED")
     assert not results.exists(CANCEL_KEY + id)
+
+
+# A task id that is used again
+
+
+def asking(id: str, text: str, **more: Any) -> Context:
+    return Context(id=id, task="idefics.complete", args=[], kwargs={"prompt": [text]}, hostname="a@b", **more)
+
+
+def ran(backend: Any, request: Context, state: str = "SUCCESS") -> None:
+    assert backend.start(request, is_stored=True) is None
+    end(backend, request.id, state, request)
+
+
+@pytest.mark.parametrize("first", ENDS)
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_an_id_used_again_for_something_else_begins_anew(
+    backend: Any, plain: Any, id: str, first: str, is_stored: bool
+) -> None:
+    ran(backend, asking(id, "one"), first)
+    assert backend.start(asking(id, "two"), is_stored=is_stored) is None
+    assert plain.get_state(id) == ("STARTED" if is_stored else "PENDING")
+    ran(backend, asking(id, "three"))
+    assert plain.get_task_meta(id, cache=False)["result"] == {"text": "a cat"}
+
+
+@pytest.mark.parametrize("first", ENDS)
+def test_an_id_used_again_for_the_same_has_ended(backend: Any, plain: Any, id: str, first: str) -> None:
+    ran(backend, asking(id, "one"), first)
+    told = plain.get_task_meta(id, cache=False)["date_done"]
+    assert backend.start(asking(id, "one", retries=1, headers={"a": 1}), is_stored=True) == first
+    assert plain.get_task_meta(id, cache=False)["date_done"] == told
+
+
+def test_a_run_that_wakes_up_does_not_end_what_was_submitted_since(backend: Any, plain: Any, id: str) -> None:
+    old, new = asking(id, "one", chain=[{}], errbacks=[{}]), asking(id, "two")
+    assert backend.start(old, is_stored=True) is None
+    assert backend.start(new, is_stored=True) is None
+    end(backend, id, "FAILURE", old)
+    assert (old.chain, old.errbacks) == (None, None)
+    assert plain.get_state(id) == "STARTED"
+    end(backend, id, "SUCCESS", new)
+    end(backend, id, "FAILURE", old)
+    assert plain.get_state(id) == "SUCCESS"
+
+
+def test_a_job_that_ends_before_it_has_begun_counts_under_a_used_id(backend: Any, plain: Any, id: str) -> None:
+    ran(backend, asking(id, "one"))
+    expired = asking(id, "two")
+    expired.asked = Asked(digest_of("idefics.complete", [], {"prompt": ["two"]}), begins=True)
+    end(backend, id, "REVOKED", expired)
+    assert plain.get_state(id) == "REVOKED"
+    end(backend, id, "FAILURE", expired)
+    assert plain.get_state(id) == "REVOKED"
+
+
+def test_a_record_without_a_digest_is_the_same_jobs(backend: Any, plain: Any, id: str) -> None:
+    end(plain, id, "SUCCESS")
+    assert backend.start(asking(id, "two"), is_stored=True) == "SUCCESS"
+
+
+def test_a_header_of_the_message_is_no_digest(backend: Any, id: str, broker: stack.Broker) -> None:
+    end(backend, id, "SUCCESS", Context(id=id, asked="forged"))
+    assert ASKED.encode() not in (broker.connect(1).get(f"celery-task-meta-{id}") or b"")
+
+
+def test_an_answers_text_is_not_taken_for_its_digest(backend: Any, id: str) -> None:
+    backend.store_result(id, {ASKED: "0" * 32}, "SUCCESS")
+    assert backend.start(asking(id, "two"), is_stored=True) == "SUCCESS"
+
+
+def test_a_digest_is_of_the_task_and_its_arguments() -> None:
+    asked = digest_of("t", [1], {"a": 1, "b": ["x"]})
+    assert asked == digest_of("t", (1,), {"b": ("x",), "a": 1})
+    assert len({asked, digest_of("u", [1], {"a": 1, "b": ["x"]}), digest_of("t", [], {"a": 1, "b": ["x"]})}) == 3
+    assert digest_of("t", [], {"when": datetime(2026, 1, 1), "half": "\ud800"}).isalnum()

@@ -343,7 +343,7 @@ def test_celery_reads_and_writes_json_only(celery: dict[str, Any]) -> None:
 def test_a_job_leaves_the_queue_once_its_result_is_stored(celery: dict[str, Any]) -> None:
     assert celery["task_acks_late"] is True
     assert celery["task_reject_on_worker_lost"] is True
-    assert celery["worker_deduplicate_successful_tasks"] is True
+    assert celery["worker_deduplicate_successful_tasks"] is False
 
 
 def test_celery_runs_our_pool_on_our_queue(celery: dict[str, Any]) -> None:

@@ -24,11 +24,10 @@ import torch
 from billiard import einfo
 from billiard.einfo import ExceptionInfo
 from billiard.process import current_process
-from celery.app.task import Context
 from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
 from celery.exceptions import Reject, TaskPredicate
-from celery.states import FAILURE, SUCCESS
+from celery.states import FAILURE
 
 from config.settings import Settings
 from worker import app as worker_app
@@ -55,8 +54,6 @@ SOON_S = 0.05
 #: Seconds a Python thread keeps the interpreter while another wants it. Job threads must not hold the engine up:
 #: measured against the default of 5 ms, steps of 5 ms went from 162 to 192 of an ideal 213 a second.
 SWITCH_S = 0.0005
-#: Celery's outcome of a redelivered job that it finds to have succeeded. It has seen to its links, not to its chord.
-HAD_SUCCEEDED = (0, None, None)
 
 # It copies all positions in the code of each of a traceback's frames, Celery's own among them, which took milliseconds
 # of each failure: once for each code will do.
@@ -132,9 +129,7 @@ class ModelProcess:
         try:
             with turns.taken():
                 outcome = fast_trace_task(*arguments)
-            if outcome == HAD_SUCCEEDED:
-                self._repeat_end(*arguments[:3])
-            elif _failed_outside_the_task(outcome):
+            if _failed_outside_the_task(outcome):
                 # The tracer has stored an end, and skipped what follows it.
                 name, id, request, *_ = arguments
                 _announce(name, id, request, (FAILURE, _bare(outcome[1])))
@@ -157,11 +152,6 @@ class ModelProcess:
         if isinstance(raised, worker_app.JobCanceled):
             return "canceled", serial, raised.partial
         return "done", serial, outcome
-
-    def _repeat_end(self, name: str, id: str, request: dict[str, Any]) -> None:
-        """What follows a success that is stored: the worker that stored it may have died right then."""
-        worker_app.app.backend.repeat_end(Context(request))
-        _announce(name, id, request, (SUCCESS, None))
 
 
 def _announce(name: str, id: str, request: dict[str, Any], end: End) -> None:

@@ -20,6 +20,7 @@ from tasks.errors import JobError
 from tasks.payloads import HIDDEN
 from worker.announce import UNAVAILABLE, End
 from worker.pool.job import Job
+from worker.results import Asked, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ class JobRequest(Request):  # type: ignore[misc]
         args, kwargs, embed = self._payload
         return Context({**self.request_dict, "args": args, "kwargs": kwargs, **embed})
 
+    def _ending_context(self) -> Context:
+        """The request for what is stored of a job that ends here: its end counts even where it has never begun."""
+        context = self._context
+        context.asked = Asked(digest_of(self.task_name, context.args, context.kwargs), begins=self.time_start is None)
+        return context
+
     def info(self, safe: bool = False) -> dict[str, Any]:
         """What `inspect active` and Flower tell. Celery's own hides the arguments only where it is asked to."""
         return dict(super().info(safe=True))
@@ -87,6 +94,7 @@ class JobRequest(Request):  # type: ignore[misc]
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, JobError) and not return_ok:
             self._end = states.FAILURE, error
+            self._ending_context()
         self._defers_acknowledgement = True
         try:
             super().on_failure(exc_info, send_failed_event, return_ok)
@@ -130,7 +138,7 @@ class JobRequest(Request):  # type: ignore[misc]
         task_revoked.send(self.task, request=self._context, terminated=terminated, signum=signum, expired=expired)
 
     def _store_revocation(self, reason: str) -> None:
-        job, context, backend = self._job, self._context, self.task.backend
+        job, context, backend = self._job, self._ending_context(), self.task.backend
         partial = [job.partial] if job is not None and job.partial else []
         error = TaskRevokedError(reason, *partial)
         if self.store_errors:

@@ -12,6 +12,7 @@ from celery.utils.objects import Bunch
 from tasks.errors import InvalidRequest, JobError
 from tasks.failed import Bounds, FailedJob, FailedJobs
 from worker.queue.envelope import Refused
+from worker.results import Asked
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,15 @@ class Refusals:
         """Raises what Redis does where neither can be stored."""
         logger.error("A message of %d bytes is dropped. %s", len(raw), refused)
         if refused.id:
-            self.end(refused.id, InvalidRequest(str(refused)))
+            # Of its bytes: no submission has this digest, so that a correct one under the same id runs.
+            asked = Asked(f"refused{hashlib.blake2b(raw, digest_size=16).hexdigest()}", begins=True)
+            self.end(refused.id, InvalidRequest(str(refused)), asked)
         else:
             self._keep(raw, refused)
 
-    def end(self, id: str, error: JobError) -> None:
+    def end(self, id: str, error: JobError, asked: Asked | None = None) -> None:
         """Store a job's failure, and nothing that follows from it."""
-        request = Bunch(chord=None, errbacks=None, chain=None, task=None, delivery_info={}, id=id)
+        request = Bunch(chord=None, errbacks=None, chain=None, task=None, delivery_info={}, id=id, asked=asked)
         self._app.backend.mark_as_failure(id, error, request=request)
 
     def _keep(self, raw: bytes, refused: Refused) -> None:
