@@ -66,7 +66,7 @@ def _refuses(error: ResponseError) -> bool:
 def is_demoted(error: BaseException) -> bool:
     """True where the server answers that is no primary any more: its name may stand for another one by now."""
     return isinstance(error, ReadOnlyError | MasterDownError) or (
-        isinstance(error, ResponseError) and re.search("READONLY|NOREPLICAS", str(error)) is not None
+        isinstance(error, ResponseError) and any(code in str(error) for code in ("READONLY", "NOREPLICAS"))
     )
 
 

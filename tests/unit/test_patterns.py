@@ -26,6 +26,11 @@ MOST_S = 0.5
 
 #: Texts that are repeated to 200,000 characters, some between a beginning and an end.
 WORST: dict[str, list[tuple[str, str, str]]] = {
+    "tasks/availability.py:_REFUSAL": [
+        ("ERR Error running script (call to ", "a", ""),
+        ("ERR Error running script (call to a): @user_script: ", " ", ""),
+        ("ERR Error running script (call to a): @user_script: ", "1", ""),
+    ],
     "tasks/failed.py:_AGE": [("", "9", "x"), ("9.", "9", "x")],
     "tasks/failed.py:_DATA_URI": [
         ("", "data:", ""),
@@ -57,7 +62,7 @@ WORST: dict[str, list[tuple[str, str, str]]] = {
     "worker/queue/envelope.py:_NO_QUEUES": [("", "pidbo", ""), ("", "a", ""), ("", "celery-task", "")],
     "worker/queue/envelope.py:_PRINTABLE_ASCII": [("", "a", "\n")],
     "worker/queue/envelope.py:_QUEUE": [("", "a", "")],
-    "worker/models/idefics_later.py:_MARKUP": [("", "<", ""), ("<", ">", "<")],
+    "worker/models/words.py:_MARKUP": [("", "<", ""), ("<", ">", "<")],
     "worker/models/loading.py:_COMMIT": [("", "a", "")],
     "worker/results.py:_HEAD": [("", " ", ""), ("{", " ", ""), ('{"status":"', "a", "")],
 }
