@@ -8,11 +8,12 @@ from __future__ import annotations
 import base64
 import os
 import re
+import ssl
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tasks.redis_urls import NOT_CERTAIN, Server, result_server, results_beside, server
@@ -39,6 +40,14 @@ def _is_secret(text: str) -> bool:
         return text.startswith("whsec_") and 24 <= len(base64.b64decode(text[6:], validate=True)) <= 64
     except ValueError:
         return False
+
+
+def _holding_certificates(file: Path) -> Path:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=file)
+    except OSError:
+        raise ValueError("a file of certificates in PEM form, readable by this user") from None
+    return file
 
 
 #: Comma-separated in the environment.
@@ -123,6 +132,11 @@ class Settings(BaseSettings):
     image_max_bytes: int = Field(default=20_000_000, ge=1)
     #: Seconds for one image, everything included.
     image_timeout_s: float = Field(default=20.0, gt=0)
+    #: Redirects that are followed to an image; each is checked like the first URL.
+    image_max_redirects: int = Field(default=5, ge=0, le=20)
+    #: A PEM file with the certificates of your own authorities, for images and callbacks from inside your network. The
+    #: public authorities stay trusted.
+    ca_file: Annotated[FilePath, AfterValidator(_holding_certificates)] | None = None
     #: Downloads at once from one host: a bulk job must not hammer a site, nor a slow one take all threads.
     image_host_turns: int = Field(default=8, ge=1)
     #: Jobs that load images from the network at once, whatever the hosts: those that hang must not take all threads.

@@ -26,7 +26,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from .errors import ImageBlocked, InvalidRequest, JobCanceled, JobError
+from .errors import InvalidRequest, JobCanceled, JobError
+from .image_sources import FORMS, image_url, is_meant_as_image
 
 #: The queue that the workers read.
 QUEUE = "idefics"
@@ -58,31 +59,20 @@ END_OF_UTTERANCE = "<end_of_utterance>"
 #: A user's text with one of these would become the real token and change what other images mean.
 RESERVED_TOKENS = ("<image>", "<fake_token_around_image>", "<s>", "</s>", "<unk>", "<pad>")
 
-_WEB_IMAGE = re.compile(r"https?://\S+", re.IGNORECASE)
-_DATA_IMAGE = re.compile(r"data:image/\S+", re.IGNORECASE)
-_DATA_FORM = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_-]{1,40}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-_IMAGE_FORMS = 'an image is an http(s) URL, a data:image/...;base64, URI or {"path": "a/b.jpg"}'
+
+#: Temperatures below are 0. They would take the likeliest token anyway, by numbers that overflow on the way.
+NEAR_GREEDY = 1e-5
+
+
+def _greedy_near_zero(temperature: float) -> float:
+    return temperature if temperature >= NEAR_GREEDY else 0.0
 
 
 class _Frozen(BaseModel):
     # Inputs stay out of messages: prompts and signed URLs must not reach logs.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-def is_image_url(text: str) -> bool:
-    """True for a string that is wholly an http(s) URL or a `data:image/` URI."""
-    return bool(_WEB_IMAGE.fullmatch(text) or _DATA_IMAGE.fullmatch(text))
-
-
-def _checked_image_url(text: str) -> str:
-    if _WEB_IMAGE.fullmatch(text) or _DATA_FORM.match(text):
-        return text
-    if _SCHEME.match(text):
-        raise ImageBlocked("An image is an http(s) URL or a data:image/...;base64, URI: no other scheme is read.")
-    raise ValueError(_IMAGE_FORMS)
 
 
 def _checked_callback_url(text: str) -> str:
@@ -98,10 +88,10 @@ def _checked_callback_url(text: str) -> str:
 
 def _checked_image(value: Any) -> Any:
     if isinstance(value, str):
-        return _checked_image_url(value)
+        return image_url(value)
     if isinstance(value, ImagePath) or (isinstance(value, dict) and set(value) == {"path"}):
         return value
-    raise ValueError(_IMAGE_FORMS)
+    raise ValueError(FORMS)
 
 
 def _plain(text: str) -> str:
@@ -126,7 +116,7 @@ def _refuse_tokens_in_pieces(tokens: tuple[str, ...], texts: Iterable[str | None
     _refuse_tokens(tokens, "".join("\n" if text is None else text.strip(" ") for text in texts))
 
 
-ImageUrl = Annotated[str, AfterValidator(_checked_image_url)]
+ImageUrl = Annotated[str, AfterValidator(image_url)]
 Text = Annotated[
     str,
     StringConstraints(max_length=MAX_TEXT_CHARS),
@@ -196,8 +186,8 @@ class Job(_Frozen):
     #: Tokens; None is the worker's default. More than the worker's maximum is refused.
     max_new_tokens: int | None = Field(default=None, ge=1)
     num_beams: int = Field(default=1, ge=1, le=16)
-    #: 0 is greedy.
-    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
+    #: 0 is greedy, and so is what is nearer to it than NEAR_GREEDY.
+    temperature: Annotated[float, AfterValidator(_greedy_near_zero)] = Field(default=0.0, ge=0.0, le=10.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     #: Sampling takes one of so many likeliest tokens; 0 is all. None is what the checkpoint's generation_config.json
     #: says, else all: transformers' own default of 50 applies nowhere.
@@ -206,7 +196,7 @@ class Job(_Frozen):
     #: The text ends before the first of these.
     stop: list[StopString] = Field(default=[], max_length=16)
     #: Seconds from submission. Past it, a job that has not started fails, and one that runs ends with its text so far.
-    deadline_s: float | None = Field(default=None, gt=0.0)
+    deadline_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     callback: Callback | None = None
     #: Echoed in the result.
     metadata: dict[str, Any] = {}
@@ -348,7 +338,7 @@ class Complete(Job):
 
 
 def _named_part(text: str) -> dict[str, str]:
-    return {"image": text} if is_image_url(text) else {"text": text}
+    return {"image": text} if is_meant_as_image(text) else {"text": text}
 
 
 class ChatImageUrl(_Frozen):

@@ -30,7 +30,7 @@ from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 
 import certifi
 import requests
@@ -42,6 +42,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from tasks.addresses import Address, Network, is_public, unmapped
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
+from tasks.image_sources import data_head
 from tasks.payloads import Image
 from worker.cores import all_cores
 from worker.deadlines import Deadline, Watch
@@ -68,6 +69,13 @@ LARGE_BYTES, LARGE_BYTES_PER_S = 2_000_000, 15_000_000
 #: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
 CHUNK_COST = 16
 
+#: Statuses that come with the image. 203: a proxy on the way has changed something, as one that shrinks pictures does.
+WITH_IMAGE = frozenset({200, 203})
+#: The one informational status that is no answer to wait behind: what follows is no HTTP.
+SWITCHING_PROTOCOLS = 101
+#: Content-Encodings that change bytes. Others are labels that servers write without meaning (`utf-8`, `binary`): the
+#: first bytes decide.
+COMPRESSIONS = frozenset({"gzip", "x-gzip", "compress", "x-compress", "deflate", "br", "zstd", "dcb", "dcz"})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: Statuses that may pass, beside 5xx: request timeout, too early, too many requests.
 PASSING = frozenset({408, 425, 429})
@@ -80,7 +88,8 @@ _HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?
 #: How the files begin that worker.images opens, and the bytes that tell.
 _PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP", re.DOTALL)
 _PICTURE_BYTES = 12
-_DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+#: Dropped from base64 before it is read.
+_BLANKS = b" \t\n\r\f"
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a fifo without a writer would wait for ever.
@@ -105,11 +114,13 @@ class FetchPolicy:
     read_s: float = 5.0
     #: Seconds for one image: look-up, every redirect and the body.
     total_s: float = 20.0
-    max_redirects: int = 3
+    max_redirects: int = 5
     #: Downloads at once from one host.
     host_turns: int = 8
     #: Who runs this worker, for those who run the hosts.
     contact: str | None = None
+    #: Certificates of the operator's own authorities, beside the public ones.
+    ca_file: Path | None = None
 
 
 class GuardError(ValueError):
@@ -313,6 +324,16 @@ class _Metered(io.RawIOBase):
 
 
 class _Response(http_client.HTTPResponse):
+    # How the base class begins to read an answer: it reads past 100 alone.
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 < status < 200 or status == SWITCHING_PROTOCOLS:
+                return version, status, reason
+            while self.fp.readline(CHUNK_BYTES).rstrip(b"\r\n"):
+                # Headers of an informational answer say nothing of the image; what reads them counts their bytes.
+                pass
+
     def __init__(self, sock: socket.socket, *args: Any, guard: Guard, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         guard.responses.append(self)
@@ -394,9 +415,12 @@ class GuardedSession(requests.Session):
         return None
 
 
-def tls_context() -> ssl.SSLContext:
-    """Certificates are checked against certifi's authorities, whatever the environment says."""
-    return ssl.create_default_context(cafile=certifi.where())
+def tls_context(ca_file: Path | None = None) -> ssl.SSLContext:
+    """Certificates are checked against certifi's authorities and an operator's own, whatever the environment says."""
+    context = ssl.create_default_context(cafile=certifi.where())
+    if ca_file is not None:
+        context.load_verify_locations(cafile=ca_file)
+    return context
 
 
 def user_agent(role: str = "image fetcher", contact: str | None = None) -> str:
@@ -415,7 +439,7 @@ class Fetcher:
 
     def __init__(self, policy: FetchPolicy) -> None:
         self._policy = policy
-        self._tls = tls_context()
+        self._tls = tls_context(policy.ca_file)
         self._hosts = Hosts(policy.host_turns)
         self._pace = Pace(LARGE_BYTES_PER_S * len(all_cores()))
         self._headers = {
@@ -475,7 +499,8 @@ def _redirect_target(response: requests.Response) -> str:
 def _body(response: requests.Response, guard: Guard, pace: Pace) -> bytes:
     host, max_bytes = _host(response.url), guard.policy.max_bytes
     _check_status(response, host)
-    if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+    encodings = response.headers.get("Content-Encoding", "").lower().split(",")
+    if COMPRESSIONS.intersection(encoding.strip() for encoding in encodings):
         raise ImageInvalid(f"{host} compresses the image although asked not to: use another server.")
     length = response.headers.get("Content-Length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
@@ -485,7 +510,7 @@ def _body(response: requests.Response, guard: Guard, pace: Pace) -> bytes:
 
 def _check_status(response: requests.Response, host: str) -> None:
     status = response.status_code
-    if status == 200:
+    if status in WITH_IMAGE:
         return
     if status >= 500 or status in PASSING:
         error = ImageUnreachable(f"{host} answered with status {status}: send the job again when it is well.")
@@ -577,14 +602,14 @@ def _failure(error: Exception, host: str, guard: Guard) -> JobError:
         return ImageUnreachable(f"{host} {problem}: check that it is well, then send the job again.")
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
         return ImageBlocked("The image's URL is malformed: correct it.")
-    if _is_wrong_length(error):
-        return ImageInvalid(f"{host} sent another number of bytes than it announced: check the file there.")
+    if isinstance(error, requests.exceptions.InvalidHeader):
+        return ImageInvalid(f"{host} announces its bytes in a form that nobody reads: check the server.")
+    if _is_cut_off(error):
+        return ImageUnreachable(f"{host} sent fewer bytes than it announced: send the job again when it is well.")
     return ImageUnreachable(f"{host} {network_problem(error)}: check that it is up, then send the job again.")
 
 
-def _is_wrong_length(error: Exception) -> bool:
-    if isinstance(error, requests.exceptions.InvalidHeader):
-        return True
+def _is_cut_off(error: Exception) -> bool:
     return any(isinstance(cause, http_client.IncompleteRead) for cause in (error, *error.args))
 
 
@@ -616,16 +641,36 @@ def _turn_of(url: str) -> str:
 
 def decode_data_uri(uri: str, max_bytes: int) -> bytes:
     """The bytes of a `data:image/...;base64,` URI. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
-    head = _DATA_URI.match(uri)
-    if head is None:
+    start = data_head(uri)
+    if start is None:
         raise ImageBlocked("Of data: URIs only data:image/...;base64, is read: send the image in this form.")
     # Before decoding, so that a giant costs no second copy. Padding makes up to two bytes less.
-    if (len(uri) - head.end()) // 4 * 3 - uri.count("=", len(uri) - 2) > max_bytes:
+    size = (len(uri) - start) // 4 * 3 - uri.count("=", len(uri) - 2)
+    if size > max_bytes:
+        # Blanks and escapes are no bytes of the image.
+        size -= sum(uri.count(blank, start) for blank in _BLANKS.decode()) + 2 * uri.count("%", start)
+    if size > max_bytes:
         raise ImageTooLarge(f"The data: URI holds more than {max_bytes:,} bytes: send a smaller image.")
     try:
-        return binascii.a2b_base64(uri[head.end() :], strict_mode=True)
+        return _forgiving_base64(uri[start:])
     except ValueError:
         raise ImageInvalid("The data: URI is not valid base64: encode the image's bytes anew.") from None
+
+
+def _forgiving_base64(text: str) -> bytes:
+    """As the WHATWG's "forgiving-base64 decode": wrapped, unpadded or percent-encoded too. Raises ValueError."""
+    with suppress(ValueError):
+        return binascii.a2b_base64(text, strict_mode=True)
+    plain = text.encode("ascii")
+    if b"%" in plain:
+        plain = unquote_to_bytes(plain)
+    plain = plain.translate(None, _BLANKS)
+    if len(plain) % 4 == 0:
+        # Two at most; any other is no letter of base64.
+        plain = plain.removesuffix(b"=").removesuffix(b"=")
+    if len(plain) % 4 == 1 or b"=" in plain:
+        raise ValueError("no base64")
+    return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
 
 
 def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:

@@ -446,4 +446,6 @@ def _fetch_policy(settings: Settings) -> FetchPolicy:
         total_s=settings.image_timeout_s,
         host_turns=settings.image_host_turns,
         contact=settings.contact,
+        max_redirects=settings.image_max_redirects,
+        ca_file=settings.ca_file,
     )

@@ -138,7 +138,7 @@ class Sender:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._policy = callback_policy(settings)
-        self._tls = tls_context()
+        self._tls = tls_context(settings.ca_file)
         self._agent = user_agent("callbacks")
 
     def post(self, delivery: Delivery) -> Answer:

@@ -32,6 +32,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from config.settings import Settings
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import ImagePath
 from worker import fetch
@@ -372,21 +373,31 @@ HOSTILE_ANSWERS: dict[str, tuple[Callable[[socket.socket], None], type[JobError]
         lambda c: c.sendall(response(b"", Content_Length="9" * 4999)),
         ImageTooLarge,
     ),
-    "fewer bytes than announced": (lambda c: c.sendall(response(Content_Length=9999)), ImageInvalid),
+    "fewer bytes than announced": (lambda c: c.sendall(response(Content_Length=9999)), ImageUnreachable),
     "two lengths": (lambda c: c.sendall(response(Content_Length="5, 6")), ImageInvalid),
     "a cut chunk": (
         lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nabc"),
-        ImageInvalid,
+        ImageUnreachable,
     ),
     "gzip": (lambda c: c.sendall(response(Content_Encoding="gzip")), ImageInvalid),
     "a gzip bomb": (lambda c: c.sendall(response(_bomb(), Content_Encoding="gzip")), ImageInvalid),
-    "an unknown encoding": (lambda c: c.sendall(response(Content_Encoding="x-none")), ImageInvalid),
+    "an encoding beside a label": (lambda c: c.sendall(response(Content_Encoding="utf-8, BR")), ImageInvalid),
     "a redirect to nowhere": (lambda c: c.sendall(response(status="302 Found")), ImageInvalid),
     "a redirect with an endless body": (
         lambda c: _flood(c, b"HTTP/1.1 302 Found\r\nLocation: /ok\r\n\r\n", b"x" * 9999),
         ImageBlocked,
     ),
-    "early hints only": (lambda c: c.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n"), ImageInvalid),
+    "early hints only": (lambda c: c.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n"), ImageUnreachable),
+    "trickled early hints": (lambda c: _trickle(c, b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"), ImageUnreachable),
+    "endless early hints": (lambda c: _flood(c, b"", b"HTTP/1.1 103 Early Hints\r\nX-A: b\r\n\r\n"), ImageTooLarge),
+    "early hints without end": (
+        lambda c: _flood(c, b"HTTP/1.1 103 Early Hints\r\nX-A: ", b"x" * 9999),
+        ImageTooLarge,
+    ),
+    "another protocol": (
+        lambda c: c.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n" + BODY),
+        ImageInvalid,
+    ),
 }
 
 
@@ -484,7 +495,7 @@ _TLS = tls_context()
 @pytest.fixture(autouse=True)
 def one_tls_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading the authorities takes most of a plain test's time."""
-    monkeypatch.setattr("worker.fetch.tls_context", lambda: _TLS)
+    monkeypatch.setattr("worker.fetch.tls_context", lambda *_: _TLS)
 
 
 @pytest.fixture
@@ -702,10 +713,42 @@ def test_port_zero_does_not_become_the_default_port(policy: FetchPolicy) -> None
         Fetcher(policy).fetch("http://good.test:0/")
 
 
-def test_three_redirects_are_followed_and_no_more(fetcher: Fetcher, good: Server) -> None:
-    assert fetcher.fetch(f"http://good.test:{good.port}/hops/3") == BODY
-    with pytest.raises(ImageBlocked, match="more than 3 redirects"):
-        fetcher.fetch(f"http://good.test:{good.port}/hops/4")
+@pytest.mark.parametrize("most", [0, 3, 5])
+def test_so_many_redirects_are_followed_and_no_more(most: int, policy: FetchPolicy, good: Server) -> None:
+    fetcher = Fetcher(replace(policy, max_redirects=most))
+    assert fetcher.fetch(f"http://good.test:{good.port}/hops/{most}") == BODY
+    with pytest.raises(ImageBlocked, match=f"more than {most} redirects"):
+        fetcher.fetch(f"http://good.test:{good.port}/hops/{most + 1}")
+
+
+def test_five_redirects_are_the_default() -> None:
+    assert FetchPolicy().max_redirects == Settings().image_max_redirects == 5
+
+
+@pytest.mark.parametrize("before", [b"100 Continue", b"102 Processing", b"103 Early Hints", b"199 Whatever"])
+def test_informational_answers_are_read_past(before: bytes, policy: FetchPolicy) -> None:
+    start = b"HTTP/1.1 %s\r\nLink: </style.css>; rel=preload\r\n\r\n" % before
+    with Server(GOOD, answer=lambda connection, _: connection.sendall(start * 3 + response())) as server:
+        assert _alone(policy, server).fetch(f"http://good.test:{server.port}/") == BODY
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        response(status="203 Non-Authoritative Information"),
+        *(
+            response(Content_Encoding=label)
+            for label in ("utf-8", "UTF-8", "binary", "none", "", "identity", "8bit", "base64")
+        ),
+    ],
+)
+def test_labels_that_change_no_byte_are_left_aside(answer: bytes, policy: FetchPolicy) -> None:
+    with Server(GOOD, answer=lambda connection, _: connection.sendall(answer)) as server:
+        assert _alone(policy, server).fetch(f"http://good.test:{server.port}/") == BODY
+
+
+def _alone(policy: FetchPolicy, server: Server) -> Fetcher:
+    return Fetcher(replace(policy, ports=(server.port,)))
 
 
 def test_a_redirect_may_hold_spaces_and_change_the_host(fetcher: Fetcher, good: Server) -> None:
@@ -771,6 +814,18 @@ def test_a_certificate_must_be_trusted_and_of_that_name(secure: tuple[Fetcher, S
         fetcher.fetch(f"https://good.test:{server.port}/ok")
     fetcher._tls.load_verify_locations(tmp_path / "crt")
     assert fetcher.fetch(f"https://good.test:{server.port}/ok") == BODY
+    with pytest.raises(ImageUnreachable, match="certificate"):
+        fetcher.fetch(f"https://notgood.test:{server.port}/ok")
+
+
+def test_an_operators_own_authority_is_trusted_beside_the_public_ones(
+    secure: tuple[Fetcher, Server], tmp_path: Path, policy: FetchPolicy
+) -> None:
+    _, server = secure
+    policy = replace(policy, ports=(server.port,), ca_file=tmp_path / "crt")
+    fetcher = Fetcher(policy)
+    assert fetcher.fetch(f"https://good.test:{server.port}/ok") == BODY
+    assert len(fetcher._tls.get_ca_certs()) > 50
     with pytest.raises(ImageUnreachable, match="certificate"):
         fetcher.fetch(f"https://notgood.test:{server.port}/ok")
 
@@ -1064,7 +1119,50 @@ def test_a_data_uri_is_decoded(size: int, fetcher: Fetcher) -> None:
     assert fetcher.fetch(_data_uri(BODY[:size]).replace("data:image", "DATA:Image")) == BODY[:size]
 
 
-@pytest.mark.parametrize("text", ["YQ", "YQ=", "Y", "YQ==YQ==", "Y Q=", "YWJj\n", "YW-_", "YWJé", "%59Q==", "="])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "data:image/png;base64,YWJj",
+        "DATA:IMAGE/PNG;BASE64,YWJj",
+        "data:image/png;base64,YWJj\n",
+        "data:image/png;base64,YW\r\nJj",
+        "data:image/png;base64, Y W J j ",
+        "data:image/png;base64,%59WJj",
+        "data:image/png;base64,YWJj%0A",
+        "data:image/png;charset=utf-8;base64,YWJj",
+        'data:image/jpeg;name="a b.jpg";base64,YWJj',
+        "data:image/svg+xml;charset=utf-8; base64,YWJj",
+        "data:application/octet-stream;base64,YWJj",
+    ],
+)
+def test_a_data_uri_is_read_as_url_readers_take_it(uri: str, fetcher: Fetcher) -> None:
+    assert fetcher.fetch(uri) == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("text", "data"), [("YQ", b"a"), ("YWI", b"ab"), ("YQ%3D%3D", b"a"), ("YWI%3d", b"ab"), ("", b"")]
+)
+def test_base64_may_lack_its_padding(text: str, data: bytes, fetcher: Fetcher) -> None:
+    assert fetcher.fetch(f"data:image/png;base64,{text}") == data
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "data:image/png,hi",
+        "data:image/png;base64",
+        "data:;base64,YQ==",
+        "data:text/plain;base64,YQ==",
+        "data:image/png;base64;x=1,YQ==",
+        f"data:image/png;{'a' * 2_000};base64,YQ==",
+    ],
+)
+def test_other_data_uris_are_refused(uri: str, fetcher: Fetcher) -> None:
+    with pytest.raises(ImageBlocked, match="base64"):
+        fetcher.fetch(uri)
+
+
+@pytest.mark.parametrize("text", ["YQ=", "Y", "YQ==YQ==", "Y Q=", "YW-_", "YWJé", "=", "====", "%", "YQ===", "Y%ZZQ"])
 def test_loose_base64_is_refused(text: str, fetcher: Fetcher) -> None:
     with pytest.raises(ImageInvalid):
         fetcher.fetch(f"data:image/png;base64,{text}")

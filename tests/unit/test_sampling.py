@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tasks.payloads import NEAR_GREEDY
 from tests.unit.rows import row
 from worker.engine.row import Row, Sampling
 from worker.engine.sampling import RowSampler, RowSampling
@@ -104,3 +105,20 @@ def test_half_precision_scores_stay_half_precision() -> None:
 
 def test_a_large_seed_is_taken() -> None:
     assert tokens([sampled(2**63 - 1)]) != tokens([sampled(2**63 - 2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [NEAR_GREEDY, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("top_p", [None, 5e-324, 1e-9, 1.0])
+def test_over_the_whole_range_a_sample_is_a_number_and_a_likely_token(
+    dtype: torch.dtype, temperature: float, scale: float, top_p: float | None
+) -> None:
+    logits = (torch.tensor([3.0, 1.0, 2.0, 5.0, -4.0]) * scale).to(dtype)
+    sampler = RowSampler(Sampling(max_new_tokens=1, temperature=temperature, top_p=top_p, seed=1))
+    for _ in range(20):
+        perturbed = sampler.perturb(logits.clone())
+        assert not perturbed.isnan().any()
+        assert not perturbed.isposinf().any()
+        if scale / temperature > 100 or (top_p or 1) < 0.1:
+            assert int(perturbed.argmax()) == 3

@@ -504,3 +504,25 @@ def test_too_little_memory_for_a_job_is_out_of_memory(start: Start, monkeypatch:
     for arguments in ({"images": [data_uri()]}, {"images": [data_uri()] * 3}):
         with pytest.raises(OutOfMemory):
             service.run(job("write", **arguments), TICKET)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"deadline_s": 1e308},
+        {"deadline_s": 1e19},
+        {"temperature": 1e-40},
+        {"temperature": 1e-5, "seed": 2**63 - 1},
+        {"temperature": 10, "top_p": 5e-324, "seed": 0},
+        {"top_k": 1_000_000, "temperature": 1.0},
+    ],
+)
+def test_numbers_at_the_ends_of_their_ranges_are_answered(service: Service, options: dict[str, Any]) -> None:
+    assert service.run(complete("ab", max_new_tokens=2, **options), TICKET).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("name", ["deadline_s", "temperature", "top_p"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_refused(name: str, value: float) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        complete("ab", **{name: value})

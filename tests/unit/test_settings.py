@@ -8,6 +8,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 from celery.app.defaults import NAMESPACES, flatten
 from pydantic import ValidationError
@@ -421,3 +422,13 @@ def test_the_results_lie_beside_the_queues_with_the_same_certificates(environmen
     query = "?ssl_cert_reqs=required&ssl_ca_certs=/ca.crt&ssl_certfile=/tls.crt&ssl_keyfile=/tls.key"
     settings = environment(BROKER_URL=f"rediss://host/0{query}")
     assert settings.result_backend.get_secret_value() == f"rediss://host/1{query}"
+
+
+def test_a_file_of_authorities_must_hold_some(environment: Environment, tmp_path: Path) -> None:
+    own = tmp_path / "ca.pem"
+    own.write_text(Path(certifi.where()).read_text())
+    assert environment(CA_FILE=str(own)).ca_file == own
+    own.write_text("no certificate")
+    for file in (own, tmp_path / "none.pem", tmp_path):
+        with pytest.raises(ValidationError, match="ca_file"):
+            environment(CA_FILE=str(file))

@@ -51,7 +51,8 @@ class RowSampler:
 
     def perturb(self, scores: Tensor) -> Tensor:
         """Scores (vocabulary) whose largest is the sample."""
-        warped = scores[None].float()
+        # The largest is 0: low temperatures would take others beyond the range of numbers, or of their precision.
+        warped = scores[None].float() - scores.max().float()
         for warper in self._warpers:
             warped = warper(None, warped)
         uniform = torch.rand(warped.shape, generator=self._generator, dtype=torch.float64)

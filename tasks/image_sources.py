@@ -1,0 +1,77 @@
+"""An image's URL as people have it, in the one form that the workers take. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import ImageBlocked
+
+FORMS = 'an image is an http(s) URL, a data:image/...;base64, URI or {"path": "a/b.jpg"}'
+#: Characters in front of the comma of a data: URI.
+MAX_HEAD_CHARS = 1_000
+
+#: Around what was copied out of a table, a page or a file: blanks of any script, byte order marks, zero-width ones.
+_OUTER = "".join(map(chr, (*range(0x21), 0x85, 0xA0, 0x1680, *range(0x2000, 0x2010), *range(0x2028, 0x2030)))) + (
+    "\u205f\u2060\u3000\ufeff"
+)
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+#: What URL readers drop wherever it stands.
+_LINE_ENDS = str.maketrans("", "", "\t\r\n")
+_HOST = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_DATA_IMAGE = re.compile(r"data:image/", re.IGNORECASE)
+_DATA_TYPE = re.compile(r"data:(?:image/[\w.+-]{1,100}|(?:application|binary)/octet-stream)", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
+_PICTURE_NAME = re.compile(r"\.(?:jpe?g|png|webp|gif|avif|heic|bmp|tiff?|svg)\Z", re.IGNORECASE)
+#: How base64 of JPEG, PNG, GIF and WebP files begins.
+_BARE_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{40,}")
+
+
+def image_url(text: str) -> str:
+    """The URL that a text means. Raises ImageBlocked for one of another scheme, ValueError for what is none."""
+    text = text.strip(_OUTER)
+    if _WEB.match(text):
+        return _web_url(text.translate(_LINE_ENDS))
+    if text[:5].lower() == "data:":
+        if data_head(text) is None:
+            raise ImageBlocked("Of data: URIs only data:image/...;base64, is read: send the image in this form.")
+        return text
+    if _SCHEME.match(text):
+        raise ImageBlocked("An image is an http(s) URL or a data:image/...;base64, URI: no other scheme is read.")
+    if _BARE_BASE64.match(text):
+        raise ValueError("the image is base64 without its beginning: write data:image/jpeg;base64, in front")
+    raise ValueError(FORMS)
+
+
+def is_meant_as_image(text: str) -> bool:
+    """True for a text that is wholly an image's URL or data, right or wrong; then it must not be read as text."""
+    text = text.strip(_OUTER)
+    if _DATA_IMAGE.match(text) or _BARE_BASE64.fullmatch(text) or data_head(text) is not None:
+        return True
+    if not _SCHEME.match(text) or "://" not in text[:40]:
+        return False
+    is_one_word = not any(map(str.isspace, text.translate(_LINE_ENDS)))
+    path = text.partition("#")[0].partition("?")[0]
+    if _WEB.match(text):
+        # A sentence may begin with a URL; a file's name may hold blanks, and then it ends in the picture's suffix.
+        return is_one_word or ("\n" not in text and _PICTURE_NAME.search(path) is not None)
+    return is_one_word and _PICTURE_NAME.search(path) is not None
+
+
+def data_head(uri: str) -> int | None:
+    """Where the base64 of a data: URI begins; None where it is no image's. Parameters and blanks may stand between."""
+    comma = uri.find(",", 0, MAX_HEAD_CHARS)
+    if comma < 0:
+        return None
+    form, *parameters = uri[:comma].split(";")
+    if not _DATA_TYPE.fullmatch(form.strip()) or not parameters or parameters[-1].strip().lower() != "base64":
+        return None
+    return comma + 1
+
+
+def _web_url(url: str) -> str:
+    host = _HOST.match(url)
+    end = host.end() if host else 0
+    if " " in url[:end]:
+        raise ValueError("the image's URL has a blank in its host: write http(s)://host/path")
+    # Others stay: what else a URL may not hold, the guard names.
+    return url[:end] + url[end:].replace(" ", "%20")
