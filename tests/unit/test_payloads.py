@@ -370,12 +370,12 @@ def test_anything_else_is_no_image_and_the_message_says_what_is(image: Any) -> N
 @pytest.mark.parametrize(
     ("task", "arguments"),
     [
-        ("idefics.caption", {"image": f"{SIGNED} "}),
+        ("idefics.caption", {"image": f"https://exam ple.com/{SECRET}"}),
         ("idefics.caption", {"image": f"file://{SECRET}"}),
         ("idefics.caption", {"image": {"path": SECRET, "url": SIGNED}}),
         ("idefics.caption", {"image": [SIGNED]}),
         ("idefics.caption", {"image": SIGNED, "prompt": f"<image>{SECRET}"}),
-        ("idefics.caption", {"image": f"https://exam ple.com/{SECRET}"}),
+        ("idefics.caption", {"image": SIGNED, "num_beams": SECRET}),
         ("idefics.caption", {"image": SIGNED, "stop": SECRET}),
         ("idefics.caption", {"image": SIGNED, "metadata": SECRET}),
         ("idefics.caption", {"image": SIGNED, "callback": {"url": f"ftp://{SECRET}", "key_id": "k"}}),
