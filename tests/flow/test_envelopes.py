@@ -170,7 +170,9 @@ def test_garbage_in_the_mailbox_and_among_events_kills_no_worker(stood: Stand, q
 
 
 def test_one_id_that_is_no_text_fails_nobody_elses_jobs(stood: Stand, queues: redis.Redis) -> None:
-    queues.lpush("idefics", json.dumps(message("\ud800")))
+    # What was delivered before is counted under its id.
+    again = {"body_encoding": "base64", "delivery_info": {"redelivered": True}}
+    queues.lpush("idefics", json.dumps({**message("\ud800"), "properties": {**again, "delivery_tag": "tag"}}))
     jobs = [stood.producer.complete().apply_async() for _ in range(5)]
     assert [job.get(timeout=PATIENCE_S)["text"] for job in jobs] == ["llo"] * 5
 
