@@ -2,7 +2,11 @@
 
 from .client import Client, SubmittedJob
 from .errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    ConfigurationError,
     DeadlineExceeded,
+    IdeficsError,
     ImageBlocked,
     ImageInvalid,
     ImageTooLarge,
@@ -11,6 +15,9 @@ from .errors import (
     InvalidRequest,
     JobCanceled,
     JobError,
+    JobTimeout,
+    NotFound,
+    NotPermitted,
     OutOfMemory,
     PromptTooLong,
     QueueFull,
@@ -36,10 +43,13 @@ from .payloads import (
     Usage,
     Write,
 )
+from .pictures import Image
 
 __all__ = [
     "Answer",
     "AnswerExample",
+    "BrokerRefused",
+    "BrokerUnavailable",
     "Callback",
     "Caption",
     "CaptionExample",
@@ -49,8 +59,11 @@ __all__ = [
     "ClassifyExample",
     "Client",
     "Complete",
+    "ConfigurationError",
     "DeadlineExceeded",
     "FailedJob",
+    "IdeficsError",
+    "Image",
     "ImageBlocked",
     "ImageInvalid",
     "ImagePath",
@@ -61,7 +74,10 @@ __all__ = [
     "Job",
     "JobCanceled",
     "JobError",
+    "JobTimeout",
     "ModelInfo",
+    "NotFound",
+    "NotPermitted",
     "OutOfMemory",
     "PromptTooLong",
     "QueueFull",

@@ -22,8 +22,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from .batch_input import json_lines
 from .batch_lines import Fingerprints, Line, answer, read_line
-from .errors import JobError, QueueFull
+from .errors import IdeficsError, JobError, QueueFull, from_broker
 from .payloads import Job, Outcome
 
 #: Jobs in flight: enough for some workers with full batches.
@@ -49,17 +50,26 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """The answers to lines of ours or of OpenAI's batch files (see batch_lines), in the order in which jobs end.
 
-    An answer's result is forgotten in Redis when the next one is asked for.
+    An answer's result is forgotten in Redis when the next one is asked for. Raises NotJsonLines, before anything is
+    sent, for what is plainly no lines of JSON.
     """
     for answers in Batch(client, lines, window=window, priority=priority).turns():
         yield from answers
 
 
-class JobsLost(Exception):
+class JobsLost(IdeficsError):
     """Jobs were sent and have neither an answer nor a place in the queue: Redis has lost them."""
+
+    code = "jobs_lost"
+    retryable = True
+    http_status = 503
 
     def __init__(self, jobs: int) -> None:
         super().__init__(f"{jobs} jobs have neither an answer nor a place in the queue: Redis has lost them.")
+
+
+def _read_when_asked(lines: Iterable[str | bytes]) -> Iterator[str | bytes]:
+    yield from json_lines(lines)
 
 
 class Batch:
@@ -84,7 +94,7 @@ class Batch:
         `on_sent` is told how far this is.
         """
         self._client = client
-        self._lines = enumerate(lines, 1)
+        self._lines = enumerate(_read_when_asked(lines), 1)
         self._window = window
         self._priority = priority
         self._name = name or uuid.uuid4().hex
@@ -125,7 +135,7 @@ class Batch:
                 self.trouble = str(error)
                 ended = self._patiently(self._collect, answers) or []
             except (RedisConnectionError, RedisTimeoutError, OperationalError) as error:
-                self.trouble = f"Redis does not answer: {error}"
+                self.trouble = str(from_broker(error))
             yield answers
             if ended and not self._keep_results:
                 self._forget(ended)
@@ -210,7 +220,7 @@ class Batch:
         try:
             return call(argument)
         except (RedisConnectionError, RedisTimeoutError, OperationalError) as error:
-            self.trouble = f"Redis does not answer: {error}"
+            self.trouble = str(from_broker(error))
 
     def _check_for_lost_jobs(self) -> None:
         if not self._flying or time.monotonic() - self._last_news < (RESUMED_LOST_S if self._resumed else LOST_S):

@@ -26,6 +26,7 @@ import click
 from redis.exceptions import RedisError
 
 from .batch import PRIORITY, WINDOW, Batch, JobsLost
+from .batch_input import NotJsonLines, json_lines
 from .batch_lines import Fingerprints, answered, is_failed
 from .printable import echo, escaped, escaped_json
 
@@ -174,12 +175,14 @@ class Input:
     """The lines, and how much of them is read."""
 
     def __init__(self, file: BinaryIO) -> None:
+        """Raises NotJsonLines for a file that is plainly something else."""
         self._file = file
         about = os.fstat(file.fileno())
         #: Bytes; 0 where it is no file.
         self._size = about.st_size if stat.S_ISREG(about.st_mode) else 0
-        self._read = 0
         self._hash = _hash()
+        self._is_begun = False
+        self._lines = json_lines(file)
 
     @property
     def can_rewind(self) -> bool:
@@ -188,7 +191,7 @@ class Input:
     @property
     def share(self) -> float:
         """Of the bytes read; 0 where it cannot be known."""
-        return self._read / self._size if self._size else 0.0
+        return self._file.tell() / self._size if self._size else 0.0
 
     @property
     def digest(self) -> str:
@@ -204,11 +207,12 @@ class Input:
         return self.digest == digest
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._read:
+        if self._is_begun:
             self._file.seek(0)
-            self._read, self._hash = 0, _hash()
-        for line in self._file:
-            self._read += len(line)
+            self._hash, self._lines = _hash(), json_lines(self._file)
+        self._is_begun = True
+        for line in self._lines:
+            assert isinstance(line, bytes)
             self._hash.update(line)
             yield line
 
@@ -302,13 +306,17 @@ def batch(
     idefics-jobs batch photos.jsonl captions.jsonl --retry-failed
     """
     note = _note_beside(input, output, retry_failed)
+    try:
+        lines = Input(input)
+    except NotJsonLines as error:
+        raise click.ClickException(escaped(str(error))) from None
     source = client()
     options: dict[str, Any] = {"window": window, "priority": priority, "keep_results": keep_results}
     again = ON_AGAIN if note else ""
     try:
         # Closing the output tries once more to write what a full disk has refused.
         with _output(output, retry_failed) as out:
-            is_stopped = _run(source, Input(input), out, note, options)
+            is_stopped = _run(source, lines, out, note, options)
     except RedisError as error:
         raise click.ClickException(escaped(f"Redis refuses: {error}")) from None
     except OSError as error:

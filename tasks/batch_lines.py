@@ -15,23 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import DeadlineExceeded, InvalidRequest, JobCanceled, JobError
+from .openai_form import ENDPOINT, chat_arguments, is_endpoint
 from .payloads import Job, Outcome, Result, parse
 
-ENDPOINT = "/v1/chat/completions"
 MAX_CUSTOM_ID_CHARS = 512
 
-#: OpenAI's fields that change no answer here. The workers serve one model, and say which.
-_IGNORED = {"metadata", "model", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
-#: OpenAI's fields that we have no like of, with the value that asks for nothing.
-_NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0,
-    "logprobs": False,
-    "n": 1,
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-    "stream": False,
-}
-_LENGTHS = ("max_completion_tokens", "max_tokens")
 #: Where it is not OpenAI's `stop`.
 _FINISH_REASONS = {"length": "length", "deadline": "length"}
 #: What a request was refused for; other jobs have never got an answer.
@@ -101,8 +89,13 @@ def read_line(number: int, text: str | bytes) -> Line:
 def _line(number: int, text: str | bytes) -> Line:
     try:
         asked = json.loads(text)
+    except UnicodeDecodeError:
+        return Line(number, fault=InvalidRequest(f"Line {number} is no JSON in UTF-8: save the file as UTF-8."))
     except (ValueError, RecursionError) as error:
         return Line(number, fault=InvalidRequest(f"Line {number} is no JSON: {error}"))
+    if isinstance(asked, list):
+        message = f"Line {number} is no JSON object but an array: write each of its objects as a line of its own."
+        return Line(number, fault=InvalidRequest(message))
     if not isinstance(asked, dict):
         return Line(number, fault=InvalidRequest(f"Line {number} is no JSON object."))
     is_openai = "body" in asked or "url" in asked
@@ -134,19 +127,11 @@ def _ours(asked: dict[str, Any]) -> Job:
 
 def _chat(asked: dict[str, Any]) -> Job:
     body = asked.get("body")
-    if asked.get("method") != "POST" or asked.get("url") != ENDPOINT or not isinstance(body, dict):
+    is_post = str(asked.get("method", "POST")).upper() == "POST"
+    if not is_post or not is_endpoint(asked.get("url")) or not isinstance(body, dict):
         raise InvalidRequest(f"An OpenAI batch line has method POST, url {ENDPOINT} and an object as its body.")
-    arguments = {name: value for name, value in body.items() if name not in _IGNORED and value is not None}
-    for name, value in _NEUTRAL.items():
-        if arguments.get(name) == value:
-            del arguments[name]
-    lengths = [arguments.pop(name) for name in _LENGTHS if name in arguments]
-    if lengths:
-        arguments["max_new_tokens"] = lengths[0]
-    if isinstance(arguments.get("stop"), str):
-        arguments["stop"] = [arguments["stop"]]
     # What is left and is no field of ours is refused by name.
-    return parse("idefics.chat", arguments)
+    return parse("idefics.chat", chat_arguments(body))
 
 
 # Answers
@@ -178,7 +163,7 @@ def _our_answer(line: Line, outcome: Outcome) -> dict[str, Any]:
         told["line"] = line.number
     if isinstance(outcome, Result):
         return {**told, "result": outcome.model_dump(mode="json")}
-    return {**told, "error": {"code": outcome.code, "message": str(outcome)}}
+    return {**told, "error": outcome.as_dict()}
 
 
 def _openai_answer(line: Line, outcome: Outcome, job_id: str) -> dict[str, Any]:
@@ -186,9 +171,9 @@ def _openai_answer(line: Line, outcome: Outcome, job_id: str) -> dict[str, Any]:
     if isinstance(outcome, Result):
         return {**told, "response": _response(200, job_id, _completion(outcome, job_id)), "error": None}
     if outcome.code in _REFUSALS:
-        error = {"message": str(outcome), "type": "invalid_request_error", "param": None, "code": outcome.code}
+        error = {**outcome.as_dict(), "type": "invalid_request_error", "param": None}
         return {**told, "response": _response(400, job_id, {"error": error}), "error": None}
-    return {**told, "response": None, "error": {"code": _batch_code(outcome), "message": str(outcome)}}
+    return {**told, "response": None, "error": {**outcome.as_dict(), "code": _batch_code(outcome)}}
 
 
 def _batch_code(outcome: JobError | JobCanceled) -> str:

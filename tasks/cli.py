@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import mimetypes
 import sys
 from pathlib import Path
 from typing import Any, get_origin
@@ -16,9 +14,10 @@ from redis.exceptions import RedisError
 from .batch_command import batch
 from .client import Client
 from .deliveries import deliveries
-from .errors import JobCanceled, JobError, QueueFull
+from .errors import IdeficsError, JobError
 from .failed import failed
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
+from .pictures import Image, media_type
 from .printable import away, echo, echo_json, escaped
 
 #: `caption` for `idefics.caption`.
@@ -74,10 +73,10 @@ def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait:
         _fail(error)
     try:
         job = client().submit(payload, priority=priority)
-    except (JobError, QueueFull) as error:
-        _fail(error)
     except (RedisError, OperationalError) as error:
         raise away(error) from None
+    except IdeficsError as error:
+        _fail(error)
     if wait:
         _print_result(job, timeout)
     else:
@@ -96,15 +95,15 @@ def result(client: Any, id: str, timeout: float | None) -> None:
 def _print_result(job: Any, timeout: float | None) -> None:
     try:
         answer: Result = job.result(timeout)
-    except (JobError, JobCanceled, TimeoutError) as error:
-        _fail(error)
     except RedisError as error:
         raise away(error) from None
+    except (IdeficsError, TimeoutError) as error:
+        _fail(error)
     echo_json(answer.model_dump(mode="json"))
 
 
 def _fail(error: Exception) -> Any:
-    code = f"{error.code}: " if isinstance(error, JobError | QueueFull) else ""
+    code = f"{error.code}: " if isinstance(error, IdeficsError) else ""
     echo(f"{code}{error}", err=True)
     sys.exit(1)
 
@@ -130,7 +129,11 @@ def _field(field: str) -> tuple[str, Any]:
             return name[:-1], json.loads(value)
         except ValueError as error:
             raise click.UsageError(f"{name[:-1]} is no JSON: {error}") from None
-    return name, data_uri(Path(value[1:])) if value.startswith("@") else value
+    if value.startswith("@"):
+        return name, data_uri(Path(value[1:]))
+    if is_picture_meant(name, value):
+        raise click.UsageError(f"{name}: {value} is a file: write {name}=@{value} to send it.")
+    return name, value
 
 
 def _is_list(payload: type[Job], name: str) -> bool:
@@ -138,11 +141,23 @@ def _is_list(payload: type[Job], name: str) -> bool:
     return field is not None and get_origin(field.annotation) is list
 
 
+def is_picture_meant(name: str, value: str) -> bool:
+    """Whether a value names a file that was to be sent: a picture, or any where only an image may stand."""
+    try:
+        path = Path(value)
+        if len(value) > 4096 or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return name in ("image", "images") or media_type(file.read(64)) is not None
+    except (OSError, ValueError):
+        return False
+
+
 def data_uri(path: Path) -> str:
-    """A picture's file as a `data:` URI. Raises click.UsageError where it cannot be read."""
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    """A picture's file as a `data:` URI. Raises click.UsageError where it cannot be read, or ImageInvalid."""
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise click.UsageError(f"Cannot read {path}: {error.strerror}.") from None
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise click.UsageError(f"Cannot read {path}: {problem}.") from None
+    return Image.from_bytes(content)

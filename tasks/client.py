@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from celery import Celery, states, uuid
+from celery.backends.base import DisabledBackend
 from celery.backends.redis import RedisBackend
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
+from pydantic import ValidationError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .availability import is_full
 from .capacity import Capacity
-from .errors import JobCanceled, QueueFull, from_exception
+from .errors import (
+    ConfigurationError,
+    IdeficsError,
+    Internal,
+    JobCanceled,
+    JobTimeout,
+    QueueFull,
+    from_broker,
+    from_exception,
+)
 from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys
 from .payloads import (
@@ -60,6 +72,38 @@ _STATUS: dict[str, Status] = {
 }
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_our_errors(method: Callable[P, R]) -> Callable[P, R]:
+    """A method that raises nothing of Redis's or kombu's that is not an IdeficsError too."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            return method(*args, **options)
+        except IdeficsError:
+            raise
+        except (OperationalError, RedisError) as error:
+            ours = from_broker(error)
+            if hasattr(error, "submitted"):
+                ours.submitted = error.submitted  # type: ignore[attr-defined]
+            raise ours from error
+
+    return call
+
+
+def _with_results(app: Celery) -> Any:
+    """An app's result backend. Raises ConfigurationError where it has none."""
+    if isinstance(app.backend, DisabledBackend):
+        raise ConfigurationError(
+            "The Celery app keeps no results, so no answer can be read: give it the workers' result backend "
+            "(result_backend=...)."
+        )
+    return app.backend
+
+
 class SubmittedJob:
     """A job on its way. Keep its `id`: `Client.job(id)` finds it again from any process."""
 
@@ -72,14 +116,16 @@ class SubmittedJob:
         return f"SubmittedJob({self.id!r})"
 
     @property
+    @_with_our_errors
     def status(self) -> Status:
         """`starting` also stands for an id that nobody has submitted: Celery cannot tell them apart."""
+        _with_results(self.async_result.app)
         return _STATUS.get(self.async_result.state, "processing")
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the answer, at most `timeout` seconds.
 
-        Raises the job's JobError, JobCanceled, or TimeoutError, after which the job goes on.
+        Raises the job's JobError, JobCanceled, or JobTimeout (a TimeoutError), after which the job goes on.
         """
         wait = _Wait(self.async_result, timeout)
         while (outcome := wait.look()) is None:
@@ -93,6 +139,15 @@ class SubmittedJob:
             await asyncio.sleep(wait.pause_s())
         return _answer(outcome)
 
+    async def astatus(self) -> Status:
+        """`status` for asyncio."""
+        return await asyncio.to_thread(lambda: self.status)
+
+    async def acancel(self) -> None:
+        """`cancel` for asyncio."""
+        await asyncio.to_thread(self.cancel)
+
+    @_with_our_errors
     def cancel(self) -> None:
         """Take the job back: it does not start, or ends at its next step, and JobCanceled has its text so far."""
         # The key reaches workers that are not there yet, and needs no right to Celery's mailbox; that one is faster.
@@ -129,10 +184,11 @@ class _Wait:
         self._end = math.inf if timeout is None else now + timeout
         self._answered_at = now
 
+    @_with_our_errors
     def look(self) -> Outcome | None:
-        """What it ended with, if it has. Raises Redis's error once that has been away for AWAY_S."""
+        """What it ended with, if it has. Raises BrokerUnavailable once Redis has been away for AWAY_S."""
         try:
-            meta: dict[str, Any] = self._job.backend.get_task_meta(self._job.id)
+            meta: dict[str, Any] = _with_results(self._job.app).get_task_meta(self._job.id)
         except (RedisConnectionError, RedisTimeoutError):
             if time.monotonic() - self._answered_at > AWAY_S:
                 raise
@@ -141,10 +197,10 @@ class _Wait:
         return _outcome(meta) if meta["status"] in states.READY_STATES else None
 
     def pause_s(self) -> float:
-        """Seconds until the next look. Raises TimeoutError where the time is over."""
+        """Seconds until the next look. Raises JobTimeout where the time is over."""
         left = self._end - time.monotonic()
         if left <= 0:
-            raise TimeoutError(
+            raise JobTimeout(
                 f"Job {self._job.id} has no answer after {self._timeout} s: it goes on; "
                 "is a worker running on its queue?"
             )
@@ -180,13 +236,17 @@ class Client:
         off where your operator allows http, other ports or private networks.
         """
         if app is not None and (broker_url or result_backend):
-            raise ValueError("Give a Celery app or URLs, not both: the app has URLs of its own.")
-        self.app = app or _app(broker_url, result_backend)
+            raise ConfigurationError("Give a Celery app or URLs, not both: the app has URLs of its own.")
+        try:
+            self.app = app or _app(broker_url, result_backend)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
         self._queue = queue
         self._max_job_bytes = max_job_bytes
         self._capacity = Capacity(self.app, max_queued, max_memory)
         self._check_callbacks = check_callbacks
 
+    @_with_our_errors
     def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Any) -> SubmittedJob:
         """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`.
 
@@ -250,16 +310,23 @@ class Client:
         return submitted
 
     def ping(self) -> None:
-        """Raises ConnectionError where the broker cannot be reached in seconds; `submit` tries for half a minute."""
+        """Raises BrokerUnavailable (a ConnectionError) where the broker cannot be reached in seconds.
+
+        `submit` tries for half a minute.
+        """
         try:
             with self.app.connection_for_write() as connection:
                 connection.ensure_connection(max_retries=1, timeout=5)
         except OperationalError as error:
-            raise ConnectionError(f"The broker cannot be reached ({error}): is it up, and its URL right?") from None
+            raise from_broker(error) from None
 
     def job(self, id: str) -> SubmittedJob:
         """A job submitted earlier."""
         return SubmittedJob(self.app.AsyncResult(id))
+
+    def status(self, id: str) -> Status:
+        """How far a job submitted earlier is; see SubmittedJob.status."""
+        return self.job(id).status
 
     def result(self, id: str, timeout: float | None = None) -> Result:
         """The answer to a job submitted earlier; see SubmittedJob.result."""
@@ -269,9 +336,10 @@ class Client:
         """Take a job back; see SubmittedJob.cancel."""
         self.job(id).cancel()
 
+    @_with_our_errors
     def outcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
         """What those of these jobs that have ended ended with, read at once."""
-        asked, backend = list(ids), self.app.backend
+        asked, backend = list(ids), _with_results(self.app)
         if not asked:
             return {}
         if isinstance(backend, RedisBackend):
@@ -284,6 +352,7 @@ class Client:
         }
         return {id: _outcome(meta) for id, meta in ended.items()}
 
+    @_with_our_errors
     def forget(self, ids: Iterable[str]) -> None:
         """Delete these jobs' results, which would else lie in Redis until they expire."""
         backend = self.app.backend
@@ -297,8 +366,9 @@ class Client:
         for id in keys:
             backend.result_consumer.cancel_for(id)
 
+    @_with_our_errors
     def queued(self, priority: int | None = None) -> int:
-        """Jobs that wait in the queue, all or with one priority. Raises OperationalError where the broker is away.
+        """Jobs that wait in the queue, all or with one priority. Raises BrokerUnavailable where the broker is away.
 
         Those that a worker has met before their time (`eta`, `countdown`) are not among them.
         """
@@ -306,10 +376,12 @@ class Client:
 
     def failed(self) -> Iterator[FailedJob]:
         """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
-        return iter(FailedJobs(self.app))
+        return _each_with_our_errors(iter(FailedJobs(self.app)))
 
+    @_with_our_errors
     def retry(self, id: str, *, queue: str | None = None) -> SubmittedJob:
-        """Send a failed job again: it keeps its id, links and chain. Raises LookupError where it is not kept.
+        """Send a failed job again: it keeps its id, links and chain. Raises NotFound (a LookupError) where it is not
+        kept.
 
         `queue`: where to, for a task of your own that was sent to our queue by mistake.
         """
@@ -329,6 +401,44 @@ class Client:
         """`result` for asyncio."""
         return await self.job(id).aresult(timeout)
 
+    async def astatus(self, id: str) -> Status:
+        """`status` for asyncio."""
+        return await self.job(id).astatus()
+
+    async def acancel(self, id: str) -> None:
+        """`cancel` for asyncio."""
+        await self.job(id).acancel()
+
+    async def aoutcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
+        """`outcomes` for asyncio."""
+        return await asyncio.to_thread(self.outcomes, list(ids))
+
+    async def aforget(self, ids: Iterable[str]) -> None:
+        """`forget` for asyncio."""
+        await asyncio.to_thread(self.forget, list(ids))
+
+    async def aqueued(self, priority: int | None = None) -> int:
+        """`queued` for asyncio."""
+        return await asyncio.to_thread(self.queued, priority)
+
+    async def aping(self) -> None:
+        """`ping` for asyncio."""
+        await asyncio.to_thread(self.ping)
+
+    async def afailed(self) -> list[FailedJob]:
+        """`failed` for asyncio."""
+        return await asyncio.to_thread(lambda: list(self.failed()))
+
+    async def aretry(self, id: str, *, queue: str | None = None) -> SubmittedJob:
+        """`retry` for asyncio."""
+        return await asyncio.to_thread(functools.partial(self.retry, id, queue=queue))
+
+
+def _each_with_our_errors(jobs: Iterator[FailedJob]) -> Iterator[FailedJob]:
+    read = _with_our_errors(next)
+    while (job := read(jobs, None)) is not None:
+        yield job
+
 
 def _outcome(meta: dict[str, Any]) -> Outcome:
     """What the record of a job that has ended says."""
@@ -336,7 +446,10 @@ def _outcome(meta: dict[str, Any]) -> Outcome:
         return JobCanceled(partial=_partial(meta["result"]))
     if isinstance(meta["result"], BaseException):
         return from_exception(meta["result"])
-    return Result.model_validate(meta["result"])
+    try:
+        return Result.model_validate(meta["result"])
+    except ValidationError:
+        return Internal("What is stored is no result of one of the six tasks: check the id.", detail="foreign_result")
 
 
 def _answer(outcome: Outcome) -> Result:

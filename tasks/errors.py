@@ -1,12 +1,19 @@
-"""The errors a job can end in.
+"""The errors of this package: every one is an IdeficsError with a stable `code`.
 
 A failed job is a Celery FAILURE. Its exception's class name and its first argument, the code, are stable:
-build on them. The second argument is a sentence that tells the cure.
+build on them. The second argument is a sentence that tells the cure. A third one, where there is one, is the
+`detail`: what exactly it was (`http_404`, `timeout`, `not_a_picture`), to sort many failures by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 if TYPE_CHECKING:
     from .payloads import Result
@@ -15,11 +22,39 @@ if TYPE_CHECKING:
 PUBLIC_MODULE = "idefics_jobs.errors"
 
 
-class JobError(Exception):
+class IdeficsError(Exception):
+    """The base of all errors here. `str(error)` is a sentence that tells the cure."""
+
+    #: Stable: build on it.
+    code: ClassVar[str] = "internal"
+    #: The same call may succeed later.
+    retryable: ClassVar[bool] = False
+    #: What a web application may answer with.
+    http_status: ClassVar[int] = 500
+    #: The message may name this system's hosts: a web application's users get the class's own sentence.
+    is_confidential: ClassVar[bool] = False
+    #: What exactly it was; None where the code says it all.
+    detail: str | None = None
+
+    # redis-py's own says nothing of the message.
+    __repr__ = Exception.__repr__
+
+    def as_dict(self) -> dict[str, str]:
+        """The code, the message, and the detail where there is one: as JSON lines and callbacks have them."""
+        told = {"code": self.code, "message": str(self)}
+        return {**told, "detail": self.detail} if self.detail else told
+
+    def response(self) -> tuple[int, dict[str, Any]]:
+        """The HTTP status and the JSON body that tell a web application's user."""
+        message = str(self.__doc__ if self.is_confidential else self)
+        error = {"code": self.code, "message": message, "detail": self.detail, "retryable": self.retryable}
+        return self.http_status, {"error": error}
+
+
+class JobError(IdeficsError):
     """A job ended without an answer. `code` is stable; `str(error)` is a sentence that tells the cure."""
 
-    code: ClassVar[str] = "internal"
-    #: The same job may succeed later: the worker retries it with back-off before it fails.
+    #: Of a job's error also: the worker retries it with back-off before it fails.
     retryable: ClassVar[bool] = False
     #: Seconds until then, where somebody said so: an image's server with Retry-After.
     retry_after_s: float | None = None
@@ -27,10 +62,12 @@ class JobError(Exception):
     def __init_subclass__(cls) -> None:
         cls.__module__ = PUBLIC_MODULE
 
-    def __init__(self, *args: str) -> None:
-        # Celery rebuilds an exception from its stored arguments, (code, message); our code gives the message.
-        message = args[-1] if args else (self.__doc__ or self.code)
-        super().__init__(self.code, message)
+    def __init__(self, *args: str, detail: str | None = None) -> None:
+        # Celery rebuilds an exception from its stored arguments, (code, message) or (code, message, detail); our code
+        # gives the message.
+        message = (args[0] if len(args) == 1 else args[1]) if args else (self.__doc__ or self.code)
+        self.detail = args[2] if len(args) > 2 else detail
+        super().__init__(*filter(None, (self.code, message, self.detail)))
 
     def __str__(self) -> str:
         return str(self.args[1])
@@ -40,26 +77,29 @@ class JobError(Exception):
         return _from_code, self.args
 
 
-def _from_code(code: str, message: str) -> JobError:
-    return ERRORS[code](message)
+def _from_code(code: str, *rest: str) -> JobError:
+    return ERRORS[code](code, *rest)
 
 
 class InvalidRequest(JobError):
     """The payload breaks the contract: correct the field that the message names and send it again."""
 
     code = "invalid_request"
+    http_status = 422
 
 
 class PromptTooLong(JobError):
     """The prompt has more tokens than the worker allows: shorten it or raise IDEFICS_MAX_PROMPT_TOKENS."""
 
     code = "prompt_too_long"
+    http_status = 422
 
 
 class ImageBlocked(JobError):
     """The operator's policy forbids this image's address: use a public http(s) URL or a data: URI."""
 
     code = "image_blocked"
+    http_status = 422
 
 
 class ImageUnreachable(JobError):
@@ -67,18 +107,21 @@ class ImageUnreachable(JobError):
 
     code = "image_unreachable"
     retryable = True
+    http_status = 424
 
 
 class ImageTooLarge(JobError):
     """The image has too many bytes or pixels: send a smaller one."""
 
     code = "image_too_large"
+    http_status = 413
 
 
 class ImageInvalid(JobError):
     """The bytes are no JPEG, PNG, WebP or GIF image that can be decoded: send the picture in one of these."""
 
     code = "image_invalid"
+    http_status = 422
 
 
 class OutOfMemory(JobError):
@@ -86,12 +129,14 @@ class OutOfMemory(JobError):
 
     code = "out_of_memory"
     retryable = True
+    http_status = 503
 
 
 class DeadlineExceeded(JobError):
     """The job did not finish in its time: give it a longer deadline or add workers."""
 
     code = "deadline_exceeded"
+    http_status = 504
 
 
 class WorkerLost(JobError):
@@ -99,6 +144,7 @@ class WorkerLost(JobError):
 
     code = "worker_lost"
     retryable = True
+    http_status = 503
 
 
 class Internal(JobError):
@@ -124,10 +170,11 @@ ERRORS: dict[str, type[JobError]] = {
 }
 
 
-class JobCanceled(Exception):
+class JobCanceled(IdeficsError):
     """The job was canceled before it had an answer: submit it again if you still want one."""
 
-    code: ClassVar[str] = "canceled"
+    code = "canceled"
+    http_status = 409
 
     def __init__(self, message: str = "", partial: Result | None = None) -> None:
         super().__init__(message or self.__doc__)
@@ -135,15 +182,70 @@ class JobCanceled(Exception):
         self.partial = partial
 
 
-class QueueFull(Exception):
+class QueueFull(IdeficsError):
     """The broker has no room for the job, which was not queued: submit it later, or add workers."""
 
-    code: ClassVar[str] = "queue_full"
+    code = "queue_full"
+    retryable = True
+    http_status = 503
+    is_confidential = True
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or self.__doc__)
         #: The jobs that `submit_many` had queued before.
         self.submitted: list[Any] = []
+
+
+class JobTimeout(IdeficsError, TimeoutError):
+    """The job has no answer yet, and goes on: ask again later."""
+
+    code = "timeout"
+    retryable = True
+    http_status = 504
+
+
+class BrokerUnavailable(IdeficsError, OperationalError, RedisConnectionError, RedisTimeoutError, ConnectionError):  # type: ignore[misc]
+    """The job queue does not answer: try again later."""
+
+    code = "broker_unavailable"
+    retryable = True
+    http_status = 503
+    is_confidential = True
+
+
+class BrokerRefused(IdeficsError, ResponseError):
+    """The job queue refuses the request: its operator has to see to it."""
+
+    code = "broker_refused"
+    is_confidential = True
+
+
+class NotPermitted(BrokerRefused, NoPermissionError):
+    """The job queue does not let this application do that: its operator has to grant it."""
+
+
+class ConfigurationError(IdeficsError, ValueError):
+    """The job queue's client is set up wrongly: its operator has to see to it."""
+
+    code = "configuration"
+    is_confidential = True
+
+
+class NotFound(IdeficsError, LookupError):
+    """There is no such job, or no longer."""
+
+    code = "not_found"
+    http_status = 404
+
+
+def from_broker(error: Exception) -> IdeficsError:
+    """What Redis, or the broker, raised, as one of ours that is still an error of the same kind."""
+    if isinstance(error, IdeficsError):
+        return error
+    if isinstance(error, ResponseError):
+        kind = NotPermitted if isinstance(error, NoPermissionError) else BrokerRefused
+        return kind(f"Redis refuses: {error}")
+    return BrokerUnavailable(f"Redis does not answer ({error}): is it up, and its URL right?")
 
 
 def from_exception(error: BaseException) -> JobError:
@@ -154,7 +256,7 @@ def from_exception(error: BaseException) -> JobError:
     """
     if isinstance(error, JobError):
         return error
-    args: tuple[Any, ...] = error.args
+    args: Sequence[Any] = error.args
     if args and isinstance(args[0], str) and args[0] in ERRORS:
-        return ERRORS[args[0]](*(str(arg) for arg in args[1:2]))
+        return ERRORS[args[0]](*(str(arg) for arg in args[:3] if arg is not None and len(args) > 1))
     return Internal(f"{type(error).__name__}: {error}")

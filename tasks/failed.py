@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +25,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils import json as kombu_json
 from redis import RedisError
 
-from .errors import InvalidRequest
+from .errors import ConfigurationError, InvalidRequest, NotFound
 from .payloads import HIDDEN, QUEUE, SUBMITTED_AT
 from .printable import away, echo, echo_json, escaped
 from .routing import is_ours, priority_for
@@ -109,15 +109,27 @@ class FailedJob:
     failed_at: float
     #: False for a large invalid request: its payload is not kept, since it would fail again.
     is_whole: bool = True
+    #: What exactly it was, as `http_404`.
+    detail: str | None = None
+
+
+def _from_json(about: bytes) -> FailedJob:
+    """A record, without what a newer worker has added to it."""
+    return FailedJob(**{name: value for name, value in json.loads(about).items() if name in _FIELDS})
+
+
+_FIELDS = {field.name for field in fields(FailedJob)}
 
 
 class FailedJobs:
     """The list, in the Redis with an app's results."""
 
     def __init__(self, app: Celery) -> None:
-        """Raises ValueError for an app whose results are not in Redis."""
+        """Raises ConfigurationError (a ValueError) for an app whose results are not in Redis."""
         if not isinstance(app.backend, RedisBackend):
-            raise ValueError("Failed jobs are kept in the results' Redis: give an app that has it as its backend.")
+            raise ConfigurationError(
+                "Failed jobs are kept in the results' Redis: give an app that has it as its backend."
+            )
         self._app = app
         self._redis: Any = app.backend.client
 
@@ -139,22 +151,22 @@ class FailedJobs:
             for about in self._redis.hmget(KEYS[2], ids[start : start + CHUNK]):
                 # None: it has gone meanwhile.
                 if about is not None:
-                    yield FailedJob(**json.loads(about))
+                    yield _from_json(about)
 
     def get(self, id: str) -> FailedJob:
-        """Raises LookupError for an id that is not on the list."""
+        """Raises NotFound for an id that is not on the list."""
         about = self._redis.hget(KEYS[2], id)
         if about is None:
-            raise LookupError(f"No failed job {id}: it was dropped, sent again or is too old.")
-        return FailedJob(**json.loads(about))
+            raise NotFound(f"No failed job {id}: it was dropped, sent again or is too old.")
+        return _from_json(about)
 
     def signature(self, id: str) -> dict[str, Any]:
-        """A job's whole Celery signature: payload, options, headers, links, chain. Raises LookupError."""
+        """A job's whole Celery signature: payload, options, headers, links, chain. Raises NotFound."""
         whole = self._redis.hget(KEYS[3], id)
         if whole is None:
-            raise LookupError(f"No failed job {id}: it was dropped, sent again or is too old.")
+            raise NotFound(f"No failed job {id}: it was dropped, sent again or is too old.")
         if not whole:
-            raise LookupError(f"The payload of {id} was invalid and too large to be kept: its producer has it.")
+            raise NotFound(f"The payload of {id} was invalid and too large to be kept: its producer has it.")
         return dict(kombu_json.loads(_text(whole)))
 
     def retry(self, job: FailedJob, queue: str | None = None) -> None:
@@ -273,12 +285,14 @@ class Selection:
     tasks: tuple[str, ...] = ()
     older_than: float | None = None
     newer_than: float | None = None
+    details: tuple[str, ...] = ()
 
     def holds(self, job: FailedJob, now: float) -> bool:
         age = now - job.failed_at
         return (
             (not self.ids or job.id in self.ids)
             and (not self.codes or job.code in self.codes)
+            and (not self.details or job.detail in self.details)
             and (not self.tasks or job.task in self.tasks)
             and (self.older_than is None or age > self.older_than)
             and (self.newer_than is None or age < self.newer_than)
@@ -317,17 +331,29 @@ def failed() -> None:
     """Jobs that failed: list them, send them again, drop them."""
 
 
+#: The filters' options, and the fields of a Selection.
+_FILTERS = {
+    "code": "codes",
+    "detail": "details",
+    "task": "tasks",
+    "older_than": "older_than",
+    "newer_than": "newer_than",
+}
+
+
 def _with_filters(command: Callable[..., None]) -> Callable[..., None]:
     """The filters' options; the command gets a Selection."""
 
     @functools.wraps(command)
-    def run(*args: Any, code: Any, task: Any, older_than: Any, newer_than: Any, ids: Any = (), **options: Any) -> None:
-        command(*args, Selection(ids, code, task, older_than, newer_than), **options)
+    def run(*args: Any, ids: Any = (), **options: Any) -> None:
+        chosen = {field: options.pop(option) for option, field in _FILTERS.items()}
+        command(*args, Selection(ids=ids, **chosen), **options)
 
     for option in (
         click.option("--newer-than", type=age, help="Failed less long ago, as 15m."),
         click.option("--older-than", type=age, help="Failed longer ago, as 2h or 7d."),
         click.option("--task", multiple=True, help="Of this task, as idefics.caption; may be repeated."),
+        click.option("--detail", multiple=True, help="With this detail of the code, as http_404; may be repeated."),
         click.option("--code", multiple=True, help="With this error code; may be repeated."),
     ):
         run = option(run)
@@ -342,7 +368,7 @@ def ls(source: Any, selection: Selection, as_json: bool) -> None:
     """List failed jobs, the oldest first, and count them by code."""
     counts: Counter[str] = Counter()
     for job in selection.of(_jobs(source)):
-        counts[job.code] += 1
+        counts[_kind(job)] += 1
         shown = replace(job, message=redacted(job.message))
         echo(json.dumps(asdict(shown)) if as_json else _line(shown))
     if not as_json:
@@ -419,6 +445,10 @@ def _chosen(jobs: FailedJobs, selection: Selection, all_: bool) -> list[FailedJo
     return list(selection.of(map(jobs.get, selection.ids) if selection.ids else jobs))
 
 
+def _kind(job: FailedJob) -> str:
+    return f"{job.code}/{job.detail}" if job.detail else job.code
+
+
 def _line(job: FailedJob) -> str:
     when = datetime.fromtimestamp(job.failed_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return f"{when} {job.id} {job.task} {job.code} {job.attempts}x {job.host}: {job.message}"
+    return f"{when} {job.id} {job.task} {_kind(job)} {job.attempts}x {job.host}: {job.message}"

@@ -33,10 +33,14 @@ def image_url(text: str) -> str:
         return _web_url(text.translate(_LINE_ENDS))
     if text[:5].lower() == "data:":
         if data_head(text) is None:
-            raise ImageBlocked("Of data: URIs only data:image/...;base64, is read: send the image in this form.")
+            raise ImageBlocked(
+                "Of data: URIs only data:image/...;base64, is read: send the image in this form.", detail="data_uri"
+            )
         return text
     if _SCHEME.match(text):
-        raise ImageBlocked("An image is an http(s) URL or a data:image/...;base64, URI: no other scheme is read.")
+        raise ImageBlocked(
+            "An image is an http(s) URL or a data:image/...;base64, URI: no other scheme is read.", detail="scheme"
+        )
     if _BARE_BASE64.match(text):
         raise ValueError("the image is base64 without its beginning: write data:image/jpeg;base64, in front")
     raise ValueError(FORMS)

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -18,16 +18,21 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from .errors import InvalidRequest, JobCanceled, JobError
+from .errors import ImageBlocked, ImageInvalid, ImageTooLarge, InvalidRequest, JobCanceled, JobError
 from .image_sources import FORMS, image_url, is_meant_as_image
+from .openai_form import plain_message
+from .pictures import Image as Image
+from .pictures import is_at_hand
 
 #: The queue that the workers read.
 QUEUE = "idefics"
@@ -61,6 +66,8 @@ RESERVED_TOKENS = ("<image>", "<fake_token_around_image>", "<s>", "</s>", "<unk>
 
 _NAME = re.compile(r"[A-Za-z_-]{1,40}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+#: How the names of a union's members begin, so that they do not stand among the fields of an error's place.
+_IN_UNION = "<union>"
 
 #: Temperatures below are 0. They would take the likeliest token anyway, by numbers that overflow on the way.
 NEAR_GREEDY = 1e-5
@@ -70,9 +77,78 @@ def _greedy_near_zero(temperature: float) -> float:
     return temperature if temperature >= NEAR_GREEDY else 0.0
 
 
+#: Errors of a picture, as pydantic's errors are called: the code of the error that a job would end in.
+_PICTURE_ERRORS: dict[str, type[JobError]] = {
+    error.code: error for error in (ImageBlocked, ImageInvalid, ImageTooLarge)
+}
+
+
+class _BadFields(ValidationError):
+    """What is raised where a payload is built with wrong fields: pydantic's own error and one of ours at once."""
+
+    detail: str | None
+
+    def __init__(self, *args: Any) -> None:
+        """Its arguments are set by `_bad_fields`; these are pydantic's."""
+
+
+def _also_bad_fields(kind: type[JobError]) -> type[_BadFields]:
+    # Of the same name: where a producer's own task ends with one, it is stored.
+    return type(kind.__name__, (kind, _BadFields), {"__init__": _BadFields.__init__})
+
+
+_BAD_FIELDS: dict[type[JobError], type[_BadFields]] = {
+    kind: _also_bad_fields(kind) for kind in (InvalidRequest, ImageBlocked, ImageInvalid, ImageTooLarge)
+}
+
+
+def _bad_fields(error: ValidationError) -> _BadFields:
+    told = _refusal(error)
+    faults = [
+        InitErrorDetails(type=PydanticCustomError(fault["type"], fault["msg"]), loc=fault["loc"], input=fault["input"])
+        for fault in error.errors(include_url=False)
+    ]
+    bad = _BAD_FIELDS[type(told)].from_exception_data(error.title, faults, hide_input=True)
+    bad.args, bad.detail = told.args, told.detail
+    return bad
+
+
 class _Frozen(BaseModel):
     # Inputs stay out of messages: prompts and signed URLs must not reach logs.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise _bad_fields(error) from None
+
+        # As a part of another model, a web framework's for one, it is validated without this.
+        __init__.__pydantic_base_init__ = True
+
+
+def _checked_image_url(text: str) -> str:
+    try:
+        return image_url(text)
+    except ImageBlocked as error:
+        raise _for_pydantic(error) from None
+
+
+def _for_pydantic(error: JobError) -> PydanticCustomError:
+    """A validation error also of a web framework's models, from which an exception of ours would escape."""
+    return PydanticCustomError(error.code, "{message}", {"message": str(error), "detail": error.detail})
+
+
+def _read_at_hand(value: Any) -> Any:
+    """A picture that the producer has, as a `data:` URI; anything else as it is."""
+    if not is_at_hand(value):
+        return value
+    try:
+        return Image.from_file(value)
+    except JobError as error:
+        raise _for_pydantic(error) from None
 
 
 def _checked_callback_url(text: str) -> str:
@@ -87,8 +163,9 @@ def _checked_callback_url(text: str) -> str:
 
 
 def _checked_image(value: Any) -> Any:
+    value = _read_at_hand(value)
     if isinstance(value, str):
-        return image_url(value)
+        return _checked_image_url(value)
     if isinstance(value, ImagePath) or (isinstance(value, dict) and set(value) == {"path"}):
         return value
     raise ValueError(FORMS)
@@ -116,7 +193,7 @@ def _refuse_tokens_in_pieces(tokens: tuple[str, ...], texts: Iterable[str | None
     _refuse_tokens(tokens, "".join("\n" if text is None else text.strip(" ") for text in texts))
 
 
-ImageUrl = Annotated[str, AfterValidator(image_url)]
+ImageUrl = Annotated[str, BeforeValidator(_read_at_hand), AfterValidator(_checked_image_url)]
 Text = Annotated[
     str,
     StringConstraints(max_length=MAX_TEXT_CHARS),
@@ -165,7 +242,11 @@ class ImagePath(_Frozen):
 
 
 #: An http(s) URL, a `data:` URI, or a path below the worker's image root.
-Image = Annotated[str | ImagePath, BeforeValidator(_checked_image)]
+ImageSource = Annotated[
+    Annotated[str, Tag(_IN_UNION)] | Annotated[ImagePath, Tag(f"{_IN_UNION}path")],
+    Discriminator(lambda image: _IN_UNION if isinstance(image, str) else f"{_IN_UNION}path"),
+    BeforeValidator(_checked_image),
+]
 
 
 class Callback(_Frozen):
@@ -229,7 +310,7 @@ class Job(_Frozen):
 
 
 class CaptionExample(_Frozen):
-    image: Image
+    image: ImageSource
     text: Text
 
 
@@ -238,14 +319,14 @@ class Caption(Job):
 
     task = "idefics.caption"
 
-    image: Image
+    image: ImageSource
     prompt: Text | None = None
     examples: list[CaptionExample] = Field(default=[], max_length=MAX_ENTRIES)
     instruction: Text = "Describe this image."
 
 
 class AnswerExample(_Frozen):
-    image: Image
+    image: ImageSource
     question: Text
     answer: Text
 
@@ -255,13 +336,13 @@ class Answer(Job):
 
     task = "idefics.answer"
 
-    image: Image
+    image: ImageSource
     question: Text
     examples: list[AnswerExample] = Field(default=[], max_length=MAX_ENTRIES)
 
 
 class ClassifyExample(_Frozen):
-    image: Image
+    image: ImageSource
     label: Text
 
 
@@ -270,7 +351,7 @@ class Classify(Job):
 
     task = "idefics.classify"
 
-    image: Image
+    image: ImageSource
     labels: list[Annotated[Label, _without((*RESERVED_TOKENS, END_OF_UTTERANCE))]] = Field(
         min_length=2, max_length=MAX_LABELS
     )
@@ -297,17 +378,35 @@ class Write(Job):
 
     task = "idefics.write"
 
-    images: list[Image] = Field(min_length=1, max_length=MAX_ENTRIES)
+    images: list[ImageSource] = Field(min_length=1, max_length=MAX_ENTRIES)
     instruction: Text = "Use the image to write a story."
     lead: Text = "Story:"
 
 
 class ImagePart(_Frozen):
-    image: Image
+    image: ImageSource
 
 
 class TextPart(_Frozen):
     text: RawText
+
+
+def _kind_of_part(part: Any) -> str | None:
+    if isinstance(part, dict):
+        return f"{_IN_UNION}{'image' if 'image' in part else 'text'}"
+    if isinstance(part, ImagePart | TextPart):
+        return f"{_IN_UNION}{'image' if isinstance(part, ImagePart) else 'text'}"
+    return None
+
+
+Part = Annotated[
+    Annotated[ImagePart, Tag(f"{_IN_UNION}image")] | Annotated[TextPart, Tag(f"{_IN_UNION}text")],
+    Discriminator(
+        _kind_of_part,
+        custom_error_type="part",
+        custom_error_message='a part is a string, {"image": ...} or {"text": ...}',
+    ),
+]
 
 
 class Complete(Job):
@@ -319,14 +418,14 @@ class Complete(Job):
 
     task = "idefics.complete"
 
-    prompt: list[ImagePart | TextPart] = Field(min_length=1, max_length=MAX_ENTRIES)
+    prompt: list[Part] = Field(min_length=1, max_length=MAX_ENTRIES)
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _strings_say_what_they_are(cls, prompt: Any) -> Any:
         if not isinstance(prompt, list):
             return prompt
-        return [_named_part(part) if isinstance(part, str) else part for part in prompt]
+        return [_named_part(part) for part in prompt]
 
     @field_validator("prompt")
     @classmethod
@@ -337,14 +436,16 @@ class Complete(Job):
         return prompt
 
 
-def _named_part(text: str) -> dict[str, str]:
-    return {"image": text} if is_meant_as_image(text) else {"text": text}
+def _named_part(part: Any) -> Any:
+    if isinstance(part, str):
+        return {"image": part} if is_meant_as_image(part) else {"text": part}
+    return {"image": part} if is_at_hand(part) else part
 
 
 class ChatImageUrl(_Frozen):
     url: ImageUrl
     #: Accepted for OpenAI's clients; the model has one resolution.
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
 class ChatImagePart(_Frozen):
@@ -357,9 +458,33 @@ class ChatTextPart(_Frozen):
     text: Text
 
 
+def _kind_of_chat_part(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"{_IN_UNION}{kind}" if kind in ("text", "image_url") else None
+
+
+ChatPart = Annotated[
+    Annotated[ChatTextPart, Tag(f"{_IN_UNION}text")] | Annotated[ChatImagePart, Tag(f"{_IN_UNION}image_url")],
+    Discriminator(
+        _kind_of_chat_part,
+        custom_error_type="part",
+        custom_error_message='type is one of "text" and "image_url": a part is {"type": "text", "text": ...} or '
+        '{"type": "image_url", "image_url": {"url": ...}}',
+    ),
+]
+
+
 class ChatMessage(_Frozen):
     role: Literal["system", "user", "assistant"]
-    content: Text | list[Annotated[ChatTextPart | ChatImagePart, Field(discriminator="type")]]
+    content: Annotated[
+        Annotated[Text, Tag(f"{_IN_UNION}text")] | Annotated[list[ChatPart], Tag(f"{_IN_UNION}parts")],
+        Discriminator(lambda content: f"{_IN_UNION}{'parts' if isinstance(content, list) else 'text'}"),
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_plain_form(cls, message: Any) -> Any:
+        return plain_message(message)
 
 
 class Chat(Job):
@@ -368,6 +493,14 @@ class Chat(Job):
     task = "idefics.chat"
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ENTRIES)
+    #: OpenAI's name for the tokens at most: above the worker's maximum it is that, where `max_new_tokens` is refused.
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Chat:
+        if self.max_new_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give max_new_tokens or max_completion_tokens, not both")
+        return self
 
     @field_validator("messages")
     @classmethod
@@ -401,7 +534,8 @@ def check_size(job: Job, most: int) -> None:
 def parse(task: str, arguments: dict[str, Any]) -> Job:
     """A task's keyword arguments as its payload.
 
-    Raises InvalidRequest, with every wrong field named and no value repeated, or ImageBlocked.
+    Raises InvalidRequest, with every wrong field named and no value repeated, or ImageBlocked. So does a payload's
+    constructor; its error is pydantic's ValidationError too.
     """
     payload = PAYLOADS.get(task)
     if payload is None:
@@ -409,12 +543,15 @@ def parse(task: str, arguments: dict[str, Any]) -> Job:
     try:
         return payload.model_validate(arguments)
     except ValidationError as error:
-        _refuse(error)
+        raise _refusal(error) from None
 
 
-def _refuse(error: ValidationError) -> NoReturn:
+def _refusal(error: ValidationError) -> JobError:
     faults = error.errors(include_url=False, include_input=False)
-    raise InvalidRequest("; ".join(map(_told, faults[:10]))) from None
+    for fault in faults:
+        if kind := _PICTURE_ERRORS.get(fault["type"]):
+            return kind(fault["msg"], detail=fault.get("ctx", {}).get("detail"))
+    return InvalidRequest("; ".join(map(_told, faults[:10])))
 
 
 def _named(place: int | str) -> str:
@@ -423,10 +560,8 @@ def _named(place: int | str) -> str:
 
 
 def _told(fault: ErrorDetails) -> str:
-    where = ".".join(map(_named, fault["loc"])) or "payload"
-    if fault["type"] == "union_tag_invalid":
-        # pydantic's own sentence repeats the value.
-        return f"{where}: type is one of {fault['ctx']['expected_tags']}"
+    places = (place for place in fault["loc"] if not str(place).startswith(_IN_UNION))
+    where = ".".join(map(_named, places)) or "payload"
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
 
 

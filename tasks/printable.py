@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from .errors import from_broker
+
 # Line and paragraph separators, marks that reorder text (bidi), invisible ones (BOM, soft hyphen, zero width space,
 # tags), and halves of surrogate pairs, which no output can encode. Joiners stay: scripts and emoji need them.
 _HIDDEN = (
@@ -45,7 +47,7 @@ def echo_json(value: Any) -> None:
 
 def away(error: Exception) -> click.ClickException:
     """What a command says where Redis does not answer."""
-    return click.ClickException(escaped(f"Redis does not answer ({error}): is it up, and its URL right?"))
+    return click.ClickException(escaped(str(from_broker(error))))
 
 
 def _python_escape(match: re.Match[str]) -> str:

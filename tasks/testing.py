@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .client import Status
-from .errors import InvalidRequest, JobCanceled, JobError
+from .errors import InvalidRequest, JobCanceled, JobError, NotFound
 from .failed import FailedJob
 from .idempotency import digest
 from .payloads import Classify, Job, ModelInfo, Outcome, Result, Timing, Usage
@@ -37,8 +37,14 @@ class FakeJob:
     async def aresult(self, timeout: float | None = None) -> Result:
         return self.result()
 
+    async def astatus(self) -> Status:
+        return self.status
+
     def cancel(self) -> None:
         """Too late: the job is over."""
+
+    async def acancel(self) -> None:
+        self.cancel()
 
 
 class FakeClient:
@@ -81,6 +87,9 @@ class FakeClient:
     def job(self, id: str) -> FakeJob:
         return self._jobs[id]
 
+    def status(self, id: str) -> Status:
+        return self.job(id).status
+
     def result(self, id: str, timeout: float | None = None) -> Result:
         return self.job(id).result()
 
@@ -101,7 +110,9 @@ class FakeClient:
         return (failed for failed, _ in tuple(self._failed.values()))
 
     def retry(self, id: str) -> FakeJob:
-        """Asks `answer` once more. Raises LookupError for a job that has not failed."""
+        """Asks `answer` once more. Raises NotFound for a job that has not failed."""
+        if id not in self._failed:
+            raise NotFound(f"No failed job {id}: it was dropped, sent again or is too old.")
         _, job = self._failed.pop(id)
         return self._run(job, id)
 
@@ -113,6 +124,30 @@ class FakeClient:
 
     async def aresult(self, id: str, timeout: float | None = None) -> Result:
         return self.result(id)
+
+    async def astatus(self, id: str) -> Status:
+        return self.status(id)
+
+    async def acancel(self, id: str) -> None:
+        self.cancel(id)
+
+    async def aoutcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
+        return self.outcomes(ids)
+
+    async def aforget(self, ids: Iterable[str]) -> None:
+        self.forget(ids)
+
+    async def aqueued(self, priority: int | None = None) -> int:
+        return self.queued(priority)
+
+    async def aping(self) -> None:
+        self.ping()
+
+    async def afailed(self) -> list[FailedJob]:
+        return list(self.failed())
+
+    async def aretry(self, id: str) -> FakeJob:
+        return self.retry(id)
 
     def _outcome(self, job: Job) -> Outcome:
         try:
@@ -129,6 +164,7 @@ def _failed(job: Job, id: str, error: JobError) -> FailedJob:
         task=job.task,
         code=error.code,
         message=str(error),
+        detail=error.detail,
         host="fake",
         attempts=1,
         submitted_at=now,

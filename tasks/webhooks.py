@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from .addresses import is_public, literal
-from .errors import InvalidRequest
+from .errors import IdeficsError, InvalidRequest
 from .payloads import Callback, Result
 
 JobEvent: TypeAlias = Literal["job.succeeded", "job.failed", "job.canceled"]
@@ -34,8 +34,11 @@ MAX_SIGNATURES = 8
 NOTE = "Cut to fit 20 kB: read the whole result by the job's id."
 
 
-class InvalidWebhook(ValueError):
+class InvalidWebhook(IdeficsError, ValueError):
     """No secret of yours signed this now: answer 401, and check the secret, the clock and that the body is as sent."""
+
+    code = "invalid_webhook"
+    http_status = 401
 
 
 class _Received(BaseModel):
@@ -44,10 +47,14 @@ class _Received(BaseModel):
 
 
 class Failure(_Received):
-    """A failed job's error: the code is stable, the message tells the cure."""
+    """A failed job's error: the code is stable, the message tells the cure.
+
+    The detail says what exactly it was, as `http_404`, where there is more to say.
+    """
 
     code: str
     message: str
+    detail: str | None = None
 
 
 class Outcome(_Received):

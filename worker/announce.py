@@ -136,8 +136,7 @@ def _data(id: str, task: str, arguments: Mapping[str, Any], state: str, value: A
     if state == states.SUCCESS:
         data["result"] = value
     elif state == states.FAILURE and isinstance(value, BaseException):
-        error = from_exception(value)
-        data["error"] = {"code": error.code, "message": str(error)}
+        data["error"] = from_exception(value).as_dict()
     elif isinstance(value, BaseException) and len(value.args) > 1:
         # A cancellation's text so far.
         data["result"] = value.args[1]

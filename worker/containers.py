@@ -139,7 +139,7 @@ def _bare_jpeg(data: bytes) -> Bare:
             content = view[found.end() + 2 : position]
             exif = exif or _beginning_with(b"Exif\0\0", content)
             xmp = xmp or _beginning_with(_XMP_START, content)
-    raise ImageInvalid("The JPEG has too many scans or segments: save it anew.")
+    raise ImageInvalid("The JPEG has too many scans or segments: save it anew.", detail="parts")
 
 
 def _beginning_with(start: bytes, content: memoryview) -> bytes:
@@ -163,7 +163,7 @@ def _bare_png(data: bytes) -> Bare:
             profile = profile or _png_text(name, content, _RAW_PROFILE)
             xmp = xmp or _png_text(name, content, _XMP_TEXT)
         if parts >= MAX_PARTS:
-            raise ImageInvalid("The PNG has too many chunks: save it anew.")
+            raise ImageInvalid("The PNG has too many chunks: save it anew.", detail="parts")
     return Bare(b"".join(kept), orientation(exif or _raw_profile(profile), xmp))
 
 
@@ -238,7 +238,7 @@ def _raw_profile(text: bytes) -> bytes:
 
 def _check_count(parts: Iterator[int], form: str, name: str) -> None:
     if next(itertools.islice(parts, MAX_PARTS, None), None) is not None:
-        raise ImageInvalid(f"The {form} has too many {name}: save it anew.")
+        raise ImageInvalid(f"The {form} has too many {name}: save it anew.", detail="parts")
 
 
 def _gif_blocks(data: bytes) -> Iterator[int]:

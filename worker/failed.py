@@ -52,6 +52,7 @@ def failed_job(task: str, request: Context, error: BaseException) -> FailedJob:
         task=task,
         code=ours.code,
         message=str(ours),
+        detail=ours.detail,
         host=str(request.hostname),
         attempts=(request.retries or 0) + 1,
         submitted_at=request.get(SUBMITTED_AT),

@@ -43,7 +43,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from tasks.addresses import Address, Network, is_public, unmapped
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.image_sources import data_head
-from tasks.payloads import Image
+from tasks.payloads import ImageSource
 from worker.cores import all_cores
 from worker.deadlines import Deadline, Watch
 from worker.hosts import Hosts
@@ -121,6 +121,8 @@ class FetchPolicy:
     contact: str | None = None
     #: Certificates of the operator's own authorities, beside the public ones.
     ca_file: Path | None = None
+    #: How the names of the settings begin that would allow what is refused.
+    settings: str = "IDEFICS_IMAGE"
 
 
 class GuardError(ValueError):
@@ -128,6 +130,11 @@ class GuardError(ValueError):
 
     A ValueError, since urllib3 takes an OSError for a broken connection and makes it something retryable.
     """
+
+    def __init__(self, message: str = "", detail: str | None = None) -> None:
+        super().__init__(message)
+        #: The error's detail.
+        self.detail = detail
 
 
 class Refused(GuardError):
@@ -182,9 +189,9 @@ def check_url(url: str, policy: FetchPolicy) -> SplitResult:
         parts = urlsplit(url)
         port = parts.port if parts.port is not None else {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
-        raise Refused("The URL is malformed: correct it") from None
+        raise Refused("The URL is malformed: correct it", "url") from None
     if parts.scheme not in ("http", "https") or "@" in parts.netloc or not _is_host(parts.hostname or ""):
-        raise Refused("The URL names no plain host: write http(s)://host/path without a user")
+        raise Refused("The URL names no plain host: write http(s)://host/path without a user", "url")
     _check_target(parts.hostname or "", port, policy)
     return parts
 
@@ -192,19 +199,27 @@ def check_url(url: str, policy: FetchPolicy) -> SplitResult:
 def _check_target(host: str, port: int | None, policy: FetchPolicy) -> None:
     if port not in policy.ports:
         allowed = ", ".join(str(number) for number in policy.ports)
-        raise Refused(f"{host} is asked for on a port that is not allowed: use one of {allowed}")
+        raise Refused(
+            f"{host} is asked for on a port that is not allowed: use one of {allowed}, or have it added to "
+            f"{policy.settings}_PORTS",
+            "port",
+        )
     if not is_allowed_host(host, policy):
-        raise Refused(f"{host} is not among the allowed domains: use one of them or have it added")
+        raise Refused(
+            f"{host} is not among the allowed domains: use one of them, or have it added to "
+            f"{policy.settings}_ALLOW_DOMAINS",
+            "domain",
+        )
 
 
 def check_plain(url: str) -> None:
     if len(url) > MAX_URL_CHARS:
-        raise Refused(f"The URL has more than {MAX_URL_CHARS} characters: use a shorter one")
+        raise Refused(f"The URL has more than {MAX_URL_CHARS} characters: use a shorter one", "url")
     if not _PLAIN_URL.fullmatch(url):
-        raise Refused("The URL is no plain http(s)://host/path: write it without user and spaces")
+        raise Refused("The URL is no plain http(s)://host/path: write it without user and spaces", "url")
     if urlsplit(url).port == 0:
         # requests would drop it and take the scheme's port.
-        raise Refused("The URL names port 0: write the port that the server has")
+        raise Refused("The URL names port 0: write the port that the server has", "port")
 
 
 # --- The connection: checked where it is made -----------------------------------------------------
@@ -249,15 +264,19 @@ class Guard:
         try:
             answers = future.result(self.deadline.left(self.policy.total_s))
         except (NotInTime, OSError, UnicodeError):
-            raise NoAddress(f"{host} has no address in the DNS") from None
+            raise NoAddress(f"{host} has no address in the DNS", "dns") from None
         if not answers:
-            raise NoAddress(f"{host} has no address in the DNS")
+            raise NoAddress(f"{host} has no address in the DNS", "dns")
         return answers
 
     def _check_address(self, host: str, text: str) -> None:
         # One bad address refuses the host: a good one beside it is how a rebinding attack looks.
         if not is_allowed_address(ip_address(text.partition("%")[0]), self.policy):
-            raise Refused(f"{host} is at no public address: use a public host or have its network allowed")
+            raise Refused(
+                f"{host} is at no public address: use a public host, or have its network added to "
+                f"{self.policy.settings}_ALLOW_NETWORKS",
+                "network",
+            )
 
     def _first_open(self, answers: list[Any]) -> socket.socket:
         failure: OSError = OSError("no address")
@@ -450,7 +469,7 @@ class Fetcher:
             "Connection": "close",
         }
 
-    def fetch(self, source: Image, patience_s: float | None = None) -> bytes:
+    def fetch(self, source: ImageSource, patience_s: float | None = None) -> bytes:
         """The bytes of one image; they may still be no picture. `patience_s`: to wait for a turn at its host.
 
         Raises ImageBlocked, ImageTooLarge, ImageInvalid, ImageUnreachable (retryable), or HostBusy. No message
@@ -472,7 +491,11 @@ class Fetcher:
                         return _body(response, guard, self._pace)
                     url = _redirect_target(response)
         hops = self._policy.max_redirects
-        raise ImageBlocked(f"{_host(url)} comes after more than {hops} redirects: send the image's final URL.")
+        raise ImageBlocked(
+            f"{_host(url)} comes after more than {hops} redirects: send the image's final URL, or have "
+            "IDEFICS_IMAGE_MAX_REDIRECTS raised.",
+            detail="redirects",
+        )
 
     def _answer(self, session: GuardedSession, url: str) -> requests.Response:
         check_plain(url)
@@ -486,13 +509,15 @@ class Fetcher:
 def _redirect_target(response: requests.Response) -> str:
     location = response.headers.get("Location")
     if not location:
-        raise ImageInvalid(f"{_host(response.url)} redirects to nowhere: send the image's final URL.")
+        raise ImageInvalid(
+            f"{_host(response.url)} redirects to nowhere: send the image's final URL.", detail="redirects"
+        )
     with suppress(UnicodeError):
         # Headers are read as Latin-1, but where a server spells a path out it writes UTF-8.
         location = location.encode("latin-1").decode()
     target = urljoin(response.url, requote_uri(location.strip())).partition("#")[0]
     if response.url.startswith("https:") and not target.lower().startswith("https:"):
-        raise Refused(f"{_host(response.url)} redirects away from https: send the image's final URL")
+        raise Refused(f"{_host(response.url)} redirects away from https: send the image's final URL", "redirects")
     return target
 
 
@@ -501,11 +526,18 @@ def _body(response: requests.Response, guard: Guard, pace: Pace) -> bytes:
     _check_status(response, host)
     encodings = response.headers.get("Content-Encoding", "").lower().split(",")
     if COMPRESSIONS.intersection(encoding.strip() for encoding in encodings):
-        raise ImageInvalid(f"{host} compresses the image although asked not to: use another server.")
+        raise ImageInvalid(
+            f"{host} compresses the image although asked not to: use another server.", detail="not_a_picture"
+        )
     length = response.headers.get("Content-Length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
-        raise _too_large(host, max_bytes)
+        raise _too_large(f"{host} sends", max_bytes)
     return _read_capped(response, host, guard, pace)
+
+
+_GONE = "nothing is there (any more), so send another URL or leave the job out"
+#: What helps against a status.
+_CURES = {404: _GONE, 410: _GONE}
 
 
 def _check_status(response: requests.Response, host: str) -> None:
@@ -513,13 +545,18 @@ def _check_status(response: requests.Response, host: str) -> None:
     if status in WITH_IMAGE:
         return
     if status >= 500 or status in PASSING:
-        error = ImageUnreachable(f"{host} answered with status {status}: send the job again when it is well.")
+        error = ImageUnreachable(
+            f"{host} answered with status {status}: send the job again when it is well.", detail=f"http_{status}"
+        )
         # For Celery's retry: no thread sleeps so long.
         error.retry_after_s = retry_after_s(response.headers.get("Retry-After", ""), time.time())
         raise error
     # Not retryable: a missing or forbidden image stays so. ImageInvalid, since there is no image at that URL
-    # for the job to have; ImageBlocked would blame the operator's policy.
-    raise ImageInvalid(f"{host} answered with status {status} and no image: check that the URL is public.")
+    # for the job to have; ImageBlocked would blame the operator's policy. The detail tells it from a broken picture.
+    raise ImageInvalid(
+        f"{host} answered with status {status} and no image: {_CURES.get(status, 'check that the URL is public')}.",
+        detail=f"http_{status}",
+    )
 
 
 def retry_after_s(header: str, now: float) -> float | None:
@@ -542,10 +579,13 @@ def _read_capped(response: requests.Response, host: str, guard: Guard, pace: Pac
         head += piece[: _PICTURE_BYTES - len(head)]
         if len(head) == _PICTURE_BYTES and not _PICTURE.match(head):
             # Whatever else it sends, be it without end, need not be read.
-            raise ImageInvalid(f"{host} sends no JPEG, PNG, WebP or GIF: check that the URL is the image's own.")
+            raise ImageInvalid(
+                f"{host} sends no JPEG, PNG, WebP or GIF: check that the URL is the image's own.",
+                detail="not_a_picture",
+            )
         guard.body_bytes += len(piece) - CHUNK_COST
         if size > guard.policy.max_bytes:
-            raise _too_large(host, guard.policy.max_bytes)
+            raise _too_large(f"{host} sends", guard.policy.max_bytes)
         if size > LARGE_BYTES:
             rest = pace.wait_s(len(piece))
             time.sleep(rest)
@@ -565,8 +605,11 @@ def _pieces(raw: urllib3.HTTPResponse) -> Iterator[bytes]:
         yield piece
 
 
-def _too_large(host: str, max_bytes: int) -> ImageTooLarge:
-    return ImageTooLarge(f"{host} sends more than {max_bytes:,} bytes: send a smaller image.")
+def _too_large(what: str, max_bytes: int) -> ImageTooLarge:
+    return ImageTooLarge(
+        f"{what} more than {max_bytes:,} bytes: send a smaller image, or have IDEFICS_IMAGE_MAX_BYTES raised.",
+        detail="bytes",
+    )
 
 
 NETWORK_ERRORS = (
@@ -585,28 +628,36 @@ def _translated(url: str, guard: Guard) -> Iterator[None]:
     except JobError:
         raise
     except TooManyBytes:
-        raise _too_large(_host(url), guard.policy.max_bytes) from None
+        raise _too_large(f"{_host(url)} sends", guard.policy.max_bytes) from None
     except NoAddress as error:
-        raise ImageUnreachable(f"{error}: check its spelling, then send the job again.") from None
+        raise ImageUnreachable(f"{error}: check its spelling, then send the job again.", detail=error.detail) from None
     except Refused as error:
-        raise ImageBlocked(f"{error}.") from None
+        raise ImageBlocked(f"{error}.", detail=error.detail) from None
     except NETWORK_ERRORS as error:
         raise _failure(error, _host(url), guard) from None
     except ValueError:
-        raise ImageBlocked("The image's URL is malformed: correct it.") from None
+        raise ImageBlocked("The image's URL is malformed: correct it.", detail="url") from None
 
 
 def _failure(error: Exception, host: str, guard: Guard) -> JobError:
     if guard.deadline.has_passed():
         problem = f"did not deliver the image within {guard.policy.total_s:g} seconds"
-        return ImageUnreachable(f"{host} {problem}: check that it is well, then send the job again.")
+        return ImageUnreachable(
+            f"{host} {problem}: check that it is well and send the job again, or have IDEFICS_IMAGE_TIMEOUT_S raised.",
+            detail="timeout",
+        )
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
-        return ImageBlocked("The image's URL is malformed: correct it.")
+        return ImageBlocked("The image's URL is malformed: correct it.", detail="url")
     if isinstance(error, requests.exceptions.InvalidHeader):
-        return ImageInvalid(f"{host} announces its bytes in a form that nobody reads: check the server.")
+        return ImageInvalid(
+            f"{host} announces its bytes in a form that nobody reads: check the server.", detail="length"
+        )
     if _is_cut_off(error):
-        return ImageUnreachable(f"{host} sent fewer bytes than it announced: send the job again when it is well.")
-    return ImageUnreachable(f"{host} {network_problem(error)}: check that it is up, then send the job again.")
+        return ImageUnreachable(
+            f"{host} sent fewer bytes than it announced: send the job again when it is well.", detail="length"
+        )
+    problem, detail = _network_problem(error)
+    return ImageUnreachable(f"{host} {problem}: check that it is up, then send the job again.", detail=detail)
 
 
 def _is_cut_off(error: Exception) -> bool:
@@ -614,11 +665,16 @@ def _is_cut_off(error: Exception) -> bool:
 
 
 def network_problem(error: Exception) -> str:
+    return _network_problem(error)[0]
+
+
+def _network_problem(error: Exception) -> tuple[str, str]:
+    """What went wrong on the way to a host, and the error's detail."""
     if isinstance(error, requests.exceptions.SSLError | urllib3.exceptions.SSLError):
-        return "has no valid certificate for its name"
+        return "has no valid certificate for its name", "tls"
     if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
-        return "did not answer in time"
-    return "could not be reached or broke the connection off"
+        return "did not answer in time", "timeout"
+    return "could not be reached or broke the connection off", "connection"
 
 
 def _host(url: str) -> str:
@@ -643,18 +699,22 @@ def decode_data_uri(uri: str, max_bytes: int) -> bytes:
     """The bytes of a `data:image/...;base64,` URI. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
     start = data_head(uri)
     if start is None:
-        raise ImageBlocked("Of data: URIs only data:image/...;base64, is read: send the image in this form.")
+        raise ImageBlocked(
+            "Of data: URIs only data:image/...;base64, is read: send the image in this form.", detail="data_uri"
+        )
     # Before decoding, so that a giant costs no second copy. Padding makes up to two bytes less.
     size = (len(uri) - start) // 4 * 3 - uri.count("=", len(uri) - 2)
     if size > max_bytes:
         # Blanks and escapes are no bytes of the image.
         size -= sum(uri.count(blank, start) for blank in _BLANKS.decode()) + 2 * uri.count("%", start)
     if size > max_bytes:
-        raise ImageTooLarge(f"The data: URI holds more than {max_bytes:,} bytes: send a smaller image.")
+        raise _too_large("The data: URI holds", max_bytes)
     try:
         return _forgiving_base64(uri[start:])
     except ValueError:
-        raise ImageInvalid("The data: URI is not valid base64: encode the image's bytes anew.") from None
+        raise ImageInvalid(
+            "The data: URI is not valid base64: encode the image's bytes anew.", detail="data_uri"
+        ) from None
 
 
 def _forgiving_base64(text: str) -> bytes:
@@ -676,10 +736,15 @@ def _forgiving_base64(text: str) -> bytes:
 def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
     """A regular file strictly below `root`. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
     if root is None:
-        raise ImageBlocked("This worker reads no local files: send a URL or have IDEFICS_IMAGE_ROOT set.")
+        raise ImageBlocked(
+            "This worker reads no local files: send a URL, or have IDEFICS_IMAGE_ROOT set.", detail="path"
+        )
     relative = PurePosixPath(path)
     if relative.is_absolute() or not relative.parts or ".." in relative.parts or "\0" in path:
-        raise ImageBlocked("The image's path leaves the image root: write it from there, without '..'.")
+        raise ImageBlocked(
+            "The image's path leaves the image root (IDEFICS_IMAGE_ROOT): write it from there, without '..'.",
+            detail="path",
+        )
     try:
         try:
             return _read_file(root, relative.parts, max_bytes)
@@ -687,14 +752,19 @@ def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
             # On the way there may be a link, which may lead somewhere below the root.
             return _read_file(*_inside(root, relative), max_bytes)
     except (OSError, RuntimeError, ValueError):
-        raise ImageInvalid("The image's path names no readable file: check it below the image root.") from None
+        raise ImageInvalid(
+            "The image's path names no readable file: check it below the image root (IDEFICS_IMAGE_ROOT).",
+            detail="no_file",
+        ) from None
 
 
 def _inside(root: Path, relative: PurePosixPath) -> tuple[Path, tuple[str, ...]]:
     base = root.resolve(strict=True)
     real = (base / relative).resolve()
     if base not in real.parents:
-        raise ImageBlocked("The image's path leaves the image root: copy the file below the root.")
+        raise ImageBlocked(
+            "The image's path leaves the image root (IDEFICS_IMAGE_ROOT): copy the file below the root.", detail="path"
+        )
     return base, real.relative_to(base).parts
 
 
@@ -717,10 +787,10 @@ def _read_file(base: Path, parts: tuple[str, ...], max_bytes: int) -> bytes:
     with _opened(base, parts) as descriptor:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ImageInvalid("The image's path is no regular file: name one.")
+            raise ImageInvalid("The image's path is no regular file: name one.", detail="no_file")
         data = _contents(descriptor, status.st_size, max_bytes + 1)
     if len(data) > max_bytes:
-        raise ImageTooLarge(f"The image's file has more than {max_bytes:,} bytes: send a smaller one.")
+        raise _too_large("The image's file has", max_bytes)
     return data
 
 

@@ -17,6 +17,7 @@ from PIL import (
     ImageChops,
     JpegImagePlugin,  # noqa: F401
     PngImagePlugin,  # noqa: F401
+    UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
 
@@ -109,7 +110,7 @@ def _decoded(bare: containers.Bare, limits: ImageLimits, target: int | None) -> 
     plain, orientation = _opened(_ended(bare, _END_OF_IMAGE), limits, target)
     other, _ = _opened(_ended(bare, _NO_PIXELS + _END_OF_IMAGE), limits, target)
     if ImageChops.difference(*map(_last_rows, (plain, other))).getbbox():
-        raise ImageInvalid("The JPEG ends before its last pixels: send the whole file.")
+        raise ImageInvalid("The JPEG ends before its last pixels: send the whole file.", detail="truncated")
     return plain, orientation
 
 
@@ -144,21 +145,29 @@ def _translated() -> Iterator[None]:
         # Of this worker: another one, or a later attempt, has room for it.
         raise OutOfMemory from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageTooLarge from None
+        raise ImageTooLarge(detail="pixels") from None
+    except UnidentifiedImageError:
+        raise ImageInvalid(detail="not_a_picture") from None
     except _DECODER_ERRORS:
-        raise ImageInvalid from None
+        raise ImageInvalid(detail="decode") from None
 
 
 def _check_limits(image: Image.Image, limits: ImageLimits) -> None:
     shorter, longer = sorted(image.size)
     if shorter < 1:
-        raise ImageInvalid("The image has no pixels: send another.")
+        raise ImageInvalid("The image has no pixels: send another.", detail="decode")
     if shorter * longer > limits.max_pixels:
-        raise ImageTooLarge(f"The image has more than {limits.max_pixels:,} pixels: send a smaller one.")
+        raise ImageTooLarge(
+            f"The image has more than {limits.max_pixels:,} pixels: send a smaller one.", detail="pixels"
+        )
     if longer > limits.max_edge:
-        raise ImageTooLarge(f"The image's longer side is over {limits.max_edge:,} pixels: send a smaller one.")
+        raise ImageTooLarge(
+            f"The image's longer side is over {limits.max_edge:,} pixels: send a smaller one.", detail="edge"
+        )
     if longer > shorter * limits.max_ratio:
-        raise ImageTooLarge(f"One side of the image is over {limits.max_ratio:g} times the other: crop it.")
+        raise ImageTooLarge(
+            f"One side of the image is over {limits.max_ratio:g} times the other: crop it.", detail="ratio"
+        )
 
 
 def _plain(image: Image.Image) -> Image.Image:

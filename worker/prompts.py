@@ -19,8 +19,8 @@ from tasks.payloads import (
     ChatTextPart,
     Classify,
     Complete,
-    Image,
     ImagePart,
+    ImageSource,
     Job,
     Write,
 )
@@ -30,7 +30,7 @@ from tasks.payloads import (
 class ImageRef:
     """An image's place in a prompt, and where its bytes are."""
 
-    source: Image
+    source: ImageSource
 
 
 Prompt = list[str | ImageRef]

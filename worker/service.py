@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError, OutOfMemory, PromptTooLong
-from tasks.payloads import Classify, ImagePath, Job, ModelInfo, Result, Timing, Usage, parse
+from tasks.payloads import Chat, Classify, ImagePath, Job, ModelInfo, Result, Timing, Usage, parse
 from worker import turns
 from worker.answers import Answers
 from worker.cores import all_cores
@@ -211,6 +211,8 @@ class Service:
 
     def _new_tokens(self, job: Job) -> int:
         most = self._settings.max_new_tokens
+        if isinstance(job, Chat) and job.max_completion_tokens is not None:
+            return min(job.max_completion_tokens, most)
         if job.max_new_tokens is None:
             return min(self._settings.default_new_tokens, most)
         if job.max_new_tokens > most:

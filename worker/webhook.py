@@ -85,7 +85,10 @@ def _check_target(url: str, settings: Settings, look_up: bool) -> None:
     else:
         is_good = not look_up or _is_good_name(host, policy.allow_networks, int(time.monotonic()) // 60)
     if not is_good:
-        raise Refused(f"{host} is not a public address: use one that is or have its network allowed")
+        raise Refused(
+            f"{host} is not a public address: use one that is, or have its network added to "
+            "IDEFICS_CALLBACK_ALLOW_NETWORKS"
+        )
 
 
 def _check_scheme(url: str, settings: Settings) -> None:
@@ -115,6 +118,7 @@ def callback_policy(settings: Settings) -> FetchPolicy:
         max_bytes=ANSWER_BYTES,
         read_s=settings.callback_timeout_s,
         total_s=settings.callback_timeout_s,
+        settings="IDEFICS_CALLBACK",
     )
 
 

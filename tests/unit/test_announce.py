@@ -75,6 +75,12 @@ def test_a_success_is_recorded_with_its_result(announcer: Announcer, outbox: Out
     assert (data["error"], data["metadata"]) == (None, {"row": 7})
 
 
+def test_a_failure_is_recorded_with_its_detail(announcer: Announcer, outbox: Outbox) -> None:
+    tell(announcer, states.FAILURE, ImageInvalid("nothing there", detail="http_404"))
+    error = json.loads(only(outbox).body)["data"]["error"]
+    assert error == {"code": "image_invalid", "message": "nothing there", "detail": "http_404"}
+
+
 def test_a_failure_is_recorded_with_its_code(announcer: Announcer, outbox: Outbox) -> None:
     tell(announcer, states.FAILURE, ImageInvalid("no picture"))
     assert json.loads(only(outbox).body)["data"]["error"] == {"code": "image_invalid", "message": "no picture"}

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from tasks import Caption, DeadlineExceeded, ImageBlocked, InvalidRequest, JobCanceled, JobError, WorkerLost
+from tasks import (
+    Caption,
+    DeadlineExceeded,
+    ImageBlocked,
+    ImageInvalid,
+    InvalidRequest,
+    JobCanceled,
+    JobError,
+    WorkerLost,
+)
 from tasks.batch_lines import Fingerprints, Line, answer, answered, fingerprint, is_failed, read_line
 from tasks.payloads import Chat, Complete
 from tasks.testing import canned
@@ -50,25 +59,169 @@ def test_a_line_of_openais_is_a_chat() -> None:
 def test_openais_options_have_ours_names() -> None:
     asked = openai(max_completion_tokens=100, temperature=0.5, top_p=0.9, seed=7, stop="\n")
     job = line(asked).job()
-    assert (job.max_new_tokens, job.temperature, job.top_p, job.seed, job.stop) == (100, 0.5, 0.9, 7, ["\n"])
+    assert isinstance(job, Chat)
+    assert (job.max_completion_tokens, job.temperature, job.top_p, job.seed, job.stop) == (100, 0.5, 0.9, 7, ["\n"])
     assert line(openai(max_tokens=50, stop=["a", "b"])).job().arguments().keys() == {
         "messages",
-        "max_new_tokens",
+        "max_completion_tokens",
         "stop",
     }
-    assert line(openai(max_tokens=50)).job().max_new_tokens == 50
+    assert line(openai(max_tokens=50)).job().arguments()["max_completion_tokens"] == 50
+    assert line(openai(max_tokens=50, max_completion_tokens=None)).job().arguments()["max_completion_tokens"] == 50
 
 
-def test_openais_options_that_ask_for_nothing_are_passed_over() -> None:
-    asked = openai(n=1, stream=False, user="u", metadata={"a": "b"}, stop=None, response_format={"type": "text"})
-    assert line(asked).job() == line(openai()).job()
+NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "best_of": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "top_k": -1,
+    "min_p": 0,
+    "stream": False,
+    "stream_options": {"include_usage": True},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "functions": [],
+    "function_call": "none",
+    "modalities": ["text"],
+    "reasoning_effort": "low",
+    "user": "u",
+    "store": True,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+    "stop": "",
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("n", 2), ("stream", True), ("tools", []), ("logprobs", True), ("seed", -1)]
+    ("name", "value"), [*NEUTRAL.items(), *((name, None) for name in [*NEUTRAL, "seed", "temperature", "audio"])]
+)
+def test_openais_options_that_ask_for_nothing_are_passed_over(name: str, value: Any) -> None:
+    assert line(openai(**{name: value})).job() == line(openai()).job()
+
+
+def test_a_top_p_of_nothing_is_greedy() -> None:
+    assert line(openai(top_p=0, temperature=0.7)).job() == line(openai()).job()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2),
+        ("stream", True),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("logprobs", True),
+        ("top_logprobs", 5),
+        ("seed", -1),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("logit_bias", {"50256": -100}),
+        ("response_format", {"type": "json_object"}),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "alloy"}),
+        ("reasoning_effort", "high"),
+        ("unheard_of", 1),
+    ],
 )
 def test_openais_options_that_no_worker_has_are_refused_by_name(name: str, value: Any) -> None:
     assert name in refusal(openai(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/v1/chat/completions",
+        "/chat/completions",
+        "/v1/chat/completions/",
+        "/chat/completions?api-version=2024-10-21",
+        "/openai/deployments/my-gpt/chat/completions?api-version=2024-10-21",
+        "https://mine.openai.azure.com/openai/deployments/my-gpt/chat/completions",
+    ],
+)
+def test_azures_forms_of_the_url_are_taken(url: str) -> None:
+    assert line({**openai(), "url": url}).job() == line(openai()).job()
+
+
+@pytest.mark.parametrize("url", ["/v1/completions", "/v1/responses", "completions", "/x/chat", "", None, 5, "http://["])
+def test_another_url_is_refused(url: Any) -> None:
+    assert "/v1/chat/completions" in refusal({**openai(), "url": url})
+
+
+def test_a_conversation_as_it_was_echoed_is_taken() -> None:
+    echoed = {
+        "role": "assistant",
+        "content": "A cat.",
+        "refusal": None,
+        "audio": None,
+        "tool_calls": None,
+        "function_call": None,
+        "annotations": [],
+    }
+    asked = openai(
+        messages=[
+            {"role": "developer", "content": "Be brief.", "name": "policy"},
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": URL, "cache_control": None}],
+                "name": "ann",
+            },
+            echoed,
+            {"role": "assistant", "content": None, "refusal": "I cannot say."},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL, "detail": None}}]},
+        ]
+    )
+    picture = [{"type": "image_url", "image_url": {"url": URL}}]
+    plain = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": picture},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "assistant", "content": "I cannot say."},
+        {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+        {"role": "user", "content": picture},
+    ]
+    assert line(asked).job().arguments()["messages"] == plain
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([{"type": "image_url", "image_url": {"url": 5}}], "messages.0.content.0.image_url.url: "),
+        ([{"type": "image_url", "image_url": {"url": "a.jpg"}}], "messages.0.content.0.image_url.url: an image is"),
+        ([{"type": "image_url"}], "messages.0.content.0.image_url: "),
+        ([{"type": "text", "text": 5}], "messages.0.content.0.text: "),
+        ([{"type": "input_audio", "input_audio": {}}], "messages.0.content.0: type is one of"),
+        ([{"text": "a"}], "messages.0.content.0: type is one of"),
+        (["a"], "messages.0.content.0: "),
+        (5, "messages.0.content: "),
+        (None, "messages.0.content: "),
+    ],
+)
+def test_an_error_in_a_message_is_one_place_and_one_reason(content: Any, told: str) -> None:
+    message = refusal(openai(messages=[{"role": "user", "content": content}]))
+    assert message.startswith(told)
+    assert ";" not in message.replace("...;base64", "")
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [
+        ({"role": "tool", "content": "a"}, "role"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"),
+        ({"role": "user", "content": "a", "audio": {"id": "x"}}, "audio"),
+    ],
+)
+def test_a_message_that_asks_for_what_no_worker_does_is_refused_by_name(message: Any, name: str) -> None:
+    assert name in refusal(openai(messages=[message, *MESSAGES]))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +261,12 @@ def test_our_answer_is_a_result_or_an_error() -> None:
     error = {"code": "image_blocked", "message": "no"}
     assert answer(line(OURS), ImageBlocked("no"), "job") == {"custom_id": "r1", "error": error}
     assert answer(line(OURS), JobCanceled(), "job")["error"]["code"] == "canceled"
+
+
+def test_an_error_has_its_detail() -> None:
+    gone = ImageInvalid("nothing there", detail="http_404")
+    assert answer(line(OURS), gone, "job")["error"]["detail"] == "http_404"
+    assert answer(line(openai()), gone, "job")["response"]["body"]["error"]["detail"] == "http_404"
 
 
 def test_openais_answer_is_a_chat_completion() -> None:

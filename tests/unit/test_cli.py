@@ -87,16 +87,48 @@ def test_lists_of_objects_are_built_up_as_json() -> None:
     assert [message["content"] for message in arguments(Chat, fields)["messages"]] == ["Hello", "Bye"]
 
 
+JPEG = b"\xff\xd8\xff\xe0picture"
+
+
 def test_a_file_becomes_a_data_uri(tmp_path: Path) -> None:
-    (tmp_path / "cat.jpg").write_bytes(b"picture")
-    expected = f"data:image/jpeg;base64,{base64.b64encode(b'picture').decode()}"
+    (tmp_path / "cat.jpg").write_bytes(JPEG)
+    expected = f"data:image/jpeg;base64,{base64.b64encode(JPEG).decode()}"
     assert arguments(Caption, (f"image=@{tmp_path}/cat.jpg",)) == {"image": expected}
     assert arguments(Write, (f"images=@{tmp_path}/cat.jpg", f"images={URL}")) == {"images": [expected, URL]}
 
 
-def test_a_file_without_a_known_ending_is_called_an_image(tmp_path: Path) -> None:
-    (tmp_path / "cat").write_bytes(b"picture")
-    assert data_uri(tmp_path / "cat").startswith("data:image/png;base64,")
+def test_a_file_is_what_its_first_bytes_say(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(JPEG)
+    assert data_uri(tmp_path / "cat.png").startswith("data:image/jpeg;base64,")
+
+
+def test_a_file_that_is_no_picture_is_refused_before_it_is_sent(client: Recorder, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"<html>")
+    outcome = run("submit", "caption", f"image=@{tmp_path}/cat.png")
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr.startswith("image_invalid: ")
+    assert client.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("task", "field"), [("caption", "image"), ("write", "images"), ("complete", "prompt"), ("answer", "question")]
+)
+def test_a_file_without_its_mark_is_told_how_it_is_sent(
+    task: str, field: str, client: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat.png").write_bytes(JPEG)
+    outcome = run("submit", task, f"{field}=cat.png")
+    assert outcome.exit_code == 2
+    assert f"write {field}=@cat.png" in outcome.stderr
+    assert client.submitted == []
+
+
+def test_a_word_that_is_also_a_files_name_stays_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "food").write_text("a list")
+    assert arguments(Classify, ("labels=food",)) == {"labels": ["food"]}
+    assert arguments(Classify, (f"labels={'a' * 5000}",)) == {"labels": ["a" * 5000]}
 
 
 @pytest.mark.parametrize(

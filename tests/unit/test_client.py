@@ -20,14 +20,21 @@ from kombu.exceptions import OperationalError
 from kombu.message import Message
 
 from tasks import (
+    BrokerRefused,
+    BrokerUnavailable,
     Callback,
     Caption,
     Client,
     Complete,
+    ConfigurationError,
+    IdeficsError,
     ImageBlocked,
     Internal,
     InvalidRequest,
     JobCanceled,
+    JobTimeout,
+    NotFound,
+    NotPermitted,
     QueueFull,
     capacity,
 )
@@ -253,7 +260,7 @@ def test_many_wait_in_asyncio_without_a_thread_each(client: Client) -> None:
         return await asyncio.gather(*(job.aresult(timeout=0.3) for job in jobs), return_exceptions=True)
 
     began = time.monotonic()
-    assert {type(outcome) for outcome in asyncio.run(story())} == {TimeoutError}
+    assert {type(outcome) for outcome in asyncio.run(story())} == {JobTimeout}
     assert time.monotonic() - began < 3
 
 
@@ -371,6 +378,112 @@ def test_a_payload_that_breaks_the_contract_is_not_sent(client: Client) -> None:
         client.submit(Caption(image="file:///etc/passwd"))
     with pytest.raises(ValueError, match="prompt"):
         client.submit(Complete(prompt=[]))
+
+
+# One base of all errors
+
+NOWHERE = "redis://127.0.0.1:1/0"
+
+
+def without_patience(client: Client) -> Client:
+    client.app.conf.update(
+        task_publish_retry=False,
+        result_backend_transport_options={"retry_policy": {"max_retries": 0}},
+        redis_retry_on_timeout=False,
+    )
+    return client
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.ping(),
+        lambda client: client.submit(JOB),
+        lambda client: client.submit(JOB.model_copy(update={"idempotency_key": "k"})),
+        lambda client: client.submit_many([JOB]),
+        lambda client: client.queued(),
+        lambda client: client.outcomes(["a"]),
+        lambda client: client.forget(["a"]),
+        lambda client: list(client.failed()),
+        lambda client: client.retry("a"),
+        lambda client: client.cancel("a"),
+        lambda client: client.status("a"),
+        lambda client: client.result("a"),
+        lambda client: asyncio.run(client.aresult("a")),
+        lambda client: asyncio.run(client.astatus("a")),
+        lambda client: asyncio.run(client.acancel("a")),
+        lambda client: asyncio.run(client.aoutcomes(["a"])),
+        lambda client: asyncio.run(client.aforget(["a"])),
+        lambda client: asyncio.run(client.aqueued()),
+        lambda client: asyncio.run(client.aping()),
+        lambda client: asyncio.run(client.afailed()),
+        lambda client: asyncio.run(client.aretry("a")),
+    ],
+)
+def test_a_broker_that_is_away_is_one_of_our_errors(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "AWAY_S", 0.0)
+    client = without_patience(Client(NOWHERE, max_queued=None, max_memory=None))
+    with pytest.raises(BrokerUnavailable) as away:
+        call(client)
+    assert (away.value.code, away.value.retryable, away.value.http_status) == ("broker_unavailable", True, 503)
+    assert isinstance(away.value, ConnectionError)
+    assert isinstance(away.value, OperationalError)
+    assert isinstance(away.value, redis.ConnectionError)
+
+
+def test_what_redis_refuses_is_one_of_our_errors(broker: stack.Broker) -> None:
+    with broker.connect() as server:
+        server.execute_command("ACL", "SETUSER", "nobody", "on", ">pw", "~*", "&*", "+@all", "-mget", "-zrange")
+    client = Client(broker.url.replace("//", "//nobody:pw@"))
+    with pytest.raises(NotPermitted) as refused:
+        client.outcomes(["a"])
+    assert isinstance(refused.value, redis.exceptions.NoPermissionError)
+    with pytest.raises(BrokerRefused):
+        list(client.failed())
+
+
+def test_a_job_that_is_no_failed_one_is_not_found(broker: stack.Broker) -> None:
+    with pytest.raises(NotFound) as unknown:
+        Client(broker.url).retry("a")
+    assert isinstance(unknown.value, LookupError)
+
+
+@pytest.mark.parametrize("url", ["memory://", "redis://a/x", "redis://host/0?db=1", "rediss://[/0"])
+def test_a_url_that_cannot_be_used_is_one_of_our_errors(url: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        Client(url)
+    assert isinstance(refused.value, ValueError)
+
+
+def test_an_app_without_results_says_so() -> None:
+    client = Client(app=Celery("backend", broker="memory://", set_as_current=False), queue=uuid.uuid4().hex)
+    job = client.submit(JOB)
+    for call in (lambda: job.status, lambda: job.result(1), lambda: client.outcomes([job.id]), client.failed):
+        with pytest.raises(ConfigurationError, match="result"):
+            call()
+
+
+def test_another_tasks_result_is_an_error_of_ours(client: Client, id: str) -> None:
+    end(client, id, "a text", states.SUCCESS)
+    with pytest.raises(IdeficsError, match="check the id") as foreign:
+        client.result(id, timeout=1)
+    assert foreign.value.detail == "foreign_result"
+
+
+def test_asyncio_has_the_rest_too(client: Client) -> None:
+    async def story() -> None:
+        job = await client.asubmit(JOB)
+        assert await job.astatus() == await client.astatus(job.id) == "starting"
+        end(client, job.id, canned("an answer", JOB).model_dump(mode="json"), states.SUCCESS)
+        assert (await client.aoutcomes(iter([job.id])))[job.id] == await job.aresult()
+        await client.aforget(iter([job.id]))
+        assert await client.astatus(job.id) == "starting"
+        await job.acancel()
+        await client.acancel(job.id)
+        await client.aping()
+        assert await client.aqueued() == 1
+
+    asyncio.run(story())
 
 
 # A broker without room

@@ -7,13 +7,32 @@ import pickle
 import sys
 
 import pytest
+import redis
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.serialization import create_exception_cls, get_pickleable_exception, get_pickled_exception
+from kombu.exceptions import OperationalError
+from redis.exceptions import NoPermissionError
 
 import tasks
-from tasks.errors import ERRORS, PUBLIC_MODULE, Internal, JobCanceled, JobError, from_exception
+from tasks import errors
+from tasks.batch import JobsLost
+from tasks.batch_input import NotJsonLines
+from tasks.errors import (
+    ERRORS,
+    PUBLIC_MODULE,
+    BrokerUnavailable,
+    IdeficsError,
+    ImageInvalid,
+    Internal,
+    JobCanceled,
+    JobError,
+    QueueFull,
+    from_broker,
+    from_exception,
+)
 from tasks.testing import canned
+from tasks.webhooks import InvalidWebhook
 
 CODES = {
     "invalid_request": "InvalidRequest",
@@ -149,3 +168,103 @@ def test_a_canceled_job_keeps_its_text_so_far_through_pickle() -> None:
 
 def test_a_canceled_job_is_not_a_failed_one() -> None:
     assert not issubclass(JobCanceled, JobError)
+
+
+# One base
+
+#: Every error of the package, with what it was before there was one base, or is beside it.
+KINDS = {
+    **dict.fromkeys(ERRORS.values(), Exception),
+    JobCanceled: Exception,
+    QueueFull: Exception,
+    errors.JobTimeout: TimeoutError,
+    BrokerUnavailable: (ConnectionError, redis.ConnectionError, redis.TimeoutError, OperationalError),
+    errors.BrokerRefused: redis.ResponseError,
+    errors.NotPermitted: NoPermissionError,
+    errors.ConfigurationError: ValueError,
+    errors.NotFound: LookupError,
+    JobsLost: Exception,
+    NotJsonLines: ValueError,
+    InvalidWebhook: ValueError,
+}
+
+
+def test_every_error_of_the_package_is_listed_here() -> None:
+    def kinds(base: type) -> set[type]:
+        return {base, *(one for kind in base.__subclasses__() for one in kinds(kind))}
+
+    public = {kind for kind in kinds(IdeficsError) if kind.__module__.startswith(("tasks.", "idefics_jobs."))}
+    assert {kind.__name__ for kind in public} - {kind.__name__ for kind in KINDS} == {"IdeficsError", "JobError"}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_error_is_an_idefics_error_and_what_it_was_before(kind: type[IdeficsError]) -> None:
+    assert issubclass(kind, IdeficsError)
+    for before in KINDS[kind] if isinstance(KINDS[kind], tuple) else (KINDS[kind],):
+        assert issubclass(kind, before)
+    assert kind.code != "internal" or kind is Internal
+    assert isinstance(kind.retryable, bool)
+    assert 400 <= kind.http_status < 600
+
+
+def test_what_may_pass_is_no_fault_of_the_request() -> None:
+    assert {kind.http_status for kind in KINDS if kind.retryable} == {424, 503, 504}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OperationalError("away"), BrokerUnavailable),
+        (redis.ConnectionError("away"), BrokerUnavailable),
+        (redis.TimeoutError("away"), BrokerUnavailable),
+        (redis.ResponseError("WRONGTYPE"), errors.BrokerRefused),
+        (NoPermissionError("NOPERM"), errors.NotPermitted),
+    ],
+)
+def test_what_the_broker_raises_becomes_one_of_ours(error: Exception, kind: type) -> None:
+    ours = from_broker(error)
+    assert type(ours) is kind
+    assert str(error) in str(ours)
+    assert from_broker(ours) is ours
+    assert repr(ours) == f"{kind.__name__}({str(ours)!r})"
+
+
+def test_an_error_says_what_a_web_application_answers() -> None:
+    status, body = ImageInvalid("There is no picture.", detail="http_404").response()
+    assert status == 422
+    assert body == {
+        "error": {
+            "code": "image_invalid",
+            "message": "There is no picture.",
+            "detail": "http_404",
+            "retryable": False,
+        }
+    }
+
+
+def test_a_web_applications_users_do_not_see_the_names_of_its_hosts() -> None:
+    status, body = from_broker(redis.ConnectionError("redis.internal:6379")).response()
+    assert status == 503
+    assert "redis.internal" not in json.dumps(body)
+
+
+# The detail
+
+
+@each_error
+def test_a_detail_is_the_third_argument_and_survives_every_way(code: str, app: Celery) -> None:
+    error = ERRORS[code]("The cure.", detail="http_404")
+    assert error.args == (code, "The cure.", "http_404")
+    assert str(error) == "The cure."
+    for again in (
+        pickle.loads(pickle.dumps(error)),
+        get_pickled_exception(get_pickleable_exception(error)),
+        from_exception(create_exception_cls(CODES[code], "celery.exceptions")(*error.args)),
+        from_exception(stored(app, error)),
+    ):
+        assert (type(again), again.args, again.detail) == (ERRORS[code], error.args, "http_404")
+
+
+def test_an_error_without_a_detail_has_none() -> None:
+    assert Internal("The cure.").detail is None
+    assert from_exception(Exception("internal", "The cure.", None)).args == ("internal", "The cure.")

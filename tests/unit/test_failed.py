@@ -401,6 +401,27 @@ def test_ls_filters(run: Any, filters: tuple[str, ...], found: list[str]) -> Non
     assert [json.loads(line)["id"] for line in lines] == found
 
 
+def test_a_detail_sorts_failures_of_one_code(run: Any, jobs: FailedJobs) -> None:
+    for id, detail in (("d", "http_404"), ("e", "not_a_picture"), ("f", "http_404")):
+        jobs.keep(job(id, code="image_invalid", detail=detail), signature(id), WIDE)
+    found = [json.loads(line) for line in run("ls", "--json", "--detail", "http_404").output.splitlines()]
+    assert [(one["id"], one["code"], one["detail"]) for one in found] == [
+        ("d", "image_invalid", "http_404"),
+        ("f", "image_invalid", "http_404"),
+    ]
+    counts = run("ls", "--code", "image_invalid").output.splitlines()[-1]
+    assert counts == "3 failed jobs: 2 image_invalid/http_404, 1 image_invalid/not_a_picture"
+
+
+def test_a_record_of_a_newer_worker_is_read(jobs: FailedJobs, client: Client) -> None:
+    jobs.keep(job("n"), signature("n"), WIDE)
+    redis = client.app.backend.client
+    about = json.loads(redis.hget(failed.KEYS[2], "n"))
+    redis.hset(failed.KEYS[2], "n", json.dumps({**about, "added_later": 1}))
+    assert jobs.get("n").id == "n"
+    assert [one.id for one in jobs] == ["n"]
+
+
 def test_show_leaves_secrets_out_unless_told(run: Any) -> None:
     shown = json.loads(run("show", "a").output)
     assert shown["signature"]["kwargs"] == {

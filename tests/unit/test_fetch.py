@@ -986,6 +986,52 @@ def test_a_status_that_stays_is_not_retryable(status: int, fetcher: Fetcher, goo
     with pytest.raises(ImageInvalid, match=str(status)) as failure:
         fetcher.fetch(f"http://good.test:{good.port}/status/{status}")
     assert not failure.value.retryable
+    assert failure.value.args[2:] == (f"http_{status}",)
+
+
+def test_a_failures_detail_says_what_it_was(policy: FetchPolicy, good: Server, root: Path) -> None:
+    fetcher = Fetcher(replace(policy, root=root, max_bytes=100))
+    base = f"http://good.test:{good.port}"
+    with Server(GOOD) as gone:
+        pass
+    sources: dict[str, Any] = {
+        "http_404": f"{base}/status/404",
+        "http_410": f"{base}/status/410",
+        "http_503": f"{base}/status/503",
+        "redirects": f"{base}/hops/9",
+        "port": "http://good.test:25/",
+        "dns": f"http://unknown.test:{good.port}/",
+        "url": "http://user@good.test/",
+        "data_uri": "data:image/png;base64,*",
+        "path": ImagePath(path="../a"),
+        "no_file": ImagePath(path="none.jpg"),
+        "bytes": f"data:image/png;base64,{'A' * 1_000}",
+        "network": f"http://127.0.0.1:{good.port}/",
+    }
+    for detail, source in sources.items():
+        with pytest.raises(JobError) as failure:
+            fetcher.fetch(source)
+        assert failure.value.detail == detail
+    with pytest.raises(ImageUnreachable) as failure:
+        Fetcher(replace(policy, ports=(gone.port,))).fetch(f"http://good.test:{gone.port}/ok")
+    assert failure.value.detail == "connection"
+
+
+def test_a_refusal_names_the_setting_that_would_allow_it_and_nothing_of_the_url(
+    policy: FetchPolicy, good: Server, root: Path
+) -> None:
+    base = f"http://good.test:{good.port}/s3cret"
+    for setting, source, changed in [
+        ("IDEFICS_IMAGE_PORTS", "http://good.test:25/s3cret", policy),
+        ("IDEFICS_IMAGE_ALLOW_DOMAINS", base, replace(policy, allow_domains=("a.test",))),
+        ("IDEFICS_IMAGE_ALLOW_NETWORKS", f"http://127.0.0.1:{good.port}/s3cret", policy),
+        ("IDEFICS_IMAGE_ROOT", ImagePath(path="s3cret"), policy),
+        ("IDEFICS_IMAGE_ROOT", ImagePath(path="../s3cret"), replace(policy, root=root)),
+        ("IDEFICS_IMAGE_MAX_BYTES", f"data:image/png;base64,{'A' * 100}", replace(policy, max_bytes=10)),
+    ]:
+        with pytest.raises(JobError, match=setting) as refused:
+            Fetcher(changed).fetch(source)
+        assert "s3cret" not in str(refused.value)
 
 
 def test_a_refused_connection_is_retryable(policy: FetchPolicy) -> None:

@@ -696,3 +696,18 @@ def test_many_threads_open_pictures_at_once() -> None:
     data = [encoded(picture(), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF")] * 16
     with ThreadPoolExecutor(8) as threads:
         assert {image.size for image in threads.map(open_image, data)} == {SIZE}
+
+
+def test_a_failures_detail_says_what_it_was() -> None:
+    good = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(good, "PNG")
+    for data, limits, detail in [
+        (b"<!doctype html><title>Log in</title>", DEFAULT_LIMITS, "not_a_picture"),
+        (good.getvalue()[:60], DEFAULT_LIMITS, "decode"),
+        (good.getvalue(), ImageLimits(max_pixels=10), "pixels"),
+        (good.getvalue(), ImageLimits(max_edge=10), "edge"),
+        (good.getvalue(), ImageLimits(max_ratio=0.5), "ratio"),
+    ]:
+        with pytest.raises(JobError) as failure:
+            open_image(data, limits)
+        assert failure.value.detail == detail

@@ -169,6 +169,13 @@ def test_more_tokens_than_the_worker_gives_are_refused(start: Start) -> None:
         start(max_new_tokens=5, default_new_tokens=5).run(complete("a", max_new_tokens=6), TICKET)
 
 
+def test_a_chat_of_more_completion_tokens_than_a_worker_gives_is_cut_by_length(start: Start) -> None:
+    for asked in (6, 10**30):
+        chat = job("chat", messages=[{"role": "user", "content": "a" * 90}], max_completion_tokens=asked)
+        result = start(max_new_tokens=5, default_new_tokens=5).run(chat, TICKET)
+        assert (result.finish_reason, result.usage.completion_tokens) == ("length", 5)
+
+
 def test_more_images_than_the_worker_takes_are_refused_before_any_is_fetched(start: Start) -> None:
     blocked = "http://127.0.0.1/a.png"
     with pytest.raises(InvalidRequest, match=r"3 images.*2"):

@@ -1,0 +1,161 @@
+"""Pictures that a producer has at hand, as `data:` URIs.
+
+    Caption(image=Image.from_file("cat.jpg"))
+    Caption(image=Image.from_bytes(request.files["photo"].read(), max_side=1024))
+
+A `pathlib.Path`, `bytes`, an open file, an upload (Django's, FastAPI's) or a Pillow image may also stand where a
+payload takes an image: it is read then.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .errors import ConfigurationError, ImageInvalid, ImageTooLarge
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+#: How the files begin that the workers read: at which byte, with what.
+_KINDS: dict[str, tuple[tuple[int, tuple[bytes, ...]], ...]] = {
+    "image/jpeg": ((0, (b"\xff\xd8\xff",)),),
+    "image/png": ((0, (b"\x89PNG\r\n\x1a\n",)),),
+    "image/gif": ((0, (b"GIF87a", b"GIF89a")),),
+    "image/webp": ((0, (b"RIFF",)), (8, (b"WEBP",))),
+    "image/avif": ((4, (b"ftypavif", b"ftypavis")),),
+}
+#: Bytes that no job has room for as base64, whatever the workers allow.
+MAX_BYTES = 200_000_000
+JPEG_QUALITY = 92
+
+
+class Image:
+    """Makes an image of a payload from what is at hand. As a field's type in a model of yours: what a payload takes."""
+
+    @staticmethod
+    def from_bytes(data: bytes | bytearray | memoryview, *, max_side: int | None = None) -> str:
+        """A picture's file as a `data:` URI. `max_side`: scaled down to so many pixels, which needs Pillow.
+
+        Raises ImageInvalid for what is no JPEG, PNG, WebP, GIF or AVIF; with `max_side`, what Pillow reads is taken.
+        """
+        content = bytes(data)
+        if max_side is not None:
+            content = _scaled(content, max_side)
+        kind = media_type(content)
+        if kind is None:
+            raise ImageInvalid(
+                "The bytes are no JPEG, PNG, WebP, GIF or AVIF picture: send it in one of these forms.",
+                detail="not_a_picture",
+            )
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+    @staticmethod
+    def from_file(file: str | os.PathLike[str] | BinaryIO | Any, *, max_side: int | None = None) -> str:
+        """A picture's file, by its path or open, as a `data:` URI; see `from_bytes`. Read from its beginning.
+
+        Raises ImageInvalid where it cannot be read.
+        """
+        return Image.from_bytes(_content(Path(file) if isinstance(file, str) else file), max_side=max_side)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from .payloads import ImageSource
+
+        return handler.generate_schema(ImageSource)
+
+
+def media_type(data: bytes) -> str | None:
+    """What a file's first bytes say that it is, of the kinds that the workers read."""
+    return next((kind for kind, parts in _KINDS.items() if all(data.startswith(one, at) for at, one in parts)), None)
+
+
+def is_at_hand(value: Any) -> bool:
+    """Whether a value is a picture that can be read here: no JSON says one."""
+    if isinstance(value, str | dict):
+        return False
+    is_file = isinstance(value, os.PathLike) or hasattr(value, "read")
+    return is_file or isinstance(value, bytes | bytearray | memoryview) or _is_pillows(value)
+
+
+def _is_pillows(value: Any) -> bool:
+    return hasattr(value, "tobytes") and hasattr(value, "getbands") and hasattr(value, "save")
+
+
+def _content(source: Any) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if _is_pillows(source):
+        return _saved(source, "PNG")
+    try:
+        content = _of_path(source) if isinstance(source, os.PathLike) else _of_file(source)
+    except (OSError, ValueError) as error:
+        # Django's field without a file raises ValueError.
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise ImageInvalid(f"The picture's file cannot be read ({problem}): check it.", detail="no_file") from None
+    if not isinstance(content, bytes):
+        raise ImageInvalid("The picture's file is open as text: open it in binary mode.", detail="no_file")
+    if len(content) > MAX_BYTES:
+        raise ImageTooLarge(f"The picture has more than {MAX_BYTES:,} bytes: send it by URL.", detail="bytes")
+    return content
+
+
+def _of_path(path: os.PathLike[str]) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(MAX_BYTES + 1)
+
+
+def _of_file(file: Any) -> Any:
+    if inspect.iscoroutinefunction(getattr(file, "read", None)):
+        # FastAPI's upload has a plain file inside.
+        file = file.file
+    was_closed = getattr(file, "closed", False)
+    if callable(getattr(file, "open", None)):
+        # Django's: its field may be closed, or at the end of what was just saved.
+        file.open()
+    if hasattr(file, "seekable") and file.seekable():
+        file.seek(0)
+    try:
+        return file.read(MAX_BYTES + 1)
+    finally:
+        if was_closed:
+            file.close()
+
+
+def _scaled(content: bytes, max_side: int) -> bytes:
+    try:
+        from PIL import Image as Pillow
+        from PIL import ImageOps
+    except ImportError:
+        raise ConfigurationError(
+            "max_side needs Pillow: install it (pip install pillow), or leave max_side out."
+        ) from None
+    if max_side < 1:
+        raise ConfigurationError("max_side is the pixels of the longer side: 1 or more.")
+    try:
+        with Pillow.open(io.BytesIO(content)) as image:
+            if max(image.size) <= max_side and media_type(content):
+                return content
+            image.draft("RGB", (max_side, max_side))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode == "P" or upright.mode.startswith("I"):
+                # Scaling a palette's numbers would make up colours.
+                upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+            upright.thumbnail((max_side, max_side), Pillow.Resampling.LANCZOS)
+            is_clear = upright.has_transparency_data
+            return _saved(upright.convert("RGBA" if is_clear else "RGB"), "PNG" if is_clear else "JPEG")
+    except Pillow.DecompressionBombError:
+        raise ImageTooLarge("The picture has too many pixels to be scaled down.", detail="pixels") from None
+    except (OSError, ValueError, SyntaxError):
+        raise ImageInvalid("The picture cannot be read: send another file.", detail="decode") from None
+
+
+def _saved(image: Any, form: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **({"quality": JPEG_QUALITY} if form == "JPEG" else {}))
+    return file.getvalue()
