@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from tasks import Client
 from worker.demo import stack
 
 PICTURES = stack.CHECKOUT / "worker" / "demo" / "pictures"
+EXAMPLES = stack.CHECKOUT / "examples" / "pictures"
 
 
 @pytest.fixture(scope="session")
@@ -36,13 +38,18 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def pictures_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A web server's address with the shipped pictures; `cat.png` is the golden one, `duck.png` one of them."""
+def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped pictures and those of the examples, `cat.png` among them."""
     folder = tmp_path_factory.mktemp("pictures")
-    shutil.copytree(PICTURES, folder, dirs_exist_ok=True)
-    shutil.copy(PICTURES.parent / "checkpoint" / "golden.png", folder / "cat.png")
-    shutil.copy(next(folder.glob("1-duck-*.png")), folder / "duck.png")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    for source in (PICTURES, EXAMPLES):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures_url(pictures_folder: Path) -> Iterator[str]:
+    """A web server's address with the pictures of `pictures_folder`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(pictures_folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -50,11 +57,11 @@ def pictures_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def demo_broker(pictures_url: str) -> Iterator[stack.Broker]:
+def demo_broker(pictures_folder: Path, pictures_url: str) -> Iterator[stack.Broker]:
     """A Redis server with a worker that serves the bundled model, its pictures and those of `pictures_url`."""
     settings = {
         "MODEL": "demo",
-        "IMAGE_ROOT": str(PICTURES),
+        "IMAGE_ROOT": str(pictures_folder),
         "IMAGE_ALLOW_NETWORKS": "127.0.0.0/8",
         "IMAGE_PORTS": pictures_url.rpartition(":")[2],
         "RETRY_BACKOFF_S": "0.2",

@@ -82,7 +82,7 @@ def test_a_result_has_the_contracts_form(demo_broker: Broker) -> None:
     arguments = {"image": {"path": shown.file}, "labels": list(CATEGORIES), "metadata": {"row": 7}}
     [(_, result)] = ask(demo_broker, [("idefics.classify", arguments)])
     assert set(result) == {
-        "text", "finish_reason", "label", "scores", "usage", "model", "timing", "metadata",
+        "text", "finish_reason", "label", "scores", "usage", "model", "timing", "generation", "metadata",
     }  # fmt: skip
     assert set(result["scores"]) == set(CATEGORIES)
     assert sum(result["scores"].values()) == pytest.approx(1.0)
