@@ -167,12 +167,23 @@ def _image_server(root: Path) -> Iterator[int]:
 
 def memory(root: Path) -> dict[str, Any]:
     """Megabytes of Celery's process and of the model's after each thousand of 10,000 jobs, with small caches."""
+    return _memory(root, lambda picture: _caption(picture, None))
+
+
+def memory_by_url(root: Path) -> dict[str, Any]:
+    """The same for pictures that come from a server."""
+    with _image_server(root) as port:
+        network = {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(port), "IMAGE_HOST_TURNS": "1000"}
+        return _memory(root, lambda picture: _caption(picture, port), **network)
+
+
+def _memory(root: Path, job: Callable[[ImagePath], Job], **settings: str) -> dict[str, Any]:
     book = PictureBook(root)
     caches = {"IMAGE_CACHE_BYTES": "8000000", "FEATURE_CACHE_BYTES": "8000000"}
     megabytes: list[list[int]] = []
-    with worker(root, MODEL="demo", **caches) as ours:
+    with worker(root, MODEL="demo", **caches, **settings) as ours:
         for _ in range(10):
-            ours.run([Caption(image=book.new(), max_new_tokens=20) for _ in range(1000)])
+            ours.run([job(book.new()) for _ in range(1000)])
             both = [ours.process, *ours.process.children()]
             megabytes.append([process.memory_info().rss // 2**20 for process in both])
     return {"parent_mb": [row[0] for row in megabytes], "model_mb": [row[1] for row in megabytes]}
@@ -182,7 +193,7 @@ def _rounded(numbers: Sequence[float]) -> list[float]:
     return [round(number, 3) for number in numbers]
 
 
-MEASURES = (queue, steps, short, downloads, memory)
+MEASURES = (queue, steps, short, downloads, memory, memory_by_url)
 
 
 def _in_a_folder(measure: Callable[[Path], Any]) -> Any:

@@ -715,13 +715,16 @@ def test_nobody_joins_a_batch_that_does_not_ask() -> None:
         submit(engine, row())
         assert gate.entered.wait(SOON)
         assert engine.pace.capacity == 1
+        eventually(lambda: 0.05 < engine.pace.closed_s < SOON)
         gate.opened.set()
+        eventually(lambda: engine.pace.closed_s == 0)
 
 
 def test_a_batch_that_asks_has_room_for_others() -> None:
     with running(Joinable(step_s=0.01)) as engine:
         submit(engine, long := row(wanted=1_000))
         eventually(lambda: engine.pace.capacity == LIMITS.rows)
+        assert engine.pace.closed_s == 0
         submit(engine, beams := row(wanted=1_000, beams=LIMITS.rows))
         eventually(lambda: engine.pace.capacity == 1)
         engine.cancel(long)

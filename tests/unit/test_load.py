@@ -66,6 +66,13 @@ def test_all_that_waits_in_a_slow_worker_goes_to_idle_ones() -> None:
     assert surplus(holding(SLOW, 32), [holding(FAST, -16), holding(FAST, -16)], 0) == 32
 
 
+def test_the_last_job_does_not_wait_for_a_slow_batch_that_it_cannot_join() -> None:
+    nearly_done = holding(FAST, 64)
+    assert surplus(Load(16, 2.5, 1, closed_s=2.0), [nearly_done], 0) == 1
+    assert surplus(Load(16, 2.5, 1), [Load(16, 2.5, 16)], 0) == 0
+    assert leaves_to_others(Load(16, 2.5, 0, closed_s=2.0), [Load(16, 2.5, 0)], 1)
+
+
 def test_workers_alike_share_what_is_left() -> None:
     slow = holding(SLOW, 48)
     assert 16 <= surplus(slow, [holding(SLOW, -16)], 0) <= 40

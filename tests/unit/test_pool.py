@@ -455,7 +455,7 @@ def test_a_pool_wants_no_jobs_while_suspects_run(started: Bench) -> None:
 def test_a_pool_wants_no_jobs_while_its_process_is_silent(started: Bench) -> None:
     started.process.last_sign -= 0.11 * HANG_S
     assert not started.pool.wants_jobs
-    started.process.say("beat", {}, (THREADS, THREADS, 0.0))
+    started.process.say("beat", {}, (THREADS, THREADS, 0.0, 0.0))
     started.until(lambda: started.pool.wants_jobs)
 
 
@@ -477,8 +477,8 @@ def test_a_pool_tells_its_load(started: Bench) -> None:
     slots = Settings().max_batch_size
     started.submit("a", "b")
     assert started.pool.load.unbegun == 2 - slots
-    started.process.say("beat", {}, (1, 1.0, 2.5))
-    started.until(lambda: started.pool.load == Load(1.0, 2.5, 1))
+    started.process.say("beat", {}, (1, 1.0, 2.5, 2.0))
+    started.until(lambda: started.pool.load == Load(1.0, 2.5, 1, closed_s=2.0))
 
 
 def test_a_pool_whose_model_loads_begins_nothing(started: Bench) -> None:
@@ -493,7 +493,7 @@ def test_a_pool_whose_model_loads_begins_nothing(started: Bench) -> None:
 
 def test_a_full_pool_whose_places_wait_for_images_takes_nothing(started: Bench) -> None:
     started.submit(*map(str, range(THREADS)))
-    started.process.say("beat", {}, (2 * THREADS, 1.0, 1.0))
+    started.process.say("beat", {}, (2 * THREADS, 1.0, 1.0, 0.0))
     started.until(lambda: not started.pool.load.is_open)
 
 
@@ -1021,7 +1021,7 @@ def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(sta
 def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     process = started.process
     process.last_sign -= HANG_S - 0.01
-    process.say("beat", {}, (THREADS, THREADS, 0.0))
+    process.say("beat", {}, (THREADS, THREADS, 0.0, 0.0))
     started.settle()
     assert not process.is_killed
 
@@ -1210,7 +1210,7 @@ def test_a_worker_is_unhealthy_long_before_its_silent_process_is_replaced(starte
     started.process.last_sign -= 0.11 * HANG_S
     started.until(lambda: health() == "UNHEALTHY")
     assert not started.process.is_killed
-    started.process.say("beat", {}, (THREADS, THREADS, 0.0))
+    started.process.say("beat", {}, (THREADS, THREADS, 0.0, 0.0))
     started.until(lambda: health() == "READY")
 
 

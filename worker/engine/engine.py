@@ -73,6 +73,8 @@ class Pace(NamedTuple):
     width: float
     #: Seconds that a row takes once it has begun; 0 where none has.
     job_s: float
+    #: Seconds that a batch which none may join still takes.
+    closed_s: float = 0.0
 
 
 class Engine:
@@ -100,6 +102,8 @@ class Engine:
         #: Seconds that a row took, of late, and when the last one ended.
         self._usual_s = 0.0
         self._ended_at = float("-inf")
+        #: Whether the runner asks for rows that join those.
+        self._is_joined = False
         #: Rows more that could begin at once.
         self._free = limits.rows
         self._joined_at = 0.0
@@ -158,7 +162,9 @@ class Engine:
         age_s = now - sum(row.started for row in running) / len(running) if running else 0.0
         # Of long ago it says little: other jobs come.
         usual_s = self._usual_s * 2 ** ((self._ended_at - now) / FORGOTTEN_S)
-        return Pace(len(running) + self._free, self._width, max(usual_s, age_s))
+        left_s = usual_s - age_s if usual_s > age_s else age_s
+        closed_s = 0.0 if self._is_joined or not running else left_s
+        return Pace(len(running) + self._free, self._width, max(usual_s, age_s), closed_s)
 
     def withdraw(self, rows: Sequence[Row], most: int) -> list[Row]:
         """Take those of these rows out that have waited for long and not begun, the least urgent and latest first.
@@ -228,10 +234,12 @@ class Engine:
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
         batch, most = list(first), _beams(first)
         # Whether others may join shows when the runner asks for them.
+        self._is_joined = False
         self._count(batch, free=0)
         self._joined_at = time.monotonic()
 
         def newcomers(running: Sequence[Row]) -> Sequence[Row]:
+            self._is_joined = joinable
             nonlocal most
             if joinable:
                 self._gather(len(running))

@@ -134,9 +134,10 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._is_writing = False
         #: The model's counters, as its process last told them.
         self._figures: dict[str, int] = {}
-        #: As its process last told: jobs that could be under way, those that it runs at once, seconds that each takes.
+        #: As its process last told: jobs that could be under way, those that it runs at once, seconds that each takes,
+        #: seconds that none may join those that run.
         self._capacity = self._settings.max_batch_size
-        self._width, self._job_s = float(self._settings.max_batch_size), 0.0
+        self._width, self._job_s, self._closed_s = float(self._settings.max_batch_size), 0.0, 0.0
         self._returns = Returns()
         #: Other workers would end what is queued before this one could (worker/queue/balance.py).
         self.leaves_to_others = False
@@ -246,7 +247,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         unbegun = len(self._jobs) - self._capacity
         # Hosts that hang may hold all places of a worker with nothing to run.
         may_take = unbegun >= 0 or len(self._jobs) < self._settings.job_threads
-        return Load(self._width, self._job_s, unbegun, is_open=may_take and not self._closing)
+        return Load(self._width, self._job_s, unbegun, may_take and not self._closing, self._closed_s)
 
     @property
     def _can_begin(self) -> bool:
@@ -546,7 +547,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._process.last_sign = time.monotonic()
         self._has_been_ready = True
         self._failed_starts = 0
-        self._capacity, self._job_s = self._settings.max_batch_size, 0.0
+        self._capacity, self._job_s, self._closed_s = self._settings.max_batch_size, 0.0, 0.0
         seconds = time.monotonic() - self._process.started_at
         logger.info("The model is ready after %.1f s (process %d).", seconds, self._process.pid)
         self._dispatch()
@@ -556,12 +557,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
         logger.critical("The model cannot be served: %s The worker stops.", message)
         self._give_up(message)
 
-    def _on_beat(self, figures: dict[str, int], pace: tuple[int, float, float]) -> None:
+    def _on_beat(self, figures: dict[str, int], pace: tuple[int, float, float, float]) -> None:
         """A sign of life of the engine's. What job threads say is none: they go on beside an engine that is stuck."""
         assert self._process is not None
         self._process.last_sign = time.monotonic()
         self._figures = figures
-        self._capacity, self._width, self._job_s = pace
+        self._capacity, self._width, self._job_s, self._closed_s = pace
 
     @_guarded
     def _on_withdrawn(self, serials: list[int]) -> None:

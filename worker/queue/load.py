@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 #: Seconds, and a part, by which the others must be faster: nothing is to idle for an estimate's error.
 SLACK_S, SLACK_PART = 0.1, 0.1
-#: Seconds that jobs which go back must save.
+#: Seconds by which jobs that go back must end sooner.
 WORTH_S = 0.25
 #: Seconds of a job, where estimates say less or more.
 SHORTEST_S, LONGEST_S = 0.001, 1e6
@@ -24,6 +24,8 @@ class Load:
     unbegun: int
     #: Whether it takes what is in the queue.
     is_open: bool = True
+    #: Seconds until a job that waits can begin at all, where the batch that runs takes none.
+    closed_s: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "job_s", min(self.job_s, LONGEST_S))
@@ -35,7 +37,8 @@ class Load:
 
     def ends_in_s(self, more: int = 0) -> float:
         """Seconds until the last of its jobs ends, were there so many more."""
-        return max(0, self.unbegun + more) / self.rate + self.job_s
+        waiting = self.unbegun + more
+        return (self.closed_s + waiting / self.rate if waiting > 0 else 0.0) + self.job_s
 
 
 def leaves_to_others(mine: Load, others: Sequence[Load], queued: int) -> bool:
@@ -54,8 +57,9 @@ def surplus(mine: Load, others: Sequence[Load], queued: int) -> int:
     rate = sum(each.rate for each in takers)
     sooner_s = mine.ends_in_s() - _drained_in_s(takers, queued)
     free = max(0, -_ahead(takers, queued))
-    number = min(mine.unbegun, int(sooner_s / (1 / mine.rate + 1 / rate)) + free) if sooner_s > 0 else 0
-    return number if number / mine.rate >= WORTH_S else 0
+    if sooner_s < WORTH_S:
+        return 0
+    return min(mine.unbegun, int(sooner_s / (1 / mine.rate + 1 / rate)) + free)
 
 
 def _drained_in_s(takers: Sequence[Load], queued: int) -> float:
