@@ -19,7 +19,7 @@ NAMED = 10
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.chaos", description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
-    parser.add_argument("--faults", type=int, default=65, help="beside the poison jobs")
+    parser.add_argument("--faults", type=int, default=85, help="beside the poison jobs")
     parser.add_argument("--pause", type=float, default=PAUSE_S, help="seconds between two faults, on average")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", action="store_true", help=f"write the figures to {RESULTS.name}")

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
+import redis
 
 from benchmarks.chaos.site import VISIBILITY_S, Site, Worker, await_true
+from worker.demo import stack
 
 #: Of the strikes on a worker, so many hit one that may still be starting.
 UNREADY = 0.2
@@ -120,6 +122,34 @@ def _kill_broker(site: Site, fault: Fault) -> None:
     site.broker.send_signal(signal.SIGKILL)
 
 
+def _answering(site: Site) -> redis.Redis:
+    # It may have been killed just now.
+    await_true(site.answers)
+    return site.connect()
+
+
+def _configured(name: str, refuses: int, accepts: int) -> Callable[[Site, Fault], None]:
+    """The broker can be read and refuses writes, or new connections."""
+
+    def strike(site: Site, fault: Fault) -> None:
+        with _answering(site) as broker:
+            broker.config_set(name, refuses)
+            if name == "maxclients":
+                site.proxy.reset()
+            time.sleep(fault.hold_s)
+            broker.config_set(name, accepts)
+
+    return strike
+
+
+def _demote(site: Site, fault: Fault) -> None:
+    """As after a failover: the server is a replica, of one that does not answer."""
+    with _answering(site) as broker:
+        broker.execute_command("REPLICAOF", "127.0.0.1", stack.free_port())
+        time.sleep(fault.hold_s)
+        broker.execute_command("REPLICAOF", "NO", "ONE")
+
+
 def _reset(site: Site, fault: Fault) -> None:
     site.proxy.reset()
 
@@ -157,6 +187,10 @@ KINDS = {
     "freeze of the worker": Kind(_freeze_worker, 1.0, VISIBILITY_S + 4.0, is_of_a_worker=True),
     "kill -9 of the broker": Kind(_kill_broker),
     "freeze of the broker": Kind(_freeze_broker, 0.5, 4.0),
+    "full broker": Kind(_configured("maxmemory", 1, 0), 1.0, 5.0),
+    "read-only broker": Kind(_demote, 1.0, 5.0),
+    "broker without its replicas": Kind(_configured("min-replicas-to-write", 1, 0), 1.0, 5.0),
+    "broker out of connections": Kind(_configured("maxclients", 1, 10_000), 1.0, 4.0),
     "reset of connections": Kind(_reset),
     "hang of connections": Kind(_hang_connections, 0.5, 4.0),
     "hang, then reset of connections": Kind(_hang_and_cut, 0.2, 4.0),

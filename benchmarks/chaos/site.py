@@ -130,7 +130,7 @@ class Site:
         data.mkdir()
         command = [stack.server_binary(), "--port", str(self.port), "--dir", str(data), *options]
         self.broker = self._supervise(Supervised(command, self.folder / "broker.log", _environment()))
-        await_true(self._answers)
+        await_true(self.answers)
         self.notes = self._supervise(self._links())
         self.workers = [self._supervise(Worker(self, number)) for number in range(WORKERS)]
         await_true(lambda: all(worker.is_ready for worker in self.workers))
@@ -155,7 +155,7 @@ class Site:
     def connect(self, database: int = 0) -> redis.Redis:
         return redis.Redis(port=self.port, db=database, socket_timeout=30)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         try:
             return bool(self.connect().ping())
         except redis.RedisError:

@@ -157,7 +157,7 @@ class Apart(stack.Broker):
 
 def test_a_worker_that_dies_while_it_stores_a_failure_leaves_the_job_to_another(tmp_path: Path) -> None:
     with Gallery().open() as gallery, stack.broker() as queues, stack.broker() as results:
-        server = Apart(queues.port, queues.process, results_server=results)
+        server = Apart(queues.port, process=queues.process, results_server=results)
         job = Producer(server).complete("-" * 200, 200, time_limit=2.0)
         with stand(server, gallery, tmp_path / "first", VISIBILITY_TIMEOUT_S="2") as first:
             outcome = job.apply_async()
