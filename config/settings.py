@@ -130,6 +130,9 @@ class Settings(BaseSettings):
     image_ports: Ports = (80, 443)
     #: Bytes. What is beyond 2 MB comes at 15 MB a second for each core, of all downloads together.
     image_max_bytes: int = Field(default=20_000_000, ge=1)
+    #: Pixels of one image; phones make 50 million. A JPEG of more than 40 million is decoded at a half of its size or
+    #: less, others take up to 16 bytes of memory for each. Above 178 million Pillow refuses too.
+    image_max_pixels: int = Field(default=64_000_000, ge=1, le=178_000_000)
     #: Seconds for one image, everything included.
     image_timeout_s: float = Field(default=20.0, gt=0)
     #: Redirects that are followed to an image; each is checked like the first URL.

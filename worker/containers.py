@@ -51,6 +51,29 @@ _GIF_START = b"GIF8"
 _GIF_EXTENSION = 0x21
 _GIF_PICTURE_OR_END = b",;"
 
+#: Brands in the first box of the family of HEIF. `mif1` says only that it is one of them.
+_HEIF = re.compile(rb"....ftyp(?:mif1|msf1|avif|avis)", re.DOTALL)
+_AVIF_BRANDS = (b"avif", b"avis")
+#: Bytes in which the brands stand.
+_BRANDS_BYTES = 64
+#: What is sent as an image and opened by nobody here, by how it begins.
+_FOREIGN = {
+    "a HEIC picture": re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL),
+    "a film": re.compile(rb"....ftyp|\x1aE\xdf\xa3", re.DOTALL),
+    "a SVG drawing": re.compile(
+        rb"\s*(?:<\?xml[^>]{0,500}>\s*)?(?:<!--[^>]{0,500}-->\s*)?(?:<!DOCTYPE svg|<svg)", re.IGNORECASE
+    ),
+    "an XML text": re.compile(rb"\s*<\?xml", re.IGNORECASE),
+    "a web page": re.compile(rb"\s*<(?:!doctype html|html|head|body|script)", re.IGNORECASE),
+    "a TIFF picture": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "a BMP picture": re.compile(rb"BM....\0\0\0\0", re.DOTALL),
+    "an icon": re.compile(rb"\0\0[\1\2]\0"),
+    "a JPEG XL picture": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
+    "a JPEG 2000 picture": re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    "a PDF document": re.compile(rb"%PDF"),
+    "a Photoshop document": re.compile(rb"8BPS"),
+}
+
 _EXIF_START = re.compile(rb"(?:Exif\0\0){0,2}")
 _BYTE_ORDERS = {b"II*\0": "<", b"II\0*": "<", b"MM\0*": ">", b"MM*\0": ">"}
 _ORIENTATION = 274
@@ -71,7 +94,7 @@ class Bare:
 
 
 def bare(data: bytes) -> Bare:
-    """Any file; those of unknown form as they are. Raises ImageInvalid for too many parts to walk."""
+    """A picture's file; those of unknown form as they are. Raises ImageInvalid for too many parts to walk."""
     if data.startswith(_JPEG_START):
         return _bare_jpeg(data)
     if data.startswith(_PNG_START):
@@ -79,6 +102,18 @@ def bare(data: bytes) -> Bare:
     if data.startswith(_GIF_START):
         _check_count(_gif_blocks(data), "GIF", "blocks")
     return Bare(data)
+
+
+def is_avif(data: bytes) -> bool:
+    return bool(_HEIF.match(data)) and any(brand in data[8:_BRANDS_BYTES] for brand in _AVIF_BRANDS)
+
+
+def foreign(data: bytes) -> str | None:
+    """What a file is that is no picture of a form opened here, by its first bytes, as far as that is known."""
+    if is_avif(data):
+        return None
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    return next((name for name, start in _FOREIGN.items() if start.match(data)), None)
 
 
 # --- Orientation ---

@@ -44,6 +44,7 @@ from tasks.addresses import Address, Network, is_public, unmapped
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.image_sources import data_head
 from tasks.payloads import ImageSource
+from worker.containers import foreign
 from worker.cores import all_cores
 from worker.deadlines import Deadline, Watch
 from worker.hosts import Hosts
@@ -86,7 +87,9 @@ _PLAIN_URL = re.compile(r"https?://[^/\\@\x00-\x20\x7f]+(/[^\x00-\x20\x7f]*)?", 
 NO_HOST = "The image's host"
 _HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
 #: How the files begin that worker.images opens, and the bytes that tell.
-_PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP", re.DOTALL)
+_PICTURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp(?:avi[fs]|mif1|msf1)", re.DOTALL
+)
 _PICTURE_BYTES = 12
 #: Dropped from base64 before it is read.
 _BLANKS = b" \t\n\r\f"
@@ -579,8 +582,9 @@ def _read_capped(response: requests.Response, host: str, guard: Guard, pace: Pac
         head += piece[: _PICTURE_BYTES - len(head)]
         if len(head) == _PICTURE_BYTES and not _PICTURE.match(head):
             # Whatever else it sends, be it without end, need not be read.
+            sent = foreign(head) or "no JPEG, PNG, WebP, GIF or AVIF"
             raise ImageInvalid(
-                f"{host} sends no JPEG, PNG, WebP or GIF: check that the URL is the image's own.",
+                f"{host} sends {sent}: check that the URL is that of a JPEG, PNG, WebP, GIF or AVIF.",
                 detail="not_a_picture",
             )
         guard.body_bytes += len(piece) - CHUNK_COST

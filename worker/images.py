@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,11 +26,21 @@ from PIL import (
 from tasks.errors import ImageInvalid, ImageTooLarge, JobError, OutOfMemory
 from worker import containers
 
+try:
+    from PIL import _avif
+except ImportError:  # a Pillow that was built without
+    _avif = None  # type: ignore[assignment]
+
 # What Pillow warns of is decided here, and a line for each of a stranger's pictures would fill the log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-#: Of Pillow's formats; among the others, EPS runs Ghostscript.
+#: Of Pillow's formats; among the others, EPS runs Ghostscript. AVIF is opened without its plug-in, which reads EXIF.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+#: Pixels of a JPEG that are decoded in full. One of more is decoded at a half, a quarter or an eighth of its size,
+#: which takes a part of the memory; models look at far fewer.
+FULL_PIXELS = 40_000_000
+#: Pixels of other pictures, above which one is decoded at a time: libraries hold several copies of them.
+ALONE_PIXELS = 10_000_000
 #: What Pillow raises for broken files. Not Exception: the task's own time limit must get through.
 _DECODER_ERRORS = (
     OSError,  # UnidentifiedImageError is one
@@ -77,23 +89,27 @@ class ImageLimits:
     Above 178 million pixels Pillow refuses too, whatever is set here.
     """
 
-    max_pixels: int = 40_000_000
-    #: Pixels of the longer side.
-    max_edge: int = 16_384
+    max_pixels: int = 64_000_000
+    #: Pixels of the longer side: a JPEG's own limit, which panoramas come near to.
+    max_edge: int = 65_535
     #: The longer side divided by the shorter.
     max_ratio: float = 200
 
 
 DEFAULT_LIMITS = ImageLimits()
+_alone = threading.Lock()
 
 
 def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, target: int | None = None) -> Image.Image:
-    """A JPEG's, PNG's, WebP's or GIF's first frame: RGB, upright, on white, without EXIF and colour profile.
+    """A JPEG's, PNG's, WebP's, GIF's or AVIF's first frame: RGB, upright, on white, without EXIF and colour profile.
 
     `target` (pixels) lets a JPEG be decoded smaller, with no edge below it: about half the time for a large
     photograph, but other pixels than the full decoding scaled down, so answers may change. Off by default.
     Raises ImageTooLarge for pictures beyond the limits and ImageInvalid for whatever cannot be decoded.
     """
+    foreign = containers.foreign(data)
+    if foreign is not None:
+        raise ImageInvalid(f"The image is {foreign}: send JPEG, PNG, WebP, GIF or AVIF.", detail="not_a_picture")
     with _translated():
         bare = containers.bare(data)
         plain, orientation = _decoded(bare, limits, target)
@@ -123,12 +139,42 @@ def _last_rows(image: Image.Image) -> Image.Image:
 
 
 def _opened(bare: containers.Bare, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
+    if containers.is_avif(bare.data):
+        return _opened_avif(bare.data, limits)
     with Image.open(io.BytesIO(bare.data), formats=FORMATS) as image:
-        _check_limits(image, limits)
+        _check_limits(image.size, limits)
         if target is not None:
             image.draft(None, (target, target))
-        image.load()
-        return _plain(image), bare.orientation or _orientation(image)
+        elif image.format == "JPEG":
+            _reduce(image)
+        with _alone if image.format != "JPEG" and _pixels(image.size) > ALONE_PIXELS else contextlib.nullcontext():
+            image.load()
+            return _plain(image), bare.orientation or _orientation(image)
+
+
+def _opened_avif(data: bytes, limits: ImageLimits) -> tuple[Image.Image, int]:
+    if _avif is None:
+        raise ImageInvalid("The image is AVIF, which this worker's Pillow does not open: send JPEG, PNG, WebP or GIF.")
+    # On one thread: job threads decode side by side.
+    decoder = _avif.AvifDecoder(data, "auto", 1)
+    size, _, mode, _, _, orientation, _ = decoder.get_info()
+    _check_limits(size, limits)
+    with _alone if _pixels(size) > ALONE_PIXELS else contextlib.nullcontext():
+        pixels, *_ = decoder.get_frame(0)
+        # What libavif says: a file's own turns and mirrors, and not its EXIF.
+        return _plain(Image.frombytes(mode, size, pixels)), orientation
+
+
+def _reduce(image: Image.Image) -> None:
+    """Have a JPEG decoded smaller, where it is larger than is decoded in full."""
+    width, height = image.size
+    scale = next(scale for scale in (1, 2, 4, 8) if width * height <= FULL_PIXELS * scale**2)
+    if scale > 1:
+        image.draft(None, (max(1, width // scale), max(1, height // scale)))
+
+
+def _pixels(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -152,8 +198,8 @@ def _translated() -> Iterator[None]:
         raise ImageInvalid(detail="decode") from None
 
 
-def _check_limits(image: Image.Image, limits: ImageLimits) -> None:
-    shorter, longer = sorted(image.size)
+def _check_limits(size: tuple[int, int], limits: ImageLimits) -> None:
+    shorter, longer = sorted(size)
     if shorter < 1:
         raise ImageInvalid("The image has no pixels: send another.", detail="decode")
     if shorter * longer > limits.max_pixels:

@@ -27,7 +27,7 @@ from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.row import NotBegun, Output, Picture, Row, Sampling
 from worker.fetch import Fetcher, FetchPolicy
 from worker.hosts import HostBusy, Hosts
-from worker.images import open_image
+from worker.images import ImageLimits, open_image
 from worker.jobs.golden import read_golden, tolerance
 from worker.models import Codec, Parts, SetupFailed
 from worker.pictures import PictureCache
@@ -98,6 +98,7 @@ class Service:
         self._answers = answers
         self._rules = rules
         self._rules_told = rules.told()
+        self._image_limits = ImageLimits(max_pixels=settings.image_max_pixels)
         self._fetcher = Fetcher(_fetch_policy(settings))
         #: For the network as for a single host: hosts that hang, however many, leave threads to jobs that need none.
         #: Nor may all threads wait here, before it shows that the hosts hang.
@@ -261,7 +262,7 @@ class Service:
 
     def _open(self, data: bytes) -> Picture:
         with self._decoders:
-            return self._codec.picture(open_image(data))
+            return self._codec.picture(open_image(data, self._image_limits))
 
     def _row(self, job: Job, parts: Parts, run: _Run, new_tokens: int) -> Row:
         least = self._codec.least_tokens(parts)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError, features
 
 from tasks.errors import ImageInvalid, ImageTooLarge, JobError, OutOfMemory
 from worker.containers import MAX_JUNK, MAX_PARTS
@@ -233,7 +233,7 @@ def test_a_draft_is_smaller_but_never_below_the_target() -> None:
 # --- Refusals ---
 
 
-@pytest.mark.parametrize("kind", ["EPS", "TIFF", "BMP", "ICO", "PPM", "TGA", "PDF", "PCX", "SGI", "JPEG2000", "AVIF"])
+@pytest.mark.parametrize("kind", ["EPS", "TIFF", "BMP", "ICO", "PPM", "TGA", "PDF", "PCX", "SGI", "JPEG2000"])
 def test_other_formats_are_refused(kind: str) -> None:
     try:
         data = encoded(picture(), kind)
@@ -299,7 +299,7 @@ def test_what_just_meets_the_limits_is_opened() -> None:
     assert open_image(encoded(Image.new("RGB", (200, 1)), "PNG"), limits).size == (200, 1)
 
 
-@pytest.mark.parametrize("side", [7_000, 9_500, 13_400, 16_384, 30_000, 2**31 - 1])
+@pytest.mark.parametrize("side", [8_001, 9_500, 13_400, 16_384, 30_000, 2**31 - 1])
 def test_a_bomb_is_refused_before_its_pixels_take_memory(side: int) -> None:
     start = time.monotonic()
     with warnings.catch_warnings():
@@ -539,6 +539,79 @@ def test_a_jpeg_that_lacks_pixels_is_refused(options: dict[str, Any]) -> None:
             open_image(data[:-lost])
 
 
+# --- Phones, panoramas, AVIF ---
+
+
+@pytest.mark.parametrize("size", [(8_160, 6_144), (16_382, 3_628), (40_000, 1_500)])
+def test_pictures_of_phones_and_panoramas_are_opened_by_default(size: tuple[int, int]) -> None:
+    data = encoded(Image.linear_gradient("L").resize(size), "JPEG")
+    opened = open_image(data)
+    assert opened.size == ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    expected = Image.linear_gradient("L").resize(opened.size).convert("RGB")
+    assert difference(opened.resize((50, 50)), expected.resize((50, 50))) <= 3
+    assert open_image(encoded(Image.new("1", size), "PNG")).size == size
+
+
+def test_up_to_forty_megapixels_a_jpeg_is_decoded_in_full() -> None:
+    assert open_image(encoded(Image.new("L", (8_000, 5_000)), "JPEG")).size == (8_000, 5_000)
+    assert open_image(encoded(Image.new("L", (8_000, 5_001)), "JPEG")).size == (4_000, 2_501)
+
+
+def test_more_pixels_are_the_operators_to_allow() -> None:
+    data = encoded(Image.new("L", (13_300, 13_300)), "JPEG")
+    with pytest.raises(ImageTooLarge, match="64,000,000"):
+        open_image(data)
+    assert open_image(data, ImageLimits(max_pixels=178_000_000)).size == (3_325, 3_325)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow opens no AVIF")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_avif_is_opened_upright(orientation: int) -> None:
+    clear = picture()
+    clear.putalpha(Image.radial_gradient("L").resize(SIZE))
+    for image in (picture(), clear, picture().convert("L")):
+        data = encoded(image, "AVIF", exif=_turned(orientation), quality=95)
+        with Image.open(io.BytesIO(data)) as plain:
+            turned = ImageOps.exif_transpose(plain).convert("RGBA")
+        white = Image.new("RGBA", turned.size, WHITE)
+        expected = Image.alpha_composite(white, turned).convert("RGB")
+        assert difference(open_image(data), expected) == 0
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow opens no AVIF")
+def test_avif_keeps_the_limits_and_never_reads_exif(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture(), "AVIF", exif=_turned(6))
+    monkeypatch.setattr(Image.Exif, "load", _raise(AssertionError()))
+    assert open_image(data).size == SIZE[::-1]
+    with pytest.raises(ImageTooLarge):
+        open_image(data, ImageLimits(max_pixels=100))
+    for broken in (data[:-500], data[:40], data[:200] + bytes(len(data) - 200)):
+        with pytest.raises(ImageInvalid):
+            open_image(broken)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "film"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- a --><svg/>', "SVG"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"II*\0\x08\0\0\0", "TIFF"),
+        (b"MM\0*\0\0\0\x08", "TIFF"),
+        (b"BM\x36\0\0\0\0\0\0\0\x36\0", "BMP"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"%PDF-1.7", "PDF"),
+    ],
+)
+def test_another_form_is_named(data: bytes, name: str) -> None:
+    with pytest.raises(ImageInvalid, match=f"{name}.*: send JPEG, PNG, WebP, GIF or AVIF"):
+        open_image(data + bytes(50))
+
+
 # --- Memory ---
 
 _LARGE = (8_000, 5_000)
@@ -557,6 +630,7 @@ _LARGE_FILES: dict[str, Callable[[], bytes]] = {
     "sixteen bits": lambda: encoded(_flat("I;16", 9), "PNG", compress_level=1, transparency=9),
     "upright": lambda: encoded(_flat("RGB", RED), "JPEG", exif=_turned(6)),
     "CMYK": lambda: encoded(_flat("CMYK", (0, 9, 9, 0)), "JPEG", exif=_turned(6)),
+    "fifty megapixels": lambda: encoded(Image.new("RGB", (8_160, 6_144), RED), "JPEG", exif=_turned(6)),
     "no end": lambda: encoded(_flat("L", 9), "JPEG")[:-2],
 }
 

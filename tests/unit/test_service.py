@@ -231,7 +231,7 @@ def test_a_path_is_read_below_the_image_root(start: Start, tmp_path: Path) -> No
 def test_jobs_that_share_a_large_picture_do_not_wait_for_one_anothers_turn(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(data: bytes) -> Image.Image:
+    def slow(data: bytes, *_: Any) -> Image.Image:
         time.sleep(0.1)
         return open_image(data)
 
