@@ -65,7 +65,8 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         "broker_transport_options": {
             "visibility_timeout": settings.visibility_timeout_s,
             "queue_order_strategy": "priority",
-            "priority_steps": list(range(10)),
+            "priority_steps": list(settings.priority_steps),
+            **_named(sep=settings.priority_separator, global_keyprefix=settings.broker_key_prefix),
             "socket_timeout": 30,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             **broker.keepalive,
@@ -80,6 +81,7 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         "result_backend_transport_options": {
             "socket_timeout": 30,
             **results.options,
+            **_named(global_keyprefix=settings.result_key_prefix),
             # Job threads wait in their client (worker/queue/patience.py); the parent's event loop must not.
             "retry_policy": {"max_retries": 0},
         },
@@ -100,3 +102,8 @@ def _first_end_wins(url: str) -> str:
         return f"worker.results:SentinelResultBackend+{url}"
     # kombu's name for a socket, which Celery's backend calls by its second half.
     return f"worker.results:ResultBackend+{url.removeprefix('redis+')}"
+
+
+def _named(**options: str) -> dict[str, str]:
+    """Those that are set: kombu takes an empty one for one too."""
+    return {name: value for name, value in options.items() if value}

@@ -59,6 +59,21 @@ Seconds = Annotated[
 ]
 
 
+def _ascending(value: tuple[int, ...]) -> tuple[int, ...]:
+    if list(value) != sorted(set(value)) or value[0] != 0:
+        raise ValueError("ascending priorities that begin with 0, as 0,3,6,9")
+    return value
+
+
+Steps = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=255)], ...],
+    NoDecode,
+    BeforeValidator(_split),
+    Field(min_length=1, max_length=32),
+    AfterValidator(_ascending),
+]
+
+
 class Settings(BaseSettings):
     """Every setting with its unit and reason. An unknown `IDEFICS_` name is refused: it is a misspelt one.
 
@@ -82,6 +97,15 @@ class Settings(BaseSettings):
     #: The queue for links, errbacks, chains and chords' bodies that name none: a stock Celery app's. Set it where your
     #: producers' app has another `task_default_queue`.
     default_queue: str = Field(default="celery", min_length=1, max_length=200, pattern=r"^[\w.:@/-]+$")
+
+    #: What stands before a priority's number in the names of a queue's lists, where producers have set kombu's `sep`.
+    #: Empty: kombu's own. Jobs are read under kombu's own and under `:`, which Celery's guide recommends, anyway.
+    priority_separator: str = Field(default="", max_length=8)
+    #: The priorities that have lists, where producers have set kombu's `priority_steps`: those among these.
+    priority_steps: Steps = tuple(range(10))
+    #: Producers' `global_keyprefix` of broker_transport_options and of result_backend_transport_options.
+    broker_key_prefix: str = Field(default="", max_length=200)
+    result_key_prefix: str = Field(default="", max_length=200)
 
     #: Take jobs with a script that moves them in one step, and have jobs with a countdown wait in Redis. False: kombu's
     #: own way, for brokers that run no scripts; a worker that dies while it takes a job then loses it, and jobs with a

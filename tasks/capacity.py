@@ -13,6 +13,7 @@ from kombu.exceptions import ChannelError, OperationalError
 from redis.exceptions import NoPermissionError
 
 from .errors import QueueFull
+from .redis_keys import GUIDES_SEPARATOR, SEPARATOR, list_name
 
 #: Seconds between two looks at the broker.
 LOOK_S = 1.0
@@ -101,7 +102,21 @@ def _queued(connection: Any, queue: str, priorities: Iterable[int]) -> int:
     channel = connection.default_channel
     if connection.transport.driver_type != "redis":
         return int(channel.queue_declare(queue, passive=True).message_count)
+    own, others = _lists(queue, priorities, channel)
     with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-        for priority in priorities:
-            pipe.llen(f"{queue}{channel.sep}{priority}" if priority else queue)
-        return sum(pipe.execute())
+        for name in own + others:
+            pipe.llen(name)
+        found = pipe.execute(raise_on_error=False)
+    for error in found[: len(own)]:
+        if isinstance(error, Exception):
+            raise error
+    # A user's rights may name kombu's lists alone.
+    return sum(length for length in found if not isinstance(length, Exception))
+
+
+def _lists(queue: str, priorities: Iterable[int], channel: Any) -> tuple[list[str], list[str]]:
+    """The lists that this app sends to, and those of producers with another separator before a priority's number."""
+    steps = list(priorities)
+    own = [list_name(queue, step, channel.sep) for step in steps]
+    separators = [sep for sep in (SEPARATOR, GUIDES_SEPARATOR) if sep != channel.sep]
+    return own, [list_name(queue, step, sep) for step in steps if step for sep in separators]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from celery import Celery, states, uuid
-from celery.backends.base import DisabledBackend
 from celery.backends.redis import RedisBackend
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
@@ -47,14 +46,18 @@ from .payloads import (
     Result,
     check_size,
 )
+from .redis_keys import results_prefix
 from .redis_urls import SCHEMES, Server, result_server, results_beside, server
 from .webhooks import check_public
+from .worker_options import setup_of, unreadable
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second; then an answer waits for
 #: a tenth of its time at most.
 FIRST_PAUSE_S, LAST_PAUSE_S, PAUSE_GROWTH = 0.01, 0.25, 1.1
 #: Seconds that a wait bears with results' Redis that is away: it restarts within them.
 AWAY_S = 60.0
+#: Seconds between two looks of a wait at whether its answer can come.
+CHECK_S = 2.0
 #: Seconds without an answer after which a connection is given up: a server that is frozen closes none.
 SOCKET_TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
 DEFAULT_BROKER = "redis://localhost:6379/0"
@@ -95,12 +98,9 @@ def _with_our_errors(method: Callable[P, R]) -> Callable[P, R]:
 
 
 def _with_results(app: Celery) -> Any:
-    """An app's result backend. Raises ConfigurationError where it has none."""
-    if isinstance(app.backend, DisabledBackend):
-        raise ConfigurationError(
-            "The Celery app keeps no results, so no answer can be read: give it the workers' result backend "
-            "(result_backend=...)."
-        )
+    """An app's result backend. Raises ConfigurationError where it has none that workers answer at."""
+    if wrong := unreadable(app.backend):
+        raise ConfigurationError(wrong)
     return app.backend
 
 
@@ -118,14 +118,21 @@ class SubmittedJob:
     @property
     @_with_our_errors
     def status(self) -> Status:
-        """`starting` also stands for an id that nobody has submitted: Celery cannot tell them apart."""
+        """`starting` also stands for an id that nobody has submitted: Celery cannot tell them apart.
+
+        Raises ConfigurationError where the app's results are not the workers'.
+        """
         _with_results(self.async_result.app)
-        return _STATUS.get(self.async_result.state, "processing")
+        state = self.async_result.state
+        if state == states.PENDING:
+            setup_of(self.async_result.app).check_reading()
+        return _STATUS.get(state, "processing")
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the answer, at most `timeout` seconds.
 
-        Raises the job's JobError, JobCanceled, or JobTimeout (a TimeoutError), after which the job goes on.
+        Raises the job's JobError, JobCanceled, or JobTimeout (a TimeoutError), after which the job goes on;
+        ConfigurationError where the app's options are not the workers', so that no answer can come.
         """
         wait = _Wait(self.async_result, timeout)
         while (outcome := wait.look()) is None:
@@ -163,7 +170,8 @@ class SubmittedJob:
         if not isinstance(backend, RedisBackend):
             return False
         try:
-            backend.client.set(CANCEL_KEY + self.id, 1, ex=CANCEL_TTL_S)
+            name = results_prefix(self.async_result.app) + CANCEL_KEY + self.id
+            backend.client.set(name, 1, ex=CANCEL_TTL_S)
         except RedisError:
             return False
         return True
@@ -180,13 +188,34 @@ class _Wait:
         self._job = job
         self._timeout = timeout
         self._pause_s = FIRST_PAUSE_S
+        self._setup = setup_of(job.app)
         now = time.monotonic()
         self._end = math.inf if timeout is None else now + timeout
         self._answered_at = now
+        self._checked_at = now
 
     @_with_our_errors
     def look(self) -> Outcome | None:
-        """What it ended with, if it has. Raises BrokerUnavailable once Redis has been away for AWAY_S."""
+        """What it ended with, if it has.
+
+        Raises JobTimeout where the time is over, BrokerUnavailable once Redis has been away for AWAY_S, and
+        ConfigurationError where no answer can come.
+        """
+        outcome = self._outcome()
+        if outcome is None:
+            self._check()
+        return outcome
+
+    def _check(self) -> None:
+        now = time.monotonic()
+        if now >= self._end:
+            why = self._setup.why_no_answer()
+            raise JobTimeout(f"Job {self._job.id} has no answer after {self._timeout} s, and goes on. {why}")
+        if now - self._checked_at >= CHECK_S:
+            self._checked_at = now
+            self._setup.check_reading()
+
+    def _outcome(self) -> Outcome | None:
         try:
             meta: dict[str, Any] = _with_results(self._job.app).get_task_meta(self._job.id)
         except (RedisConnectionError, RedisTimeoutError):
@@ -197,15 +226,9 @@ class _Wait:
         return _outcome(meta) if meta["status"] in states.READY_STATES else None
 
     def pause_s(self) -> float:
-        """Seconds until the next look. Raises JobTimeout where the time is over."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise JobTimeout(
-                f"Job {self._job.id} has no answer after {self._timeout} s: it goes on; "
-                "is a worker running on its queue?"
-            )
+        """Seconds until the next look."""
         pause, self._pause_s = self._pause_s, min(self._pause_s * PAUSE_GROWTH, LAST_PAUSE_S)
-        return min(pause, left)
+        return min(pause, max(0.0, self._end - time.monotonic()))
 
 
 class Client:
@@ -244,6 +267,7 @@ class Client:
         self._queue = queue
         self._max_job_bytes = max_job_bytes
         self._capacity = Capacity(self.app, max_queued, max_memory)
+        self._setup = setup_of(self.app)
         self._check_callbacks = check_callbacks
 
     @_with_our_errors
@@ -251,8 +275,8 @@ class Client:
         """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`.
 
         With an `idempotency_key` that has a job already, that job is returned and nothing queued; raises InvalidRequest
-        where it has another payload. Raises QueueFull where the broker has no room, and InvalidRequest for a callback
-        that may not be called.
+        where it has another payload. Raises QueueFull where the broker has no room, InvalidRequest for a callback
+        that may not be called, and ConfigurationError where the broker's workers would not see this app's jobs.
         """
         if self._check_callbacks and job.callback is not None:
             check_public(job.callback)
@@ -260,8 +284,8 @@ class Client:
         if job.idempotency_key is None or not isinstance(self.app.backend, RedisBackend):
             # Where the results are not in Redis, the workers hold to the key alone.
             return self._send(job, priority, options)
-        queue = options.get("queue", self._queue)
-        keys = IdempotencyKeys(self.app.backend.client, self.app.backend.expires, getattr(queue, "name", queue))
+        queue, backend = options.get("queue", self._queue), self.app.backend
+        keys = IdempotencyKeys(backend.client, backend.expires, getattr(queue, "name", queue), results_prefix(self.app))
         claim = keys.claim(job, options.pop("task_id", None) or uuid(), is_sent=False)
         if claim.is_started and self.app.backend.get_task_meta(claim.id, cache=False)["status"] == states.PENDING:
             claim = keys.claim_again(job, claim)
@@ -273,6 +297,7 @@ class Client:
 
     def _send(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
         queue = options.pop("queue", self._queue)
+        self._setup.check_sending()
         self._capacity.take(queue)
         try:
             outcome = self.app.send_task(
@@ -494,19 +519,28 @@ def _app(broker_url: str | None, result_backend: str | None) -> Celery:
         accept_content=["json"],
         broker_transport_options={
             # The worker's steps: with other ones a priority would land in a queue that nobody reads.
-            "priority_steps": list(range(10)),
+            "priority_steps": [int(step) for step in _environment("PRIORITY_STEPS", "0,1,2,3,4,5,6,7,8,9").split(",")],
+            **_named(sep=_environment("PRIORITY_SEPARATOR"), global_keyprefix=_environment("BROKER_KEY_PREFIX")),
             "queue_order_strategy": "priority",
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             **broker.keepalive,
             **broker.options,
         },
-        result_backend_transport_options=results.options,
+        result_backend_transport_options={
+            **results.options,
+            **_named(global_keyprefix=_environment("RESULT_KEY_PREFIX")),
+        },
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_socket_keepalive=bool(results.keepalive),
     )
     return app
+
+
+def _named(**options: str) -> dict[str, str]:
+    """Those that are set: kombu takes an empty one for one too."""
+    return {name: value for name, value in options.items() if value}
 
 
 def _environment(name: str, default: str = "") -> str:

@@ -28,6 +28,7 @@ from redis import RedisError
 from .errors import ConfigurationError, InvalidRequest, NotFound
 from .payloads import HIDDEN, QUEUE, SUBMITTED_AT
 from .printable import away, echo, echo_json, escaped
+from .redis_keys import results_prefix
 from .routing import is_ours, priority_for
 
 PREFIX = "idefics:failed"
@@ -132,6 +133,7 @@ class FailedJobs:
             )
         self._app = app
         self._redis: Any = app.backend.client
+        self._keys = [results_prefix(app) + key for key in KEYS]
 
     def keep(self, job: FailedJob, signature: dict[str, Any], bounds: Bounds) -> None:
         """Put a job on the list. Raises ValueError for one that is larger than the whole list may be."""
@@ -142,27 +144,27 @@ class FailedJobs:
         is_invalid = int(job.code == InvalidRequest.code)
         arguments = [job.id, repr(job.failed_at), about, whole, is_invalid, bounds.jobs, bounds.bytes, bounds.ttl_s]
         # Waits for a server that restarts.
-        self._app.backend.ensure(self._redis.eval, (_KEEP, len(KEYS), *KEYS, *arguments))
+        self._app.backend.ensure(self._redis.eval, (_KEEP, len(self._keys), *self._keys, *arguments))
 
     def __iter__(self) -> Iterator[FailedJob]:
         """All, the oldest first."""
-        ids = [_text(id) for id in self._redis.zrange(KEYS[0], 0, -1)]
+        ids = [_text(id) for id in self._redis.zrange(self._keys[0], 0, -1)]
         for start in range(0, len(ids), CHUNK):
-            for about in self._redis.hmget(KEYS[2], ids[start : start + CHUNK]):
+            for about in self._redis.hmget(self._keys[2], ids[start : start + CHUNK]):
                 # None: it has gone meanwhile.
                 if about is not None:
                     yield _from_json(about)
 
     def get(self, id: str) -> FailedJob:
         """Raises NotFound for an id that is not on the list."""
-        about = self._redis.hget(KEYS[2], id)
+        about = self._redis.hget(self._keys[2], id)
         if about is None:
             raise NotFound(f"No failed job {id}: it was dropped, sent again or is too old.")
         return _from_json(about)
 
     def signature(self, id: str) -> dict[str, Any]:
         """A job's whole Celery signature: payload, options, headers, links, chain. Raises NotFound."""
-        whole = self._redis.hget(KEYS[3], id)
+        whole = self._redis.hget(self._keys[3], id)
         if whole is None:
             raise NotFound(f"No failed job {id}: it was dropped, sent again or is too old.")
         if not whole:
@@ -194,7 +196,7 @@ class FailedJobs:
 
     def drop(self, job: FailedJob) -> bool:
         """Take a job off the list. False where it is not there, or has failed once more since it was read."""
-        return bool(self._redis.eval(_DROP, len(KEYS), *KEYS, job.id, repr(job.failed_at)))
+        return bool(self._redis.eval(_DROP, len(self._keys), *self._keys, job.id, repr(job.failed_at)))
 
 
 def _address(again: Any, queue: str | None) -> None:

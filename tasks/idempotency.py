@@ -67,9 +67,10 @@ class Claim:
 class IdempotencyKeys:
     """Claims in Redis. Its methods raise redis.RedisError where Redis does not answer."""
 
-    def __init__(self, redis: Redis, ttl_s: int | None, queue: str = QUEUE) -> None:
-        """`queue` is the jobs'."""
+    def __init__(self, redis: Redis, ttl_s: int | None, queue: str = QUEUE, prefix: str = "") -> None:
+        """`queue` is the jobs'; `prefix` is before each key, as the app's options have it."""
         self._redis = redis
+        self._prefix = prefix
         self._ttl_s = ttl_s or None
         self._queue = queue
 
@@ -112,7 +113,7 @@ class IdempotencyKeys:
     def _name(self, job: Job) -> str:
         # A key may be long, and may say more of a customer than a key space should show.
         named = json.dumps([self._queue, job.idempotency_key or ""])
-        return PREFIX + hashlib.sha256(named.encode()).hexdigest()
+        return self._prefix + PREFIX + hashlib.sha256(named.encode()).hexdigest()
 
 
 def digest(job: Job) -> str:

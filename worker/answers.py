@@ -38,11 +38,11 @@ Compute = Callable[[Row], Output]
 class Answers:
     """Used from many threads at once. Without Redis it computes."""
 
-    def __init__(self, redis: Redis, ttl_s: int, weights: str = "") -> None:
-        """`weights` tells apart what the model's id and revision do not (see fingerprint)."""
+    def __init__(self, redis: Redis, ttl_s: int, weights: str = "", prefix: str = "") -> None:
+        """`weights` tells apart what the model's id and revision do not (see fingerprint); `prefix` is of all keys."""
         self._redis = redis
         self._ttl_s = ttl_s
-        self._prefix = PREFIX + weights
+        self._prefix = prefix + PREFIX + weights
         #: What it resolves to: the output, or None where there is none to share.
         self._running: dict[str, Future[Output | None]] = {}
         self._lock = threading.Lock()

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from celery import Celery, Task
 from celery.exceptions import Ignore, Retry, TaskPredicate
-from celery.signals import setup_logging
+from celery.signals import setup_logging, worker_init
 
 from config.celery import configuration
 from config.settings import load
@@ -21,6 +21,7 @@ from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.failed import Bounds
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
+from tasks.redis_keys import results_prefix
 from tasks.routing import priority_for
 from worker.announce import Announcer, End
 from worker.cancel import Cancellations
@@ -30,8 +31,9 @@ from worker.failed import keep_failures
 from worker.hosts import HostBusy
 from worker.keyed import FirstStillRuns, first_answer
 from worker.observability import log_setup
-from worker.pool import SoftShutdown
+from worker.pool import SoftShutdown, refuse_other_pools
 from worker.pool.signals import PoolExitInTime
+from worker.queue.announced_options import AnnouncedOptions
 from worker.queue.balance import Balance
 from worker.queue.refusals import Refusals
 from worker.results import CANCELED
@@ -54,7 +56,7 @@ class _App(Celery):  # type: ignore[misc]
 
 app = _App("idefics", amqp="worker.queue.publisher:AMQP", set_as_current=False)
 app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY, PAYLOADS))
-app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime, Balance])
+app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime, Balance, AnnouncedOptions])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
 use_transport(Refusals(app, failed_bounds), atomic=settings.atomic_take)
 keep_failures(app, failed_bounds)
@@ -71,6 +73,13 @@ def serve_with(service: Service) -> None:
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
 def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
     log_setup.set_up(settings.log_level, logfile)
+
+
+@worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
+def _refuse_other_pools(sender: Any, **_: Any) -> None:
+    # Celery's signals are the process's, and it may have another app's worker.
+    if sender.app is app:
+        refuse_other_pools(sender)
 
 
 class JobCanceled(Ignore):  # type: ignore[misc]
@@ -182,7 +191,8 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _first_answer(self, job: Job) -> Result | None:
         queue = (self.request.delivery_info or {}).get("routing_key") or QUEUE
-        keys = IdempotencyKeys(self.backend.client, settings.idempotency_ttl_s or settings.result_ttl_s, queue)
+        ttl_s = settings.idempotency_ttl_s or settings.result_ttl_s
+        keys = IdempotencyKeys(self.backend.client, ttl_s, queue, results_prefix(self.app))
         return first_answer(job, self.request.id, keys, self.backend, _service.model if _service else None)
 
     def _look_again(self, job: Job, countdown: float, why: str) -> NoReturn:

@@ -15,6 +15,7 @@ from celery import bootsteps
 from celery.worker import state as worker_state
 
 from tasks.payloads import CANCEL_KEY
+from tasks.redis_keys import results_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +23,10 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.5
 
 
-def canceled_among(ids: Iterable[str], backend: Any) -> set[str]:
-    """The jobs that have a key. Raises RedisError."""
+def canceled_among(ids: Iterable[str], backend: Any, prefix: str = "") -> set[str]:
+    """The jobs that have a key, which begins with `prefix`. Raises RedisError."""
     asked = list(ids)
-    found = backend.client.mget([CANCEL_KEY + id for id in asked]) if asked else []
+    found = backend.client.mget([prefix + CANCEL_KEY + id for id in asked]) if asked else []
     return {id for id, value in zip(asked, found, strict=True) if value is not None}
 
 
@@ -68,7 +69,7 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         self._pool = worker.pool
-        self._lookout = Lookout(lambda ids: canceled_among(ids, worker.app.backend))
+        self._lookout = Lookout(lambda ids: canceled_among(ids, worker.app.backend, results_prefix(worker.app)))
         self._lookout.start()
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:

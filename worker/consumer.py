@@ -12,6 +12,8 @@ from typing import Any
 from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from celery.worker import consumer
+from celery.worker.consumer.mingle import Mingle
+from kombu.exceptions import OperationalError
 
 from config.settings import load
 from tasks.availability import is_away
@@ -51,9 +53,23 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         self._deliveries: Deliveries = getattr(self.pool, "deliveries", None) or Deliveries(
             most=settings.max_deliveries
         )
+        # What kombu raises where it has tried in vain to publish: such a connection is lost too.
+        self.connection_errors: tuple[Any, ...] = (*self.connection_errors, OperationalError)
+        for step in self.steps:
+            if isinstance(step, Mingle):
+                step.sync = functools.partial(self._mingle, step.sync)
         if self.controller is not None:
             # Celery's keeps a job's place for ever where handing the job over fails.
             self.controller._process_task = self._hand_over
+
+    def _mingle(self, sync: Callable[[Any], None], consumer: Any) -> None:
+        """Hear of the other workers' revocations; a connection that drops meanwhile ends Celery's worker."""
+        try:
+            sync(consumer)
+        except (*self.connection_errors, *self.channel_errors):
+            raise
+        except Exception as error:
+            logger.warning("Other workers were not heard (%s): what they know as revoked is not known here.", error)
 
     def ensure_connected(self, conn: Any) -> Any:
         """Celery's, which asks between its tries whether to stop: the deferred signals that say so run there too."""

@@ -36,7 +36,7 @@ ALIVE_WITHIN_S = 300.0
 class State(Enum):
     """What a worker does, and what to do about it."""
 
-    STARTING = "The model is loading: wait."
+    STARTING = "The model loads, or Redis is not there yet: wait."
     READY = "It takes jobs."
     BUSY = "All its places are taken: add workers if jobs wait for too long."
     SETUP_FAILED = "The model cannot be served: correct what the reason names and start the worker again."

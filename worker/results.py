@@ -34,6 +34,7 @@ from redis.exceptions import RedisError, ResponseError
 from tasks.availability import is_away
 from tasks.errors import Internal, JobError
 from tasks.payloads import CANCEL_KEY
+from tasks.redis_keys import results_prefix
 from worker.defects import without_values
 from worker.queue.patience import PatientRedis
 
@@ -161,11 +162,15 @@ class _FirstEndWins:
         seconds = self.failure_expires if state == states.FAILURE else self.expires
         step = "end" if state in states.READY_STATES else step
         kept: bytes | None = self._store_script(
-            keys=[self.get_key_for_task(task_id), CANCEL_KEY + task_id],
+            keys=[self.get_key_for_task(task_id), self._cancel_prefix + task_id],
             args=[record, seconds or 0, step, asked.digest, int(asked.begins)],
             client=self.client,
         )
         return kept.decode() if kept else None
+
+    @cached_property
+    def _cancel_prefix(self: Any) -> str:
+        return results_prefix(self.app) + CANCEL_KEY
 
     @cached_property
     def _store_script(self: Any) -> Any:

@@ -31,6 +31,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from tasks.availability import is_away, is_demoted
+from tasks.redis_keys import GUIDES_SEPARATOR, SEPARATOR, list_name
 from tasks.routing import priority_for
 from worker.deliveries import DELIVERIES, kept_s
 from worker.queue.due import DUE, ETA, HOLD
@@ -394,6 +395,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self.wants: Callable[[], bool] = lambda: True
         #: How far a compressed body is inflated.
         self.most_bytes = 32_000_000
+        #: Of producers whose options have another one than ours.
+        self._other_separators: list[str] = []
         self._take: Take | None = None
         self._command_client: Any = None
         self._settles_soon = False
@@ -421,6 +424,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         else:
             self._ends[queue] = f', "", {dumps(queue)}]'
             self._check_script()
+            others = dict.fromkeys((SEPARATOR, GUIDES_SEPARATOR))
+            self._other_separators = [sep for sep in others if sep != self.sep and self._may_read(sep)]
         return super().basic_consume(queue, *args, **options)
 
     def close(self) -> None:
@@ -474,13 +479,32 @@ class Channel(stock.Channel):  # type: ignore[misc]
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        lists = [(queue, self._q_for_pri(queue, step)) for step in self.priority_steps for queue in queues]
+        lists = [(queue, name) for step in self.priority_steps for queue in queues for name in self._lists(queue, step)]
         self._take = Take(uuid(), tuple(queue for queue, _ in lists), tuple(name for _, name in lists))
         arguments = self._script_arguments(self._take)
         command = ("EVALSHA", TAKE_SHA) if self._knows_script else ("EVAL", TAKE)
         self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
         self.client.connection.send_command(*command, *arguments)
+
+    def _lists(self, queue: str, step: int) -> list[str]:
+        """A queue's lists for a priority: our own, and those of producers with other separators."""
+        own = self._q_for_pri(queue, step)
+        return [own, *(list_name(queue, step, sep) for sep in self._other_separators)] if step else [own]
+
+    def _may_read(self, separator: str) -> bool:
+        """Whether the broker's user may read such lists: its rights may name the queues of kombu's separator alone."""
+        step = self.priority_steps[-1]
+        try:
+            with self.conn_or_acquire() as client:
+                for queue in self._ends:
+                    client.llen(list_name(queue, step, separator))
+        except NoPermissionError:
+            logger.info("The broker's user may not read lists with the separator %r: they are left alone.", separator)
+            return False
+        except ResponseError as error:
+            self._complain(error)
+        return True
 
     def _script_arguments(self, take: Take) -> list[Any]:
         keys = [*self.record_keys, *(self.global_keyprefix + name for name in take.lists)]

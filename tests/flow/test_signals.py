@@ -166,7 +166,7 @@ def test_an_idle_callbacks_worker_ends_at_once(server: Server, tmp_path: Path, f
     environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
     environment |= {"IDEFICS_BROKER_URL": server.broker.url, "IDEFICS_RESULT_BACKEND": server.broker.results}
     with stack.started(command, log=log, environment=environment) as process:
-        stack.await_line(process, log, " ready.", PATIENCE_S)
+        stack.await_line(process, log, " ready.", stack.WORKER_START_S)
         FAULTS[fault](server)
         time.sleep(1.5)
         assert _seconds_to_end(process, number) < IDLE_S + 0.5

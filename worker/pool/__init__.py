@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from worker.pool.pool import InferencePool, SoftShutdown
+from worker.pool.pool import InferencePool, SoftShutdown, refuse_other_pools
 
-__all__ = ["InferencePool", "SoftShutdown"]
+__all__ = ["InferencePool", "SoftShutdown", "refuse_other_pools"]

@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import select
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from billiard.exceptions import Terminated
 from celery import bootsteps
+from celery.concurrency import get_implementation
 from celery.concurrency.base import BasePool
 from celery.concurrency.prefork import _run_ready_callbacks
 from celery.exceptions import Reject, WorkerShutdown
@@ -34,6 +36,7 @@ from worker.pool.launch import ModelProcess
 from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
 from worker.queue.load import Load
+from worker.queue.servers import ServersCheck, servers
 from worker.runtime.exit_watchdog import Held
 from worker.transport import owes
 
@@ -148,19 +151,22 @@ class InferencePool(BasePool):  # type: ignore[misc]
         #: The consumer's too, which tells them the connection.
         self.deliveries = Deliveries(most=self._settings.max_deliveries)
         self._state_file = StateFile(self._settings.state_file, self._hostname)
+        self._servers = ServersCheck(servers(self.app) if self.app else {})
 
     # Life cycle
 
     def on_start(self) -> None:
-        """Block until the model answers. Raises WorkerShutdown where it cannot be loaded."""
+        """Block until the model and both Redis answer. Raises WorkerShutdown where one of them cannot be used."""
         self.options["semaphore"].grow(self._settings.job_threads - self.limit)
         self._signals.install()
+        self._servers.start()
         try:
-            while not self._is_ready:
+            while not (self._is_ready and self._servers.have_answered):
                 worker_state.maybe_shutdown()
                 self._wait(TICK_S)
         except BaseException:
             # Celery does not stop a pool whose start failed.
+            self._servers.stop()
             self._leave()
             raise
 
@@ -442,6 +448,9 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._catch_up(now)
         self._on_readable()
         self._state_file.show(*self._health(now))
+        if self._servers.wrong and self._start_at != NEVER:
+            logger.critical("%s The worker stops.", self._servers.wrong)
+            self._give_up(self._servers.wrong)
         if self._process is None:
             if now >= self._start_at and not self._closing:
                 self._start_process()
@@ -710,6 +719,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _health(self, now: float) -> tuple[State, str]:
         """For the state file."""
+        if not self._servers.have_answered:
+            return State.STARTING, f"Redis is waited for. {self._servers.missing}"
         if self._is_ready and self._process is not None:
             if self._is_silent(now):
                 silent, limit = now - self._process.last_sign, self._settings.hang_timeout_s
@@ -729,6 +740,22 @@ class InferencePool(BasePool):  # type: ignore[misc]
             "in-flight": len(self._in_flight),
             "model": self._figures,
         }
+
+
+def refuse_other_pools(worker: Any) -> None:
+    """End the start of a worker whose pool `-P` selects: it would hold no model and ignore all limits.
+
+    Before Celery makes that pool, which may have processes by then.
+    """
+    pool = get_implementation(worker.pool_cls)
+    if not issubclass(pool, InferencePool):
+        sys.exit(
+            f"Start the worker without -P (--pool): the model needs worker.pool:InferencePool, and {pool.__module__} "
+            "holds none. How many jobs run at once is IDEFICS_MAX_BATCH_SIZE; callbacks have a worker of their own, "
+            "worker.callbacks."
+        )
+    if worker.options.get("autoscale"):
+        sys.exit("Start the worker without --autoscale: one process holds the model. Add workers instead.")
 
 
 class SoftShutdown(bootsteps.StartStopStep):  # type: ignore[misc]

@@ -30,6 +30,7 @@ from celery.exceptions import Reject, TaskPredicate
 from celery.states import FAILURE
 
 from config.settings import Settings
+from tasks.redis_keys import results_prefix
 from worker import app as worker_app
 from worker import turns
 from worker.announce import End
@@ -240,7 +241,8 @@ def _answers(settings: Settings, folder: Path | None) -> Answers | None:
 
     # A hub id needs none: the commit of its snapshot is a part of the model's description.
     weights = fingerprint(folder, Path(HF_HOME) / "idefics-jobs") if folder else ""
-    return Answers(worker_app.app.backend.client, settings.answer_cache_ttl_s, weights)
+    app = worker_app.app
+    return Answers(app.backend.client, settings.answer_cache_ttl_s, weights, results_prefix(app))
 
 
 def main() -> None:

@@ -1,0 +1,229 @@
+"""What the workers of a broker read, as they say in Redis: a client can then tell why its jobs would not be answered.
+
+Workers renew two keys while they live, both without any prefix, since a client may have the wrong one:
+`idefics:worker:options` in the queues' Redis says what is read and, by a fingerprint, where results
+are; `idefics:worker:results` in the results' Redis repeats that fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+import weakref
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from celery import Celery
+from celery.backends.base import DisabledBackend
+from celery.backends.redis import RedisBackend
+from celery.backends.rpc import RPCBackend
+from kombu.exceptions import OperationalError
+from redis import Redis, RedisError
+
+from .errors import ConfigurationError
+from .redis_keys import GUIDES_SEPARATOR, SEPARATOR, broker_prefix, results_prefix, separator, steps
+
+OPTIONS_KEY = "idefics:worker:options"
+RESULTS_KEY = "idefics:worker:results"
+#: Seconds between two renewals, and that the keys outlive a worker.
+RENEW_S = 5.0
+TTL_S = 30
+#: Seconds that a client misses the fingerprint before it believes that answers are elsewhere: a server that was emptied
+#: has it again by then.
+CONFIRM_S = 2 * RENEW_S
+#: Seconds between two looks of a client.
+LOOK_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What workers read and write."""
+
+    separators: tuple[str, ...]
+    steps: tuple[int, ...]
+    prefix: str
+    results_prefix: str
+    #: Of the results' place.
+    results: str
+
+    @staticmethod
+    def of(app: Celery) -> WorkerOptions:
+        """Of a worker's own app."""
+        separators = tuple(dict.fromkeys((separator(app), SEPARATOR, GUIDES_SEPARATOR)))
+        place = hashlib.sha256(str(app.conf.result_backend).encode()).hexdigest()[:16]
+        return WorkerOptions(separators, steps(app), broker_prefix(app), results_prefix(app), place)
+
+    def written(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def read(text: bytes | str) -> WorkerOptions:
+        said = json.loads(text)
+        return WorkerOptions(**{**said, "separators": tuple(said["separators"]), "steps": tuple(said["steps"])})
+
+
+def publish(app: Celery, options: WorkerOptions, broker: Redis) -> None:
+    """Renew the keys. Raises RedisError."""
+    app.backend.client.set(RESULTS_KEY, options.results, ex=TTL_S)
+    broker.set(OPTIONS_KEY, options.written(), ex=TTL_S)
+
+
+def unseen(app: Celery, options: WorkerOptions) -> str | None:
+    """Why workers with these options would not see an app's jobs, with the cure; None where they would."""
+    prefix, own_steps = broker_prefix(app), set(steps(app))
+    if prefix != options.prefix:
+        return (
+            f"This app's queues have the key prefix {prefix!r}, and the workers read {options.prefix!r}: correct "
+            "global_keyprefix in broker_transport_options, or set IDEFICS_BROKER_KEY_PREFIX for the workers."
+        )
+    if separator(app) not in options.separators:
+        return (
+            f"This app's lists have the separator {separator(app)!r}, and the workers read "
+            f"{', '.join(map(repr, options.separators))}: correct sep in broker_transport_options, or set "
+            "IDEFICS_PRIORITY_SEPARATOR for the workers."
+        )
+    if not own_steps <= set(options.steps):
+        return (
+            f"This app's priority_steps {sorted(own_steps)} are not among those that the workers read, "
+            f"{list(options.steps)}: correct priority_steps in broker_transport_options, or set "
+            "IDEFICS_PRIORITY_STEPS for the workers."
+        )
+    return None
+
+
+def unreadable(backend: Any) -> str | None:
+    """Why answers cannot be read from a backend, with the cure; None where they may be."""
+    if isinstance(backend, DisabledBackend):
+        return (
+            "This app has no result backend, so no answer can be read: set result_backend to the workers' "
+            "IDEFICS_RESULT_BACKEND, as redis://host:6379/1."
+        )
+    if isinstance(backend, RPCBackend):
+        return (
+            "This app waits for answers at rpc://, where the workers send none: set result_backend to their "
+            "IDEFICS_RESULT_BACKEND, as redis://host:6379/1."
+        )
+    return None
+
+
+class Setup:
+    """Whether an app fits its workers, asked of Redis at times. Safe to share between threads."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._lock = threading.Lock()
+        self._looked_at = float("-inf")
+        self._options: WorkerOptions | None = None
+        #: Since when the app's backend has not been where the workers write.
+        self._elsewhere_since: float | None = None
+
+    def check_sending(self) -> None:
+        """Raises ConfigurationError where the workers would not see this app's jobs."""
+        options = self._known()
+        wrong = unseen(self._app, options) if options else None
+        if wrong is not None:
+            raise ConfigurationError(wrong)
+
+    def check_reading(self) -> None:
+        """Raises ConfigurationError where answers have not been where this app looks for CONFIRM_S."""
+        if disabled := unreadable(self._app.backend):
+            raise ConfigurationError(disabled)
+        options = self._known()
+        wrong = self._elsewhere(options) if options else None
+        if wrong is None:
+            self._elsewhere_since = None
+            return
+        since = self._elsewhere_since = self._elsewhere_since or time.monotonic()
+        if time.monotonic() - since > CONFIRM_S:
+            raise ConfigurationError(wrong)
+
+    def why_no_answer(self) -> str:
+        """What is to be said of a job that has none yet."""
+        try:
+            with self._app.connection_for_write() as connection:
+                _reach(connection)
+        except OperationalError as error:
+            return f"The broker cannot be reached ({error}): is it up, and its URL right?"
+        with self._lock:
+            self._looked_at = float("-inf")
+        options = self._known()
+        if options is None:
+            return "Is a worker running on its queue?"
+        wrong = unseen(self._app, options) or self._elsewhere(options)
+        return wrong or "Workers run on this broker: it waits for its turn, or for a worker of its queue."
+
+    def _known(self) -> WorkerOptions | None:
+        """As the workers said within LOOK_S; None where none did, or where their broker is no Redis or is away."""
+        with self._lock:
+            if time.monotonic() - self._looked_at >= LOOK_S:
+                self._options = self._look()
+                self._looked_at = time.monotonic()
+            return self._options
+
+    def _look(self) -> WorkerOptions | None:
+        try:
+            with self._app.connection_for_write() as connection:
+                if connection.transport.driver_type != "redis":
+                    return None
+                _reach(connection)
+                found: Any = Redis(connection_pool=connection.default_channel.pool).get(OPTIONS_KEY)
+            return WorkerOptions.read(found) if found else None
+        except (RedisError, OperationalError, OSError, ValueError, TypeError, KeyError):
+            # Away, not for this user to ask, or of another version.
+            return None
+
+    def _elsewhere(self, options: WorkerOptions) -> str | None:
+        """Why the app's backend is not where the workers write, with the cure; None where it is or may be."""
+        backend = self._app.backend
+        if not isinstance(backend, RedisBackend):
+            return None
+        try:
+            said = backend.client.get(RESULTS_KEY)
+        except RedisError:
+            return None
+        if said is None or _text(said) != options.results:
+            return _other_place(self._app)
+        if results_prefix(self._app) != options.results_prefix:
+            return (
+                f"This app reads answers under the key prefix {results_prefix(self._app)!r}, and the workers write "
+                f"under {options.results_prefix!r}: correct global_keyprefix in result_backend_transport_options, or "
+                "set IDEFICS_RESULT_KEY_PREFIX for the workers."
+            )
+        return None
+
+
+def _reach(connection: Any) -> None:
+    """Raises OperationalError where the broker cannot be reached within seconds."""
+    connection.ensure_connection(max_retries=1, interval_start=0, timeout=5)
+
+
+def _other_place(app: Celery) -> str:
+    cure = "set result_backend to the workers' IDEFICS_RESULT_BACKEND."
+    if _is_same_database(app):
+        return (
+            "This app looks for answers in the queues' own database, and the workers write them to another one "
+            f"(by default the next): {cure}"
+        )
+    return f"This app looks for answers in {app.backend.as_uri()}, and the workers write them elsewhere: {cure}"
+
+
+_setups: weakref.WeakKeyDictionary[Celery, Setup] = weakref.WeakKeyDictionary()
+
+
+def setup_of(app: Celery) -> Setup:
+    """One for each app."""
+    return _setups.setdefault(app, Setup(app))
+
+
+def _is_same_database(app: Celery) -> bool:
+    """Whether queues and results are at one address."""
+    broker, results = app.connection_for_write(), getattr(app.backend, "connparams", {})
+    database = str(broker.virtual_host or "0").strip("/") or "0"
+    ours = broker.hostname, broker.port or 6379, database
+    return ours == (results.get("host"), results.get("port"), str(results.get("db")))
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,43 @@
+"""What workers say that they read, and what an app's options make of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from tasks.worker_options import WorkerOptions, unreadable, unseen
+
+DEFAULT = WorkerOptions(("\x06\x16", ":"), tuple(range(10)), "", "", "here")
+
+
+def _app(**options: Any) -> Celery:
+    app = Celery(set_as_current=False)
+    app.conf.broker_transport_options = options
+    return app
+
+
+def test_it_is_read_as_it_was_written() -> None:
+    assert WorkerOptions.read(DEFAULT.written()) == DEFAULT
+
+
+@pytest.mark.parametrize("options", [{}, {"sep": ":"}, {"priority_steps": [0]}, {"global_keyprefix": ""}])
+def test_what_workers_read_is_seen(options: dict[str, Any]) -> None:
+    assert unseen(_app(**options), DEFAULT) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"sep": "#"}, "IDEFICS_PRIORITY_SEPARATOR"),
+        ({"priority_steps": [0, 10]}, "IDEFICS_PRIORITY_STEPS"),
+        ({"global_keyprefix": "x"}, "IDEFICS_BROKER_KEY_PREFIX"),
+    ],
+)
+def test_what_they_do_not_read_is_named_with_the_cure(options: dict[str, Any], names: str) -> None:
+    assert names in (unseen(_app(**options), DEFAULT) or "")
+
+
+def test_a_backend_that_may_have_answers_is_not_refused() -> None:
+    assert unreadable(Celery(backend="cache+memory://", set_as_current=False).backend) is None

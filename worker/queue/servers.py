@@ -1,0 +1,125 @@
+"""Whether both Redis answer, looked at before a worker says that it is ready.
+
+A server that is merely away is waited for. One that will never do (no such database, no such user, no TLS) ends the
+start, with the cure: else each job would be tried for minutes, and its worker would not stop meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
+
+from tasks.availability import is_away
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two tries, and between two lines of the log about a server that is away.
+RETRY_S = 0.5
+COMPLAIN_S = 10.0
+
+_CURES = (
+    ("db index", "the database's number is beyond the server's `databases`: use a lower one, or raise it there"),
+    (
+        "select is not allowed",
+        "the server is a cluster, which has database 0 only and cannot be used: take a plain one",
+    ),
+    ("certificate_verify_failed", "the certificate is not that of a host which ssl_ca_certs vouches for"),
+    ("wrong_version_number", "the server speaks no TLS: use redis://, or its TLS port"),
+    ("record layer failure", "the server speaks no TLS: use redis://, or its TLS port"),
+)
+
+
+def cure(error: BaseException) -> str | None:
+    """What to correct, for an answer that stays the same however long one waits; None for a server that is away."""
+    for cause in _chain(error):
+        said = str(cause)
+        known = next((cure for sign, cure in _CURES if sign in said.lower()), None)
+        if known:
+            return f"{known} ({said})"
+        if isinstance(cause, AuthenticationError) or said.startswith(("NOAUTH", "WRONGPASS")):
+            return f"the user or the password is wrong: correct them in the URL ({said})"
+        if isinstance(cause, NoPermissionError | ImproperlyConfigured):
+            return said
+        if isinstance(cause, ResponseError) and not is_away(cause):
+            return said
+    return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
+class ServersCheck:
+    """Asks each server in a thread of its own until it answers, or is found to be of no use. By any thread."""
+
+    def __init__(self, servers: Mapping[str, Callable[[], Any]]) -> None:
+        """By a server's name, a call that raises where it does not answer."""
+        self._calls = dict(servers)
+        #: Of those that have not answered, why.
+        self._away = dict.fromkeys(servers, "it has not answered yet")
+        self._wrong: dict[str, str] = {}
+        self._is_over = False
+
+    def start(self) -> None:
+        for name in self._calls:
+            threading.Thread(target=self._ask, args=[name], name=f"check-{name}", daemon=True).start()
+
+    def stop(self) -> None:
+        self._is_over = True
+
+    @property
+    def have_answered(self) -> bool:
+        return not self._away
+
+    @property
+    def missing(self) -> str:
+        """Which servers are waited for, and why."""
+        return "; ".join(f"{name}: {why}" for name, why in list(self._away.items()))
+
+    @property
+    def wrong(self) -> str:
+        """Why there is nothing to wait for; empty where there may be."""
+        return " ".join(f"{name}: {why}." for name, why in list(self._wrong.items()))
+
+    def _ask(self, name: str) -> None:
+        complained_at = float("-inf")
+        while not self._is_over:
+            try:
+                self._calls[name]()
+                del self._away[name]
+                return
+            except Exception as error:
+                found = cure(error)
+                if found:
+                    self._wrong[name] = found
+                    return
+                self._away[name] = str(error) or type(error).__name__
+            if time.monotonic() - complained_at > COMPLAIN_S:
+                complained_at = time.monotonic()
+                logger.error("%s is not there (%s): the worker waits for it.", name, self._away[name])
+            time.sleep(RETRY_S)
+
+
+def servers(app: Celery) -> dict[str, Callable[[], Any]]:
+    """An app's two servers, each with a call that has an answer of it. By threads."""
+
+    def ask_broker() -> None:
+        with app.connection_for_write() as connection:
+            # A channel's first word is PING.
+            connection.connect()
+
+    broker = f"The queues' Redis, IDEFICS_BROKER_URL ({app.connection_for_write().as_uri()})"
+    results = f"The results' Redis, IDEFICS_RESULT_BACKEND ({app.backend.as_uri().rpartition('+')[2]})"
+    return {broker: ask_broker, results: lambda: app.backend.client.ping()}
