@@ -166,16 +166,20 @@ def test_a_string_that_is_wholly_an_address_is_an_image(url: str) -> None:
     [
         "See https://example.com/a.png",
         "https://example.com/a.png shows a dog",
-        "https://example.com/a.png\n",
-        " https://example.com/a.png",
         "file:///etc/passwd",
         "a/b.jpg",
         "data:text/plain;base64,aGVsbG8=",
-        "data:image/png;base64,iVBORw0KGgo= is how a picture starts",
     ],
 )
 def test_any_other_string_is_text(text: str) -> None:
     assert prompt("complete", prompt=[text]) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["https://example.com/a.png\n", " https://example.com/a.png", "\ufeffhttps://example.com/a.png"]
+)
+def test_blanks_around_a_url_are_none_of_it(text: str) -> None:
+    assert prompt("complete", prompt=[text]) == [ImageRef("https://example.com/a.png")]
 
 
 @pytest.mark.parametrize("uri", ["data:image/svg+xml,<svg/>", "data:image/png;name=a.png;base64,iVBORw0KGgo="])
