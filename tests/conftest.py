@@ -56,8 +56,28 @@ def pictures_url(pictures_folder: Path) -> Iterator[str]:
     server.server_close()
 
 
+#: What signs callbacks of the demo worker, under the id `site`.
+SITE_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def callback_settings(port: int) -> dict[str, str]:
+    """Of workers whose callbacks go to a server on this machine."""
+    return {
+        "CALLBACK_KEYS": f"site={SITE_SECRET}",
+        "CALLBACK_ALLOW_HTTP": "true",
+        "CALLBACK_ALLOW_NETWORKS": "127.0.0.0/8",
+        "CALLBACK_PORTS": str(port),
+    }
+
+
 @pytest.fixture(scope="session")
-def demo_broker(pictures_folder: Path, pictures_url: str) -> Iterator[stack.Broker]:
+def callback_port() -> int:
+    """The only port that the demo worker's callbacks may go to."""
+    return stack.free_port()
+
+
+@pytest.fixture(scope="session")
+def demo_broker(pictures_folder: Path, pictures_url: str, callback_port: int) -> Iterator[stack.Broker]:
     """A Redis server with a worker that serves the bundled model, its pictures and those of `pictures_url`."""
     settings = {
         "MODEL": "demo",
@@ -65,6 +85,7 @@ def demo_broker(pictures_folder: Path, pictures_url: str) -> Iterator[stack.Brok
         "IMAGE_ALLOW_NETWORKS": "127.0.0.0/8",
         "IMAGE_PORTS": pictures_url.rpartition(":")[2],
         "RETRY_BACKOFF_S": "0.2",
+        **callback_settings(callback_port),
     }
     with stack.broker() as server, stack.worker(server, settings=settings):
         yield server

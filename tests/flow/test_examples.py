@@ -7,14 +7,19 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 from celery import Celery
 
+from tests.conftest import SITE_SECRET, callback_settings
 from tests.flow.conftest import PATIENCE_S, eventually
 from worker.demo import stack
 
@@ -114,3 +119,84 @@ def test_the_producer_cancels_by_key(demo_broker: stack.Broker) -> None:
     job = producer["message"]("idefics.caption", {"image": "https://example.com/cat.png"}, id)
     queue("LPUSH", producer["queue_list"](5), json.dumps(job))
     assert producer["result"](results, id)["status"] == "REVOKED"
+
+
+# --- examples/django ------------------------------------------------------------------------------
+
+
+@contextmanager
+def site(environment: dict[str, str], port: int, folder: Path) -> Iterator[str]:
+    """The Django site's address."""
+    environment |= {"DATABASE": str(folder / "db.sqlite3")}
+    manage = [sys.executable, str(EXAMPLES / "django" / "manage.py")]
+    lines([*manage, "migrate", "--run-syncdb"], environment, folder)
+    server = [*manage, "runserver", "--noreload", f"127.0.0.1:{port}"]
+    with stack.started(server, log=folder / "site", environment=environment) as process:
+        stack.await_line(process, folder / "site", "Quit the server", PATIENCE_S)
+        yield f"http://127.0.0.1:{port}"
+
+
+def ended(address: str, picture: Path) -> dict[str, str]:
+    """The row of an upload whose job has ended."""
+    sent = httpx2.post(f"{address}/pictures/", files={"picture": (picture.name, picture.read_bytes(), "image/png")})
+    assert (sent.status_code, sent.json()["state"]) == (202, "waiting")
+    row = f"{address}/pictures/{sent.json()['id']}/"
+    eventually(lambda: httpx2.get(row).json()["state"] != "waiting")
+    return dict(httpx2.get(row).json())
+
+
+def test_a_django_site_saves_captions_by_a_link(environment: dict[str, str], tmp_path: Path) -> None:
+    celery = [sys.executable, "-m", "celery", "--workdir", str(EXAMPLES / "django"), "-A", "gallery", "worker"]
+    celery += ["--hostname", "gallery@%h", "--pool", "solo", "--loglevel", "INFO"]
+    (tmp_path / "text.png").write_text("no picture")
+    with ExitStack() as opened:
+        address = opened.enter_context(site(environment, stack.free_port(), tmp_path))
+        worker = opened.enter_context(stack.started(celery, log=tmp_path / "log", environment=environment))
+        stack.await_line(worker, tmp_path / "log", " ready.", PATIENCE_S)
+        row = ended(address, EXAMPLES / "pictures" / "cat.png")
+        assert (row["state"], row["text"]) == ("done", CAPTION)
+        row = ended(address, tmp_path / "text.png")
+        assert row["state"] == "failed"
+        assert row["text"].startswith("The bytes are no ")
+        assert httpx2.post(f"{address}/pictures/").status_code == 400
+
+
+def test_a_django_site_saves_captions_by_a_callback(
+    environment: dict[str, str], demo_broker: stack.Broker, callback_port: int, tmp_path: Path
+) -> None:
+    environment |= {"CALLBACK_URL": f"http://127.0.0.1:{callback_port}/callback/", "CALLBACK_SECRET": SITE_SECRET}
+    settings = {f"IDEFICS_{name}": value for name, value in callback_settings(callback_port).items()}
+    urls = {"IDEFICS_BROKER_URL": demo_broker.url, "IDEFICS_RESULT_BACKEND": demo_broker.results}
+    courier = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker"]
+    (tmp_path / "text.png").write_text("no picture")
+    with ExitStack() as opened:
+        address = opened.enter_context(site(environment, callback_port, tmp_path))
+        log = tmp_path / "log"
+        worker = opened.enter_context(stack.started(courier, log=log, environment=environment | settings | urls))
+        stack.await_line(worker, log, " ready.", PATIENCE_S)
+        row = ended(address, EXAMPLES / "pictures" / "cat.png")
+        assert (row["state"], row["text"]) == ("done", CAPTION)
+        row = ended(address, tmp_path / "text.png")
+        assert row["state"] == "failed"
+        assert row["text"].startswith("The bytes are no ")
+        assert httpx2.post(f"{address}/callback/", content=b"{}").status_code == 401
+
+
+# --- examples/node --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="needs node and npm")
+def test_a_node_producer_gets_answers_and_a_code(environment: dict[str, str], tmp_path: Path) -> None:
+    for name in ("package.json", "package-lock.json", "index.js"):
+        shutil.copy(EXAMPLES / "node" / name, tmp_path)
+    install = ["npm", "ci", "--no-audit", "--no-fund"]
+    installed = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    if installed.returncode and not os.environ.get("CI"):
+        pytest.skip("npm cannot install: no network?")
+    assert installed.returncode == 0, installed.stderr
+    program: list[str | Path] = ["node", "index.js"]
+    assert lines([*program, EXAMPLES / "pictures" / "cat.png"], environment, tmp_path) == [CAPTION, "Blue."]
+    (tmp_path / "text.png").write_text("no picture")
+    refused = subprocess.run([*program, "text.png"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("image_invalid: ")

@@ -1,0 +1,63 @@
+import base64
+
+from django.conf import settings
+from django.http import Http404, HttpResponse, JsonResponse
+from django.shortcuts import get_object_or_404
+from django.views.decorators.csrf import csrf_exempt
+from django.views.decorators.http import require_GET, require_POST
+from idefics_jobs import Callback, Caption, Client
+from idefics_jobs.webhooks import InvalidWebhook, verify
+
+from .celery import app
+from .models import Picture
+from .tasks import save_error, save_text
+
+# On a desk, callbacks go to this machine by http, which the client else refuses.
+client = Client(app=app, check_callbacks=not settings.DEBUG)
+
+
+@csrf_exempt  # for programs; a form on a page of yours sends its token
+@require_POST
+def upload(request):
+    file = request.FILES.get("picture")
+    if file is None or not (file.content_type or "").startswith("image/"):
+        return JsonResponse({"error": "Send an image in the field `picture`."}, status=400)
+    image = f"data:{file.content_type};base64,{base64.b64encode(file.read()).decode()}"
+    # The row first: its text may come before `submit` returns.
+    picture = Picture.objects.create(name=file.name)
+    id = str(picture.pk)
+    if settings.CALLBACK_URL:
+        client.submit(Caption(image=image, callback=Callback(url=settings.CALLBACK_URL, key_id="site")), task_id=id)
+    else:
+        client.submit(Caption(image=image), task_id=id, link=save_text.s(id), link_error=save_error.s())
+    return JsonResponse(shown(picture), status=202)
+
+
+@require_GET
+def show(request, id):
+    return JsonResponse(shown(get_object_or_404(Picture, pk=id)))
+
+
+@csrf_exempt  # the signature says who sent it
+@require_POST
+def callback(request):
+    """How jobs ended. It may come more than once, so the same event twice must leave the same row."""
+    if not settings.CALLBACK_SECRET:
+        raise Http404
+    try:
+        event = verify(settings.CALLBACK_SECRET, request.headers, request.body)
+    except InvalidWebhook:
+        return HttpResponse(status=401)
+    for one in event.events:
+        picture = Picture.objects.filter(pk=one.data.id).first()
+        if picture is None:
+            continue
+        if one.type == "job.succeeded":
+            picture.done(one.data.result.text)
+        else:
+            picture.failed(one.data.error.message if one.data.error else one.type)
+    return HttpResponse(status=204)
+
+
+def shown(picture):
+    return {"id": str(picture.pk), "name": picture.name, "state": picture.state, "text": picture.text}
