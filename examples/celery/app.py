@@ -48,8 +48,8 @@ def page(answers, titles):
 
 @app.task(name="gallery.report")
 def report(id):
-    """Keep why a job failed: the first argument of its exception is a stable code."""
-    code, message = app.AsyncResult(id).result.args
+    """Keep why a job failed: the arguments of its exception are a stable code, what to do, and often a detail."""
+    code, message, *_ = app.AsyncResult(id).result.args
     with SAVED.open("a") as file:
         file.write(json.dumps({"title": code, "text": message}) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -14,10 +15,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from celery import Celery
+from fastapi.testclient import TestClient
 
 from tests.conftest import SITE_SECRET, callback_settings
 from tests.flow.conftest import PATIENCE_S, eventually
@@ -33,6 +36,13 @@ pytestmark = pytest.mark.timeout(120)
 def environment(demo_broker: stack.Broker) -> dict[str, str]:
     """That of a reader whose broker is elsewhere."""
     return {**os.environ, "BROKER_URL": demo_broker.url, "RESULT_BACKEND": demo_broker.results}
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A picture by its first bytes only."""
+    (tmp_path / "broken.png").write_bytes((EXAMPLES / "pictures" / "cat.png").read_bytes()[:100])
+    return tmp_path / "broken.png"
 
 
 def lines(program: list[str | Path], environment: dict[str, str], folder: Path) -> list[str]:
@@ -121,6 +131,65 @@ def test_the_producer_cancels_by_key(demo_broker: stack.Broker) -> None:
     assert producer["result"](results, id)["status"] == "REVOKED"
 
 
+# --- examples/fastapi -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def api(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    for name in ("BROKER_URL", "RESULT_BACKEND"):
+        monkeypatch.setenv(name, environment[name])
+    spec = importlib.util.spec_from_file_location("fastapi_example", EXAMPLES / "fastapi" / "app.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fastapi_example", module)
+    spec.loader.exec_module(module)
+    with TestClient(module.api, raise_server_exceptions=False) as client:
+        yield client
+
+
+def data_uri(picture: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def watched(api: TestClient, id: str) -> list[tuple[str, dict[str, Any]]]:
+    """The events of a job to its end."""
+    with api.stream("GET", f"/captions/{id}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        told = "".join(stream.iter_text())
+    found = re.findall(r"^event: (\w+)\ndata: (.*)\n\n", told, re.MULTILINE)
+    return [(name, json.loads(data)) for name, data in found]
+
+
+def test_a_fastapi_app_submits_polls_and_tells_progress(api: TestClient) -> None:
+    sent = api.post("/captions", json={"image": data_uri(EXAMPLES / "pictures" / "cat.png")})
+    assert sent.status_code == 202
+    events = watched(api, sent.json()["id"])
+    names = [name for name, _ in events]
+    assert names == sorted(names, key=["starting", "processing", "succeeded"].index)
+    assert events[-1] == ("succeeded", {"text": CAPTION})
+    assert api.get(f"/captions/{sent.json()['id']}").json() == {"status": "succeeded", "text": CAPTION}
+
+
+def test_a_fastapi_app_answers_with_4xx_for_what_its_caller_can_mend(api: TestClient, broken: Path) -> None:
+    for wrong in ({}, {"image": "cat.png"}, {"image": "ftp://a.example/b"}, {"image": "https://a.example", "n": 1}):
+        assert api.post("/captions", json=wrong).status_code == 422
+    sent = api.post("/captions", json={"image": data_uri(broken)})
+    name, error = watched(api, sent.json()["id"])[-1]
+    assert (name, error["code"]) == ("failed", "image_invalid")
+    read = api.get(f"/captions/{sent.json()['id']}")
+    assert (read.status_code, read.json()["error"]["code"]) == (422, "image_invalid")
+
+
+def test_a_fastapi_app_cancels(api: TestClient) -> None:
+    id = str(uuid.uuid4())
+    assert api.get(f"/captions/{id}").json() == {"status": "starting", "text": None}
+    assert api.delete(f"/captions/{id}").status_code == 204
+    eventually(lambda: api.get(f"/captions/{id}").status_code == 409)
+    [(name, error)] = watched(api, id)
+    assert (name, error["code"]) == ("canceled", "canceled")
+
+
 # --- examples/django ------------------------------------------------------------------------------
 
 
@@ -145,30 +214,30 @@ def ended(address: str, picture: Path) -> dict[str, str]:
     return dict(httpx2.get(row).json())
 
 
-def test_a_django_site_saves_captions_by_a_link(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_django_site_saves_captions_by_a_link(environment: dict[str, str], broken: Path, tmp_path: Path) -> None:
     celery = [sys.executable, "-m", "celery", "--workdir", str(EXAMPLES / "django"), "-A", "gallery", "worker"]
     celery += ["--hostname", "gallery@%h", "--pool", "solo", "--loglevel", "INFO"]
-    (tmp_path / "text.png").write_text("no picture")
     with ExitStack() as opened:
         address = opened.enter_context(site(environment, stack.free_port(), tmp_path))
         worker = opened.enter_context(stack.started(celery, log=tmp_path / "log", environment=environment))
         stack.await_line(worker, tmp_path / "log", " ready.", PATIENCE_S)
         row = ended(address, EXAMPLES / "pictures" / "cat.png")
         assert (row["state"], row["text"]) == ("done", CAPTION)
-        row = ended(address, tmp_path / "text.png")
+        row = ended(address, broken)
         assert row["state"] == "failed"
-        assert row["text"].startswith("The bytes are no ")
+        assert row["text"].startswith("The ")
         assert httpx2.post(f"{address}/pictures/").status_code == 400
+        refused = httpx2.post(f"{address}/pictures/", files={"picture": ("a.png", b"text", "image/png")})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "image_invalid")
 
 
 def test_a_django_site_saves_captions_by_a_callback(
-    environment: dict[str, str], demo_broker: stack.Broker, callback_port: int, tmp_path: Path
+    environment: dict[str, str], demo_broker: stack.Broker, callback_port: int, broken: Path, tmp_path: Path
 ) -> None:
     environment |= {"CALLBACK_URL": f"http://127.0.0.1:{callback_port}/callback/", "CALLBACK_SECRET": SITE_SECRET}
     settings = {f"IDEFICS_{name}": value for name, value in callback_settings(callback_port).items()}
     urls = {"IDEFICS_BROKER_URL": demo_broker.url, "IDEFICS_RESULT_BACKEND": demo_broker.results}
     courier = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker"]
-    (tmp_path / "text.png").write_text("no picture")
     with ExitStack() as opened:
         address = opened.enter_context(site(environment, callback_port, tmp_path))
         log = tmp_path / "log"
@@ -176,9 +245,9 @@ def test_a_django_site_saves_captions_by_a_callback(
         stack.await_line(worker, log, " ready.", PATIENCE_S)
         row = ended(address, EXAMPLES / "pictures" / "cat.png")
         assert (row["state"], row["text"]) == ("done", CAPTION)
-        row = ended(address, tmp_path / "text.png")
+        row = ended(address, broken)
         assert row["state"] == "failed"
-        assert row["text"].startswith("The bytes are no ")
+        assert row["text"].startswith("The ")
         assert httpx2.post(f"{address}/callback/", content=b"{}").status_code == 401
 
 

@@ -1,11 +1,9 @@
-import base64
-
 from django.conf import settings
 from django.http import Http404, HttpResponse, JsonResponse
 from django.shortcuts import get_object_or_404
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_GET, require_POST
-from idefics_jobs import Callback, Caption, Client
+from idefics_jobs import Callback, Caption, Client, IdeficsError
 from idefics_jobs.webhooks import InvalidWebhook, verify
 
 from .celery import app
@@ -14,23 +12,31 @@ from .tasks import save_error, save_text
 
 # On a desk, callbacks go to this machine by http, which the client else refuses.
 client = Client(app=app, check_callbacks=not settings.DEBUG)
+CALLBACK = Callback(url=settings.CALLBACK_URL, key_id="site") if settings.CALLBACK_URL else None
 
 
 @csrf_exempt  # for programs; a form on a page of yours sends its token
 @require_POST
 def upload(request):
     file = request.FILES.get("picture")
-    if file is None or not (file.content_type or "").startswith("image/"):
-        return JsonResponse({"error": "Send an image in the field `picture`."}, status=400)
-    image = f"data:{file.content_type};base64,{base64.b64encode(file.read()).decode()}"
-    # The row first: its text may come before `submit` returns.
-    picture = Picture.objects.create(name=file.name)
-    id = str(picture.pk)
-    if settings.CALLBACK_URL:
-        client.submit(Caption(image=image, callback=Callback(url=settings.CALLBACK_URL, key_id="site")), task_id=id)
-    else:
-        client.submit(Caption(image=image), task_id=id, link=save_text.s(id), link_error=save_error.s())
+    if file is None:
+        return JsonResponse({"error": {"message": "Send a file in the field `picture`."}}, status=400)
+    picture = Picture(name=file.name)
+    try:
+        caption = Caption(image=file, callback=CALLBACK)
+        # The row before the job: its text may come before `submit` returns.
+        picture.save()
+        submit(caption, str(picture.pk))
+    except IdeficsError as error:
+        Picture.objects.filter(pk=picture.pk).delete()
+        status, body = error.response()
+        return JsonResponse(body, status=status)
     return JsonResponse(shown(picture), status=202)
+
+
+def submit(caption, id):
+    links = {} if CALLBACK else {"link": save_text.s(id), "link_error": save_error.s()}
+    client.submit(caption, task_id=id, **links)
 
 
 @require_GET
