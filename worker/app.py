@@ -11,7 +11,7 @@ import random
 import time
 from typing import Any, NoReturn
 
-from celery import Celery, Task
+from celery import Task
 from celery.exceptions import Ignore, Retry, TaskPredicate
 from celery.signals import setup_logging, worker_init
 
@@ -35,6 +35,7 @@ from worker.pool import SoftShutdown, refuse_other_pools
 from worker.pool.signals import PoolExitInTime
 from worker.queue.announced_options import AnnouncedOptions
 from worker.queue.balance import Balance
+from worker.queue.publisher import OneProducerEach
 from worker.queue.refusals import Refusals
 from worker.results import CANCELED
 from worker.service import Canceled, Service, Ticket
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 settings = load()
 
 
-class _App(Celery):  # type: ignore[misc]
+class _App(OneProducerEach):
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
         """Celery's. What is sent to a producer's own worker has a priority that it reads."""
         if "priority" in options:

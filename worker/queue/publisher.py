@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
+from celery import Celery
 from celery.app import amqp
 from kombu import pools
 from kombu.exceptions import LimitExceeded, OperationalError
@@ -41,6 +43,31 @@ class AMQP(amqp.AMQP):  # type: ignore[misc]
         if self._producer_pool is None:
             self._producer_pool = _Producers(self.app.pool, limit=self.app.pool.limit)
         return self._producer_pool
+
+
+class OneProducerEach(Celery):  # type: ignore[misc]
+    """An app whose threads hold one producer at a time.
+
+    Celery sends a group with one producer, and asks for a second one for each chain or chord in it. With few producers,
+    threads that hold one each would wait for each other for ever.
+    """
+
+    @contextlib.contextmanager
+    def producer_or_acquire(self, producer: Any = None) -> Iterator[Any]:
+        known = producer or getattr(_held, "producer", None)
+        if known is not None:
+            yield known
+            return
+        with super().producer_or_acquire() as acquired:
+            _held.producer = acquired
+            try:
+                yield acquired
+            finally:
+                _held.producer = None
+
+
+#: The producer that a thread holds.
+_held = threading.local()
 
 
 def _reconnect(producer: Any) -> None:
