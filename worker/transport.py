@@ -410,12 +410,17 @@ class Channel(stock.Channel):  # type: ignore[misc]
             if is_away(error):
                 raise RedisConnectionError(str(error)) from error
             raise
-        self.debts = _debts[connection.client.as_uri(), self.global_keyprefix, self.unacked_key]
+        self.debts = _debts[self._place(connection.client), self.global_keyprefix, self.unacked_key]
 
     @property
     def record_ends(self) -> Mapping[str, str]:
         """Of each queue with acknowledgements, how its records end."""
         return self._ends
+
+    @staticmethod
+    def _place(connection: Any) -> str:
+        """Tells one broker from another."""
+        return str(connection.as_uri())
 
     def basic_consume(self, queue: str, *args: Any, **options: Any) -> Any:
         no_ack = options["no_ack"] if "no_ack" in options else args[0]
@@ -722,6 +727,11 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
 class SentinelChannel(Channel, stock.SentinelChannel):  # type: ignore[misc]
     """The same behind Sentinel."""
+
+    @staticmethod
+    def _place(connection: Any) -> str:
+        # Whichever of its sentinels is asked now, they lead to one broker.
+        return ";".join(sorted(connection.alt)) or Channel._place(connection)
 
 
 class Poller(stock.MultiChannelPoller):  # type: ignore[misc]

@@ -588,6 +588,14 @@ def test_a_user_without_scripts_is_told_the_cure_at_the_start(start: Start, serv
 # The choice
 
 
+def test_what_is_owed_behind_sentinels_is_owed_whichever_of_them_is_asked() -> None:
+    one, other = (Connection("sentinel://a:1/0;sentinel://b:2/0") for _ in range(2))
+    other.switch("sentinel://b:2/0")
+    assert transport.SentinelChannel._place(one) == transport.SentinelChannel._place(other)
+    single = Connection("redis://a:1/0")
+    assert transport.Channel._place(single) == single.as_uri()
+
+
 def test_it_stands_for_redis_and_sentinel_urls_once_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kombu_transport, "TRANSPORT_ALIASES", dict(kombu_transport.TRANSPORT_ALIASES))
     monkeypatch.setattr(kombu_transport, "_transport_cache", {})
