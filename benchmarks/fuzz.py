@@ -263,6 +263,7 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "lead": TEXTS,
     "messages": st.lists(_TURN, min_size=1, max_size=4),
     "max_new_tokens": _mostly(st.integers(1, 40), NUMBERS),
+    "max_completion_tokens": _mostly(st.integers(1, 40), NUMBERS),
     "num_beams": _mostly(st.integers(1, 16), NUMBERS),
     "temperature": _mostly(st.floats(0, 10), NUMBERS),
     "top_p": _mostly(st.floats(0.01, 1), NUMBERS),

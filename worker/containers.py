@@ -56,6 +56,8 @@ _HEIF = re.compile(rb"....ftyp(?:mif1|msf1|avif|avis)", re.DOTALL)
 _AVIF_BRANDS = (b"avif", b"avis")
 #: Bytes in which the brands stand.
 _BRANDS_BYTES = 64
+#: Bytes by which a file of another form is known.
+_NAMED_BY_BYTES = 2_048
 #: What is sent as an image and opened by nobody here, by how it begins.
 _FOREIGN = {
     "a HEIC picture": re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL),
@@ -112,7 +114,7 @@ def foreign(data: bytes) -> str | None:
     """What a file is that is no picture of a form opened here, by its first bytes, as far as that is known."""
     if is_avif(data):
         return None
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    data = data[:_NAMED_BY_BYTES].removeprefix(b"\xef\xbb\xbf")
     return next((name for name, start in _FOREIGN.items() if start.match(data)), None)
 
 
