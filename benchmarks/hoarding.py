@@ -151,11 +151,11 @@ def alone(model: str, make: Callable[[PictureBook], Sequence[Job]]) -> dict[str,
 
 
 def _words(book: PictureBook) -> Sequence[Job]:
-    return [Complete(prompt=["hello"], max_new_tokens=1) for _ in range(2_000)]
+    return [Complete(prompt=["hello"], max_new_tokens=1) for _ in range(1_000)]
 
 
 def _captions(book: PictureBook) -> Sequence[Job]:
-    return [Caption(image=book.new(), max_new_tokens=20) for _ in range(480)]
+    return [Caption(image=book.new(), max_new_tokens=20) for _ in range(240)]
 
 
 def _rounded(numbers: Sequence[float]) -> list[float]:
