@@ -136,9 +136,10 @@ def callbacks_worker(server: stack.Broker, log: Path, settings: dict[str, str]) 
 
 
 @pytest.mark.usefixtures("worker", "courier")
-def test_a_job_that_fails_outside_of_its_task_is_delivered(shop: Shop) -> None:
-    # Celery sends it between the task's return and the result.
-    link = {"task": "shop.next", "args": [], "kwargs": {}, "options": {"countdown": "soon"}, "immutable": False}
+def test_a_job_that_fails_outside_of_its_task_is_delivered(shop: Shop, server: stack.Broker) -> None:
+    # Celery sends the link between the task's return and the result, and what should be a list is none.
+    server.connect().set("broken", "no list")
+    link = {"task": "shop.next", "args": [], "kwargs": {}, "options": {"queue": "broken"}, "immutable": False}
     job = shop.submit("Hello", options={"link": {**link, "subtask_type": None}})
     eventually(lambda: shop.state_of(job, "job.failed") == "delivered")
 
