@@ -337,7 +337,7 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
     stock_try = served.model._aside.try_out
 
     def counted(packs: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
-        steps.append(sum(len(progress._new) for progress, _ in served.model._running.values()))
+        steps.append(sum(len(running.progress.new) for running in served.model._running.values()))
         return stock_try(packs)
 
     monkeypatch.setattr(served.model._aside, "try_out", counted)

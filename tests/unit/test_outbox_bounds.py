@@ -192,7 +192,7 @@ def test_what_is_given_up_is_told_once_a_minute(caplog: pytest.LogCaptureFixture
     callback = {"url": "https://93.184.216.34/hook", "key_id": "main"}
     for number in range(60):
         arguments = {"callback": callback, "metadata": {"a": "x" * 9_000}}
-        announcer.announce(f"j{number}", "idefics.write", arguments, ("REVOKED", None), is_stored=False, may_wait=False)
+        announcer.announce(f"j{number}", "idefics.write", arguments, ("REVOKED", None), is_stored=False)
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert "IDEFICS_CALLBACK_MAX_HOST_BYTES" in caplog.text
     assert sum(announcer._connected().bytes().values()) <= 2**16
