@@ -69,7 +69,8 @@ def test_volumes_are_named_and_the_secrets_are_read_only() -> None:
     used = {tuple(volume.split(":")) for service in SERVICES.values() for volume in service["volumes"]}
     bound = {volume for volume in used if volume[0].startswith(".")}
     assert {volume[0] for volume in used - bound} == set(compose()["volumes"])
-    assert bound == {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks", "producer")}
+    secrets = {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks", "producer")}
+    assert bound == {*secrets, ("./examples", "/app/examples", "ro")}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -180,9 +181,13 @@ def test_the_example_environment_has_every_setting_once_and_no_other() -> None:
     assert sorted(name for name, _, _ in _example() if name.startswith(PREFIX)) == sorted(_setting_names())
 
 
-def test_what_the_example_comments_out_is_the_default_or_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_example_comments_out_is_the_default_or_an_example(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     defaults = Settings()
     commented = {name: value for name, value, is_comment in _example() if name.startswith(PREFIX) and is_comment}
+    # Must be there, and is the operator's own.
+    assert commented.pop("IDEFICS_CA_FILE")
     for name, value in commented.items():
         monkeypatch.setenv(name, value)
     shown = Settings()
