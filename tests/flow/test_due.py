@@ -118,7 +118,8 @@ def test_a_job_runs_on_time_after_its_worker_was_ended(
     server: stack.Broker, producer: Producer, gallery: Gallery, tmp_path: Path, end: signal.Signals
 ) -> None:
     with stand(server, gallery, tmp_path / "first", MODEL="fake") as first:
-        at = time.time() + 12
+        # Time for two workers to start.
+        at = time.time() + 20
         job = producer.complete().apply_async(eta=datetime.fromtimestamp(at, UTC))
         eventually(lambda: waiting(server) == 1)
         first.process.send_signal(end)
