@@ -166,9 +166,11 @@ def test_nothing_that_a_job_owes_is_lost(site: Site, fault: Callable[[Site], Any
         for n in range(COUNT // 3)
     }
     names |= {f"{tag}-chord-{wave}" for wave in range(3)}
-    eventually(lambda: names <= arrived(site))
+    eventually(lambda: names <= arrived(site), 2 * PATIENCE_S)
     with site.queues.broker().connect() as server:
-        eventually(lambda: producer.queued() == server.hlen("unacked") == server.zcard("unacked_index") == 0)
+        eventually(
+            lambda: producer.queued() == server.hlen("unacked") == server.zcard("unacked_index") == 0, 2 * PATIENCE_S
+        )
     assert site.worker.poll() is None
 
 
