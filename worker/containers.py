@@ -63,10 +63,10 @@ _FOREIGN = {
     "a HEIC picture": re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL),
     "a film": re.compile(rb"....ftyp|\x1aE\xdf\xa3", re.DOTALL),
     "a SVG drawing": re.compile(
-        rb"\s*(?:<\?xml[^>]{0,500}>\s*)?(?:<!--[^>]{0,500}-->\s*)?(?:<!DOCTYPE svg|<svg)", re.IGNORECASE
+        rb"(?:<\?xml[^>]{0,500}>\s{0,100})?(?:<!--[^>]{0,500}-->\s{0,100})?(?:<!DOCTYPE svg|<svg)", re.IGNORECASE
     ),
-    "an XML text": re.compile(rb"\s*<\?xml", re.IGNORECASE),
-    "a web page": re.compile(rb"\s*<(?:!doctype html|html|head|body|script)", re.IGNORECASE),
+    "an XML text": re.compile(rb"<\?xml", re.IGNORECASE),
+    "a web page": re.compile(rb"<(?:!doctype html|html|head|body|script)", re.IGNORECASE),
     "a TIFF picture": re.compile(rb"II[*+]\0|MM\0[*+]"),
     "a BMP picture": re.compile(rb"BM....\0\0\0\0", re.DOTALL),
     "an icon": re.compile(rb"\0\0[\1\2]\0"),
@@ -114,7 +114,7 @@ def foreign(data: bytes) -> str | None:
     """What a file is that is no picture of a form opened here, by its first bytes, as far as that is known."""
     if is_avif(data):
         return None
-    data = data[:_NAMED_BY_BYTES].removeprefix(b"\xef\xbb\xbf")
+    data = data[:_NAMED_BY_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
     return next((name for name, start in _FOREIGN.items() if start.match(data)), None)
 
 
