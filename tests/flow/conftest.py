@@ -131,6 +131,20 @@ def backend(fake_broker: stack.Broker, tmp_path_factory: pytest.TempPathFactory)
         yield
 
 
+@pytest.fixture
+def server() -> Iterator[stack.Broker]:
+    """A Redis server of the test's own. Modules that share one have a fixture of this name."""
+    with stack.broker() as server:
+        yield server
+
+
+@pytest.fixture
+def gallery() -> Iterator[Gallery]:
+    """An image server of the test's own."""
+    with Gallery().open() as gallery:
+        yield gallery
+
+
 @pytest.fixture(scope="module")
 def held_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     """A worker of its own, started without a flag, whose jobs the test holds up."""

@@ -29,20 +29,8 @@ FLOOD = 10_200
 
 
 @pytest.fixture
-def server() -> Iterator[stack.Broker]:
-    with stack.broker() as server:
-        yield server
-
-
-@pytest.fixture
 def producer(server: stack.Broker) -> Producer:
     return Producer(server)
-
-
-@pytest.fixture
-def gallery() -> Iterator[Gallery]:
-    with Gallery().open() as gallery:
-        yield gallery
 
 
 @pytest.fixture(scope="module")

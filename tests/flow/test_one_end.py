@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,6 @@ pytestmark = pytest.mark.timeout(90)
 
 def name() -> str:
     return uuid.uuid4().hex[:8]
-
-
-@pytest.fixture
-def server() -> Iterator[stack.Broker]:
-    with stack.broker() as server:
-        yield server
-
-
-@pytest.fixture
-def gallery() -> Iterator[Gallery]:
-    with Gallery().open() as gallery:
-        yield gallery
 
 
 def processes(stood: Stand) -> list[psutil.Process]:

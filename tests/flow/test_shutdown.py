@@ -9,7 +9,6 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,18 +21,6 @@ from worker.demo import stack
 pytestmark = pytest.mark.timeout(90)
 
 NAMES = [f"picture-{number}" for number in range(SLOTS)]
-
-
-@pytest.fixture
-def gallery() -> Iterator[Gallery]:
-    with Gallery().open() as gallery:
-        yield gallery
-
-
-@pytest.fixture
-def server() -> Iterator[stack.Broker]:
-    with stack.broker() as server:
-        yield server
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +19,6 @@ pytestmark = pytest.mark.timeout(90)
 AHEAD = "import time; real = time.time; time.time = lambda: real() + 7200"
 #: Visibility timeout of the workers here.
 TIMEOUT_S = 2
-
-
-@pytest.fixture
-def server() -> Iterator[stack.Broker]:
-    with stack.broker() as server:
-        yield server
-
-
-@pytest.fixture
-def gallery() -> Iterator[Gallery]:
-    with Gallery().open() as gallery:
-        yield gallery
 
 
 @pytest.fixture
