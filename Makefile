@@ -20,7 +20,7 @@ up: setup
 	$(BIN)/python -m worker.demo.up $(if $(PORT),--port $(PORT))
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .

@@ -70,10 +70,13 @@ _TURNS = {
 
 #: Pixels that are converted at once, since what lies between two forms takes several times a picture's memory.
 STRIP_PIXELS = 2_000_000
-_GARBAGE = bytes(range(1, 255)) * 16
-#: Behind the pixels of a JPEG without an end, what no encoder wrote there: see _decoded. With every restart marker,
-#: since a decoder that waits for one skips all the rest.
-_NO_PIXELS = _GARBAGE + b"".join(bytes([0xFF, 0xD0 + number]) + _GARBAGE for number in range(8))
+#: What is put behind the pixels of a JPEG without an end, in place of what an encoder wrote there: see _decoded. Bits
+#: that begin no code alike; with every restart marker, since a decoder that waits for one skips all the rest, but the
+#: two before it make it skip nothing.
+_NO_PIXELS = [
+    garbage + b"".join(bytes([0xFF, 0xD0 + (first + step) % 8]) + garbage for step in range(8))
+    for first, garbage in ((0, b"\x55" * 4_096), (3, b"\xaa" * 4_096), (6, bytes(range(1, 255)) * 16))
+]
 _END_OF_IMAGE = b"\xff\xd9"
 #: Rows that the last pixels of a JPEG stand in, at least: a unit of its coding has 32 at most.
 _LAST_ROWS = 64
@@ -122,16 +125,19 @@ def _decoded(bare: containers.Bare, limits: ImageLimits, target: int | None) -> 
     """A picture as it lies in its file, and its orientation."""
     if bare.has_end:
         return _opened(bare, limits, target)
-    # All of its pixels may be there. libjpeg makes up those that are not, by what follows: two ends, two pictures.
+    # All of its pixels may be there. libjpeg makes up those that are not, by what follows: other ends, other pictures.
     plain, orientation = _opened(_ended(bare, _END_OF_IMAGE), limits, target)
-    other, _ = _opened(_ended(bare, _NO_PIXELS + _END_OF_IMAGE), limits, target)
-    if ImageChops.difference(*map(_last_rows, (plain, other))).getbbox():
-        raise ImageInvalid("The JPEG ends before its last pixels: send the whole file.", detail="truncated")
+    last_rows = _last_rows(plain)
+    for no_pixels in _NO_PIXELS:
+        other, _ = _opened(_ended(bare, no_pixels + _END_OF_IMAGE), limits, target)
+        if ImageChops.difference(last_rows, _last_rows(other)).getbbox():
+            raise ImageInvalid("The JPEG ends before its last pixels: send the whole file.", detail="truncated")
     return plain, orientation
 
 
 def _ended(bare: containers.Bare, end: bytes) -> containers.Bare:
-    return containers.Bare(bare.data + end, bare.orientation)
+    # A last 0xFF is half of a marker, or of a byte of pixels: it would make a marker of what follows.
+    return containers.Bare(bare.data.rstrip(b"\xff") + end, bare.orientation)
 
 
 def _last_rows(image: Image.Image) -> Image.Image:

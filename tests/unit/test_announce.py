@@ -188,7 +188,7 @@ class Steps:
 
     def __init__(self, app: Celery, announcer: Announcer, **options: Any) -> None:
         self.taken: list[str] = []
-        task = app.task(_complete, name="idefics.complete", acks_late=True, Request=JobRequest)
+        task = app.task(_complete, name="idefics.complete", acks_late=True, Request=JobRequest, shared=False)
         task.announcer = self
         self._announcer = announcer
         self._app = app

@@ -168,7 +168,7 @@ def _run(**_: Any) -> None:
 def app(client: Client) -> Celery:
     """An app with a task, whose failures are kept."""
     app = client.app
-    app.task(name="idefics.caption")(_run)
+    app.task(name="idefics.caption", shared=False)(_run)
     keep_failures(app, WIDE)
     return app
 

@@ -521,20 +521,27 @@ def test_a_png_without_its_end_is_opened() -> None:
     assert difference(open_image(encoded(picture(), "PNG")[:-12]), picture()) == 0
 
 
+def noise(size: tuple[int, int]) -> Image.Image:
+    """The same for every run, unlike Pillow's own."""
+    return Image.frombytes("RGB", size, random.Random(0).randbytes(3 * size[0] * size[1]))
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 @pytest.mark.parametrize("lost", [1, 2])
 @pytest.mark.parametrize("behind", [b"", bytes(100), b"junk" * 999])
 def test_a_jpeg_without_its_last_marker_is_opened(options: dict[str, Any], mode: str, lost: int, behind: bytes) -> None:
-    data = encoded(Image.effect_noise((203, 151), 90).convert("RGB").convert(mode), "JPEG", **options)
+    data = encoded(noise((203, 151)).convert(mode), "JPEG", **options)
     assert data.endswith(b"\xff\xd9")
     assert difference(open_image(data[:-lost] + (behind if lost == 2 else b"")), open_image(data)) == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}])
 def test_a_jpeg_that_lacks_pixels_is_refused(options: dict[str, Any]) -> None:
-    data = encoded(Image.effect_noise((203, 151), 90).convert("RGB"), "JPEG", **options)
-    for lost in (*range(20, 40), 200, 2_000):
+    data = encoded(noise((203, 151)), "JPEG", **options)
+    half_bytes = [at for at in range(20, 6_000) if data[-at - 1 :][:2] == b"\xff\0"]
+    assert half_bytes
+    for lost in (*range(20, 40), 200, 2_000, *half_bytes):
         with pytest.raises(ImageInvalid, match="before its last pixels"):
             open_image(data[:-lost])
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from celery import Celery, chord, group
 from celery.canvas import Signature
 
-from worker.queue.publisher import OneProducerEach
+from worker.queue.publisher import AMQP, OneProducerEach
 
 
 @pytest.fixture
@@ -35,6 +38,22 @@ def test_what_is_nested_in_a_group_goes_by_its_producer(app: Celery, kind: str) 
     assert not sender.is_alive()
     with app.connection() as connection:
         assert connection.default_channel.queue_declare("celery").message_count >= 2
+
+
+def test_threads_that_publish_first_at_the_same_time_share_one_pool() -> None:
+    made = []
+
+    class App(Celery):  # type: ignore[misc]
+        @property
+        def pool(self) -> Any:
+            made.append(threading.get_ident())
+            time.sleep(0.05)
+            return super().pool
+
+    app = App("publisher", broker="memory://", amqp=f"{AMQP.__module__}:AMQP", set_as_current=False)
+    with ThreadPoolExecutor(8) as threads:
+        pools = {id(each.result()) for each in [threads.submit(lambda: app.amqp.producer_pool) for _ in range(8)]}
+    assert len(pools) == len(set(made)) == 1
 
 
 def test_a_thread_gives_its_producer_back(app: Celery) -> None:

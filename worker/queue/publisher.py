@@ -37,12 +37,15 @@ class AMQP(amqp.AMQP):  # type: ignore[misc]
         return send_patiently
 
     _producer_pool: Any = None
+    #: Celery makes `app.pool` while it walks over a dict of all of kombu's pools, which two threads at once break.
+    _pool_is_made = threading.Lock()
 
     @property
     def producer_pool(self) -> Any:
-        if self._producer_pool is None:
-            self._producer_pool = _Producers(self.app.pool, limit=self.app.pool.limit)
-        return self._producer_pool
+        with self._pool_is_made:
+            if self._producer_pool is None:
+                self._producer_pool = _Producers(self.app.pool, limit=self.app.pool.limit)
+            return self._producer_pool
 
 
 class OneProducerEach(Celery):  # type: ignore[misc]
