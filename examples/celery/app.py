@@ -25,8 +25,9 @@ app = Celery(
 )
 # Celery on Redis has four priorities by default; the models' workers read all ten.
 app.conf.broker_transport_options = {"priority_steps": list(range(10))}
-# 0 is first and 9 last. Without this line, what names no priority is at 0 and overtakes the others.
-app.conf.task_default_priority = 5
+#: 0 is first and 9 last; what names none is at 0 and overtakes the others. Celery's `task_default_priority` is for this
+#: app's own tasks alone.
+USUAL = 5
 
 
 # --- This app's own tasks: its worker runs them ---------------------------------------------------
@@ -62,13 +63,16 @@ def picture(name):
     return "data:image/png;base64," + base64.b64encode((PICTURES / name).read_bytes()).decode()
 
 
+def model(task, **arguments):
+    return app.signature(task, kwargs=arguments, queue="idefics", priority=USUAL, immutable=True)
+
+
 def caption(image):
-    return app.signature("idefics.caption", kwargs={"image": image}, queue="idefics", immutable=True)
+    return model("idefics.caption", image=image)
 
 
 def answer(image, question):
-    arguments = {"image": image, "question": question}
-    return app.signature("idefics.answer", kwargs=arguments, queue="idefics", immutable=True)
+    return model("idefics.answer", image=image, question=question)
 
 
 # --- Canvas ---------------------------------------------------------------------------------------
