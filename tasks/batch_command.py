@@ -29,6 +29,7 @@ from .batch import PRIORITY, WINDOW, Batch, JobsLost
 from .batch_input import NotJsonLines, json_lines
 from .batch_lines import Fingerprints, answered, is_failed
 from .printable import echo, escaped, escaped_json
+from .waiting import watched
 
 if sys.platform != "win32":
     import fcntl
@@ -241,6 +242,10 @@ class Progress:
         told += f"; waiting: {escaped(run.trouble)}" if run.trouble else ""
         click.echo(f"\r\033[K{told}" if self._is_live else told, err=True, nl=not self._is_live)
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        click.echo(f"\r\033[K{text}" if self._is_live else text, err=True)
+
     def close(self) -> None:
         if self._is_live:
             click.echo("\r\033[K", err=True, nl=False)
@@ -333,7 +338,7 @@ def _run(source: Any, lines: Input, out: Output, note: Path | None, options: dic
     """Whether it was stopped before its end."""
     resume, told = Resume(note, lines), Progress(len(out.done))
     try:
-        with _Stop() as stop:
+        with _Stop() as stop, watched(source, told.note):
             while not _carried_out(Batch(source, lines, **resume.options(out), **options), lines, out, told, stop):
                 resume.note(0)
                 if not lines.can_rewind:

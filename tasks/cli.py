@@ -18,7 +18,8 @@ from .errors import IdeficsError, JobError
 from .failed import failed
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
 from .pictures import Image, media_type
-from .printable import away, echo, echo_json, escaped
+from .printable import away, echo, echo_json
+from .waiting import watched
 
 #: `caption` for `idefics.caption`.
 TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
@@ -46,7 +47,7 @@ def _client(broker: str | None, results: str | None) -> Client:
     except ValueError as error:
         raise click.UsageError(f"{error} On the command line it is --results.") from None
     except ConnectionError as error:
-        raise click.ClickException(escaped(str(error))) from None
+        raise away(error) from None
     return client
 
 
@@ -72,13 +73,14 @@ def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait:
     except JobError as error:
         _fail(error)
     try:
-        job = client().submit(payload, priority=priority)
+        source = client()
+        job = source.submit(payload, priority=priority)
     except (RedisError, OperationalError) as error:
         raise away(error) from None
     except IdeficsError as error:
         _fail(error)
     if wait:
-        _print_result(job, timeout)
+        _print_result(source, job, timeout)
     else:
         echo(job.id)
 
@@ -89,12 +91,14 @@ def submit(client: Any, task: str, fields: tuple[str, ...], priority: int, wait:
 @click.pass_obj
 def result(client: Any, id: str, timeout: float | None) -> None:
     """Wait for a job and print its result as JSON. A failed job exits with 1 and its code on standard error."""
-    _print_result(client().job(id), timeout)
+    source = client()
+    _print_result(source, source.job(id), timeout)
 
 
-def _print_result(job: Any, timeout: float | None) -> None:
+def _print_result(source: Any, job: Any, timeout: float | None) -> None:
     try:
-        answer: Result = job.result(timeout)
+        with watched(source):
+            answer: Result = job.result(timeout)
     except RedisError as error:
         raise away(error) from None
     except (IdeficsError, TimeoutError) as error:

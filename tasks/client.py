@@ -107,10 +107,11 @@ def _with_results(app: Celery) -> Any:
 class SubmittedJob:
     """A job on its way. Keep its `id`: `Client.job(id)` finds it again from any process."""
 
-    def __init__(self, outcome: AsyncResult[Any]) -> None:
+    def __init__(self, outcome: AsyncResult[Any], queue: str = QUEUE) -> None:
         #: Celery's own handle, for whatever Celery can do.
         self.async_result = outcome
         self.id: str = outcome.id
+        self._queue = queue
 
     def __repr__(self) -> str:
         return f"SubmittedJob({self.id!r})"
@@ -134,14 +135,14 @@ class SubmittedJob:
         Raises the job's JobError, JobCanceled, or JobTimeout (a TimeoutError), after which the job goes on;
         ConfigurationError where the app's options are not the workers', so that no answer can come.
         """
-        wait = _Wait(self.async_result, timeout)
+        wait = _Wait(self.async_result, self._queue, timeout)
         while (outcome := wait.look()) is None:
             time.sleep(wait.pause_s())
         return _answer(outcome)
 
     async def aresult(self, timeout: float | None = None) -> Result:
         """`result` for asyncio: no thread waits meanwhile."""
-        wait = _Wait(self.async_result, timeout)
+        wait = _Wait(self.async_result, self._queue, timeout)
         while (outcome := await asyncio.to_thread(wait.look)) is None:
             await asyncio.sleep(wait.pause_s())
         return _answer(outcome)
@@ -184,8 +185,9 @@ class _Wait:
     (a web server's) take from each other.
     """
 
-    def __init__(self, job: AsyncResult[Any], timeout: float | None) -> None:
+    def __init__(self, job: AsyncResult[Any], queue: str, timeout: float | None) -> None:
         self._job = job
+        self._queue = queue
         self._timeout = timeout
         self._pause_s = FIRST_PAUSE_S
         self._setup = setup_of(job.app)
@@ -209,7 +211,7 @@ class _Wait:
     def _check(self) -> None:
         now = time.monotonic()
         if now >= self._end:
-            why = self._setup.why_no_answer()
+            why = self._setup.why_no_answer(self._queue)
             raise JobTimeout(f"Job {self._job.id} has no answer after {self._timeout} s, and goes on. {why}")
         if now - self._checked_at >= CHECK_S:
             self._checked_at = now
@@ -318,7 +320,7 @@ class Client:
                     "or give the server more memory or disk."
                 ) from error
             raise
-        return SubmittedJob(outcome)
+        return SubmittedJob(outcome, getattr(queue, "name", queue))
 
     def submit_many(
         self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Any
@@ -347,7 +349,7 @@ class Client:
 
     def job(self, id: str) -> SubmittedJob:
         """A job submitted earlier."""
-        return SubmittedJob(self.app.AsyncResult(id))
+        return SubmittedJob(self.app.AsyncResult(id), self._queue)
 
     def status(self, id: str) -> Status:
         """How far a job submitted earlier is; see SubmittedJob.status."""
@@ -399,6 +401,15 @@ class Client:
         """
         return self._capacity.queued(self._queue, priority)
 
+    @_with_our_errors
+    def workers(self) -> list[str]:
+        """Names of the workers that take from the client's queue, for a health route: empty where jobs would wait.
+
+        One that was killed is listed for up to 15 seconds more. Raises BrokerUnavailable where the broker is away, and
+        ConfigurationError where it is no Redis.
+        """
+        return self._setup.workers(self._queue)
+
     def failed(self) -> Iterator[FailedJob]:
         """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
         return _each_with_our_errors(iter(FailedJobs(self.app)))
@@ -445,6 +456,10 @@ class Client:
     async def aqueued(self, priority: int | None = None) -> int:
         """`queued` for asyncio."""
         return await asyncio.to_thread(self.queued, priority)
+
+    async def aworkers(self) -> list[str]:
+        """`workers` for asyncio."""
+        return await asyncio.to_thread(self.workers)
 
     async def aping(self) -> None:
         """`ping` for asyncio."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .errors import from_broker
+from .errors import BrokerUnavailable, from_broker
 
 # Line and paragraph separators, marks that reorder text (bidi), invisible ones (BOM, soft hyphen, zero width space,
 # tags), and halves of surrogate pairs, which no output can encode. Joiners stay: scripts and emoji need them.
@@ -46,8 +46,10 @@ def echo_json(value: Any) -> None:
 
 
 def away(error: Exception) -> click.ClickException:
-    """What a command says where Redis does not answer."""
-    return click.ClickException(escaped(str(from_broker(error))))
+    """What a command says where Redis does not answer, or refuses."""
+    told = from_broker(error)
+    cure = " Name another with --broker or IDEFICS_BROKER_URL." if isinstance(told, BrokerUnavailable) else ""
+    return click.ClickException(escaped(f"{told}{cure}"))
 
 
 def _python_escape(match: re.Match[str]) -> str:

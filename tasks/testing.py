@@ -106,6 +106,9 @@ class FakeClient:
     def queued(self, priority: int | None = None) -> int:
         return 0
 
+    def workers(self) -> list[str]:
+        return ["fake@localhost"]
+
     def failed(self) -> Iterator[FailedJob]:
         return (failed for failed, _ in tuple(self._failed.values()))
 
@@ -139,6 +142,9 @@ class FakeClient:
 
     async def aqueued(self, priority: int | None = None) -> int:
         return self.queued(priority)
+
+    async def aworkers(self) -> list[str]:
+        return self.workers()
 
     async def aping(self) -> None:
         self.ping()

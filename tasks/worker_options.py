@@ -2,7 +2,8 @@
 
 Workers renew two keys while they live, both without any prefix, since a client may have the wrong one:
 `idefics:worker:options` in the queues' Redis says what is read and, by a fingerprint, where results
-are; `idefics:worker:results` in the results' Redis repeats that fingerprint.
+are; `idefics:worker:results` in the results' Redis repeats that fingerprint. Which workers take from a queue stands
+in a key for each queue, under the app's own prefix.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ from .redis_keys import GUIDES_SEPARATOR, SEPARATOR, broker_prefix, results_pref
 
 OPTIONS_KEY = "idefics:worker:options"
 RESULTS_KEY = "idefics:worker:results"
+#: Before a queue's name: the workers that take from it, by the second when each last said so. Redis's own clock counts.
+WORKERS_KEY = "idefics:worker:queue:"
 #: Seconds between two renewals, and that the keys outlive a worker.
 RENEW_S = 5.0
 TTL_S = 30
+#: Seconds without a renewal after which a worker is taken for gone. One that ends in order says so.
+SILENT_S = 3 * RENEW_S
 #: Seconds that a client misses the fingerprint before it believes that answers are elsewhere: a server that was emptied
 #: has it again by then.
 CONFIRM_S = 2 * RENEW_S
@@ -68,6 +73,28 @@ def publish(app: Celery, options: WorkerOptions, broker: Redis) -> None:
     """Renew the keys. Raises RedisError."""
     app.backend.client.set(RESULTS_KEY, options.results, ex=TTL_S)
     broker.set(OPTIONS_KEY, options.written(), ex=TTL_S)
+
+
+def enter(app: Celery, worker: str, broker: Redis) -> None:
+    """Say that a worker takes from its queues. Raises RedisError."""
+    now, _ = broker.time()
+    with broker.pipeline() as pipe:
+        for queue in app.amqp.queues.consume_from:
+            key = workers_key(app, queue)
+            pipe.zadd(key, {worker: now})
+            pipe.zremrangebyscore(key, "-inf", now - TTL_S)
+            pipe.expire(key, TTL_S)
+        pipe.execute()
+
+
+def leave(app: Celery, worker: str, broker: Redis) -> None:
+    """Say that a worker takes no more jobs. Raises RedisError."""
+    for queue in app.amqp.queues.consume_from:
+        broker.zrem(workers_key(app, queue), worker)
+
+
+def workers_key(app: Celery, queue: str) -> str:
+    return f"{broker_prefix(app)}{WORKERS_KEY}{queue}"
 
 
 def unseen(app: Celery, options: WorkerOptions) -> str | None:
@@ -139,8 +166,25 @@ class Setup:
         if time.monotonic() - since > CONFIRM_S:
             raise ConfigurationError(wrong)
 
-    def why_no_answer(self) -> str:
-        """What is to be said of a job that has none yet."""
+    def workers(self, queue: str) -> list[str]:
+        """Names of the workers that take from a queue, as they last said.
+
+        Raises RedisError or OperationalError, and ConfigurationError where the broker is no Redis.
+        """
+        with self._app.connection_for_write() as connection:
+            if connection.transport.driver_type != "redis":
+                raise ConfigurationError(
+                    "Workers announce themselves in Redis only: on another broker ask them, by Celery's "
+                    "app.control.inspect().active_queues()."
+                )
+            _reach(connection)
+            redis: Any = Redis(connection_pool=connection.default_channel.pool)
+            now, _ = redis.time()
+            entered = redis.zrange(workers_key(self._app, queue), 0, -1, withscores=True)
+        return sorted(_text(name) for name, said_at in entered if said_at >= now - SILENT_S)
+
+    def why_no_answer(self, queue: str) -> str:
+        """What is to be said of a queue's job that has none yet."""
         try:
             with self._app.connection_for_write() as connection:
                 _reach(connection)
@@ -149,10 +193,19 @@ class Setup:
         with self._lock:
             self._looked_at = float("-inf")
         options = self._known()
-        if options is None:
+        wrong = (unseen(self._app, options) or self._elsewhere(options)) if options else None
+        return wrong or self._who_works(queue)
+
+    def _who_works(self, queue: str) -> str:
+        try:
+            count = len(self.workers(queue))
+        except (RedisError, OperationalError, ConfigurationError):
+            # Not for this user to ask, or another broker than Redis.
             return "Is a worker running on its queue?"
-        wrong = unseen(self._app, options) or self._elsewhere(options)
-        return wrong or "Workers run on this broker: it waits for its turn, or for a worker of its queue."
+        if not count:
+            return f"No worker takes from the queue {queue!r}: is one running?"
+        who = "1 worker takes" if count == 1 else f"{count} workers take"
+        return f"{who} from its queue: it waits for its turn, or runs."
 
     def _known(self) -> WorkerOptions | None:
         """As the workers said within LOOK_S; None where none did, or where their broker is no Redis or is away."""

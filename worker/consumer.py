@@ -19,6 +19,7 @@ from config.settings import load
 from tasks.availability import is_away
 from tasks.errors import Internal, InvalidRequest
 from tasks.failed import Bounds
+from tasks.payloads import PAYLOADS
 from tasks.printable import escaped
 from worker.announce import UNAVAILABLE
 from worker.defects import without_values
@@ -32,8 +33,9 @@ from worker.queue.refusals import Refusals
 logger = logging.getLogger(__name__)
 
 _MISROUTED = (
-    "This queue's workers have no task {task}: use one of the six, or send a task of your own to its own worker's "
-    "queue (signature.set(queue=...)). The message is kept: `idefics-jobs failed retry ID --queue NAME` sends it on."
+    f"This queue's workers have no task {{task}}: use one of the six ({', '.join(PAYLOADS)}), or send a task of your "
+    "own to its own worker's queue (signature.set(queue=...)). The message is kept: `idefics-jobs failed retry ID "
+    "--queue NAME` sends it on."
 )
 #: Seconds that events wait for others. Celery publishes at every turn of its loop, which costs it more than the jobs.
 EVENTS_S = 0.25

@@ -189,6 +189,7 @@ def test_a_message_for_no_task_of_ours_is_kept_named_and_can_be_sent_on(site: Si
     error = lost.get(timeout=PATIENCE_S, propagate=False)
     assert error.args[0] == "invalid_request"
     assert "site.save" in error.args[1]
+    assert "idefics.caption" in error.args[1]
     assert "--queue" in error.args[1]
     client = Client(site.server.url)
     (kept,) = [job for job in client.failed() if job.id == lost.id]

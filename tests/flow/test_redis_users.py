@@ -84,6 +84,7 @@ def test_a_producer_submits_with_every_option_of_our_client_and_reads_its_answer
     keyed = HELLO.model_copy(update={"idempotency_key": "one"})
     assert client.submit(keyed).id == client.submit(keyed).id
     assert client.submit(keyed).result(PATIENCE_S).text == "llo"
+    assert len(client.workers()) == 1
     assert guarded.refusals("producer") == set()
 
 

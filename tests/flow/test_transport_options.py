@@ -10,7 +10,7 @@ import pytest
 from celery import Celery
 
 from tasks import Client, Complete, ConfigurationError, InvalidRequest
-from tasks.worker_options import OPTIONS_KEY, RESULTS_KEY
+from tasks.worker_options import OPTIONS_KEY, RESULTS_KEY, SILENT_S, WORKERS_KEY
 from tests.flow.conftest import PATIENCE_S, eventually
 from worker.demo import stack
 
@@ -169,15 +169,42 @@ def test_a_broker_that_is_away_is_named(plain: stack.Broker) -> None:
         Client(away, result_backend=plain.results).result("no-such-job", timeout=0.5)
 
 
-def test_only_where_nothing_is_known_it_asks_for_a_worker(broker: stack.Broker) -> None:
-    broker.connect().delete(OPTIONS_KEY)
+def test_where_it_cannot_be_known_it_asks_for_a_worker(broker: stack.Broker) -> None:
+    amqp = Celery(broker="memory://", backend=broker.results, set_as_current=False)
     with pytest.raises(TimeoutError, match="Is a worker running on its queue"):
-        Client(broker.url).result("no-such-job", timeout=0.5)
+        Client(app=amqp).result("no-such-job", timeout=0.5)
+    with pytest.raises(ConfigurationError, match="active_queues"):
+        Client(app=amqp).workers()
+
+
+def test_a_queue_that_no_worker_takes_from_is_named_whatever_else_runs(plain: stack.Broker) -> None:
+    job = Client(plain.url, queue="others").submit(HELLO)
+    with pytest.raises(TimeoutError, match="No worker takes from the queue 'others': is one running"):
+        job.result(timeout=0.5)
+    assert Client(plain.url, queue="others").workers() == []
 
 
 def test_where_workers_run_it_says_so(plain: stack.Broker) -> None:
-    with pytest.raises(TimeoutError, match="Workers run on this broker"):
+    with pytest.raises(TimeoutError, match="1 worker takes from its queue"):
         Client(plain.url).result("no-such-job", timeout=0.5)
+
+
+def test_workers_are_known_by_their_queue_under_the_prefix_until_they_end(broker: stack.Broker) -> None:
+    client = Client(app=_app(broker, {"global_keyprefix": "mine:"}))
+    arguments = ("--hostname", "a@here", "--queues", "idefics,others")
+    with stack.worker(broker, *arguments, settings={"MODEL": "fake", "BROKER_KEY_PREFIX": "mine:"}):
+        eventually(lambda: client.workers() == ["a@here"])
+        assert Client(app=client.app, queue="others").workers() == ["a@here"]
+        assert Client(broker.url).workers() == []
+    assert client.workers() == []
+
+
+def test_a_worker_that_was_killed_is_gone_soon(broker: stack.Broker) -> None:
+    key = f"{WORKERS_KEY}idefics"
+    now, _ = broker.connect().time()
+    broker.connect().zadd(key, {"killed": now - SILENT_S - 1, "there": now - SILENT_S + 5})
+    assert Client(broker.url).workers() == ["there"]
+    broker.connect().delete(key)
 
 
 def test_the_options_are_gone_soon_after_the_last_worker(broker: stack.Broker, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,20 @@ from tasks import (
     InvalidRequest,
     Job,
     JobCanceled,
+    JobTimeout,
     Result,
     Write,
     cli,
+    waiting,
 )
 from tasks.cli import arguments, data_uri, main
-from tasks.testing import FakeClient
+from tasks.testing import FakeClient, FakeJob, canned
 
 URL = "https://example.com/a.jpg"
+AWAY = (
+    "Error: Redis does not answer (away): is it up, and its URL right? Name another with --broker or "
+    "IDEFICS_BROKER_URL.\n"
+)
 
 
 class Recorder(FakeClient):
@@ -181,8 +189,8 @@ def test_a_refused_payload_is_told_with_its_code_on_standard_error(client: Recor
     ("error", "said"),
     [
         (InvalidRequest("The job has too many bytes."), "invalid_request: The job has too many bytes.\n"),
-        (RedisConnectionError("away"), "Error: Redis does not answer (away): is it up, and its URL right?\n"),
-        (OperationalError("away"), "Error: Redis does not answer (away): is it up, and its URL right?\n"),
+        (RedisConnectionError("away"), AWAY),
+        (OperationalError("away"), AWAY),
     ],
 )
 def test_a_job_that_cannot_be_sent_is_told_without_a_traceback(
@@ -229,6 +237,45 @@ def test_a_broker_that_does_not_say_where_results_are_is_told_without_a_tracebac
     assert outcome.exit_code in (1, 2)
     assert isinstance(outcome.exception, SystemExit)
     assert "result" in outcome.stderr
+
+
+class Idle(Recorder):
+    """A client whose jobs nobody takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_told = threading.Event()
+
+    def job(self, id: str) -> Any:
+        return self
+
+    def submit(self, job: Job, **options: Any) -> Any:
+        return self
+
+    def result(self, *_: Any) -> Result:
+        assert self.has_told.wait(10)
+        raise JobTimeout("No answer.")
+
+    def queued(self, priority: int | None = None) -> int:
+        return 3
+
+    def workers(self) -> list[str]:
+        threading.Timer(0.2, self.has_told.set).start()
+        return []
+
+
+@pytest.mark.parametrize("command", [["submit", "caption", f"image={URL}", "--wait"], ["result", "row-7"]])
+def test_a_wait_that_no_worker_ends_says_so_once(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "Client", lambda *args, **options: Idle())
+    monkeypatch.setattr(waiting, "LOOK_S", 0.01)
+    told = "3 jobs wait; no worker takes from the queue 'idefics': is one running?\n"
+    assert run(*command).stderr == f"{told}timeout: No answer.\n"
+
+
+def test_a_wait_with_a_worker_is_silent(client: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "LOOK_S", 0.01)
+    monkeypatch.setattr(FakeJob, "result", lambda *_: time.sleep(0.1) or canned("a cat", Caption(image=URL)))
+    assert run("submit", "caption", f"image={URL}", "--wait").stderr == ""
 
 
 # result

@@ -1,37 +1,61 @@
-"""Says in Redis what this worker reads, for clients (`tasks/worker_options.py`)."""
+"""Says in Redis what this worker reads, and from which queues, for clients (`tasks/worker_options.py`)."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-import time
 from typing import Any
 
 from celery import bootsteps
+from redis import RedisError
 
 from tasks.availability import is_away
 from tasks.outbox import connect
-from tasks.worker_options import RENEW_S, WorkerOptions, publish
+from tasks.worker_options import RENEW_S, WorkerOptions, enter, leave, publish
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that the worker's end waits until Redis knows of it.
+LEAVE_S = 2.0
+
 
 class AnnouncedOptions(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Renews the keys in a thread, since the event loop must not wait for Redis; they expire after the worker's end."""
+    """Renews the keys in a thread, since the event loop must not wait for Redis. They expire after the worker's end, at
+    which its own name is taken out.
+    """
 
     requires = ("celery.worker.components:Pool",)
 
-    def start(self, worker: Any) -> None:
-        threading.Thread(target=self._renew, args=[worker.app], daemon=True, name="announced-options").start()
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._is_ending = threading.Event()
+        self._thread = threading.Thread(
+            target=self._renew, args=[worker.app, worker.hostname], daemon=True, name="announced-options"
+        )
 
-    def _renew(self, app: Any) -> None:
+    def start(self, worker: Any) -> None:
+        self._thread.start()
+
+    def stop(self, worker: Any) -> None:
+        self._is_ending.set()
+        if self._thread.is_alive():
+            self._thread.join(LEAVE_S)
+
+    terminate = stop
+
+    def _renew(self, app: Any, name: str) -> None:
         options, broker, told = WorkerOptions.of(app), None, False
-        while True:
+        while not self._is_ending.is_set():
             try:
                 broker = broker or connect(app)
                 publish(app, options, broker)
+                enter(app, name, broker)
             except Exception as error:
                 if not told and not is_away(error):
                     logger.warning("What this worker reads cannot be said to clients: %s", error)
                     told = True
-            time.sleep(RENEW_S)
+            self._is_ending.wait(RENEW_S)
+        if broker is not None:
+            with contextlib.suppress(RedisError):
+                leave(app, name, broker)

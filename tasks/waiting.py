@@ -1,0 +1,41 @@
+"""While a command waits for jobs: says where no worker would take them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .errors import IdeficsError
+from .payloads import QUEUE
+from .printable import echo
+
+#: Seconds between two looks for a worker.
+LOOK_S = 3.0
+
+
+def _on_standard_error(text: str) -> None:
+    echo(text, err=True)
+
+
+@contextlib.contextmanager
+def watched(client: Any, tell: Callable[[str], None] = _on_standard_error) -> Iterator[None]:
+    """Meanwhile, tell once where jobs wait and no worker takes from the client's queue."""
+    is_over = threading.Event()
+    threading.Thread(target=_watch, args=[client, tell, is_over], daemon=True, name="worker-watch").start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def _watch(client: Any, tell: Callable[[str], None], is_over: threading.Event) -> None:
+    # Where it cannot be known, the wait itself says what is wrong.
+    with contextlib.suppress(IdeficsError):
+        while not is_over.wait(LOOK_S):
+            if not client.workers():
+                count = client.queued()
+                waiting = "1 job waits" if count == 1 else f"{count:,} jobs wait"
+                tell(f"{waiting}; no worker takes from the queue {QUEUE!r}: is one running?")
+                return
