@@ -23,7 +23,7 @@ from celery import Celery
 from benchmarks.stock import Request, Stock
 from tasks import Client, ImagePath, Job
 from worker.demo import stack
-from worker.prompts import ImageRef, build
+from worker.jobs.prompts import ImageRef, build
 
 #: Requests that the HTTP client has under way: enough for two full batches.
 HTTP_THREADS = 64

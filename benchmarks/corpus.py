@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import measures
 from tasks.errors import ImageInvalid, ImageTooLarge
-from worker.images import open_image
+from worker.images.decode import open_image
 
 IMAGES = "/Tests/images/"
 #: How files begin that once broke Pillow. The others are "other": good ones, and broken ones of its tests.

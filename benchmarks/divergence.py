@@ -26,9 +26,9 @@ from config.settings import Settings
 from tasks import Job, Result
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
+from worker.jobs.service import Service, Ticket
 from worker.models import Model
 from worker.models.loading import load
-from worker.service import Service, Ticket
 
 #: By name, the settings that choose it.
 PRECISIONS: dict[str, dict[str, str]] = {

@@ -30,8 +30,8 @@ from tasks.errors import Internal, JobError
 from tasks.payloads import PAYLOADS, RESERVED_TOKENS, parse
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
+from worker.jobs.service import Service, Ticket
 from worker.models.fake import FakeModel
-from worker.service import Service, Ticket
 
 IMAGES, PAYLOADS_TRIED = 100_000, 10_000
 #: Seconds that one image may take.

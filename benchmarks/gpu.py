@@ -19,8 +19,8 @@ import torch
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from benchmarks.measures import RESULTS
-from worker.models.graphed import CudaGraphs
-from worker.models.idefics_decoder import IdeficsDecoder, Prompt
+from worker.engine.cuda_graphs import CudaGraphs
+from worker.models.idefics1.decoder import IdeficsDecoder, Prompt
 
 ROWS = (1, 16, 64)
 PROMPT_TOKENS, STEPS = 64, 32

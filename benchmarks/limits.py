@@ -23,7 +23,7 @@ from benchmarks.workloads import PictureBook
 from config.settings import Settings
 from tasks import Caption, Client, Complete, ImagePath, Job
 from worker.demo import stack
-from worker.models.idefics_decoder import IdeficsDecoder, Prompt
+from worker.models.idefics1.decoder import IdeficsDecoder, Prompt
 from worker.models.loading import load
 
 ROUNDS = 3

@@ -45,7 +45,7 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         "task_time_limit": settings.time_limit_s,
         "task_soft_time_limit": settings.soft_time_limit_s,
         "worker_pool": "worker.pool:InferencePool",
-        "worker_consumer": "worker.consumer:Consumer",
+        "worker_consumer": "worker.queue.consumer:Consumer",
         # One model process; the pool itself holds `job_threads` jobs.
         "worker_concurrency": 1,
         "worker_prefetch_multiplier": settings.job_threads,
@@ -97,11 +97,11 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
 
 
 def _first_end_wins(url: str) -> str:
-    """The URL of our own backend (worker/results.py) on the same Redis. Producers use Celery's."""
+    """The URL of our own backend (worker/queue/result_backend.py) on the same Redis. Producers use Celery's."""
     if url.startswith("sentinel://"):
-        return f"worker.results:SentinelResultBackend+{url}"
+        return f"worker.queue.result_backend:SentinelResultBackend+{url}"
     # kombu's name for a socket, which Celery's backend calls by its second half.
-    return f"worker.results:ResultBackend+{url.removeprefix('redis+')}"
+    return f"worker.queue.result_backend:ResultBackend+{url.removeprefix('redis+')}"
 
 
 def _named(**options: str) -> dict[str, str]:

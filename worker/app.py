@@ -23,24 +23,24 @@ from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
 from tasks.redis_keys import results_prefix
 from tasks.routing import priority_for
-from worker.announce import Announcer, End
-from worker.cancel import Cancellations
-from worker.defects import without_values
+from worker.delivery.recorder import Announcer, End
+from worker.delivery.sender import check as check_callback
 from worker.engine.row import NotBegun
-from worker.failed import keep_failures
-from worker.hosts import HostBusy
-from worker.keyed import FirstStillRuns, first_answer
+from worker.images.host_limits import HostBusy
+from worker.jobs.idempotency import FirstStillRuns, first_answer
+from worker.jobs.service import Canceled, Service, Ticket
 from worker.observability import log_setup
+from worker.observability.redaction import without_values
 from worker.pool import SoftShutdown, refuse_other_pools
 from worker.pool.signals import PoolExitInTime
 from worker.queue.announced_options import AnnouncedOptions
 from worker.queue.balance import Balance
+from worker.queue.cancellation import Cancellations
+from worker.queue.dead_letters import keep_failures
 from worker.queue.publisher import OneProducerEach
 from worker.queue.refusals import Refusals
-from worker.results import CANCELED
-from worker.service import Canceled, Service, Ticket
-from worker.transport import use as use_transport
-from worker.webhook import check as check_callback
+from worker.queue.result_backend import CANCELED
+from worker.queue.transport import use as use_transport
 
 logger = logging.getLogger(__name__)
 

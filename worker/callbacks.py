@@ -24,11 +24,11 @@ from config.settings import Settings, load
 from tasks.outbox import Delivery, Outbox, Shares, batch_id, connect
 from tasks.payloads import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from tasks.webhooks import MAX_BODY_BYTES, batch_body
-from worker.announce import UNAVAILABLE
 from worker.delivery.known_hosts import KnownHosts
+from worker.delivery.recorder import UNAVAILABLE
+from worker.delivery.sender import Answer, Sender, judge
 from worker.observability import log_setup
 from worker.runtime.exit_watchdog import ExitInTime, Held
-from worker.webhook import Answer, Sender, judge
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from celery import Celery
 
 from benchmarks.chaos.ledger import BROKER, CALLS, VISIBILITY_S, Call, Ledger, now
-from worker.transport import use
+from worker.queue.transport import use
 
 # With kombu's own transport a link is lost whose BRPOP the broker's death cuts off.
 use()

@@ -218,7 +218,7 @@ def test_everything_that_the_dockerfile_copies_exists_and_is_not_ignored() -> No
 def test_what_the_dockerfile_copies_is_all_that_the_worker_imports(tmp_path: Path) -> None:
     for source in (source for line in _instructions("COPY") for source in line.split()[:-1]):
         (tmp_path / source).symlink_to(CHECKOUT / source)
-    code = "import worker.app, worker.pool, worker.pool.process; print(worker.app.__file__)"
+    code = "import worker.app, worker.pool, worker.model_process; print(worker.app.__file__)"
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env=_bare_environment(), capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == str(tmp_path / "worker" / "app.py"), run.stderr

@@ -33,7 +33,7 @@ def processes(stood: Stand) -> list[psutil.Process]:
 def let_the_visibility_timeout_pass(server: stack.Broker) -> None:
     """What every worker does for those that are silent, now instead of in an hour."""
     options = {"visibility_timeout": 0, "priority_steps": list(range(10))}
-    with Connection(server.url, transport="worker.transport:Transport", transport_options=options) as connection:
+    with Connection(server.url, transport="worker.queue.transport:Transport", transport_options=options) as connection:
         connection.default_channel.qos.restore_visible(num=100)
 
 

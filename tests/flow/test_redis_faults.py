@@ -22,7 +22,7 @@ from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)
 
-OURS = "worker.transport:Transport"
+OURS = "worker.queue.transport:Transport"
 #: Workers frozen and killed; more with FREEZES=20 in the environment.
 FREEZES = int(os.environ.get("FREEZES", "3"))
 #: Seconds that a fault lasts; longer with FAULT_S=40.

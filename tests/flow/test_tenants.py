@@ -15,8 +15,8 @@ from tasks import Caption, Classify, Client, Complete, Job, JobError, SubmittedJ
 from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
 from tests.flow.events import Events
 from tests.flow.gallery import Gallery
-from worker.answers import PREFIX
 from worker.demo import stack
+from worker.jobs.answer_cache import PREFIX
 
 pytestmark = pytest.mark.timeout(90)
 

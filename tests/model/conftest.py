@@ -15,7 +15,7 @@ from config.settings import Settings
 from tests.conftest import PICTURES
 from tests.model.checkpoints import random_checkpoint
 from worker.engine.continuous import ContinuousModel
-from worker.images import open_image
+from worker.images.decode import open_image
 from worker.models import DEMO
 from worker.models.loading import load
 

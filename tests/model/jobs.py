@@ -10,8 +10,8 @@ from PIL import Image
 
 from tasks import Answer, Caption, CaptionExample, Chat, Complete, ImagePath, Job, Write
 from worker.engine.row import Row, Sampling, Tokens
-from worker.engine.runner import StockModel
-from worker.prompts import ImageRef, Prompt, build, ends_with_utterance
+from worker.engine.stock import StockModel
+from worker.jobs.prompts import ImageRef, Prompt, build, ends_with_utterance
 
 Parts = list[str | Image.Image]
 

@@ -14,13 +14,13 @@ from tasks.errors import Internal, OutOfMemory
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
 from worker.engine import continuous
+from worker.engine.cuda_graphs import Graphed, Step
 from worker.engine.engine import Beat, Engine, Newcomers
-from worker.engine.prefixes import PrefixCache
+from worker.engine.prefix_cache import PrefixCache
 from worker.engine.row import Output, Picture, Row, Sampling
-from worker.engine.runner import StockModel, memory_errors
 from worker.engine.scheduler import Limits
-from worker.models.graphed import Graphed, Step
-from worker.models.idefics_decoder import IdeficsDecoder, Prompt, _stepped
+from worker.engine.stock import StockModel, memory_errors
+from worker.models.idefics1.decoder import IdeficsDecoder, Prompt, _stepped
 
 
 def _nobody(running: Sequence[Row]) -> Sequence[Row]:

@@ -18,11 +18,11 @@ from tests.model.jobs import mixed_jobs, parts_of, row_of
 from worker.engine.engine import Engine
 from worker.engine.generation import UNSUPPORTED
 from worker.engine.row import Row, Sampling, Tokens
-from worker.engine.runner import StockModel
 from worker.engine.scheduler import Limits
+from worker.engine.stock import StockModel
+from worker.jobs.service import Service, Ticket
 from worker.models import DEMO
 from worker.models.loading import SetupFailed, load
-from worker.service import Service, Ticket
 
 #: Tokens of the prompts below, and the end: what a random model hardly says by itself.
 PROMPTS_WORDS = AutoTokenizer.from_pretrained(DEMO)(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.models.graphed import MOST, Graphed, Step, bucket
+from worker.engine.cuda_graphs import MOST, Graphed, Step, bucket
 
 
 class Recorder:

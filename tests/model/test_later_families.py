@@ -23,12 +23,12 @@ from tests.model.conftest import noise
 from tests.model.jobs import Parts, generated, mixed_jobs, parts_of, prepared, row_of
 from worker.engine.engine import Engine
 from worker.engine.row import Row, Sampling
-from worker.engine.runner import StockModel
 from worker.engine.scheduler import Limits
-from worker.engine.scoring import label_log_likelihoods
+from worker.engine.stock import StockModel
+from worker.engine.stock_scoring import label_log_likelihoods
+from worker.jobs.prompts import ImageRef, build, in_turns
+from worker.jobs.service import Service, Ticket
 from worker.models.loading import load
-from worker.prompts import ImageRef, build, in_turns
-from worker.service import Service, Ticket
 
 #: By name: the family, and what its template opens with, if it has one.
 CHECKPOINTS = {

@@ -20,9 +20,9 @@ from tests.model.checkpoints import random_checkpoint
 from worker.engine.continuous import ContinuousModel
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
+from worker.jobs.service import Service
 from worker.models import DEMO, checkpoint_folder, loading
 from worker.models.loading import NOT_QUANTIZED, SetupFailed, load
-from worker.service import Service
 
 
 def _checked(settings: Settings) -> ContinuousModel:
@@ -300,7 +300,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    # As worker/pool/process.py does by the environment, before the hub's library is imported.
+    # As worker/model_process.py does by the environment, before the hub's library is imported.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path
 

@@ -14,8 +14,8 @@ from tasks import InvalidRequest
 from tasks.payloads import END_OF_UTTERANCE, parse
 from tests.model.checkpoints import TEMPLATE, later_checkpoint, random_checkpoint
 from tests.model.conftest import noise
+from worker.jobs.prompts import ImageRef, build, in_turns
 from worker.models.loading import load
-from worker.prompts import ImageRef, build, in_turns
 
 #: As tokenizers are that drop what is not seen and fold what looks alike, before they look for special tokens.
 NORMALIZER: dict[str, Any] = {

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import IdeficsImageProcessorPil
 
-from worker.models.pixels import Pixels
-from worker.models.traced import Traced
+from worker.engine.traced import Traced
+from worker.models.image_processor import Pixels
 
 
 class _Writer(torch.nn.Module):

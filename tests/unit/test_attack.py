@@ -11,7 +11,7 @@ import pytest
 from benchmarks import attack, fuzz
 from config.settings import Settings
 from tasks.errors import ImageInvalid, ImageTooLarge, ImageUnreachable
-from worker.fetch import Fetcher, FetchPolicy
+from worker.images.fetch import Fetcher, FetchPolicy
 
 
 def ends(kind: str) -> Counter[str]:

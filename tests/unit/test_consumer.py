@@ -13,8 +13,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tasks.errors import Internal
 from worker.app import app
-from worker.consumer import Consumer
-from worker.deliveries import Deliveries, History
+from worker.queue.consumer import Consumer
+from worker.queue.redeliveries import Deliveries, History
 
 
 class Job:
@@ -134,7 +134,7 @@ def handler(consumer: Consumer, monkeypatch: pytest.MonkeyPatch, error: Exceptio
         raise error
 
     consumer.task_consumer = SimpleNamespace(channel=SimpleNamespace())
-    monkeypatch.setattr("worker.consumer.hold_until_due", lambda message: False)
+    monkeypatch.setattr("worker.queue.consumer.hold_until_due", lambda message: False)
     monkeypatch.setattr("celery.worker.consumer.Consumer.create_task_handler", lambda self, *_, **__: handle)
     return consumer.create_task_handler()
 

@@ -11,7 +11,7 @@ from celery.utils.objects import Bunch
 from celery.worker.consumer.mingle import Mingle
 from kombu.exceptions import OperationalError
 
-from worker.consumer import Consumer
+from worker.queue.consumer import Consumer
 
 
 def _consumer(sync: Callable[[Any], None]) -> tuple[Consumer, Mingle]:

@@ -20,7 +20,7 @@ from tasks import Client, ImageUnreachable, InvalidRequest, JobError, failed
 from tasks.failed import KEYS, Bounds, FailedJob, FailedJobs, Selection, age, redacted
 from tasks.payloads import SUBMITTED_AT
 from worker.demo.stack import Broker
-from worker.failed import keep_failures
+from worker.queue.dead_letters import keep_failures
 
 WIDE = Bounds(jobs=100, bytes=1_000_000, ttl_s=86_400)
 URL = "https://example.com/a.jpg"

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from billiard.einfo import ExceptionInfo
 
-import worker.pool.process  # noqa: F401 - it makes billiard copy code once
+import worker.model_process  # noqa: F401 - it makes billiard copy code once
 from tasks.errors import ImageInvalid
 
 

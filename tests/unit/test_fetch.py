@@ -35,9 +35,9 @@ from PIL import Image
 from config.settings import Settings
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
 from tasks.payloads import ImagePath
-from worker import fetch
-from worker.deadlines import Deadline
-from worker.fetch import (
+from worker.images import fetch
+from worker.images.decode import FORMATS
+from worker.images.fetch import (
     Fetcher,
     FetchPolicy,
     is_allowed_address,
@@ -46,7 +46,7 @@ from worker.fetch import (
     tls_context,
     user_agent,
 )
-from worker.images import FORMATS
+from worker.net.deadline import Deadline
 
 GOOD = "127.0.0.2"
 BODY = b"\x89PNG\r\n\x1a\n" + b"the bytes of an image" * 100
@@ -495,7 +495,7 @@ _TLS = tls_context()
 @pytest.fixture(autouse=True)
 def one_tls_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading the authorities takes most of a plain test's time."""
-    monkeypatch.setattr("worker.fetch.tls_context", lambda *_: _TLS)
+    monkeypatch.setattr("worker.images.fetch.tls_context", lambda *_: _TLS)
 
 
 @pytest.fixture
@@ -802,7 +802,7 @@ def _certificate(folder: Path, name: str) -> ssl.SSLContext:
 
 @pytest.fixture
 def secure(tmp_path: Path, policy: FetchPolicy, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fetcher, Server]]:
-    monkeypatch.setattr("worker.fetch.tls_context", tls_context)
+    monkeypatch.setattr("worker.images.fetch.tls_context", tls_context)
     with Server(GOOD, answer=_script, tls=_certificate(tmp_path, "good.test")) as server:
         fetcher = Fetcher(replace(policy, ports=(*policy.ports, server.port)))
         yield fetcher, server

@@ -18,8 +18,8 @@ from tasks.idempotency import ABANDONED_S, PREFIX, Claim, IdempotencyKeys, diges
 from tasks.payloads import Job, parse
 from tasks.testing import FakeClient, canned
 from worker.demo import stack
-from worker.keyed import FIRST_LOOK_S, LAST_LOOK_S, FirstStillRuns, first_answer
-from worker.service import Canceled
+from worker.jobs.idempotency import FIRST_LOOK_S, LAST_LOOK_S, FirstStillRuns, first_answer
+from worker.jobs.service import Canceled
 
 Make = Callable[..., Job]
 
@@ -129,7 +129,7 @@ def test_one_of_many_takes_an_abandoned_claim_over(make: Make, keys: Idempotency
 
 @pytest.fixture
 def backend(broker: stack.Broker) -> Iterator[Any]:
-    app = Celery("keyed", backend=f"worker.results:ResultBackend+{broker.results}", set_as_current=False)
+    app = Celery("keyed", backend=f"worker.queue.result_backend:ResultBackend+{broker.results}", set_as_current=False)
     yield app.backend
     app.close()
 

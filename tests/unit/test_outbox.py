@@ -21,8 +21,8 @@ from tasks.outbox import Delivery, Outbox, batch_id, delivery_id
 from tests.receiver import SECRET
 from worker import callbacks
 from worker.callbacks import Courier, admitted, grouped
+from worker.delivery.sender import Answer
 from worker.demo import stack
-from worker.webhook import Answer
 
 OK = Answer(204, "status 204")
 DOWN = Answer(503, "status 503")

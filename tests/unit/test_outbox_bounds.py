@@ -22,12 +22,12 @@ from tasks.cli import main
 from tasks.outbox import BYTES, HOSTS, PREFIX, SIZES, Bounds, Delivery, Outbox, Shares, size_of
 from tests.receiver import SECRET
 from tests.unit.test_outbox import KEEP_S, OK, Answers, counted, courier, delivery
-from worker.announce import Announcer, GivenUp
 from worker.callbacks import admitted
 from worker.delivery import known_hosts
 from worker.delivery.known_hosts import KnownHosts
+from worker.delivery.recorder import Announcer, GivenUp
+from worker.delivery.sender import Answer
 from worker.demo import stack
-from worker.webhook import Answer
 
 ONE = size_of(delivery(1))
 

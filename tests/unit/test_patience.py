@@ -12,10 +12,10 @@ import pytest
 import redis
 from celery import Celery
 
-from worker import turns
 from worker.demo import stack
 from worker.queue import patience
 from worker.queue.patience import CONNECTIONS, PatientRedis, RedisAway, patiently
+from worker.runtime import gil
 
 AWAY = redis.ConnectionError("gone")
 
@@ -88,7 +88,7 @@ def test_a_thread_that_waits_lets_others_run(waits: Callable[[float], list[float
         return "done"
 
     def work(job: Callable[[], Any]) -> Any:
-        with turns.taken():
+        with gil.taken():
             return job()
 
     with ThreadPoolExecutor(9) as threads:
@@ -96,7 +96,7 @@ def test_a_thread_that_waits_lets_others_run(waits: Callable[[float], list[float
         time.sleep(0.05)
         began = time.monotonic()
         threads.submit(work, lambda: None).result()
-        assert time.monotonic() - began < turns.PATIENCE_S / 2
+        assert time.monotonic() - began < gil.PATIENCE_S / 2
         is_back.set()
         assert [each.result() for each in waiting] == ["done"] * 8
 

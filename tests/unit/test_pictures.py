@@ -28,7 +28,7 @@ from tasks import (
     Write,
 )
 from tasks import payloads as payloads_module
-from worker.images import open_image
+from worker.images.decode import open_image
 
 URL = "https://example.com/a.jpg"
 

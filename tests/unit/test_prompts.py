@@ -8,7 +8,7 @@ import pytest
 
 from tasks.errors import JobError
 from tasks.payloads import END_OF_UTTERANCE, ImagePath, parse
-from worker.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
+from worker.jobs.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
 
 EIFFEL = "https://images.unsplash.com/photo-1543349689-9a4d426bee8e?ixlib=rb-4.0.3&auto=format&fit=crop&w=3501&q=80"
 LIBERTY = "https://images.unsplash.com/photo-1524099163253-32b7f0256868?ixlib=rb-4.0.3&auto=format&fit=crop&w=3387&q=80"

@@ -20,16 +20,16 @@ from PIL import Image
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRequest, OutOfMemory, PromptTooLong
 from tasks.payloads import Job, Result, parse
-from worker import turns
 from worker.engine.engine import Engine
 from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
-from worker.hosts import HostBusy
-from worker.images import open_image
+from worker.images.decode import open_image
+from worker.images.host_limits import HostBusy
 from worker.jobs.golden import TOLERANCES
+from worker.jobs.service import DOWNLOADS, Canceled, Service, Ticket
 from worker.models import Parts
 from worker.models.fake import FakeCodec, FakeModel
-from worker.service import DOWNLOADS, Canceled, Service, Ticket
+from worker.runtime import gil
 
 Start = Callable[..., Service]
 
@@ -235,14 +235,14 @@ def test_jobs_that_share_a_large_picture_do_not_wait_for_one_anothers_turn(
         time.sleep(0.1)
         return open_image(data)
 
-    monkeypatch.setattr("worker.service.open_image", slow)
-    monkeypatch.setattr("worker.service.LARGE_BYTES", 10)
-    monkeypatch.setattr(turns, "PATIENCE_S", 2 * SOON)
-    turns.allow(1)
+    monkeypatch.setattr("worker.jobs.service.open_image", slow)
+    monkeypatch.setattr("worker.jobs.service.LARGE_BYTES", 10)
+    monkeypatch.setattr(gil, "PATIENCE_S", 2 * SOON)
+    gil.allow(1)
     service = start()
 
     def run(number: int) -> str:
-        with turns.taken():
+        with gil.taken():
             return service.run(job("caption", image=data_uri(), max_new_tokens=4), Ticket(id=str(number))).text
 
     with ThreadPoolExecutor(4) as threads:

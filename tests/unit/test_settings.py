@@ -319,7 +319,7 @@ def celery(environment: Environment) -> dict[str, Any]:
 
 def test_celery_has_the_urls_with_their_passwords(celery: dict[str, Any]) -> None:
     assert celery["broker_url"] == f"redis://:{SECRET}@queue/0"
-    assert celery["result_backend"] == "worker.results:ResultBackend+redis://results/3"
+    assert celery["result_backend"] == "worker.queue.result_backend:ResultBackend+redis://results/3"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_celery_has_the_urls_with_their_passwords(celery: dict[str, Any]) -> Non
 )
 def test_results_go_through_our_own_backend(environment: Environment, url: str, backend: str) -> None:
     celery = configuration(environment(RESULT_BACKEND=url), "idefics", 5)
-    assert celery["result_backend"] == f"worker.results:{backend}"
+    assert celery["result_backend"] == f"worker.queue.result_backend:{backend}"
 
 
 def test_celery_reads_and_writes_json_only(celery: dict[str, Any]) -> None:

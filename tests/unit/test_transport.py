@@ -18,14 +18,13 @@ from kombu import Connection, Queue
 from kombu import transport as kombu_transport
 from kombu.message import Message
 
-from worker import transport
-from worker.deliveries import KEPT_S
 from worker.demo import stack
-from worker.queue import due
+from worker.queue import due, transport
 from worker.queue.due import ETA
 from worker.queue.envelope import checked
+from worker.queue.redeliveries import KEPT_S
 
-OURS, STOCK = "worker.transport:Transport", "kombu.transport.redis:Transport"
+OURS, STOCK = "worker.queue.transport:Transport", "kombu.transport.redis:Transport"
 #: Seconds for what a broker does at once.
 SOON_S = 5.0
 

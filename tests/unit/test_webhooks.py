@@ -25,7 +25,7 @@ from tasks.webhooks import (
     verify,
 )
 from tests.receiver import NEW_SECRET, SECRET
-from worker.webhook import signed
+from worker.delivery.sender import signed
 
 MOMENT = "2026-01-02T03:04:05+00:00"
 

@@ -1,1 +1,1 @@
-"""Callbacks on their way: which go out next."""
+"""Callbacks: recorded when a job ends, then delivered."""

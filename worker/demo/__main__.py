@@ -14,7 +14,7 @@ from worker.demo import stack
 from worker.demo.dialogue import FORMS, expected_answer, expected_caption, prompted_caption, story
 from worker.demo.page import write_page
 from worker.demo.world import CATEGORIES, THINGS, Picture
-from worker.prompts import ImageRef, build
+from worker.jobs.prompts import ImageRef, build
 
 PICTURES = Path(__file__).parent / "pictures"
 PAGE = stack.CHECKOUT / "demo.html"

@@ -23,7 +23,7 @@ from worker.demo.dialogue import KINDS, Dialogue, a_dialogue, index_of
 from worker.demo.pool import sprite
 from worker.demo.tokens import ADDITIONAL_TOKENS
 from worker.demo.world import HELD_OUT_STYLE, TRAIN_STYLES, any_picture, compose
-from worker.prompts import build, ends_with_utterance
+from worker.jobs.prompts import build, ends_with_utterance
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint"

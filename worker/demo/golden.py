@@ -20,9 +20,9 @@ from worker.demo.world import Picture
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.jobs.golden import read_golden
+from worker.jobs.service import Service, Ticket
 from worker.models import DEMO
 from worker.models.loading import load
-from worker.service import Service, Ticket
 
 FILE = "golden.png"
 SHOWN = Picture("cat", "blue", 1)

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from worker.demo.dialogue import Dialogue, index_of
-from worker.models.idefics import spelled
-from worker.models.words import IMAGE
-from worker.prompts import ImageRef, build
+from worker.jobs.prompts import ImageRef, build
+from worker.models.idefics1.adapter import spelled
+from worker.models.tokenizer import IMAGE
 
 #: Tokens of a micro-batch with its padding: what two cores take in one go.
 TOKENS_AT_ONCE = 4096

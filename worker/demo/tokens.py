@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from tasks.payloads import END_OF_UTTERANCE
 from worker.demo.dialogue import KINDS, a_dialogue
 from worker.demo.world import THINGS, any_picture
-from worker.models.words import FAKE, IMAGE
-from worker.prompts import ImageRef, build
+from worker.jobs.prompts import ImageRef, build
+from worker.models.tokenizer import FAKE, IMAGE
 
 VOCAB_SIZE = 1400
 #: In the order of their ids, after the vocabulary: as in idefics-9b-instruct.

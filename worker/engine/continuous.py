@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from tasks.payloads import ModelInfo
+from worker.engine.cuda_graphs import Step
 from worker.engine.engine import Beat, Newcomers
 from worker.engine.generation import NO_RULES, GenerationRules
-from worker.engine.prefixes import Head, PrefixCache, heads
+from worker.engine.prefix_cache import Head, PrefixCache, heads
 from worker.engine.processors import RowRules
 from worker.engine.progress import Progress
 from worker.engine.row import Output, Row, Tokens
-from worker.engine.runner import StockModel, finish_scored, memory_errors, overflow
 from worker.engine.sampling import RowSampler
-from worker.models.graphed import Step
-from worker.models.idefics import IdeficsAdapter
-from worker.models.idefics_decoder import IdeficsDecoder, Prefix, Prompt
-from worker.models.traced import Traced
+from worker.engine.stock import StockModel, finish_scored, memory_errors, overflow
+from worker.engine.traced import Traced
+from worker.models.idefics1.adapter import IdeficsAdapter
+from worker.models.idefics1.decoder import IdeficsDecoder, Prefix, Prompt
 
 #: Prompt tokens, padding included, that are read at once: more would hold up the running rows, and need memory.
 PREFILL_TOKENS = 4096

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.payloads import Classify, ImagePath, Job, ModelInfo, parse
-from worker.fetch import read_below
+from worker.images.fetch import read_below
+from worker.jobs.prompts import ImageRef, build
 from worker.models import SetupFailed
-from worker.prompts import ImageRef, build
 
 #: Bytes of golden.json, and of each picture.
 MAX_BYTES = 20_000_000

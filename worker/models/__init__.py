@@ -28,7 +28,7 @@ Parts = Sequence[str | Picture]
 class Codec(Protocol):
     """What turns jobs into a model's terms and back, without its weights. Used from many threads."""
 
-    #: Its prompts are a chat's turns: see worker.prompts.in_turns.
+    #: Its prompts are a chat's turns: see worker.jobs.prompts.in_turns.
     in_turns: bool
 
     def picture(self, image: Image) -> Picture:

@@ -29,13 +29,13 @@ from transformers import (
 from config.settings import Settings
 from tasks.payloads import ModelInfo
 from worker.engine.continuous import ContinuousModel
+from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.generation import NO_RULES, GenerationRules, generation_rules
-from worker.engine.runner import StockModel
+from worker.engine.stock import StockModel
 from worker.models import Model, SetupFailed, checkpoint_folder
 from worker.models.checkpoint import inspect
-from worker.models.graphed import CudaGraphs
-from worker.models.idefics import IdeficsAdapter
-from worker.models.idefics_later import LaterIdeficsAdapter
+from worker.models.idefics1.adapter import IdeficsAdapter
+from worker.models.idefics2_3 import LaterIdeficsAdapter
 
 logger = logging.getLogger(__name__)
 

@@ -66,7 +66,7 @@ class Job:
     #: time.monotonic()
     taken_at: float = field(default_factory=time.monotonic)
     #: How often it came back from workers that were lost, and whether its start is still to be marked
-    #: (worker/deliveries.py).
+    #: (worker/queue/redeliveries.py).
     returns: int = 0
     is_uncounted: bool = False
 

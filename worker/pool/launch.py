@@ -15,13 +15,13 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 class ModelProcess:
-    """A running `worker.pool.process`, and the channel to it."""
+    """A running `worker.model_process`, and the channel to it."""
 
     def __init__(self, hostname: str) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", "worker.pool.process", str(theirs.fileno()), hostname],
+                [sys.executable, "-m", "worker.model_process", str(theirs.fileno()), hostname],
                 pass_fds=[theirs.fileno()],
                 cwd=CHECKOUT,
                 # Celery's initializer then sets the task registry up as in a spawned process.

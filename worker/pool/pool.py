@@ -28,7 +28,6 @@ from config.settings import Settings
 from config.settings import load as load_settings
 from tasks.availability import is_away
 from tasks.errors import DeadlineExceeded, Internal, WorkerLost
-from worker.deliveries import Deliveries
 from worker.health import State, StateFile
 from worker.pool import quarantine
 from worker.pool.job import Callback, Callbacks, Job, JobState, is_redelivered, sendable
@@ -36,9 +35,10 @@ from worker.pool.launch import ModelProcess
 from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
 from worker.queue.load import Load
+from worker.queue.redeliveries import Deliveries
 from worker.queue.servers import ServersCheck, servers
+from worker.queue.transport import owes
 from worker.runtime.exit_watchdog import Held
-from worker.transport import owes
 
 logger = logging.getLogger(__name__)
 
@@ -769,6 +769,6 @@ class SoftShutdown(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _shut_down(self, worker: Any, timeout: float) -> None:
         # First of all: jobs that come meanwhile are for others, and would wait here.
-        if worker.consumer.task_consumer:
-            ignore_errors(worker.consumer, worker.consumer.task_consumer.cancel)
+        if worker.queue.consumer.task_consumer:
+            ignore_errors(worker.queue.consumer, worker.queue.consumer.task_consumer.cancel)
         worker.pool.drain(timeout)

@@ -18,9 +18,9 @@ from kombu.serialization import loads
 from tasks.availability import is_away
 from tasks.errors import JobError
 from tasks.payloads import HIDDEN
-from worker.announce import UNAVAILABLE, End
+from worker.delivery.recorder import UNAVAILABLE, End
 from worker.pool.job import Job
-from worker.results import Asked, digest_of
+from worker.queue.result_backend import Asked, digest_of
 
 logger = logging.getLogger(__name__)
 

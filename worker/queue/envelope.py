@@ -26,7 +26,7 @@ from kombu.utils.json import object_hook
 from kombu.utils.uuid import uuid
 
 from tasks.payloads import QUEUE, SUBMITTED_AT
-from worker.inflate import inflated
+from worker.queue.decompression import inflated
 
 #: How kombu's messages begin.
 _BODY = b'{"body": "'

@@ -14,9 +14,9 @@ from celery.app import amqp
 from kombu import pools
 from kombu.exceptions import LimitExceeded, OperationalError
 
-from worker import turns
 from worker.queue import patience
 from worker.queue.patience import RedisAway, patiently
+from worker.runtime import gil
 
 
 class AMQP(amqp.AMQP):  # type: ignore[misc]
@@ -87,7 +87,7 @@ class _Producers(pools.ProducerPool):  # type: ignore[misc]
         except LimitExceeded:
             if not block:
                 raise
-        with turns.given_up():
+        with gil.given_up():
             try:
                 return super().acquire(block=True, timeout=patience.longest_s() or timeout)
             except LimitExceeded as error:

@@ -12,7 +12,7 @@ from celery.utils.objects import Bunch
 from tasks.errors import InvalidRequest, JobError
 from tasks.failed import Bounds, FailedJob, FailedJobs
 from worker.queue.envelope import Refused
-from worker.results import Asked
+from worker.queue.result_backend import Asked
 
 logger = logging.getLogger(__name__)
 

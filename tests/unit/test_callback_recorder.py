@@ -1,0 +1,262 @@
+"""A job's end to its record in the outbox, in a real Redis; and that nothing is acknowledged before."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import Terminated
+from celery import Celery, states
+from celery.exceptions import BackendGetMetaError
+
+from config.settings import Settings
+from tasks.errors import DeadlineExceeded, ImageInvalid
+from tasks.outbox import Delivery, Outbox
+from tests.receiver import SECRET
+from worker.delivery.recorder import UNAVAILABLE, Announcer
+from worker.demo import stack
+from worker.pool.job import exception_info
+from worker.pool.request import JobRequest
+
+CALLBACK = {"url": "https://93.184.216.34/hook", "key_id": "main"}
+ARGUMENTS = {"prompt": ["Hello"], "callback": CALLBACK, "metadata": {"row": 7}}
+
+
+@pytest.fixture
+def app(broker: stack.Broker) -> Iterator[Celery]:
+    address = f"redis://127.0.0.1:{broker.port}"
+    app = Celery("announced", broker=f"{address}/7", backend=f"{address}/8", set_as_current=False)
+    app.conf.result_extended = True
+    with broker.connect(7) as queues, broker.connect(8) as results:
+        queues.flushdb()
+        results.flushdb()
+        yield app
+        queues.flushdb()
+    app.close()
+
+
+@pytest.fixture
+def announcer(app: Celery) -> Announcer:
+    return Announcer(app, Settings(callback_keys=f"main={SECRET}"))
+
+
+@pytest.fixture
+def outbox(broker: stack.Broker) -> Outbox:
+    return Outbox(broker.connect(7))
+
+
+def tell(announcer: Announcer, *end: Any, is_stored: bool = False, **arguments: Any) -> None:
+    announcer.announce("job-1", "idefics.complete", {**ARGUMENTS, **arguments}, end, is_stored=is_stored)
+
+
+def only(outbox: Outbox) -> Delivery:
+    (found,) = outbox.listed("pending", 10)
+    return found
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"deeper": nested(depth - 1)} if depth else {}
+
+
+# What is recorded
+
+
+def test_a_success_is_recorded_with_its_result(announcer: Announcer, outbox: Outbox) -> None:
+    tell(announcer, states.SUCCESS, {"text": "llo"})
+    found = only(outbox)
+    assert (found.job, found.event, found.url, found.key_id) == ("job-1", "job.succeeded", CALLBACK["url"], "main")
+    data = json.loads(found.body)["data"]
+    assert (data["id"], data["task"], data["result"]) == ("job-1", "idefics.complete", {"text": "llo"})
+    assert (data["error"], data["metadata"]) == (None, {"row": 7})
+
+
+def test_a_failure_is_recorded_with_its_detail(announcer: Announcer, outbox: Outbox) -> None:
+    tell(announcer, states.FAILURE, ImageInvalid("nothing there", detail="http_404"))
+    error = json.loads(only(outbox).body)["data"]["error"]
+    assert error == {"code": "image_invalid", "message": "nothing there", "detail": "http_404"}
+
+
+def test_a_failure_is_recorded_with_its_code(announcer: Announcer, outbox: Outbox) -> None:
+    tell(announcer, states.FAILURE, ImageInvalid("no picture"))
+    assert json.loads(only(outbox).body)["data"]["error"] == {"code": "image_invalid", "message": "no picture"}
+
+
+@pytest.mark.parametrize("metadata", [{"n": float("nan")}, {"x": "a" * 100_000}, {"s": "\ud800"}, nested(50), [1]])
+def test_metadata_that_a_job_is_refused_for_is_not_repeated(
+    announcer: Announcer, outbox: Outbox, metadata: Any
+) -> None:
+    tell(announcer, states.FAILURE, ImageInvalid("no picture"), metadata=metadata)
+    assert json.loads(only(outbox).body)["data"]["metadata"] == {}
+
+
+def test_what_the_name_service_says_at_the_end_loses_no_callback(
+    announcer: Announcer, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = socket.getaddrinfo
+
+    def private(host: str, *more: Any, **options: Any) -> Any:
+        return stock("10.0.0.8" if host == "hooks.example.com" else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", private)
+    tell(announcer, states.SUCCESS, {"text": "llo"}, callback={**CALLBACK, "url": "https://hooks.example.com/"})
+    assert only(outbox).url == "https://hooks.example.com/"
+
+
+def test_results_that_stay_away_are_told_as_what_may_pass(
+    announcer: Announcer, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: Any, **__: Any) -> None:
+        raise BackendGetMetaError("failed to get meta")
+
+    monkeypatch.setattr(app.backend, "get_task_meta", give_up)
+    with pytest.raises(UNAVAILABLE):
+        tell(announcer, states.SUCCESS, {"text": "llo"}, is_stored=True)
+
+
+def test_any_exception_has_a_code(announcer: Announcer, outbox: Outbox) -> None:
+    tell(announcer, states.FAILURE, KeyError("x"))
+    assert json.loads(only(outbox).body)["data"]["error"]["code"] == "internal"
+
+
+@pytest.mark.parametrize("state", [states.RETRY, states.STARTED, states.PENDING, "REJECTED"])
+def test_what_is_no_end_is_not_recorded(announcer: Announcer, outbox: Outbox, state: str) -> None:
+    tell(announcer, state, None)
+    assert outbox.listed("pending", 10) == []
+
+
+def test_only_the_events_that_were_asked_for_are_recorded(announcer: Announcer, outbox: Outbox) -> None:
+    callback = {**CALLBACK, "events": ["job.failed"]}
+    tell(announcer, states.SUCCESS, {"text": "llo"}, callback=callback)
+    assert outbox.listed("pending", 10) == []
+    tell(announcer, states.FAILURE, ImageInvalid("no picture"), callback=callback)
+    assert only(outbox).event == "job.failed"
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        None,
+        {},
+        "https://example.com/",
+        {**CALLBACK, "key_id": "other"},
+        {**CALLBACK, "url": "https://10.0.0.8/"},
+        {**CALLBACK, "url": "http://93.184.216.34/"},
+        {**CALLBACK, "secret": "x"},
+    ],
+)
+def test_nothing_is_sent_to_a_callback_that_was_refused(announcer: Announcer, outbox: Outbox, callback: Any) -> None:
+    tell(announcer, states.FAILURE, ImageInvalid("no picture"), callback=callback)
+    assert outbox.listed("pending", 10) == []
+
+
+def test_the_stored_end_counts(announcer: Announcer, outbox: Outbox, app: Celery) -> None:
+    """A cancellation that came when the answer was already there."""
+    app.backend.store_result("job-1", {"text": "llo"}, states.SUCCESS)
+    tell(announcer, states.REVOKED, None, is_stored=True)
+    assert only(outbox).event == "job.succeeded"
+    tell(announcer, states.SUCCESS, None, is_stored=True)
+    assert json.loads(only(outbox).body)["data"]["result"] == {"text": "llo"}
+
+
+def test_a_stored_failure_has_its_code(announcer: Announcer, outbox: Outbox, app: Celery) -> None:
+    app.backend.store_result("job-1", ImageInvalid("no picture"), states.FAILURE)
+    tell(announcer, states.SUCCESS, None, is_stored=True)
+    assert json.loads(only(outbox).body)["data"]["error"] == {"code": "image_invalid", "message": "no picture"}
+
+
+def test_in_a_batch_window_the_first_attempt_waits(app: Celery, outbox: Outbox) -> None:
+    chosen = Settings(callback_keys=f"main={SECRET}", callback_batch_window_s=60)
+    tell(Announcer(app, chosen), states.SUCCESS, {"text": "llo"})
+    assert outbox.claim(10, 60) == []
+    assert only(outbox).job == "job-1"
+
+
+# The parent's requests: stored, recorded, acknowledged, in this order
+
+
+def _complete() -> None:
+    """Never run."""
+
+
+class Steps:
+    """A message's way, step by step."""
+
+    def __init__(self, app: Celery, announcer: Announcer, **options: Any) -> None:
+        self.taken: list[str] = []
+        task = app.task(_complete, name="idefics.complete", acks_late=True, Request=JobRequest, shared=False)
+        task.announcer = self
+        self._announcer = announcer
+        self._app = app
+        body = ([], ARGUMENTS, {})
+        headers = {"id": "job-1", "task": "idefics.complete", "lang": "py", **options}
+        self.request = JobRequest(
+            _Message(body, headers), on_ack=self._ack, app=app, task=task, request_dict=headers, decoded=True, body=body
+        )
+
+    def announce(self, *arguments: Any, **options: Any) -> None:
+        self.taken.append(f"recorded after {self._app.AsyncResult('job-1').state}")
+        self._announcer.announce(*arguments, **options)
+
+    def _ack(self, *_: Any) -> None:
+        self.taken.append("acknowledged")
+
+
+class _Message:
+    def __init__(self, body: Any, headers: dict[str, Any]) -> None:
+        self.body = self.payload = body
+        self.headers = headers
+        self.properties: dict[str, Any] = {}
+        self.delivery_info: dict[str, Any] = {}
+        self.content_type, self.content_encoding = "application/json", "utf-8"
+        self.acknowledged = False
+
+
+def test_a_failure_that_the_pool_gives_is_stored_and_recorded_before_it_is_acknowledged(
+    app: Celery, announcer: Announcer, outbox: Outbox
+) -> None:
+    steps = Steps(app, announcer)
+    steps.request.on_failure(exception_info(DeadlineExceeded("too long")))
+    assert steps.taken == ["recorded after FAILURE", "acknowledged"]
+    assert json.loads(only(outbox).body)["data"]["error"] == {"code": "deadline_exceeded", "message": "too long"}
+
+
+def test_a_failure_without_a_stored_result_is_recorded_too(app: Celery, announcer: Announcer, outbox: Outbox) -> None:
+    steps = Steps(app, announcer, ignore_result=True)
+    steps.request.on_failure(exception_info(DeadlineExceeded("too long")))
+    assert steps.taken == ["recorded after PENDING", "acknowledged"]
+    assert only(outbox).event == "job.failed"
+
+
+def test_a_cancellation_is_recorded_before_it_is_acknowledged(
+    app: Celery, announcer: Announcer, outbox: Outbox
+) -> None:
+    steps = Steps(app, announcer)
+    steps.request.on_failure(exception_info(Terminated("canceled")))
+    assert steps.taken == ["recorded after REVOKED", "acknowledged"]
+    assert only(outbox).event == "job.canceled"
+
+
+def test_a_failure_that_the_task_told_is_only_acknowledged(app: Celery, announcer: Announcer, outbox: Outbox) -> None:
+    """The job's thread has recorded it."""
+    steps = Steps(app, announcer)
+    told: ExceptionInfo = exception_info(ImageInvalid("no picture"))
+    steps.request.on_failure(told, return_ok=True)
+    assert steps.taken == ["acknowledged"]
+    assert outbox.listed("pending", 10) == []
+
+
+def test_what_cannot_be_recorded_is_not_acknowledged(
+    app: Celery, announcer: Announcer, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> bool:
+        raise redis.ConnectionError
+
+    monkeypatch.setattr(Outbox, "add", away)
+    steps = Steps(app, announcer)
+    steps.request.on_failure(exception_info(DeadlineExceeded("too long")))
+    assert steps.taken == ["recorded after FAILURE"]

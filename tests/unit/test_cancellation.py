@@ -1,0 +1,79 @@
+"""The lookout for cancellations: it finds, it never makes anybody wait, and it outlives an outage."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from tasks.payloads import CANCEL_KEY
+from worker.queue.cancellation import Lookout, canceled_among
+
+SOON = 5.0
+
+
+def eventually(holds: Callable[[], Any]) -> None:
+    end = time.monotonic() + SOON
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)
+
+
+def lookout(look: Callable[[Iterable[str]], set[str]]) -> Lookout:
+    found = Lookout(look, pause_s=0.01)
+    found.start()
+    return found
+
+
+def test_the_keys_of_all_jobs_are_asked_for_at_once() -> None:
+    asked: list[list[str]] = []
+
+    class Backend:
+        class client:  # noqa: N801 - Celery's name
+            @staticmethod
+            def mget(keys: list[str]) -> list[bytes | None]:
+                asked.append(keys)
+                return [b"1" if key.endswith("b") else None for key in keys]
+
+    assert canceled_among(["a", "b"], Backend) == {"b"}
+    assert canceled_among([], Backend) == set()
+    assert asked == [[f"{CANCEL_KEY}a", f"{CANCEL_KEY}b"]]
+
+
+def test_what_is_found_among_the_jobs_of_now_is_told() -> None:
+    watched = lookout(lambda ids: set(ids) & {"a", "z"})
+    eventually(lambda: watched.exchange(["a", "b"]) == {"a"})
+    eventually(lambda: watched.exchange(["z"]) == {"z"})
+
+
+def test_a_redis_that_hangs_keeps_nobody_waiting() -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def look(ids: Iterable[str]) -> set[str]:
+        hangs.set()
+        goes_on.wait(SOON)
+        return set(ids)
+
+    watched = lookout(look)
+    assert hangs.wait(SOON)
+    began = time.monotonic()
+    assert watched.exchange(["a"]) == set()
+    assert time.monotonic() - began < 0.5
+    goes_on.set()
+    eventually(lambda: watched.exchange(["a"]) == {"a"})
+
+
+def test_an_outage_is_told_once_and_outlived(caplog: pytest.LogCaptureFixture) -> None:
+    failures = iter(range(5))
+
+    def look(ids: Iterable[str]) -> set[str]:
+        if next(failures, None) is not None:
+            raise ConnectionError("refused")
+        return set(ids)
+
+    watched = lookout(look)
+    eventually(lambda: watched.exchange(["a"]) == {"a"})
+    assert caplog.text.count("Cannot look for cancellations (refused)") == 1

@@ -1,0 +1,240 @@
+"""The cache of image features: what is encoded, what is kept, and how much."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from worker.engine.encoder_cache import CHUNK, FeatureCache, Lookahead, Patience
+from worker.engine.row import Picture
+
+#: Bytes of one picture's features here: 2 x 3 float32.
+BYTES = 24
+
+
+class Encoder:
+    """Features (2, 3) that hold the picture's own number."""
+
+    def __init__(self) -> None:
+        self.chunks: list[int] = []
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.chunks.append(len(pixels))
+        return pixels[:, :1, :2, :1].reshape(-1, 2, 1).expand(-1, 2, 3) * 1.0
+
+    @property
+    def encoded(self) -> int:
+        return sum(self.chunks)
+
+
+def picture(number: int) -> Picture:
+    return Picture(str(number).encode(), torch.full((3, 4, 4), float(number)))
+
+
+def cache(encoder: Encoder, pictures: int = 1_000) -> FeatureCache:
+    return FeatureCache(encoder, max_bytes=pictures * BYTES)
+
+
+def test_each_picture_gets_its_own_features() -> None:
+    found = cache(Encoder()).get(map(picture, range(20)))
+    assert {int(key): feature.unique().tolist() for key, feature in found.items()} == {n: [n] for n in range(20)}
+    assert all(feature.shape == (2, 3) for feature in found.values())
+
+
+def test_a_picture_that_several_rows_show_is_encoded_once() -> None:
+    encoder = Encoder()
+    assert len(cache(encoder).get([picture(1), picture(2), picture(1)])) == 2
+    assert encoder.encoded == 2
+
+
+def test_a_picture_seen_earlier_is_not_encoded_again() -> None:
+    encoder = Encoder()
+    features = cache(encoder)
+    first = features.get([picture(1)])
+    assert picture(1) in features
+    assert picture(2) not in features
+    again = features.get([picture(1), picture(2)])
+    assert encoder.encoded == 2
+    assert torch.equal(again[b"1"], first[b"1"])
+
+
+def test_no_pictures_need_no_encoder() -> None:
+    encoder = Encoder()
+    assert cache(encoder).get([]) == {}
+    assert encoder.chunks == []
+
+
+def test_pictures_are_encoded_in_chunks() -> None:
+    encoder = Encoder()
+    cache(encoder).get(map(picture, range(2 * CHUNK + 3)))
+    assert encoder.chunks == [CHUNK, CHUNK, 3]
+
+
+def test_kept_features_do_not_keep_their_chunk_alive() -> None:
+    found = cache(Encoder()).get(map(picture, range(CHUNK)))
+    assert all(feature.untyped_storage().nbytes() == BYTES for feature in found.values())
+
+
+def test_the_features_kept_are_bounded_in_bytes() -> None:
+    features = cache(Encoder(), pictures=3)
+    features.get(map(picture, range(10)))
+    assert sum(picture(number) in features for number in range(10)) == 3
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    features = cache(Encoder(), pictures=2)
+    features.get([picture(1)])
+    features.get([picture(2)])
+    features.get([picture(1)])
+    features.get([picture(3)])
+    assert picture(1) in features
+    assert picture(2) not in features
+    assert picture(3) in features
+
+
+def test_more_pictures_than_are_kept_still_all_have_features() -> None:
+    assert len(cache(Encoder(), pictures=2).get(map(picture, range(10)))) == 10
+
+
+def test_a_picture_larger_than_the_cache_is_encoded_each_time() -> None:
+    encoder = Encoder()
+    features = cache(encoder, pictures=0)
+    for _ in range(2):
+        assert features.get([picture(1)])[b"1"].unique().tolist() == [1]
+    assert encoder.encoded == 2
+
+
+def test_a_picture_that_comes_back_counts_once() -> None:
+    features = cache(Encoder(), pictures=2)
+    for _ in range(10):
+        features.get([picture(1)])
+    features.get([picture(2)])
+    assert picture(1) in features
+
+
+def looker(lookahead: Lookahead) -> Callable[[Sequence[Picture]], int]:
+    """Its `look`, waiting for the answer."""
+
+    def look(pictures: Sequence[Picture]) -> int:
+        known: Future[int] = Future()
+        lookahead.look(pictures, known.set_result)
+        return known.result(5)
+
+    return look
+
+
+def test_jobs_that_look_at_one_picture_at_once_have_it_encoded_once() -> None:
+    gate, encoder = threading.Event(), Encoder()
+
+    def slow(pixels: Tensor) -> Tensor:
+        gate.wait(5)
+        return encoder(pixels)
+
+    features = FeatureCache(slow, max_bytes=1_000)
+    look = looker(Lookahead(features))
+    with ThreadPoolExecutor(8) as pool:
+        looks = [pool.submit(look, [picture(1), picture(2)]) for _ in range(8)]
+        gate.set()
+        # Two pictures were encoded for one of the eight, or one for each of two.
+        assert 8 * 2 - sum(each.result(5) for each in looks) == 2
+    assert encoder.encoded == 2
+    assert look([picture(1), picture(3)]) == 1
+
+
+def test_a_picture_that_is_shown_twice_counts_as_encoded_once() -> None:
+    look = looker(Lookahead(FeatureCache(Encoder(), max_bytes=1_000)))
+    assert look([picture(1), picture(2), picture(1)]) == 1
+    assert look([picture(1), picture(1), picture(3)]) == 2
+
+
+def test_pictures_that_wait_together_are_encoded_together() -> None:
+    gate, encoder = threading.Event(), Encoder()
+
+    def slow(pixels: Tensor) -> Tensor:
+        gate.wait(5)
+        return encoder(pixels)
+
+    look = looker(Lookahead(FeatureCache(slow, max_bytes=1_000)))
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look, [picture(number) for number in range(1 + CHUNK)])
+        gate.set()
+        looking.result(5)
+    assert len(encoder.chunks) <= 3
+
+
+class Held(Encoder):
+    """Encodes one picture, then in its own thread nothing until it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened, self.entered = threading.Event(), threading.Event()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if self.chunks and threading.current_thread().name == "encoder":
+            self.entered.set()
+            assert self.opened.wait(5)
+        return super().__call__(pixels)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "within_s", "chunks"), [(CHUNK, 60, [CHUNK // 2]), (CHUNK - 1, 60, []), (20, 0, [])]
+)
+def test_another_thread_takes_half_of_the_pictures_that_wait(waiting: int, within_s: float, chunks: list[int]) -> None:
+    encoder = Held()
+    lookahead = Lookahead(FeatureCache(encoder, max_bytes=1_000))
+    looker(lookahead)([picture(0)])
+    known = [Future[int]() for _ in range(1 + waiting)]
+    lookahead.look([picture(1)], known[0].set_result)
+    assert encoder.entered.wait(5)
+    for number, each in enumerate(known[1:]):
+        lookahead.look([picture(2 + number)], each.set_result)
+    assert lookahead.catch_up(within_s) == bool(chunks)
+    assert encoder.chunks == [1, *chunks]
+    assert sum(each.done() for each in known) == sum(chunks)
+    encoder.opened.set()
+    assert [each.result(5) for each in known] == [0] * len(known)
+    assert encoder.encoded == len(known) + 1
+
+
+def came(patience: Patience, pictures: int, gap_s: float) -> float:
+    """The time at which the last of them comes."""
+    for number in range(pictures):
+        patience.came(number * gap_s)
+    return (pictures - 1) * gap_s
+
+
+def test_a_chunk_waits_for_pictures_that_come_fast() -> None:
+    patience = Patience()
+    patience.encoding_s = 0.03
+    now = came(patience, 100, gap_s=0.005)
+    assert patience.left(now, now) == pytest.approx(0.01, rel=0.1)
+    # But not longer than it takes to encode it.
+    assert patience.left(now - 0.025, now) == pytest.approx(0.005)
+    assert patience.left(now - 0.04, now) == 0
+
+
+def test_a_chunk_does_not_wait_where_pictures_come_seldom() -> None:
+    patience = Patience()
+    assert patience.left(0, 0) == 0
+    patience.encoding_s = 0.03
+    came(patience, 100, gap_s=0.04)
+    assert patience.left(4, 4) == 0
+    # Nor for what comes after a pause.
+    patience.came(100)
+    assert patience.left(100, 100) == 0
+
+
+def test_what_cannot_be_encoded_ahead_is_left_to_the_engine() -> None:
+    def broken(pixels: Tensor) -> Tensor:
+        raise RuntimeError("no memory")
+
+    features = FeatureCache(broken, max_bytes=1_000)
+    look = looker(Lookahead(features))
+    assert look([picture(1)]) == 0
+    assert look([picture(1)]) == 0
+    assert picture(1) not in features

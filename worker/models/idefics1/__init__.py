@@ -1,0 +1,1 @@
+"""IDEFICS-1: prompts, image encoder, and a text decoder with a slot for each row."""

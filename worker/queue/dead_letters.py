@@ -1,0 +1,105 @@
+"""Keeps every job that ended in FAILURE, whole, on the list that `tasks/failed.py` reads.
+
+Celery says `task_failure` where a job fails: in the model process as a rule, in the parent where that process was lost
+or the job overran its hard limit. Both import this. A message for a task of somebody else's, which cannot run here, is
+kept by the parent with all that it takes to send it on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+from celery import Celery, Task, states
+from celery.app.task import Context
+from celery.canvas import Signature
+from celery.signals import task_failure
+
+from tasks.errors import InvalidRequest, from_exception
+from tasks.failed import Bounds, FailedJob, FailedJobs
+from tasks.payloads import SUBMITTED_AT
+from worker.queue.result_backend import Asked, digest_of
+
+logger = logging.getLogger(__name__)
+
+#: Characters that an invalid request's payload may have to be kept: writing a megabyte costs as much as ten jobs.
+MAX_INVALID_CHARS = 200_000
+
+
+def keep_failures(app: Celery, bounds: Bounds) -> None:
+    """From now on keep the failed jobs of an app's tasks."""
+
+    def keep(sender: Task, task_id: str, exception: BaseException, args: Any, kwargs: Any, **_: Any) -> None:
+        if sender.app is not app:
+            return
+        try:
+            if not _has_other_end(app, task_id):
+                request = _request(sender, task_id, args, kwargs)
+                job = failed_job(sender.name, request, exception)
+                FailedJobs(app).keep(job, dict(sender.signature_from_request(request, retries=0)), bounds)
+        except Exception as error:
+            logger.error("Job %s failed and cannot be kept on the list of failed jobs: %s", task_id, error)
+
+    task_failure.connect(keep, weak=False)
+
+
+def failed_job(task: str, request: Context, error: BaseException) -> FailedJob:
+    ours = from_exception(error)
+    return FailedJob(
+        id=request.id,
+        task=task,
+        code=ours.code,
+        message=str(ours),
+        detail=ours.detail,
+        host=str(request.hostname),
+        attempts=(request.retries or 0) + 1,
+        submitted_at=request.get(SUBMITTED_AT),
+        failed_at=time.time(),
+        is_whole=ours.code != InvalidRequest.code or not _is_longer((request.args, request.kwargs), MAX_INVALID_CHARS),
+    )
+
+
+def misrouted(message: Any, host: str) -> Context:
+    """The request in a checked message for a task that is none of ours."""
+    args, kwargs, links = message.payload
+    own = {"args": args, "kwargs": kwargs, "delivery_info": {}, "properties": message.properties, "hostname": host}
+    request = Context({**message.headers, **links, **own})
+    request.asked = Asked(digest_of(request.task, args, kwargs), begins=True)
+    return request
+
+
+def keep_misrouted(app: Celery, request: Context, bounds: Bounds, error: InvalidRequest) -> None:
+    """Keep a message for a task that is none of ours, so that it can be sent on to its own queue."""
+    job = replace(failed_job(request.task, request, error), is_whole=True)
+    options = {**request.as_execution_options(), "ignore_result": bool(request.ignore_result)}
+    priority = (request.properties or {}).get("priority")
+    signature = Signature(request.task, request.args, request.kwargs, {**options, "priority": priority}, app=app)
+    try:
+        FailedJobs(app).keep(job, dict(signature), bounds)
+    except ValueError as too_large:
+        logger.error("Message %s cannot be kept on the list of failed jobs: %s", request.id, too_large)
+
+
+def _is_longer(value: Any, most: int) -> bool:
+    """Whether a value of JSON has more characters and entries than that, looking at no more of them."""
+    rest = [value]
+    while rest and most >= 0:
+        each = rest.pop()
+        most -= len(each) if isinstance(each, str | list | tuple | dict) else 1
+        if isinstance(each, list | tuple | dict):
+            rest += [*each.items()] if isinstance(each, dict) else each
+    return most < 0
+
+
+def _has_other_end(app: Celery, id: str) -> bool:
+    """Another run of the same job ended first: its producer reads an answer, or that it was taken back."""
+    state = app.backend.get_task_meta(id, cache=False)["status"]
+    return state in states.READY_STATES - {states.FAILURE}
+
+
+def _request(task: Task, id: str, args: Any, kwargs: Any) -> Context:
+    """The failed job's. Celery gives none with a rejection in the parent: its links are lost then, its payload not."""
+    request = task.request
+    return request if request.id == id else Context(id=id, args=args, kwargs=kwargs)
