@@ -14,6 +14,7 @@ from redis.exceptions import (
     MasterDownError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisError,
     ResponseError,
     TryAgainError,
 )
@@ -39,6 +40,8 @@ _ERRNOS = frozenset(
 
 #: Errors that others raise in the place of Redis's own, which is their cause.
 _WRAPPERS = (OperationalError, BackendError)
+#: What keeps something from being stored in Redis, and may pass.
+UNAVAILABLE = (RedisError, OperationalError, OSError, BackendError)
 _AWAY = (RedisConnectionError, RedisTimeoutError, InvalidResponse, LimitExceeded, *_WRAPPERS)
 #: Causes that are followed: nobody wraps deeper.
 _MAX_DEPTH = 8

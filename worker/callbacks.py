@@ -21,11 +21,11 @@ from celery.signals import setup_logging
 
 from config.celery import configuration
 from config.settings import Settings, load
+from tasks.availability import UNAVAILABLE
 from tasks.outbox import Delivery, Outbox, Shares, batch_id, connect
 from tasks.payloads import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from tasks.webhooks import MAX_BODY_BYTES, batch_body
 from worker.delivery.known_hosts import KnownHosts
-from worker.delivery.recorder import UNAVAILABLE
 from worker.delivery.sender import Answer, Sender, judge
 from worker.observability import log_setup
 from worker.runtime.exit_watchdog import ExitInTime, Held

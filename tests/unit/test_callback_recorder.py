@@ -15,13 +15,14 @@ from celery import Celery, states
 from celery.exceptions import BackendGetMetaError
 
 from config.settings import Settings
+from tasks.availability import UNAVAILABLE
 from tasks.errors import DeadlineExceeded, ImageInvalid
 from tasks.outbox import Delivery, Outbox
 from tests.receiver import SECRET
-from worker.delivery.recorder import UNAVAILABLE, Announcer
+from worker.delivery.recorder import Announcer
 from worker.demo import stack
-from worker.pool.job import exception_info
 from worker.pool.request import JobRequest
+from worker.runtime.exceptions import exception_info
 
 CALLBACK = {"url": "https://93.184.216.34/hook", "key_id": "main"}
 ARGUMENTS = {"prompt": ["Hello"], "callback": CALLBACK, "metadata": {"row": 7}}

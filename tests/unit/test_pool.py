@@ -25,11 +25,12 @@ from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, WorkerLost
 from tasks.payloads import SUBMITTED_AT
 from worker.pool import pool as pool_module
-from worker.pool.job import Callbacks, Job, JobState, exception_info
+from worker.pool.job import Callbacks, Job, JobState
 from worker.pool.pool import InferencePool
 from worker.pool.wire import Channel, Message
 from worker.queue.load import LONGEST_S, Load
 from worker.queue.redeliveries import Deliveries, History, Key
+from worker.runtime.exceptions import exception_info
 
 THREADS = 100
 #: Seconds that a test waits for what takes a tick of the pool.

@@ -13,8 +13,8 @@ from celery.worker.request import Request
 
 from tasks.errors import WorkerLost
 from worker.app import app
-from worker.pool.job import exception_info
 from worker.pool.request import JobRequest
+from worker.runtime.exceptions import exception_info
 
 
 @pytest.fixture

@@ -13,10 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
-import redis
 from celery import Celery, states
-from celery.exceptions import BackendError
-from kombu.exceptions import OperationalError
 from pydantic import ValidationError
 
 from config.settings import Settings
@@ -38,8 +35,6 @@ EVENTS: dict[str, webhooks.JobEvent] = {
 #: A job's state, and its result or exception.
 End: TypeAlias = tuple[str, Any]
 
-#: What keeps a delivery from being recorded and may pass.
-UNAVAILABLE = (redis.RedisError, OperationalError, OSError, BackendError)
 #: Seconds between two log lines about callbacks that were given up.
 TOLD_S = 60.0
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from billiard.einfo import ExceptionInfo
 from celery.worker.request import Request
 
 from tasks.payloads import SUBMITTED_AT
+from worker.runtime.exceptions import exception_info
 
 Callback = Callable[..., Any]
 
@@ -131,10 +131,3 @@ def sendable(trace_arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     lean = {key: value for key, value in request.items() if key not in ("args", "kwargs")}
     lean.setdefault(SUBMITTED_AT, time.time())
     return (name, id, lean, *rest)
-
-
-def exception_info(error: BaseException) -> ExceptionInfo:
-    try:
-        raise error
-    except type(error):
-        return ExceptionInfo()

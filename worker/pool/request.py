@@ -15,10 +15,10 @@ from celery.worker.request import Request
 from celery.worker.state import task_ready
 from kombu.serialization import loads
 
-from tasks.availability import is_away
+from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import JobError
 from tasks.payloads import HIDDEN
-from worker.delivery.recorder import UNAVAILABLE, End
+from worker.delivery.recorder import End
 from worker.pool.job import Job
 from worker.queue.result_backend import Asked, digest_of
 

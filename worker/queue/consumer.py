@@ -16,19 +16,18 @@ from celery.worker.consumer.mingle import Mingle
 from kombu.exceptions import OperationalError
 
 from config.settings import load
-from tasks.availability import is_away
+from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import Internal, InvalidRequest
 from tasks.failed import Bounds
 from tasks.payloads import PAYLOADS
 from tasks.printable import escaped
-from worker.delivery.recorder import UNAVAILABLE
 from worker.observability.redaction import without_values
-from worker.pool.job import exception_info
 from worker.queue.dead_letters import keep_misrouted, misrouted
 from worker.queue.due import hold_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, usable_id
 from worker.queue.redeliveries import Deliveries
 from worker.queue.refusals import Refusals
+from worker.runtime.exceptions import exception_info
 
 logger = logging.getLogger(__name__)
 
