@@ -2,7 +2,7 @@
 
 Celery's own `inspect ping` is answered while the model process is dead or hangs. The worker's parent, which knows,
 writes its state here each second. A container asks every few seconds, so the probe imports neither torch nor Celery
-nor our settings; of those it needs one, IDEFICS_STATE_FILE.
+nor our settings; of those it needs two, IDEFICS_STATE_FILE and IDEFICS_BROKER_URL.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 logger = logging.getLogger(__name__)
 
 SETTING = "IDEFICS_STATE_FILE"
+#: The first that is set names the broker: Celery's own, which its command's `-b` sets, goes before ours.
+BROKER_SETTINGS = ("CELERY_BROKER_URL", "IDEFICS_BROKER_URL")
+DEFAULT_BROKER = "redis://localhost:6379/0"
 #: Seconds between two writes of an unchanged state.
 RENEW_S = 1.0
 #: Seconds without a write after which a worker is not ready.
@@ -56,6 +60,8 @@ class Report:
     born: str
     #: Seconds since it was written.
     age_s: float = 0.0
+    #: As `broker_here` has it.
+    broker: str = ""
 
     @property
     def is_there(self) -> bool:
@@ -87,6 +93,24 @@ def _born(pid: int) -> str:
         return ""
 
 
+def broker_here() -> str:
+    """This environment's broker, as `127.0.0.1:6379/0`: what tells two of them apart, without a password."""
+    url = next(filter(None, map(os.environ.get, BROKER_SETTINGS)), DEFAULT_BROKER)
+    try:
+        return ";".join(map(_place, filter(None, url.split(";"))))
+    except ValueError:
+        return "an unreadable URL"
+
+
+def _place(url: str) -> str:
+    parts, host = urlsplit(url), urlsplit(url).hostname or ""
+    # Of a socket and of Sentinel, the query says which database or server it is.
+    query = parse_qs(parts.query)
+    chosen = "".join(f"?{name}={query[name][0]}" for name in ("virtual_host", "master_name") if name in query)
+    host = "127.0.0.1" if host in ("localhost", "::1") else host
+    return f"{host}:{parts.port or 6379}{parts.path if parts.path.strip('/') else '/0'}{chosen}"
+
+
 def folder() -> Path:
     """Where workers without the setting write, each under its pid."""
     return Path(tempfile.gettempdir()) / f"idefics-workers-{os.getuid()}"
@@ -115,7 +139,7 @@ class StateFile:
         try:
             if is_first and self._is_shared:
                 _clean(self._path.parent)
-            self._write(Report(state, reason, self._worker, os.getpid(), _born(os.getpid())))
+            self._write(Report(state, reason, self._worker, os.getpid(), _born(os.getpid()), broker=broker_here()))
             self._fails = False
         except OSError as error:
             if not self._fails:
@@ -157,10 +181,21 @@ def _read(path: Path) -> Report | None:
 
 
 def reports(path: Path | None, worker: str | None = None) -> list[Report]:
-    """What is known of a file's worker, or of this machine's: those that are there, else those that were."""
+    """What is known of a file's worker, or of this machine's, whatever their brokers."""
     paths: Iterable[Path] = [path] if path else folder().glob("*.json")
-    found = [report for report in map(_read, sorted(paths)) if report and worker in (None, report.worker)]
+    return [report for report in map(_read, sorted(paths)) if report and worker in (None, report.worker)]
+
+
+def _told(found: list[Report]) -> list[Report]:
+    """Those that are there, else those that were."""
     return [report for report in found if report.is_there] or found
+
+
+def _none(elsewhere: Iterable[Report]) -> str:
+    """What is said where this environment's broker has no worker, and others may."""
+    told = f"No worker of {broker_here()}: none runs here, or its {SETTING} is another."
+    others = ", ".join(f"{report.worker} of {report.broker}" for report in elsewhere if report.is_there)
+    return f"{told} Of other brokers, as IDEFICS_BROKER_URL would name them: {others}." if others else told
 
 
 def _on_one_line(text: str) -> str:
@@ -169,7 +204,8 @@ def _on_one_line(text: str) -> str:
 
 
 def main() -> int:
-    """Print the state of this machine's workers. The exit status is 0 where all are as asked, else 1."""
+    """Print the state of the workers on this machine that take from this environment's broker (IDEFICS_BROKER_URL).
+    The exit status is 0 where all are as asked, else 1."""
     parser = argparse.ArgumentParser("python -m worker.health", description=main.__doc__)
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--ready", action="store_true", help="they can run jobs (the default)")
@@ -177,10 +213,11 @@ def main() -> int:
     parser.add_argument("--worker", metavar="NAME", help="one of several, as gpu0@host")
     options = parser.parse_args()
     path = os.environ.get(SETTING)
-    found = reports(Path(path) if path else None, options.worker)
-    sys.stdout.writelines(f"{_on_one_line(str(report))}\n" for report in found)
-    if not found:
-        sys.stdout.write(f"No worker: none runs here, or its {SETTING} is another.\n")
+    known = reports(Path(path) if path else None, options.worker)
+    # A file that is named is that worker's, whatever its broker.
+    found = _told([report for report in known if path or report.broker == broker_here()])
+    lines = map(str, found) if found else [_none(known)]
+    sys.stdout.writelines(f"{_on_one_line(line)}\n" for line in lines)
     is_good = found and all(report.is_alive if options.alive else report.is_ready for report in found)
     return 0 if is_good else 1
 

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from config import settings
 from worker import health
-from worker.health import ALIVE_WITHIN_S, READY_WITHIN_S, Report, State, StateFile
+from worker.health import ALIVE_WITHIN_S, READY_WITHIN_S, State, StateFile
 
 Probe = Callable[..., tuple[int, str]]
+#: The default one's place.
+BROKER = "127.0.0.1:6379/0"
 
 
 @pytest.fixture
@@ -28,7 +31,8 @@ def file(tmp_path: Path) -> Path:
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the workers that were given no file."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.delenv("IDEFICS_STATE_FILE", raising=False)
+    for name in ("IDEFICS_STATE_FILE", "IDEFICS_BROKER_URL", "CELERY_BROKER_URL"):
+        monkeypatch.delenv(name, raising=False)
     return health.folder()
 
 
@@ -50,13 +54,24 @@ def age(file: Path, seconds: float) -> None:
     os.utime(file, (then, then))
 
 
-def of_another(folder: Path, pid: int, worker: str = "gone@here", state: State = State.READY) -> Path:
-    """The file of a process that is no more: a pid from 2**22 on is never one."""
+def of_another(
+    folder: Path, pid: int, worker: str = "gone@here", state: State = State.READY, born: str = "5", broker: str = BROKER
+) -> Path:
+    """The file of another process; of one that is no more, unless it is `born` rightly: no pid is 2**22 or more."""
     folder.mkdir(exist_ok=True)
     file = folder / f"{pid}.json"
-    said = {"state": state.name, "reason": "", "worker": worker, "pid": pid, "born": "5", "age_s": 0.0}
+    said = {"state": state.name, "reason": "", "worker": worker, "pid": pid, "born": born, "broker": broker}
     file.write_text(json.dumps(said))
     return file
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """Another process of this machine."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize(
@@ -108,25 +123,78 @@ def test_what_failed_at_its_start_is_still_told_when_the_process_is_gone(shared:
 
 
 def test_without_a_worker_nothing_is_ready(shared: Path, probe: Probe) -> None:
-    assert probe() == (1, "No worker: none runs here, or its IDEFICS_STATE_FILE is another.\n")
+    assert probe() == (
+        1,
+        "No worker of 127.0.0.1:6379/0: none runs here, or its IDEFICS_STATE_FILE is another.\n",
+    )
 
 
-def test_workers_of_one_machine_do_not_clash(shared: Path, probe: Probe) -> None:
+def test_workers_of_one_machine_do_not_clash(shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes]) -> None:
     StateFile(None, "a@b").show(State.READY)
-    other = subprocess.Popen(["sleep", "60"])
-    try:
-        report = Report(State.STARTING, "", "c@d", other.pid, health._born(other.pid))
-        of_another(shared, other.pid).write_text(
-            json.dumps({"state": "STARTING", "reason": "", "worker": "c@d", "pid": other.pid, "born": report.born})
-        )
-        status, said = probe()
-        assert status == 1
-        assert {line.split(":")[0] for line in said.splitlines()} == {"a@b", "c@d"}
-        assert probe("--worker", "a@b")[0] == 0
-        assert probe("--worker", "c@d")[0] == 1
-    finally:
-        other.kill()
-        other.wait()
+    of_another(shared, sleeper.pid, "c@d", State.STARTING, health._born(sleeper.pid))
+    status, said = probe()
+    assert status == 1
+    assert {line.split(":")[0] for line in said.splitlines()} == {"a@b", "c@d"}
+    assert probe("--worker", "a@b")[0] == 0
+    assert probe("--worker", "c@d")[0] == 1
+
+
+def test_a_worker_of_another_broker_is_named_and_makes_nothing_ready(
+    shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_another(shared, sleeper.pid, "c@d", born=health._born(sleeper.pid), broker="127.0.0.1:7101/0")
+    status, said = probe()
+    assert status == 1
+    assert said.startswith("No worker of 127.0.0.1:6379/0: ")
+    assert "c@d of 127.0.0.1:7101/0" in said
+    monkeypatch.setenv("IDEFICS_BROKER_URL", "redis://:secret@localhost:7101")
+    assert probe() == (0, f"c@d: READY. {State.READY.value}\n")
+    # This environment's own worker, beside it.
+    StateFile(None, "a@b").show(State.UNHEALTHY)
+    assert probe()[0] == 1
+    assert probe("--worker", "c@d")[0] == 0
+
+
+def test_a_worker_of_another_broker_takes_none_of_the_blame(
+    shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes]
+) -> None:
+    StateFile(None, "a@b").show(State.READY)
+    of_another(shared, sleeper.pid, "c@d", State.UNHEALTHY, health._born(sleeper.pid), "127.0.0.1:7101/0")
+    assert probe() == (0, f"a@b: READY. {State.READY.value}\n")
+
+
+def test_a_file_that_is_named_is_read_whatever_its_broker(
+    file: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StateFile(file, "a@b").show(State.READY)
+    monkeypatch.setenv("IDEFICS_BROKER_URL", "redis://elsewhere/0")
+    assert probe(file=file)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("redis://localhost", "127.0.0.1:6379/0"),
+        ("redis://:secret@[::1]:7101/", "127.0.0.1:7101/0"),
+        ("rediss://user:secret@Redis.example/3?ssl_cert_reqs=required", "redis.example:6379/3"),
+        ("redis+socket://:secret@/run/redis.sock?virtual_host=1", ":6379/run/redis.sock?virtual_host=1"),
+        (
+            "sentinel://:secret@a:26379;sentinel://b:26379/0?master_name=m&sentinel_password=secret",
+            "a:26379/0;b:26379/0?master_name=m",
+        ),
+        ("redis://localhost:x", "an unreadable URL"),
+        ("", "127.0.0.1:6379/0"),
+    ],
+)
+def test_a_broker_is_known_by_its_place_without_a_password(
+    url: str, place: str, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IDEFICS_BROKER_URL", url)
+    assert health.broker_here() == place
+
+
+def test_the_brokers_default_is_the_settings() -> None:
+    assert health.DEFAULT_BROKER == settings.DEFAULT_BROKER
 
 
 def test_a_dead_worker_is_not_asked_where_another_lives(shared: Path, probe: Probe) -> None:
