@@ -98,8 +98,9 @@ def worker(
     """
     with tempfile.TemporaryDirectory(prefix="idefics-worker-") as folder:
         log = log or Path(folder) / "log"
-        # The embedded process manager of a container may have set these for itself.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
+        # This shell's own: Celery's names would go before ours.
+        strange = ("IDEFICS_", "CELERY_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
         environment |= {f"IDEFICS_{name}": value for name, value in (settings or {}).items()}
         environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
         command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", *arguments]
