@@ -56,14 +56,14 @@ def pictures_url(pictures_folder: Path) -> Iterator[str]:
     server.server_close()
 
 
-#: What signs callbacks of the demo worker, under the id `site`.
+#: What signs callbacks of the demo worker, under the id `main`.
 SITE_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 def callback_settings(port: int) -> dict[str, str]:
     """Of workers whose callbacks go to a server on this machine."""
     return {
-        "CALLBACK_KEYS": f"site={SITE_SECRET}",
+        "CALLBACK_KEYS": f"main={SITE_SECRET}",
         "CALLBACK_ALLOW_HTTP": "true",
         "CALLBACK_ALLOW_NETWORKS": "127.0.0.0/8",
         "CALLBACK_PORTS": str(port),

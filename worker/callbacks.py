@@ -260,7 +260,10 @@ class Deliveries(bootsteps.StartStopStep):  # type: ignore[misc]
         self._courier = Courier(Outbox(connect(app)), settings)
         self._courier.start()
         if not settings.callback_keys:
-            logger.warning("IDEFICS_CALLBACK_KEYS is empty: no callback can be signed.")
+            logger.warning(
+                "IDEFICS_CALLBACK_KEYS is empty: no callback can be signed. Set it here and for the models' workers, "
+                "as main=whsec_..., with a secret from `openssl rand -base64 32`."
+            )
 
     def stop(self, worker: Any) -> None:
         if self._courier is not None:

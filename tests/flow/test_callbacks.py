@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,15 +120,10 @@ def shop(server: stack.Broker, receiver: Receiver) -> Shop:
     return Shop(server, receiver)
 
 
-@contextmanager
-def callbacks_worker(server: stack.Broker, log: Path, settings: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
-    environment |= {f"IDEFICS_{name}": value for name, value in settings.items()}
-    environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
-    command = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker"]
-    with stack.started(command, log=log, environment=environment) as process:
-        stack.await_line(process, log, " ready.", PATIENCE_S)
-        yield process
+def callbacks_worker(
+    server: stack.Broker, log: Path, settings: dict[str, str]
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    return stack.worker(server, settings=settings, log=log, app="worker.callbacks")
 
 
 # A job's end
@@ -399,6 +393,13 @@ def test_what_is_due_survives_a_restart_of_the_broker(settings: dict[str, str], 
                 eventually(lambda: second.state_of(job, "job.canceled") == "delivered")
     assert len(second.calls_of(job)) == 2
     assert len({call.id for call in second.calls_of(job)}) == 1
+
+
+def test_a_callbacks_worker_without_a_secret_warns_and_says_how_one_is_made(
+    server: stack.Broker, tmp_path: Path
+) -> None:
+    with callbacks_worker(server, tmp_path / "log", {}):
+        assert re.search("WARNING.* IDEFICS_CALLBACK_KEYS is empty.*openssl rand", (tmp_path / "log").read_text())
 
 
 def test_the_callbacks_worker_is_light_and_stops_when_asked(courier: subprocess.Popen[bytes]) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import redis
 
@@ -31,6 +32,16 @@ WORKER_START_S = 180.0
 
 class StartFailed(RuntimeError):
     """A broker or a worker did not start; the message holds its last lines."""
+
+
+class Servers(Protocol):
+    """Where queues and results are."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def results(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +101,14 @@ def broker(*options: str, port: int | None = None, binary: str | None = None) ->
 
 @contextlib.contextmanager
 def worker(
-    server: Redis, *arguments: str, settings: Mapping[str, str] | None = None, log: Path | None = None
+    server: Servers,
+    *arguments: str,
+    settings: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    app: str = "worker.app",
+    start_s: float = WORKER_START_S,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker that has answered a ping of Celery's: its model is loaded.
+    """A worker that says that it is ready: its model is loaded. Or the callbacks worker, another `app`.
 
     `settings` are `IDEFICS_` names without the prefix, `arguments` those of `celery worker`.
     """
@@ -103,9 +119,9 @@ def worker(
         environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
         environment |= {f"IDEFICS_{name}": value for name, value in (settings or {}).items()}
         environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
-        command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", *arguments]
+        command = [sys.executable, "-m", "celery", "-A", app, "worker", *arguments]
         with started(command, log=log, environment=environment) as process:
-            await_line(process, log, " ready.", WORKER_START_S)
+            await_line(process, log, " ready.", start_s)
             yield process
 
 

@@ -1,77 +1,308 @@
 """`make up`: a broker and a worker with the bundled model, until Ctrl-C. For a first hour with the project.
 
-Where a Redis answers on the port already, the worker uses that one.
+Where a Redis answers already, the worker uses that one. Where there are secrets for callbacks, a callbacks worker runs
+too. Both have this environment's settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
+import os
+import re
+import secrets
+import shlex
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
 
-import redis
+from redis import RedisError
 
+from config.settings import DEFAULT_BROKER, PREFIX, Settings, load
+from tasks import Callback, Client, IdeficsError
+from tasks.errors import from_broker
+from tasks.redis_urls import results_beside
+from worker.delivery.sender import check
 from worker.demo import stack
 
 PICTURES = stack.CHECKOUT / "examples" / "pictures"
 PORT = 6379
+#: What a broker of ours listens on.
+HERE = ("localhost", "127.0.0.1")
+#: Seconds for a Redis to answer.
+ANSWER_S = 3.0
+#: The id of a secret that is made here.
+KEY_ID = "main"
+#: A line of a worker's log that is a warning or worse.
+LOUD = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
+
 READY = """\
-Ready: redis://localhost:{port}/0, results in redis://localhost:{port}/1, the bundled model. Ctrl-C ends {what}.
+Ready: queues in {queues}, results in {results}, {model}. Ctrl-C ends {what}.
 In another shell:
 
   . .venv/bin/activate
-  idefics-jobs submit caption image=@examples/pictures/cat.png --wait
+  idefics-jobs {options}submit caption image=@examples/pictures/cat.png --wait
+{callbacks}
+Logs: {folder}
+"""
+CALLBACKS = """
+Callbacks go to {url} alone. The receiver's secret:
 
-The worker's log: {log}
+  {secret}
+
+A job asks for one with callback=Callback(url="{url}", key_id="{key_id}");
+submit it by a Client(..., check_callbacks=False).
+"""
+PUBLIC_CALLBACKS = """
+Callbacks go to public addresses by https alone. To try them here: make up CALLBACKS=http://localhost:8000/hook
 """
 
 
-@contextlib.contextmanager
-def redis_on(port: int) -> Iterator[stack.Redis]:
-    """The Redis server on a port, which is started where there is none."""
-    there = stack.Redis(port)
+# --- What is asked for: pure ----------------------------------------------------------------------
+
+
+def broker_url(port: int | None, named: str) -> str:
+    """Where the queues are to be, by PORT and by IDEFICS_BROKER_URL. Raises StartFailed where these disagree."""
+    if not named:
+        return f"redis://localhost:{port or PORT}/0"
+    if port is not None and port != _port_here(named):
+        raise stack.StartFailed(f"PORT={port} and IDEFICS_BROKER_URL name different brokers: leave one of them out.")
+    return named
+
+
+def _port_here(url: str) -> int | None:
+    """The port of a Redis on this machine; None for one elsewhere or at a socket."""
     try:
-        there.connect().ping()
-    except redis.ConnectionError:
-        with stack.broker(port=port) as server:
-            yield server
-    else:
-        yield there
+        parts = urlsplit(url)
+        return (parts.port or PORT) if parts.hostname in HERE else None
+    except ValueError:
+        # The settings say what is wrong with it.
+        return None
+
+
+def startable_port(url: str) -> int | None:
+    """Where a broker of ours would be found by a URL; None where not: it has neither users nor TLS."""
+    return _port_here(url) if url.startswith("redis://") and "@" not in url else None
+
+
+def callback_settings(url: str, keys: str) -> dict[str, str]:
+    """The settings that let callbacks go to one receiver, wherever it is, and to no other; with a secret where there
+    are no keys.
+
+    Raises StartFailed.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        addresses = {str(target[0]).partition("%")[0] for *_, target in socket.getaddrinfo(parts.hostname, port)}
+    except (ValueError, KeyError):
+        raise stack.StartFailed("CALLBACKS is no receiver's URL: write it as http://localhost:8000/hook.") from None
+    except OSError:
+        raise stack.StartFailed(f"CALLBACKS: {parts.hostname} has no address: correct its name.") from None
+    return {
+        "CALLBACK_KEYS": keys or f"{KEY_ID}=whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}",
+        "CALLBACK_ALLOW_HTTP": str(parts.scheme == "http"),
+        "CALLBACK_ALLOW_DOMAINS": str(parts.hostname),
+        "CALLBACK_ALLOW_NETWORKS": ",".join(sorted(addresses)),
+        "CALLBACK_PORTS": str(port),
+    }
+
+
+def ready(settings: Settings, receiver: str, *, has_started_broker: bool, has_made_secret: bool, folder: Path) -> str:
+    """What a newcomer does next."""
+    url, results = settings.broker_url.get_secret_value(), settings.result_backend.get_secret_value()
+    queues, answers = _shown("BROKER_URL", url), _shown("RESULT_BACKEND", results)
+    is_default, is_beside = url == DEFAULT_BROKER, _are_beside(url, results)
+    return READY.format(
+        queues=queues,
+        results=answers,
+        model="the bundled model" if settings.model == "demo" else settings.model,
+        what="all" if has_started_broker else "what it started, and leaves the Redis that was there",
+        callbacks=_told_of_callbacks(settings, receiver, has_made_secret),
+        options=f"{'' if is_default else f'--broker {queues} '}{'' if is_beside else f'--results {answers} '}",
+        folder=folder,
+    )
+
+
+def _shown(name: str, url: str) -> str:
+    """A URL for a shell; by its setting's name where it may hold a password."""
+    return f'"${PREFIX}{name}"' if "@" in url or "password" in url else shlex.quote(url)
+
+
+def _are_beside(url: str, results: str) -> bool:
+    try:
+        return results_beside(url) == results
+    except ValueError:
+        return False
+
+
+def _told_of_callbacks(settings: Settings, receiver: str, has_made_secret: bool) -> str:
+    if not settings.callback_keys:
+        return ""
+    key_id, (secret, *_) = next(iter(settings.callback_keys.items()))
+    if receiver:
+        shown = secret.get_secret_value() if has_made_secret else f"{key_id}'s in IDEFICS_CALLBACK_KEYS"
+        return CALLBACKS.format(url=receiver, key_id=key_id, secret=shown)
+    # A receiver inside the network needs these.
+    return "" if settings.callback_allow_networks else PUBLIC_CALLBACKS
+
+
+# --- What is done ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where queues and results are."""
+
+    url: str
+    results: str
+
+
+@contextlib.contextmanager
+def broker_at(url: str) -> Iterator[stack.Broker | None]:
+    """The broker that is started for a URL; None where one answers."""
+    port = startable_port(url)
+    if port is None or _is_listening(port):
+        yield None
+        return
+    with stack.broker(port=port) as broker:
+        print(f"Started a broker on port {port}.", flush=True)
+        yield broker
+
+
+def _is_listening(port: int) -> bool:
+    try:
+        socket.create_connection(("localhost", port), ANSWER_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        # Something is there, and its answer is the matter of `check_answers`.
+        return True
+    return True
+
+
+def check_answers(place: Place) -> None:
+    """Raises StartFailed, with the cure, where the queues' or the results' Redis cannot be used."""
+    try:
+        client = Client(place.url, result_backend=place.results)
+        options = {"socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S}
+        client.app.conf.broker_transport_options = {**client.app.conf.broker_transport_options, **options}
+        client.app.conf.redis_socket_timeout = ANSWER_S
+        client.ping()
+        client.app.backend.client.ping()
+    except (IdeficsError, RedisError) as error:
+        raise stack.StartFailed(
+            f"{from_broker(error)} Correct IDEFICS_BROKER_URL or IDEFICS_RESULT_BACKEND, with a password where it asks "
+            "for one; or take a free port, where a broker is started, as `make up PORT=7101`."
+        ) from None
+
+
+def chosen(port: int | None, receiver: str) -> Settings:
+    """The workers' settings: this environment's, completed by the command line's. Raises ValueError or StartFailed."""
+    for name in [name for name in os.environ if name.startswith("CELERY_")]:
+        # Celery's names, of the reader's own site, go before URLs that are given.
+        del os.environ[name]
+    os.environ["IDEFICS_BROKER_URL"] = broker_url(port, os.environ.get("IDEFICS_BROKER_URL", ""))
+    os.environ["IDEFICS_IMAGE_ROOT"] = os.environ.get("IDEFICS_IMAGE_ROOT") or str(PICTURES)
+    if receiver:
+        keys = os.environ.get("IDEFICS_CALLBACK_KEYS", "")
+        os.environ |= {f"{PREFIX}{name}": value for name, value in callback_settings(receiver, keys).items()}
+    settings = load()
+    if receiver:
+        check(Callback(url=receiver, key_id=next(iter(settings.callback_keys))), settings)
+    return settings
+
+
+def start(settings: Settings, folder: Path, started: contextlib.ExitStack) -> dict[str, subprocess.Popen[bytes]]:
+    """What runs, by its name."""
+    place = Place(settings.broker_url.get_secret_value(), settings.result_backend.get_secret_value())
+    broker = started.enter_context(broker_at(place.url))
+    check_answers(place)
+    if broker is None:
+        port = _port_here(place.url)
+        print(f"Using the Redis that answers {f'on port {port}' if port else 'at IDEFICS_BROKER_URL'}.", flush=True)
+    passed = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    apps = {"worker": "worker.app"}
+    if settings.callback_keys:
+        apps["callbacks"] = "worker.callbacks"
+    print(f"Starting a worker{' and a callbacks worker' if 'callbacks' in apps else ''} ...", flush=True)
+    running = {"broker": broker.process} if broker else {}
+    for name, app in apps.items():
+        log = folder / f"{name}.log"
+        log.touch()
+        started.enter_context(_repeated(log))
+        arguments = () if name == "worker" else ("--hostname", f"{name}@%h")
+        running[name] = started.enter_context(
+            stack.worker(place, *arguments, settings=passed, log=log, app=app, start_s=settings.load_timeout_s)
+        )
+    return running
+
+
+@contextlib.contextmanager
+def _repeated(log: Path) -> Iterator[None]:
+    """Meanwhile, show what a worker logs as a warning or worse."""
+    is_over = threading.Event()
+    thread = threading.Thread(target=_repeat, args=[log, is_over], daemon=True, name=f"repeat-{log.name}")
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _repeat(log: Path, is_over: threading.Event) -> None:
+    with log.open(errors="replace") as file:
+        while not is_over.wait(0.2):
+            sys.stderr.writelines(line for line in file if LOUD.match(line))
+            sys.stderr.flush()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=PORT, help="of the broker")
-    port = parser.parse_args().port
-    print("Starting a broker and a worker with the bundled model ...", flush=True)
-    with tempfile.TemporaryDirectory(prefix="idefics-up-") as folder, contextlib.ExitStack() as started:
-        log = Path(folder) / "worker.log"
+    parser.add_argument("--port", type=int, help=f"of the broker; without IDEFICS_BROKER_URL {PORT}")
+    parser.add_argument("--callbacks", metavar="URL", default="", help="a receiver that callbacks may go to")
+    options = parser.parse_args()
+    has_keys = bool(os.environ.get("IDEFICS_CALLBACK_KEYS"))
+    with tempfile.TemporaryDirectory(prefix="idefics-up-") as path, contextlib.ExitStack() as started:
         try:
-            server = started.enter_context(redis_on(port))
-            settings = {"IMAGE_ROOT": str(PICTURES)}
-            worker = started.enter_context(stack.worker(server, settings=settings, log=log))
-            what = "both" if isinstance(server, stack.Broker) else "the worker, and leaves the Redis that was there"
-            print(READY.format(port=port, what=what, log=log), flush=True)
-            _wait(worker, log)
+            settings = chosen(options.port, options.callbacks)
+            running = start(settings, Path(path), started)
+            text = ready(
+                settings,
+                options.callbacks,
+                has_started_broker="broker" in running,
+                has_made_secret=not has_keys,
+                folder=Path(path),
+            )
+            print(text, end="", flush=True)
+            _wait(running, Path(path))
         except KeyboardInterrupt:
             print("\nStopping ...", flush=True)
             return 0
-        except stack.StartFailed as error:
+        except (stack.StartFailed, IdeficsError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
-    return 1
 
 
-def _wait(worker: subprocess.Popen[bytes], log: Path) -> None:
-    """Raises StartFailed when the worker has ended by itself."""
-    while worker.poll() is None:
+def _wait(running: Mapping[str, subprocess.Popen[bytes]], folder: Path) -> NoReturn:
+    """Raises StartFailed when one of them has ended by itself."""
+    while True:
+        for name, process in running.items():
+            if process.poll() is not None:
+                log = folder / f"{name}.log"
+                said = f":\n{log.read_text(errors='replace')[-4000:]}" if log.exists() else "."
+                raise stack.StartFailed(f"Ended: {name}{said}")
         time.sleep(0.2)
-    raise stack.StartFailed(f"The worker ended:\n{log.read_text(errors='replace')[-4000:]}")
 
 
 if __name__ == "__main__":

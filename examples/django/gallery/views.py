@@ -12,7 +12,7 @@ from .tasks import save_error, save_text
 
 # On a desk, callbacks go to this machine by http, which the client else refuses.
 client = Client(app=app, check_callbacks=not settings.DEBUG)
-CALLBACK = Callback(url=settings.CALLBACK_URL, key_id="site") if settings.CALLBACK_URL else None
+CALLBACK = Callback(url=settings.CALLBACK_URL, key_id="main") if settings.CALLBACK_URL else None
 
 
 @csrf_exempt  # for programs; a form on a page of yours sends its token
