@@ -99,6 +99,7 @@ def test_a_producer_reads_no_id_from_a_key_whose_payload_it_does_not_know(guarde
     with pytest.raises(InvalidRequest, match="another payload"):
         Client(guarded["producer"].url).submit(Complete(prompt=["a guess"], idempotency_key="order 17"))
     assert Client(guarded["producer"].url).submit(job).id == id
+    Client(guarded["producer"].url).result(id, PATIENCE_S)
 
 
 def test_a_producer_has_lines_run_and_their_results_forgotten(guarded: Guarded) -> None:

@@ -24,6 +24,8 @@ import redis
 
 CHECKOUT = Path(__file__).parents[2]
 PR_SET_PDEATHSIG = 1
+#: What this process's own variables begin with that are about workers and their Redis. Celery's go before all URLs.
+STRANGE = ("IDEFICS_", "CELERY_BROKER_", "CELERY_RESULT_BACKEND")
 
 #: Seconds for a broker to answer, and for a worker to load its model.
 BROKER_START_S = 20.0
@@ -114,9 +116,7 @@ def worker(
     """
     with tempfile.TemporaryDirectory(prefix="idefics-worker-") as folder:
         log = log or Path(folder) / "log"
-        # This shell's own: Celery's names would go before ours.
-        strange = ("IDEFICS_", "CELERY_")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(STRANGE)}
         environment |= {f"IDEFICS_{name}": value for name, value in (settings or {}).items()}
         environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
         command = [sys.executable, "-m", "celery", "-A", app, "worker", *arguments]

@@ -208,8 +208,8 @@ def check_answers(place: Place) -> None:
 
 def chosen(port: int | None, receiver: str) -> Settings:
     """The workers' settings: this environment's, completed by the command line's. Raises ValueError or StartFailed."""
-    for name in [name for name in os.environ if name.startswith("CELERY_")]:
-        # Celery's names, of the reader's own site, go before URLs that are given.
+    # Those of the reader's own site, which go before all URLs.
+    for name in [name for name in os.environ if name.startswith(("CELERY_BROKER_", "CELERY_RESULT_BACKEND"))]:
         del os.environ[name]
     os.environ["IDEFICS_BROKER_URL"] = broker_url(port, os.environ.get("IDEFICS_BROKER_URL", ""))
     os.environ["IDEFICS_IMAGE_ROOT"] = os.environ.get("IDEFICS_IMAGE_ROOT") or str(PICTURES)
