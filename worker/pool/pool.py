@@ -769,6 +769,6 @@ class SoftShutdown(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _shut_down(self, worker: Any, timeout: float) -> None:
         # First of all: jobs that come meanwhile are for others, and would wait here.
-        if worker.queue.consumer.task_consumer:
-            ignore_errors(worker.queue.consumer, worker.queue.consumer.task_consumer.cancel)
+        if worker.consumer.task_consumer:
+            ignore_errors(worker.consumer, worker.consumer.task_consumer.cancel)
         worker.pool.drain(timeout)
