@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from kombu import Exchange, Queue
 
-from config.settings import Settings
+from config.settings import PREFIX, Settings
 
 #: Seconds for a connection to be made: a host that drops what is sent to it is given up.
 CONNECT_TIMEOUT_S = 5.0
+#: Celery's variables, and the setting of ours that each would override.
+_OVERRIDES = {
+    "CELERY_BROKER_URL": "BROKER_URL",
+    "CELERY_BROKER_READ_URL": "BROKER_URL",
+    "CELERY_BROKER_WRITE_URL": "BROKER_URL",
+    "CELERY_RESULT_BACKEND": "RESULT_BACKEND",
+}
 #: Connections that publish at once.
 BROKER_POOL = 4
 
@@ -94,6 +101,25 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         "result_expires": settings.result_ttl_s,
         "result_extended": True,
     }
+
+
+def drop_overrides(environment: MutableMapping[str, str], settings: Settings) -> str | None:
+    """Take out of the environment what Celery would put before our settings, where it says the same.
+
+    Celery's command line makes CELERY_BROKER_URL of BROKER_URL and -b, and CELERY_RESULT_BACKEND of RESULT_BACKEND:
+    variables that a site's own Celery often has. Returns what to correct where one says something else.
+    """
+    ours = {"BROKER_URL": settings.broker_url, "RESULT_BACKEND": settings.result_backend}
+    for name, value in environment.items():
+        kind = _OVERRIDES.get(name)
+        if kind and value != ours[kind].get_secret_value():
+            return (
+                f"{name} is set and is another server than {PREFIX}{kind}: a worker of this project follows "
+                f"{PREFIX}{kind} alone. Set that one, and start without {kind}, {name} and -b."
+            )
+    for name in _OVERRIDES:
+        environment.pop(name, None)
+    return None
 
 
 def _first_end_wins(url: str) -> str:

@@ -94,6 +94,10 @@ class Settings(BaseSettings):
     #: What the sentinels ask for, where they ask: the URL's own password is the Redis server's.
     sentinel_password: SecretStr = SecretStr("")
 
+    #: The queue that the worker takes jobs from. One for each model, where several share a broker: `idefics.large`.
+    #: Producers name it: `Client(queue=...)`, or Celery's `queue=`.
+    queue: str = Field(default="idefics", min_length=1, max_length=200, pattern=r"^idefics(\.[\w-]+)*$")
+
     #: The queue for links, errbacks, chains and chords' bodies that name none: a stock Celery app's. Set it where your
     #: producers' app has another `task_default_queue`.
     default_queue: str = Field(default="celery", min_length=1, max_length=200, pattern=r"^[\w.:@/-]+$")
@@ -301,6 +305,13 @@ class Settings(BaseSettings):
         for name, _, secret in pairs:
             keys[name] = (*keys.get(name, ()), secret)
         return keys
+
+    @field_validator("queue")
+    @classmethod
+    def _queue_is_for_jobs(cls, value: str) -> str:
+        if value == "idefics.callbacks":
+            raise ValueError("idefics.callbacks is the callbacks worker's own queue: name another, as idefics.large")
+        return value
 
     @model_validator(mode="after")
     def _limits_fit(self) -> Settings:

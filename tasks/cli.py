@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_origin
@@ -16,7 +17,7 @@ from .client import Client
 from .deliveries import deliveries
 from .errors import IdeficsError, JobError
 from .failed import failed
-from .payloads import DEFAULT_PRIORITY, PAYLOADS, Job, Result, parse
+from .payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, Job, Result, parse
 from .pictures import Image, media_type
 from .printable import away, echo, echo_json
 from .waiting import watched
@@ -29,10 +30,11 @@ TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
 @click.version_option(package_name="idefics-jobs")
 @click.option("--broker", help="Redis URL of the queues. [env: IDEFICS_BROKER_URL]")
 @click.option("--results", help="Redis URL of the results. [env: IDEFICS_RESULT_BACKEND]")
+@click.option("--queue", help="The jobs' queue. [env: IDEFICS_QUEUE]")
 @click.pass_context
-def main(context: click.Context, broker: str | None, results: str | None) -> None:
+def main(context: click.Context, broker: str | None, results: str | None, queue: str | None) -> None:
     """Jobs for the IDEFICS workers."""
-    context.obj = lambda: _client(broker, results)
+    context.obj = lambda: _client(broker, results, queue or os.environ.get("IDEFICS_QUEUE") or QUEUE)
 
 
 main.add_command(batch)
@@ -40,9 +42,9 @@ main.add_command(failed)
 main.add_command(deliveries)
 
 
-def _client(broker: str | None, results: str | None) -> Client:
+def _client(broker: str | None, results: str | None, queue: str) -> Client:
     try:
-        client = Client(broker, result_backend=results)
+        client = Client(broker, result_backend=results, queue=queue)
         client.ping()
     except ValueError as error:
         raise click.UsageError(f"{error} On the command line it is --results.") from None

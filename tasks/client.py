@@ -253,6 +253,8 @@ class Client:
     ) -> None:
         """`result_backend` defaults to the database after the broker's, as the worker's settings do.
 
+        `queue` is that of the model that answers, where several share a broker: the workers' IDEFICS_QUEUE.
+
         `submit` raises QueueFull where `max_queued` jobs wait, or where the broker has used more than `max_memory` of
         its maxmemory: a broker that is full cannot take results either. None: no limit. It raises InvalidRequest for a
         job of more than `max_job_bytes`: the worker's IDEFICS_MAX_JOB_BYTES less 100,000 for what Celery adds.
@@ -271,6 +273,11 @@ class Client:
         self._capacity = Capacity(self.app, max_queued, max_memory)
         self._setup = setup_of(self.app)
         self._check_callbacks = check_callbacks
+
+    @property
+    def queue(self) -> str:
+        """Where its jobs go."""
+        return self._queue
 
     @_with_our_errors
     def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Any) -> SubmittedJob:

@@ -11,7 +11,7 @@ from .client import Status
 from .errors import InvalidRequest, JobCanceled, JobError, NotFound
 from .failed import FailedJob
 from .idempotency import digest
-from .payloads import Classify, Job, ModelInfo, Outcome, Result, Timing, Usage
+from .payloads import QUEUE, Classify, Job, ModelInfo, Outcome, Result, Timing, Usage
 
 Answer = Callable[[Job], Result | str]
 
@@ -58,6 +58,10 @@ class FakeClient:
         self._failed: dict[str, tuple[FailedJob, Job]] = {}
         #: The payloads in the order of submission.
         self.submitted: list[Job] = []
+
+    @property
+    def queue(self) -> str:
+        return QUEUE
 
     def submit(self, job: Job, **options: Any) -> FakeJob:
         if job.idempotency_key in self._keyed:

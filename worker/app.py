@@ -7,7 +7,9 @@ model process, which hands its service over with `serve_with`.
 from __future__ import annotations
 
 import logging
+import os
 import random
+import sys
 import time
 from typing import Any, NoReturn
 
@@ -15,12 +17,12 @@ from celery import Task
 from celery.exceptions import Ignore, Retry, TaskPredicate
 from celery.signals import setup_logging, worker_init
 
-from config.celery import configuration
+from config.celery import configuration, drop_overrides
 from config.settings import load
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.failed import Bounds
 from tasks.idempotency import IdempotencyKeys
-from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, QUEUE, SUBMITTED_AT, Job, Result, parse
+from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, SUBMITTED_AT, Job, Result, parse
 from tasks.redis_keys import results_prefix
 from tasks.routing import priority_for
 from worker.delivery.recorder import Announcer, End
@@ -55,8 +57,10 @@ class _App(OneProducerEach):
         return super().send_task(name, *args, **options)
 
 
+#: What Celery would read in place of our settings: the start of a worker ends with it.
+overrides = drop_overrides(os.environ, settings)
 app = _App("idefics", amqp="worker.queue.publisher:AMQP", set_as_current=False)
-app.conf.update(configuration(settings, QUEUE, DEFAULT_PRIORITY, PAYLOADS))
+app.conf.update(configuration(settings, settings.queue, DEFAULT_PRIORITY, PAYLOADS))
 app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime, Balance, AnnouncedOptions])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
 use_transport(Refusals(app, failed_bounds), atomic=settings.atomic_take)
@@ -77,9 +81,11 @@ def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
 
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
-def _refuse_other_pools(sender: Any, **_: Any) -> None:
+def _refuse_other_setups(sender: Any, **_: Any) -> None:
     # Celery's signals are the process's, and it may have another app's worker.
     if sender.app is app:
+        if overrides:
+            sys.exit(overrides)
         refuse_other_pools(sender)
 
 
@@ -191,7 +197,7 @@ class JobTask(Task):  # type: ignore[misc]
         raise AlreadyEnded
 
     def _first_answer(self, job: Job) -> Result | None:
-        queue = (self.request.delivery_info or {}).get("routing_key") or QUEUE
+        queue = (self.request.delivery_info or {}).get("routing_key") or settings.queue
         ttl_s = settings.idempotency_ttl_s or settings.result_ttl_s
         keys = IdempotencyKeys(self.backend.client, ttl_s, queue, results_prefix(self.app))
         return first_answer(job, self.request.id, keys, self.backend, _service.model if _service else None)

@@ -7,6 +7,8 @@ Redis. No message is sent to its queue: a second, unordered copy of the same sch
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,9 +19,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery import Celery, bootsteps
-from celery.signals import setup_logging
+from celery.signals import setup_logging, worker_init
 
-from config.celery import configuration
+from config.celery import configuration, drop_overrides
 from config.settings import Settings, load
 from tasks.availability import UNAVAILABLE
 from tasks.outbox import Delivery, Outbox, Shares, batch_id, connect
@@ -295,6 +297,7 @@ def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
 
 
 settings = load()
+overrides = drop_overrides(os.environ, settings)
 app = Celery("idefics.callbacks", set_as_current=False)
 app.conf.update(configuration(settings, CALLBACK_QUEUE, DEFAULT_PRIORITY))
 # It runs no tasks: the courier has threads of its own.
@@ -304,3 +307,9 @@ app.conf.update(worker_pool="solo", worker_prefetch_multiplier=1)
 app.conf.control_exchange = "idefics.callbacks"
 app.conf.broker_transport_options = {**app.conf.broker_transport_options, "ack_emulation": False}
 app.steps["worker"].update([Deliveries, DeliveriesExitInTime])
+
+
+@worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
+def _refuse_overrides(sender: Any, **_: Any) -> None:
+    if sender.app is app and overrides:
+        sys.exit(overrides)

@@ -111,6 +111,14 @@ def ranked(name):
     return urgent, nightly
 
 
+def compare(name, queues=("idefics", "idefics.large")):
+    """The same job for two models that share the broker, each with a queue and a worker of its own:
+
+    IDEFICS_QUEUE=idefics.large IDEFICS_MODEL=HuggingFaceM4/idefics-9b celery -A worker.app worker --hostname large@%h
+    """
+    return [caption(picture(name)).apply_async(queue=queue) for queue in queues]
+
+
 def fails():
     """No picture: the job fails, and `report` hears of it."""
     return caption("data:image/png;base64,bm90aGluZw==").apply_async(link_error=report.s())

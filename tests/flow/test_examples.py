@@ -22,6 +22,7 @@ import pytest
 from celery import Celery
 from fastapi.testclient import TestClient
 
+from tasks import Client, Complete
 from tests.conftest import SITE_SECRET, callback_settings
 from tests.flow.conftest import PATIENCE_S, eventually
 from worker.demo import stack
@@ -72,6 +73,23 @@ def test_a_plain_celery_app_uses_canvas_times_and_priorities(environment: dict[s
     saved = [json.loads(line) for line in (tmp_path / "saved.jsonl").read_text().splitlines()]
     assert [each["title"] for each in saved] == ["caption", "colour", "image_invalid"]
     assert [each["text"] for each in saved[:2]] == [CAPTION, "Blue."]
+
+
+def test_two_models_share_a_broker_by_queue(
+    environment: dict[str, str], demo_broker: stack.Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BROKER_URL", "RESULT_BACKEND"):
+        monkeypatch.setenv(name, environment[name])
+    example = runpy.run_path(str(EXAMPLES / "celery" / "app.py"))
+    settings = {"MODEL": "fake", "QUEUE": "idefics.large"}
+    with stack.worker(demo_broker, "--hostname", "large@here", settings=settings):
+        small, large = [outcome.get(timeout=PATIENCE_S) for outcome in example["compare"]("cat.png")]
+        assert small["text"].strip() == CAPTION
+        assert (small["model"]["family"], large["model"]["family"]) == ("idefics", "fake")
+        job = Client(demo_broker.url, result_backend=demo_broker.results, queue="idefics.large").submit(
+            Complete(prompt=["Hello"])
+        )
+        assert job.result(timeout=PATIENCE_S).model.family == "fake"
 
 
 # --- examples/wire --------------------------------------------------------------------------------

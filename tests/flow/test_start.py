@@ -135,3 +135,28 @@ def test_queues_and_results_may_share_one_database(tmp_path: Path) -> None:
         assert client.queued() == 0
         with server.connect() as redis:
             eventually(lambda: redis.hlen("unacked") == 0)
+
+
+@pytest.mark.parametrize("module", ["app", "callbacks"])
+@pytest.mark.parametrize("name", ["BROKER_URL", "RESULT_BACKEND", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])
+def test_a_variable_of_the_sites_own_celery_does_not_lead_a_worker_elsewhere(
+    broker: stack.Broker, tmp_path: Path, name: str, module: str
+) -> None:
+    environment = {**os.environ, "IDEFICS_BROKER_URL": broker.url, "IDEFICS_RESULT_BACKEND": broker.results}
+    environment |= {"IDEFICS_MODEL": "fake", name: "redis://elsewhere:6379/3"}
+    command = [sys.executable, "-m", "celery", "-A", f"worker.{module}", "worker"]
+    ended = subprocess.run(
+        command, cwd=stack.CHECKOUT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert ended.returncode == 1
+    assert f"IDEFICS_{name.removeprefix('CELERY_')} alone" in ended.stderr
+    assert "elsewhere" not in ended.stderr
+
+
+def test_a_variable_that_says_the_same_changes_nothing(
+    broker: stack.Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BROKER_URL", broker.url)
+    monkeypatch.setenv("RESULT_BACKEND", broker.results)
+    with stack.worker(broker, settings={"MODEL": "fake"}):
+        assert Client(broker.url).submit(Complete(prompt=["Hello"])).result(timeout=PATIENCE_S).text

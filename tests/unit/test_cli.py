@@ -311,7 +311,7 @@ def test_a_job_without_a_result_exits_with_one(error: Exception, message: str, m
     assert message in outcome.stderr
 
 
-def test_the_urls_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_urls_and_the_queue_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def remember(*args: Any, **options: Any) -> FakeClient:
@@ -320,4 +320,11 @@ def test_the_urls_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli, "Client", remember)
     run("--broker", "redis://a/0", "--results", "redis://b/0", "submit", "caption", f"image={URL}")
-    assert seen == [(("redis://a/0",), {"result_backend": "redis://b/0"})]
+    run("--queue", "idefics.large", "submit", "caption", f"image={URL}")
+    monkeypatch.setenv("IDEFICS_QUEUE", "idefics.small")
+    run("submit", "caption", f"image={URL}")
+    assert seen == [
+        (("redis://a/0",), {"result_backend": "redis://b/0", "queue": "idefics"}),
+        ((None,), {"result_backend": None, "queue": "idefics.large"}),
+        ((None,), {"result_backend": None, "queue": "idefics.small"}),
+    ]

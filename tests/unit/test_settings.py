@@ -14,7 +14,7 @@ from celery.app.defaults import NAMESPACES, flatten
 from pydantic import ValidationError
 
 from config.__main__ import lines
-from config.celery import configuration
+from config.celery import configuration, drop_overrides
 from config.settings import PREFIX, Settings, _is_injected, load
 from tasks import Client
 
@@ -432,3 +432,31 @@ def test_a_file_of_authorities_must_hold_some(environment: Environment, tmp_path
     for file in (own, tmp_path / "none.pem", tmp_path):
         with pytest.raises(ValidationError, match="ca_file"):
             environment(CA_FILE=str(file))
+
+
+@pytest.mark.parametrize("queue", ["idefics", "idefics.large", "idefics.smolvlm-2.b"])
+def test_a_model_has_a_queue_of_its_own(queue: str) -> None:
+    chosen = Settings(queue=queue)
+    assert [each.name for each in configuration(chosen, chosen.queue, 5)["task_queues"]] == [queue]
+
+
+@pytest.mark.parametrize("queue", ["", "celery", "idefics.callbacks", "unacked", "idefics:due:idefics", "idefics."])
+def test_other_queues_are_refused(queue: str) -> None:
+    with pytest.raises(ValidationError, match="queue"):
+        Settings(queue=queue)
+
+
+def test_celerys_own_variables_that_say_the_same_are_dropped() -> None:
+    """A URL alone would select Celery's own result backend."""
+    chosen = Settings(broker_url="redis://a/0", result_backend="redis://a/1")
+    environment = {"CELERY_BROKER_URL": "redis://a/0", "CELERY_RESULT_BACKEND": "redis://a/1", "HOME": "/"}
+    assert drop_overrides(environment, chosen) is None
+    assert environment == {"HOME": "/"}
+
+
+@pytest.mark.parametrize("name", ["CELERY_BROKER_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND"])
+def test_celerys_own_variables_that_say_something_else_are_named(name: str) -> None:
+    told = drop_overrides({name: "redis://:secret@b/7"}, Settings(broker_url="redis://a/0"))
+    assert told is not None
+    assert name in told
+    assert "secret" not in told
