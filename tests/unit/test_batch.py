@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ResponseError
 
-from tasks import InvalidRequest, Job, QueueFull, WorkerLost, batch, cli
+from tasks import InvalidRequest, Job, QueueFull, WorkerLost, batch, cli, waiting
 from tasks.batch import Batch, JobsLost
 from tasks.batch_command import progress
 from tasks.batch_lines import Fingerprints, read_line
@@ -210,6 +211,22 @@ def folder(tmp_path: Path) -> Path:
 
 def command(folder: Path, *options: str) -> Outcome:
     return CliRunner().invoke(cli.main, ["batch", str(folder / "in.jsonl"), str(folder / "out.jsonl"), *options])
+
+
+def test_a_batch_that_no_worker_takes_from_says_so(
+    client: SlowClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def workers() -> list[str]:
+        threading.Timer(0.2, setattr, [client, "is_open", True]).start()
+        return []
+
+    monkeypatch.setattr(waiting, "LOOK_S", 0.05)
+    monkeypatch.setattr(client, "workers", workers)
+    monkeypatch.setattr(client, "queued", lambda priority=None: 2)
+    client.is_open = False
+    outcome = command(folder)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stderr.count("2 jobs wait; no worker takes from the queue 'idefics': is one running?\n") == 1
 
 
 def written(folder: Path) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ Callbacks go to public addresses by https alone. To try them here: make up CALLB
 """
 
 
-# --- What is asked for: pure ----------------------------------------------------------------------
+# --- What is asked for, and what is said ----------------------------------------------------------
 
 
 def broker_url(port: int | None, named: str) -> str:
