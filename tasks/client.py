@@ -535,7 +535,11 @@ def _app(broker_url: str | None, result_backend: str | None) -> Celery:
     results = _server(backend_url or _results_beside(broker_url), result_server)
     # Not the process's current app: that is its own.
     app = _App("idefics_jobs", broker=broker.url, backend=results.url, set_as_current=False)
+    # Before CELERY_BROKER_URL and CELERY_RESULT_BACKEND, which a site's own Celery may have in the environment.
+    app.backend_cls = results.url
     app.conf.update(
+        broker_read_url=broker.url,
+        broker_write_url=broker.url,
         task_serializer="json",
         result_serializer="json",
         accept_content=["json"],

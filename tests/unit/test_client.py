@@ -330,6 +330,14 @@ def test_the_environment_names_the_urls(monkeypatch: pytest.MonkeyPatch) -> None
     assert Client().app.conf.result_backend == "redis://results/0"
 
 
+def test_the_variables_of_a_sites_own_celery_lead_the_client_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
+        monkeypatch.setenv(name, "redis://elsewhere/7")
+    app = Client("redis://queue/4").app
+    assert {app.connection_for_write().hostname, app.connection_for_read().hostname} == {"queue"}
+    assert app.backend.connparams["host"] == "queue"
+
+
 def test_a_url_that_is_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IDEFICS_BROKER_URL", "redis://queue/4")
     monkeypatch.setenv("IDEFICS_RESULT_BACKEND", "redis://results/0")
