@@ -75,200 +75,218 @@ Steps = Annotated[
 
 
 class Settings(BaseSettings):
-    """Every setting with its unit and reason. An unknown `IDEFICS_` name is refused: it is a misspelt one.
+    """Every setting with its unit and reason. An unknown `IDEFICS_` name is refused, since it is probably misspelt.
 
-    An empty value is the default.
+    An empty value means the default. The docstring below a field is its description, also in the documentation.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
     )
 
-    #: Redis that holds the queues. SecretStr, since the URL may carry a password.
     broker_url: SecretStr = SecretStr(DEFAULT_BROKER)
-    #: Redis that holds the results; the default is the broker's next database, where the broker is one redis:// or
-    #: rediss:// address. Elsewhere it must be given.
+    """URL of the Redis that holds the queues. Secret, since it may contain a password."""
     result_backend: SecretStr = SecretStr("")
-    #: The master's name, for sentinel:// URLs without ?master_name=.
+    """URL of the Redis that holds the results. Default: the database after the broker's, if the broker is a single
+    redis:// or rediss:// address; otherwise it is required."""
     sentinel_master: str = ""
-    #: What the sentinels ask for, where they ask: the URL's own password is the Redis server's.
+    """Name of the Sentinel master, for sentinel:// URLs without ?master_name=."""
     sentinel_password: SecretStr = SecretStr("")
+    """Password of the sentinels, if they require one. The password in the URL is the Redis server's."""
 
-    #: The queue that the worker takes jobs from. One for each model, where several share a broker: `idefics.large`.
-    #: Producers name it: `Client(queue=...)`, or Celery's `queue=`.
     queue: str = Field(default="idefics", min_length=1, max_length=200, pattern=r"^idefics(\.[\w-]+)*$")
+    """Queue that the worker takes jobs from. If several models share a broker, each has one of its own, such as
+    `idefics.large`; producers name it with `Client(queue=...)` or Celery's `queue=`."""
 
-    #: The queue for links, errbacks, chains and chords' bodies that name none: a stock Celery app's. Set it where your
-    #: producers' app has another `task_default_queue`.
     default_queue: str = Field(default="celery", min_length=1, max_length=200, pattern=r"^[\w.:@/-]+$")
+    """Queue for links, errbacks, and the later tasks of chains and chords that name no queue. Set it to the
+    `task_default_queue` of your producers' app if that is not Celery's default."""
 
-    #: What stands before a priority's number in the names of a queue's lists, where producers have set kombu's `sep`.
-    #: Empty: kombu's own. Jobs are read under kombu's own and under `:`, which Celery's guide recommends, anyway.
     priority_separator: str = Field(default="", max_length=8)
-    #: The priorities that have lists, where producers have set kombu's `priority_steps`: those among these.
+    """Text before the priority's digit in the names of a queue's lists, if your producers set kombu's `sep`. Empty:
+    kombu's default. Lists with kombu's default and with `:`, which Celery's guide recommends, are always read."""
     priority_steps: Steps = tuple(range(10))
-    #: Producers' `global_keyprefix` of broker_transport_options and of result_backend_transport_options.
+    """Priorities that have a list of their own. If your producers set kombu's `priority_steps`, they must be among
+    these."""
     broker_key_prefix: str = Field(default="", max_length=200)
+    """Prefix of all keys in the broker's Redis: your producers' `global_keyprefix` in broker_transport_options."""
     result_key_prefix: str = Field(default="", max_length=200)
+    """Prefix of all keys in the results' Redis: your producers' `global_keyprefix` in
+    result_backend_transport_options."""
 
-    #: Take jobs with a script that moves them in one step, and have jobs with a countdown wait in Redis. False: kombu's
-    #: own way, for brokers that run no scripts; a worker that dies while it takes a job then loses it, and jobs with a
-    #: countdown fill its memory.
     atomic_take: bool = True
+    """Take jobs from Redis with one Lua script, and keep jobs with a countdown in Redis until they are due. False:
+    kombu's own way, for brokers without scripts; a worker that dies while it takes a job then loses it, and jobs with a
+    countdown fill its memory."""
 
-    #: A hub id, a folder, or `demo`: the checkpoint in worker/demo. `fake` answers without a network, for tests of
-    #: what stands around it; `fake:0.05` takes so many seconds a token.
     model: str = "demo"
-    #: A commit of the hub's repository: what is loaded then never changes under you.
+    """Hub id, folder, or `demo` (the checkpoint in worker/demo). `fake` answers without a model, for tests; `fake:0.05`
+    takes that many seconds for each token."""
     model_revision: str | None = None
-    #: Load from the hub's cache and never from the network: a worker that needs no way out, and starts where the hub
-    #: is away.
+    """Commit of the hub repository. Pin it so that the weights never change without your doing."""
     offline: bool = False
-    #: `auto` takes the checkpoint's own on a GPU, and float32 on a CPU.
+    """Load the model from the local hub cache only, never from the network."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    #: By bitsandbytes.
+    """Weights' precision. `auto`: the checkpoint's own on a GPU, float32 on a CPU."""
     quantization: Literal["none", "4bit", "8bit"] = "none"
-    #: `auto`: the first GPU that the process sees, the next ones too where it has no room; else the CPU. As
-    #: transformers' `device_map`.
+    """Weight quantization, by bitsandbytes."""
     device_map: str = "auto"
+    """Device, as transformers' `device_map`. `auto`: the first visible GPU, and further ones if the model does not fit;
+    without a GPU the CPU."""
 
-    #: Jobs that the model runs at once.
     max_batch_size: int = Field(default=64, ge=1, le=1024)
-    #: Tokens of the batch with its padding, prompts and answers together: what bounds its memory.
+    """Jobs that the model runs at the same time."""
     max_batch_tokens: int = Field(default=65_536, ge=1)
-    #: Tokens. Longer prompts are refused: cutting them could cut images away.
+    """Tokens in the batch, prompts, answers and padding together: the bound on its memory."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
-    #: Tokens. A job that asks for more is refused.
+    """Tokens in a prompt. A longer one is refused, since truncating could remove images."""
     max_new_tokens: int = Field(default=512, ge=1)
-    #: Tokens for a job that does not say.
+    """New tokens that one job may ask for. A job that asks for more is refused."""
     default_new_tokens: int = Field(default=64, ge=1)
-    #: Images in one job.
+    """New tokens for a job that does not set `max_new_tokens`."""
     max_images: int = Field(default=32, ge=1)
-    #: Bytes of a job's message, pictures in data: URIs included. Each job in the worker holds as much memory.
+    """Images in one job."""
     max_job_bytes: int = Field(default=32_000_000, ge=1_000)
-    #: Jobs in the worker at once; their images load while others compute. 0: three times max_batch_size.
+    """Bytes of a job's message, pictures in data: URIs included. A worker needs as much memory for each job that it
+    holds."""
     prefetch: int = Field(default=0, ge=0)
-    #: Torch threads of each of the two computing threads (decoder, image encoder); 0: half of the cores. On a CPU only.
+    """Jobs that the worker holds at the same time: some load their images while others run. 0: three times
+    max_batch_size."""
     torch_threads: int = Field(default=0, ge=0)
+    """Torch threads for each of the two computing threads (decoder, image encoder), on a CPU only. 0: half of the
+    cores."""
 
-    #: Networks that images may come from although they are not public, as 10.1.0.0/16.
     image_allow_networks: Networks = ()
-    #: When set, images come from these hosts and their sub-domains only.
+    """Private networks that images may be downloaded from, such as 10.1.0.0/16."""
     image_allow_domains: CommaSeparated = ()
+    """If set, images are downloaded from these hosts and their subdomains only."""
     image_ports: Ports = (80, 443)
-    #: Bytes. What is beyond 2 MB comes at 15 MB a second for each core, of all downloads together.
+    """Ports that images may be downloaded from."""
     image_max_bytes: int = Field(default=20_000_000, ge=1)
-    #: Pixels of one image; phones make 50 million. A JPEG of more than 40 million is decoded at a half of its size or
-    #: less, others take up to 16 bytes of memory for each. Above 178 million Pillow refuses too.
+    """Bytes of one image. Beyond 2 MB, all downloads together are limited to 15 MB a second for each core."""
     image_max_pixels: int = Field(default=64_000_000, ge=1, le=178_000_000)
-    #: Seconds for one image, everything included.
+    """Pixels of one image; phones make 50 million. A JPEG of more than 40 million is decoded at half size or less;
+    other formats need up to 16 bytes of memory for each pixel. Pillow itself refuses more than 178 million."""
     image_timeout_s: float = Field(default=20.0, gt=0)
-    #: Redirects that are followed to an image; each is checked like the first URL.
+    """Seconds to download one image, everything included."""
     image_max_redirects: int = Field(default=5, ge=0, le=20)
-    #: A PEM file with the certificates of your own authorities, for images and callbacks from inside your network. The
-    #: public authorities stay trusted.
+    """Redirects followed for one image. Each target is checked like the first URL."""
     ca_file: Annotated[FilePath, AfterValidator(_holding_certificates)] | None = None
-    #: Downloads at once from one host: a bulk job must not hammer a site, nor a slow one take all threads.
+    """PEM file with additional certificate authorities, for images and callbacks inside your network. Public
+    authorities stay trusted."""
     image_host_turns: int = Field(default=8, ge=1)
-    #: Jobs that load images from the network at once, whatever the hosts: those that hang must not take all threads.
-    #: 0: a third of those in the worker.
+    """Simultaneous downloads from one host, so that a bulk job does not overload a site and a slow site does not hold
+    all threads."""
     image_jobs: int = Field(default=0, ge=0)
-    #: Seconds, at most, that a job waits before its retry because its image's server asked for it (Retry-After).
+    """Jobs that download images at the same time, from any host, so that hosts that hang do not hold all threads. 0: a
+    third of the jobs that the worker holds."""
     image_retry_after_max_s: float = Field(default=300.0, ge=0)
-    #: Your address (a URL, an e-mail), for those whose servers the images come from: it goes into the User-Agent.
+    """Longest wait in seconds before a retry when an image's server sends Retry-After."""
     contact: str | None = Field(default=None, max_length=200, pattern=r"^[ -'*-~]+$")
-    #: The folder that {"path": ...} images are read from; unset refuses them.
+    """Your URL or e-mail address, sent in the User-Agent to the servers that images are downloaded from."""
     image_root: Path | None = None
+    """Folder for {"path": ...} images. Unset: such images are refused."""
 
-    #: Bytes of decoded images kept in memory: what several jobs show is decoded once.
     image_cache_bytes: int = Field(default=2**28, ge=0)
-    #: Bytes of images' features kept on the device: what several jobs show is encoded once.
+    """Bytes of decoded images kept in memory, so that an image used by several jobs is decoded once."""
     feature_cache_bytes: int = Field(default=2**29, ge=0)
-    #: Bytes of prompts' shared beginnings (examples, instructions) kept on the device.
+    """Bytes of image features kept on the device, so that an image used by several jobs is encoded once."""
     prefix_cache_bytes: int = Field(default=2**29, ge=0)
-    #: Record a decode step once for each shape and replay it: on a GPU, to launch a step's kernels one by one takes
-    #: longer than they do. Not tried on a GPU yet, so off.
+    """Bytes of shared prompt prefixes (examples, instructions) kept on the device."""
     cuda_graphs: bool = False
+    """Record a decode step once for each shape and replay it, which saves the launch of each kernel on a GPU. Not yet
+    tried on a GPU, so off by default."""
 
-    #: `id=whsec_...` pairs: the secrets that sign callbacks. An id given twice signs with both, while a secret rotates.
     callback_keys: Annotated[dict[str, tuple[SecretStr, ...]], NoDecode] = {}
-    #: Callbacks to http:// too. Off: what they carry would be readable on the way.
+    """`id=whsec_...` pairs: the secrets that sign callbacks. An id given twice signs with both, for rotation."""
     callback_allow_http: bool = False
-    #: Networks that callbacks may go to although they are not public, as 10.1.0.0/16.
+    """Allow callbacks to http:// URLs. Off by default: their content could be read on the way."""
     callback_allow_networks: Networks = ()
-    #: When set, callbacks go to these hosts and their sub-domains only.
+    """Private networks that callbacks may go to, such as 10.1.0.0/16."""
     callback_allow_domains: CommaSeparated = ()
+    """If set, callbacks go to these hosts and their subdomains only."""
     callback_ports: Ports = (80, 443)
-    #: Seconds for one attempt, everything included.
+    """Ports that callbacks may go to."""
     callback_timeout_s: float = Field(default=15.0, gt=0)
-    #: Seconds before each attempt, counted from the one before; their number is that of the attempts. With jitter.
+    """Seconds for one attempt, everything included."""
     callback_schedule_s: Seconds = (0, 5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-    #: Attempts at once in one callbacks worker; a quarter of them to one host, so that a slow one holds no other up,
-    #: and half of them to hosts that have not answered lately, so that those which hang hold up none that answer.
+    """Seconds before each attempt, counted from the attempt before, with jitter. The number of entries is the number of
+    attempts."""
     callback_concurrency: int = Field(default=16, ge=1, le=1_024)
-    #: Seconds that a first attempt waits for others to the same URL, to go out as one `job.batch`. 0: each by itself.
+    """Simultaneous attempts in one callbacks worker: at most a quarter of them to one host, and at most half to hosts
+    that have not answered recently, so that hosts that hang do not delay the others."""
     callback_batch_window_s: float = Field(default=0.0, ge=0)
-    #: Events in one `job.batch`; 20 kB are its other bound.
+    """Seconds that a first attempt waits for others to the same URL, to be sent as one `job.batch`. 0: no batches."""
     callback_batch_max: int = Field(default=100, ge=2, le=1_000)
-    #: Seconds that a delivery is listed, and can be replayed, after its end.
+    """Events in one `job.batch`, which is also limited to 20 kB."""
     callback_keep_s: int = Field(default=86_400, ge=1)
-    #: Bytes of pending callbacks to one host, in the queues' Redis. Beyond it the oldest are given up unsent and listed
-    #: with the failed ones: a receiver that is away for days must not fill the server.
+    """Seconds that a finished delivery is listed and can be replayed."""
     callback_max_host_bytes: int = Field(default=2**26, ge=2**16)
-    #: Bytes of pending callbacks altogether; the same.
+    """Bytes of pending callbacks to one host in the broker's Redis. Beyond it the oldest are given up unsent and listed
+    as failed, so that a receiver that is down for days does not fill the server."""
     callback_max_pending_bytes: int = Field(default=2**28, ge=2**16)
-    #: Seconds that a URL which answered 410 (Gone) gets no callbacks.
+    """Bytes of pending callbacks to all hosts together. Beyond it the oldest are given up, as for one host."""
     callback_disabled_s: int = Field(default=604_800, ge=1)
+    """Seconds that a URL which answered 410 (Gone) gets no callbacks."""
 
-    #: Seconds that a result is kept.
     result_ttl_s: int = Field(default=86_400, ge=1)
-    #: Seconds that an idempotency key is remembered, result_ttl_s at most: its answer must outlive it. 0: as long.
+    """Seconds that a result is kept."""
     idempotency_ttl_s: int = Field(default=0, ge=0)
-    #: Seconds that an answer is reused for identical jobs (same pixels, prompt, sampling and model); jobs that run at
-    #: the same time share one row. Greedy or seeded ones only. 0: off, since a hit can tell what others asked.
+    """Seconds that an idempotency key is remembered: at most result_ttl_s, since its result must still be there. 0:
+    result_ttl_s."""
     answer_cache_ttl_s: int = Field(default=0, ge=0)
-    #: Seconds after which a job that does not end is given up, its process replaced and its neighbours run again. A
-    #: message may set a lower limit (Celery's time_limit): then its job alone is given up.
+    """Seconds that an answer is reused for identical jobs (same pixels, prompt, sampling and model), greedy or seeded
+    ones only; identical jobs that run at the same time share one row of the batch. 0: off, since a fast answer can
+    reveal what others asked."""
     time_limit_s: float = Field(default=600.0, gt=0)
-    #: Seconds after which a running job ends with the text it has.
+    """Seconds after which a running job is given up: its model process is replaced and the other jobs in it run again.
+    A message may set a lower limit (Celery's `time_limit`); then only its job ends."""
     soft_time_limit_s: float = Field(default=540.0, gt=0)
-    #: Seconds that the model may take to load and answer its golden picture.
+    """Seconds after which a running job ends with the text generated so far."""
     load_timeout_s: float = Field(default=1_800.0, gt=0)
-    #: Seconds without a sign of life of the engine after which its process is replaced. More than its longest step.
+    """Seconds for the model to download, load and answer its golden questions."""
     hang_timeout_s: float = Field(default=300.0, ge=2)
-    #: Seconds before a process that died while it loaded is started again; four times as long each time, three times.
+    """Seconds without a heartbeat from the engine after which the model process is replaced. Must be longer than the
+    engine's longest step."""
     restart_backoff_s: float = Field(default=1.0, ge=0)
-    #: Seconds that a worker asked to stop by SIGQUIT waits for its running jobs, before they go back to the queue.
-    #: SIGTERM waits until all have ended, but with REMAP_SIGTERM=SIGQUIT is the same.
+    """Seconds before a model process that died while loading is started again. The wait grows fourfold, three times."""
     soft_shutdown_timeout_s: float = Field(default=60.0, ge=0)
-    #: Attempts of a job whose error may pass (unreachable image, lost worker, out of memory).
+    """Seconds that a worker stopped by SIGQUIT waits for its running jobs before they return to the queue. SIGTERM
+    waits until all have ended; with REMAP_SIGTERM=SIGQUIT it is the same as SIGQUIT."""
     max_retries: int = Field(default=3, ge=0)
-    #: Seconds before the first retry; it doubles each time, with jitter.
+    """Retries of a job whose error may pass (unreachable image, lost worker, out of memory)."""
     retry_backoff_s: float = Field(default=2.0, ge=0)
-    #: Deliveries of a job, each ended by the death of its whole worker, after which it fails as worker_lost. One among
-    #: neighbours may be anybody's fault, and each costs a visibility timeout: the third, which runs alone, decides.
+    """Seconds before the first retry; doubled for each further one, with jitter."""
     max_deliveries: int = Field(default=3, ge=2)
-    #: Seconds that a running job waits for a Redis that is away or refuses (full, read-only, out of connections) before
-    #: it goes back to the queue. Its result, links, retries and callback all wait so. It is no running time.
+    """Deliveries of a job that each ended with the death of the whole worker, after which it fails as worker_lost. The
+    last delivery runs alone, so that a job is not blamed for another one's crash."""
     redis_wait_s: float = Field(default=300.0, gt=0)
-    #: Seconds until the jobs of a worker that died come back. A worker that lives says so every quarter of it, or every
-    #: 10 s, for as long as its jobs run: it may be short (60), but longer than your network or Redis may stand still.
-    #: With atomic_take=false nobody says so: then it must be more than any job lasts.
+    """Seconds that a running job waits for a Redis that is away or refuses writes (full, read-only, out of connections)
+    before it returns to the queue. Result, links, retries and callback wait with it. This does not count as running
+    time."""
     visibility_timeout_s: int = Field(default=3_600, ge=1)
+    """Seconds after which the jobs of a worker that died are delivered again. A live worker renews its claim every
+    quarter of this time, or every 10 s, so it may be short (60), but must exceed any pause of your network or Redis.
+    With atomic_take=false nothing is renewed: then it must exceed the longest job."""
 
-    #: Failed jobs kept with their payload, to be looked at and sent again (`idefics-jobs failed`).
     failed_max: int = Field(default=10_000, ge=0)
-    #: Bytes of all of them: they lie in the results' Redis, and pictures sent as data: URIs are large.
+    """Failed jobs kept with their payload, to be inspected and retried (`idefics-jobs failed`)."""
     failed_max_bytes: int = Field(default=2**28, ge=0)
-    #: Seconds that one is kept: two weeks.
+    """Bytes of all kept failed jobs, which lie in the results' Redis. Pictures sent as data: URIs are large."""
     failed_ttl_s: int = Field(default=1_209_600, ge=1)
+    """Seconds that a failed job is kept. Default: two weeks."""
 
-    #: The file with the worker's state, one for each worker; `python -m worker.health` reads this name too. Unset: a
-    #: file under the temporary directory, where the probe finds it.
     state_file: Path | None = None
+    """File with the worker's state, read by `python -m worker.health`; one for each worker. Unset: a file in the
+    temporary directory, where the probe looks."""
 
-    #: Of the workers' logs; `--loglevel` of Celery's command goes before.
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    """Level of the worker's log. `--loglevel` on Celery's command line takes precedence."""
 
     @model_validator(mode="before")
     @classmethod

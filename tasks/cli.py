@@ -20,6 +20,7 @@ from .failed import failed
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, Job, Result, parse
 from .pictures import Image, media_type
 from .printable import away, echo, echo_json
+from .schema import schema
 from .waiting import watched
 
 #: `caption` for `idefics.caption`.
@@ -95,6 +96,12 @@ def result(client: Any, id: str, timeout: float | None) -> None:
     """Wait for a job and print its result as JSON. A failed job exits with 1 and its code on standard error."""
     source = client()
     _print_result(source, source.job(id), timeout)
+
+
+@main.command("schema")
+def print_schema() -> None:
+    """Print the JSON Schema of every task's arguments, of the result and of a callback's event."""
+    click.echo(json.dumps(schema(), indent=2))
 
 
 def _print_result(source: Any, job: Any, timeout: float | None) -> None:

@@ -115,7 +115,7 @@ def _bad_fields(error: ValidationError) -> _BadFields:
 
 class _Frozen(BaseModel):
     # Inputs stay out of messages: prompts and signed URLs must not reach logs.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
 
     if not TYPE_CHECKING:
 
@@ -241,11 +241,11 @@ class ImagePath(_Frozen):
     path: str = Field(min_length=1, max_length=4096)
 
 
-#: An http(s) URL, a `data:` URI, or a path below the worker's image root.
 ImageSource = Annotated[
     Annotated[str, Tag(_IN_UNION)] | Annotated[ImagePath, Tag(f"{_IN_UNION}path")],
     Discriminator(lambda image: _IN_UNION if isinstance(image, str) else f"{_IN_UNION}path"),
     BeforeValidator(_checked_image),
+    Field(description="An http(s) URL, a data: URI, or a path below the worker's image root."),
 ]
 
 
@@ -253,9 +253,11 @@ class Callback(_Frozen):
     """Where the outcome is posted, signed with the worker's key of that id."""
 
     url: Annotated[str, AfterValidator(_checked_callback_url)] = Field(pattern=r"^https?://\S+$", max_length=4096)
+    """Public https URL that the event is posted to."""
     key_id: str = Field(min_length=1, max_length=100)
-    #: None means all three.
+    """Id of the secret that signs it, one of the worker's IDEFICS_CALLBACK_KEYS."""
     events: list[Literal["job.succeeded", "job.failed", "job.canceled"]] = Field(default=[], max_length=3)
+    """Events to be sent. Empty: all three."""
 
 
 class Job(_Frozen):
@@ -264,24 +266,30 @@ class Job(_Frozen):
     #: The Celery task's name.
     task: ClassVar[str]
 
-    #: Tokens; None is the worker's default. More than the worker's maximum is refused.
     max_new_tokens: int | None = Field(default=None, ge=1)
+    """New tokens at most. Default: the worker's. More than the worker's maximum is refused."""
     num_beams: int = Field(default=1, ge=1, le=16)
-    #: 0 is greedy, and so is what is nearer to it than NEAR_GREEDY.
+    """Beams of the search. More than one requires temperature 0."""
     temperature: Annotated[float, AfterValidator(_greedy_near_zero)] = Field(default=0.0, ge=0.0, le=10.0)
+    """0: greedy decoding; so is a value below 0.00001. Above: sampling."""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
-    #: Sampling takes one of so many likeliest tokens; 0 is all. None is what the checkpoint's generation_config.json
-    #: says, else all: transformers' own default of 50 applies nowhere.
+    """Sample from the most likely tokens whose probabilities add up to this. Default: the checkpoint's, else 1."""
     top_k: int | None = Field(default=None, ge=0, le=1_000_000)
+    """Sample from this many most likely tokens; 0: from all. Default: the checkpoint's, else all. (The default of 50 in
+    transformers is not used.)"""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    #: The text ends before the first of these.
+    """Makes sampling reproducible."""
     stop: list[StopString] = Field(default=[], max_length=16)
-    #: Seconds from submission. Past it, a job that has not started fails, and one that runs ends with its text so far.
+    """Strings that end the text; it is cut before the first of them."""
     deadline_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Seconds from submission. After it a job that has not started fails, and a running one ends with its text so
+    far."""
     callback: Callback | None = None
-    #: Echoed in the result.
+    """Where the outcome is posted, signed."""
     metadata: dict[str, Any] = {}
+    """Any JSON object, returned in the result."""
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=255)
+    """Jobs with the same key and the same payload run once and share the result."""
 
     @model_validator(mode="before")
     @classmethod
@@ -409,6 +417,11 @@ Part = Annotated[
 ]
 
 
+def _strings_too(schema: dict[str, Any]) -> None:
+    """Adds to a prompt's JSON Schema the plain strings that `_named_part` turns into parts."""
+    schema["items"] = {"anyOf": [{"type": "string", "maxLength": MAX_TEXT_CHARS}, schema["items"]]}
+
+
 class Complete(Job):
     """Continue a list of texts and images, exactly as the IDEFICS guide writes it.
 
@@ -418,7 +431,7 @@ class Complete(Job):
 
     task = "idefics.complete"
 
-    prompt: list[Part] = Field(min_length=1, max_length=MAX_ENTRIES)
+    prompt: list[Part] = Field(min_length=1, max_length=MAX_ENTRIES, json_schema_extra=_strings_too)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -444,8 +457,8 @@ def _named_part(part: Any) -> Any:
 
 class ChatImageUrl(_Frozen):
     url: ImageUrl
-    #: Accepted for OpenAI's clients; the model has one resolution.
     detail: Literal["auto", "low", "high", "original"] = "auto"
+    """Accepted for OpenAI's clients and ignored: the model has one resolution."""
 
 
 class ChatImagePart(_Frozen):
@@ -493,8 +506,8 @@ class Chat(Job):
     task = "idefics.chat"
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ENTRIES)
-    #: OpenAI's name for the tokens at most: above the worker's maximum it is that, where `max_new_tokens` is refused.
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    """OpenAI's name for `max_new_tokens`. A value above the worker's maximum is lowered to it, not refused."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Chat:
@@ -566,19 +579,23 @@ def _told(fault: ErrorDetails) -> str:
 
 
 class _Reply(BaseModel):
-    # An older client still reads what a newer worker adds.
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    # An older client ignores fields that a newer worker adds.
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
 class Usage(_Reply):
+    """Tokens and images of a job."""
+
     prompt_tokens: int
     completion_tokens: int
     images: int
-    #: How many of them the worker did not have to encode for this job.
     cached_images: int = 0
+    """Images whose features came from the cache."""
 
 
 class ModelInfo(_Reply):
+    """The model that answered."""
+
     id: str
     revision: str | None = None
     family: str
@@ -587,27 +604,35 @@ class ModelInfo(_Reply):
 
 
 class Timing(_Reply):
-    """Seconds."""
+    """Seconds that a job spent in each part of its way."""
 
     queued_s: float
+    """From submission to its start in a worker."""
     fetch_s: float
+    """Download and decoding of its images."""
     wait_s: float
+    """In the engine, before its first step."""
     generate_s: float
+    """From its first step to its last."""
 
 
 class Result(_Reply):
     """A finished job's answer. `text` is the new text only; `label` and `scores` come from `classify`."""
 
     text: str
+    """The new text, without the prompt."""
     finish_reason: Literal["stop", "length", "stop_sequence", "canceled", "deadline"]
     label: str | None = None
+    """The most likely label, for `classify`."""
     scores: dict[str, float] | None = None
+    """Each label's probability, for `classify`."""
     usage: Usage
     model: ModelInfo
     timing: Timing
-    #: transformers' generation parameters that applied, the checkpoint's own among them. Empty: plain greedy decoding.
     generation: dict[str, Any] = {}
+    """transformers' generation parameters that applied, including the checkpoint's. Empty: plain greedy decoding."""
     metadata: dict[str, Any] = {}
+    """The job's own metadata."""
 
 
 #: What a job ended with.

@@ -42,8 +42,8 @@ class InvalidWebhook(IdeficsError, ValueError):
 
 
 class _Received(BaseModel):
-    # An older receiver still reads what a newer worker adds.
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    # An older receiver ignores fields that a newer worker adds.
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
 class Failure(_Received):
@@ -65,8 +65,8 @@ class Outcome(_Received):
     result: Result | None = None
     error: Failure | None = None
     metadata: dict[str, Any] = {}
-    #: The fields that were cut to fit 20 kB: read the whole result by the job's id.
     truncated: list[str] = []
+    """Fields that were cut to fit 20 kB: read the whole result by the job's id."""
 
 
 class Batch(_Received):
@@ -76,8 +76,10 @@ class Batch(_Received):
 
 
 class Event(_Received):
-    #: The same for each attempt at the same delivery.
+    """What a callback delivers."""
+
     id: str
+    """The same for every attempt at the same delivery."""
     type: JobEvent | Literal["job.batch"]
     timestamp: datetime
     data: Outcome | Batch

@@ -68,6 +68,10 @@ def test_the_client_and_the_worker_agree_where_results_are(environment: Environm
     assert Client().app.conf.result_backend == settings.result_backend.get_secret_value()
 
 
+def test_every_setting_has_a_description() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
 # Reading
 
 
