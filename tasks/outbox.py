@@ -91,9 +91,12 @@ class Delivery:
         return urlsplit(self.url).netloc.lower()
 
 
-def delivery_id(job: str, event: str) -> str:
-    """The same for each time that a job is seen to end so: it is recorded once."""
-    return "msg_" + hashlib.sha256(f"{job}\n{event}".encode()).hexdigest()[:32]
+def delivery_id(job: str, event: str, *end: str) -> str:
+    """The same for each time that a job is seen to end so: it is recorded once.
+
+    `end` tells this end from that of another job under the same id.
+    """
+    return "msg_" + hashlib.sha256("\n".join((job, event, *end)).encode()).hexdigest()[:32]
 
 
 def batch_id(members: Iterable[str]) -> str:

@@ -41,7 +41,7 @@ from worker.queue.cancellation import Cancellations
 from worker.queue.dead_letters import keep_failures
 from worker.queue.publisher import OneProducerEach
 from worker.queue.refusals import Refusals
-from worker.queue.result_backend import CANCELED
+from worker.queue.result_backend import CANCELED, asked_of
 from worker.queue.transport import use as use_transport
 
 logger = logging.getLogger(__name__)
@@ -187,12 +187,12 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _leave_if_ended(self) -> None:
         """Raise AlreadyEnded where another run of this job has ended it: a worker may have been frozen or cut off."""
-        end = self.backend.end_of(self.request.id)
+        end = self.backend.end_of(self.request.id, asked_of(self.request))
         if end is not None:
             self._leave_to_another_run(end)
 
     def _leave_to_another_run(self, end: str) -> NoReturn:
-        self.announce(self.request.id, self.request.kwargs, (end, None), is_stored=True)
+        self._announce(self.request.id, self.request.kwargs, (end, None), is_stored=True)
         logger.info("Job %s has ended as %s already: this run is dropped.", self.request.id, end)
         raise AlreadyEnded
 
@@ -214,11 +214,11 @@ class JobTask(Task):  # type: ignore[misc]
         raise Retry(f"The job comes again: {why}.", when=countdown)
 
     def after_return(self, state: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
-        self.announce(task_id, kwargs, (state, retval), is_stored=not self._ignores_result)
+        self._announce(task_id, kwargs, (state, retval), is_stored=not self._ignores_result)
 
-    def announce(self, id: str, arguments: dict[str, Any], end: End, *, is_stored: bool) -> None:
-        """Record the callback's delivery."""
-        self.announcer.announce(id, self.name, arguments, end, is_stored=is_stored)
+    def _announce(self, id: str, arguments: dict[str, Any], end: End, *, is_stored: bool) -> None:
+        asked = asked_of(self.request).digest
+        self.announcer.announce(id, self.name, arguments, end, is_stored=is_stored, asked=asked)
 
     @property
     def _ignores_result(self) -> bool:

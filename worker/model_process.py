@@ -43,6 +43,7 @@ from worker.observability.redaction import without_values
 from worker.pool.wire import BlockingChannel
 from worker.queue import patience
 from worker.queue.patience import RedisAway
+from worker.queue.result_backend import digest_of
 from worker.runtime import gil
 from worker.runtime.cpu import all_cores, go_last, job_cores, leave_cores_to_the_engine
 
@@ -157,7 +158,9 @@ class ModelProcess:
 
 def _announce(name: str, id: str, request: dict[str, Any], end: End) -> None:
     # The tracer has put the arguments there.
-    worker_app.app.tasks[name].announce(id, request["kwargs"], end, is_stored=not request.get("ignore_result"))
+    asked = digest_of(name, request["args"], request["kwargs"])
+    task, is_stored = worker_app.app.tasks[name], not request.get("ignore_result")
+    task.announcer.announce(id, name, request["kwargs"], end, is_stored=is_stored, asked=asked)
 
 
 def _failed_outside_the_task(outcome: tuple[Any, ...]) -> bool:

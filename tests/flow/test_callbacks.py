@@ -20,7 +20,7 @@ from celery.exceptions import TaskRevokedError
 from celery.states import READY_STATES
 
 from tasks import Callback, Client, Complete, InvalidRequest, Job, OutOfMemory
-from tasks.outbox import Delivery, Outbox, connect, delivery_id
+from tasks.outbox import STATES, Delivery, Outbox, connect, delivery_id
 from tasks.webhooks import body
 from tests.flow import killer
 from tests.flow.conftest import PATIENCE_S, eventually
@@ -64,8 +64,15 @@ class Shop:
         return sorted(found, key=lambda call: jobs.index(json.loads(call.body)["data"]["id"]))
 
     def state_of(self, job: str, event: str = "job.succeeded") -> str:
-        found = self.outbox.read([delivery_id(job, event)])
-        return found[0].state if found else "none"
+        found = self.delivery_of(job, event)
+        return found.state if found else "none"
+
+    def delivery_of(self, job: str, event: str) -> Delivery | None:
+        """The one delivery of a job's event."""
+        every = [delivery for state in STATES for delivery in self.outbox.listed(state, 1_000)]
+        found = [delivery for delivery in every if (delivery.job, delivery.event) == (job, event)]
+        assert len(found) <= 1, found
+        return found[0] if found else None
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +282,9 @@ def test_410_disables_the_url_until_it_is_enabled(shop: Shop) -> None:
     assert len(shop.receiver.called("/hook/gone")) == 1
     assert list(shop.outbox.disabled()) == [url]
     assert shop.outbox.replay(second) is False
-    assert shop.outbox.replay(delivery_id(second, "job.succeeded"))
+    failed = shop.delivery_of(second, "job.succeeded")
+    assert failed is not None
+    assert shop.outbox.replay(failed.id)
     eventually(lambda: shop.state_of(second) == "delivered")
     assert [call.verified()["data"]["id"] for call in shop.receiver.called("/hook/gone")] == [first, second]
 
@@ -355,7 +364,9 @@ def test_a_worker_killed_between_a_jobs_end_and_its_delivery_leaves_one_delivery
 
 def check_delivered_once(shop: Shop, job: str, event: str) -> None:
     (call,) = shop.calls_of(job)
-    assert call.id == delivery_id(job, event)
+    delivery = shop.delivery_of(job, event)
+    assert delivery is not None
+    assert call.id == delivery.id
     assert call.verified()["type"] == event
 
 

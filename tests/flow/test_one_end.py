@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from celery.canvas import Signature
 from celery.result import AsyncResult
 from kombu import Connection
 
@@ -17,6 +18,7 @@ from tasks import Client, Complete, InvalidRequest
 from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
 from tests.flow.gallery import Gallery
 from worker.demo import stack
+from worker.queue.result_backend import TAKEN
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -136,6 +138,10 @@ def again(producer: Producer, id: str, text: str, **options: Any) -> AsyncResult
     return producer.complete(text).apply_async(task_id=id, **options)
 
 
+def await_answer(producer: Producer, id: str, text: str) -> None:
+    eventually(lambda: answered(producer, id, text))
+
+
 def answered(producer: Producer, id: str, text: str) -> bool:
     return bool((kept(producer.server, producer.app.AsyncResult(id)).get("result") or {}).get("text") == text)
 
@@ -144,19 +150,19 @@ def test_an_id_that_is_used_again_for_another_payload_runs(producer: Producer) -
     id = name()
     for text in ("one", "two", "one"):
         again(producer, id, text)
-        eventually(lambda text=text: answered(producer, id, text))
+        await_answer(producer, id, text)
 
 
 def test_a_redelivered_message_under_a_used_id_runs(producer: Producer) -> None:
     id, queue = name(), name()
     again(producer, id, "one")
-    eventually(lambda: answered(producer, id, "one"))
+    await_answer(producer, id, "one")
     again(producer, id, "two", queue=queue)
     with producer.server.connect() as queues:
         message = json.loads(queues.lpop(queue) or b"")
         message["properties"]["delivery_info"] = {"exchange": "", "routing_key": "idefics", "redelivered": True}
         queues.lpush("idefics", json.dumps(message))
-    eventually(lambda: answered(producer, id, "two"))
+    await_answer(producer, id, "two")
 
 
 @pytest.mark.parametrize("refused", [{"shadow": 7}, {"task": "idefics.captoin"}, {"task": "idefics.complete", "x": 1}])
@@ -175,16 +181,111 @@ def test_a_refused_message_blocks_no_later_job_under_its_id_and_is_told_under_a_
 
     refuse()
     again(producer, id, "one")
-    eventually(lambda: answered(producer, id, "one"))
+    await_answer(producer, id, "one")
     refuse()
 
 
 def test_a_job_that_expires_under_a_used_id_is_told(producer: Producer) -> None:
     id = name()
     again(producer, id, "one")
-    eventually(lambda: answered(producer, id, "one"))
+    await_answer(producer, id, "one")
     again(producer, id, "two", expires=datetime.now(UTC) - timedelta(seconds=5))
     eventually(lambda: kept(producer.server, producer.app.AsyncResult(id)).get("status") == "REVOKED")
+
+
+# Two payloads in flight under one id
+
+
+def pushed(producer: Producer, id: str, *jobs: Signature) -> None:
+    """Queue jobs under one id in one step: they are taken together."""
+    scratch = name()
+    for job in jobs:
+        job.apply_async(task_id=id, queue=scratch)
+    with producer.server.connect() as queues:
+        messages = [json.loads(each) for each in reversed(queues.lrange(scratch, 0, -1))]
+        for message in messages:
+            message["properties"]["delivery_info"] = {"exchange": "", "routing_key": "idefics"}
+        queues.lpush("idefics", *map(json.dumps, messages))
+        queues.delete(scratch)
+
+
+def settled(producer: Producer) -> bool:
+    with producer.server.connect() as queues:
+        return queues.llen("idefics") == queues.hlen("unacked") == 0
+
+
+def saying(stood: Stand, text: str, shown: str, links: str = "") -> Signature:
+    """A job that answers with a text once its picture is released."""
+    arguments = {"prompt": [{"image": stood.gallery.held(shown)}, text], "max_new_tokens": 3}
+    app = stood.producer.app
+    link = app.signature("shop.keep", queue=links, immutable=True) if links else None
+    return app.signature("idefics.complete", kwargs=arguments, link=link)
+
+
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old"), ("old", "new", "old")])
+def test_payloads_queued_at_once_under_a_used_id_end_as_the_last_of_them(
+    producer: Producer, order: tuple[str, ...]
+) -> None:
+    for _ in range(5):
+        id, links = name(), name()
+        again(producer, id, "old")
+        await_answer(producer, id, "old")
+        link = producer.app.signature("shop.keep", queue=links, immutable=True)
+        pushed(producer, id, *(producer.complete(text, link=link if text == "new" else None) for text in order))
+        eventually(lambda: settled(producer))
+        assert answered(producer, id, order[-1])
+        assert producer.server.connect().llen(links) == 1
+
+
+def test_another_payload_under_an_id_that_still_runs_runs_after_it(held_up: Stand) -> None:
+    producer, shown, links, id = held_up.producer, [name(), name()], [name(), name()], name()
+    first, second = (saying(held_up, text, *rest) for text, *rest in zip(("one", "two"), shown, links, strict=True))
+    pushed(producer, id, first)
+    held_up.gallery.await_requests(shown[0])
+    pushed(producer, id, second)
+    eventually(lambda: producer.queued() == 0)
+    held_up.gallery.release(shown[0])
+    held_up.gallery.await_requests(shown[1])
+    assert kept(producer.server, producer.app.AsyncResult(id))["status"] == "STARTED"
+    held_up.gallery.release(shown[1])
+    await_answer(producer, id, "two")
+    assert [producer.server.connect().llen(each) for each in links] == [1, 1]
+
+
+@pytest.mark.parametrize("released", [(0, 1), (1, 0)])
+def test_of_two_payloads_that_two_workers_run_under_one_id_the_later_ones_end_is_kept(
+    server: stack.Broker, gallery: Gallery, tmp_path: Path, released: tuple[int, int]
+) -> None:
+    shown, links, id = [name(), name()], [name(), name()], name()
+    with (
+        stand(server, gallery, tmp_path / "one", PREFETCH="1") as stood,
+        stand(server, gallery, tmp_path / "other", PREFETCH="1"),
+    ):
+        producer = stood.producer
+        pushed(producer, id, *map(saying, [stood] * 2, ("one", "two"), shown, links))
+        gallery.await_requests(*shown)
+        for number in released:
+            gallery.release(shown[number])
+            eventually(lambda number=number: server.connect().llen(links[number]) == 1)
+        eventually(lambda: settled(producer))
+        assert answered(producer, id, "two")
+
+
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old")])
+def test_two_workers_agree_on_the_last_payload_under_a_used_id(
+    server: stack.Broker, gallery: Gallery, tmp_path: Path, order: tuple[str, str]
+) -> None:
+    with (
+        stand(server, gallery, tmp_path / "one", PREFETCH="1", MODEL="fake:0.002") as stood,
+        stand(server, gallery, tmp_path / "other", PREFETCH="1", MODEL="fake:0.002"),
+    ):
+        for _ in range(20):
+            id = name()
+            again(stood.producer, id, "old")
+            await_answer(stood.producer, id, "old")
+            pushed(stood.producer, id, *map(stood.producer.complete, order))
+            eventually(lambda: settled(stood.producer))
+            assert answered(stood.producer, id, order[-1])
 
 
 # Idempotency keys
@@ -241,7 +342,7 @@ def test_a_message_that_was_sent_twice_is_answered_once(held_up: Stand) -> None:
     send(producer, keyed(key), task_id=id, link=link)
     eventually(lambda: f"Job {id} has ended as SUCCESS already" in held_up.log.read_text())
     eventually(lambda: producer.server.connect().hlen("unacked") == 0)
-    assert kept(producer.server, job) == told
+    assert kept(producer.server, job) == {**told, TAKEN: kept(producer.server, job)[TAKEN]}
     assert producer.server.connect().llen(links) == 1
 
 

@@ -22,6 +22,7 @@ from tests.receiver import SECRET
 from worker.delivery.recorder import Announcer
 from worker.demo import stack
 from worker.pool.request import JobRequest
+from worker.queue.result_backend import ASKED
 from worker.runtime.exceptions import exception_info
 
 CALLBACK = {"url": "https://93.184.216.34/hook", "key_id": "main"}
@@ -170,6 +171,20 @@ def test_a_stored_failure_has_its_code(announcer: Announcer, outbox: Outbox, app
     assert json.loads(only(outbox).body)["data"]["error"] == {"code": "image_invalid", "message": "no picture"}
 
 
+def test_the_stored_end_of_another_job_under_the_id_does_not_count(
+    announcer: Announcer, outbox: Outbox, app: Celery
+) -> None:
+    record = {"status": "SUCCESS", ASKED: "b", "result": {"text": "b's"}, "date_done": "2026-01-02T03:04:05+00:00"}
+    app.backend.set(app.backend.get_key_for_task("job-1"), app.backend.encode(record))
+    for asked, text in (("a", "a's"), ("b", "b's")):
+        announcer.announce(
+            "job-1", "idefics.complete", ARGUMENTS, (states.SUCCESS, {"text": text}), is_stored=True, asked=asked
+        )
+    # Two ends, and so two deliveries.
+    texts = [json.loads(found.body)["data"]["result"]["text"] for found in outbox.listed("pending", 10)]
+    assert sorted(texts) == ["a's", "b's"]
+
+
 def test_in_a_batch_window_the_first_attempt_waits(app: Celery, outbox: Outbox) -> None:
     chosen = Settings(callback_keys=f"main={SECRET}", callback_batch_window_s=60)
     tell(Announcer(app, chosen), states.SUCCESS, {"text": "llo"})
@@ -208,6 +223,8 @@ class Steps:
 
 
 class _Message:
+    channel = None
+
     def __init__(self, body: Any, headers: dict[str, Any]) -> None:
         self.body = self.payload = body
         self.headers = headers

@@ -196,14 +196,22 @@ class Bench:
         return self.processes[-1]
 
     def submit(
-        self, *ids: str, timeout: float | None = None, retries: int = 0, redelivered: bool = False, queue: str = ""
+        self,
+        *ids: str,
+        timeout: float | None = None,
+        retries: int = 0,
+        redelivered: bool = False,
+        queue: str = "",
+        body: bytes = b"[[], {}, {}]",
     ) -> list[Request]:
         requests = [Request(id) for id in ids]
         for request in requests:
-            self.semaphore.acquire(self._apply, request, timeout, retries, redelivered, queue)
+            self.semaphore.acquire(self._apply, request, timeout, retries, redelivered, queue, body)
         return requests
 
-    def _apply(self, request: Request, timeout: float | None, retries: int, redelivered: bool, queue: str) -> None:
+    def _apply(
+        self, request: Request, timeout: float | None, retries: int, redelivered: bool, queue: str, body: bytes
+    ) -> None:
         context = {"id": request.id, "retries": retries, "args": ["secret"], "kwargs": {"image": "secret"}}
         if redelivered:
             context["delivery_info"] = {"redelivered": True, "routing_key": "idefics"}
@@ -211,7 +219,7 @@ class Bench:
             context["delivery_info"] = {**context.get("delivery_info", {}), "routing_key": queue}
         request.job = self.pool.apply_async(
             None,
-            ("idefics.caption", request.id, context, b"[[], {}, {}]", "application/json", "utf-8"),
+            ("idefics.caption", request.id, context, body, "application/json", "utf-8"),
             accept_callback=request.on_accepted,
             callback=request.on_success,
             error_callback=request.on_failure,
@@ -704,7 +712,46 @@ def test_a_retry_is_a_job_of_its_own(started: Bench) -> None:
     (first,) = started.submit("a")
     (retry,) = started.submit("a", retries=1)
     assert retry.job is not first.job
-    assert started.process.ran == ["a", "a"]
+    started.process.finish("a")
+    started.until(lambda: started.process.ran == ["a", "a"])
+
+
+ONE, OTHER = b'[[], {"image": "1"}, {}]', b'[[], {"image": "2"}, {}]'
+
+
+def test_another_job_under_the_id_of_one_that_runs_runs_after_it(started: Bench) -> None:
+    (first,), (second,) = started.submit("a", body=ONE), started.submit("a", body=OTHER)
+    started.submit("b")
+    assert started.process.ran == ["a", "b"]
+    started.process.finish("a")
+    started.until(lambda: started.process.ran == ["a", "b", "a"])
+    assert (first.kinds, second.kinds) == (["success"], [])
+    started.process.finish("a")
+    started.until(lambda: second.told)
+    assert second.kinds == ["success"]
+    assert started.semaphore.releases == 2
+
+
+def test_a_job_that_is_sent_again_after_another_one_under_its_id_runs_again(started: Bench) -> None:
+    requests = [started.submit("a", body=body)[0] for body in (ONE, OTHER, ONE)]
+    for count in (1, 2, 3):
+        started.until(lambda count=count: len(started.process.ran) == count)
+        started.process.finish("a")
+    started.until(lambda: all(request.told for request in requests))
+    assert [request.kinds for request in requests] == [["success"]] * 3
+
+
+def test_a_job_that_is_written_in_another_way_is_the_same(started: Bench) -> None:
+    (first,) = started.submit("a", body=b'[[], {"image": "1", "seed": null}, {}]')
+    (again,) = started.submit("a", body=b'[[], {"seed":null,"image":"1"}, {"chain": null}]')
+    assert again.job is first.job
+
+
+def test_a_job_whose_id_is_free_by_anothers_time_limit_runs(started: Bench) -> None:
+    started.submit("a", body=ONE, timeout=0.05)
+    started.submit("a", body=OTHER)
+    started.process.accept("a")
+    started.until(lambda: started.process.ran == ["a", "a"])
 
 
 # Closing

@@ -23,7 +23,7 @@ from tasks.payloads import CANCEL_KEY
 from worker.demo import stack
 from worker.queue import patience
 from worker.queue.patience import PatientRedis
-from worker.queue.result_backend import ASKED, CANCELED, Asked, ResultBackend, digest_of
+from worker.queue.result_backend import ASKED, CANCELED, TAKEN, TAKEN_AT, Asked, ResultBackend, digest_of
 
 ENDS = ("SUCCESS", "FAILURE", "REVOKED")
 ERROR = InvalidRequest("no")
@@ -320,7 +320,9 @@ def test_a_jobs_end_takes_its_cancellation_along(backend: Any, id: str, broker: 
 
 
 def asking(id: str, text: str, **more: Any) -> Context:
-    return Context(id=id, task="idefics.complete", args=[], kwargs={"prompt": [text]}, hostname="a@b", **more)
+    delivery = {TAKEN_AT: more.pop("taken", None)}
+    more = {**more, "hostname": "a@b", "delivery_info": delivery}
+    return Context(id=id, task="idefics.complete", args=[], kwargs={"prompt": [text]}, **more)
 
 
 def ran(backend: Any, request: Context, state: str = "SUCCESS") -> None:
@@ -353,11 +355,57 @@ def test_a_run_that_wakes_up_does_not_end_what_was_submitted_since(backend: Any,
     assert backend.start(old, is_stored=True) is None
     assert backend.start(new, is_stored=True) is None
     end(backend, id, "FAILURE", old)
-    assert (old.chain, old.errbacks) == (None, None)
+    # It ends for those who wait for itself.
+    assert (old.chain, old.errbacks) == ([{}], [{}])
     assert plain.get_state(id) == "STARTED"
     end(backend, id, "SUCCESS", new)
     end(backend, id, "FAILURE", old)
     assert plain.get_state(id) == "SUCCESS"
+    assert (backend.end_of(id, old.asked), backend.end_of(id, new.asked)) == (None, "SUCCESS")
+
+
+@pytest.mark.parametrize("first", ENDS)
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_record_belongs_to_the_submission_that_was_taken_last(
+    backend: Any, plain: Any, id: str, first: str, has_ended: bool
+) -> None:
+    earlier, later = (asking(id, text, taken=at) for text, at in (("one", 1e9), ("two", 1e9 + 1e-5)))
+    assert backend.start(later, is_stored=True) is None
+    if has_ended:
+        end(backend, id, first, later)
+    # Another worker had it for longer before it began.
+    assert backend.start(earlier, is_stored=True) is None
+    assert plain.get_state(id) == (first if has_ended else "STARTED")
+    end(backend, id, "SUCCESS", earlier)
+    end(backend, id, first, later)
+    assert plain.get_state(id) == first
+    assert plain.get_task_meta(id, cache=False)[ASKED] == later.asked.digest
+
+
+def test_an_old_end_that_a_later_submission_of_the_same_has_is_that_ones(backend: Any, plain: Any, id: str) -> None:
+    ran(backend, asking(id, "one", taken=1e9))
+    told = plain.get_task_meta(id, cache=False)
+    between, again = (asking(id, text, taken=1e9 + at) for text, at in (("two", 1), ("one", 2)))
+    assert backend.start(again, is_stored=True) == "SUCCESS"
+    assert plain.get_task_meta(id, cache=False) == {**told, TAKEN: "1000000002.000000"}
+    assert 0 < backend.client.ttl(backend.get_key_for_task(id)) <= 60
+    ran(backend, between)
+    assert plain.get_task_meta(id, cache=False)["date_done"] == told["date_done"]
+
+
+def test_a_retry_takes_the_record_of_another_submission_over_by_no_means(backend: Any, plain: Any, id: str) -> None:
+    assert backend.start(asking(id, "one", taken=1e9), is_stored=True) is None
+    ran(backend, asking(id, "two", taken=1e9 + 1))
+    retry = asking(id, "one", retries=1, taken=1e9 + 2)
+    assert backend.start(retry, is_stored=True) is None
+    end(backend, id, "FAILURE", retry)
+    assert plain.get_state(id) == "SUCCESS"
+
+
+def test_a_take_that_another_clock_timed_hours_later_keeps_nobody_out(backend: Any, plain: Any, id: str) -> None:
+    ran(backend, asking(id, "one", taken=1e9 + 7_200))
+    ran(backend, asking(id, "two", taken=1e9), "REVOKED")
+    assert plain.get_state(id) == "REVOKED"
 
 
 def test_a_job_that_ends_before_it_has_begun_counts_under_a_used_id(backend: Any, plain: Any, id: str) -> None:

@@ -23,6 +23,7 @@ from tasks.outbox import Bounds, Delivery, Outbox, connect, delivery_id
 from tasks.payloads import Callback, checked_metadata
 from worker.delivery.sender import check
 from worker.queue.patience import PatientRedis, patiently
+from worker.queue.result_backend import is_of_another
 
 logger = logging.getLogger(__name__)
 
@@ -73,25 +74,26 @@ class Announcer:
         self._given_up = GivenUp()
         self._lock = threading.Lock()
 
-    def announce(self, id: str, task: str, arguments: Mapping[str, Any], end: End, *, is_stored: bool) -> None:
+    def announce(
+        self, id: str, task: str, arguments: Mapping[str, Any], end: End, *, is_stored: bool, asked: str = ""
+    ) -> None:
         """Record the delivery of a job's end, once. Nothing for a job without a callback.
 
-        Where the end is stored, the stored one counts: another one may have been first. Raises one of UNAVAILABLE,
-        and in a job's own thread RedisAway, after it has waited.
+        Where the end is stored, the stored one counts: another one may have been first. That of another submission
+        under its id, with another digest than `asked`, does not. Raises one of UNAVAILABLE, and in a job's own thread
+        RedisAway, after it has waited.
         """
         callback = self._callback(id, arguments)
-        if callback is not None:
-            self._record(callback, id, task, arguments, end, is_stored)
-
-    def _record(
-        self, callback: Callback, id: str, task: str, arguments: Mapping[str, Any], end: End, is_stored: bool
-    ) -> None:
-        state, value, ended = self._stored(id, end) if is_stored else (*end, None)
+        if callback is None:
+            return
+        state, value, ended = self._stored(id, end, asked) if is_stored else (*end, None)
         event = EVENTS.get(state)
         if event is None or (callback.events and event not in callback.events):
             return
         body = webhooks.body(event, ended or datetime.now(UTC).isoformat(), _data(id, task, arguments, state, value))
-        record = Delivery(delivery_id(id, event), id, event, callback.url, callback.key_id, body)
+        # Of all ends of jobs with this id, this one.
+        key = delivery_id(id, event, asked, ended or "")
+        record = Delivery(key, id, event, callback.url, callback.key_id, body)
         self._connected().add(record, self._settings.callback_batch_window_s)
 
     def _callback(self, id: str, arguments: Mapping[str, Any]) -> Callback | None:
@@ -107,9 +109,9 @@ class Announcer:
             return None
         return callback
 
-    def _stored(self, id: str, end: End) -> tuple[str, Any, str | None]:
+    def _stored(self, id: str, end: End, asked: str) -> tuple[str, Any, str | None]:
         meta = self._app.backend.get_task_meta(id, cache=False)
-        if meta["status"] not in states.READY_STATES:
+        if meta["status"] not in states.READY_STATES or is_of_another(meta, asked):
             return (*end, None)
         return meta["status"], meta["result"], meta.get("date_done")
 

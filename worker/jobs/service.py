@@ -133,7 +133,9 @@ class Service:
             raise
         finally:
             with self._lock:
-                self._running.pop(ticket.id, None)
+                # Another job may have begun under the id since this one passed its limit.
+                if self._running.get(ticket.id) is run:
+                    del self._running[ticket.id]
 
     def cancel(self, id: str) -> bool:
         """End a job: before it starts, or at its next step. True where no text of it is to be waited for."""

@@ -9,8 +9,10 @@ from enum import Enum
 from typing import Any
 
 from celery.worker.request import Request
+from kombu.serialization import loads
 
 from tasks.payloads import SUBMITTED_AT
+from worker.queue.result_backend import digest_of
 from worker.runtime.exceptions import exception_info
 
 Callback = Callable[..., Any]
@@ -79,6 +81,16 @@ class Job:
     @property
     def id(self) -> str:
         return str(self.trace_arguments[1])
+
+    def asks_as(self, other: Job) -> bool:
+        """Whether both ask for the same: they are one message that came again, or one job that was sent twice."""
+        (task, _, _, body, *_), (other_task, _, _, other_body, *_) = self.trace_arguments, other.trace_arguments
+        return (task, body) == (other_task, other_body) or self._asked() == other._asked()
+
+    def _asked(self) -> str:
+        task, _, _, *content = self.trace_arguments
+        args, kwargs, _ = loads(*content)
+        return digest_of(task, args, kwargs)
 
     @property
     def queue(self) -> str:

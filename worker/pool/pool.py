@@ -310,9 +310,9 @@ class InferencePool(BasePool):  # type: ignore[misc]
             return None
         callbacks = Callbacks(accept_callback, callback, error_callback)
         job = Job(next(self._serials), tuple(args), callbacks, timeout, self._cancel)
-        running = next((other for other in self._jobs.values() if other.key == job.key), None)
-        if running is not None:
-            return self._adopt(running, callbacks)
+        latest = next((other for other in reversed(self._jobs.values()) if other.key == job.key), None)
+        if latest is not None and latest.asks_as(job):
+            return self._adopt(latest, callbacks)
         self._jobs[job.serial] = job
         try:
             if is_redelivered(job.trace_arguments):
@@ -354,6 +354,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         job.canceled = True
         if job.state is JobState.WAITING:
             self._finish(job, lambda: job.fail(Terminated("canceled")))
+            self._dispatch()
         elif self._process is not None:
             self._send(("cancel", job.serial))
 
@@ -363,7 +364,14 @@ class InferencePool(BasePool):  # type: ignore[misc]
             return
         suspects = self._next_suspects()
         self._isolates = bool(suspects)
-        self._run(suspects or [job for job in self._jobs.values() if job.state is JobState.WAITING])
+        self._run(suspects or self._next_jobs())
+
+    def _next_jobs(self) -> list[Job]:
+        """All that wait, but of different jobs under one id the first: the model process knows jobs by their ids."""
+        firsts: dict[str, Job] = {}
+        for job in self._jobs.values():
+            firsts.setdefault(job.id, job)
+        return [job for job in firsts.values() if job.state is JobState.WAITING]
 
     def _next_suspects(self) -> list[Job]:
         while self._quarantine:
@@ -478,6 +486,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._finish(job, functools.partial(job.fail, error))
         self._overstaying[job.serial] = job.accepted_at or 0.0
         self._send(("abandon", job.serial))
+        self._dispatch()
 
     def _catch_up(self, now: float) -> None:
         """A broker that hangs holds this process up, a paused container both: what nobody heard was no silence."""

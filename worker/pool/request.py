@@ -20,7 +20,7 @@ from tasks.errors import JobError
 from tasks.payloads import HIDDEN
 from worker.delivery.recorder import End
 from worker.pool.job import Job
-from worker.queue.result_backend import Asked, digest_of
+from worker.queue.result_backend import asked_by, asked_of, taken_now
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,9 @@ class JobRequest(Request):  # type: ignore[misc]
     _defers_acknowledgement = False
     _owes_acknowledgement = False
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, message: Any, *args: Any, **options: Any) -> None:
+        super().__init__(message, *args, **options)
+        self._delivery_info.update(taken_now(message))
         self._argsrepr, self._kwargsrepr = HIDDEN.values()
         self.request_dict.update(HIDDEN)
         # The decoded payload takes many times the memory of the body, which has it too.
@@ -68,7 +69,7 @@ class JobRequest(Request):  # type: ignore[misc]
     def _ending_context(self) -> Context:
         """The request for what is stored of a job that ends here: its end counts even where it has never begun."""
         context = self._context
-        context.asked = Asked(digest_of(self.task_name, context.args, context.kwargs), begins=self.time_start is None)
+        context.asked = asked_by(context, begins=self.time_start is None)
         return context
 
     def info(self, safe: bool = False) -> dict[str, Any]:
@@ -120,7 +121,10 @@ class JobRequest(Request):  # type: ignore[misc]
         if self._end is None:
             return True
         try:
-            self.task.announcer.announce(self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors)
+            asked = asked_of(self._context)
+            self.task.announcer.announce(
+                self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors, asked=asked.digest
+            )
         except UNAVAILABLE as error:
             logger.error("Job %s ended, but its callback cannot be recorded (%s).", self.id, error)
             # It comes again; but what is no absence would be there then, too.

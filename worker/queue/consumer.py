@@ -27,6 +27,7 @@ from worker.queue.due import hold_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, usable_id
 from worker.queue.redeliveries import Deliveries
 from worker.queue.refusals import Refusals
+from worker.queue.result_backend import asked_by, taken_now
 from worker.runtime.exceptions import exception_info
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             except (*self.connection_errors, *self.channel_errors):
                 raise
             except Exception as error:
-                self._end_by_defect(message, envelope.payload[2], error)
+                self._end_by_defect(message, envelope.payload, error)
             finally:
                 message._decoded_cache = None
 
@@ -183,12 +184,13 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
     # Defects of ours
 
-    def _end_by_defect(self, message: Any, embed: dict[str, Any], error: Exception) -> None:
+    def _end_by_defect(self, message: Any, payload: tuple[Any, Any, Any], error: Exception) -> None:
         """End a job, with its chord, chain and error links, that could not be taken in."""
-        headers = message.headers
+        headers, (args, kwargs, embed) = message.headers, payload
         logger.error("Job %s hit a defect; it fails as internal: %s", ascii(headers["id"]), without_values(error))
-        request = Context({**headers, **embed, "delivery_info": {}})
+        request = Context({**headers, **embed, "args": args, "kwargs": kwargs, "delivery_info": taken_now(message)})
         try:
+            request.asked = asked_by(request, begins=True)
             self.app.backend.mark_as_failure(headers["id"], _internal(error), request=request)
             message.reject_log_error(logger, self.connection_errors)
         except Exception as again:

@@ -20,7 +20,7 @@ from celery.signals import task_failure
 from tasks.errors import InvalidRequest, from_exception
 from tasks.failed import Bounds, FailedJob, FailedJobs
 from tasks.payloads import SUBMITTED_AT
-from worker.queue.result_backend import Asked, digest_of
+from worker.queue.result_backend import asked_by, digest_of, is_of_another, taken_now
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def keep_failures(app: Celery, bounds: Bounds) -> None:
         if sender.app is not app:
             return
         try:
-            if not _has_other_end(app, task_id):
+            if not _has_other_end(app, sender.name, task_id, args, kwargs):
                 request = _request(sender, task_id, args, kwargs)
                 job = failed_job(sender.name, request, exception)
                 FailedJobs(app).keep(job, dict(sender.signature_from_request(request, retries=0)), bounds)
@@ -64,9 +64,9 @@ def failed_job(task: str, request: Context, error: BaseException) -> FailedJob:
 def misrouted(message: Any, host: str) -> Context:
     """The request in a checked message for a task that is none of ours."""
     args, kwargs, links = message.payload
-    own = {"args": args, "kwargs": kwargs, "delivery_info": {}, "properties": message.properties, "hostname": host}
-    request = Context({**message.headers, **links, **own})
-    request.asked = Asked(digest_of(request.task, args, kwargs), begins=True)
+    own = {"args": args, "kwargs": kwargs, "properties": message.properties, "hostname": host}
+    request = Context({**message.headers, **links, **own, "delivery_info": taken_now(message)})
+    request.asked = asked_by(request, begins=True)
     return request
 
 
@@ -93,10 +93,11 @@ def _is_longer(value: Any, most: int) -> bool:
     return most < 0
 
 
-def _has_other_end(app: Celery, id: str) -> bool:
+def _has_other_end(app: Celery, task: str, id: str, args: Any, kwargs: Any) -> bool:
     """Another run of the same job ended first: its producer reads an answer, or that it was taken back."""
-    state = app.backend.get_task_meta(id, cache=False)["status"]
-    return state in states.READY_STATES - {states.FAILURE}
+    record = app.backend.get_task_meta(id, cache=False)
+    is_other = record["status"] in states.READY_STATES - {states.FAILURE}
+    return is_other and not is_of_another(record, digest_of(task, args, kwargs))
 
 
 def _request(task: Task, id: str, args: Any, kwargs: Any) -> Context:
