@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,9 +16,11 @@ from celery.result import AsyncResult
 from kombu import Connection
 
 from tasks import Client, Complete, InvalidRequest
+from tasks.payloads import CANCEL_KEY
 from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
 from tests.flow.gallery import Gallery
 from worker.demo import stack
+from worker.queue.cancellation import LOOK_S
 from worker.queue.result_backend import TAKEN
 
 pytestmark = pytest.mark.timeout(90)
@@ -191,6 +194,8 @@ def test_a_job_that_expires_under_a_used_id_is_told(producer: Producer) -> None:
     await_answer(producer, id, "one")
     again(producer, id, "two", expires=datetime.now(UTC) - timedelta(seconds=5))
     eventually(lambda: kept(producer.server, producer.app.AsyncResult(id)).get("status") == "REVOKED")
+    again(producer, id, "three")
+    await_answer(producer, id, "ree")
 
 
 # Two payloads in flight under one id
@@ -250,6 +255,29 @@ def test_another_payload_under_an_id_that_still_runs_runs_after_it(held_up: Stan
     held_up.gallery.release(shown[1])
     await_answer(producer, id, "two")
     assert [producer.server.connect().llen(each) for each in links] == [1, 1]
+
+
+@pytest.mark.parametrize("by", ["key", "revoke"])
+def test_a_cancellation_ends_all_jobs_under_its_id_and_by_key_none_that_follows(held_up: Stand, by: str) -> None:
+    producer, shown, id = held_up.producer, [name(), name()], name()
+    first, second = (saying(held_up, text, picture) for text, picture in zip(("one", "two"), shown, strict=True))
+    pushed(producer, id, first)
+    held_up.gallery.await_requests(shown[0])
+    pushed(producer, id, second)
+    eventually(lambda: producer.queued() == 0)
+    if by == "revoke":
+        producer.app.control.revoke(id, terminate=True)
+    else:
+        producer.server.connect(1).set(CANCEL_KEY + id, 1, ex=60)
+    eventually(lambda: settled(producer))
+    assert kept(producer.server, producer.app.AsyncResult(id))["status"] == "REVOKED"
+    assert shown[1] not in held_up.gallery.asked
+    held_up.gallery.release(*shown)
+    if by == "key":
+        # The worker's next look forgets the id.
+        time.sleep(2 * LOOK_S)
+        again(producer, id, "three")
+        await_answer(producer, id, "ree")
 
 
 @pytest.mark.parametrize("released", [(0, 1), (1, 0)])

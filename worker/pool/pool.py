@@ -351,6 +351,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     @_guarded
     def _cancel(self, job: Job) -> None:
+        """A cancellation is of all jobs under its id."""
+        for each in [other for other in self._jobs.values() if other.id == job.id]:
+            self._cancel_one(each)
+
+    def _cancel_one(self, job: Job) -> None:
         job.canceled = True
         if job.state is JobState.WAITING:
             self._finish(job, lambda: job.fail(Terminated("canceled")))

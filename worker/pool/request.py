@@ -11,6 +11,7 @@ from celery import states
 from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from celery.signals import task_revoked
+from celery.worker import state as worker_state
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 from kombu.serialization import loads
@@ -136,6 +137,9 @@ class JobRequest(Request):  # type: ignore[misc]
         task_ready(self)
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         self._store_revocation(reason)
+        if expired:
+            # Celery would revoke what comes under this id later, too.
+            worker_state.revoked.discard(self.id)
         self._end = states.REVOKED, None
         self.acknowledge()
         self._already_revoked = True

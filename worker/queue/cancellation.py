@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,6 +70,8 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         self._pool = worker.pool
+        #: Those that a key has revoked here. Celery forgets an id hours later, and it may be used again before.
+        self._canceled: set[str] = set()
         self._lookout = Lookout(lambda ids: canceled_among(ids, worker.app.backend, results_prefix(worker.app)))
         self._lookout.start()
 
@@ -77,11 +80,16 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         hub.call_repeatedly(LOOK_S / 2, self._look)
 
     def _look(self) -> None:
-        held = {
-            request.id: request for request in worker_state.reserved_requests if request.id not in worker_state.revoked
-        }
-        for id in self._lookout.exchange(held) & held.keys():
+        held = defaultdict(list)
+        for request in worker_state.reserved_requests:
+            held[request.id].append(request)
+        for id in self._canceled - held.keys():
+            self._canceled.discard(id)
+            worker_state.revoked.discard(id)
+        for id in self._lookout.exchange(id for id in held if id not in worker_state.revoked) & held.keys():
             logger.info("Job %s is canceled by its key.", id)
-            # For when it waits for its turn, or comes again.
+            self._canceled.add(id)
+            # For when it waits for its turn.
             worker_state.revoked.add(id)
-            held[id].terminate(self._pool)
+            for request in held[id]:
+                request.terminate(self._pool)
