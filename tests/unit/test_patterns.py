@@ -51,9 +51,9 @@ WORST: dict[str, list[tuple[str, str, str]]] = {
     "tasks/payloads.py:_NAME": [("", "a", "!")],
     "tasks/printable.py:_UNPRINTABLE": [("", "\x1b", ""), ("", "a", "\x1b")],
     "tasks/printable.py:_UNPRINTABLE_IN_JSON": [("", "\u202e", ""), ("", "a", "\u202e")],
-    "worker/images/fetch.py:_HOST_NAME": [("", "a", ""), ("", "a.", "!"), ("", "a" * 63 + ".", "!")],
+    "worker/net/policy.py:_HOST_NAME": [("", "a", ""), ("", "a.", "!"), ("", "a" * 63 + ".", "!")],
     "worker/images/fetch.py:_PICTURE": [("", "RIFF", ""), ("", "\xff\xd8", "")],
-    "worker/images/fetch.py:_PLAIN_URL": [("http://", "a", " "), ("http://a/", "/", " ")],
+    "worker/net/policy.py:_PLAIN_URL": [("http://", "a", " "), ("http://a/", "/", " ")],
     "worker/images/containers.py:_EXIF_START": [("", "Exif\0\0", ""), ("", "Exif\0", "")],
     "worker/images/containers.py:_FOREIGN": [
         ("", "<", ""),

@@ -25,6 +25,7 @@ from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
 from worker.images.decode import open_image
 from worker.images.host_limits import HostBusy
+from worker.images.sources import SourceReader
 from worker.jobs.golden import TOLERANCES
 from worker.jobs.service import DOWNLOADS, Canceled, Service, Ticket
 from worker.models import Parts
@@ -340,9 +341,8 @@ def test_the_files_of_a_jobs_images_are_not_all_held_at_once(
         def __del__(self) -> None:
             held.remove(id(self))
 
-    service = start()
-    monkeypatch.setattr(service._fetcher, "fetch", lambda *_, **__: File(png()))
-    result = service.run(job("write", images=[url.format(n) for n in range(32)]), TICKET)
+    monkeypatch.setattr(SourceReader, "read", lambda *_, **__: File(png()))
+    result = start().run(job("write", images=[url.format(n) for n in range(32)]), TICKET)
     assert result.text
     assert 0 < max(most) <= at_once
 

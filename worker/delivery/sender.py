@@ -1,7 +1,7 @@
 """One attempt at a callback: whether it may go there, its signature, its request, and what the answer means.
 
-It goes through the images' guard (`worker/images/fetch.py`): the address is checked where the connection is made, and
-nothing of the answer is waited for or read beyond the policy.
+It goes through the guard (`worker/net`): the address is checked where the connection is made, and the response is
+neither awaited nor read beyond the policy.
 """
 
 from __future__ import annotations
@@ -25,23 +25,17 @@ from tasks.addresses import Network, literal
 from tasks.errors import InvalidRequest
 from tasks.outbox import Delivery
 from tasks.payloads import Callback
-from worker.images.fetch import (
+from worker.net.deadline import Deadline
+from worker.net.guard import Guard, NoAddress
+from worker.net.policy import GuardError, NetworkPolicy, Refused, check_plain, check_url, is_allowed_address
+from worker.net.session import (
     NETWORK_ERRORS,
-    FetchPolicy,
-    Guard,
     GuardedSession,
-    GuardError,
-    NoAddress,
-    Refused,
-    check_plain,
-    check_url,
-    is_allowed_address,
-    network_problem,
+    describe_failure,
+    parse_retry_after,
     tls_context,
     user_agent,
 )
-from worker.images.fetch import retry_after_s as asked_wait_s
-from worker.net.deadline import Deadline
 from worker.runtime import gil
 
 #: Bytes of an answer that are read. Nothing is done with them: but a receiver that is cut off may log an error.
@@ -99,7 +93,7 @@ def _check_scheme(url: str, settings: Settings) -> None:
 @functools.lru_cache(KNOWN_HOSTS)
 def _is_good_name(host: str, allow_networks: tuple[Network, ...], minute: int) -> bool:
     """False for a name that leads to a forbidden address now. One without an address is tried when its time comes."""
-    guard = Guard(FetchPolicy(allow_networks=allow_networks), Deadline(LOOK_UP_S))
+    guard = Guard(NetworkPolicy(allow_networks=allow_networks), Deadline(LOOK_UP_S))
     try:
         with gil.given_up():
             guard.resolve(host, 443)
@@ -110,15 +104,16 @@ def _is_good_name(host: str, allow_networks: tuple[Network, ...], minute: int) -
     return True
 
 
-def callback_policy(settings: Settings) -> FetchPolicy:
-    return FetchPolicy(
+def callback_policy(settings: Settings) -> NetworkPolicy:
+    return NetworkPolicy(
         allow_networks=settings.callback_allow_networks,
         allow_domains=settings.callback_allow_domains,
         ports=settings.callback_ports,
         max_bytes=ANSWER_BYTES,
         read_s=settings.callback_timeout_s,
         total_s=settings.callback_timeout_s,
-        settings="IDEFICS_CALLBACK",
+        ca_file=settings.ca_file,
+        settings_prefix="IDEFICS_CALLBACK",
     )
 
 
@@ -142,7 +137,7 @@ class Sender:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._policy = callback_policy(settings)
-        self._tls = tls_context(settings.ca_file)
+        self._tls = tls_context(self._policy.ca_file)
         self._agent = user_agent("callbacks")
 
     def post(self, delivery: Delivery) -> Answer:
@@ -162,13 +157,12 @@ class Sender:
             return Answer(note="its answer has no end")
         except NETWORK_ERRORS as error:
             late = f"did not answer within {self._policy.total_s:g} s"
-            return Answer(note=late if guard.deadline.has_passed() else network_problem(error))
+            return Answer(note=late if guard.deadline.has_passed() else describe_failure(error)[0])
         except ValueError:
             return Answer(note="refused: its URL is malformed", is_refused=True)
 
     def _answer(self, session: GuardedSession, delivery: Delivery, secrets: Sequence[SecretStr]) -> Answer:
         _check_scheme(delivery.url, self._settings)
-        check_plain(delivery.url)
         body = delivery.body.encode()
         headers = {
             "User-Agent": self._agent,
@@ -177,11 +171,7 @@ class Sender:
             "Connection": "close",
             **signed(delivery.id, delivery.body, secrets, datetime.now(UTC)),
         }
-        request = session.prepare_request(requests.Request("POST", delivery.url, headers=headers, data=body))
-        # What is checked is what is sent: requests may have rewritten the host (IDNA).
-        check_url(str(request.url), self._policy)
-        timeout = (self._policy.connect_s, self._policy.read_s)
-        with session.send(request, stream=True, allow_redirects=False, timeout=timeout, proxies={}) as response:
+        with session.send_checked(requests.Request("POST", delivery.url, headers=headers, data=body)) as response:
             # The status counts, however the rest arrives.
             with contextlib.suppress(*NETWORK_ERRORS, GuardError):
                 response.raw.read(ANSWER_BYTES, decode_content=False)
@@ -201,7 +191,7 @@ def signed(id: str, body: str, secrets: Sequence[SecretStr], now: datetime) -> d
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float:
     """The seconds that an answer's Retry-After asks for, within bounds; 0 without a readable one."""
-    return min(asked_wait_s(headers.get("Retry-After", ""), now) or 0.0, MAX_RETRY_AFTER_S)
+    return min(parse_retry_after(headers.get("Retry-After", ""), now) or 0.0, MAX_RETRY_AFTER_S)
 
 
 # --- What follows: pure ---------------------------------------------------------------------------

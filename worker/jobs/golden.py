@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.payloads import Classify, ImagePath, Job, ModelInfo, parse
-from worker.images.fetch import read_below
+from worker.images.sources import read_below
 from worker.jobs.prompts import ImageRef, build
 from worker.models import SetupFailed
 

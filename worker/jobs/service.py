@@ -24,8 +24,9 @@ from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.row import NotBegun, Output, Picture, Row, Sampling
 from worker.images.cache import PictureCache
 from worker.images.decode import ImageLimits, open_image
-from worker.images.fetch import Fetcher, FetchPolicy
+from worker.images.fetch import FetchPolicy
 from worker.images.host_limits import HostBusy, Hosts
+from worker.images.sources import SourceReader, is_remote
 from worker.jobs.answer_cache import Answers
 from worker.jobs.golden import read_golden, tolerance
 from worker.jobs.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
@@ -99,7 +100,7 @@ class Service:
         self._rules = rules
         self._rules_told = rules.told()
         self._image_limits = ImageLimits(max_pixels=settings.image_max_pixels)
-        self._fetcher = Fetcher(_fetch_policy(settings))
+        self._sources = SourceReader(_fetch_policy(settings))
         #: For the network as for a single host: hosts that hang, however many, leave threads to jobs that need none.
         #: Nor may all threads wait here, before it shows that the hosts hang.
         self._network = Hosts(settings.image_job_turns, most_waiting=settings.image_job_turns // 4)
@@ -228,7 +229,7 @@ class Service:
             raise InvalidRequest(
                 f"The job shows {len(references)} images: this worker takes at most {self._settings.max_images}."
             )
-        if sum(map(_is_remote, references)) < 2:
+        if sum(is_remote(reference.source) for reference in references) < 2:
             pictures = [self._load(reference) for reference in references]
         else:
             with gil.given_up(), self._network.turn(""):
@@ -237,10 +238,10 @@ class Service:
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
 
     def _load(self, reference: ImageRef) -> Picture:
-        if not _is_remote(reference):
-            return self._picture(self._fetcher.fetch(reference.source))
+        if not is_remote(reference.source):
+            return self._picture(self._sources.read(reference.source))
         with gil.given_up(), self._network.turn(""):
-            data = self._fetcher.fetch(reference.source)
+            data = self._sources.read(reference.source)
         return self._picture(data)
 
     def _download_all(self, references: list[ImageRef]) -> list[Picture]:
@@ -252,7 +253,7 @@ class Service:
 
     def _download(self, reference: ImageRef) -> Picture:
         # Patiently: a job sent away loses what it has loaded.
-        data = self._fetcher.fetch(reference.source, patience_s=self._settings.image_timeout_s)
+        data = self._sources.read(reference.source, patience_s=self._settings.image_timeout_s)
         # At once, since the files of all of a job's images take much more memory than what is kept of them.
         with gil.taken():
             return self._picture(data)
@@ -423,10 +424,6 @@ def _deadline(job: Job, ticket: Ticket) -> float | None:
     if ticket.soft_limit_s is not None:
         limits.append(ticket.soft_limit_s)
     return time.monotonic() + min(limits) if limits else None
-
-
-def _is_remote(reference: ImageRef) -> bool:
-    return isinstance(reference.source, str) and reference.source[:5].lower() != "data:"
 
 
 def _labels(job: Job) -> list[str]:

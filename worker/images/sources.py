@@ -1,0 +1,160 @@
+"""An image's bytes from its source: a URL, a data: URI, or a path below the operator's folder."""
+
+from __future__ import annotations
+
+import binascii
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote_to_bytes
+
+from tasks.errors import ImageBlocked, ImageInvalid
+from tasks.image_sources import data_head
+from tasks.payloads import ImageSource
+from worker.images.fetch import Fetcher, FetchPolicy, requested_host, too_large
+from worker.images.host_limits import Hosts
+
+#: Bytes that are read of a file beyond the size that it says it has.
+READ_AHEAD_BYTES = 16_384
+#: Dropped from base64 before it is read.
+_BLANKS = b" \t\n\r\f"
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: opening a fifo without a writer would wait forever.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class SourceReader:
+    """Reads images from any of the three kinds of source, for many job threads at once."""
+
+    def __init__(self, policy: FetchPolicy) -> None:
+        self._policy = policy
+        self._fetcher = Fetcher(policy)
+        self._hosts = Hosts(policy.host_turns)
+
+    def read(self, source: ImageSource, patience_s: float | None = None) -> bytes:
+        """The bytes of one image; they may still be no picture. `patience_s`: seconds to wait for its host's limit.
+
+        Raises ImageBlocked, ImageTooLarge, ImageInvalid, ImageUnreachable (retryable), or HostBusy.
+        """
+        if not isinstance(source, str):
+            return read_below(self._policy.root, source.path, self._policy.max_bytes)
+        if not is_remote(source):
+            return decode_data_uri(source, self._policy.max_bytes)
+        with self._hosts.turn(requested_host(source), patience_s):
+            return self._fetcher.fetch(source)
+
+
+def is_remote(source: ImageSource) -> bool:
+    """True for a source that is read from the network."""
+    return isinstance(source, str) and source[:5].lower() != "data:"
+
+
+def decode_data_uri(uri: str, max_bytes: int) -> bytes:
+    """The bytes of a `data:image/...;base64,` URI. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
+    start = data_head(uri)
+    if start is None:
+        raise ImageBlocked(
+            "Of data: URIs only data:image/...;base64, is read: send the image in this form.", detail="data_uri"
+        )
+    # Before decoding, so that a giant costs no second copy. Padding makes up to two bytes less.
+    size = (len(uri) - start) // 4 * 3 - uri.count("=", len(uri) - 2)
+    if size > max_bytes:
+        # Blanks and escapes are no bytes of the image.
+        size -= sum(uri.count(blank, start) for blank in _BLANKS.decode()) + 2 * uri.count("%", start)
+    if size > max_bytes:
+        raise too_large("The data: URI holds", max_bytes)
+    try:
+        return _forgiving_base64(uri[start:])
+    except ValueError:
+        raise ImageInvalid(
+            "The data: URI is not valid base64: encode the image's bytes anew.", detail="data_uri"
+        ) from None
+
+
+def _forgiving_base64(text: str) -> bytes:
+    """As the WHATWG's "forgiving-base64 decode": wrapped, unpadded or percent-encoded too. Raises ValueError."""
+    with suppress(ValueError):
+        return binascii.a2b_base64(text, strict_mode=True)
+    plain = text.encode("ascii")
+    if b"%" in plain:
+        plain = unquote_to_bytes(plain)
+    plain = plain.translate(None, _BLANKS)
+    if len(plain) % 4 == 0:
+        # Two at most; any other is no letter of base64.
+        plain = plain.removesuffix(b"=").removesuffix(b"=")
+    if len(plain) % 4 == 1 or b"=" in plain:
+        raise ValueError("no base64")
+    return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
+
+
+def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
+    """A regular file strictly below `root`. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
+    if root is None:
+        raise ImageBlocked(
+            "This worker reads no local files: send a URL, or have IDEFICS_IMAGE_ROOT set.", detail="path"
+        )
+    relative = PurePosixPath(path)
+    if relative.is_absolute() or not relative.parts or ".." in relative.parts or "\0" in path:
+        raise ImageBlocked(
+            "The image's path leaves the image root (IDEFICS_IMAGE_ROOT): write it from there, without '..'.",
+            detail="path",
+        )
+    try:
+        try:
+            return _read_file(root, relative.parts, max_bytes)
+        except OSError:
+            # On the way there may be a link, which may lead somewhere below the root.
+            return _read_file(*_inside(root, relative), max_bytes)
+    except (OSError, RuntimeError, ValueError):
+        raise ImageInvalid(
+            "The image's path names no readable file: check it below the image root (IDEFICS_IMAGE_ROOT).",
+            detail="no_file",
+        ) from None
+
+
+def _inside(root: Path, relative: PurePosixPath) -> tuple[Path, tuple[str, ...]]:
+    base = root.resolve(strict=True)
+    real = (base / relative).resolve()
+    if base not in real.parents:
+        raise ImageBlocked(
+            "The image's path leaves the image root (IDEFICS_IMAGE_ROOT): copy the file below the root.", detail="path"
+        )
+    return base, real.relative_to(base).parts
+
+
+@contextmanager
+def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
+    # Step by step without following links: what was resolved may have been exchanged for one meanwhile. The root is the
+    # operator's, who may have made it a link.
+    opened = [os.open(base, _FOLDER_FLAGS & ~os.O_NOFOLLOW)]
+    try:
+        for name in parts[:-1]:
+            opened.append(os.open(name, _FOLDER_FLAGS, dir_fd=opened[-1]))
+        opened.append(os.open(parts[-1], _FILE_FLAGS, dir_fd=opened[-1]))
+        yield opened[-1]
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def _read_file(base: Path, parts: tuple[str, ...], max_bytes: int) -> bytes:
+    with _opened(base, parts) as descriptor:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageInvalid("The image's path is no regular file: name one.", detail="no_file")
+        data = _contents(descriptor, status.st_size, max_bytes + 1)
+    if len(data) > max_bytes:
+        raise too_large("The image's file has", max_bytes)
+    return data
+
+
+def _contents(descriptor: int, size: int, most: int) -> bytes:
+    """Files grow, and some in /proc say that they are empty: what comes counts."""
+    pieces: list[bytes] = []
+    while most and (piece := os.read(descriptor, min(most, size + READ_AHEAD_BYTES))):
+        pieces.append(piece)
+        most -= len(piece)
+    return b"".join(pieces)

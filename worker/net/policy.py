@@ -1,0 +1,148 @@
+"""Which hosts, addresses and ports a connection may go to. Pure: nothing here opens one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
+
+from tasks.addresses import Address, Network, is_public, unmapped
+
+#: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
+MAX_URL_CHARS = 8_192
+
+# "#@", "?@" and "\@" before the first slash are where URL parsers disagree about which part is the host.
+_PLAIN_URL = re.compile(r"https?://[^/\\@\x00-\x20\x7f]+(/[^\x00-\x20\x7f]*)?", re.IGNORECASE)
+_HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPolicy:
+    """Where connections may go and how long they may take. By default to public addresses on the web's ports."""
+
+    #: Networks that are allowed although they are not public.
+    allow_networks: tuple[Network, ...] = ()
+    #: When not empty, only these hosts and their sub-domains.
+    allow_domains: tuple[str, ...] = ()
+    ports: tuple[int, ...] = (80, 443)
+    #: Bytes of a response's body.
+    max_bytes: int = 20_000_000
+    #: Seconds for one TCP connection; its TLS handshake may take as long again.
+    connect_s: float = 3.0
+    #: Seconds without a byte.
+    read_s: float = 5.0
+    #: Seconds for one request: DNS lookup, every redirect and the body.
+    total_s: float = 20.0
+    #: Certificates of the operator's own authorities, trusted beside the public ones.
+    ca_file: Path | None = None
+    #: The prefix of the settings that an error message names as the cure.
+    settings_prefix: str = "IDEFICS_IMAGE"
+
+
+class GuardError(ValueError):
+    """The guard stopped a request.
+
+    A ValueError, since urllib3 takes an OSError for a broken connection and makes it something retryable.
+    """
+
+    def __init__(self, message: str = "", detail: str | None = None) -> None:
+        """`detail`: a short code for the cause, which becomes the job error's detail."""
+        super().__init__(message)
+        self.detail = detail
+
+
+class Refused(GuardError):
+    """The policy forbids this URL, host, address or port."""
+
+
+def is_allowed_address(address: Address, policy: NetworkPolicy) -> bool:
+    """True for a public address and for one in a network that the operator allows."""
+    plain = unmapped(address)
+    return is_public(plain) or any(plain in network for network in policy.allow_networks)
+
+
+def is_allowed_host(host: str, policy: NetworkPolicy) -> bool:
+    """True if the operator lists the host or a parent domain of it, or lists none at all."""
+    name = host.rstrip(".").lower()
+    domains = [domain.strip(".").lower() for domain in policy.allow_domains]
+    return not domains or any(name == domain or name.endswith(f".{domain}") for domain in domains)
+
+
+def check_plain(url: str) -> None:
+    """Raise Refused for a URL that parsers may read in different ways. To be called before any of them reads it."""
+    if len(url) > MAX_URL_CHARS:
+        raise Refused(f"The URL has more than {MAX_URL_CHARS} characters: use a shorter one", "url")
+    if not _PLAIN_URL.fullmatch(url):
+        raise Refused("The URL is no plain http(s)://host/path: write it without user and spaces", "url")
+    if urlsplit(url).port == 0:
+        # requests would drop it and take the scheme's port.
+        raise Refused("The URL names port 0: write the port that the server has", "port")
+
+
+def check_url(url: str, policy: NetworkPolicy) -> SplitResult:
+    """Split a URL. Raises Refused for one that is not plain http(s), names a user, or breaks the policy.
+
+    This only saves a connection: host, port and address are checked again where the connection is made.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port if parts.port is not None else {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        raise Refused("The URL is malformed: correct it", "url") from None
+    if parts.scheme not in ("http", "https") or "@" in parts.netloc or not _is_host(parts.hostname or ""):
+        raise Refused("The URL names no plain host: write http(s)://host/path without a user", "url")
+    check_target(parts.hostname or "", port, policy)
+    return parts
+
+
+def check_target(host: str, port: int | None, policy: NetworkPolicy) -> None:
+    """Raise Refused for a port or a domain that the policy forbids."""
+    if port not in policy.ports:
+        allowed = ", ".join(str(number) for number in policy.ports)
+        raise Refused(
+            f"{host} is asked for on a port that is not allowed: use one of {allowed}, or have it added to "
+            f"{policy.settings_prefix}_PORTS",
+            "port",
+        )
+    if not is_allowed_host(host, policy):
+        raise Refused(
+            f"{host} is not among the allowed domains: use one of them, or have it added to "
+            f"{policy.settings_prefix}_ALLOW_DOMAINS",
+            "domain",
+        )
+
+
+def check_address(host: str, text: str, policy: NetworkPolicy) -> None:
+    """Raise Refused for an address, as the DNS gives it for `host`, that the policy forbids."""
+    if not is_allowed_address(ip_address(text.partition("%")[0]), policy):
+        raise Refused(
+            f"{host} is at no public address: use a public host, or have its network added to "
+            f"{policy.settings_prefix}_ALLOW_NETWORKS",
+            "network",
+        )
+
+
+def host_of(url: str) -> str | None:
+    """The host, the only part of a URL that is safe to repeat in a message; None where it is not a valid one."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return None
+    return host if _is_host(host) else None
+
+
+def _is_host(host: str) -> bool:
+    # No "%": neither an escaped name nor an IPv6 zone, which would choose the network card.
+    if ":" not in host:
+        return _HOST_NAME.fullmatch(host) is not None
+    return "%" not in host and _is_address(host)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,222 @@
+"""HTTP over guarded connections: no proxy, no cookies, no redirect that is followed unchecked, no endless response."""
+
+from __future__ import annotations
+
+import io
+import logging
+import socket
+import ssl
+from email.utils import parsedate_to_datetime
+from functools import partial
+from http import client as http_client
+from http.cookiejar import DefaultCookiePolicy
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import certifi
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from worker.net.guard import Guard, TooManyBytes
+from worker.net.policy import GuardError, check_plain, check_url
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+# urllib3 logs whole URLs, which may hold tokens: at DEBUG each one, at WARNING those with odd headers.
+logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+#: Bytes of status lines, headers and chunk sizes that a response may have on top of its body, read-ahead included.
+MAX_FRAMING_BYTES = 81_920
+#: Bytes that are read at once.
+CHUNK_BYTES = 16_384
+#: The one informational status that is the last one of its connection: what follows is no HTTP.
+SWITCHING_PROTOCOLS = 101
+
+#: What a request may raise beside GuardError.
+NETWORK_ERRORS = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http_client.HTTPException,
+    OSError,
+)
+
+
+class LimitedReader(io.RawIOBase):
+    """A response's bytes as the server sends them: every wait ends with the deadline and every byte counts.
+
+    Timeouts of requests are per read, so one byte now and then (in a header, a 1xx response, a chunk's size) would hold
+    a thread forever.
+    """
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, guard: Guard) -> None:
+        self._raw = raw
+        self._sock = sock
+        self._guard = guard
+        self._bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        """Raises TimeoutError after the deadline, TooManyBytes where the framing outgrows the body."""
+        self._sock.settimeout(self._guard.deadline.left(self._guard.policy.read_s))
+        count = self._raw.readinto(buffer) or 0
+        if not count and self._guard.deadline.has_passed():
+            # The watchdog ended the stream, not the server: what came before need not be a whole body.
+            raise TimeoutError
+        self._bytes += count
+        # A quarter more: chunked bodies carry their chunks' sizes. Measured by what has come of the body, not by what
+        # may come: 1xx responses and chunks of one byte cost a thread seconds of parsing in Python, under the GIL.
+        if self._bytes > self._guard.body_bytes * 5 // 4 + MAX_FRAMING_BYTES:
+            raise TooManyBytes
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http_client.HTTPResponse):
+    # The base class begins to read a response here, and skips status 100 only.
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 < status < 200 or status == SWITCHING_PROTOCOLS:
+                return version, status, reason
+            while self.fp.readline(CHUNK_BYTES).rstrip(b"\r\n"):
+                # Headers of an informational response say nothing of the body; LimitedReader counts their bytes.
+                pass
+
+    def __init__(self, sock: socket.socket, *args: Any, guard: Guard, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        guard.responses.append(self)
+        self.fp = io.BufferedReader(LimitedReader(self.fp.detach(), sock, guard), CHUNK_BYTES)
+
+    def begin(self) -> None:
+        try:
+            super().begin()
+        except GuardError:
+            raise
+        except (TypeError, ValueError, LookupError) as error:
+            # The e-mail parser's, of parameters that no header has: neither urllib3 nor requests expects it.
+            raise http_client.HTTPException("the response's headers cannot be read") from error
+
+
+class _Connection(HTTPConnection):
+    def __init__(self, *args: Any, guard: Guard, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._guard = guard
+        self.response_class = partial(_Response, guard=guard)  # type: ignore[assignment]
+
+    def _new_conn(self) -> socket.socket:
+        try:
+            return self._guard.connect(self.host, self.port)
+        except TimeoutError as error:
+            raise urllib3.exceptions.ConnectTimeoutError(self, "no connection in time") from error
+
+
+class _TlsConnection(_Connection, HTTPSConnection):
+    """As above; the certificate must be the host name's as ever, although the address was looked up here."""
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+class _Adapter(HTTPAdapter):
+    def __init__(self, guard: Guard, tls: ssl.SSLContext) -> None:
+        self._guard = guard
+        self._tls = tls
+        super().__init__(max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._tls)
+        manager: Any = self.poolmanager
+        # Not through the pools' key, which takes no arguments of others.
+        manager.pool_classes_by_scheme = {
+            "http": partial(_Pool, guard=self._guard),
+            "https": partial(_TlsPool, guard=self._guard),
+        }
+
+    def cert_verify(self, *args: Any, **kwargs: Any) -> None:
+        # The context verifies, and has its authorities loaded: requests would load them for each connection.
+        pass
+
+
+class GuardedSession(requests.Session):
+    """A session for one request and its redirects. Never kept: nothing passes from one job to another."""
+
+    def __init__(self, guard: Guard, tls: ssl.SSLContext) -> None:
+        super().__init__()
+        self._guard = guard
+        # Otherwise a .netrc's passwords are sent, and a proxy from the environment connects unguarded.
+        self.trust_env = False
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        for prefix in ("http://", "https://"):
+            self.mount(prefix, _Adapter(guard, tls))
+
+    def close(self) -> None:
+        super().close()
+        self._guard.close()
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        # requests reads a redirect's body to its end, however long, even when streaming: callers follow themselves.
+        return None
+
+    def send_checked(self, request: requests.Request) -> requests.Response:
+        """Send a request where the policy allows its URL. The body is left to be streamed, a redirect to the caller.
+
+        Raises GuardError, one of NETWORK_ERRORS, or ValueError for a malformed URL.
+        """
+        check_plain(request.url)
+        prepared = self.prepare_request(request)
+        policy = self._guard.policy
+        # What is checked is what is sent: requests may have rewritten the host (IDNA).
+        check_url(str(prepared.url), policy)
+        timeout = (policy.connect_s, policy.read_s)
+        return self.send(prepared, stream=True, allow_redirects=False, timeout=timeout, proxies={})
+
+
+def tls_context(ca_file: Path | None = None) -> ssl.SSLContext:
+    """Trust certifi's authorities and an operator's own, whatever the environment says."""
+    context = ssl.create_default_context(cafile=certifi.where())
+    if ca_file is not None:
+        context.load_verify_locations(cafile=ca_file)
+    return context
+
+
+def user_agent(role: str = "image fetcher", contact: str | None = None) -> str:
+    """The User-Agent header: this project, its version, the role, and how to reach the operator."""
+    try:
+        version = metadata.version("idefics-jobs")
+    except metadata.PackageNotFoundError:
+        version = "dev"
+    return f"idefics-jobs/{version} (+{role}{f'; {contact}' if contact else ''})"
+
+
+def parse_retry_after(header: str, now: float) -> float | None:
+    """Seconds to wait by a Retry-After header, a number or a date (`now`: Unix seconds); None for anything else."""
+    if header.isascii() and header.strip().isdigit():
+        return float(header.strip()[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - now)
+    except (ValueError, OverflowError):
+        return None
+
+
+def describe_failure(error: Exception) -> tuple[str, str]:
+    """What went wrong on the way to a host, for a message, and the error's detail."""
+    if isinstance(error, requests.exceptions.SSLError | urllib3.exceptions.SSLError):
+        return "has no valid certificate for its name", "tls"
+    if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
+        return "did not answer in time", "timeout"
+    return "could not be reached or broke the connection off", "connection"
