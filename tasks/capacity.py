@@ -12,6 +12,7 @@ from celery import Celery
 from kombu.exceptions import ChannelError, OperationalError
 from redis.exceptions import NoPermissionError
 
+from .apps import reach
 from .errors import QueueFull
 from .redis_keys import GUIDES_SEPARATOR, SEPARATOR, list_name
 
@@ -29,6 +30,8 @@ class Look:
     queued: int = 0
     #: The share of its maxmemory.
     memory: float = 0.0
+    #: Why it could not be looked at.
+    away: Exception | None = None
 
 
 class Capacity:
@@ -42,13 +45,19 @@ class Capacity:
         self._lock = threading.Lock()
 
     def take(self, queue: str) -> None:
-        """Count a job that is about to be queued. Raises QueueFull where there is no room for it."""
+        """Count a job that is about to be queued.
+
+        Raises QueueFull where there is no room for it, and OperationalError where the broker is away.
+        """
         if self._max_queued is None and self._max_memory is None:
             return
         with self._lock:
             look = self._looks.get(queue)
             if look is None or time.monotonic() - look.at >= LOOK_S:
                 look = self._looks[queue] = self._look(queue)
+            if look.away is not None:
+                # Those that waited for this look too: another one may take seconds again.
+                raise OperationalError(str(look.away)) from look.away
             if self._max_queued is not None and look.queued >= self._max_queued:
                 raise QueueFull(
                     f"{look.queued} jobs wait in {queue}, and the client's max_queued is {self._max_queued}: "
@@ -64,7 +73,7 @@ class Capacity:
     def queued(self, queue: str, priority: int | None = None) -> int:
         """Jobs that wait, all or (on Redis) with one priority. Raises OperationalError where the broker is away."""
         with self._app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, timeout=5)
+            reach(connection)
             try:
                 return _queued(connection, queue, PRIORITIES if priority is None else [priority])
             except ChannelError:
@@ -76,10 +85,12 @@ class Capacity:
     def _look(self, queue: str) -> Look:
         connection = self._app.connection_for_write()
         try:
-            connection.ensure_connection(max_retries=1, timeout=5)
+            reach(connection)
             return Look(time.monotonic(), _queued(connection, queue, PRIORITIES), self._memory(connection))
-        except (OperationalError, ChannelError, *connection.connection_errors, *connection.channel_errors):
-            # No such queue yet, or no such broker: submitting tells.
+        except (OperationalError, *connection.connection_errors) as error:
+            return Look(time.monotonic(), away=error)
+        except (ChannelError, *connection.channel_errors):
+            # No such queue yet, or not for this user to ask: submitting tells.
             return Look(time.monotonic())
         finally:
             connection.release()

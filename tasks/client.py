@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -19,6 +18,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from .apps import app_at, app_beside, reach
 from .availability import is_full
 from .capacity import Capacity
 from .errors import (
@@ -47,7 +47,6 @@ from .payloads import (
     check_size,
 )
 from .redis_keys import results_prefix
-from .redis_urls import SCHEMES, Server, result_server, results_beside, server
 from .webhooks import check_public
 from .worker_options import setup_of, unreadable
 
@@ -58,9 +57,6 @@ FIRST_PAUSE_S, LAST_PAUSE_S, PAUSE_GROWTH = 0.01, 0.25, 1.1
 AWAY_S = 60.0
 #: Seconds between two looks of a wait at whether its answer can come.
 CHECK_S = 2.0
-#: Seconds without an answer after which a connection is given up: a server that is frozen closes none.
-SOCKET_TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
-DEFAULT_BROKER = "redis://localhost:6379/0"
 
 Status = Literal["starting", "processing", "succeeded", "failed", "canceled"]
 
@@ -107,11 +103,13 @@ def _with_results(app: Celery) -> Any:
 class SubmittedJob:
     """A job on its way. Keep its `id`: `Client.job(id)` finds it again from any process."""
 
-    def __init__(self, outcome: AsyncResult[Any], queue: str = QUEUE) -> None:
+    def __init__(self, outcome: AsyncResult[Any], queue: str = QUEUE, app: Celery | None = None) -> None:
+        """`app`: the one to ask by, where it is not the handle's own."""
         #: Celery's own handle, for whatever Celery can do.
         self.async_result = outcome
         self.id: str = outcome.id
         self._queue = queue
+        self._app: Celery = app or outcome.app
 
     def __repr__(self) -> str:
         return f"SubmittedJob({self.id!r})"
@@ -123,26 +121,26 @@ class SubmittedJob:
 
         Raises ConfigurationError where the app's results are not the workers'.
         """
-        _with_results(self.async_result.app)
-        state = self.async_result.state
+        state = _with_results(self._app).get_task_meta(self.id)["status"]
         if state == states.PENDING:
-            setup_of(self.async_result.app).check_reading()
+            setup_of(self._app).check_reading()
         return _STATUS.get(state, "processing")
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait for the answer, at most `timeout` seconds.
+        """Wait for the answer, at most `timeout` seconds. A wait outlasts a restart of Redis.
 
         Raises the job's JobError, JobCanceled, or JobTimeout (a TimeoutError), after which the job goes on;
-        ConfigurationError where the app's options are not the workers', so that no answer can come.
+        BrokerUnavailable where Redis is away when the time is over, or for a minute; ConfigurationError where the
+        app's options are not the workers', so that no answer can come.
         """
-        wait = _Wait(self.async_result, self._queue, timeout)
+        wait = _Wait(self._app, self.id, self._queue, timeout)
         while (outcome := wait.look()) is None:
             time.sleep(wait.pause_s())
         return _answer(outcome)
 
     async def aresult(self, timeout: float | None = None) -> Result:
         """`result` for asyncio: no thread waits meanwhile."""
-        wait = _Wait(self.async_result, self._queue, timeout)
+        wait = _Wait(self._app, self.id, self._queue, timeout)
         while (outcome := await asyncio.to_thread(wait.look)) is None:
             await asyncio.sleep(wait.pause_s())
         return _answer(outcome)
@@ -161,17 +159,17 @@ class SubmittedJob:
         # The key reaches workers that are not there yet, and needs no right to Celery's mailbox; that one is faster.
         is_noted = self._note_cancellation()
         try:
-            self.async_result.revoke(terminate=True)
-        except (OperationalError, ResponseError):
+            self._app.control.revoke(self.id, terminate=True)
+        except (OperationalError, RedisError):
             if not is_noted:
                 raise
 
     def _note_cancellation(self) -> bool:
-        backend = self.async_result.backend
+        backend = self._app.backend
         if not isinstance(backend, RedisBackend):
             return False
         try:
-            name = results_prefix(self.async_result.app) + CANCEL_KEY + self.id
+            name = results_prefix(self._app) + CANCEL_KEY + self.id
             backend.client.set(name, 1, ex=CANCEL_TTL_S)
         except RedisError:
             return False
@@ -185,23 +183,26 @@ class _Wait:
     (a web server's) take from each other.
     """
 
-    def __init__(self, job: AsyncResult[Any], queue: str, timeout: float | None) -> None:
-        self._job = job
+    def __init__(self, app: Celery, id: str, queue: str, timeout: float | None) -> None:
+        self._app = app
+        self._id = id
         self._queue = queue
         self._timeout = timeout
         self._pause_s = FIRST_PAUSE_S
-        self._setup = setup_of(job.app)
+        self._setup = setup_of(app)
         now = time.monotonic()
         self._end = math.inf if timeout is None else now + timeout
         self._answered_at = now
+        #: What the last look met, where Redis is away.
+        self._away: RedisError | None = None
         self._checked_at = now
 
     @_with_our_errors
     def look(self) -> Outcome | None:
         """What it ended with, if it has.
 
-        Raises JobTimeout where the time is over, BrokerUnavailable once Redis has been away for AWAY_S, and
-        ConfigurationError where no answer can come.
+        Raises JobTimeout where the time is over, BrokerUnavailable where Redis is away then or has been for AWAY_S,
+        and ConfigurationError where no answer can come.
         """
         outcome = self._outcome()
         if outcome is None:
@@ -210,21 +211,22 @@ class _Wait:
 
     def _check(self) -> None:
         now = time.monotonic()
+        if self._away is not None and (now >= self._end or now - self._answered_at > AWAY_S):
+            raise self._away
         if now >= self._end:
             why = self._setup.why_no_answer(self._queue)
-            raise JobTimeout(f"Job {self._job.id} has no answer after {self._timeout} s, and goes on. {why}")
+            raise JobTimeout(f"Job {self._id} has no answer after {self._timeout} s, and goes on. {why}")
         if now - self._checked_at >= CHECK_S:
             self._checked_at = now
             self._setup.check_reading()
 
     def _outcome(self) -> Outcome | None:
         try:
-            meta: dict[str, Any] = _with_results(self._job.app).get_task_meta(self._job.id)
-        except (RedisConnectionError, RedisTimeoutError):
-            if time.monotonic() - self._answered_at > AWAY_S:
-                raise
+            meta: dict[str, Any] = _with_results(self._app).get_task_meta(self._id)
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            self._away = error
             return None
-        self._answered_at = time.monotonic()
+        self._away, self._answered_at = None, time.monotonic()
         return _outcome(meta) if meta["status"] in states.READY_STATES else None
 
     def pause_s(self) -> float:
@@ -236,7 +238,8 @@ class _Wait:
 class Client:
     """Submits jobs to the workers of a broker.
 
-    Give it the broker's URL or a Celery app of yours. Safe to share between threads.
+    Give it the broker's URL, or a Celery app of yours, whose settings it then has, with connections of its own. Safe to
+    share between threads.
     """
 
     def __init__(
@@ -265,13 +268,15 @@ class Client:
         if app is not None and (broker_url or result_backend):
             raise ConfigurationError("Give a Celery app or URLs, not both: the app has URLs of its own.")
         try:
-            self.app = app or _app(broker_url, result_backend)
+            self._app = app_beside(app) if app is not None else app_at(broker_url, result_backend)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
+        #: Yours, or one for the URLs.
+        self.app = app if app is not None else self._app
         self._queue = queue
         self._max_job_bytes = max_job_bytes
-        self._capacity = Capacity(self.app, max_queued, max_memory)
-        self._setup = setup_of(self.app)
+        self._capacity = Capacity(self._app, max_queued, max_memory)
+        self._setup = setup_of(self._app)
         self._check_callbacks = check_callbacks
 
     @property
@@ -290,13 +295,15 @@ class Client:
         if self._check_callbacks and job.callback is not None:
             check_public(job.callback)
         check_size(job, self._max_job_bytes)
-        if job.idempotency_key is None or not isinstance(self.app.backend, RedisBackend):
+        if job.idempotency_key is None or not isinstance(self._app.backend, RedisBackend):
             # Where the results are not in Redis, the workers hold to the key alone.
             return self._send(job, priority, options)
-        queue, backend = options.get("queue", self._queue), self.app.backend
-        keys = IdempotencyKeys(backend.client, backend.expires, getattr(queue, "name", queue), results_prefix(self.app))
+        queue, backend = options.get("queue", self._queue), self._app.backend
+        keys = IdempotencyKeys(
+            backend.client, backend.expires, getattr(queue, "name", queue), results_prefix(self._app)
+        )
         claim = keys.claim(job, options.pop("task_id", None) or uuid(), is_sent=False)
-        if claim.is_started and self.app.backend.get_task_meta(claim.id, cache=False)["status"] == states.PENDING:
+        if claim.is_started and self._app.backend.get_task_meta(claim.id, cache=False)["status"] == states.PENDING:
             claim = keys.claim_again(job, claim)
         if claim.is_sent:
             return self.job(claim.id)
@@ -306,10 +313,10 @@ class Client:
 
     def _send(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
         queue = options.pop("queue", self._queue)
-        self._setup.check_sending()
         self._capacity.take(queue)
+        self._setup.check_sending()
         try:
-            outcome = self.app.send_task(
+            outcome = self._app.send_task(
                 job.task,
                 kwargs=job.arguments(),
                 queue=queue,
@@ -327,14 +334,14 @@ class Client:
                     "or give the server more memory or disk."
                 ) from error
             raise
-        return SubmittedJob(outcome, getattr(queue, "name", queue))
+        return SubmittedJob(self.app.AsyncResult(outcome.id), getattr(queue, "name", queue), self._app)
 
     def submit_many(
         self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Any
     ) -> list[SubmittedJob]:
         """Queue jobs over one connection, in order. Whatever it raises holds those `submitted` before it."""
         submitted: list[SubmittedJob] = []
-        with self.app.producer_pool.acquire(block=True) as producer:
+        with self._app.producer_pool.acquire(block=True) as producer:
             try:
                 for job in jobs:
                     submitted.append(self.submit(job, priority=priority, producer=producer, **options))
@@ -346,17 +353,17 @@ class Client:
     def ping(self) -> None:
         """Raises BrokerUnavailable (a ConnectionError) where the broker cannot be reached in seconds.
 
-        `submit` tries for half a minute.
+        So does every other call, but that a wait for a result outlasts a restart of Redis.
         """
         try:
-            with self.app.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1, timeout=5)
+            with self._app.connection_for_write() as connection:
+                reach(connection)
         except OperationalError as error:
             raise from_broker(error) from None
 
     def job(self, id: str) -> SubmittedJob:
         """A job submitted earlier."""
-        return SubmittedJob(self.app.AsyncResult(id), self._queue)
+        return SubmittedJob(self.app.AsyncResult(id), self._queue, self._app)
 
     def status(self, id: str) -> Status:
         """How far a job submitted earlier is; see SubmittedJob.status."""
@@ -373,7 +380,7 @@ class Client:
     @_with_our_errors
     def outcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
         """What those of these jobs that have ended ended with, read at once."""
-        asked, backend = list(ids), _with_results(self.app)
+        asked, backend = list(ids), _with_results(self._app)
         if not asked:
             return {}
         if isinstance(backend, RedisBackend):
@@ -389,7 +396,7 @@ class Client:
     @_with_our_errors
     def forget(self, ids: Iterable[str]) -> None:
         """Delete these jobs' results, which would else lie in Redis until they expire."""
-        backend = self.app.backend
+        backend = self._app.backend
         if not isinstance(backend, RedisBackend):
             for id in ids:
                 backend.forget(id)
@@ -419,7 +426,7 @@ class Client:
 
     def failed(self) -> Iterator[FailedJob]:
         """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
-        return _each_with_our_errors(iter(FailedJobs(self.app)))
+        return _each_with_our_errors(iter(FailedJobs(self._app)))
 
     @_with_our_errors
     def retry(self, id: str, *, queue: str | None = None) -> SubmittedJob:
@@ -428,7 +435,7 @@ class Client:
 
         `queue`: where to, for a task of your own that was sent to our queue by mistake.
         """
-        jobs = FailedJobs(self.app)
+        jobs = FailedJobs(self._app)
         jobs.retry(jobs.get(id), queue)
         return self.job(id)
 
@@ -508,81 +515,3 @@ def _answer(outcome: Outcome) -> Result:
 def _partial(revoked: BaseException) -> Result | None:
     """What the worker stored with a revocation: Celery's reason, and the text so far where there was one."""
     return Result.model_validate(revoked.args[1]) if len(revoked.args) > 1 else None
-
-
-class _App(Celery):  # type: ignore[misc]
-    """Does not subscribe to each job's result as it sends the job: nobody here would read what Redis then piles up.
-
-    `AsyncResult.get` subscribes itself.
-    """
-
-    def _get_backend(self) -> Any:
-        backend = super()._get_backend()
-        backend.on_task_call = _subscribe_to_nothing
-        return backend
-
-
-def _subscribe_to_nothing(producer: Any, task_id: str) -> None:
-    """In place of Celery's `on_task_call`."""
-
-
-def _app(broker_url: str | None, result_backend: str | None) -> Celery:
-    broker_url, of_environment = (
-        (broker_url, False) if broker_url else (_environment("BROKER_URL", DEFAULT_BROKER), True)
-    )
-    backend_url = result_backend or (_environment("RESULT_BACKEND") if of_environment else "")
-    broker = _server(broker_url, server)
-    results = _server(backend_url or _results_beside(broker_url), result_server)
-    # Not the process's current app: that is its own.
-    app = _App("idefics_jobs", broker=broker.url, backend=results.url, set_as_current=False)
-    # Before CELERY_BROKER_URL and CELERY_RESULT_BACKEND, which a site's own Celery may have in the environment.
-    app.backend_cls = results.url
-    app.conf.update(
-        broker_read_url=broker.url,
-        broker_write_url=broker.url,
-        task_serializer="json",
-        result_serializer="json",
-        accept_content=["json"],
-        broker_transport_options={
-            # The worker's steps: with other ones a priority would land in a queue that nobody reads.
-            "priority_steps": [int(step) for step in _environment("PRIORITY_STEPS", "0,1,2,3,4,5,6,7,8,9").split(",")],
-            **_named(sep=_environment("PRIORITY_SEPARATOR"), global_keyprefix=_environment("BROKER_KEY_PREFIX")),
-            "queue_order_strategy": "priority",
-            "socket_timeout": SOCKET_TIMEOUT_S,
-            "socket_connect_timeout": CONNECT_TIMEOUT_S,
-            **broker.keepalive,
-            **broker.options,
-        },
-        result_backend_transport_options={
-            **results.options,
-            **_named(global_keyprefix=_environment("RESULT_KEY_PREFIX")),
-        },
-        redis_socket_timeout=SOCKET_TIMEOUT_S,
-        redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
-        redis_socket_keepalive=bool(results.keepalive),
-    )
-    return app
-
-
-def _named(**options: str) -> dict[str, str]:
-    """Those that are set: kombu takes an empty one for one too."""
-    return {name: value for name, value in options.items() if value}
-
-
-def _environment(name: str, default: str = "") -> str:
-    """One of the worker's settings, where it is in this process's environment too. Empty is the default."""
-    return os.environ.get(f"IDEFICS_{name}") or default
-
-
-def _server(url: str, read: Callable[[str, str, str], Server]) -> Server:
-    """Of another broker than Redis, Celery knows what there is to know."""
-    if url.partition("://")[0] not in SCHEMES:
-        return Server(url)
-    return read(url, _environment("SENTINEL_MASTER"), _environment("SENTINEL_PASSWORD"))
-
-
-def _results_beside(broker_url: str) -> str:
-    try:
-        return results_beside(broker_url)
-    except ValueError as error:
-        raise ValueError(f"Give result_backend too: {error}.") from None

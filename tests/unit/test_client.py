@@ -36,6 +36,7 @@ from tasks import (
     NotFound,
     NotPermitted,
     QueueFull,
+    apps,
     capacity,
 )
 from tasks import client as client_module
@@ -360,7 +361,7 @@ def test_a_url_without_the_number_of_a_database_needs_one_and_is_not_repeated(ur
 
 def test_the_clients_own_app_gives_a_frozen_server_up() -> None:
     conf = Client("redis://host/0").app.conf
-    assert conf.broker_transport_options["socket_timeout"] == conf.redis_socket_timeout == 30
+    assert conf.broker_transport_options["socket_timeout"] == conf.redis_socket_timeout == 10
     assert conf.broker_transport_options["socket_connect_timeout"] == conf.redis_socket_connect_timeout == 5
 
 
@@ -393,15 +394,19 @@ def test_a_payload_that_breaks_the_contract_is_not_sent(client: Client) -> None:
 NOWHERE = "redis://127.0.0.1:1/0"
 
 
-def without_patience(client: Client) -> Client:
-    client.app.conf.update(
-        task_publish_retry=False,
-        result_backend_transport_options={"retry_policy": {"max_retries": 0}},
-        redis_retry_on_timeout=False,
-    )
-    return client
+def of_urls(broker: str, results: str) -> Client:
+    return Client(broker, result_backend=results, max_queued=None, max_memory=None)
 
 
+def of_an_app(broker: str, results: str) -> Client:
+    app = Celery("backend", broker=broker, backend=results, set_as_current=False)
+    return Client(app=app, max_queued=None, max_memory=None)
+
+
+both_ways = pytest.mark.parametrize("make", [of_urls, of_an_app])
+
+
+@both_ways
 @pytest.mark.parametrize(
     "call",
     [
@@ -428,15 +433,101 @@ def without_patience(client: Client) -> Client:
         lambda client: asyncio.run(client.aretry("a")),
     ],
 )
-def test_a_broker_that_is_away_is_one_of_our_errors(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broker_that_is_away_is_one_of_our_errors(make: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "AWAY_S", 0.0)
-    client = without_patience(Client(NOWHERE, max_queued=None, max_memory=None))
+    monkeypatch.setitem(apps.RETRIES, "max_retries", 0)
+    began = time.monotonic()
     with pytest.raises(BrokerUnavailable) as away:
-        call(client)
+        call(make(NOWHERE, NOWHERE))
+    assert time.monotonic() - began < 1
     assert (away.value.code, away.value.retryable, away.value.http_status) == ("broker_unavailable", True, 503)
     assert isinstance(away.value, ConnectionError)
     assert isinstance(away.value, OperationalError)
     assert isinstance(away.value, redis.ConnectionError)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.submit(JOB),
+        lambda client: client.submit_many([JOB]),
+        lambda client: client.cancel("a"),
+        lambda client: client.queued(),
+        lambda client: client.result("a", 1),
+    ],
+)
+def test_a_redis_that_dies_is_given_up_in_time(make: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(apps.RETRIES, "max_retries", 1)
+    with stack.broker() as server:
+        client = make(server.url, server.results)
+        # Connections that break then, which kombu would try to mend without an end.
+        client.submit(JOB)
+        client.cancel("b")
+        server.process.kill()
+        server.process.wait()
+        began = time.monotonic()
+        with pytest.raises(BrokerUnavailable):
+            call(client)
+        assert time.monotonic() - began < 2
+
+
+@both_ways
+def test_a_job_is_queued_although_the_results_redis_is_away(broker: stack.Broker, make: Any) -> None:
+    began = time.monotonic()
+    assert make(broker.url, NOWHERE).submit(JOB, queue=uuid.uuid4().hex).id
+    assert time.monotonic() - began < 2
+
+
+def test_a_server_that_says_nothing_is_not_asked_again(broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apps, "SOCKET_TIMEOUT_S", 1.0)
+    client = of_an_app(broker.url, broker.results)
+    client.submit(JOB, queue="never")
+    with broker.connect() as server:
+        server.execute_command("CLIENT", "PAUSE", 4_000, "WRITE")
+        began = time.monotonic()
+        with pytest.raises(BrokerUnavailable):
+            client.submit(JOB, queue="never")
+        assert time.monotonic() - began < 2
+        server.execute_command("CLIENT", "UNPAUSE")
+
+
+def test_what_is_waited_for_in_vain_since_redis_is_away_is_no_timeout() -> None:
+    with pytest.raises(BrokerUnavailable):
+        of_urls(NOWHERE, NOWHERE).result("a", timeout=0.1)
+
+
+def test_every_call_gives_a_redis_that_is_away_up_in_seconds() -> None:
+    began = time.monotonic()
+    for call in (Client.ping, lambda client: client.submit(JOB), lambda client: client.cancel("a")):
+        with pytest.raises(BrokerUnavailable):
+            call(of_an_app(NOWHERE, NOWHERE))
+    assert 3 < time.monotonic() - began < 12
+
+
+def test_threads_that_wait_for_a_look_at_a_broker_that_is_away_share_it() -> None:
+    client = Client(NOWHERE)
+    began = time.monotonic()
+    with ThreadPoolExecutor(4) as threads:
+        ends = [threads.submit(client.submit, JOB) for _ in range(4)]
+    assert {type(end.exception()) for end in ends} == {BrokerUnavailable}
+    assert time.monotonic() - began < 4
+
+
+def test_an_app_of_yours_keeps_its_settings_and_its_connections() -> None:
+    app = Celery("backend", broker=NOWHERE, backend=NOWHERE, set_as_current=False)
+    app.conf.broker_transport_options = {"socket_timeout": 99, "visibility_timeout": 7}
+    before = dict(app.conf)
+    client = Client(app=app)
+    # It may be configured until it is needed.
+    app.conf.task_compression = "gzip"
+    own = client._app.conf
+    assert own.broker_transport_options["socket_timeout"] == 99
+    assert own.broker_transport_options["socket_connect_timeout"] == apps.CONNECT_TIMEOUT_S
+    assert own.broker_transport_options["visibility_timeout"] == 7
+    assert (own.broker_url, own.result_backend, own.task_compression) == (NOWHERE, NOWHERE, "gzip")
+    assert own.redis_socket_timeout == apps.SOCKET_TIMEOUT_S
+    assert {**before, "task_compression": "gzip"} == dict(app.conf)
 
 
 def test_what_redis_refuses_is_one_of_our_errors(broker: stack.Broker) -> None:

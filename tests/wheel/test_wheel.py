@@ -17,11 +17,17 @@ SCRIPT = """
 import sys
 import importlib.util
 import idefics_jobs
-from idefics_jobs import Caption, Client
+from celery import Celery
+from idefics_jobs import BrokerUnavailable, Caption, Client
 from idefics_jobs.testing import FakeClient
 
 assert FakeClient(lambda job: "a cat").submit(Caption(image="https://example.com/a.png")).result().text == "a cat"
 assert Client("redis://localhost:1/0").app.conf.result_backend == "redis://localhost:1/1"
+try:
+    Client(app=Celery("site", broker="redis://localhost:1/0", backend="redis://localhost:1/1")).job("a").cancel()
+    raise AssertionError("there is no Redis")
+except BrokerUnavailable:
+    pass
 for name in ("torch", "transformers", "PIL", "tasks", "worker", "config", "requests", "pydantic_settings"):
     assert importlib.util.find_spec(name) is None, name
 assert "torch" not in sys.modules

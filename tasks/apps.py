@@ -1,0 +1,177 @@
+"""The Celery apps that the client speaks through: both give up in seconds where Redis does not answer."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery
+from celery.app.defaults import DEFAULTS
+from kombu import Producer
+from kombu.utils import symbol_by_name
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from .redis_urls import SCHEMES, Server, result_server, results_beside, server
+
+#: Seconds without an answer after which a connection is given up: a server that is frozen closes none.
+SOCKET_TIMEOUT_S, CONNECT_TIMEOUT_S = 10.0, 5.0
+DEFAULT_BROKER = "redis://localhost:6379/0"
+
+#: How often the broker is tried again, and how long is waited between two tries: two seconds in all.
+RETRIES = {"max_retries": 5, "interval_start": 0, "interval_step": 0.2, "interval_max": 1}
+
+
+class _App(Celery):  # type: ignore[misc]
+    """Does not subscribe to each job's result as it sends the job: nobody here would read what Redis then piles up.
+
+    `AsyncResult.get` subscribes itself.
+    """
+
+    def _get_backend(self) -> Any:
+        backend = super()._get_backend()
+        backend.on_task_call = _subscribe_to_nothing
+        return backend
+
+
+def _subscribe_to_nothing(producer: Any, task_id: str) -> None:
+    """In place of Celery's `on_task_call`."""
+
+
+class _Producer(Producer):  # type: ignore[misc]
+    """Gives up, also with what Celery tries without an end: a message to all workers."""
+
+    def publish(self, *args: Any, retry_policy: dict[str, Any] | None = None, **options: Any) -> Any:
+        policy = {"errback": _raise_silence, **(retry_policy or RETRIES)}
+        return super().publish(*args, retry_policy=policy, **options)
+
+
+def _raise_silence(error: Exception, interval: float) -> None:
+    """No second try where the first one has taken the whole timeout: the server is frozen, or cut off."""
+    if isinstance(error, TimeoutError | RedisTimeoutError):
+        raise error
+
+
+class _Amqp:
+    """Mixed into an app's `amqp_cls`."""
+
+    @property
+    def producer_pool(self) -> Any:
+        pool = super().producer_pool  # type: ignore[misc]
+        pool.Producer = _Producer
+        return pool
+
+
+def _new_app(name: str | None, amqp: Any = Celery.amqp_cls, **options: Any) -> Celery:
+    giving_up = type("_GivingUp", (_Amqp, symbol_by_name(amqp)), {})
+    # Not the process's current app: that is its own.
+    return _App(name, amqp=giving_up, set_as_current=False, **options)
+
+
+def app_at(broker_url: str | None, result_backend: str | None) -> Celery:
+    """An app for a broker's URL, or the environment's. Raises ValueError for one that Celery would misread."""
+    broker_url, of_environment = (
+        (broker_url, False) if broker_url else (_environment("BROKER_URL", DEFAULT_BROKER), True)
+    )
+    backend_url = result_backend or (_environment("RESULT_BACKEND") if of_environment else "")
+    broker = _server(broker_url, server)
+    results = _server(backend_url or _results_beside(broker_url), result_server)
+    app = _new_app("idefics_jobs", broker=broker.url, backend=results.url)
+    # Before CELERY_BROKER_URL and CELERY_RESULT_BACKEND, which a site's own Celery may have in the environment.
+    app.backend_cls = results.url
+    app.conf.update(
+        broker_read_url=broker.url,
+        broker_write_url=broker.url,
+        task_serializer="json",
+        result_serializer="json",
+        accept_content=["json"],
+        task_publish_retry_policy=RETRIES,
+        broker_transport_options={
+            # The worker's steps: with other ones a priority would land in a queue that nobody reads.
+            "priority_steps": [int(step) for step in _environment("PRIORITY_STEPS", "0,1,2,3,4,5,6,7,8,9").split(",")],
+            **_named(sep=_environment("PRIORITY_SEPARATOR"), global_keyprefix=_environment("BROKER_KEY_PREFIX")),
+            "queue_order_strategy": "priority",
+            "socket_timeout": SOCKET_TIMEOUT_S,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            # Of connecting.
+            **RETRIES,
+            **broker.keepalive,
+            **broker.options,
+        },
+        result_backend_transport_options={
+            **results.options,
+            **_named(global_keyprefix=_environment("RESULT_KEY_PREFIX")),
+        },
+        redis_socket_timeout=SOCKET_TIMEOUT_S,
+        redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
+        redis_socket_keepalive=bool(results.keepalive),
+    )
+    return app
+
+
+def app_beside(app: Celery) -> Celery:
+    """An app with the settings of one of yours and connections of its own, which give up in time: one for each.
+
+    Yours stays as it is: what else it is used for may have other needs.
+    """
+    return app if isinstance(app, _App) else _beside.get(app) or _beside.setdefault(app, _new_app_beside(app))
+
+
+_beside: weakref.WeakKeyDictionary[Celery, Celery] = weakref.WeakKeyDictionary()
+
+
+def _new_app_beside(app: Celery) -> Celery:
+    beside = _new_app(app.main, amqp=app.amqp_cls)
+    beside.backend_cls = app.backend_cls
+    # Once they are needed: your app may be configured after the client is made.
+    beside.add_defaults(lambda: _settings_beside(app))
+    return beside
+
+
+def _settings_beside(app: Celery) -> dict[str, Any]:
+    conf = app.conf
+    settings = {name: conf[name] for name, default in DEFAULTS.items() if conf[name] != default}
+    timeouts = {"socket_timeout": SOCKET_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+    return {
+        **{f"redis_{name}": seconds for name, seconds in timeouts.items()},
+        **settings,
+        "broker_url": conf.broker_url,
+        "result_backend": conf.result_backend,
+        # Other transports refuse what they do not know.
+        "broker_transport_options": {
+            **(timeouts if app.connection_for_write().transport.driver_type == "redis" else {}),
+            **(conf.broker_transport_options or {}),
+            **RETRIES,
+        },
+        "task_publish_retry_policy": RETRIES,
+    }
+
+
+def reach(connection: Any) -> None:
+    """Raises kombu's OperationalError where the broker cannot be reached in seconds."""
+    connection.ensure_connection(**RETRIES, timeout=CONNECT_TIMEOUT_S)
+
+
+def _named(**options: str) -> dict[str, str]:
+    """Those that are set: kombu takes an empty one for one too."""
+    return {name: value for name, value in options.items() if value}
+
+
+def _environment(name: str, default: str = "") -> str:
+    """One of the worker's settings, where it is in this process's environment too. Empty is the default."""
+    return os.environ.get(f"IDEFICS_{name}") or default
+
+
+def _server(url: str, read: Callable[[str, str, str], Server]) -> Server:
+    """Of another broker than Redis, Celery knows what there is to know."""
+    if url.partition("://")[0] not in SCHEMES:
+        return Server(url)
+    return read(url, _environment("SENTINEL_MASTER"), _environment("SENTINEL_PASSWORD"))
+
+
+def _results_beside(broker_url: str) -> str:
+    try:
+        return results_beside(broker_url)
+    except ValueError as error:
+        raise ValueError(f"Give result_backend too: {error}.") from None
