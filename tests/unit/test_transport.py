@@ -1,4 +1,4 @@
-"""The atomic take over a real Redis server, channel by channel: what is where after each step and each fault."""
+"""The atomic reserve over a real Redis server, channel by channel: what is where after each step and each fault."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from worker.demo import stack
 from worker.queue import due, transport
 from worker.queue.due import ETA
 from worker.queue.envelope import checked
+from worker.queue.pending_acks import forget_pending_acks
+from worker.queue.poller import POLL_S, SWEEP_S
 from worker.queue.redeliveries import KEPT_S
+from worker.queue.take import MAX_HELD
 
 OURS, STOCK = "worker.queue.transport:Transport", "kombu.transport.redis:Transport"
 #: Seconds for what a broker does at once.
@@ -37,14 +40,14 @@ def server(broker: stack.Broker) -> Iterator[redis.Redis]:
         yield server
         server.config_set("maxmemory", 0)
         server.execute_command("ACL", "SETUSER", "default", "+@all")
-        transport._debts.clear()
+        forget_pending_acks()
 
 
 @pytest.fixture(autouse=True)
 def refused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, str | None]]:
     """What was dropped, with its id."""
     refused: list[tuple[bytes, str | None]] = []
-    monkeypatch.setattr(transport, "_on_refused", lambda raw, why: refused.append((raw, why.id)))
+    monkeypatch.setattr(transport.Transport, "on_refused", staticmethod(lambda raw, why: refused.append((raw, why.id))))
     return refused
 
 
@@ -84,7 +87,7 @@ class Taker:
 
     def ask(self) -> None:
         """Send a take and do not read its reply."""
-        self.channel._rests_until = 0.0
+        self.channel.backoff.pause_until(0.0)
         self.channel.connection.cycle.on_poll_start()
         assert self.channel._in_poll
 
@@ -233,22 +236,22 @@ def test_the_record_is_what_stock_kombu_writes(start: Start, server: redis.Redis
 
 def test_a_consumer_that_wants_none_leaves_messages_to_others(start: Start) -> None:
     full, free = start(), start()
-    full.channel.wants = lambda: False
+    full.channel.can_accept = lambda: False
     full.send("a")
     with pytest.raises(TimeoutError):
         full.take(timeout=0.2)
     assert free.take().decode() == "a"
-    full.channel.wants = lambda: True
+    full.channel.can_accept = lambda: True
     full.send("b")
     assert full.take().decode() == "b"
 
 
-def test_a_consumer_that_wants_none_still_pays_its_debts(start: Start, server: redis.Redis) -> None:
+def test_a_consumer_that_wants_none_still_sends_its_pending_acks(start: Start, server: redis.Redis) -> None:
     taker = start()
     taker.send("a")
     tag = taker.take().delivery_tag
-    taker.channel.wants = lambda: False
-    taker.channel.debts.ack(tag)
+    taker.channel.can_accept = lambda: False
+    taker.channel.pending_acks.ack(tag)
     with pytest.raises(TimeoutError):
         taker.take(timeout=0.2)
     assert held(server) == (0, 0, 0)
@@ -324,7 +327,7 @@ def test_polling_is_bounded_and_prompt(start: Start, server: redis.Redis) -> Non
     with pytest.raises(TimeoutError):
         taker.take(timeout=0.5)
     calls = server.info("commandstats")["cmdstat_evalsha"]["calls"]
-    assert 5 <= calls <= 0.5 / (transport.POLL_S / 2) + 2
+    assert 5 <= calls <= 0.5 / (POLL_S / 2) + 2
     taker.send("a")
     sent = time.monotonic()
     taker.take()
@@ -451,7 +454,7 @@ def test_what_cannot_be_kept_stays_where_it_is(
     def away(*_: object) -> None:
         raise redis.exceptions.ConnectionError
 
-    monkeypatch.setattr(transport, "_on_refused", away)
+    monkeypatch.setattr(transport.Transport, "on_refused", staticmethod(away))
     taker = start()
     server.lpush("jobs", b"{garbage")
     taker.send("a")
@@ -501,7 +504,7 @@ def test_a_late_reply_whose_message_has_gone_back_is_dropped(start: Start, serve
     (tag,) = server.hkeys("unacked")
     other.channel.qos.restore_by_tag(tag.decode())
     assert other.take().decode() == "a"
-    taker.channel._brpop_sent_at -= transport.LATE_S
+    taker.channel._brpop_sent_at -= transport.STALE_REPLY_S
     with pytest.raises(Empty):
         taker.channel._brpop_read()
     assert taker.messages == []
@@ -512,7 +515,7 @@ def test_a_late_reply_whose_message_is_still_ours_is_delivered(start: Start, ser
     taker.send("a")
     taker.ask()
     eventually(lambda: held(server) == (0, 1, 1))
-    taker.channel._brpop_sent_at -= transport.LATE_S
+    taker.channel._brpop_sent_at -= transport.STALE_REPLY_S
     assert taker.channel._brpop_read()
     assert taker.messages[0].decode() == "a"
 
@@ -590,9 +593,9 @@ def test_a_user_without_scripts_is_told_the_cure_at_the_start(start: Start, serv
 def test_what_is_owed_behind_sentinels_is_owed_whichever_of_them_is_asked() -> None:
     one, other = (Connection("sentinel://a:1/0;sentinel://b:2/0") for _ in range(2))
     other.switch("sentinel://b:2/0")
-    assert transport.SentinelChannel._place(one) == transport.SentinelChannel._place(other)
+    assert transport.SentinelChannel.broker_identity(one) == transport.SentinelChannel.broker_identity(other)
     single = Connection("redis://a:1/0")
-    assert transport.Channel._place(single) == single.as_uri()
+    assert transport.Channel.broker_identity(single) == single.as_uri()
 
 
 def test_it_stands_for_redis_and_sentinel_urls_once_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,13 +656,13 @@ def test_due_messages_come_in_the_order_of_their_times_before_others_of_their_pr
 def test_what_is_due_comes_at_once_behind_any_number_of_messages_before_their_time(
     start: Start, server: redis.Redis
 ) -> None:
-    taker, number = start(), 10 * transport.MOST_HELD
+    taker, number = start(), 10 * MAX_HELD
     for count in range(number):
         send_at(taker, str(count), time.time() + 3_600)
     send_at(taker, "now", time.time() - 1)
     server.config_resetstat()
     assert taker.take().decode() == "now"
-    assert server.info("commandstats")["cmdstat_evalsha"]["calls"] <= number / transport.MOST_HELD + 2
+    assert server.info("commandstats")["cmdstat_evalsha"]["calls"] <= number / MAX_HELD + 2
     assert (held(server), waiting(server)) == ((0, 1, 1), number)
 
 
@@ -881,7 +884,7 @@ def test_a_process_that_stood_still_lets_others_say_first_that_they_live(start: 
     cycle._extended_at -= 31
     cycle.maybe_restore_messages()
     assert server.hexists("unacked", "silent")
-    cycle._swept_at -= transport.SWEEP_S
+    cycle._swept_at -= SWEEP_S
     cycle.maybe_restore_messages()
     assert not server.hexists("unacked", "silent")
 

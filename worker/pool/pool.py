@@ -35,9 +35,9 @@ from worker.pool.launch import ModelProcess
 from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
 from worker.queue.load import Load
+from worker.queue.pending_acks import has_pending_acks
 from worker.queue.redeliveries import Deliveries
 from worker.queue.servers import ServersCheck, servers
-from worker.queue.transport import owes
 from worker.runtime.exit_watchdog import Held
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def held(self) -> Held:
         """Asked by the exit watchdog's thread."""
         jobs = list(self._jobs.values())
-        is_owed = bool(jobs or worker_state.reserved_requests or worker_state.scheduled_requests or owes())
+        is_owed = bool(jobs or worker_state.reserved_requests or worker_state.scheduled_requests or has_pending_acks())
         return Held(any(job.state is not JobState.WAITING for job in jobs), is_owed)
 
     def abandon(self) -> None:

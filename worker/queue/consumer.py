@@ -107,7 +107,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         handle = super().create_task_handler(*args, **options)
         most = load().max_job_bytes
         # Kombu's own channel (IDEFICS_ATOMIC_TAKE=false) does not ask; nor has another pool an answer.
-        self.task_consumer.channel.wants = lambda: getattr(self.pool, "wants_jobs", True)
+        self.task_consumer.channel.can_accept = lambda: getattr(self.pool, "wants_jobs", True)
         self.task_consumer.channel.most_bytes = most
         self._deliveries.channel = self.task_consumer.channel
         if not load().atomic_take:

@@ -1,0 +1,112 @@
+"""Kombu's channel, for messages that anybody may send and for servers that are full."""
+
+from __future__ import annotations
+
+import logging
+from queue import Empty
+from typing import Any
+
+from kombu.transport import redis as stock
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+from tasks.availability import is_away
+from tasks.routing import priority_for
+from worker.queue.backoff import Backoff
+from worker.queue.envelope import Refused, opened
+from worker.queue.pending_acks import PendingAcks
+from worker.queue.sweep import OnRefused
+from worker.queue.take import Reserved
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedChannel(stock.Channel):  # type: ignore[misc]
+    """Kombu's; no message ends the process, and no refusal of a full server does."""
+
+    pending_acks: PendingAcks
+
+    def __init__(self, connection: Any, **options: Any) -> None:
+        #: How far a compressed body is inflated.
+        self.most_bytes = 32_000_000
+        self.backoff = Backoff()
+        self.on_refused: OnRefused = connection.on_refused
+        self._command_client: Any = None
+        try:
+            super().__init__(connection, **options)
+        except ResponseError as error:
+            # Such a server refuses even PING. As a connection error it is tried again, with growing pauses.
+            if is_away(error):
+                raise RedisConnectionError(str(error)) from error
+            raise
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return super()._create_client(asynchronous)
+        # Kombu makes a client for every command, which costs more than the command.
+        if self._command_client is None or self._command_client.connection_pool is not self.pool:
+            self._command_client = super()._create_client()
+        return self._command_client
+
+    def _opened(self, reserved: Reserved) -> dict[str, Any]:
+        """Raises Empty for what is no message."""
+        try:
+            message = opened(reserved.raw, reserved.queue, self.most_bytes)
+        except Refused as refused:
+            try:
+                self._drop(reserved, refused)
+            except Exception as error:
+                # It is not dropped before its refusal is stored.
+                self.backoff.complain(error)
+                if reserved.tag:
+                    self.pending_acks.requeue(reserved.tag, last=True)
+            raise Empty from None
+        if reserved.tag:
+            message["properties"]["delivery_tag"] = reserved.tag
+        return message
+
+    def _deliver_reserved(self, message: dict[str, Any], reserved: Reserved) -> None:
+        try:
+            self.connection._deliver(message, reserved.queue)
+        except self.connection_errors:
+            raise
+        except Exception:
+            # A defect of the worker is not its sender's fault. A second one with the same message would loop.
+            logger.exception("A defect while a message of queue %s was taken in.", reserved.queue)
+            if not reserved.tag:
+                pass
+            elif message["properties"]["delivery_info"].get("redelivered"):
+                self._drop(reserved, Refused("The worker has a defect: its log has the traceback."))
+            else:
+                self.qos.reject(reserved.tag, requeue=True)
+
+    def _drop(self, reserved: Reserved, refused: Refused) -> None:
+        self.on_refused(reserved.raw, refused)
+        if reserved.tag:
+            self.qos.ack(reserved.tag)
+
+    def _receive_one(self, client: Any) -> Any:
+        """Kombu's, for a message on a channel that every process may publish to."""
+        try:
+            return super()._receive_one(client)
+        except (Empty, ResponseError, *self.connection_errors):
+            raise
+        except Exception as error:
+            logger.error("What came on a channel of Redis cannot be read (%s); it is dropped.", type(error).__name__)
+            raise Empty from None
+
+    def _get_message_priority(self, message: Any, *args: Any, **options: Any) -> int:
+        """Kombu's. The messages of other apps' dead workers come back through here, too."""
+        priority: int = super()._get_message_priority(message, *args, **options)
+        headers = message.get("headers")
+        task = headers.get("task") if isinstance(headers, dict) else None
+        return int(priority_for(task, priority)) if task is not None else priority
+
+    def _queue_bind(self, *args: Any) -> None:
+        try:
+            super()._queue_bind(*args)
+        except ResponseError as error:
+            # A worker that starts beside a full server has to empty it, and needs no binding for that.
+            if not is_away(error):
+                raise
+            self.backoff.complain(error)

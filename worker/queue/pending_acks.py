@@ -1,0 +1,112 @@
+"""Acks and requeues not yet sent to the broker.
+
+They outlive a channel that lost its connection: the next one sends them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from worker.queue.take import MAX_HELD
+
+#: Seconds within which jobs that end are acknowledged together. Jobs of a worker that dies before are delivered again,
+#: and found to have ended.
+ACK_BATCH_WINDOW_S = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A message that is to wait for its time."""
+
+    #: The sorted set.
+    key: str
+    #: Unix seconds.
+    at: float
+    #: Bytes that end its record.
+    ending: int
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a message came from: its list, and the end of its record."""
+
+    list: str
+    ending: str
+
+
+class Broker(Protocol):
+    """What `flush` sends through. All raise Redis's errors."""
+
+    def send_acks(self, acks: Mapping[str, str | None]) -> None: ...
+    def send_hand_backs(self, origins: Mapping[str, Origin]) -> None: ...
+    def send_holds(self, holds: Mapping[str, Hold]) -> None: ...
+    def send_requeue(self, tag: str, *, last: bool) -> None: ...
+
+
+class PendingAcks:
+    """Acks and requeues not yet sent to the broker, by the messages' tags; sent by `flush`."""
+
+    def __init__(self) -> None:
+        #: With the id of a job that had been redelivered, whose counted returns are deleted with its message.
+        self.acks: dict[str, str | None] = {}
+        #: Whether each goes to the end of its queue that is read last.
+        self.requeues: dict[str, bool] = {}
+        self.holds: dict[str, Hold] = {}
+        #: Messages to be put back as they came, as if they had never been taken.
+        self.hand_backs: dict[str, Origin] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.acks or self.requeues or self.holds or self.hand_backs)
+
+    def ack(self, tag: str, redelivered_id: str | None = None) -> None:
+        self.requeues.pop(tag, None)
+        self.hand_backs.pop(tag, None)
+        self.acks[tag] = redelivered_id
+
+    def requeue(self, tag: str, *, last: bool = False) -> None:
+        if tag not in self.acks and tag not in self.holds and tag not in self.hand_backs:
+            self.requeues[tag] = last
+
+    def flush(self, broker: Broker) -> None:
+        """Send everything. Raises where the broker refuses or is away; what was not sent stays pending."""
+        if acks := dict(self.acks):
+            broker.send_acks(acks)
+            _remove(acks, self.acks)
+        if hand_backs := dict(self.hand_backs):
+            # To send one twice does nothing.
+            broker.send_hand_backs(hand_backs)
+            _remove(hand_backs, self.hand_backs)
+        while holds := dict(itertools.islice(self.holds.items(), MAX_HELD)):
+            broker.send_holds(holds)
+            _remove(holds, self.holds)
+        for tag, last in list(self.requeues.items()):
+            broker.send_requeue(tag, last=last)
+            self.requeues.pop(tag, None)
+
+
+def _remove(sent: Mapping[str, Any], pending: dict[str, Any]) -> None:
+    for tag in sent:
+        pending.pop(tag, None)
+
+
+#: By the broker's identity, the prefix of its keys and the name of `unacked`. Global, since kombu makes the channels.
+_by_broker: defaultdict[tuple[str, str, str], PendingAcks] = defaultdict(PendingAcks)
+
+
+def pending_acks(broker: str, prefix: str, unacked: str) -> PendingAcks:
+    """Those of all channels to one broker and deployment."""
+    return _by_broker[broker, prefix, unacked]
+
+
+def has_pending_acks() -> bool:
+    """Whether any broker has not been sent all acks of this process. Called by any thread."""
+    return any(list(_by_broker.values()))
+
+
+def forget_pending_acks() -> None:
+    """For tests: as in a new process."""
+    _by_broker.clear()
