@@ -124,8 +124,8 @@ def downloads(root: Path) -> dict[str, Any]:
 
 def _remote_to_local(root: Path, port: int, model: str, count: int) -> dict[str, Any]:
     book = PictureBook(root)
-    # One server stands for many: the turns at a single host would bound it.
-    network = {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(port), "IMAGE_HOST_TURNS": "1000"}
+    # One server stands for many: the limit of a single host would bound it.
+    network = {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(port), "IMAGE_HOST_CONCURRENCY": "1000"}
     with worker(root, MODEL=model, **network) as ours:
         ratios = []
         for number in range(ROUNDS + 1):
@@ -173,7 +173,7 @@ def memory(root: Path) -> dict[str, Any]:
 def memory_by_url(root: Path) -> dict[str, Any]:
     """The same for pictures that come from a server."""
     with _image_server(root) as port:
-        network = {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(port), "IMAGE_HOST_TURNS": "1000"}
+        network = {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(port), "IMAGE_HOST_CONCURRENCY": "1000"}
         return _memory(root, lambda picture: _caption(picture, port), **network)
 
 

@@ -179,7 +179,7 @@ class Settings(BaseSettings):
     ca_file: Annotated[FilePath, AfterValidator(_holding_certificates)] | None = None
     """PEM file with additional certificate authorities, for images and callbacks inside your network. Public
     authorities stay trusted."""
-    image_host_turns: int = Field(default=8, ge=1)
+    image_host_concurrency: int = Field(default=8, ge=1)
     """Simultaneous downloads from one host, so that a bulk job does not overload a site and a slow site does not hold
     all threads."""
     image_jobs: int = Field(default=0, ge=0)
@@ -359,7 +359,7 @@ class Settings(BaseSettings):
         return self.prefetch or 3 * self.max_batch_size
 
     @property
-    def image_job_turns(self) -> int:
+    def image_job_concurrency(self) -> int:
         """Jobs that load images from the network at once."""
         return self.image_jobs or max(1, self.job_threads // 3)
 
@@ -389,11 +389,24 @@ def _is_injected(name: str, value: str) -> bool:
     return any(ending.search(rest) and form.fullmatch(value) for ending, form in _INJECTED)
 
 
+#: Old names of settings, without the prefix, and the fields that they set: read where the new name is not set.
+RENAMED = {"IMAGE_HOST_TURNS": "image_host_concurrency"}
+
+
 def load() -> Settings:
     """The settings of this environment. Raises ValueError for an unknown `IDEFICS_` name."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {PREFIX + name for name in (*map(str.upper, Settings.model_fields), *RENAMED)}
     others = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name not in known}
     unknown = sorted(name for name, value in others.items() if not _is_injected(name, value))
     if unknown:
         raise ValueError(f"Unknown settings: {', '.join(unknown)}. `python -m config` lists all.")
-    return Settings()
+    return Settings(**_renamed())
+
+
+def _renamed() -> dict[str, Any]:
+    """The values that this environment has under old names only, by field."""
+    return {
+        field: value
+        for old, field in RENAMED.items()
+        if (value := os.environ.get(PREFIX + old)) and not os.environ.get(PREFIX + field.upper())
+    }

@@ -28,7 +28,7 @@ from tasks.routing import priority_for
 from worker.delivery.recorder import Announcer, End
 from worker.delivery.sender import check as check_callback
 from worker.engine.row import NotBegun
-from worker.images.host_limits import HostBusy
+from worker.images.host_limits import HostLimitReached
 from worker.jobs.idempotency import FirstStillRuns, first_answer
 from worker.jobs.service import Canceled, Service, Ticket
 from worker.observability import log_setup
@@ -176,9 +176,9 @@ class JobTask(Task):  # type: ignore[misc]
         )
         try:
             return _service.run(job, ticket)
-        except HostBusy as wait:
+        except HostLimitReached as wait:
             self._leave_if_ended()
-            self._look_again(job, wait.countdown, "it waited for its turn at an image's host")
+            self._look_again(job, wait.countdown, "it waited for a download slot of an image's host")
         except JobError as error:
             if error.retryable:
                 self._leave_if_ended()

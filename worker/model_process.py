@@ -76,7 +76,7 @@ class ModelProcess:
 
     def serve(self, threads: int) -> None:
         """Run jobs until the parent says stop or is gone."""
-        gil.allow(len(job_cores(all_cores())))
+        gil.set_permits(len(job_cores(all_cores())))
         patience.allow(self._redis_wait_s, self._tell_wait)
         for number in range(threads):
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
@@ -129,7 +129,7 @@ class ModelProcess:
             return "canceled", serial, None
         self._channel.send(("accepted", serial, time.monotonic()))
         try:
-            with gil.taken():
+            with gil.held():
                 outcome = fast_trace_task(*arguments)
             if _failed_outside_the_task(outcome):
                 # The tracer has stored an end, and skipped what follows it.

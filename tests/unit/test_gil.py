@@ -1,4 +1,4 @@
-"""Turns at the interpreter: how many threads run, and that nobody waits for ever."""
+"""Permits to run Python: how many threads hold one, and that none waits forever."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from worker.runtime import gil
 
 
 @pytest.fixture(autouse=True)
-def one_turn() -> Iterator[None]:
-    gil.allow(1)
+def one_permit() -> Iterator[None]:
+    gil.set_permits(1)
     yield
-    gil.allow(1)
+    gil.set_permits(1)
 
 
 @pytest.fixture
@@ -25,17 +25,17 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _run(entered: threading.Semaphore, leave: threading.Event, *, waits: bool = False) -> None:
-    with gil.taken():
+    with gil.held():
         entered.release()
         if waits:
-            with gil.given_up():
+            with gil.released():
                 leave.wait(10)
         else:
             leave.wait(10)
 
 
-def test_only_so_many_run_at_a_time(threads: ThreadPoolExecutor) -> None:
-    gil.allow(2)
+def test_no_more_threads_run_than_there_are_permits(threads: ThreadPoolExecutor) -> None:
+    gil.set_permits(2)
     entered, leave = threading.Semaphore(0), threading.Event()
     running = [threads.submit(_run, entered, leave) for _ in range(3)]
     assert entered.acquire(timeout=5)
@@ -55,9 +55,9 @@ def test_a_thread_that_waits_lets_others_run(threads: ThreadPoolExecutor) -> Non
     assert [each.result(5) for each in running] == [None] * 3
 
 
-def test_a_turn_comes_back_after_an_error(threads: ThreadPoolExecutor) -> None:
+def test_a_permit_is_released_after_an_error(threads: ThreadPoolExecutor) -> None:
     def fail() -> None:
-        with gil.taken(), gil.given_up():
+        with gil.held(), gil.released():
             raise ValueError("a defect")
 
     failed: Future[None] = threads.submit(fail)
@@ -68,29 +68,31 @@ def test_a_turn_comes_back_after_an_error(threads: ThreadPoolExecutor) -> None:
     threads.submit(_run, entered, leave).result(0.5)
 
 
-def test_nobody_waits_for_ever_for_one_that_hangs(threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gil, "PATIENCE_S", 0.05)
+def test_no_thread_waits_forever_for_one_that_hangs(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gil, "MAX_WAIT_S", 0.05)
     entered, leave = threading.Semaphore(0), threading.Event()
     running = [threads.submit(_run, entered, leave) for _ in range(2)]
     assert entered.acquire(timeout=5)
     assert entered.acquire(timeout=5)
     leave.set()
     assert [each.result(5) for each in running] == [None] * 2
-    # The one that went on without a turn has none to give back.
+    # The thread that ran without a permit has none to release.
     entered, leave = threading.Semaphore(0), threading.Event()
-    monkeypatch.setattr(gil, "PATIENCE_S", 5)
+    monkeypatch.setattr(gil, "MAX_WAIT_S", 5)
     running = [threads.submit(_run, entered, leave) for _ in range(2)]
     assert entered.acquire(timeout=5)
     assert not entered.acquire(timeout=0.1)
     leave.set()
 
 
-def test_outside_of_a_turn_there_is_none_to_give_up(threads: ThreadPoolExecutor) -> None:
-    with gil.given_up():
+def test_a_thread_without_a_permit_releases_none(threads: ThreadPoolExecutor) -> None:
+    with gil.released():
         pass
-    with gil.taken():
+    with gil.held():
         pass
-    with gil.given_up():
+    with gil.released():
         pass
     entered, leave = threading.Semaphore(0), threading.Event()
     leave.set()

@@ -1,4 +1,4 @@
-"""Turns at an image's host."""
+"""Limits on downloads at once from one host."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from worker.images.host_limits import LONGEST_S, SHORTEST_S, HostBusy, Hosts
+from worker.images.host_limits import MAX_COUNTDOWN_S, MIN_COUNTDOWN_S, HostLimiter, HostLimitReached
 
 
-def test_a_fast_host_is_never_asked_by_more_than_its_turns_and_nobody_is_sent_away() -> None:
-    hosts, lock, now, most = Hosts(2), threading.Lock(), 0, 0
+def test_a_fast_host_never_exceeds_its_limit_and_no_job_is_sent_back() -> None:
+    hosts, lock, now, most = HostLimiter(2), threading.Lock(), 0, 0
 
     def download(_: int) -> None:
         nonlocal now, most
-        with hosts.turn("fast.test"):
+        with hosts.acquire("fast.test"):
             with lock:
                 now += 1
                 most = max(most, now)
@@ -30,50 +30,50 @@ def test_a_fast_host_is_never_asked_by_more_than_its_turns_and_nobody_is_sent_aw
     assert hosts._hosts == {}
 
 
-def test_who_would_wait_long_is_sent_away_at_once_and_told_when_to_come_and_others_are_not_held() -> None:
-    hosts = Hosts(1)
-    with hosts.turn("slow.test"):
+def test_a_job_that_would_wait_long_is_sent_back_at_once_with_a_countdown_and_other_hosts_are_not_delayed() -> None:
+    hosts = HostLimiter(1)
+    with hosts.acquire("slow.test"):
         hosts._hosts["slow.test"].usual_s = 5.0
         started = time.monotonic()
         countdowns = []
         for _ in range(3):
-            with pytest.raises(HostBusy) as busy, hosts.turn("slow.test"):
+            with pytest.raises(HostLimitReached) as busy, hosts.acquire("slow.test"):
                 pass
             countdowns.append(busy.value.countdown)
-        with hosts.turn("other.test"):
+        with hosts.acquire("other.test"):
             pass
         assert time.monotonic() - started < 0.5
-    assert countdowns == pytest.approx([SHORTEST_S, SHORTEST_S + 5, SHORTEST_S + 10], abs=0.2)
+    assert countdowns == pytest.approx([MIN_COUNTDOWN_S, MIN_COUNTDOWN_S + 5, MIN_COUNTDOWN_S + 10], abs=0.2)
 
 
-def test_no_more_threads_wait_than_may() -> None:
-    hosts = Hosts(1, most_waiting=2)
+def test_waiting_threads_are_bounded() -> None:
+    hosts = HostLimiter(1, max_waiting=2)
     with ThreadPoolExecutor(2) as threads:
-        with hosts.turn("quick.test"):
-            later = [threads.submit(lambda: hosts.turn("quick.test").__enter__()) for _ in range(2)]
+        with hosts.acquire("quick.test"):
+            later = [threads.submit(lambda: hosts.acquire("quick.test").__enter__()) for _ in range(2)]
             while hosts._hosts["quick.test"].waiting < 2:
                 time.sleep(0.01)
-            with pytest.raises(HostBusy), hosts.turn("quick.test"):
+            with pytest.raises(HostLimitReached), hosts.acquire("quick.test"):
                 pass
         assert [future.exception(timeout=2) for future in later] == [None, None]
 
 
-def test_no_countdown_is_longer_than_the_longest() -> None:
-    hosts = Hosts(1)
-    with hosts.turn("slow.test"):
+def test_a_countdown_is_bounded() -> None:
+    hosts = HostLimiter(1)
+    with hosts.acquire("slow.test"):
         hosts._hosts["slow.test"].usual_s = 1_000.0
         for _ in range(5):
-            with pytest.raises(HostBusy) as busy, hosts.turn("slow.test"):
+            with pytest.raises(HostLimitReached) as busy, hosts.acquire("slow.test"):
                 pass
-            assert busy.value.countdown <= LONGEST_S
+            assert busy.value.countdown <= MAX_COUNTDOWN_S
 
 
-def test_a_patient_one_waits_for_a_slow_host() -> None:
-    hosts = Hosts(1)
+def test_a_caller_may_choose_to_wait_for_a_slow_host() -> None:
+    hosts = HostLimiter(1)
     with ThreadPoolExecutor(1) as threads:
-        with hosts.turn("slow.test"):
+        with hosts.acquire("slow.test"):
             hosts._hosts["slow.test"].usual_s = 9.0
-            later = threads.submit(lambda: hosts.turn("slow.test", patience_s=5).__enter__())
+            later = threads.submit(lambda: hosts.acquire("slow.test", wait_s=5).__enter__())
             time.sleep(0.05)
             assert not later.done()
         later.result(timeout=2)

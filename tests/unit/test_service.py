@@ -24,7 +24,7 @@ from worker.engine.engine import Engine
 from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
 from worker.images.decode import open_image
-from worker.images.host_limits import HostBusy
+from worker.images.host_limits import HostLimitReached
 from worker.images.sources import SourceReader
 from worker.jobs.golden import TOLERANCES
 from worker.jobs.service import DOWNLOADS, Canceled, Service, Ticket
@@ -229,7 +229,7 @@ def test_a_path_is_read_below_the_image_root(start: Start, tmp_path: Path) -> No
     assert result.text == start().run(job("caption", image=data_uri()), TICKET).text
 
 
-def test_jobs_that_share_a_large_picture_do_not_wait_for_one_anothers_turn(
+def test_jobs_that_share_a_large_picture_do_not_wait_for_one_anothers_permit(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(data: bytes, *_: Any) -> Image.Image:
@@ -238,12 +238,12 @@ def test_jobs_that_share_a_large_picture_do_not_wait_for_one_anothers_turn(
 
     monkeypatch.setattr("worker.jobs.service.open_image", slow)
     monkeypatch.setattr("worker.jobs.service.LARGE_BYTES", 10)
-    monkeypatch.setattr(gil, "PATIENCE_S", 2 * SOON)
-    gil.allow(1)
+    monkeypatch.setattr(gil, "MAX_WAIT_S", 2 * SOON)
+    gil.set_permits(1)
     service = start()
 
     def run(number: int) -> str:
-        with gil.taken():
+        with gil.held():
             return service.run(job("caption", image=data_uri(), max_new_tokens=4), Ticket(id=str(number))).text
 
     with ThreadPoolExecutor(4) as threads:
@@ -256,7 +256,7 @@ def test_hosts_that_hang_leave_threads_to_jobs_that_load_nothing_from_the_networ
     with ThreadPoolExecutor(6) as threads, socket.create_server(("", 0)) as silent:
         port = silent.getsockname()[1]
         service = start(image_jobs=2, image_allow_networks="127.0.0.0/8", image_ports=(port,))
-        # Each at another host; the last one shows two of them, and would wait for its hosts' turns.
+        # Each at another host; the last one shows two of them, and would wait for its hosts' limits.
         urls = [f"http://127.0.0.{number}:{port}/a.png" for number in range(2, 8)]
         shown = [*([url] for url in urls[:4]), urls[4:]]
         hostile = [
@@ -264,7 +264,7 @@ def test_hosts_that_hang_leave_threads_to_jobs_that_load_nothing_from_the_networ
             for number, images in enumerate(shown)
         ]
         ended = wait(hostile, 3).done
-        assert [type(future.exception()) for future in ended] == [HostBusy] * 3
+        assert [type(future.exception()) for future in ended] == [HostLimitReached] * 3
         for number in range(4):
             local = job("complete", prompt=[data_uri(), "door"], max_new_tokens=4)
             assert service.run(local, Ticket(id=f"local-{number}")).text == "door"

@@ -128,9 +128,20 @@ def test_prefetch_follows_the_batch_size_unless_it_is_set(environment: Environme
 
 
 def test_half_of_the_jobs_may_load_from_the_network_unless_it_is_said(environment: Environment) -> None:
-    assert environment(MAX_BATCH_SIZE="8").image_job_turns == 8
-    assert environment(PREFETCH="1").image_job_turns == 1
-    assert environment(PREFETCH="5", IMAGE_JOBS="4").image_job_turns == 4
+    assert environment(MAX_BATCH_SIZE="8").image_job_concurrency == 8
+    assert environment(PREFETCH="1").image_job_concurrency == 1
+    assert environment(PREFETCH="5", IMAGE_JOBS="4").image_job_concurrency == 4
+
+
+@pytest.mark.parametrize(("values", "expected"), [({"IMAGE_HOST_TURNS": "3"}, 3), ({"IMAGE_HOST_TURNS": ""}, 8)])
+def test_an_old_name_sets_what_it_was_renamed_to(
+    environment: Environment, values: dict[str, str], expected: int
+) -> None:
+    assert environment(**values).image_host_concurrency == expected
+
+
+def test_a_new_name_goes_before_the_old_one(environment: Environment) -> None:
+    assert environment(IMAGE_HOST_TURNS="3", IMAGE_HOST_CONCURRENCY="4").image_host_concurrency == 4
 
 
 # Refusals

@@ -95,7 +95,7 @@ def _is_good_name(host: str, allow_networks: tuple[Network, ...], minute: int) -
     """False for a name that leads to a forbidden address now. One without an address is tried when its time comes."""
     guard = Guard(NetworkPolicy(allow_networks=allow_networks), Deadline(LOOK_UP_S))
     try:
-        with gil.given_up():
+        with gil.released():
             guard.resolve(host, 443)
     except (NoAddress, TimeoutError):
         return True

@@ -24,7 +24,7 @@ from worker.images.containers import foreign
 from worker.net.deadline import Deadline
 from worker.net.guard import Guard, NoAddress, TooManyBytes
 from worker.net.policy import NetworkPolicy, Refused, host_of
-from worker.net.rate import Pace
+from worker.net.rate import RateLimiter
 from worker.net.session import (
     CHUNK_BYTES,
     NETWORK_ERRORS,
@@ -73,7 +73,7 @@ class FetchPolicy(NetworkPolicy):
     root: Path | None = None
     max_redirects: int = 5
     #: Downloads at once from one host.
-    host_turns: int = 8
+    host_concurrency: int = 8
     #: How the operators of the hosts reach the operator of this worker; part of the User-Agent.
     contact: str | None = None
 
@@ -84,7 +84,7 @@ class Fetcher:
     def __init__(self, policy: FetchPolicy) -> None:
         self._policy = policy
         self._tls = tls_context(policy.ca_file)
-        self._pace = Pace(LARGE_BYTES_PER_S * len(all_cores()))
+        self._rate = RateLimiter(LARGE_BYTES_PER_S * len(all_cores()))
         self._headers = {
             "User-Agent": user_agent(contact=policy.contact),
             "Accept": "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1",
@@ -104,7 +104,7 @@ class Fetcher:
             for _ in range(self._policy.max_redirects + 1):
                 with _translated(url, guard), self._response(session, url) as response:
                     if response.status_code not in REDIRECTS:
-                        return _body(response, guard, self._pace)
+                        return _body(response, guard, self._rate)
                     url = _redirect_target(response)
         hops = self._policy.max_redirects
         raise ImageBlocked(
@@ -158,7 +158,7 @@ def _redirect_target(response: requests.Response) -> str:
     return target
 
 
-def _body(response: requests.Response, guard: Guard, pace: Pace) -> bytes:
+def _body(response: requests.Response, guard: Guard, rate: RateLimiter) -> bytes:
     host, max_bytes = _host(response.url), guard.policy.max_bytes
     _check_status(response, host)
     encodings = response.headers.get("Content-Encoding", "").lower().split(",")
@@ -169,7 +169,7 @@ def _body(response: requests.Response, guard: Guard, pace: Pace) -> bytes:
     length = response.headers.get("Content-Length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_large(f"{host} sends", max_bytes)
-    return _read_capped(response, host, guard, pace)
+    return _read_capped(response, host, guard, rate)
 
 
 def _check_status(response: requests.Response, host: str) -> None:
@@ -191,7 +191,7 @@ def _check_status(response: requests.Response, host: str) -> None:
     )
 
 
-def _read_capped(response: requests.Response, host: str, guard: Guard, pace: Pace) -> bytes:
+def _read_capped(response: requests.Response, host: str, guard: Guard, rate: RateLimiter) -> bytes:
     # Not one buffer that grows: its new memory would be touched with the interpreter held, and moved again and again.
     pieces: list[bytes] = []
     size, head = 0, b""
@@ -204,7 +204,7 @@ def _read_capped(response: requests.Response, host: str, guard: Guard, pace: Pac
         if size > guard.policy.max_bytes:
             raise too_large(f"{host} sends", guard.policy.max_bytes)
         if size > LARGE_BYTES:
-            wait_s = pace.wait_s(len(piece))
+            wait_s = rate.wait_s(len(piece))
             time.sleep(wait_s)
             # This wait is ours, not the server's.
             guard.deadline.extend(wait_s)

@@ -14,7 +14,7 @@ from tasks.errors import ImageBlocked, ImageInvalid
 from tasks.image_sources import data_head
 from tasks.payloads import ImageSource
 from worker.images.fetch import Fetcher, FetchPolicy, requested_host, too_large
-from worker.images.host_limits import Hosts
+from worker.images.host_limits import HostLimiter
 
 #: Bytes that are read of a file beyond the size that it says it has.
 READ_AHEAD_BYTES = 16_384
@@ -32,18 +32,18 @@ class SourceReader:
     def __init__(self, policy: FetchPolicy) -> None:
         self._policy = policy
         self._fetcher = Fetcher(policy)
-        self._hosts = Hosts(policy.host_turns)
+        self._hosts = HostLimiter(policy.host_concurrency)
 
-    def read(self, source: ImageSource, patience_s: float | None = None) -> bytes:
-        """The bytes of one image; they may still be no picture. `patience_s`: seconds to wait for its host's limit.
+    def read(self, source: ImageSource, wait_s: float | None = None) -> bytes:
+        """The bytes of one image; they may still be no picture. `wait_s`: seconds to wait for its host's limit.
 
-        Raises ImageBlocked, ImageTooLarge, ImageInvalid, ImageUnreachable (retryable), or HostBusy.
+        Raises ImageBlocked, ImageTooLarge, ImageInvalid, ImageUnreachable (retryable), or HostLimitReached.
         """
         if not isinstance(source, str):
             return read_below(self._policy.root, source.path, self._policy.max_bytes)
         if not is_remote(source):
             return decode_data_uri(source, self._policy.max_bytes)
-        with self._hosts.turn(requested_host(source), patience_s):
+        with self._hosts.acquire(requested_host(source), wait_s):
             return self._fetcher.fetch(source)
 
 

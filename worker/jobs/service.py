@@ -25,7 +25,7 @@ from worker.engine.row import NotBegun, Output, Picture, Row, Sampling
 from worker.images.cache import PictureCache
 from worker.images.decode import ImageLimits, open_image
 from worker.images.fetch import FetchPolicy
-from worker.images.host_limits import HostBusy, Hosts
+from worker.images.host_limits import HostLimiter, HostLimitReached
 from worker.images.sources import SourceReader, is_remote
 from worker.jobs.answer_cache import Answers
 from worker.jobs.golden import read_golden, tolerance
@@ -103,7 +103,7 @@ class Service:
         self._sources = SourceReader(_fetch_policy(settings))
         #: For the network as for a single host: hosts that hang, however many, leave threads to jobs that need none.
         #: Nor may all threads wait here, before it shows that the hosts hang.
-        self._network = Hosts(settings.image_job_turns, most_waiting=settings.image_job_turns // 4)
+        self._network = HostLimiter(settings.image_job_concurrency, max_waiting=settings.image_job_concurrency // 4)
         self._pictures = PictureCache(self._open, settings.image_cache_bytes)
         #: More decoders than cores only fight over the interpreter.
         self._decoders = threading.Semaphore(len(all_cores()))
@@ -127,7 +127,7 @@ class Service:
         except MemoryError:
             # The process may go on: what was to be allocated was not.
             raise OutOfMemory from None
-        except (JobError, HostBusy):
+        except (JobError, HostLimitReached):
             if run.canceled:
                 # Its failure is no longer of interest, and must not have it tried again.
                 raise Canceled from None
@@ -159,7 +159,7 @@ class Service:
     def pace(self) -> Pace:
         """The engine's, in jobs. Those that load images hold nobody's place in it."""
         pace = self._engine.pace
-        return pace._replace(capacity=pace.capacity + self._network.held)
+        return pace._replace(capacity=pace.capacity + self._network.in_use)
 
     @contextlib.contextmanager
     def withdrawn(self, ids: Sequence[str], most: int) -> Iterator[list[str]]:
@@ -193,7 +193,7 @@ class Service:
         with self._lock:
             run.row = row
             row.canceled = run.canceled
-        with gil.given_up():
+        with gil.released():
             output = self._answers.output(row, self._info, self._compute) if self._answers else self._compute(row)
         ended = time.monotonic()
         timing = Timing(
@@ -232,7 +232,7 @@ class Service:
         if sum(is_remote(reference.source) for reference in references) < 2:
             pictures = [self._load(reference) for reference in references]
         else:
-            with gil.given_up(), self._network.turn(""):
+            with gil.released(), self._network.acquire(""):
                 pictures = self._download_all(references)
         images = {id(reference): picture for reference, picture in zip(references, pictures, strict=True)}
         return [images[id(part)] if isinstance(part, ImageRef) else part for part in prompt]
@@ -240,7 +240,7 @@ class Service:
     def _load(self, reference: ImageRef) -> Picture:
         if not is_remote(reference.source):
             return self._picture(self._sources.read(reference.source))
-        with gil.given_up(), self._network.turn(""):
+        with gil.released(), self._network.acquire(""):
             data = self._sources.read(reference.source)
         return self._picture(data)
 
@@ -253,14 +253,14 @@ class Service:
 
     def _download(self, reference: ImageRef) -> Picture:
         # Patiently: a job sent away loses what it has loaded.
-        data = self._sources.read(reference.source, patience_s=self._settings.image_timeout_s)
+        data = self._sources.read(reference.source, wait_s=self._settings.image_timeout_s)
         # At once, since the files of all of a job's images take much more memory than what is kept of them.
-        with gil.taken():
+        with gil.held():
             return self._picture(data)
 
     def _picture(self, data: bytes) -> Picture:
         # Around all of it: a thread that has the turn may wait for a decoder, or for this very picture.
-        with gil.given_up() if len(data) > LARGE_BYTES else contextlib.nullcontext():
+        with gil.released() if len(data) > LARGE_BYTES else contextlib.nullcontext():
             return self._pictures.get(data)
 
     def _open(self, data: bytes) -> Picture:
@@ -446,7 +446,7 @@ def _fetch_policy(settings: Settings) -> FetchPolicy:
         max_bytes=settings.image_max_bytes,
         root=settings.image_root,
         total_s=settings.image_timeout_s,
-        host_turns=settings.image_host_turns,
+        host_concurrency=settings.image_host_concurrency,
         contact=settings.contact,
         max_redirects=settings.image_max_redirects,
         ca_file=settings.ca_file,

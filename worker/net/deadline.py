@@ -1,4 +1,4 @@
-"""Moments that no wait may outlast, even where a library waits and does not look."""
+"""Deadlines for network waits, enforced even where a library waits without looking at the time."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ import socket
 import threading
 import time
 
-#: Seconds that a connection may outlast its deadline.
-TICK_S = 0.5
+#: Seconds between two checks of the watchdog: how long a connection may outlast its deadline.
+CHECK_INTERVAL_S = 0.5
 
 
 class Deadline:
-    """A moment that no wait may outlast."""
+    """A point in time that no wait may outlast."""
 
     def __init__(self, seconds: float) -> None:
+        """`seconds`: from now."""
         self._end = time.monotonic() + seconds
 
     def left(self, at_most: float) -> float:
-        """Seconds to wait: what is left, `at_most` at most. Raises TimeoutError when none is left."""
+        """Seconds to wait: those that remain, `at_most` at most. Raises TimeoutError when none remain."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError("the total deadline has passed")
         return min(left, at_most)
 
     def extend(self, seconds: float) -> None:
+        """Move the deadline back by a wait that is not to count."""
         self._end += seconds
 
     def has_passed(self) -> bool:
         return time.monotonic() >= self._end
 
 
-class Watch:
-    """Ends connections at their deadlines.
+class DeadlineWatchdog:
+    """Shuts connections down at their deadlines, from a thread of its own. Thread-safe.
 
-    A timeout ends a wait for bytes. But TLS reads records of its own (tickets, alerts, updates of keys) within one call
-    for as long as they come, and a server may send nothing else.
+    A socket's timeout ends a wait for bytes. But TLS reads records of its own (tickets, alerts, key updates) within one
+    call for as long as they come, and a server may send nothing else.
     """
 
     def __init__(self) -> None:
@@ -43,8 +45,11 @@ class Watch:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def add(self, connection: socket.socket, deadline: Deadline) -> socket.socket:
-        """What to forget once the connection is over: it is another's, and may have become a part of a TLS socket."""
+    def watch(self, connection: socket.socket, deadline: Deadline) -> socket.socket:
+        """Watch a connection. Returns the handle to `forget` once the connection is over.
+
+        The handle is a duplicate, since the connection may become part of a TLS socket.
+        """
         handle = connection.dup()
         with self._changed:
             self._watched[handle] = deadline
@@ -55,6 +60,7 @@ class Watch:
         return handle
 
     def forget(self, handle: socket.socket) -> None:
+        """Stop watching the connection of a handle, and close the handle."""
         with self._changed:
             self._watched.pop(handle, None)
         handle.close()
@@ -65,7 +71,7 @@ class Watch:
                 self._changed.wait_for(lambda: self._watched)
                 late = [handle for handle, deadline in self._watched.items() if deadline.has_passed()]
             for handle in late:
-                # Of the connection itself, whoever else holds it: who reads reaches its end.
+                # Of the connection itself, not of this handle only: the thread that reads it meets its end.
                 with contextlib.suppress(OSError):
                     handle.shutdown(socket.SHUT_RDWR)
-            time.sleep(TICK_S)
+            time.sleep(CHECK_INTERVAL_S)

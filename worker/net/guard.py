@@ -9,11 +9,11 @@ from http import client as http_client
 from threading import Thread
 from typing import Any
 
-from worker.net.deadline import Deadline, Watch
+from worker.net.deadline import Deadline, DeadlineWatchdog
 from worker.net.policy import GuardError, NetworkPolicy, check_address, check_target
 
 #: One thread for all connections of the process.
-_watch = Watch()
+_watchdog = DeadlineWatchdog()
 
 
 class NoAddress(GuardError):
@@ -38,7 +38,7 @@ class Guard:
     def close(self) -> None:
         """Stop watching the connections, and close the responses."""
         for handle in self._handles:
-            _watch.forget(handle)
+            _watchdog.forget(handle)
         # urllib3 does not close a response whose headers it refuses: the socket would stay open until collected.
         for response in self.responses:
             response.close()
@@ -89,7 +89,7 @@ class Guard:
             connection.connect(target)
             # For the TLS handshake and the request, which wait by the socket's timeout.
             connection.settimeout(self.deadline.left(self.policy.connect_s))
-            self._handles.append(_watch.add(connection, self.deadline))
+            self._handles.append(_watchdog.watch(connection, self.deadline))
         except BaseException:
             connection.close()
             raise

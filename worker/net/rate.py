@@ -1,4 +1,4 @@
-"""How much of something heavy all threads may do together."""
+"""A shared rate for heavy work: all threads together do no more than so much of it a second."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import threading
 import time
 
 
-class Pace:
-    """Deals out time, one share after the other. Safe in threads.
+class RateLimiter:
+    """Spreads work evenly over time. Thread-safe.
 
     The leaky bucket as a meter, without bursts (ITU-T I.371, the generic cell rate algorithm).
     """
 
     def __init__(self, per_s: float) -> None:
+        """`per_s`: the amount of work allowed a second."""
         self._per_s = per_s
         self._free_at = 0.0
         self._lock = threading.Lock()
 
     def wait_s(self, amount: float) -> float:
-        """Seconds that whoever did so much has to wait before it goes on."""
+        """Record an amount of work just done. Returns the seconds that the caller has to wait before doing more."""
         with self._lock:
             now = time.monotonic()
             self._free_at = max(now, self._free_at) + amount / self._per_s

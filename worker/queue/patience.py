@@ -88,7 +88,7 @@ def patiently(call: Callable[[], T], reconnect: Callable[[], None] | None = None
                 raise RedisAway(str(error)) from error
             _complain(error)
             is_elsewhere = is_demoted(error)
-        with gil.given_up():
+        with gil.released():
             time.sleep(pause * random.uniform(0.7, 1.0))  # noqa: S311 - so that not all threads come back at once
         told, before = time.monotonic(), told
         _waiting.tell(told - before)
@@ -113,7 +113,7 @@ class _Places:
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
         if not self._free.acquire(blocking=False):
-            with gil.given_up():
+            with gil.released():
                 self._free.acquire()
         try:
             yield

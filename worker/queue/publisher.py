@@ -87,7 +87,7 @@ class _Producers(pools.ProducerPool):  # type: ignore[misc]
         except LimitExceeded:
             if not block:
                 raise
-        with gil.given_up():
+        with gil.released():
             try:
                 return super().acquire(block=True, timeout=patience.longest_s() or timeout)
             except LimitExceeded as error:

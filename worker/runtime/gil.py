@@ -1,7 +1,8 @@
-"""Turns at the interpreter: few job threads run Python at a time, and the others wait without asking for it.
+"""Permits to run Python: a semaphore that keeps most job threads off the interpreter's lock (GIL).
 
-Python runs one thread at a time, and hands over whenever that one waits or calls into C. With a hundred job threads
-each such moment is a switch to another of them, and the engine's thread finds the interpreter taken.
+Python runs one thread at a time and switches whenever that one waits or calls into C. With a hundred job threads each
+such moment is a switch to another of them, and the engine's thread finds the interpreter taken. So job threads run
+Python only while they hold a permit, and release it while they wait.
 """
 
 from __future__ import annotations
@@ -10,47 +11,48 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-#: Seconds after which a thread goes on without its turn: who has it may wait for a server, or for that very thread.
-PATIENCE_S = 1.0
+#: Seconds after which a thread runs without a permit: the holder may wait for a server, or for that very thread.
+MAX_WAIT_S = 1.0
 
-_free = threading.Semaphore(1)
-_mine = threading.local()
+# Of the process, as its GIL is.
+_permits = threading.Semaphore(1)
+_thread = threading.local()
 
 
-def allow(count: int) -> None:
-    """So many at a time. Call before the first is taken."""
-    global _free
-    _free = threading.Semaphore(count)
+def set_permits(count: int) -> None:
+    """Set how many threads may hold a permit at once. To be called before the first one is acquired."""
+    global _permits
+    _permits = threading.Semaphore(count)
 
 
 @contextlib.contextmanager
-def taken() -> Iterator[None]:
-    """Run in a turn."""
-    _take()
+def held() -> Iterator[None]:
+    """Hold a permit. Not to be nested in one thread."""
+    _acquire()
     try:
         yield
     finally:
-        _give_up()
-        del _mine.is_taken
+        _release()
+        del _thread.has_permit
 
 
 @contextlib.contextmanager
-def given_up() -> Iterator[None]:
-    """Let others run while this thread waits, and take another turn after it. Outside of a turn it does nothing."""
-    if not hasattr(_mine, "is_taken"):
+def released() -> Iterator[None]:
+    """Release this thread's permit while it waits, and acquire one again. Does nothing in a thread outside `held`."""
+    if not hasattr(_thread, "has_permit"):
         yield
         return
-    _give_up()
+    _release()
     try:
         yield
     finally:
-        _take()
+        _acquire()
 
 
-def _take() -> None:
-    _mine.is_taken = _free.acquire(timeout=PATIENCE_S)
+def _acquire() -> None:
+    _thread.has_permit = _permits.acquire(timeout=MAX_WAIT_S)
 
 
-def _give_up() -> None:
-    if _mine.is_taken:
-        _free.release()
+def _release() -> None:
+    if _thread.has_permit:
+        _permits.release()
