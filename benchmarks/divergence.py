@@ -25,9 +25,9 @@ from benchmarks.workloads import WORKLOADS, PictureBook
 from config.settings import Settings
 from tasks import Job, Result
 from worker.engine.engine import Engine
+from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
 from worker.jobs.service import Service, Ticket
-from worker.models import Model
 from worker.models.loading import load
 
 #: By name, the settings that choose it.

@@ -34,10 +34,10 @@ from tasks.redis_keys import results_prefix
 from worker import app as worker_app
 from worker.delivery.recorder import End
 from worker.engine.engine import Engine, Pace
+from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
 from worker.jobs.answer_cache import Answers, fingerprint
 from worker.jobs.service import Service
-from worker.models import Model
 from worker.models.fake import fake_model
 from worker.observability.redaction import without_values
 from worker.pool.wire import BlockingChannel

@@ -15,7 +15,8 @@ from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
 from worker.engine import continuous
 from worker.engine.cuda_graphs import Graphed, Step
-from worker.engine.engine import Beat, Engine, Newcomers
+from worker.engine.engine import Engine
+from worker.engine.interfaces import Beat, Newcomers
 from worker.engine.prefix_cache import PrefixCache
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.engine.scheduler import Limits

@@ -15,7 +15,8 @@ import pytest
 from tasks.errors import DeadlineExceeded, ImageInvalid, Internal, OutOfMemory
 from tests.unit.rows import row
 from worker.engine import engine as engines
-from worker.engine.engine import Beat, Engine, Newcomers, Runner
+from worker.engine.engine import Engine
+from worker.engine.interfaces import Beat, Newcomers, Runner
 from worker.engine.row import Output, Picture, Row
 from worker.engine.scheduler import Limits
 from worker.models.fake import FakeModel

@@ -21,6 +21,7 @@ from config.settings import Settings
 from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRequest, OutOfMemory, PromptTooLong
 from tasks.payloads import Job, Result, parse
 from worker.engine.engine import Engine
+from worker.engine.interfaces import Parts
 from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
 from worker.images.decode import open_image
@@ -28,7 +29,6 @@ from worker.images.host_limits import HostLimitReached
 from worker.images.sources import SourceReader
 from worker.jobs.golden import TOLERANCES
 from worker.jobs.service import DOWNLOADS, Canceled, Service, Ticket
-from worker.models import Parts
 from worker.models.fake import FakeCodec, FakeModel
 from worker.runtime import gil
 

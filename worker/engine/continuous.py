@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tasks.payloads import ModelInfo
 from worker.engine.cuda_graphs import Step
-from worker.engine.engine import Beat, Newcomers
 from worker.engine.generation import NO_RULES, GenerationRules
+from worker.engine.interfaces import Beat, Newcomers
 from worker.engine.prefix_cache import Head, PrefixCache, heads
 from worker.engine.processors import RowRules
 from worker.engine.progress import Progress

@@ -9,11 +9,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from tasks.errors import DeadlineExceeded, Internal, JobError, OutOfMemory
 from worker.engine.ceiling import Ceiling
-from worker.engine.row import Output, Picture, Row
+from worker.engine.interfaces import Beat, Runner
+from worker.engine.row import Output, Row
 from worker.engine.scheduler import Limits, next_batch, worth_waiting
 
 logger = logging.getLogger(__name__)
@@ -34,34 +35,6 @@ IDLE_BEAT_S = 1.0
 WITHDRAWN_AFTER_S = 0.5
 #: The weight of the newest in averages of the pace, and seconds after the last row in which half of it is forgotten.
 NEWEST_PART, FORGOTTEN_S = 0.1, 5.0
-
-
-#: Called at each step: a sign of life.
-Beat = Callable[[], None]
-#: Given the rows that run, those that may join them now.
-Newcomers = Callable[[Sequence[Row]], Sequence[Row]]
-
-
-class Runner(Protocol):
-    """Runs rows on a model."""
-
-    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """Encode pictures ahead of their row's turn, then call `then`, in any thread, with how many were known already.
-
-        Called from any thread.
-        """
-
-    def catch_up(self, within_s: float) -> bool:
-        """Encode some of the pictures that wait, in the engine's thread while that has nothing to run, in about so many
-        seconds. False where that makes nobody's turn come sooner."""
-
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
-        """Finish or fail each row, as soon as it is known; call `beat` at each step. From the engine's thread only.
-
-        A runner whose batches rows can join asks for newcomers between its steps, and finishes those too.
-        Raises OutOfMemory where the rows were too many, or any error of the model: the engine runs what is not
-        finished again in smaller batches, so that one row's fault stays its own.
-        """
 
 
 class Pace(NamedTuple):

@@ -14,17 +14,23 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from tasks.errors import Internal, OutOfMemory
 from tasks.payloads import ModelInfo
-from worker.engine.engine import Beat, Newcomers
 from worker.engine.generation import NO_RULES, GenerationRules
+from worker.engine.interfaces import Beat, Codec, Newcomers
 from worker.engine.processors import BatchRules
 from worker.engine.progress import Decode, Progress, has_stop
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.stock_scoring import label_log_likelihoods
-from worker.models.tokenizer import Words
 
 #: What a plain RuntimeError of torch says where a processor, or a GPU's library for products, had no memory.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class StockCodec(Codec, Protocol):
+    """A codec whose prompts stock `generate` continues."""
+
+    #: Token sequences that no answer may hold.
+    bad_words_ids: list[list[int]]
 
 
 class Adapter(Protocol):
@@ -33,7 +39,7 @@ class Adapter(Protocol):
     model: PreTrainedModel
 
     @property
-    def codec(self) -> Words: ...
+    def codec(self) -> StockCodec: ...
     def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None: ...
     def catch_up(self, within_s: float) -> bool: ...
     def figures(self) -> dict[str, int]: ...

@@ -21,6 +21,7 @@ from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError, O
 from tasks.payloads import Chat, Classify, ImagePath, Job, ModelInfo, Result, Timing, Usage, parse
 from worker.engine.engine import Pace
 from worker.engine.generation import NO_RULES, GenerationRules
+from worker.engine.interfaces import Codec, Parts
 from worker.engine.row import NotBegun, Output, Picture, Row, Sampling
 from worker.images.cache import PictureCache
 from worker.images.decode import ImageLimits, open_image
@@ -30,7 +31,7 @@ from worker.images.sources import SourceReader, is_remote
 from worker.jobs.answer_cache import Answers
 from worker.jobs.golden import read_golden, tolerance
 from worker.jobs.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
-from worker.models import Codec, Parts, SetupFailed
+from worker.models import SetupFailed
 from worker.runtime import gil
 from worker.runtime.cpu import all_cores
 

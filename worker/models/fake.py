@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from PIL.Image import Image
 
 from tasks.payloads import ModelInfo
-from worker.engine.engine import Beat, Newcomers
 from worker.engine.generation import NO_RULES
+from worker.engine.interfaces import Beat, Newcomers, Parts
 from worker.engine.row import Output, Picture, Row, Tokens
-from worker.models import Parts
 
 END = 0
 #: A prompt that holds this kills its process, for tests of who else suffers.

@@ -22,8 +22,8 @@ from transformers import Idefics3Processor, PreTrainedModel, ProcessorMixin
 
 from tasks.errors import InvalidRequest
 from tasks.payloads import END_OF_UTTERANCE
+from worker.engine.interfaces import Parts
 from worker.engine.row import Picture, Tokens
-from worker.models import Parts
 from worker.models.tokenizer import FAKE, IMAGE, Words, configured_ends
 
 logger = logging.getLogger(__name__)

@@ -31,8 +31,9 @@ from tasks.payloads import ModelInfo
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.generation import NO_RULES, GenerationRules, generation_rules
+from worker.engine.interfaces import Model
 from worker.engine.stock import StockModel
-from worker.models import Model, SetupFailed, checkpoint_folder
+from worker.models import SetupFailed, checkpoint_folder
 from worker.models.checkpoint import inspect
 from worker.models.idefics1.adapter import IdeficsAdapter
 from worker.models.idefics2_3 import LaterIdeficsAdapter

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.errors import InvalidRequest
 from tasks.payloads import END_OF_UTTERANCE
+from worker.engine.interfaces import Parts
 from worker.engine.row import Picture, Tokens
-from worker.models import Parts
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
 from worker.engine.encoder_cache import FeatureCache, Lookahead
+from worker.engine.interfaces import Parts
 from worker.engine.row import Picture, Tokens
 from worker.engine.traced import Traced
-from worker.models import Parts
 from worker.models.image_processor import Pixels
 from worker.models.tokenizer import FAKE, IMAGE, Words, configured_ends
 
