@@ -1,0 +1,30 @@
+"""A message of the queue: bytes from anybody become a checked envelope, or a refusal that tells the cure.
+
+`opened` reads the outer JSON, as kombu writes it. `checked` reads a job in it: headers, body and links, in the forms
+that Celery's own producers send. Both are pure, and raise nothing but Refused, RecursionError and MemoryError included.
+
+What is checked here is not checked again: Celery's tracer, the pool and the engine compute with it.
+"""
+
+from worker.queue.envelope.bounds import MAX_DELAY_S
+from worker.queue.envelope.fields import unix_seconds, usable_id
+from worker.queue.envelope.headers import RESERVED
+from worker.queue.envelope.job import Envelope, checked
+from worker.queue.envelope.outer import given_back, opened, returned_job
+from worker.queue.envelope.refusal import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused
+
+__all__ = [
+    "MAX_DELAY_S",
+    "NO_ENVELOPE",
+    "NO_TASK",
+    "RESERVED",
+    "UNREADABLE",
+    "Envelope",
+    "Refused",
+    "checked",
+    "given_back",
+    "opened",
+    "returned_job",
+    "unix_seconds",
+    "usable_id",
+]
