@@ -27,7 +27,8 @@ from tasks import Job, Result
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
-from worker.jobs.service import Service, Ticket
+from worker.jobs.runs import JobContext
+from worker.jobs.service import Service
 from worker.models.loading import load
 
 #: By name, the settings that choose it.
@@ -50,7 +51,7 @@ def answers(model: Model, settings: Settings, jobs: Sequence[Job], rows: int) ->
     service = Service(settings, model.info, model.codec, engine, rules=model.rules)
     try:
         with ThreadPoolExecutor(rows) as threads:
-            return list(threads.map(lambda pair: service.run(pair[1], Ticket(str(pair[0]))), enumerate(jobs)))
+            return list(threads.map(lambda pair: service.run(pair[1], JobContext(str(pair[0]))), enumerate(jobs)))
     finally:
         engine.stop()
 

@@ -30,7 +30,8 @@ from tasks.errors import Internal, JobError
 from tasks.payloads import PAYLOADS, RESERVED_TOKENS, parse
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
-from worker.jobs.service import Service, Ticket
+from worker.jobs.runs import JobContext
+from worker.jobs.service import Service
 from worker.models.fake import FakeModel
 
 IMAGES, PAYLOADS_TRIED = 100_000, 10_000
@@ -322,7 +323,7 @@ class Answering:
         """`result` or an error's code. Raises what would become `internal`."""
         try:
             # As it comes from the queue.
-            result = self._service.run(parse(task, json.loads(json.dumps(arguments))), Ticket(id="job"))
+            result = self._service.run(parse(task, json.loads(json.dumps(arguments))), JobContext(id="job"))
         except Internal:
             raise
         except JobError as error:

@@ -30,7 +30,8 @@ from worker.delivery.sender import check as check_callback
 from worker.engine.row import NotBegun
 from worker.images.host_limits import HostLimitReached
 from worker.jobs.idempotency import FirstStillRuns, first_answer
-from worker.jobs.service import Canceled, Service, Ticket
+from worker.jobs.runs import Canceled, JobContext
+from worker.jobs.service import Service
 from worker.observability import log_setup
 from worker.observability.redaction import without_values
 from worker.pool import SoftShutdown, refuse_other_pools
@@ -168,14 +169,14 @@ class JobTask(Task):  # type: ignore[misc]
         if _service is None:
             raise Internal("This process holds no model: start the worker with `celery -A worker.app worker`.")
         request = self.request
-        ticket = Ticket(
+        context = JobContext(
             id=request.id,
             priority=(request.delivery_info or {}).get("priority") or 0,
             submitted_at=request.get(SUBMITTED_AT),
             soft_limit_s=(request.timelimit or [None, None])[1] or self.soft_time_limit,
         )
         try:
-            return _service.run(job, ticket)
+            return _service.run(job, context)
         except HostLimitReached as wait:
             self._leave_if_ended()
             self._look_again(job, wait.countdown, "it waited for a download slot of an image's host")

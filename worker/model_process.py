@@ -36,7 +36,7 @@ from worker.delivery.recorder import End
 from worker.engine.engine import Engine, Pace
 from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
-from worker.jobs.answer_cache import Answers, fingerprint
+from worker.jobs.answer_cache import AnswerCache, fingerprint
 from worker.jobs.service import Service
 from worker.models.fake import fake_model
 from worker.observability.redaction import without_values
@@ -237,7 +237,7 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
     return load(settings), checkpoint_folder(settings)
 
 
-def _answers(settings: Settings, folder: Path | None) -> Answers | None:
+def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:
     if not settings.answer_cache_ttl_s:
         return None
     from huggingface_hub.constants import HF_HOME
@@ -245,7 +245,7 @@ def _answers(settings: Settings, folder: Path | None) -> Answers | None:
     # A hub id needs none: the commit of its snapshot is a part of the model's description.
     weights = fingerprint(folder, Path(HF_HOME) / "idefics-jobs") if folder else ""
     app = worker_app.app
-    return Answers(app.backend.client, settings.answer_cache_ttl_s, weights, results_prefix(app))
+    return AnswerCache(app.backend.client, settings.answer_cache_ttl_s, weights, results_prefix(app))
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from worker.engine.generation import UNSUPPORTED
 from worker.engine.row import Row, Sampling, Tokens
 from worker.engine.scheduler import Limits
 from worker.engine.stock import StockModel
-from worker.jobs.service import Service, Ticket
+from worker.jobs.runs import JobContext
+from worker.jobs.service import Service
 from worker.models import DEMO
 from worker.models.loading import SetupFailed, load
 
@@ -164,7 +165,7 @@ def service_of(model: StockModel, fields: dict[str, Any]) -> tuple[str, dict[str
     engine.start()
     service = Service(Settings(model="demo"), model.info, model.codec, engine, rules=model.rules)
     result = service.run(
-        parse("idefics.complete", {"prompt": ["This is"], "max_new_tokens": 12, **fields}), Ticket("job")
+        parse("idefics.complete", {"prompt": ["This is"], "max_new_tokens": 12, **fields}), JobContext("job")
     )
     engine.stop()
     return result.text, result.generation

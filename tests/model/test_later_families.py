@@ -27,7 +27,8 @@ from worker.engine.scheduler import Limits
 from worker.engine.stock import StockModel
 from worker.engine.stock_scoring import label_log_likelihoods
 from worker.jobs.prompts import ImageRef, build, in_turns
-from worker.jobs.service import Service, Ticket
+from worker.jobs.runs import JobContext
+from worker.jobs.service import Service
 from worker.models.loading import load
 
 #: By name: the family, and what its template opens with, if it has one.
@@ -214,7 +215,7 @@ def test_a_template_of_another_form_leaves_prompts_plain(
 def test_every_task_is_answered(later: Later) -> None:
     with _service(later) as service:
         for task, arguments in _tasks().items():
-            result = service.run(parse(f"idefics.{task}", {**arguments, "max_new_tokens": 5}), Ticket(task))
+            result = service.run(parse(f"idefics.{task}", {**arguments, "max_new_tokens": 5}), JobContext(task))
             assert result.finish_reason in ("stop", "length"), task
             assert result.usage.images == str(arguments).count("data:image"), task
             assert (result.label in ("cat", "dog")) == (task == "classify"), task
@@ -233,7 +234,7 @@ def test_every_precision_answers_and_pictures_are_never_quantized(
     assert bool(quantized) == ("quantization" in precision)
     assert all(name.startswith("model.text_model.") for name in quantized)
     with _service(Later(settings, model, None, "")) as service:
-        result = service.run(parse("idefics.classify", _tasks()["classify"]), Ticket("job"))
+        result = service.run(parse("idefics.classify", _tasks()["classify"]), JobContext("job"))
     assert result.label in ("cat", "dog")
 
 

@@ -24,8 +24,9 @@ from worker.demo import stack
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling, Tokens
 from worker.engine.scheduler import Limits
-from worker.jobs.answer_cache import PREFIX, Answers, digest, fingerprint
-from worker.jobs.service import Canceled, Service, Ticket
+from worker.jobs.answer_cache import PREFIX, AnswerCache, digest, fingerprint
+from worker.jobs.runs import Canceled, JobContext
+from worker.jobs.service import Service
 from worker.models.fake import FakeModel
 
 MODEL = ModelInfo(id="fake", family="fake", dtype="float32")
@@ -45,8 +46,8 @@ def text() -> str:
 
 
 @pytest.fixture
-def answers(broker: stack.Broker) -> Answers:
-    return Answers(broker.connect(1), 60)
+def answers(broker: stack.Broker) -> AnswerCache:
+    return AnswerCache(broker.connect(1), 60)
 
 
 class Model:
@@ -91,7 +92,7 @@ def test_priority_and_deadline_do_not_change_an_answer() -> None:
     assert digest(row("a"), MODEL) == digest(replace(row("a"), priority=0, deadline=1.0), MODEL)
 
 
-def test_chance_is_not_repeated(answers: Answers, text: str) -> None:
+def test_chance_is_not_repeated(answers: AnswerCache, text: str) -> None:
     model = Model()
     for number in range(2):
         chance = row(text, temperature=1.0)
@@ -103,7 +104,7 @@ def test_chance_is_not_repeated(answers: Answers, text: str) -> None:
 # Sharing
 
 
-def test_identical_jobs_in_flight_share_one_row(answers: Answers, text: str) -> None:
+def test_identical_jobs_in_flight_share_one_row(answers: AnswerCache, text: str) -> None:
     model = Model()
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(answers.output, row(text), MODEL, model.compute) for _ in range(8)]
@@ -114,12 +115,12 @@ def test_identical_jobs_in_flight_share_one_row(answers: Answers, text: str) -> 
     assert len(model.rows) == 1
 
 
-def test_a_finished_answer_is_used_again_by_any_worker(answers: Answers, text: str, broker: stack.Broker) -> None:
+def test_a_finished_answer_is_used_again_by_any_worker(answers: AnswerCache, text: str, broker: stack.Broker) -> None:
     scored = Output((), "stop", (0.25, 0.75))
     first = row(text, labels=((1,), (2,)))
     first.finish(scored)
     answers.output(first, MODEL, Model().compute)
-    elsewhere, again = Answers(broker.connect(1), 60), row(text, labels=((1,), (2,)))
+    elsewhere, again = AnswerCache(broker.connect(1), 60), row(text, labels=((1,), (2,)))
     assert elsewhere.output(again, MODEL, Model().compute) == scored
     assert again.cached_images == 1
     assert 0 < broker.connect(1).ttl(f"{PREFIX}{digest(again, MODEL)}") <= 60
@@ -131,7 +132,7 @@ def test_other_weights_in_the_same_folder_do_not_give_the_old_answers(
     model = Model()
     for number, weights in enumerate((b"old", b"newer")):
         (tmp_path / "model.safetensors").write_bytes(weights)
-        answers = Answers(broker.connect(1), 60, fingerprint(tmp_path))
+        answers = AnswerCache(broker.connect(1), 60, fingerprint(tmp_path))
         for _ in range(2):
             asked = row(text)
             asked.finish(Output((number,), "length"))
@@ -161,7 +162,7 @@ def test_weights_are_told_apart_by_their_content_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("why", ["canceled", "deadline"])
-def test_an_interrupted_answer_is_nobody_elses(answers: Answers, text: str, why: str) -> None:
+def test_an_interrupted_answer_is_nobody_elses(answers: AnswerCache, text: str, why: str) -> None:
     model = Model()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(answers.output, row(text), MODEL, model.compute)
@@ -175,7 +176,7 @@ def test_an_interrupted_answer_is_nobody_elses(answers: Answers, text: str, why:
         assert second.result(SOON).finish_reason == "length"
 
 
-def test_anothers_error_is_not_shared(answers: Answers, text: str) -> None:
+def test_anothers_error_is_not_shared(answers: AnswerCache, text: str) -> None:
     model = Model()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(answers.output, row(text), MODEL, model.compute)
@@ -190,7 +191,7 @@ def test_anothers_error_is_not_shared(answers: Answers, text: str) -> None:
         assert second.result(SOON).ids == tuple(map(ord, "cat"))
 
 
-def test_a_job_that_waits_for_anothers_row_can_be_canceled(answers: Answers, text: str) -> None:
+def test_a_job_that_waits_for_anothers_row_can_be_canceled(answers: AnswerCache, text: str) -> None:
     model, waiting = Model(), row(text)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(answers.output, row(text), MODEL, model.compute)
@@ -208,14 +209,14 @@ def test_without_redis_a_job_is_computed(text: str) -> None:
     away = redis.Redis(port=stack.free_port(), retry=Retry(NoBackoff(), 0))
     done = row(text)
     done.finish(Output((1,), "length"))
-    assert Answers(away, 60).output(done, MODEL, Model().compute).ids == (1,)
+    assert AnswerCache(away, 60).output(done, MODEL, Model().compute).ids == (1,)
 
 
 # In the service
 
 
 @pytest.fixture
-def run(answers: Answers) -> Any:
+def run(answers: AnswerCache) -> Any:
     """Runs a job on a model that counts its batches."""
     model = FakeModel(0.02)
     engine = Engine(model, Limits(rows=8, tokens=1_000_000))
@@ -224,7 +225,7 @@ def run(answers: Answers) -> Any:
 
     def run(text: str, id: str = "job", **fields: Any) -> Any:
         job = parse("idefics.complete", {"prompt": [text], "max_new_tokens": 10, **fields})
-        return service.run(job, Ticket(id=id, submitted_at=time.time()))
+        return service.run(job, JobContext(id=id, submitted_at=time.time()))
 
     run.batches, run.cancel = model.batches, service.cancel  # type: ignore[attr-defined]
     yield run

@@ -19,7 +19,7 @@ from tasks.payloads import Job, parse
 from tasks.testing import FakeClient, canned
 from worker.demo import stack
 from worker.jobs.idempotency import FIRST_LOOK_S, LAST_LOOK_S, FirstStillRuns, first_answer
-from worker.jobs.service import Canceled
+from worker.jobs.runs import Canceled
 
 Make = Callable[..., Job]
 

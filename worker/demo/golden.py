@@ -20,7 +20,8 @@ from worker.demo.world import Picture
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.jobs.golden import read_golden
-from worker.jobs.service import Service, Ticket
+from worker.jobs.runs import JobContext
+from worker.jobs.service import Service
 from worker.models import DEMO
 from worker.models.loading import load
 
@@ -63,7 +64,7 @@ def answers(folder: Path, jobs: Sequence[Job], precision: Mapping[str, str]) -> 
     service = Service(settings, model.info, model.codec, engine, rules=model.rules)
     try:
         with ThreadPoolExecutor(len(jobs)) as threads:
-            return list(threads.map(lambda job: service.run(job, Ticket(job.task)), jobs))
+            return list(threads.map(lambda job: service.run(job, JobContext(job.task)), jobs))
     finally:
         engine.stop()
 

@@ -35,7 +35,7 @@ LOOK_S = 0.1
 Compute = Callable[[Row], Output]
 
 
-class Answers:
+class AnswerCache:
     """Used from many threads at once. Without Redis it computes."""
 
     def __init__(self, redis: Redis, ttl_s: int, weights: str = "", prefix: str = "") -> None:

@@ -13,7 +13,7 @@ from celery import states
 from tasks.errors import from_exception
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import Job, ModelInfo, Result
-from worker.jobs.service import Canceled
+from worker.jobs.runs import Canceled
 
 #: Seconds between two looks for the first job's end, which grow with its age.
 FIRST_LOOK_S, LAST_LOOK_S = 1.0, 30.0

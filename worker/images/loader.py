@@ -1,0 +1,103 @@
+"""A job's pictures: read from their sources, decoded, and kept for the next job that shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL.Image import Image
+
+from config.settings import Settings
+from tasks.payloads import ImageSource
+from worker.engine.row import Picture
+from worker.images.cache import PictureCache
+from worker.images.decode import ImageLimits, open_image
+from worker.images.fetch import FetchPolicy
+from worker.images.host_limits import HostLimiter
+from worker.images.sources import SourceReader, is_remote
+from worker.runtime import gil
+from worker.runtime.cpu import all_cores
+
+#: Downloads at once for a job that shows several images, in threads of its own: slow hosts of other jobs must not hold
+#: them.
+DOWNLOADS = 4
+#: Bytes of a file that takes longer to decode than other threads should wait for a permit.
+LARGE_BYTES = 200_000
+
+
+class ImageLoader:
+    """Loads the pictures of jobs. Used from many job threads at once."""
+
+    def __init__(self, settings: Settings, preprocess: Callable[[Image], Picture]) -> None:
+        """`preprocess` makes a decoded RGB image into what the model takes."""
+        self._preprocess = preprocess
+        self._limits = ImageLimits(max_pixels=settings.image_max_pixels)
+        self._sources = SourceReader(fetch_policy(settings))
+        self._max_wait_s = settings.image_timeout_s
+        # The whole network as one host: hosts that hang, however many, leave threads to jobs that need none. A quarter
+        # may wait: not all threads may be here before it shows that the hosts hang.
+        self._network = HostLimiter(settings.image_job_concurrency, max_waiting=settings.image_job_concurrency // 4)
+        self._cache = PictureCache(self.open, settings.image_cache_bytes)
+        # More decoders than cores would only compete for the interpreter.
+        self._decoders = threading.Semaphore(len(all_cores()))
+
+    @property
+    def jobs_on_network(self) -> int:
+        """Jobs that load from the network or wait to."""
+        return self._network.in_use
+
+    def load(self, sources: Sequence[ImageSource]) -> list[Picture]:
+        """A job's pictures, in order. Raises a JobError, or HostLimitReached."""
+        if sum(map(is_remote, sources)) < 2:
+            return [self._load(source) for source in sources]
+        with gil.released(), self._network.acquire(""):
+            return self._load_at_once(sources)
+
+    def open(self, data: bytes) -> Picture:
+        """Decode and preprocess a file, past the cache. Raises a JobError."""
+        with self._decoders:
+            return self._preprocess(open_image(data, self._limits))
+
+    def _load(self, source: ImageSource) -> Picture:
+        if not is_remote(source):
+            return self._picture(self._sources.read(source))
+        with gil.released(), self._network.acquire(""):
+            data = self._sources.read(source)
+        return self._picture(data)
+
+    def _load_at_once(self, sources: Sequence[ImageSource]) -> list[Picture]:
+        threads = ThreadPoolExecutor(min(DOWNLOADS, len(sources)), thread_name_prefix="download")
+        try:
+            return list(threads.map(self._load_in_thread, sources))
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _load_in_thread(self, source: ImageSource) -> Picture:
+        # A long wait for the host: a job that is sent back loses what it has loaded.
+        data = self._sources.read(source, wait_s=self._max_wait_s)
+        # Decoded at once, since the files of all of a job's images take much more memory than what is kept of them.
+        with gil.held():
+            return self._picture(data)
+
+    def _picture(self, data: bytes) -> Picture:
+        # Around all of it: a thread that holds a permit may wait for a decoder, or for this very picture.
+        with gil.released() if len(data) > LARGE_BYTES else contextlib.nullcontext():
+            return self._cache.get(data)
+
+
+def fetch_policy(settings: Settings) -> FetchPolicy:
+    """What the settings let jobs read."""
+    return FetchPolicy(
+        allow_networks=settings.image_allow_networks,
+        allow_domains=settings.image_allow_domains,
+        ports=settings.image_ports,
+        max_bytes=settings.image_max_bytes,
+        root=settings.image_root,
+        total_s=settings.image_timeout_s,
+        host_concurrency=settings.image_host_concurrency,
+        contact=settings.contact,
+        max_redirects=settings.image_max_redirects,
+        ca_file=settings.ca_file,
+    )

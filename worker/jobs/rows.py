@@ -1,0 +1,77 @@
+"""A job and its pictures as the row that the engine runs: tokens, sampling, limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from config.settings import Settings
+from tasks.errors import InvalidRequest, PromptTooLong
+from tasks.payloads import Chat, Classify, Job
+from worker.engine.generation import GenerationRules
+from worker.engine.interfaces import Codec, Parts
+from worker.engine.row import Row, Sampling
+from worker.jobs.prompts import Prompt, build, ends_with_utterance, in_turns
+
+
+class RowBuilder:
+    """Builds the rows of jobs for one model. Used from many threads at once."""
+
+    def __init__(self, settings: Settings, codec: Codec, rules: GenerationRules) -> None:
+        """`rules`: the checkpoint's generation parameters."""
+        self._max_prompt_tokens = settings.max_prompt_tokens
+        self._max_new_tokens = settings.max_new_tokens
+        self._default_new_tokens = settings.default_new_tokens
+        self._codec = codec
+        self._rules = rules
+
+    def prompt(self, job: Job) -> Prompt:
+        """The job's prompt in the model's form: texts and references to images."""
+        return in_turns(job) if self._codec.in_turns else build(job)
+
+    def new_tokens(self, job: Job) -> int:
+        """The tokens that the answer may have. Raises InvalidRequest for a job that asks for too many."""
+        most = self._max_new_tokens
+        if isinstance(job, Chat) and job.max_completion_tokens is not None:
+            return min(job.max_completion_tokens, most)
+        if job.max_new_tokens is None:
+            return min(self._default_new_tokens, most)
+        if job.max_new_tokens > most:
+            raise InvalidRequest(f"max_new_tokens is {job.max_new_tokens}: this worker's maximum is {most}.")
+        return job.max_new_tokens
+
+    def build(self, job: Job, parts: Parts, new_tokens: int, priority: int = 5, deadline: float | None = None) -> Row:
+        """The row of a job whose prompt, with its pictures, is `parts`. Raises PromptTooLong or InvalidRequest."""
+        least = self._codec.least_tokens(parts)
+        if least > self._max_prompt_tokens:
+            # Splitting 200,000 characters into tokens takes a quarter of a second, during which no other thread runs.
+            raise self._too_long(f"at least {least}")
+        tokens = self._codec.prepare(parts)
+        labels = self._codec.encode_labels(parts[-2:], job.spoken_labels if isinstance(job, Classify) else [])
+        # The longest label counts too: it stands in the same window.
+        length = len(tokens.ids) + max(map(len, labels), default=0)
+        if length > self._max_prompt_tokens:
+            raise self._too_long(str(length))
+        return Row(tokens, self._sampling(job, new_tokens), tuple(labels), priority, deadline)
+
+    def _sampling(self, job: Job, new_tokens: int) -> Sampling:
+        return Sampling(
+            max_new_tokens=new_tokens,
+            num_beams=job.num_beams,
+            temperature=job.temperature,
+            **truncation(job, self._rules),
+            seed=job.seed,
+            stop=tuple(job.stop),
+            end_ids=self._codec.end_ids(utterance=ends_with_utterance(job)),
+        )
+
+    def _too_long(self, count: str) -> PromptTooLong:
+        return PromptTooLong(
+            f"The prompt has {count} tokens and this worker takes {self._max_prompt_tokens}: "
+            "shorten it or raise IDEFICS_MAX_PROMPT_TOKENS."
+        )
+
+
+def truncation(job: Job, rules: GenerationRules) -> dict[str, Any]:
+    """The parameters that leave unlikely tokens out of a sampled job: its own, else the checkpoint's."""
+    asked = {name: value for name in ("top_k", "top_p") if (value := getattr(job, name)) is not None}
+    return {**rules.sampling, **asked} if job.temperature > 0 else {}
