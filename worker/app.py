@@ -25,7 +25,7 @@ from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, SUBMITTED_AT, Job, Result, parse
 from tasks.redis_keys import results_prefix
 from tasks.routing import priority_for
-from worker.delivery.recorder import Announcer, End
+from worker.delivery.recorder import Announcer, TerminalState
 from worker.delivery.sender import check as check_callback
 from worker.engine.row import NotBegun
 from worker.images.host_limits import HostLimitReached
@@ -129,7 +129,7 @@ class JobTask(Task):  # type: ignore[misc]
             raise JobCanceled
         if kept is not None:
             # The run that stored it may have died right then.
-            self.backend.repeat_end(self.request)
+            self.backend.replay_side_effects(self.request)
             self._leave_to_another_run(kept)
 
     def run(self, *args: Any, **arguments: Any) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _leave_if_ended(self) -> None:
         """Raise AlreadyEnded where another run of this job has ended it: a worker may have been frozen or cut off."""
-        end = self.backend.end_of(self.request.id, asked_of(self.request))
+        end = self.backend.terminal_state(self.request.id, asked_of(self.request))
         if end is not None:
             self._leave_to_another_run(end)
 
@@ -217,7 +217,7 @@ class JobTask(Task):  # type: ignore[misc]
     def after_return(self, state: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         self._announce(task_id, kwargs, (state, retval), is_stored=not self._ignores_result)
 
-    def _announce(self, id: str, arguments: dict[str, Any], end: End, *, is_stored: bool) -> None:
+    def _announce(self, id: str, arguments: dict[str, Any], end: TerminalState, *, is_stored: bool) -> None:
         asked = asked_of(self.request).digest
         self.announcer.announce(id, self.name, arguments, end, is_stored=is_stored, asked=asked)
 

@@ -32,7 +32,7 @@ from celery.states import FAILURE
 from config.settings import Settings
 from tasks.redis_keys import results_prefix
 from worker import app as worker_app
-from worker.delivery.recorder import End
+from worker.delivery.recorder import TerminalState
 from worker.engine.engine import Engine, Pace
 from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
@@ -156,7 +156,7 @@ class ModelProcess:
         return "done", serial, outcome
 
 
-def _announce(name: str, id: str, request: dict[str, Any], end: End) -> None:
+def _announce(name: str, id: str, request: dict[str, Any], end: TerminalState) -> None:
     # The tracer has put the arguments there.
     asked = digest_of(name, request["args"], request["kwargs"])
     task, is_stored = worker_app.app.tasks[name], not request.get("ignore_result")

@@ -14,7 +14,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from tasks.errors import Internal
 from worker.app import app
 from worker.queue.consumer import Consumer
-from worker.queue.redeliveries import Deliveries, History
+from worker.queue.redeliveries import History, RedeliveryCounter
 
 
 class Job:
@@ -45,7 +45,7 @@ def consumer() -> Consumer:
     consumer = Consumer.__new__(Consumer)
     consumer.app, consumer.pool, consumer.hub = app, object(), None
     consumer.controller = SimpleNamespace(_quick_release=Mock())
-    consumer._deliveries = Deliveries(most=3)
+    consumer._deliveries = RedeliveryCounter(most=3)
     consumer._deliveries.count_return = Mock()
     consumer._refusals = Mock()
     consumer.event_dispatcher, consumer.connection_errors, consumer.channel_errors = None, (OSError,), ()

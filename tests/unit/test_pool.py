@@ -29,7 +29,7 @@ from worker.pool.job import Callbacks, Job, JobState
 from worker.pool.pool import InferencePool
 from worker.pool.wire import Channel, Message
 from worker.queue.load import LONGEST_S, Load
-from worker.queue.redeliveries import Deliveries, History, Key
+from worker.queue.redeliveries import History, Key, RedeliveryCounter
 from worker.runtime.exceptions import exception_info
 
 THREADS = 100
@@ -143,8 +143,8 @@ class Semaphore(LaxBoundedSemaphore):  # type: ignore[misc]
         super().release()
 
 
-class Ledger(Deliveries):
-    """Deliveries counted without a server."""
+class Ledger(RedeliveryCounter):
+    """Redeliveries counted without a server."""
 
     def __init__(self) -> None:
         super().__init__(most=3)
@@ -590,7 +590,7 @@ def test_a_job_that_goes_back_was_not_started_in_vain(hoarding: Bench) -> None:
     assert hoarding.ledger.counts == {("a", 0): 0}
 
 
-# Deliveries
+# Redeliveries
 
 
 def test_a_job_that_is_delivered_once_is_not_counted(started: Bench) -> None:

@@ -71,7 +71,7 @@ def test_the_first_end_stays(backend: Any, plain: Any, id: str, first: str, seco
     kept = plain.get_task_meta(id, cache=False)
     end(backend, id, second)
     assert plain.get_task_meta(id, cache=False)["date_done"] == kept["date_done"]
-    assert plain.get_state(id) == backend.end_of(id) == first
+    assert plain.get_state(id) == backend.terminal_state(id) == first
 
 
 @pytest.mark.parametrize("first", ENDS)
@@ -83,9 +83,9 @@ def test_an_end_is_not_written_over_by_what_is_none(backend: Any, plain: Any, id
 
 
 def test_a_job_without_an_end_goes_from_state_to_state(backend: Any, plain: Any, id: str) -> None:
-    assert backend.end_of(id) is None
+    assert backend.terminal_state(id) is None
     for state in ("STARTED", "RETRY", "STARTED", "SUCCESS"):
-        assert backend.end_of(id) is None
+        assert backend.terminal_state(id) is None
         backend.store_result(id, None, state)
         assert plain.get_state(id) == state
 
@@ -140,12 +140,12 @@ def test_of_many_runs_that_end_at_once_one_is_kept(
 def test_an_end_that_celerys_own_backend_wrote_stays_too(backend: Any, plain: Any, id: str) -> None:
     end(plain, id, "FAILURE")
     end(backend, id, "SUCCESS")
-    assert backend.end_of(id) == plain.get_state(id) == "FAILURE"
+    assert backend.terminal_state(id) == plain.get_state(id) == "FAILURE"
 
 
 def test_an_answers_text_is_not_taken_for_its_state(backend: Any, plain: Any, id: str) -> None:
     backend.store_result(id, '{"status": "SUCCESS"', "PROGRESS")
-    assert backend.end_of(id) is None
+    assert backend.terminal_state(id) is None
     end(backend, id, "FAILURE")
     assert plain.get_state(id) == "FAILURE"
 
@@ -217,7 +217,7 @@ def test_a_repeated_attempt_is_not_taken_for_another_run(
 
 def test_a_record_of_another_type_is_written_over(backend: Any, plain: Any, id: str, broker: stack.Broker) -> None:
     broker.connect(1).lpush(f"celery-task-meta-{id}", "no record")
-    assert backend.end_of(id) is None
+    assert backend.terminal_state(id) is None
     assert backend.start(Context(id=id), is_stored=True) is None
     end(backend, id, "SUCCESS")
     assert plain.get_result(id) == {"text": "a cat"}
@@ -253,10 +253,10 @@ def test_a_later_run_calls_no_errback_and_fails_no_chain(backend: Any, id: str, 
         backend.mark_as_failure(id, ERROR, request=request)
 
     fail()
-    assert (broker.connect().llen(queue), backend.end_of(rest)) == (1, "FAILURE")
+    assert (broker.connect().llen(queue), backend.terminal_state(rest)) == (1, "FAILURE")
     backend.forget(rest)
     fail()
-    assert (broker.connect().llen(queue), backend.end_of(rest)) == (1, None)
+    assert (broker.connect().llen(queue), backend.terminal_state(rest)) == (1, None)
 
 
 def test_a_chord_counts_a_job_once_however_often_its_end_is_repeated(
@@ -269,20 +269,20 @@ def test_a_chord_counts_a_job_once_however_often_its_end_is_repeated(
     other = Context(id=uuid.uuid4().hex, group=group, group_index=1, chord=body)
     # Its worker was killed here, before it told the chord.
     end(backend, id, "SUCCESS", request)
-    backend.repeat_end(request)
-    backend.repeat_end(request)
+    backend.replay_side_effects(request)
+    backend.replay_side_effects(request)
     assert broker.connect().llen(queue) == 0
     backend.mark_as_done(other.id, {"text": "a dog"}, other)
     assert broker.connect().llen(queue) == 1
-    backend.repeat_end(request)
+    backend.replay_side_effects(request)
     assert broker.connect().llen(queue) == 1
 
 
 def test_a_repeated_failure_fails_what_its_chain_still_waits_for(backend: Any, id: str) -> None:
     rest = uuid.uuid4().hex
     end(backend, id, "FAILURE")
-    backend.repeat_end(Context(id=id, chain=[backend.app.signature("shop.shout", task_id=rest)]))
-    assert backend.end_of(rest) == "FAILURE"
+    backend.replay_side_effects(Context(id=id, chain=[backend.app.signature("shop.shout", task_id=rest)]))
+    assert backend.terminal_state(rest) == "FAILURE"
 
 
 # Again under the same id
@@ -302,7 +302,7 @@ def test_a_forgotten_end_makes_room_for_another(
         end(backend, ended, "FAILURE")
     forget(request.getfixturevalue(forgetting), dict(failed))
     for ended in (id, link, body):
-        assert backend.end_of(ended) is None
+        assert backend.terminal_state(ended) is None
         end(backend, ended, "SUCCESS")
         assert plain.get_state(ended) == "SUCCESS"
 
@@ -361,7 +361,7 @@ def test_a_run_that_wakes_up_does_not_end_what_was_submitted_since(backend: Any,
     end(backend, id, "SUCCESS", new)
     end(backend, id, "FAILURE", old)
     assert plain.get_state(id) == "SUCCESS"
-    assert (backend.end_of(id, old.asked), backend.end_of(id, new.asked)) == (None, "SUCCESS")
+    assert (backend.terminal_state(id, old.asked), backend.terminal_state(id, new.asked)) == (None, "SUCCESS")
 
 
 @pytest.mark.parametrize("first", ENDS)

@@ -34,7 +34,7 @@ EVENTS: dict[str, webhooks.JobEvent] = {
 }
 
 #: A job's state, and its result or exception.
-End: TypeAlias = tuple[str, Any]
+TerminalState: TypeAlias = tuple[str, Any]
 
 #: Seconds between two log lines about callbacks that were given up.
 TOLD_S = 60.0
@@ -75,7 +75,7 @@ class Announcer:
         self._lock = threading.Lock()
 
     def announce(
-        self, id: str, task: str, arguments: Mapping[str, Any], end: End, *, is_stored: bool, asked: str = ""
+        self, id: str, task: str, arguments: Mapping[str, Any], end: TerminalState, *, is_stored: bool, asked: str = ""
     ) -> None:
         """Record the delivery of a job's end, once. Nothing for a job without a callback.
 
@@ -109,7 +109,7 @@ class Announcer:
             return None
         return callback
 
-    def _stored(self, id: str, end: End, asked: str) -> tuple[str, Any, str | None]:
+    def _stored(self, id: str, end: TerminalState, asked: str) -> tuple[str, Any, str | None]:
         meta = self._app.backend.get_task_meta(id, cache=False)
         if meta["status"] not in states.READY_STATES or is_of_another(meta, asked):
             return (*end, None)

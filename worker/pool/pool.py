@@ -36,7 +36,7 @@ from worker.pool.signals import DeferredSignals
 from worker.pool.wire import Message
 from worker.queue.load import Load
 from worker.queue.pending_acks import has_pending_acks
-from worker.queue.redeliveries import Deliveries
+from worker.queue.redeliveries import RedeliveryCounter
 from worker.queue.servers import ServersCheck, servers
 from worker.runtime.exit_watchdog import Held
 
@@ -149,7 +149,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         #: Set when the process is killed for a job that is known: its neighbours are above suspicion.
         self._culprit_is_known = False
         #: The consumer's too, which tells them the connection.
-        self.deliveries = Deliveries(most=self._settings.max_deliveries)
+        self.deliveries = RedeliveryCounter(most=self._settings.max_deliveries)
         self._state_file = StateFile(self._settings.state_file, self._hostname)
         self._servers = ServersCheck(servers(self.app) if self.app else {})
 

@@ -19,7 +19,7 @@ from kombu.serialization import loads
 from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import JobError
 from tasks.payloads import HIDDEN
-from worker.delivery.recorder import End
+from worker.delivery.recorder import TerminalState
 from worker.pool.job import Job
 from worker.queue.result_backend import asked_by, asked_of, taken_now
 
@@ -33,7 +33,7 @@ class JobRequest(Request):  # type: ignore[misc]
     acknowledged. The model process announces the others.
     """
 
-    _end: End | None = None
+    _end: TerminalState | None = None
     _defers_acknowledgement = False
     _owes_acknowledgement = False
 

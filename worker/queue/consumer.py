@@ -25,7 +25,7 @@ from worker.observability.redaction import without_values
 from worker.queue.dead_letters import keep_misrouted, misrouted
 from worker.queue.due import hold_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, usable_id
-from worker.queue.redeliveries import Deliveries
+from worker.queue.redeliveries import RedeliveryCounter
 from worker.queue.refusals import Refusals
 from worker.queue.result_backend import asked_by, taken_now
 from worker.runtime.exceptions import exception_info
@@ -52,7 +52,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         super().__init__(*args, **{**options, "initial_prefetch_count": settings.job_threads})
         self._bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
         self._refusals = Refusals(self.app, self._bounds)
-        self._deliveries: Deliveries = getattr(self.pool, "deliveries", None) or Deliveries(
+        self._deliveries: RedeliveryCounter = getattr(self.pool, "deliveries", None) or RedeliveryCounter(
             most=settings.max_deliveries
         )
         # What kombu raises where it has tried in vain to publish: such a connection is lost too.

@@ -1,11 +1,11 @@
 """Due times: a job whose time has not come (Celery's `eta` and `countdown`) waits in Redis, not in a worker's memory.
 
 Stock Celery keeps such a job in the memory of the worker that took it: ten thousand of them fill a worker, which then
-takes no other job; a restart gives them all back, and each comes twice once its visibility timeout is over. Here the
-take (worker/queue/transport.py) puts a message that it meets before its time, byte for byte, into the sorted set
+takes no other job; a restart requeues them all, and each comes twice once its visibility timeout is over. Here the
+reserve script (worker/queue/take.py) moves a message that it meets before its time, byte for byte, into the sorted set
 `idefics:due:<list>`, scored by that time. Before it reads a list it takes from that list's set what is due by the
-server's clock: the job has had its turn in the queue. So due jobs run in the order of their times, each before those of
-its priority that still wait in the queue.
+server's clock: the job has waited in the queue already. So due jobs run in the order of their times, each before those
+of its priority that still wait in the queue.
 
 The script reads the time as Celery and kombu write it. Other forms reach the worker, which has the same done for them.
 

@@ -1,18 +1,18 @@
 """Which jobs kill their workers: a record in Redis that outlives every process.
 
-A job whose whole worker died comes back after the visibility timeout, and would do so for ever if it is the reason. So
-what comes back that way is counted, in the same step (worker/queue/transport.py): its holder died, froze or was cut
-off. A message that says of itself that it was redelivered proves nothing, since anybody can write that; and what a
-worker gives back in order is no death.
+A job whose whole worker died comes back after the visibility timeout, and would come back for ever if it is the cause.
+So each return by the sweep is counted, in the step that puts the job back (worker/queue/sweep.py): its holder died,
+froze or was cut off. A message that says that it was redelivered proves nothing, since anybody can write that; and
+what a worker requeues in order is no death.
 
-The hash `idefics:deliveries:<id>` in the broker's database has a job's returns, under the number of its retries: each
-retry is a series of its own. A worker that dies takes along what it has not begun too. So of a job that came back, the
-start in each later delivery is marked, before it is sent to the model process, under `<retries>:<return>`. A job that
-never came back costs nothing here.
+The hash `idefics:deliveries:<id>` in the broker's database holds a job's returns, under the number of its retries: each
+retry is counted apart. A worker that dies also returns jobs that it had not begun. So a job that has come back is
+marked when it starts in a later delivery, before it is sent to the model process, under `<retries>:<return>`. A job
+that never came back costs nothing here.
 
-One death takes all jobs in flight along, so a count alone proves nothing: after two a job runs alone, and its innocent
-neighbours end. Not counted are runs that the pool repeats after the death of the model process alone
-(worker/pool/quarantine.py). The key goes when the job's message is acknowledged, else after its time to live.
+One death returns all jobs in flight, so a count alone proves nothing: after two deaths a job runs alone, and its
+innocent neighbours end. Runs that the pool repeats after the death of the model process alone are not counted
+(worker/pool/quarantine.py). The key is deleted when the job's message is acknowledged, or expires.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 #: Followed by a job's id.
 DELIVERIES = "idefics:deliveries:"
-#: Seconds beyond the visibility timeout that such a record is kept: longer than a job waits for its next delivery.
+#: Seconds beyond the visibility timeout that a record is kept: longer than a job waits for its next delivery.
 KEPT_S = 7 * 86_400
 
-#: Jobs that so many workers died with run alone.
+#: Deaths of workers after which a job runs alone.
 ALONE_AFTER = 2
 
 #: A job's id and its retries.
@@ -45,20 +45,21 @@ class History:
 
     #: Deliveries that did not end.
     returns: int = 0
-    #: Those of them in which it had been started, as far as is known: in the first one it counts as started.
+    #: Those in which it had been started, as far as is known. In the first one it counts as started.
     deaths: int = 0
 
 
-class Deliveries:
-    """Used by Celery's parent process. Where Redis does not answer, jobs run uncounted: a count is not worth a job."""
+class RedeliveryCounter:
+    """Counts redeliveries, in Celery's parent process. While Redis does not answer, jobs run uncounted."""
 
     def __init__(self, *, most: int) -> None:
-        """`most`: deaths after which a job is not started any more."""
+        """`most`: deaths after which a job is no longer started."""
         self._most = most
-        #: Kombu's, of the consumer; it changes with each connection.
+        #: Kombu's channel of the consumer; it changes with each connection.
         self.channel: Any = None
 
     def history(self, key: Key) -> History:
+        """A job's earlier deliveries; an empty history while Redis does not answer."""
         id, retries = key
         try:
             record = self._client().hgetall(self._name(id))
@@ -70,22 +71,23 @@ class Deliveries:
         return History(returns, min(returns, 1) + started)
 
     def is_lost(self, deaths: int) -> bool:
+        """Whether a job is given up."""
         return deaths >= self._most
 
     def is_suspect(self, deaths: int) -> bool:
-        """It is to run alone: always so before it is given up."""
+        """Whether a job must run alone. It always does before it is given up."""
         return deaths >= min(ALONE_AFTER, self._most - 1)
 
     def mark_started(self, jobs: Iterable[tuple[Key, int]]) -> None:
-        """Note that jobs which came back so often start."""
+        """Record that jobs start, each with the number of its returns."""
         self._write([("hset", self._name(id), f"{retries}:{returns}", 1) for (id, retries), returns in jobs])
 
     def unmark_started(self, jobs: Iterable[tuple[Key, int]]) -> None:
-        """They are given back in order."""
+        """Forget their starts: they are requeued in order."""
         self._write([("hdel", self._name(id), f"{retries}:{returns}") for (id, retries), returns in jobs])
 
     def count_return(self, key: Key) -> None:
-        """Note that a job which was begun goes back for want of an end."""
+        """Count a return of a started job whose result could not be stored."""
         returns = self.history(key).returns
         name = self._name(key[0])
         self._write([("hset", name, f"{key[1]}:{returns}", 1), ("hincrby", name, str(key[1]), 1)])
@@ -113,4 +115,5 @@ class Deliveries:
 
 
 def kept_s(channel: Any) -> int:
+    """Seconds that a record is kept after its last write."""
     return int(channel.visibility_timeout) + KEPT_S

@@ -1,24 +1,23 @@
-"""Where jobs end: Celery's Redis backend, in which a job's first terminal state is its last.
+"""Celery's Redis result backend, in which the first terminal state of a job wins.
 
-A job can run twice at once: its worker was frozen for longer than the visibility timeout, or cut off, and another one
-took it. Celery's own backend checks and then writes, keeps a success only, and so lets two runs tell two stories. This
-one decides and writes in one step in Redis. Producers keep Celery's plain backend: keys and contents are the same.
+A job can run twice at once: its worker froze for longer than the visibility timeout, or was cut off, and another one
+took the job. Celery's backend checks and then writes, and protects a success only: the two runs can store different
+ends. This one checks and writes in one Lua script. Producers keep Celery's plain backend: keys and contents are the
+same.
 
-What the later run leaves undone: its state, its part of a chord, its errbacks, the failure of its chain, and, where it
-finds out in time (`end_of`), its links. What stays twice at the worst: the links of two runs that end within the
-milliseconds between that look and the writing. Errbacks are called once at most: Celery stores a failure before it
-calls them, and a worker killed in between takes them along.
+The later run does not store its state, count its part of a chord, call its errbacks or fail its chain and, where it
+learns of the first end in time (`terminal_state`), does not send its links. Links are sent twice at worst: by two runs
+that end within the milliseconds between that check and the write. Errbacks are called at most once: Celery stores a
+failure before it calls them, so a worker that is killed in between loses them.
 
-A task id may be used again, for another task or other arguments. Each record holds a digest of what was asked: a run
-that begins with another one is a new submission, and the old end is forgotten in the same step; with the same digest it
-is a run of the same job. Records without a digest (of older workers, and those that Celery writes for the rest of a
-failed chain) count as the same job's. To run the same job once more under its id, let its end be forgotten first:
-`tasks.failed.forget`.
+A task id may be used again, for another task or other arguments. Each record holds a digest of what was asked. A run
+that begins with another digest is a new submission, and the old end is deleted in the same step; with the same digest
+it is a run of the same job. Records without a digest (of older workers, and those that Celery writes for the rest of a
+failed chain) count as the same job's. To run a job again under its id, delete its end first: `tasks.failed.forget`.
 
 Two submissions may be in flight under one id. The record belongs to the one that was taken from the queue last, which
-workers may start first: so it holds the time of the take, too. The other one runs as well, with its links, its chord,
-its errbacks and its callback; only its states are not stored. A retry is a part of its submission, and never takes the
-record over.
+workers may start first: so it also holds the time of the take. The other one runs too, with its links, chord, errbacks
+and callback; only its states are not stored. A retry is a part of its submission, and never takes the record over.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ from worker.queue.patience import PatientRedis
 logger = logging.getLogger(__name__)
 
 
-#: What `start` says of a job that its producer took back.
+#: Returned by `start` for a job that its producer canceled.
 CANCELED = "CANCELED"
 
-#: Says of a run's state that another submission under the same id has begun since.
+#: Returned for a state of a submission after which another one under the same id has begun.
 SUPERSEDED = "SUPERSEDED"
 
 #: In a request's `delivery_info`: when its message was taken, in unix seconds of the broker's clock. Celery sends all
@@ -59,18 +58,18 @@ TAKEN_AT = "taken_at"
 
 #: The record's entries with the digest of what was asked, and with the unix seconds at which it was taken.
 ASKED, TAKEN = "idefics_asked", "idefics_taken"
-#: The state comes first, these next. That many bytes hold all; the answer behind them may have megabytes.
+#: A record begins with the state, then these. These bytes hold them; the answer behind them may have megabytes.
 _HEAD_BYTES = 160
 _HEAD = re.compile(rb'\s*{\s*"status"\s*:\s*"(\w+)"(?:\s*,\s*"idefics_asked"\s*:\s*"(\w+)")?')
-#: Seconds. A take that is later by more was timed by another clock: the broker's name stood for another server.
+#: Seconds. A take that is later by more was timed by another clock: the broker's name led to another server.
 _SAME_CLOCK_S = 3_600
 
 #: KEYS: the job's record, its cancellation. ARGV: the record, its seconds to live (0: for ever), `start` or `end` where
 #: its state is one, the digest of what was asked or nothing, 1 if a submission begins with it, when it was taken.
-#: Answers with the end that is there already, with SUPERSEDED, for a start with CANCELED, or with nil where it has
-#: written. What is there of another type than a record is written over. A record that is there word for word is this
-#: very call's: the connection was lost before it heard of it. An end that is found by a later submission of the same
-#: is that one's, too, from then on.
+#: Returns the terminal state that is stored already, SUPERSEDED, for a start CANCELED, or nil where it has written. A
+#: value of another type than a record is overwritten. A record that is the same byte for byte was written by this call
+#: itself, whose connection was lost before the reply. A terminal state that a later submission of the same job finds is
+#: that submission's, too, from then on.
 _STORE = f"""
 local head = redis.pcall('GETRANGE', KEYS[1], 0, {_HEAD_BYTES - 1})
 if type(head) ~= 'string' then head = '' end
@@ -119,12 +118,12 @@ return false
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request asks for, as its attribute `asked`. A class of ours: a header of the message cannot forge it."""
+    """What a request asks for, as its attribute `asked`. A header of the message cannot forge this class."""
 
     digest: str
-    #: A submission begins with what is stored next, rather than goes on: an end of another one is forgotten.
+    #: True where a submission begins with what is stored next: an end of another submission is deleted.
     begins: bool = False
-    #: When its message was taken from the queue, in unix seconds of the broker's clock; empty where nobody knows.
+    #: When its message was taken from the queue, in unix seconds of the broker's clock; empty if unknown.
     taken: str = ""
 
 
@@ -136,62 +135,64 @@ def taken_now(message: Any) -> dict[str, float | None]:
 def asked_by(request: Any, *, begins: bool = False) -> Asked:
     """What a checked request asks for."""
     taken = (request.delivery_info or {}).get(TAKEN_AT)
-    # A retry goes on with what its first run began.
+    # A retry continues the submission that its first run began.
     begins = begins and not request.get("retries")
     digest = digest_of(request.get("task"), request.args, request.kwargs)
     return Asked(digest, begins, f"{taken:.6f}" if isinstance(taken, float) else "")
 
 
 def is_of_another(record: Mapping[str, Any], digest: str) -> bool:
-    """Whether a job's record is that of another submission under its id than of the one with this digest."""
+    """Whether a job's record belongs to another submission under its id than the one with this digest."""
     return record.get(ASKED, "") not in ("", digest) and digest != ""
 
 
 def digest_of(task: str | None, args: Any, kwargs: Any) -> str:
-    """Of what a message asks for. Not of its headers and not of its bytes: Celery's retries write them anew."""
+    """Digest of a task and its arguments. Not of headers or bytes: Celery's retries write them anew."""
     asked = json.dumps([task, args, kwargs], sort_keys=True, separators=(",", ":"), default=repr)
     return hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
 
 
-class _FirstEndWins:
-    """Before one of Celery's Redis backends. Not for Redis Cluster: the script names two keys."""
+class FirstTerminalStateWins:
+    """Mixin for Celery's Redis backends. Not for Redis Cluster: the script names two keys."""
 
     def _get_client(self) -> type[PatientRedis]:
-        """One for all threads. Each with its own would be two hundred connections."""
+        """One client for all threads. One for each thread would be two hundred connections."""
         return PatientRedis
 
     def on_task_call(self: Any, producer: Any, task_id: str) -> None:
-        """Nothing: no worker waits for the links and retries that it sends. Celery's subscribes to each one's result,
-        which Redis would pile up unread."""
+        """Does nothing: no worker waits for the links and retries that it sends.
+
+        Celery's would subscribe to each result, and nothing would read what arrives.
+        """
 
     def store_result(
         self: Any, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
     ) -> Any:
-        """Celery's, except that nothing is written over an end."""
+        """Celery's, except that no terminal state is overwritten."""
         result = self.encode_result(result, state)
-        # Encoded once for all attempts: the script tells by it whether an earlier attempt has written.
+        # Encoded once for all attempts: the script compares it to learn whether an earlier attempt has written.
         record = self._record(task_id, result, state, traceback, request)
         kept = self._store_record(task_id, record, state, asked_of(request))
         if kept and state in states.READY_STATES:
-            self._leave_end(task_id, kept, state, request)
+            self._on_not_stored(task_id, kept, state, request)
         return result
 
-    def _leave_end(self: Any, task_id: str, kept: str, state: str, request: Any) -> None:
+    def _on_not_stored(self: Any, task_id: str, kept: str, state: str, request: Any) -> None:
         if kept == SUPERSEDED:
-            # Its links, errbacks, chain and chord are its own, and wait for its own end.
+            # Its links, errbacks, chain and chord are its own, and follow its own end.
             logger.info("Job %s was followed by another one under its id: its %s is not stored.", task_id, state)
             return
         logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept, state)
         if request is not None:
-            # What Celery calls next is the other run's to call.
+            # The other run calls what follows.
             request.chain = request.errbacks = None
             if request.chord:
-                # That run may have died right then, or have been a revocation, which knows of no chord.
-                self.repeat_end(request)
+                # That run may have died right after it stored its end, or was a revocation, which knows of no chord.
+                self.replay_side_effects(request)
             request.chord = None
 
     def start(self: Any, request: Any, *, is_stored: bool) -> str | None:
-        """Say that a job runs, in one step with a look at whether it should. None if so; else CANCELED or its end."""
+        """Store that a job runs, unless it must not: then return CANCELED or its terminal state; else None."""
         value = {"pid": os.getpid(), "hostname": request.hostname}
         begun = asked_by(request, begins=True)
         request.asked = replace(begun, begins=False)
@@ -201,7 +202,7 @@ class _FirstEndWins:
 
     def _record(self: Any, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> str:
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
-        # Without the arguments of Celery's extended results: pictures of megabytes, and whoever reads them asks twice.
+        # Without the arguments of Celery's extended results, which may hold megabytes of images.
         asked = asked_of(request)
         said = {name: value for name, value in ((ASKED, asked.digest), (TAKEN, asked.taken)) if value and asked.digest}
         record: str = self.encode(
@@ -227,17 +228,17 @@ class _FirstEndWins:
     def _store_script(self: Any) -> Any:
         return self.client.register_script(_STORE)
 
-    def end_of(self: Any, task_id: str, asked: Asked | None = None) -> str | None:
-        """SUCCESS, FAILURE or REVOKED; None for a job that has not ended. Cheap: it does not read the answer.
+    def terminal_state(self: Any, task_id: str, asked: Asked | None = None) -> str | None:
+        """SUCCESS, FAILURE or REVOKED; None for a job that has not ended, or only another submission than `asked` has.
 
-        The end of another submission than `asked` is none.
+        Reads the start of the record, not the answer.
         """
         try:
             head = self.client.getrange(self.get_key_for_task(task_id), 0, _HEAD_BYTES - 1)
         except ResponseError as error:
             if is_away(error):
                 raise
-            # Of another type: no record of a job's.
+            # A value of another type is no job's record.
             head = b""
         found = _HEAD.match(head)
         state = found[1].decode() if found else states.PENDING
@@ -245,14 +246,14 @@ class _FirstEndWins:
         return state if state in states.READY_STATES and not is_other else None
 
     def mark_as_failure(self: Any, task_id: str, exc: BaseException, *args: Any, **options: Any) -> None:
-        """Celery's; whatever went wrong around a job's task, its failure has a code."""
+        """Celery's; an error from around a job's task becomes one with a code, `internal`."""
         if options.get("request") is not None and not isinstance(exc, JobError):
             logger.error("Job %s hit a defect; it fails as internal: %s", ascii(task_id), without_values(exc))
             exc = Internal(f"{type(exc).__name__} in the worker: its log has the traceback.")
         super().mark_as_failure(task_id, exc, *args, **options)  # type: ignore[misc]
 
     def on_chord_part_return(self: Any, request: Any, state: str, result: Any, **options: Any) -> None:
-        """Celery's; where it meets a defect, that ends the job's part of the chord and not the job."""
+        """Celery's; a defect ends the job's part of the chord, not the job."""
         try:
             super().on_chord_part_return(request, state, result, **options)  # type: ignore[misc]
         except RedisError as error:
@@ -260,10 +261,11 @@ class _FirstEndWins:
                 raise
             logger.error("Job %s is left out of its chord %s: %s", ascii(request.id), ascii(request.group), error)
 
-    def repeat_end(self: Any, request: Any) -> None:
-        """Do again what follows a job's end, where twice is once: the worker that stored it may have died before.
+    def replay_side_effects(self: Any, request: Any) -> None:
+        """Repeat what follows a stored terminal state: the worker that stored it may have died before it did that.
 
-        A chord counts each job's part once. The states of a chain's later tasks are ends themselves.
+        Only what is idempotent: a chord counts each job's part once, and the first terminal state of a chain's later
+        tasks wins, too.
         """
         meta = self.get_task_meta(request.id, cache=False)
         if request.chord:
@@ -273,14 +275,14 @@ class _FirstEndWins:
 
 
 def asked_of(request: Any) -> Asked:
-    """What a request says that it asks for: nothing where Celery made it up, for the rest of a chain."""
+    """What a request asks for; without a digest for one that Celery made up, for the rest of a chain."""
     asked = getattr(request, "asked", None)
     return asked if isinstance(asked, Asked) else Asked("")
 
 
-class ResultBackend(_FirstEndWins, RedisBackend):  # type: ignore[misc]
+class ResultBackend(FirstTerminalStateWins, RedisBackend):  # type: ignore[misc]
     """`worker.queue.result_backend:ResultBackend+redis://...`"""
 
 
-class SentinelResultBackend(_FirstEndWins, SentinelBackend):  # type: ignore[misc]
+class SentinelResultBackend(FirstTerminalStateWins, SentinelBackend):  # type: ignore[misc]
     """`worker.queue.result_backend:SentinelResultBackend+sentinel://...`"""
