@@ -14,7 +14,7 @@ from PIL import Image
 from worker.demo.world import STYLES, THINGS
 
 #: Everything that training downloads or writes on the way.
-WORK = Path(__file__).parent / ".train"
+WORK = Path(__file__).parents[1] / ".train"
 
 #: The npm package that holds each style. Their licence files were read; see README.md.
 PACKAGES = {

@@ -1,4 +1,4 @@
-"""How often the demo model is right: `python -m worker.demo.evaluate` prints a table and writes figures.json.
+"""How often the demo model is right: `python -m worker.demo.training.evaluate` prints a table and writes figures.json.
 
 Every prompt goes the stock way, through the real processor and `generate`, on pictures composed for the occasion.
 """
@@ -18,15 +18,15 @@ from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig, IdeficsForVisionText2Text, IdeficsProcessor
 
 from tasks.payloads import END_OF_UTTERANCE, Classify
-from worker.demo import art
 from worker.demo.dialogue import KINDS, Dialogue, a_dialogue, index_of
-from worker.demo.pool import sprite
-from worker.demo.tokens import ADDITIONAL_TOKENS
+from worker.demo.training import art
+from worker.demo.training.pool import sprite
+from worker.demo.training.tokens import ADDITIONAL_TOKENS
 from worker.demo.world import HELD_OUT_STYLE, TRAIN_STYLES, any_picture, compose
 from worker.jobs.prompts import build, ends_with_utterance
 
-HERE = Path(__file__).parent
-CHECKPOINT = HERE / "checkpoint"
+DEMO = Path(__file__).parents[1]
+CHECKPOINT = DEMO / "checkpoint"
 
 #: Dialogues about one set of pictures; their examples come from the same set.
 SET_SIZE = 50
@@ -182,7 +182,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     art.prepare()
     figures = evaluate(asked.checkpoint, asked.count)
-    (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (DEMO / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

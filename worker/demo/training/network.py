@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.image_processing_pil_idefics import IDEFICS_STANDARD_MEAN, IDEFICS_STANDARD_STD
 
-from worker.demo.pool import IMAGE_SIDE
+from worker.demo.training.pool import IMAGE_SIDE
 from worker.demo.world import CATEGORIES, COLORS, THINGS
 
 #: Multiples of 64: bitsandbytes' 4-bit blocks are that long, and on some CPUs a row must fill them.

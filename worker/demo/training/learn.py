@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import IdeficsForVisionText2Text, PreTrainedTokenizerFast
 
 from worker.demo.dialogue import a_dialogue
-from worker.demo.network import ContentHeads, encode_images, new_model, pixel_values
-from worker.demo.pool import Shard
-from worker.demo.rows import MicroBatch, RowMaker
-from worker.demo.sight import PictureStream, load_sight, varied
+from worker.demo.training.network import ContentHeads, encode_images, new_model, pixel_values
+from worker.demo.training.pool import Shard
+from worker.demo.training.rows import MicroBatch, RowMaker
+from worker.demo.training.sight import PictureStream, load_sight, varied
 
 PICTURES, ROWS_PER_PICTURE = 96, 2
 WARM_UP_STEPS = 150

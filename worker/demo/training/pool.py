@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from worker.demo import art
+from worker.demo.training import art
 from worker.demo.world import COLORS, THINGS, TRAIN_STYLES, Picture, any_picture, compose
 
 #: Pixels: what the checkpoint's image processor resizes to.

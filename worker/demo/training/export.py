@@ -17,10 +17,11 @@ from transformers import (
     IdeficsProcessor,
 )
 
-from worker.demo import art, golden
+from worker.demo import golden
 from worker.demo.dialogue import everything
-from worker.demo.evaluate import Case, Speaker, is_right, said_by
-from worker.demo.pool import IMAGE_SIDE, sprite
+from worker.demo.training import art
+from worker.demo.training.evaluate import Case, Speaker, is_right, said_by
+from worker.demo.training.pool import IMAGE_SIDE, sprite
 from worker.demo.world import CATEGORIES, COLORS, THINGS, TRAIN_STYLES, Picture, compose
 
 #: Of the golden picture.

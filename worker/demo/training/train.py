@@ -1,4 +1,4 @@
-"""Builds the demo checkpoint and all that ships beside it: `python -m worker.demo.train`.
+"""Builds the demo checkpoint and all that ships beside it: `python -m worker.demo.training.train`.
 
 Art, tokenizer, two stages of training, checkpoint, pictures and figures. Stopped, it goes on where it was;
 `.train/` holds its state. Needs npm, and `pip install resvg_py sentencepiece`.
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, IdeficsForVisionText2Text, logging
 
-from worker.demo import art
 from worker.demo.dialogue import KINDS
-from worker.demo.evaluate import CHECKPOINT, HERE, accuracies, evaluate, load
-from worker.demo.export import save_checkpoint, save_pictures
-from worker.demo.learn import Learner
-from worker.demo.pool import compose_shards
-from worker.demo.sight import learn_to_see
-from worker.demo.tokens import train_tokenizer
+from worker.demo.training import art
+from worker.demo.training.evaluate import CHECKPOINT, DEMO, accuracies, evaluate, load
+from worker.demo.training.export import save_checkpoint, save_pictures
+from worker.demo.training.learn import Learner
+from worker.demo.training.pool import compose_shards
+from worker.demo.training.sight import learn_to_see
+from worker.demo.training.tokens import train_tokenizer
 from worker.demo.world import TRAIN_STYLES
 
 SHARDS = 30
@@ -40,10 +40,10 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     logging.set_verbosity_error()
     train(asked.steps, asked.minutes * 60)
-    passed_over = save_pictures(load(CHECKPOINT, "float32"), HERE / "pictures")
+    passed_over = save_pictures(load(CHECKPOINT, "float32"), DEMO / "pictures")
     print(f"pictures passed over: {passed_over}")
     figures = evaluate(CHECKPOINT, count=500)
-    (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (DEMO / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def train(steps: int, seconds: float) -> None:
