@@ -63,6 +63,7 @@ class JobsLost(IdeficsError):
     code = "jobs_lost"
     retryable = True
     http_status = 503
+    public = {"": "Some of it was lost: try again later."}
 
     def __init__(self, jobs: int) -> None:
         super().__init__(f"{jobs} jobs have neither an answer nor a place in the queue: Redis has lost them.")

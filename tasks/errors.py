@@ -3,12 +3,15 @@
 A failed job is a Celery FAILURE. Its exception's class name and its first argument, the code, are stable:
 build on them. The second argument is a sentence that tells the cure. A third one, where there is one, is the
 `detail`: what exactly it was (`http_404`, `timeout`, `not_a_picture`), to sort many failures by.
+
+`str(error)` tells a developer or an operator, and may name hosts and settings. `error.response()` tells a web
+application's visitors, and has neither: its sentences are each class's `public` ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -22,6 +25,24 @@ if TYPE_CHECKING:
 PUBLIC_MODULE = "idefics_jobs.errors"
 
 
+_SET_UP_WRONGLY = "The service is set up wrongly, which is no fault of the request: tell its operator."
+
+
+class PublicError(TypedDict):
+    """What visitors are told of an error."""
+
+    code: str
+    message: str
+    detail: str | None
+    retryable: bool
+
+
+class ErrorBody(TypedDict):
+    """The JSON body of an HTTP answer."""
+
+    error: PublicError
+
+
 class IdeficsError(Exception):
     """The base of all errors here. `str(error)` is a sentence that tells the cure."""
 
@@ -30,9 +51,10 @@ class IdeficsError(Exception):
     #: The same call may succeed later.
     retryable: ClassVar[bool] = False
     #: What a web application may answer with.
-    http_status: ClassVar[int] = 500
-    #: The message may name this system's hosts: a web application's users get the class's own sentence.
-    is_confidential: ClassVar[bool] = False
+    http_status: int = 500
+    #: What visitors are told instead of the message, by the detail, or its part before `_`; "" is for any other detail.
+    #: Where nothing fits they are told the message itself, which then says what is wrong with what they sent.
+    public: ClassVar[Mapping[str, str]] = {}
     #: What exactly it was; None where the code says it all.
     detail: str | None = None
 
@@ -44,11 +66,20 @@ class IdeficsError(Exception):
         told = {"code": self.code, "message": str(self)}
         return {**told, "detail": self.detail} if self.detail else told
 
-    def response(self) -> tuple[int, dict[str, Any]]:
-        """The HTTP status and the JSON body that tell a web application's user."""
-        message = str(self.__doc__ if self.is_confidential else self)
-        error = {"code": self.code, "message": message, "detail": self.detail, "retryable": self.retryable}
-        return self.http_status, {"error": error}
+    def response(self) -> tuple[int, ErrorBody]:
+        """The HTTP status and the JSON body that tell a web application's visitor: no host's and no setting's name."""
+        told: PublicError = {
+            "code": self.code,
+            "message": self._public_message(),
+            "detail": self.detail,
+            "retryable": self.retryable,
+        }
+        return self.http_status, {"error": told}
+
+    def _public_message(self) -> str:
+        detail = self.detail or ""
+        found = (self.public.get(name) for name in (detail, detail.partition("_")[0], ""))
+        return next(filter(None, found), str(self))
 
 
 class JobError(IdeficsError):
@@ -58,6 +89,8 @@ class JobError(IdeficsError):
     retryable: ClassVar[bool] = False
     #: Seconds until then, where somebody said so: an image's server with Retry-After.
     retry_after_s: float | None = None
+    #: HTTP statuses of details that have another one than their class.
+    statuses: ClassVar[Mapping[str, int]] = {}
 
     def __init_subclass__(cls) -> None:
         cls.__module__ = PUBLIC_MODULE
@@ -67,6 +100,7 @@ class JobError(IdeficsError):
         # gives the message.
         message = (args[0] if len(args) == 1 else args[1]) if args else (self.__doc__ or self.code)
         self.detail = args[2] if len(args) > 2 else detail
+        self.http_status = self.statuses.get(self.detail or "", self.http_status)
         super().__init__(*filter(None, (self.code, message, self.detail)))
 
     def __str__(self) -> str:
@@ -86,6 +120,11 @@ class InvalidRequest(JobError):
 
     code = "invalid_request"
     http_status = 422
+    statuses = {"job_bytes": 413, "callback": 500}
+
+    def response(self) -> tuple[int, ErrorBody]:
+        """Where a callback may not go is no fault of the visitor's: the site is set up wrongly."""
+        return ConfigurationError().response() if self.detail == "callback" else super().response()
 
 
 class PromptTooLong(JobError):
@@ -93,6 +132,7 @@ class PromptTooLong(JobError):
 
     code = "prompt_too_long"
     http_status = 422
+    public = {"": "The text is too long: shorten it, or send fewer images."}
 
 
 class ImageBlocked(JobError):
@@ -100,6 +140,19 @@ class ImageBlocked(JobError):
 
     code = "image_blocked"
     http_status = 422
+    public = {
+        "": "The image's address is not allowed: use a public http(s) URL, or send the picture itself.",
+        "url": "The image's URL is malformed: write http(s)://host/path, without a user.",
+        "scheme": "An image is an http(s) URL or a data:image/...;base64, URI: no other scheme is read.",
+        "data_uri": "Of data: URIs only data:image/...;base64, is read: send the image in this form.",
+        "port": "The image's URL names a port that is not allowed: write one without a port.",
+        "redirects": "The image's URL leads elsewhere: use its final one.",
+        "path": "No image is read at this path: send the picture itself.",
+    }
+
+    def response(self) -> tuple[int, ErrorBody]:
+        """A host in a network of ours is told as one that does not exist: visitors do not learn which names resolve."""
+        return ImageUnreachable(detail="dns").response() if self.detail == "network" else super().response()
 
 
 class ImageUnreachable(JobError):
@@ -108,6 +161,11 @@ class ImageUnreachable(JobError):
     code = "image_unreachable"
     retryable = True
     http_status = 424
+    public = {
+        "": "The image could not be downloaded: check that its server is up, then try again.",
+        "dns": "There is no public server of the image's address: check its spelling, then try again.",
+        "timeout": "The image's server did not send it in time: try again later.",
+    }
 
 
 class ImageTooLarge(JobError):
@@ -115,13 +173,24 @@ class ImageTooLarge(JobError):
 
     code = "image_too_large"
     http_status = 413
+    public = {
+        "": "The image is too large: send a smaller one.",
+        "pixels": "The image has too many pixels: send a smaller one.",
+    }
 
 
 class ImageInvalid(JobError):
-    """The bytes are no JPEG, PNG, WebP or GIF image that can be decoded: send the picture in one of these."""
+    """The bytes are no image that can be decoded: send the picture as JPEG, PNG, WebP, GIF or AVIF."""
 
     code = "image_invalid"
     http_status = 422
+    public = {
+        "": "The picture cannot be read: send a whole JPEG, PNG, WebP, GIF or AVIF.",
+        "http": "There is no picture at the image's URL: check that it is right and public.",
+        "redirects": "The image's URL leads nowhere: use its final one.",
+        "no_file": "The picture's file cannot be read: send it again.",
+        "truncated": "The picture is not whole: send it again.",
+    }
 
 
 class OutOfMemory(JobError):
@@ -130,6 +199,7 @@ class OutOfMemory(JobError):
     code = "out_of_memory"
     retryable = True
     http_status = 503
+    public = {"": "There is not enough memory for this: send fewer images or a shorter text, or try again later."}
 
 
 class DeadlineExceeded(JobError):
@@ -137,6 +207,7 @@ class DeadlineExceeded(JobError):
 
     code = "deadline_exceeded"
     http_status = 504
+    public = {"": "There was no time for this: try again later."}
 
 
 class WorkerLost(JobError):
@@ -145,12 +216,14 @@ class WorkerLost(JobError):
     code = "worker_lost"
     retryable = True
     http_status = 503
+    public = {"": "This could not be finished: try again later."}
 
 
 class Internal(JobError):
     """The worker has a defect: report it with the traceback in the worker's log."""
 
     code = "internal"
+    public = {"": "This failed by a fault of the service."}
 
 
 ERRORS: dict[str, type[JobError]] = {
@@ -188,7 +261,7 @@ class QueueFull(IdeficsError):
     code = "queue_full"
     retryable = True
     http_status = 503
-    is_confidential = True
+    public = {"": "Too much is waiting already: try again later."}
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or self.__doc__)
@@ -202,6 +275,7 @@ class JobTimeout(IdeficsError, TimeoutError):
     code = "timeout"
     retryable = True
     http_status = 504
+    public = {"": "There is no answer yet: ask again later."}
 
 
 class BrokerUnavailable(IdeficsError, OperationalError, RedisConnectionError, RedisTimeoutError, ConnectionError):  # type: ignore[misc]
@@ -210,14 +284,14 @@ class BrokerUnavailable(IdeficsError, OperationalError, RedisConnectionError, Re
     code = "broker_unavailable"
     retryable = True
     http_status = 503
-    is_confidential = True
+    public = {"": "The service cannot be reached: try again later."}
 
 
 class BrokerRefused(IdeficsError, ResponseError):
     """The job queue refuses the request: its operator has to see to it."""
 
     code = "broker_refused"
-    is_confidential = True
+    public = {"": _SET_UP_WRONGLY}
 
 
 class NotPermitted(BrokerRefused, NoPermissionError):
@@ -228,7 +302,7 @@ class ConfigurationError(IdeficsError, ValueError):
     """The job queue's client is set up wrongly: its operator has to see to it."""
 
     code = "configuration"
-    is_confidential = True
+    public = {"": _SET_UP_WRONGLY}
 
 
 class NotFound(IdeficsError, LookupError):

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from .addresses import is_public, literal
-from .errors import IdeficsError, InvalidRequest
+from .errors import ErrorBody, IdeficsError, InvalidRequest, from_exception
 from .payloads import Callback, Result
 
 JobEvent: TypeAlias = Literal["job.succeeded", "job.failed", "job.canceled"]
@@ -39,6 +39,7 @@ class InvalidWebhook(IdeficsError, ValueError):
 
     code = "invalid_webhook"
     http_status = 401
+    public = {"": "The signature is not valid."}
 
 
 class _Received(BaseModel):
@@ -55,6 +56,10 @@ class Failure(_Received):
     code: str
     message: str
     detail: str | None = None
+
+    def response(self) -> tuple[int, ErrorBody]:
+        """What a web application's visitors are told: see `IdeficsError.response`. The message is for you."""
+        return from_exception(Exception(self.code, self.message, self.detail)).response()
 
 
 class Outcome(_Received):
@@ -136,7 +141,8 @@ def check_public(callback: Callback) -> None:
         return
     raise InvalidRequest(
         f"callback.url: {problem}. Use a public https:// URL, or, where your operator allows this one, "
-        "Client(..., check_callbacks=False)."
+        "Client(..., check_callbacks=False).",
+        detail="callback",
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import redis
@@ -230,22 +232,63 @@ def test_what_the_broker_raises_becomes_one_of_ours(error: Exception, kind: type
 
 
 def test_an_error_says_what_a_web_application_answers() -> None:
-    status, body = ImageInvalid("There is no picture.", detail="http_404").response()
+    status, body = ImageInvalid(
+        "a.example answered with status 404: check that the URL is public.", detail="http_404"
+    ).response()
     assert status == 422
     assert body == {
         "error": {
             "code": "image_invalid",
-            "message": "There is no picture.",
+            "message": "There is no picture at the image's URL: check that it is right and public.",
             "detail": "http_404",
             "retryable": False,
         }
     }
 
 
-def test_a_web_applications_users_do_not_see_the_names_of_its_hosts() -> None:
-    status, body = from_broker(redis.ConnectionError("redis.internal:6379")).response()
-    assert status == 503
-    assert "redis.internal" not in json.dumps(body)
+#: Those whose message says what is wrong with what the visitor sent.
+TOLD_AS_THEY_ARE = {errors.InvalidRequest, JobCanceled, errors.NotFound, NotJsonLines}
+
+
+@pytest.mark.parametrize("kind", KINDS.keys() - TOLD_AS_THEY_ARE - {JobsLost}, ids=lambda kind: kind.__name__)
+def test_visitors_see_neither_hosts_nor_settings(kind: type[IdeficsError]) -> None:
+    error = kind("db.internal is at no public address: have it added to IDEFICS_IMAGE_ALLOW_NETWORKS.")
+    for detail in (None, "http_404", "dns", "network", "new", *kind.public):
+        error.detail = detail
+        _, body = error.response()
+        for word in ("internal is", "IDEFICS", "Redis", "worker", "broker", "queue", "Client("):
+            assert word not in body["error"]["message"]
+        assert body["error"]["message"].endswith(".")
+    assert "IDEFICS_IMAGE_ALLOW_NETWORKS" in str(error)
+
+
+def test_a_visitor_does_not_learn_which_internal_names_resolve() -> None:
+    resolves = errors.ImageBlocked("db.internal is at no public address.", detail="network")
+    does_not = errors.ImageUnreachable("dc.internal has no address.", detail="dns")
+    assert resolves.response() == does_not.response()
+    assert resolves.response()[0] == 424
+
+
+def test_a_callback_that_is_refused_is_the_sites_fault_and_not_its_visitors() -> None:
+    error = errors.InvalidRequest("callback.url: its host is not public.", detail="callback")
+    assert error.response() == errors.ConfigurationError().response()
+    assert error.response()[0] == error.http_status == 500
+    assert errors.InvalidRequest("prompt: too long.").response()[0] == 422
+
+
+def test_messages_that_visitors_see_name_no_setting() -> None:
+    """Those of an InvalidRequest, as they are written: but where it has a detail, which says that they do not."""
+    folder = Path(errors.__file__).parents[1]
+    calls = [
+        node
+        for path in (*folder.glob("tasks/**/*.py"), *folder.glob("worker/**/*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "InvalidRequest"
+    ]
+    assert len(calls) > 10
+    assert not [
+        ast.unparse(call) for call in calls if "IDEFICS_" in ast.unparse(call) and "detail=" not in ast.unparse(call)
+    ]
 
 
 # The detail

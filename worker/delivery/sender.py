@@ -60,12 +60,13 @@ def check(callback: Callback, settings: Settings, *, look_up: bool = True) -> No
     if callback.key_id not in settings.callback_keys:
         raise InvalidRequest(
             "callback.key_id: this worker has no secret of that id. Use one of the operator's, or have it added to "
-            "IDEFICS_CALLBACK_KEYS."
+            "IDEFICS_CALLBACK_KEYS.",
+            detail="callback",
         )
     try:
         _check_target(callback.url, settings, look_up)
     except Refused as error:
-        raise InvalidRequest(f"callback.url: {error}.") from None
+        raise InvalidRequest(f"callback.url: {error}.", detail="callback") from None
 
 
 def _check_target(url: str, settings: Settings, look_up: bool) -> None:

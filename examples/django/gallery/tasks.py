@@ -1,6 +1,7 @@
 """What the site's own Celery worker runs when a job has ended."""
 
 from celery import shared_task
+from idefics_jobs.errors import from_exception
 
 from .celery import app
 from .models import Picture
@@ -13,6 +14,6 @@ def save_text(result, id):
 
 @shared_task
 def save_error(id):
-    # The first argument is a stable code, the second says what to do.
-    _, message, *_ = app.AsyncResult(id).result.args
-    Picture.objects.get(pk=id).failed(message)
+    # What visitors may be told: the error's own text is for you, and may name hosts and settings.
+    _, body = from_exception(app.AsyncResult(id).result).response()
+    Picture.objects.get(pk=id).failed(body["error"]["message"])

@@ -61,7 +61,7 @@ def callback(request):
         if one.type == "job.succeeded":
             picture.done(one.data.result.text)
         else:
-            picture.failed(one.data.error.message if one.data.error else one.type)
+            picture.failed(one.data.error.response()[1]["error"]["message"] if one.data.error else one.type)
     return HttpResponse(status=204)
 
 
