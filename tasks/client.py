@@ -7,7 +7,8 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, ParamSpec, TypeVar
+from datetime import datetime
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, Unpack
 
 from celery import Celery, states, uuid
 from celery.backends.redis import RedisBackend
@@ -69,6 +70,37 @@ _STATUS: dict[str, Status] = {
     states.FAILURE: "failed",
     states.REVOKED: "canceled",
 }
+
+
+class SubmitOptions(TypedDict, total=False):
+    """Options of Celery's `apply_async` that a job may have."""
+
+    #: The job's id, else a random one.
+    task_id: str
+    #: Else the client's.
+    queue: str
+    #: Seconds before it starts, or when.
+    countdown: float
+    eta: datetime
+    #: Seconds, or when: a job that has not started by then does not start.
+    expires: float | datetime
+    #: Signatures of tasks that run at its end, with its result; and where it failed, with its id.
+    link: Any
+    link_error: Any
+    headers: dict[str, Any]
+    #: Seconds that it may run.
+    time_limit: float
+    soft_time_limit: float
+    #: Whether, and how, its message is sent again where the broker is away: see Celery's `retry_policy`.
+    retry: bool
+    retry_policy: dict[str, Any]
+    ignore_result: bool
+    compression: str
+    shadow: str
+    add_to_parent: bool
+    group_id: str
+    root_id: str
+    parent_id: str
 
 
 P = ParamSpec("P")
@@ -285,13 +317,16 @@ class Client:
         return self._queue
 
     @_with_our_errors
-    def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Any) -> SubmittedJob:
+    def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]) -> SubmittedJob:
         """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`.
 
         With an `idempotency_key` that has a job already, that job is returned and nothing queued; raises InvalidRequest
         where it has another payload. Raises QueueFull where the broker has no room, InvalidRequest for a callback
         that may not be called, and ConfigurationError where the broker's workers would not see this app's jobs.
         """
+        return self._submit(job, priority, {**options})
+
+    def _submit(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
         if self._check_callbacks and job.callback is not None:
             check_public(job.callback)
         check_size(job, self._max_job_bytes)
@@ -336,15 +371,16 @@ class Client:
             raise
         return SubmittedJob(self.app.AsyncResult(outcome.id), getattr(queue, "name", queue), self._app)
 
+    @_with_our_errors
     def submit_many(
-        self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Any
+        self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
     ) -> list[SubmittedJob]:
         """Queue jobs over one connection, in order. Whatever it raises holds those `submitted` before it."""
         submitted: list[SubmittedJob] = []
         with self._app.producer_pool.acquire(block=True) as producer:
             try:
                 for job in jobs:
-                    submitted.append(self.submit(job, priority=priority, producer=producer, **options))
+                    submitted.append(self._submit(job, priority, {**options, "producer": producer}))
             except Exception as error:
                 error.submitted = submitted  # type: ignore[attr-defined]
                 raise
@@ -439,13 +475,17 @@ class Client:
         jobs.retry(jobs.get(id), queue)
         return self.job(id)
 
-    async def asubmit(self, job: Job, **options: Any) -> SubmittedJob:
+    async def asubmit(
+        self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
+    ) -> SubmittedJob:
         """`submit` for asyncio."""
-        return await asyncio.to_thread(self.submit, job, **options)
+        return await asyncio.to_thread(functools.partial(self.submit, job, priority=priority, **options))
 
-    async def asubmit_many(self, jobs: Iterable[Job], **options: Any) -> list[SubmittedJob]:
+    async def asubmit_many(
+        self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
+    ) -> list[SubmittedJob]:
         """`submit_many` for asyncio."""
-        return await asyncio.to_thread(self.submit_many, list(jobs), **options)
+        return await asyncio.to_thread(functools.partial(self.submit_many, list(jobs), priority=priority, **options))
 
     async def aresult(self, id: str, timeout: float | None = None) -> Result:
         """`result` for asyncio."""

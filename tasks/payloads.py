@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -31,8 +31,8 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from .errors import ImageBlocked, ImageInvalid, ImageTooLarge, InvalidRequest, JobCanceled, JobError
 from .image_sources import FORMS, image_url, is_meant_as_image
 from .openai_form import plain_message
+from .pictures import AtHand, is_at_hand
 from .pictures import Image as Image
-from .pictures import is_at_hand
 
 #: The queue that the workers read.
 QUEUE = "idefics"
@@ -193,7 +193,11 @@ def _refuse_tokens_in_pieces(tokens: tuple[str, ...], texts: Iterable[str | None
     _refuse_tokens(tokens, "".join("\n" if text is None else text.strip(" ") for text in texts))
 
 
-ImageUrl = Annotated[str, BeforeValidator(_read_at_hand), AfterValidator(_checked_image_url)]
+if TYPE_CHECKING:
+    ImageUrl: TypeAlias = str | Image | AtHand
+else:
+    ImageUrl = Annotated[str, BeforeValidator(_read_at_hand), AfterValidator(_checked_image_url)]
+
 Text = Annotated[
     str,
     StringConstraints(max_length=MAX_TEXT_CHARS),
@@ -241,12 +245,21 @@ class ImagePath(_Frozen):
     path: str = Field(min_length=1, max_length=4096)
 
 
-ImageSource = Annotated[
-    Annotated[str, Tag(_IN_UNION)] | Annotated[ImagePath, Tag(f"{_IN_UNION}path")],
-    Discriminator(lambda image: _IN_UNION if isinstance(image, str) else f"{_IN_UNION}path"),
-    BeforeValidator(_checked_image),
-    Field(description="An http(s) URL, a data: URI, or a path below the worker's image root."),
-]
+#: An image of a payload: whatever it was made of, it holds one of these.
+CheckedImage: TypeAlias = str | ImagePath
+
+if TYPE_CHECKING:
+    # What may be given. `Image` is the type of a field in a request's model of yours.
+    ImageSource: TypeAlias = CheckedImage | Image | AtHand
+    ImageSources: TypeAlias = Sequence[ImageSource]
+else:
+    ImageSource = Annotated[
+        Annotated[str, Tag(_IN_UNION)] | Annotated[ImagePath, Tag(f"{_IN_UNION}path")],
+        Discriminator(lambda image: _IN_UNION if isinstance(image, str) else f"{_IN_UNION}path"),
+        BeforeValidator(_checked_image),
+        Field(description="An http(s) URL, a data: URI, or a path below the worker's image root."),
+    ]
+    ImageSources = list[ImageSource]
 
 
 class Callback(_Frozen):
@@ -386,7 +399,7 @@ class Write(Job):
 
     task = "idefics.write"
 
-    images: list[ImageSource] = Field(min_length=1, max_length=MAX_ENTRIES)
+    images: ImageSources = Field(min_length=1, max_length=MAX_ENTRIES)
     instruction: Text = "Use the image to write a story."
     lead: Text = "Story:"
 
@@ -407,14 +420,20 @@ def _kind_of_part(part: Any) -> str | None:
     return None
 
 
-Part = Annotated[
-    Annotated[ImagePart, Tag(f"{_IN_UNION}image")] | Annotated[TextPart, Tag(f"{_IN_UNION}text")],
-    Discriminator(
-        _kind_of_part,
-        custom_error_type="part",
-        custom_error_message='a part is a string, {"image": ...} or {"text": ...}',
-    ),
-]
+if TYPE_CHECKING:
+    # Strings and dictionaries, too: the guide's lists as they are.
+    Parts: TypeAlias = list[Any]
+else:
+    Parts = list[
+        Annotated[
+            Annotated[ImagePart, Tag(f"{_IN_UNION}image")] | Annotated[TextPart, Tag(f"{_IN_UNION}text")],
+            Discriminator(
+                _kind_of_part,
+                custom_error_type="part",
+                custom_error_message='a part is a string, {"image": ...} or {"text": ...}',
+            ),
+        ]
+    ]
 
 
 def _strings_too(schema: dict[str, Any]) -> None:
@@ -431,7 +450,7 @@ class Complete(Job):
 
     task = "idefics.complete"
 
-    prompt: list[Part] = Field(min_length=1, max_length=MAX_ENTRIES, json_schema_extra=_strings_too)
+    prompt: Parts = Field(min_length=1, max_length=MAX_ENTRIES, json_schema_extra=_strings_too)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -500,12 +519,18 @@ class ChatMessage(_Frozen):
         return plain_message(message)
 
 
+if TYPE_CHECKING:
+    ChatMessages: TypeAlias = Sequence[ChatMessage | Mapping[str, Any]]
+else:
+    ChatMessages = list[ChatMessage]
+
+
 class Chat(Job):
     """Answer the last of a conversation's messages (OpenAI's form). For instruct checkpoints."""
 
     task = "idefics.chat"
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ENTRIES)
+    messages: ChatMessages = Field(min_length=1, max_length=MAX_ENTRIES)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """OpenAI's name for `max_new_tokens`. A value above the worker's maximum is lowered to it, not refused."""
 

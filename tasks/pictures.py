@@ -13,8 +13,9 @@ import base64
 import inspect
 import io
 import os
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .errors import ConfigurationError, ImageInvalid, ImageTooLarge
 
@@ -33,6 +34,24 @@ _KINDS: dict[str, tuple[tuple[int, tuple[bytes, ...]], ...]] = {
 #: Bytes that no job has room for as base64, whatever the workers allow.
 MAX_BYTES = 200_000_000
 JPEG_QUALITY = 92
+
+
+class Readable(Protocol):
+    """An open file, or an upload: Django's, FastAPI's."""
+
+    def read(self, size: int = ..., /) -> bytes | Awaitable[bytes]: ...
+
+
+class PillowImage(Protocol):
+    """Pillow's own class, which need not be installed."""
+
+    def getbands(self) -> tuple[str, ...]: ...
+
+    def tobytes(self) -> bytes: ...
+
+
+#: A picture that can be read here.
+AtHand: TypeAlias = bytes | bytearray | memoryview | os.PathLike[str] | Readable | PillowImage
 
 
 class Image:
@@ -56,7 +75,7 @@ class Image:
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
     @staticmethod
-    def from_file(file: str | os.PathLike[str] | BinaryIO | Any, *, max_side: int | None = None) -> str:
+    def from_file(file: str | AtHand, *, max_side: int | None = None) -> str:
         """A picture's file, by its path or open, as a `data:` URI; see `from_bytes`. Read from its beginning.
 
         Raises ImageInvalid where it cannot be read.

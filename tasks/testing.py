@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Unpack
 
-from .client import Status
+from .client import Status, SubmitOptions
 from .errors import InvalidRequest, JobCanceled, JobError, NotFound
 from .failed import FailedJob
 from .idempotency import digest
-from .payloads import QUEUE, Classify, Job, ModelInfo, Outcome, Result, Timing, Usage
+from .payloads import DEFAULT_PRIORITY, QUEUE, Classify, Job, ModelInfo, Outcome, Result, Timing, Usage
 
 Answer = Callable[[Job], Result | str]
 
@@ -63,7 +63,7 @@ class FakeClient:
     def queue(self) -> str:
         return QUEUE
 
-    def submit(self, job: Job, **options: Any) -> FakeJob:
+    def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]) -> FakeJob:
         if job.idempotency_key in self._keyed:
             known, submitted = self._keyed[job.idempotency_key]
             if known != digest(job):
@@ -82,7 +82,9 @@ class FakeClient:
         self._jobs[id] = FakeJob(outcome, id)
         return self._jobs[id]
 
-    def submit_many(self, jobs: Iterable[Job], **options: Any) -> list[FakeJob]:
+    def submit_many(
+        self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
+    ) -> list[FakeJob]:
         return [self.submit(job) for job in jobs]
 
     def ping(self) -> None:
@@ -123,11 +125,13 @@ class FakeClient:
         _, job = self._failed.pop(id)
         return self._run(job, id)
 
-    async def asubmit(self, job: Job, **options: Any) -> FakeJob:
-        return self.submit(job, **options)
+    async def asubmit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]) -> FakeJob:
+        return self.submit(job, priority=priority, **options)
 
-    async def asubmit_many(self, jobs: Iterable[Job], **options: Any) -> list[FakeJob]:
-        return self.submit_many(jobs, **options)
+    async def asubmit_many(
+        self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
+    ) -> list[FakeJob]:
+        return self.submit_many(jobs, priority=priority, **options)
 
     async def aresult(self, id: str, timeout: float | None = None) -> Result:
         return self.result(id)

@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 from tasks.errors import ImageBlocked, ImageInvalid
 from tasks.image_sources import data_head
-from tasks.payloads import ImageSource
+from tasks.payloads import CheckedImage
 from worker.images.fetch import Fetcher, FetchPolicy, requested_host, too_large
 from worker.images.host_limits import HostLimiter
 
@@ -34,7 +34,7 @@ class SourceReader:
         self._fetcher = Fetcher(policy)
         self._hosts = HostLimiter(policy.host_concurrency)
 
-    def read(self, source: ImageSource, wait_s: float | None = None) -> bytes:
+    def read(self, source: CheckedImage, wait_s: float | None = None) -> bytes:
         """The bytes of one image; they may still be no picture. `wait_s`: seconds to wait for its host's limit.
 
         Raises ImageBlocked, ImageTooLarge, ImageInvalid, ImageUnreachable (retryable), or HostLimitReached.
@@ -47,7 +47,7 @@ class SourceReader:
             return self._fetcher.fetch(source)
 
 
-def is_remote(source: ImageSource) -> bool:
+def is_remote(source: CheckedImage) -> bool:
     """True for a source that is read from the network."""
     return isinstance(source, str) and source[:5].lower() != "data:"
 

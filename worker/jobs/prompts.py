@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import cast
 
 from tasks.payloads import (
     END_OF_UTTERANCE,
@@ -17,6 +18,7 @@ from tasks.payloads import (
     Chat,
     ChatMessage,
     ChatTextPart,
+    CheckedImage,
     Classify,
     Complete,
     ImagePart,
@@ -30,7 +32,12 @@ from tasks.payloads import (
 class ImageRef:
     """An image's place in a prompt, and where its bytes are."""
 
-    source: ImageSource
+    source: CheckedImage
+
+
+def _image(source: ImageSource) -> ImageRef:
+    """An image of a payload: its checks have made it a text or a path."""
+    return ImageRef(cast(CheckedImage, source))
 
 
 Prompt = list[str | ImageRef]
@@ -52,47 +59,47 @@ def build(job: Job) -> Prompt:
 @build.register
 def _caption(job: Caption) -> Prompt:
     if not job.examples:
-        return [ImageRef(job.image)] if job.prompt is None else [ImageRef(job.image), job.prompt]
+        return [_image(job.image)] if job.prompt is None else [_image(job.image), job.prompt]
     prompt: Prompt = []
     for example in job.examples:
-        prompt += ["User:", ImageRef(example.image), f"{job.instruction}\nAssistant: {example.text}\n"]
+        prompt += ["User:", _image(example.image), f"{job.instruction}\nAssistant: {example.text}\n"]
     # In one piece with what precedes it: the processor strips each text's blanks.
     lead = "" if job.prompt is None else f" {job.prompt}"
-    return [*prompt, "User:", ImageRef(job.image), f"{job.instruction}\nAssistant:{lead}"]
+    return [*prompt, "User:", _image(job.image), f"{job.instruction}\nAssistant:{lead}"]
 
 
 @build.register
 def _answer(job: Answer) -> Prompt:
     prompt: Prompt = [ANSWER_INSTRUCTION]
     for example in job.examples:
-        prompt += [ImageRef(example.image), f"Question: {example.question} Answer: {example.answer}\n"]
-    return [*prompt, ImageRef(job.image), f"Question: {job.question} Answer:"]
+        prompt += [_image(example.image), f"Question: {example.question} Answer: {example.answer}\n"]
+    return [*prompt, _image(job.image), f"Question: {job.question} Answer:"]
 
 
 @build.register
 def _classify(job: Classify) -> Prompt:
     prompt: Prompt = [CLASSIFY_INSTRUCTION.format(labels=job.spoken_labels)]
     for example in job.examples:
-        prompt += [ImageRef(example.image), f"Category: {example.label}\n"]
-    return [*prompt, ImageRef(job.image), "Category:"]
+        prompt += [_image(example.image), f"Category: {example.label}\n"]
+    return [*prompt, _image(job.image), "Category:"]
 
 
 @build.register
 def _write(job: Write) -> Prompt:
-    images = [ImageRef(image) for image in job.images]
+    images = [_image(image) for image in job.images]
     return [f"Instruction: {job.instruction} \n", *images, f"{job.lead} \n"]
 
 
 @build.register
 def _complete(job: Complete) -> Prompt:
-    return [ImageRef(part.image) if isinstance(part, ImagePart) else part.text for part in job.prompt]
+    return [_image(part.image) if isinstance(part, ImagePart) else part.text for part in job.prompt]
 
 
 @build.register
 def _chat(job: Chat) -> Prompt:
     prompt: Prompt = []
     preface = ""
-    for message in job.messages:
+    for message in cast(Sequence[ChatMessage], job.messages):
         if message.role == "system":
             # The instruct form knows two speakers: what a system message says opens the next turn.
             preface += "".join(f"{text}\n" for text in _parts(message) if isinstance(text, str))
@@ -111,27 +118,27 @@ def in_turns(job: Job) -> Prompt:
 
 @in_turns.register
 def _caption_in_turns(job: Caption) -> Prompt:
-    known: list[Exchange] = [([ImageRef(each.image), job.instruction], each.text) for each in job.examples]
-    return _turns([*known, ([ImageRef(job.image), job.instruction], job.prompt)])
+    known: list[Exchange] = [([_image(each.image), job.instruction], each.text) for each in job.examples]
+    return _turns([*known, ([_image(job.image), job.instruction], job.prompt)])
 
 
 @in_turns.register
 def _answer_in_turns(job: Answer) -> Prompt:
-    known: list[Exchange] = [([ImageRef(each.image), each.question], each.answer) for each in job.examples]
-    return _turns([*known, ([ImageRef(job.image), job.question], None)])
+    known: list[Exchange] = [([_image(each.image), each.question], each.answer) for each in job.examples]
+    return _turns([*known, ([_image(job.image), job.question], None)])
 
 
 @in_turns.register
 def _classify_in_turns(job: Classify) -> Prompt:
-    known: list[Exchange] = [([ImageRef(each.image)], each.label) for each in job.examples]
-    exchanges: list[Exchange] = [*known, ([ImageRef(job.image)], None)]
+    known: list[Exchange] = [([_image(each.image)], each.label) for each in job.examples]
+    exchanges: list[Exchange] = [*known, ([_image(job.image)], None)]
     (first, answer), *others = exchanges
     return _turns([([f" {CLASSIFY_INSTRUCTION.format(labels=job.spoken_labels)}", *first], answer), *others])
 
 
 @in_turns.register
 def _write_in_turns(job: Write) -> Prompt:
-    return _turns([([*map(ImageRef, job.images), job.instruction], job.lead)])
+    return _turns([([*map(_image, job.images), job.instruction], job.lead)])
 
 
 def _turns(exchanges: Sequence[Exchange]) -> Prompt:
@@ -160,7 +167,7 @@ def _turn(message: ChatMessage, preface: str, *, first: bool) -> Iterator[str | 
 def _parts(message: ChatMessage) -> Prompt:
     if isinstance(message.content, str):
         return [message.content]
-    return [part.text if isinstance(part, ChatTextPart) else ImageRef(part.image_url.url) for part in message.content]
+    return [part.text if isinstance(part, ChatTextPart) else _image(part.image_url.url) for part in message.content]
 
 
 def ends_with_utterance(job: Job) -> bool:
