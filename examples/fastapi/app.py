@@ -6,24 +6,38 @@ Beside `make up`, with the client installed (`pip install . fastapi uvicorn`):
     curl localhost:8000/captions --json '{"image": "https://..."}'    # 202 {"id": "..."}; 422 with what is wrong
     curl localhost:8000/captions/<id>                                 # {"status": "succeeded", "text": "A cat ..."}
     curl --no-buffer localhost:8000/captions/<id>/events              # event: starting, processing, succeeded
+
+Errors of the client have one body everywhere: {"error": {"code": ..., "message": ..., "detail": ..., "retryable": ...}}.
 """
 
 import asyncio
 import json
 import os
 import time
+from collections.abc import AsyncIterator, Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from idefics_jobs import Caption, Client, IdeficsError
+from idefics_jobs import Caption, Client, IdeficsError, JobCanceled, JobError
+from pydantic import BaseModel, Field
 
 #: Seconds that one stream of events lasts at most: an id that does not exist is `starting` for ever.
 MAX_STREAM_S = 300
+ENDS = ("succeeded", "failed", "canceled")
 
 api = FastAPI()
 client = Client(
     os.environ.get("BROKER_URL", "redis://localhost:6379/0"), result_backend=os.environ.get("RESULT_BACKEND")
 )
+
+
+class NewCaption(BaseModel, extra="forbid"):
+    """The fields that visitors may set: as the body, Caption itself would also take `callback`, `num_beams`, and a path
+    for its image."""
+
+    #: http(s) or data:, as Caption checks. A file of a form is an UploadFile, for which FastAPI needs python-multipart.
+    image: str
+    prompt: str | None = Field(default=None, max_length=500)
 
 
 @api.exception_handler(IdeficsError)
@@ -34,9 +48,8 @@ async def refuse(request: Request, error: IdeficsError) -> JSONResponse:
 
 
 @api.post("/captions", status_code=202)
-async def create(caption: Caption) -> dict[str, str]:
-    """The body is a caption's fields, checked by the same class as everywhere: FastAPI answers 422 for a wrong one."""
-    job = await client.asubmit(caption)
+async def create(asked: NewCaption) -> dict[str, str]:
+    job = await client.asubmit(Caption(image=asked.image, prompt=asked.prompt))
     return {"id": job.id}
 
 
@@ -58,25 +71,31 @@ async def watch(id: str) -> StreamingResponse:
     return StreamingResponse(events(id), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-ENDS = ("succeeded", "failed", "canceled")
-
-
-async def events(id: str):
+async def events(id: str) -> AsyncIterator[str]:
     """An event for each change: how many jobs wait in the queue, or at the end the text or the error."""
-    told, end = None, time.monotonic() + MAX_STREAM_S
-    while time.monotonic() < end:
-        status = await client.astatus(id)
-        data = await ending(id) if status in ENDS else {"queued": await client.aqueued()}
-        if (status, data) != told:
-            told = status, data
-            yield f"event: {status}\ndata: {json.dumps(data)}\n\n"
-        if status in ENDS:
-            return
-        await asyncio.sleep(0.1)
-
-
-async def ending(id: str):
+    told, end = "", time.monotonic() + MAX_STREAM_S
     try:
-        return {"text": (await client.aresult(id)).text.strip()}
+        while time.monotonic() < end:
+            status, data = await progress(id)
+            if told != (told := event(status, data)):
+                yield told
+            if status in ENDS:
+                return
+            await asyncio.sleep(0.1)
     except IdeficsError as error:
-        return error.as_dict()
+        # The answer has begun, with 200: its status cannot change any more.
+        yield event("error", error.response()[1])
+
+
+async def progress(id: str) -> tuple[str, Mapping[str, object]]:
+    status = await client.astatus(id)
+    if status not in ENDS:
+        return status, {"queued": await client.aqueued()}
+    try:
+        return status, {"text": (await client.aresult(id)).text.strip()}
+    except (JobError, JobCanceled) as error:
+        return status, error.response()[1]
+
+
+def event(name: str, data: Mapping[str, object]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"

@@ -63,7 +63,7 @@ def test_the_fastapi_block_serves_a_caption(demo_broker: Broker, pictures_url: s
     async def use() -> dict[str, Any]:
         created = await namespace["create"](image=f"{pictures_url}/cat.png")
         for _ in range(600):
-            answer = await asyncio.to_thread(namespace["read"], created["id"])
+            answer = await namespace["read"](created["id"])
             if answer["status"] == "succeeded":
                 return dict(answer)
             await asyncio.sleep(0.1)

@@ -156,6 +156,13 @@ def test_the_producer_cancels_by_key(demo_broker: stack.Broker) -> None:
 def api(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     for name in ("BROKER_URL", "RESULT_BACKEND"):
         monkeypatch.setenv(name, environment[name])
+    with served(monkeypatch) as api:
+        yield api
+
+
+@contextmanager
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """The example, with this process's environment."""
     spec = importlib.util.spec_from_file_location("fastapi_example", EXAMPLES / "fastapi" / "app.py")
     assert spec
     assert spec.loader
@@ -190,13 +197,14 @@ def test_a_fastapi_app_submits_polls_and_tells_progress(api: TestClient) -> None
 
 
 def test_a_fastapi_app_answers_with_4xx_for_what_its_caller_can_mend(api: TestClient, broken: Path) -> None:
-    for wrong in ({}, {"image": "cat.png"}, {"image": "ftp://a.example/b"}, {"image": "https://a.example", "n": 1}):
+    url = "https://a.example"
+    for wrong in ({}, {"image": "cat.png"}, {"image": "ftp://a.example/b"}, {"image": url, "num_beams": 9}):
         assert api.post("/captions", json=wrong).status_code == 422
     sent = api.post("/captions", json={"image": data_uri(broken)})
-    name, error = watched(api, sent.json()["id"])[-1]
-    assert (name, error["code"]) == ("failed", "image_invalid")
+    name, body = watched(api, sent.json()["id"])[-1]
+    assert (name, body["error"]["code"]) == ("failed", "image_invalid")
     read = api.get(f"/captions/{sent.json()['id']}")
-    assert (read.status_code, read.json()["error"]["code"]) == (422, "image_invalid")
+    assert (read.status_code, read.json()) == (422, body)
 
 
 def test_a_fastapi_app_cancels(api: TestClient) -> None:
@@ -204,8 +212,18 @@ def test_a_fastapi_app_cancels(api: TestClient) -> None:
     assert api.get(f"/captions/{id}").json() == {"status": "starting", "text": None}
     assert api.delete(f"/captions/{id}").status_code == 204
     eventually(lambda: api.get(f"/captions/{id}").status_code == 409)
-    [(name, error)] = watched(api, id)
-    assert (name, error["code"]) == ("canceled", "canceled")
+    [(name, body)] = watched(api, id)
+    assert (name, body["error"]["code"]) == ("canceled", "canceled")
+
+
+def test_a_fastapi_app_tells_watchers_too_that_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, url in (("BROKER_URL", "redis://127.0.0.1:1/0"), ("RESULT_BACKEND", "redis://127.0.0.1:1/1")):
+        monkeypatch.setenv(name, url)
+    with served(monkeypatch) as api:
+        read = api.get("/captions/a")
+        [(name, body)] = watched(api, "a")
+    assert (read.status_code, read.json()) == (503, body)
+    assert (name, body["error"]["code"]) == ("error", "broker_unavailable")
 
 
 # --- examples/django ------------------------------------------------------------------------------
