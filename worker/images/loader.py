@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL.Image import Image
 
 from config.settings import Settings
-from tasks.payloads import ImageSource
+from tasks.payloads import CheckedImage
 from worker.engine.row import Picture
 from worker.images.cache import PictureCache
 from worker.images.decode import ImageLimits, open_image
@@ -48,7 +48,7 @@ class ImageLoader:
         """Jobs that load from the network or wait to."""
         return self._network.in_use
 
-    def load(self, sources: Sequence[ImageSource]) -> list[Picture]:
+    def load(self, sources: Sequence[CheckedImage]) -> list[Picture]:
         """A job's pictures, in order. Raises a JobError, or HostLimitReached."""
         if sum(map(is_remote, sources)) < 2:
             return [self._load(source) for source in sources]
@@ -60,21 +60,21 @@ class ImageLoader:
         with self._decoders:
             return self._preprocess(open_image(data, self._limits))
 
-    def _load(self, source: ImageSource) -> Picture:
+    def _load(self, source: CheckedImage) -> Picture:
         if not is_remote(source):
             return self._picture(self._sources.read(source))
         with gil.released(), self._network.acquire(""):
             data = self._sources.read(source)
         return self._picture(data)
 
-    def _load_at_once(self, sources: Sequence[ImageSource]) -> list[Picture]:
+    def _load_at_once(self, sources: Sequence[CheckedImage]) -> list[Picture]:
         threads = ThreadPoolExecutor(min(DOWNLOADS, len(sources)), thread_name_prefix="download")
         try:
             return list(threads.map(self._load_in_thread, sources))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _load_in_thread(self, source: ImageSource) -> Picture:
+    def _load_in_thread(self, source: CheckedImage) -> Picture:
         # A long wait for the host: a job that is sent back loses what it has loaded.
         data = self._sources.read(source, wait_s=self._max_wait_s)
         # Decoded at once, since the files of all of a job's images take much more memory than what is kept of them.
