@@ -7,7 +7,7 @@ Beside `make up`, with the client installed (`pip install . fastapi uvicorn`):
     curl localhost:8000/captions/<id>                                 # {"status": "succeeded", "text": "A cat ..."}
     curl --no-buffer localhost:8000/captions/<id>/events              # event: starting, processing, succeeded
 
-Errors of the client have one body everywhere: {"error": {"code": ..., "message": ..., "detail": ..., "retryable": ...}}.
+Errors of the client have one body everywhere: {"error": {"code": ..., "message": ..., "detail": ..., ...}}.
 """
 
 import asyncio
