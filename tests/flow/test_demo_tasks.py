@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import PICTURES
 from worker.demo.__main__ import Shown, pictures
-from worker.demo.dialogue import (
+from worker.demo.sayings import (
     FORMS,
     expected_answer,
     expected_caption,

@@ -14,7 +14,8 @@ from transformers import AutoProcessor, AutoTokenizer, IdeficsForVisionText2Text
 
 from tests.conftest import PICTURES
 from worker.demo.__main__ import Shown, pictures
-from worker.demo.dialogue import everything, expected_answer
+from worker.demo.dialogue import everything
+from worker.demo.sayings import expected_answer
 from worker.demo.training.evaluate import CHECKPOINT, Case, Speaker, is_right, load, said_by
 from worker.demo.training.rows import RowMaker
 from worker.demo.world import CATEGORIES, COLORS, THINGS, TRAIN_STYLES, Picture

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tasks import Answer, Caption, CaptionExample, Classify, Client, ImagePath, Job, Result, Write
 from worker.demo import stack
-from worker.demo.dialogue import FORMS, expected_answer, expected_caption, prompted_caption, story
 from worker.demo.page import write_page
+from worker.demo.sayings import FORMS, expected_answer, expected_caption, prompted_caption, story
 from worker.demo.world import CATEGORIES, THINGS, Picture
 from worker.jobs.prompts import ImageRef, build
 

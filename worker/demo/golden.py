@@ -15,7 +15,7 @@ from typing import Any
 
 from config.settings import Settings
 from tasks.payloads import Answer, Caption, CaptionExample, Classify, Complete, ImagePath, Job, Result, Write
-from worker.demo.dialogue import FORMS, expected_answer, expected_caption, prompted_caption, story
+from worker.demo.sayings import FORMS, expected_answer, expected_caption, prompted_caption, story
 from worker.demo.world import Picture
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
