@@ -25,8 +25,8 @@ from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, SUBMITTED_AT, Job, Result, parse
 from tasks.redis_keys import results_prefix
 from tasks.routing import priority_for
+from worker.delivery.policy import check as check_callback
 from worker.delivery.recorder import Announcer, TerminalState
-from worker.delivery.sender import check as check_callback
 from worker.engine.row import NotBegun
 from worker.images.host_limits import HostLimitReached
 from worker.jobs.idempotency import FirstStillRuns, first_answer

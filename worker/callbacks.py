@@ -28,7 +28,8 @@ from tasks.outbox import Delivery, Outbox, Shares, batch_id, connect
 from tasks.payloads import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from tasks.webhooks import MAX_BODY_BYTES, batch_body
 from worker.delivery.known_hosts import KnownHosts
-from worker.delivery.sender import Answer, Sender, judge
+from worker.delivery.retry import AttemptResult, decide
+from worker.delivery.sender import Sender
 from worker.observability import log_setup
 from worker.runtime.exit_watchdog import ExitInTime, Held
 
@@ -100,7 +101,9 @@ def admitted(
 class Courier:
     """Takes what is due from the outbox and attempts it, in threads."""
 
-    def __init__(self, outbox: Outbox, settings: Settings, post: Callable[[Delivery], Answer] | None = None) -> None:
+    def __init__(
+        self, outbox: Outbox, settings: Settings, post: Callable[[Delivery], AttemptResult] | None = None
+    ) -> None:
         self._outbox = outbox
         self._settings = settings
         self._post = post or Sender(settings).post
@@ -217,32 +220,32 @@ class Courier:
                 self._busy += Counter()  # drops hosts at zero
             self._wake.set()
 
-    def _posted(self, delivery: Delivery) -> Answer:
+    def _posted(self, delivery: Delivery) -> AttemptResult:
         started = time.monotonic()
-        answer = self._post(delivery)
+        result = self._post(delivery)
         with self._lock:
-            self._hosts.note(delivery.host, has_answered=answer.status is not None, seconds=time.monotonic() - started)
-        return answer
+            self._hosts.note(delivery.host, has_answered=result.status is not None, seconds=time.monotonic() - started)
+        return result
 
     def _settle_defect(self, delivery: Delivery, error: Exception) -> None:
         """As an attempt that has failed: else it would go out at each end of its lease, for ever."""
         try:
-            self._settle(delivery, Answer(note=f"a defect ({type(error).__name__}): see the log"))
+            self._settle(delivery, AttemptResult(note=f"a defect ({type(error).__name__}): see the log"))
         except Exception:
             logger.exception("Delivery %s goes out again when its lease ends.", delivery.id)
 
-    def _settle(self, delivery: Delivery, answer: Answer) -> None:
-        verdict = judge(answer, delivery.attempts, self._settings.callback_schedule_s)
-        what = (delivery.id, delivery.event, delivery.job, urlsplit(delivery.url).hostname, answer.note)
-        if verdict.disables_url:
+    def _settle(self, delivery: Delivery, result: AttemptResult) -> None:
+        decision = decide(result, delivery.attempts, self._settings.callback_schedule_s)
+        what = (delivery.id, delivery.event, delivery.job, urlsplit(delivery.url).hostname, result.note)
+        if decision.disables_url:
             self._outbox.disable(delivery.url, self._settings.callback_disabled_s)
-        if verdict.state == "again":
-            logger.info("Delivery %s (%s of %s) to %s: %s; again in %.0f s.", *what, verdict.wait_s)
-            self._outbox.again(delivery, verdict.wait_s, answer.note)
+        if decision.state == "again":
+            logger.info("Delivery %s (%s of %s) to %s: %s; again in %.0f s.", *what, decision.wait_s)
+            self._outbox.again(delivery, decision.wait_s, result.note)
             return
-        log = logger.info if verdict.state == "delivered" else logger.warning
-        log("Delivery %s (%s of %s) to %s: %s; %s.", *what, verdict.state)
-        self._outbox.end(delivery, verdict.state, answer.note, self._keep_s)
+        log = logger.info if decision.state == "delivered" else logger.warning
+        log("Delivery %s (%s of %s) to %s: %s; %s.", *what, decision.state)
+        self._outbox.end(delivery, decision.state, result.note, self._keep_s)
 
     @property
     def _keep_s(self) -> int:

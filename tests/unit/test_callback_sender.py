@@ -17,7 +17,9 @@ from tasks.errors import InvalidRequest
 from tasks.outbox import Delivery
 from tasks.payloads import Callback
 from tests.receiver import NEW_SECRET, SECRET, Receiver
-from worker.delivery.sender import MAX_RETRY_AFTER_S, Answer, Sender, check, judge, retry_after_s
+from worker.delivery.policy import check
+from worker.delivery.retry import AttemptResult, decide
+from worker.delivery.sender import MAX_RETRY_AFTER_S, Sender, retry_after_s
 
 SCHEDULE = (0, 5, 300)
 HIDDEN = "s3cr3t-token"
@@ -152,7 +154,7 @@ def test_a_name_that_leads_inside_by_now_is_not_called(receiver: Receiver, monke
 
 def test_a_key_that_was_removed_is_no_defect(receiver: Receiver) -> None:
     answer = Sender(local(receiver.port, callback_keys=f"other={SECRET}")).post(delivery(receiver.url))
-    assert answer == Answer(note="no secret of its key_id in IDEFICS_CALLBACK_KEYS")
+    assert answer == AttemptResult(note="no secret of its key_id in IDEFICS_CALLBACK_KEYS")
 
 
 def test_nobody_there_is_no_defect() -> None:
@@ -202,37 +204,37 @@ def test_of_a_huge_answer_little_is_read() -> None:
 
 @pytest.mark.parametrize("status", [200, 201, 204, 299])
 def test_2xx_is_delivered(status: int) -> None:
-    assert judge(Answer(status), 0, SCHEDULE).state == "delivered"
+    assert decide(AttemptResult(status), 0, SCHEDULE).state == "delivered"
 
 
 @pytest.mark.parametrize("status", [None, 100, 301, 302, 307, 400, 401, 404, 408, 429, 500, 503])
 def test_anything_else_is_attempted_again(status: int | None) -> None:
-    verdict = judge(Answer(status), 0, SCHEDULE)
-    assert verdict.state == "again"
-    assert 4.0 <= verdict.wait_s <= 6.0
+    decision = decide(AttemptResult(status), 0, SCHEDULE)
+    assert decision.state == "again"
+    assert 4.0 <= decision.wait_s <= 6.0
 
 
 def test_the_schedule_has_its_end() -> None:
-    assert 240 <= judge(Answer(500), 1, SCHEDULE).wait_s <= 360
-    assert judge(Answer(500), 2, SCHEDULE).state == "failed"
+    assert 240 <= decide(AttemptResult(500), 1, SCHEDULE).wait_s <= 360
+    assert decide(AttemptResult(500), 2, SCHEDULE).state == "failed"
 
 
 def test_delays_differ() -> None:
-    assert len({judge(Answer(500), 1, SCHEDULE).wait_s for _ in range(20)}) > 10
+    assert len({decide(AttemptResult(500), 1, SCHEDULE).wait_s for _ in range(20)}) > 10
 
 
 def test_410_disables_the_url() -> None:
-    verdict = judge(Answer(410), 0, SCHEDULE)
-    assert (verdict.state, verdict.disables_url) == ("failed", True)
+    decision = decide(AttemptResult(410), 0, SCHEDULE)
+    assert (decision.state, decision.disables_url) == ("failed", True)
 
 
 def test_a_refused_address_is_not_attempted_again() -> None:
-    assert judge(Answer(is_refused=True), 0, SCHEDULE).state == "failed"
+    assert decide(AttemptResult(is_refused=True), 0, SCHEDULE).state == "failed"
 
 
 def test_a_receiver_may_ask_for_more_time_but_not_for_less() -> None:
-    assert judge(Answer(503, retry_after_s=60.0), 0, SCHEDULE).wait_s == 60.0
-    assert judge(Answer(503, retry_after_s=60.0), 1, SCHEDULE).wait_s >= 240
+    assert decide(AttemptResult(503, retry_after_s=60.0), 0, SCHEDULE).wait_s == 60.0
+    assert decide(AttemptResult(503, retry_after_s=60.0), 1, SCHEDULE).wait_s >= 240
 
 
 @pytest.mark.parametrize(

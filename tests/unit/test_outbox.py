@@ -21,11 +21,11 @@ from tasks.outbox import Delivery, Outbox, batch_id, delivery_id
 from tests.receiver import SECRET
 from worker import callbacks
 from worker.callbacks import Courier, admitted, grouped
-from worker.delivery.sender import Answer
+from worker.delivery.retry import AttemptResult
 from worker.demo import stack
 
-OK = Answer(204, "status 204")
-DOWN = Answer(503, "status 503")
+OK = AttemptResult(204, "status 204")
+DOWN = AttemptResult(503, "status 503")
 KEEP_S = 1_000
 #: What bounds the pending ones.
 COUNTED = ("bytes", "sizes", "oldest", "ages:shop.test")
@@ -285,11 +285,11 @@ def test_no_more_goes_out_than_threads_and_hosts_allow() -> None:
 class Answers:
     """A `post` that answers as told, then with 204."""
 
-    def __init__(self, *answers: Answer | Exception) -> None:
+    def __init__(self, *answers: AttemptResult | Exception) -> None:
         self._answers = list(answers)
         self.posted: list[Delivery] = []
 
-    def __call__(self, delivery: Delivery) -> Answer:
+    def __call__(self, delivery: Delivery) -> AttemptResult:
         self.posted.append(delivery)
         answer = self._answers.pop(0) if self._answers else OK
         if isinstance(answer, Exception):
@@ -298,7 +298,7 @@ class Answers:
 
 
 @contextmanager
-def courier(outbox: Outbox, post: Callable[[Delivery], Answer], **given: Any) -> Iterator[Courier]:
+def courier(outbox: Outbox, post: Callable[[Delivery], AttemptResult], **given: Any) -> Iterator[Courier]:
     chosen = {"callback_schedule_s": (0, 0.05, 0.05), "callback_timeout_s": 1.0, **given}
     running = Courier(outbox, Settings(callback_keys=f"main={SECRET}", **chosen), post)
     running.start()
@@ -334,7 +334,7 @@ def test_what_fails_too_often_is_given_up_and_listed(outbox: Outbox) -> None:
 
 
 def test_410_lets_nothing_else_go_there(outbox: Outbox) -> None:
-    post = Answers(Answer(410, "status 410"))
+    post = Answers(AttemptResult(410, "status 410"))
     outbox.add(delivery(1))
     with courier(outbox, post):
         counted(outbox, failed=1)

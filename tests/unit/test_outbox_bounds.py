@@ -26,7 +26,7 @@ from worker.callbacks import admitted
 from worker.delivery import known_hosts
 from worker.delivery.known_hosts import KnownHosts
 from worker.delivery.recorder import Announcer, GivenUp
-from worker.delivery.sender import Answer
+from worker.delivery.retry import AttemptResult
 from worker.demo import stack
 
 ONE = size_of(delivery(1))
@@ -377,10 +377,10 @@ def test_hundreds_of_hosts_that_hang_hold_up_none_that_answers(client: Any, is_r
     arrived_at: dict[str, float] = {}
     opened = threading.Event()
 
-    def post(found: Delivery) -> Answer:
+    def post(found: Delivery) -> AttemptResult:
         if found.host.startswith("hung"):
             opened.wait(1.0)
-            return Answer(note="did not answer within 1 s")
+            return AttemptResult(note="did not answer within 1 s")
         arrived_at.setdefault(found.job, time.monotonic())
         return OK
 
