@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from worker.runtime.cpu import LAST, go_last, job_cores
+from worker.runtime.cpu import ENGINE_NICENESS, go_last, job_cores
 
 
 @pytest.mark.parametrize(
@@ -28,5 +28,5 @@ def test_one_thread_goes_last_and_the_others_stay_as_they_were() -> None:
     before = of_this_thread()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(go_last).result()
-        assert pool.submit(of_this_thread).result() == LAST
+        assert pool.submit(of_this_thread).result() == ENGINE_NICENESS
     assert of_this_thread() == before

@@ -18,7 +18,7 @@ from tasks.idempotency import ABANDONED_S, PREFIX, Claim, IdempotencyKeys, diges
 from tasks.payloads import Job, parse
 from tasks.testing import FakeClient, canned
 from worker.demo import stack
-from worker.jobs.idempotency import FIRST_LOOK_S, LAST_LOOK_S, FirstStillRuns, first_answer
+from worker.jobs.idempotency import MAX_COUNTDOWN_S, MIN_COUNTDOWN_S, FirstStillRuns, first_answer
 from worker.jobs.runs import Canceled
 
 Make = Callable[..., Job]
@@ -286,11 +286,11 @@ def test_the_second_waits_for_a_first_that_has_not_ended(
         backend.store_result(first, None, state)
     with pytest.raises(FirstStillRuns) as wait:
         first_answer(make(), "second", keys, backend)
-    assert wait.value.countdown == FIRST_LOOK_S
+    assert wait.value.countdown == MIN_COUNTDOWN_S
     make_old(broker, make())
     with pytest.raises(FirstStillRuns) as wait:
         first_answer(make(), "second", keys, backend)
-    assert FIRST_LOOK_S < wait.value.countdown <= LAST_LOOK_S
+    assert MIN_COUNTDOWN_S < wait.value.countdown <= MAX_COUNTDOWN_S
 
 
 def test_the_second_runs_when_the_first_was_never_sent(

@@ -1,1 +1,1 @@
-"""A job's pictures: where they come from, how they are decoded, and which are kept."""
+"""The pictures of jobs: reading them from their sources, decoding, caching."""

@@ -1,4 +1,4 @@
-"""Images by their files' content: what several jobs show is decoded and normalised once."""
+"""A cache of pictures by their files' content: what several jobs show is decoded and normalised once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from worker.engine.row import Picture
 
 
 class PictureCache:
-    """Least-recently-used pictures, bounded in bytes. Safe in threads: one makes a picture, the others wait for it."""
+    """Keeps pictures, evicting the least recently used. Thread-safe: one thread makes a picture, others wait for it."""
 
     def __init__(self, make: Callable[[bytes], Picture], max_bytes: int) -> None:
-        """`make` decodes and normalises a file's bytes; what it raises reaches the caller."""
+        """`make` decodes and normalises a file's bytes; what it raises reaches the caller. `max_bytes`: of pixels."""
         self._make = make
         self._max_bytes = max_bytes
         self._bytes = 0
@@ -33,7 +33,7 @@ class PictureCache:
                 self._kept.move_to_end(key)
         if known is None:
             return self._made(key, data, mine)
-        # A job needs an error of its own, since Celery clears tracebacks: what failed is tried again.
+        # Each job needs an exception of its own, since Celery clears tracebacks: a failure is repeated.
         return self._make(data) if known.exception() else known.result()
 
     def _made(self, key: bytes, data: bytes, mine: Future[Picture]) -> Picture:
@@ -52,6 +52,6 @@ class PictureCache:
         with self._lock:
             self._bytes += added
             while self._bytes > self._max_bytes:
-                # Those still being made count nothing yet, so there is always one that is done.
+                # Pictures in the making do not count yet, so there is always a finished one.
                 oldest = next(key for key, future in self._kept.items() if future.done())
                 self._bytes -= self._kept.pop(oldest).result().nbytes

@@ -1,7 +1,7 @@
-"""What a picture's file holds beside its pixels: taken out before a decoder sees the file.
+"""Remove what a picture's file holds beside its pixels, before a decoder sees the file. Pure.
 
-Decoders walk it in Python, so it is where a small file costs much: EXIF of countless tags, compressed texts, profiles
-in a thousand segments. Of all of it the orientation alone counts here, and defects in the rest spoil no picture. Pure.
+Decoders walk metadata in Python, where a small file can cost much time: EXIF with countless tags, compressed texts,
+profiles in a thousand segments. Only the orientation is used here, and defects in the rest do not make a picture fail.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from dataclasses import dataclass
 
 from tasks.errors import ImageInvalid
 
-#: A JPEG's passes over all its pixels. Encoders make about ten; 330 kB with 2,000 took 46 seconds to decode.
+#: Scans of a JPEG, passes over all its pixels. Encoders make about ten; 330 kB with 2,000 took 46 seconds to decode.
 MAX_SCANS = 64
-#: A file's parts, which are walked in Python: a JPEG's segments and a PNG's chunks, and a GIF's blocks before its
-#: first picture. Real files have some thousands at most.
+#: Parts of a file that are walked in Python: a JPEG's segments and a PNG's chunks, and a GIF's blocks before its
+#: first picture. Real files have a few thousand at most.
 MAX_PARTS = 10_000
-#: Bytes of fillings and junk between a JPEG's segments, which are skipped one by one.
+#: Bytes of padding and junk between a JPEG's segments, which are skipped one by one.
 MAX_JUNK = 10_000
 #: Bytes of EXIF and XMP that are inflated, or read as text, for the orientation.
 MAX_METADATA = 2**17
-#: Tags of EXIF's first directory that are read. They are sorted, and the orientation's number is a low one.
+#: Tags of EXIF's first directory that are read. They are sorted, and the orientation has a low number.
 MAX_TAGS = 512
 
 _JPEG_START = b"\xff\xd8\xff"
-# Only markers with a length, and the end: not escapes, fillings, restarts nor what decoders skip. In front of the first
-# scan, those without a length in Pillow (0xC8 and from 0xF0 on) are junk: libjpeg takes none of them.
+# Only markers with a length, and the end: no escapes, padding, restarts, nor what decoders skip. Before the first scan,
+# those that have no length in Pillow (0xC8 and from 0xF0 on) are junk: libjpeg accepts none of them.
 _HEADER_MARKER = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
 _SCAN_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _END_OF_IMAGE = 0xD9
 _START_OF_SCAN = 0xDA
-#: Segments that say nothing of pixels: APP1 to APP13, APP15, comments. APP0 (JFIF) and APP14 (Adobe) name the colours.
+#: Segments that do not affect pixels: APP1 to APP13, APP15, comments. APP0 (JFIF) and APP14 (Adobe) define colours.
 _JPEG_UNNEEDED = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 _EXIF_SEGMENT = 0xE1
 _XMP_START = b"http://ns.adobe.com/xap/1.0/\0"
@@ -42,7 +42,7 @@ _XMP_START = b"http://ns.adobe.com/xap/1.0/\0"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 #: Bytes of a chunk beside its content: length, name, check sum.
 _PNG_FRAME = 12
-#: Bytes: an alpha for each of 256 colours.
+#: Bytes of a palette's transparency: an alpha value for each of 256 colours.
 _MAX_TRANSPARENCY = 256
 _RAW_PROFILE = b"Raw profile type exif\0"
 _XMP_TEXT = b"XML:com.adobe.xmp\0"
@@ -51,14 +51,14 @@ _GIF_START = b"GIF8"
 _GIF_EXTENSION = 0x21
 _GIF_PICTURE_OR_END = b",;"
 
-#: Brands in the first box of the family of HEIF. `mif1` says only that it is one of them.
+#: The first box of HEIF and AVIF files, by its main brand. `mif1` and `msf1` may be either.
 _HEIF = re.compile(rb"....ftyp(?:mif1|msf1|avif|avis)", re.DOTALL)
 _AVIF_BRANDS = (b"avif", b"avis")
-#: Bytes in which the brands stand.
+#: Bytes at the start of a file that hold all of its brands.
 _BRANDS_BYTES = 64
-#: Bytes by which a file of another form is known.
-_NAMED_BY_BYTES = 2_048
-#: What is sent as an image and opened by nobody here, by how it begins.
+#: Bytes at the start of a file that are searched for another format's signature.
+_SIGNATURE_BYTES = 2_048
+#: Signatures of formats that are sent as images and not opened here.
 _FOREIGN = {
     "a HEIC picture": re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL),
     "a film": re.compile(rb"....ftyp|\x1aE\xdf\xa3", re.DOTALL),
@@ -79,24 +79,24 @@ _FOREIGN = {
 _EXIF_START = re.compile(rb"(?:Exif\0\0){0,2}")
 _BYTE_ORDERS = {b"II*\0": "<", b"II\0*": "<", b"MM\0*": ">", b"MM*\0": ">"}
 _ORIENTATION = 274
-#: Of EXIF's types those of small whole numbers, with their format: BYTE, SHORT, LONG.
+#: EXIF's unsigned integer types, BYTE, SHORT and LONG, with their struct format.
 _NUMBERS = {1: "B", 3: "H", 4: "I"}
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)([0-9])")
 
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """A file without what its pixels do not need."""
+    """A file reduced to what its pixels need."""
 
     data: bytes
-    #: As EXIF counts it: 1 is upright. None where the decoder has to be asked for the EXIF.
+    #: EXIF's orientation: 1 is upright. None where the decoder has to read the EXIF itself.
     orientation: int | None = None
     #: The file has its end. False: a JPEG without its last marker, which may still hold all of its pixels.
     has_end: bool = True
 
 
 def bare(data: bytes) -> Bare:
-    """A picture's file; those of unknown form as they are. Raises ImageInvalid for too many parts to walk."""
+    """Reduce a picture's file; one of another format is returned as it is. Raises ImageInvalid for too many parts."""
     if data.startswith(_JPEG_START):
         return _bare_jpeg(data)
     if data.startswith(_PNG_START):
@@ -111,10 +111,10 @@ def is_avif(data: bytes) -> bool:
 
 
 def foreign(data: bytes) -> str | None:
-    """What a file is that is no picture of a form opened here, by its first bytes, as far as that is known."""
+    """Name a file's format, from its first bytes, where it is a known one that is not opened here; else None."""
     if is_avif(data):
         return None
-    data = data[:_NAMED_BY_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
+    data = data[:_SIGNATURE_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
     return next((name for name, start in _FOREIGN.items() if start.match(data)), None)
 
 
@@ -122,7 +122,7 @@ def foreign(data: bytes) -> str | None:
 
 
 def orientation(exif: bytes, xmp: bytes) -> int:
-    """EXIF's, else XMP's, else 1. Broken ones say nothing."""
+    """The orientation (1 to 8) from EXIF, else from XMP, else 1. Broken metadata counts as missing."""
     found = _exif_orientation(exif)
     if found is None:
         match = _XMP_ORIENTATION.search(xmp, 0, MAX_METADATA)
@@ -152,8 +152,8 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 
 def _bare_jpeg(data: bytes) -> Bare:
-    # Pixels bound a decoder's memory, but a JPEG may pass over all of them again and again. Thumbnails (in
-    # a segment) and what follows the image (films, depth maps) are not decoded and do not count.
+    # The pixel limit bounds a decoder's memory, but a JPEG may pass over all of them again and again. Thumbnails (in a
+    # segment) and what follows the image (videos, depth maps) are not decoded and do not count.
     view, kept = memoryview(data), [memoryview(data)[:2]]
     exif = xmp = b""
     position, scans, junk = 2, 0, 0
@@ -162,7 +162,7 @@ def _bare_jpeg(data: bytes) -> Bare:
         marker = found[1][0] if found else None
         if found is None or marker == _END_OF_IMAGE:
             return Bare(b"".join(kept), orientation(exif, xmp), found is not None or not scans)
-        # What stands between the segments of a scan is its pixels.
+        # Bytes between the segments of a scan are its pixels, not junk.
         junk += 0 if scans else found.start() - position
         scans += marker == _START_OF_SCAN
         if scans > MAX_SCANS or junk > MAX_JUNK:
@@ -205,7 +205,7 @@ def _bare_png(data: bytes) -> Bare:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Where each begins, and its name, as far as the last one."""
+    """Each chunk's offset and name, up to the last one."""
     position, name = len(_PNG_START), b""
     while position < len(data) and name != b"IEND":
         name = data[position + 4 : position + 8]
@@ -218,12 +218,12 @@ def _png_length(data: bytes, position: int) -> int:
 
 
 def _is_ancillary(name: bytes) -> bool:
-    # Animations' chunks are, too: the default picture is the first frame. What is no name at all, the decoder refuses.
+    # So are those of animations: the default picture is the first frame. The decoder refuses what is no name at all.
     return name.isalpha() and name[:1].islower()
 
 
 def _is_sound_transparency(name: bytes, content: memoryview, check: bytes) -> bool:
-    # libpng too leaves ancillary chunks out that are broken.
+    # libpng ignores broken ancillary chunks too.
     return len(content) <= _MAX_TRANSPARENCY and zlib.crc32(content, zlib.crc32(name)) == int.from_bytes(check, "big")
 
 
@@ -236,7 +236,7 @@ def _compressed_text(content: bytes) -> bytes:
 
 
 def _international_text(content: bytes) -> bytes:
-    # Compressed or not, the method; then language and translated keyword, each up to a zero.
+    # A flag (compressed or not), the method, then language and translated keyword, each terminated by a zero.
     *_, text = content[2:].split(b"\0", 2)
     return _inflated(text) if content[:1] == b"\1" else text
 
@@ -253,18 +253,18 @@ _PNG_TEXTS = {b"tEXt": _plain_text, b"zTXt": _compressed_text, b"iTXt": _interna
 
 
 def _png_text(name: bytes, content: memoryview, keyword: bytes) -> bytes:
-    """A text chunk's text, no longer than is read. Empty under another keyword."""
+    """A text chunk's text, up to MAX_METADATA bytes; empty under another keyword."""
     if content[: len(keyword)] != keyword:
         return b""
     return _PNG_TEXTS[name](bytes(content[len(keyword) :][:MAX_METADATA]))
 
 
 def _raw_profile(text: bytes) -> bytes:
-    """EXIF as ImageMagick writes it into texts: newline, name, newline, length, newline, hexadecimal lines."""
+    """Decode EXIF as ImageMagick writes it into texts: newline, name, newline, length, newline, hexadecimal lines."""
     try:
         *_, digits = text.split(b"\n", 3)
         compact = b"".join(digits.split())
-        # Where it was cut off, the last digit may have lost its other half.
+        # A text that was cut off may end within a byte.
         return bytes.fromhex(compact[: len(compact) // 2 * 2].decode("ascii"))
     except ValueError:
         return b""
@@ -279,7 +279,7 @@ def _check_count(parts: Iterator[int], form: str, name: str) -> None:
 
 
 def _gif_blocks(data: bytes) -> Iterator[int]:
-    """Where those begin that stand before the first picture; what is none is skipped byte by byte."""
+    """Offsets of the blocks before the first picture; what is no block is skipped byte by byte."""
     flags = data[10] if len(data) > 10 else 0
     position = 13 + (3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0)
     while position < len(data) and data[position] not in _GIF_PICTURE_OR_END:

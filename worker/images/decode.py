@@ -1,4 +1,4 @@
-"""Bytes to an RGB picture, within limits: a stranger's file meets few decoders, and not for long."""
+"""Decode a file to an RGB picture, within limits: an untrusted file meets few decoders, and not for long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Imported for their registration: Pillow's lazy one would load all its 43 formats, from many threads at once.
+# Imported so that they register: Pillow would otherwise load all of its 43 formats on first use, from many threads.
 from PIL import (
     GifImagePlugin,  # noqa: F401
     Image,
@@ -31,15 +31,16 @@ try:
 except ImportError:  # a Pillow that was built without
     _avif = None  # type: ignore[assignment]
 
-# What Pillow warns of is decided here, and a line for each of a stranger's pictures would fill the log.
+# This module decides on what Pillow warns of, and a line for each untrusted picture would fill the log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-#: Of Pillow's formats; among the others, EPS runs Ghostscript. AVIF is opened without its plug-in, which reads EXIF.
+#: The formats of Pillow that are opened; of the others, EPS would run Ghostscript. AVIF is decoded without Pillow's
+#: plug-in, which reads EXIF.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-#: Pixels of a JPEG that are decoded in full. One of more is decoded at a half, a quarter or an eighth of its size,
-#: which takes a part of the memory; models look at far fewer.
+#: Pixels up to which a JPEG is decoded in full. A larger one is decoded at a half, a quarter or an eighth of its size,
+#: which takes less memory; models use far fewer pixels.
 FULL_PIXELS = 40_000_000
-#: Pixels of other pictures, above which one is decoded at a time: libraries hold several copies of them.
+#: Pixels above which other pictures are decoded one at a time: libraries hold several copies of them.
 ALONE_PIXELS = 10_000_000
 #: What Pillow raises for broken files. Not Exception: the task's own time limit must get through.
 _DECODER_ERRORS = (
@@ -58,7 +59,8 @@ _DECODER_ERRORS = (
     Warning,  # where the process turns Pillow's warnings into errors
 )
 
-_TURNS = {
+#: By EXIF's orientation, what makes the picture upright.
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -68,17 +70,17 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: Pixels that are converted at once, since what lies between two forms takes several times a picture's memory.
+#: Pixels that are converted at once: the intermediate forms take several times a picture's memory.
 STRIP_PIXELS = 2_000_000
-#: What is put behind the pixels of a JPEG without an end, in place of what an encoder wrote there: see _decoded. Bits
-#: that begin no code alike; with every restart marker, since a decoder that waits for one skips all the rest, but the
-#: two before it make it skip nothing.
+#: Fillings that `_decoded` appends to a JPEG without an end, in place of what an encoder wrote there. Their bits begin
+#: no code alike. They hold every restart marker, since a decoder that waits for one skips everything before it; the two
+#: markers before the awaited one make it skip nothing.
 _NO_PIXELS = [
     garbage + b"".join(bytes([0xFF, 0xD0 + (first + step) % 8]) + garbage for step in range(8))
     for first, garbage in ((0, b"\x55" * 4_096), (3, b"\xaa" * 4_096), (6, bytes(range(1, 255)) * 16))
 ]
 _END_OF_IMAGE = b"\xff\xd9"
-#: Rows that the last pixels of a JPEG stand in, at least: a unit of its coding has 32 at most.
+#: Rows that hold the last pixels of a JPEG: a unit of its coding has 32 at most.
 _LAST_ROWS = 64
 
 _SIXTEEN_BITS = range(65_536)
@@ -87,13 +89,13 @@ _TO_EIGHT_BITS = [round(value / 257) for value in _SIXTEEN_BITS]
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is decoded. Checked on the header, before any memory is taken for pixels.
+    """Limits on what is decoded. Checked on the header, before memory is allocated for pixels.
 
-    Above 178 million pixels Pillow refuses too, whatever is set here.
+    Above 178 million pixels Pillow refuses too, whatever these limits say.
     """
 
     max_pixels: int = 64_000_000
-    #: Pixels of the longer side: a JPEG's own limit, which panoramas come near to.
+    #: Pixels of the longer side. The default is the JPEG format's own limit, which panoramas approach.
     max_edge: int = 65_535
     #: The longer side divided by the shorter.
     max_ratio: float = 200
@@ -104,11 +106,11 @@ _alone = threading.Lock()
 
 
 def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, target: int | None = None) -> Image.Image:
-    """A JPEG's, PNG's, WebP's, GIF's or AVIF's first frame: RGB, upright, on white, without EXIF and colour profile.
+    """Decode the first frame of a JPEG, PNG, WebP, GIF or AVIF: RGB, upright, on white, without EXIF or colour profile.
 
-    `target` (pixels) lets a JPEG be decoded smaller, with no edge below it: about half the time for a large
-    photograph, but other pixels than the full decoding scaled down, so answers may change. Off by default.
-    Raises ImageTooLarge for pictures beyond the limits and ImageInvalid for whatever cannot be decoded.
+    `target` lets a JPEG be decoded smaller, with no side below that many pixels: about half the time for a large
+    photograph, but not the same pixels as the full decoding scaled down, so answers may change.
+    Raises ImageTooLarge for pictures beyond the limits, ImageInvalid for what cannot be decoded, and OutOfMemory.
     """
     foreign = containers.foreign(data)
     if foreign is not None:
@@ -116,16 +118,17 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, target: int | 
     with _translated():
         bare = containers.bare(data)
         plain, orientation = _decoded(bare, limits, target)
-        # Last, since what was decoded is gone then: each form of a large picture takes much memory.
-        turn = _TURNS.get(orientation)
-        return plain if turn is None else plain.transpose(turn)
+        # Last, when the earlier forms have been freed: each form of a large picture takes much memory.
+        transposition = _TRANSPOSITIONS.get(orientation)
+        return plain if transposition is None else plain.transpose(transposition)
 
 
 def _decoded(bare: containers.Bare, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
-    """A picture as it lies in its file, and its orientation."""
+    """A picture as stored in its file, and its EXIF orientation (1 to 8)."""
     if bare.has_end:
         return _opened(bare, limits, target)
-    # All of its pixels may be there. libjpeg makes up those that are not, by what follows: other ends, other pictures.
+    # All of its pixels may be there. libjpeg makes up missing ones from what follows the file: where different endings
+    # give different pictures, pixels are missing.
     plain, orientation = _opened(_ended(bare, _END_OF_IMAGE), limits, target)
     last_rows = _last_rows(plain)
     for no_pixels in _NO_PIXELS:
@@ -136,7 +139,7 @@ def _decoded(bare: containers.Bare, limits: ImageLimits, target: int | None) -> 
 
 
 def _ended(bare: containers.Bare, end: bytes) -> containers.Bare:
-    # A last 0xFF is half of a marker, or of a byte of pixels: it would make a marker of what follows.
+    # A last 0xFF is half of a marker, or of a pixel's byte: together with the appended bytes it would form a marker.
     return containers.Bare(bare.data.rstrip(b"\xff") + end, bare.orientation)
 
 
@@ -161,18 +164,18 @@ def _opened(bare: containers.Bare, limits: ImageLimits, target: int | None) -> t
 def _opened_avif(data: bytes, limits: ImageLimits) -> tuple[Image.Image, int]:
     if _avif is None:
         raise ImageInvalid("The image is AVIF, which this worker's Pillow does not open: send JPEG, PNG, WebP or GIF.")
-    # On one thread: job threads decode side by side.
+    # With one thread: job threads decode in parallel already.
     decoder = _avif.AvifDecoder(data, "auto", 1)
     size, _, mode, _, _, orientation, _ = decoder.get_info()
     _check_limits(size, limits)
     with _alone if _pixels(size) > ALONE_PIXELS else contextlib.nullcontext():
         pixels, *_ = decoder.get_frame(0)
-        # What libavif says: a file's own turns and mirrors, and not its EXIF.
+        # libavif gives the file's own rotation and mirroring, not that of its EXIF.
         return _plain(Image.frombytes(mode, size, pixels)), orientation
 
 
 def _reduce(image: Image.Image) -> None:
-    """Have a JPEG decoded smaller, where it is larger than is decoded in full."""
+    """Have a JPEG of more than FULL_PIXELS decoded at a smaller size."""
     width, height = image.size
     scale = next(scale for scale in (1, 2, 4, 8) if width * height <= FULL_PIXELS * scale**2)
     if scale > 1:
@@ -194,7 +197,7 @@ def _translated() -> Iterator[None]:
     except JobError:
         raise
     except MemoryError:
-        # Of this worker: another one, or a later attempt, has room for it.
+        # Retryable: another worker, or a later attempt, may have the memory.
         raise OutOfMemory from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLarge(detail="pixels") from None
@@ -223,7 +226,7 @@ def _check_limits(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """It as RGB, on white; a new image without EXIF and colour profile. Each pixel becomes what it is by itself."""
+    """Convert to a new RGB image, on white, without EXIF or colour profile. Each pixel is converted independently."""
     convert = _converter(image)
     is_copied = convert is _to_rgb and image.mode == "RGB"
     rows = max(1, STRIP_PIXELS // image.width)
@@ -249,13 +252,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    # alpha_composite, as the stock IDEFICS processor does it: pasting rounds otherwise.
+    # alpha_composite, as the stock IDEFICS processor does it: pasting rounds differently.
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips: everything above 255 of 65,535 would be white.
+    # Pillow's own conversion clips: each value above 255 of 65,535 would be white.
     wide = image.convert("I")
     plain = wide.point(_TO_EIGHT_BITS, "L").convert("RGB")
     clear = image.info.get("transparency")

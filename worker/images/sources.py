@@ -53,16 +53,16 @@ def is_remote(source: CheckedImage) -> bool:
 
 
 def decode_data_uri(uri: str, max_bytes: int) -> bytes:
-    """The bytes of a `data:image/...;base64,` URI. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
+    """Decode a `data:image/...;base64,` URI. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
     start = data_head(uri)
     if start is None:
         raise ImageBlocked(
             "Of data: URIs only data:image/...;base64, is read: send the image in this form.", detail="data_uri"
         )
-    # Before decoding, so that a giant costs no second copy. Padding makes up to two bytes less.
+    # Before decoding, so that a huge one is not copied. Padding makes it up to two bytes less.
     size = (len(uri) - start) // 4 * 3 - uri.count("=", len(uri) - 2)
     if size > max_bytes:
-        # Blanks and escapes are no bytes of the image.
+        # Blanks and escapes are not bytes of the image.
         size -= sum(uri.count(blank, start) for blank in _BLANKS.decode()) + 2 * uri.count("%", start)
     if size > max_bytes:
         raise too_large("The data: URI holds", max_bytes)
@@ -75,7 +75,7 @@ def decode_data_uri(uri: str, max_bytes: int) -> bytes:
 
 
 def _forgiving_base64(text: str) -> bytes:
-    """As the WHATWG's "forgiving-base64 decode": wrapped, unpadded or percent-encoded too. Raises ValueError."""
+    """Decode base64 as WHATWG's "forgiving-base64 decode", percent-encoded too. Raises ValueError."""
     with suppress(ValueError):
         return binascii.a2b_base64(text, strict_mode=True)
     plain = text.encode("ascii")
@@ -83,7 +83,7 @@ def _forgiving_base64(text: str) -> bytes:
         plain = unquote_to_bytes(plain)
     plain = plain.translate(None, _BLANKS)
     if len(plain) % 4 == 0:
-        # Two at most; any other is no letter of base64.
+        # Two at most; any further one is not a base64 character.
         plain = plain.removesuffix(b"=").removesuffix(b"=")
     if len(plain) % 4 == 1 or b"=" in plain:
         raise ValueError("no base64")
@@ -91,7 +91,7 @@ def _forgiving_base64(text: str) -> bytes:
 
 
 def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
-    """A regular file strictly below `root`. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
+    """Read a regular file strictly below `root`. Raises ImageBlocked, ImageInvalid or ImageTooLarge."""
     if root is None:
         raise ImageBlocked(
             "This worker reads no local files: send a URL, or have IDEFICS_IMAGE_ROOT set.", detail="path"
@@ -106,7 +106,7 @@ def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
         try:
             return _read_file(root, relative.parts, max_bytes)
         except OSError:
-            # On the way there may be a link, which may lead somewhere below the root.
+            # The path may have a link, which may lead to another place below the root.
             return _read_file(*_inside(root, relative), max_bytes)
     except (OSError, RuntimeError, ValueError):
         raise ImageInvalid(
@@ -127,8 +127,8 @@ def _inside(root: Path, relative: PurePosixPath) -> tuple[Path, tuple[str, ...]]
 
 @contextmanager
 def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
-    # Step by step without following links: what was resolved may have been exchanged for one meanwhile. The root is the
-    # operator's, who may have made it a link.
+    # Step by step without following links: a part may have been replaced by a link since it was resolved. Only the root
+    # may be one, since it is the operator's.
     opened = [os.open(base, _FOLDER_FLAGS & ~os.O_NOFOLLOW)]
     try:
         for name in parts[:-1]:
@@ -152,7 +152,7 @@ def _read_file(base: Path, parts: tuple[str, ...], max_bytes: int) -> bytes:
 
 
 def _contents(descriptor: int, size: int, most: int) -> bytes:
-    """Files grow, and some in /proc say that they are empty: what comes counts."""
+    """Read up to `most` bytes, whatever size the file claims: files grow, and some in /proc claim to be empty."""
     pieces: list[bytes] = []
     while most and (piece := os.read(descriptor, min(most, size + READ_AHEAD_BYTES))):
         pieces.append(piece)

@@ -1,8 +1,8 @@
-"""Answers used again: identical jobs that run at the same time share one row, and a finished one is kept in Redis.
+"""A cache of answers: identical jobs that run at the same time share one row, and a finished answer is kept in Redis.
 
-Only where the model would say the same again: greedy, beams, labels, or a seed. Identical means the same pixels, token
-ids, labels, sampling, stop strings and model, whatever tasks and URLs they came from. Kept are tokens, under
-`idefics:answer:<digest>`; text, usage, timing and metadata are each job's own.
+Only for answers that the model would repeat: greedy, beams, labels, or with a seed. Identical means the same pixels,
+token ids, labels, sampling, stop strings and model, whatever tasks and URLs they came from. Redis keeps the tokens,
+under `idefics:answer:<digest>`; text, usage, timing and metadata are computed for each job.
 """
 
 from __future__ import annotations
@@ -29,26 +29,29 @@ from worker.engine.row import Output, Row
 logger = logging.getLogger(__name__)
 
 PREFIX = "idefics:answer:"
-#: Seconds between two looks of a job that waits for another's row: has it been canceled, has its deadline passed?
-LOOK_S = 0.1
+#: Seconds between two checks of a job that waits for another's row: was it canceled, has its deadline passed?
+POLL_INTERVAL_S = 0.1
 
 Compute = Callable[[Row], Output]
 
 
 class AnswerCache:
-    """Used from many threads at once. Without Redis it computes."""
+    """Shares answers among identical jobs (single flight). Thread-safe. While Redis is away, it computes."""
 
     def __init__(self, redis: Redis, ttl_s: int, weights: str = "", prefix: str = "") -> None:
-        """`weights` tells apart what the model's id and revision do not (see fingerprint); `prefix` is of all keys."""
+        """`weights` is the checkpoint's `fingerprint`, since a model's id and revision may stand for other weights later.
+
+        `prefix` stands before all keys.
+        """
         self._redis = redis
         self._ttl_s = ttl_s
         self._prefix = prefix + PREFIX + weights
-        #: What it resolves to: the output, or None where there is none to share.
+        #: By digest, the rows that run. Each resolves to its output, or None where there is none to share.
         self._running: dict[str, Future[Output | None]] = {}
         self._lock = threading.Lock()
 
     def output(self, row: Row, model: ModelInfo, compute: Compute) -> Output:
-        """A row's output: another's where one is or was the same, else its own."""
+        """The output of a row: that of an identical one, running or kept, else what `compute` gives."""
         key = digest(row, model)
         if key is None:
             return compute(row)
@@ -62,7 +65,7 @@ class AnswerCache:
             if output is not None:
                 return _reused(row, output)
             if row.interruption(time.monotonic()):
-                # The engine knows what such a row gets.
+                # Canceled or late: the engine ends such a row as it ends any other.
                 return compute(row)
 
     def _lead(self, key: str, mine: Future[Output | None], row: Row, compute: Compute) -> Output:
@@ -97,10 +100,10 @@ class AnswerCache:
 
 
 def fingerprint(folder: Path, cache: Path | None = None) -> str:
-    """Hash of a checkpoint's files by content, 16 hexadecimal digits: an operator may put other weights in their place.
+    """Hash of a checkpoint's files by content, 16 hexadecimal digits: an operator may replace the weights in place.
 
-    Reading takes some seconds for each 10 GB. So each file's hash is kept in the folder `cache`, under the file's
-    place, inode, size and times: no program can set the time of an inode's last change.
+    Reading takes some seconds for each 10 GB. So each file's hash is kept in the folder `cache`, under the file's path,
+    inode, size and times: no program can set the time of an inode's last change.
     """
     hashes = [(path.name, _content_hash(path, cache)) for path in sorted(folder.iterdir()) if path.is_file()]
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
@@ -116,7 +119,7 @@ def _content_hash(path: Path, cache: Path | None) -> str:
     with contextlib.suppress(OSError):
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            # In one step: another worker may start at the same time.
+            # Atomically: another worker may start at the same time.
             part = kept.with_suffix(f".{os.getpid()}")
             part.write_text(found)
             part.rename(kept)
@@ -129,7 +132,7 @@ def _identity(path: Path) -> tuple[str | int, ...]:
 
 
 def digest(row: Row, model: ModelInfo) -> str | None:
-    """What an answer depends on; None where it depends on chance, too."""
+    """Hash of everything that an answer depends on; None where it also depends on chance."""
     sampling = row.sampling
     if sampling.temperature > 0 and sampling.seed is None:
         return None
@@ -144,15 +147,15 @@ def digest(row: Row, model: ModelInfo) -> str | None:
 
 
 def _follow(running: Future[Output | None], row: Row) -> Output | None:
-    """The other row's output; None where it gives none to share, or this one is interrupted before."""
+    """Wait for the other row's output; None where it has none to share, or `row` is interrupted first."""
     while not row.interruption(time.monotonic()):
-        if wait([running], LOOK_S).done:
+        if wait([running], POLL_INTERVAL_S).done:
             return running.result()
     return None
 
 
 def _reused(row: Row, output: Output) -> Output:
-    """All of its time was waiting, and none of its images was encoded."""
+    """Account for a shared output: all of the row's time was waiting, and none of its images was encoded."""
     row.started = time.monotonic()
     row.cached_images = len(row.tokens.pictures)
     return output

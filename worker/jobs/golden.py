@@ -3,8 +3,8 @@
     {"image": "golden.png", "task": "idefics.answer", "arguments": {"question": "What is this?"}, "text": "A cat.",
      "more": [{"task": "idefics.classify", "arguments": {"labels": ["cat", "dog"]}, "scores": {"cat": 1, "dog": 0}}]}
 
-A text is right word for word. Probabilities are right within a tolerance that depends on the precision: they feel a
-change of the weights that no word of a short answer shows. Images are files beside golden.json; a task that takes one
+A text must match word for word. Probabilities must match within a tolerance that depends on the precision: they show a
+change of the weights that does not change a short answer. Images are files beside golden.json; a task that takes one
 image and names none shows `image`.
 """
 
@@ -41,7 +41,7 @@ class GoldenQuestion:
     scores: Mapping[str, float] | None
 
     def fault(self, text: str, scores: Mapping[str, float], tolerance: float) -> str | None:
-        """What is wrong with an answer."""
+        """Describe what is wrong with an answer; None where it is right."""
         if self.text is not None and text.strip() != self.text.strip():
             return f"the model says {text!r} where {self.text!r} is right"
         for label, right in (self.scores or {}).items():
@@ -59,14 +59,14 @@ class Golden:
 
 
 def tolerance(info: ModelInfo) -> float:
-    """How far off a probability of a model so loaded may be."""
+    """How far off a probability may be, by the precision that the model is loaded in."""
     return TOLERANCES.get(info.quantization or info.dtype, max(TOLERANCES.values()))
 
 
 def read_golden(folder: Path) -> Golden | None:
-    """A checkpoint's golden questions; None where it has none. Raises SetupFailed or a JobError.
+    """Read a checkpoint's golden questions; None where it has none. Raises SetupFailed or a JobError.
 
-    The file is the checkpoint's, and may be a stranger's: it names files beside itself only.
+    The checkpoint may not be trusted: its file may name files beside itself only.
     """
     if not os.path.lexists(folder / "golden.json"):
         return None

@@ -1,6 +1,6 @@
-"""Jobs with an idempotency key, on the worker's side: the second one gets the first one's answer.
+"""Idempotency keys, on the worker's side: the second job with a key gets the first one's answer.
 
-Our client does not even send a second job. Other producers do, under an id of its own: it comes here.
+Our own client does not send a second job. Other producers do, under a new id: such a job comes here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import Job, ModelInfo, Result
 from worker.jobs.runs import Canceled
 
-#: Seconds between two looks for the first job's end, which grow with its age.
-FIRST_LOOK_S, LAST_LOOK_S = 1.0, 30.0
+#: Bounds in seconds of the countdown until the second job checks again; it grows with the first job's age.
+MIN_COUNTDOWN_S, MAX_COUNTDOWN_S = 1.0, 30.0
 
 
 class FirstStillRuns(Exception):
-    """The first job with this key has not ended: look again after so many seconds."""
+    """The first job with this key has not ended: the second is to check again after `countdown` seconds."""
 
     def __init__(self, countdown: float) -> None:
         super().__init__(countdown)
@@ -30,10 +30,10 @@ class FirstStillRuns(Exception):
 def first_answer(
     job: Job, id: str, keys: IdempotencyKeys, backend: Any, model: ModelInfo | None = None
 ) -> Result | None:
-    """What the first job with this key was answered; None for the first itself, which is to run.
+    """The answer of the first job with this key; None where this job is the first, or takes its place, and is to run.
 
-    An answer of another model than `model` is none: the job runs, and the key is its own from then on. Raises
-    InvalidRequest where that had another payload, FirstStillRuns, or what the first one ended with.
+    It takes the first one's place where that was lost, or answered by another model than `model`. Raises InvalidRequest
+    where the first one had another payload, FirstStillRuns, or the error that the first one ended with.
     """
     claim = keys.claim(job, id, is_sent=True)
     if claim.id == id:
@@ -52,7 +52,7 @@ def first_answer(
     is_gone = meta["status"] == states.PENDING and claim.is_abandoned(now)
     if (is_gone or meta["status"] == states.SUCCESS) and keys.take_over(job, claim, id):
         return None
-    raise FirstStillRuns(min(max(FIRST_LOOK_S, (now - claim.claimed_at) / 4), LAST_LOOK_S))
+    raise FirstStillRuns(min(max(MIN_COUNTDOWN_S, (now - claim.claimed_at) / 4), MAX_COUNTDOWN_S))
 
 
 def _is_same(one: ModelInfo, other: ModelInfo) -> bool:

@@ -1,1 +1,1 @@
-"""Connections that a stranger names: which addresses are allowed, how fast, and for how long."""
+"""Connections to addresses that are not trusted: which are allowed, how fast, and for how long."""

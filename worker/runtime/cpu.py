@@ -1,6 +1,6 @@
-"""On which cores the model process's threads run, and which goes first. Elsewhere than on Linux: as it comes.
+"""Cores and priorities of the model process's threads. On Linux only; elsewhere the system decides.
 
-A sandbox may forbid either: then it is only slower.
+A sandbox may forbid either: then the worker is only slower.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ import sys
 import threading
 from collections.abc import Collection
 
-#: The engine's niceness where it computes on the cores of those who feed it, a tenth of their share where all want one:
-#: a step costs nearly the same for few rows as for many, so the later it gets to it, the fewer it makes. On two cores
-#: 15 makes 7 to 10 % more jobs a second than 0; 10 as many as 15, and 5 a little fewer.
-LAST = 10
+#: Niceness of the engine where it shares its cores with the job threads: it gets a tenth of their share while all want
+#: one. A step costs nearly the same for few rows as for many, so fewer, later steps do the same work. On two cores 15
+#: makes 7 to 10 % more jobs a second than 0; 10 as many as 15, and 5 a little fewer.
+ENGINE_NICENESS = 10
 
 
 def all_cores() -> Collection[int]:
-    """Those that this process may use: a container's or a taskset's, not the machine's."""
+    """The cores that this process may use: those of its container or taskset, not of the machine."""
     return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
 
 
 def job_cores(cores: Collection[int]) -> list[int]:
-    """Those that job threads keep to: not the first two, for the engine and the encoder; of few, the last half.
+    """The cores for job threads: all but the first two, which the engine and the encoder keep; of few, the last half.
 
-    Job threads take turns at the interpreter. On two cores they did so from one to the other, and the engine found
-    neither free: 12 % more jobs a second with one, for 8 % less time of each job.
+    Job threads share the interpreter. On two cores it passed between both, and the engine found neither free: with one
+    core for them it was 12 % more jobs a second, and each job took 8 % less time.
     """
     return sorted(cores)[min(2, len(cores) // 2) :]
 
 
 def leave_cores_to_the_engine() -> None:
-    """The calling thread keeps to the others."""
+    """Keep the calling thread on the cores for job threads."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.sched_setaffinity(threading.get_native_id(), job_cores(all_cores()))
 
 
 def go_last() -> None:
-    """Every other thread goes before the calling one, and before those that it starts."""
+    """Let every other thread run before the calling one, and before those that it starts."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            # There a thread's own, whatever its name says.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
+            # On Linux PRIO_PROCESS sets one thread's niceness.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ENGINE_NICENESS)
