@@ -157,7 +157,7 @@ def test_a_key_that_was_removed_is_no_defect(receiver: Receiver) -> None:
     assert answer == AttemptResult(note="no secret of its key_id in IDEFICS_CALLBACK_KEYS")
 
 
-def test_nobody_there_is_no_defect() -> None:
+def test_a_receiver_that_is_down_is_no_defect() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

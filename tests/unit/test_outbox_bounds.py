@@ -325,7 +325,7 @@ def test_hosts_are_known_by_how_they_answered() -> None:
 
 
 def test_known_hosts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_hosts, "MOST", 3)
+    monkeypatch.setattr(known_hosts, "MAX_HOSTS", 3)
     hosts = KnownHosts(1.0)
     for number in range(9):
         hosts.note(f"{number}.test", has_answered=True, seconds=0)

@@ -154,7 +154,7 @@ def test_a_link_out_of_the_root_is_refused(root: Path, tmp_path: Path) -> None:
             read_below(root, path, MAX_BYTES)
 
 
-def test_a_folder_exchanged_for_a_link_meanwhile_is_not_followed(
+def test_a_folder_replaced_by_a_link_after_the_check_is_not_followed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "b.jpg").write_bytes(b"secret")
@@ -171,7 +171,7 @@ def test_a_folder_exchanged_for_a_link_meanwhile_is_not_followed(
         read_below(root, "link/b.jpg", MAX_BYTES)
 
 
-def test_what_is_no_regular_file_is_refused_without_waiting(root: Path) -> None:
+def test_anything_but_a_regular_file_is_refused_without_waiting(root: Path) -> None:
     os.mkfifo(root / "fifo.jpg")
     (root / "loop").symlink_to("loop")
     with socket.socket(socket.AF_UNIX) as listener:

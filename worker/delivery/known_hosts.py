@@ -1,7 +1,7 @@
-"""Which receivers answer: pure. Those that did are kept a share of the threads, so that others cannot hold them up.
+"""Receivers that are known to answer. A share of the threads is kept for them, so that others cannot delay them. Pure.
 
-A host name costs nothing: somebody may submit jobs with callbacks to hundreds that take a connection and never answer,
-and each attempt at one of them occupies a thread until its timeout.
+A host name costs nothing: jobs may have callbacks to hundreds of hosts that accept a connection and never answer, and
+each attempt at one of them occupies a thread until its timeout.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Iterable, Mapping
 from tasks.outbox import Shares
 
 #: Hosts that are remembered, of each kind.
-MOST = 1_000
+MAX_HOSTS = 1_000
 #: Seconds that an answer may take for its host to count as one that answers.
 QUICK_S = 1.0
 
 
 class KnownHosts:
-    """What the last attempts at each host met. Not for several threads at once."""
+    """How the last attempts at each host ended. Not thread-safe."""
 
     def __init__(self, timeout_s: float, answered: Iterable[str] = ()) -> None:
-        """`answered`: hosts that are known from before, the one that answered last at the end."""
+        """`answered`: hosts known from an earlier run, the most recent one last."""
         self._quick_s = min(QUICK_S, timeout_s / 2)
         self._answered: OrderedDict[str, None] = OrderedDict()
         self._silent: OrderedDict[str, None] = OrderedDict()
@@ -29,13 +29,13 @@ class KnownHosts:
             _remember(self._answered, host)
 
     def note(self, host: str, *, has_answered: bool, seconds: float) -> None:
-        """An attempt has ended. What failed at once held no thread, and changes nothing."""
+        """Record an attempt and the seconds it took. One that failed at once held no thread, and changes nothing."""
         if seconds <= self._quick_s:
             if has_answered:
                 self._silent.pop(host, None)
                 _remember(self._answered, host)
             return
-        # One that answered until now is only unknown after its first silence: a restart may have cut it off.
+        # A host that answered until now becomes unknown at its first silence, not silent: it may have been restarted.
         was_known = self._answered.pop(host, "") is None
         if has_answered or was_known:
             self._silent.pop(host, None)
@@ -43,9 +43,9 @@ class KnownHosts:
             _remember(self._silent, host)
 
     def shares(self, threads: int, busy: Mapping[str, int]) -> Shares:
-        """How many of the threads may go to hosts that are not known to answer, given those that are `busy`.
+        """How many threads may go to hosts that are not known to answer, given the attempts that run (`busy`, by host).
 
-        Half of them, and silent ones half of those; all, while no host is known to answer.
+        Half of the threads, and a quarter to silent hosts; all of them while no host is known to answer.
         """
         most = max(1, threads // 2) if self._answered else threads
         silent_most = max(1, threads // 4)
@@ -62,5 +62,5 @@ class KnownHosts:
 def _remember(hosts: OrderedDict[str, None], host: str) -> None:
     hosts[host] = None
     hosts.move_to_end(host)
-    if len(hosts) > MOST:
+    if len(hosts) > MAX_HOSTS:
         hosts.popitem(last=False)

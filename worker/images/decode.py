@@ -91,7 +91,7 @@ _TO_EIGHT_BITS = [round(value / 257) for value in _SIXTEEN_BITS]
 class ImageLimits:
     """Limits on what is decoded. Checked on the header, before memory is allocated for pixels.
 
-    Above 178 million pixels Pillow refuses too, whatever these limits say.
+    Above 178 million pixels Pillow refuses a picture too, even within these limits.
     """
 
     max_pixels: int = 64_000_000

@@ -1,7 +1,7 @@
 """One image's download: redirects, statuses, and a body that is read no further than it may be.
 
-Whoever can send a job can name any address. `worker.net` sees to it that the worker never connects to one that is not
-public (or that the operator did not allow), never waits longer, and never reads more than the policy says.
+Anyone who can send a job can name any address. `worker.net` ensures that the worker connects only to addresses that are
+public or that the operator allowed, and never waits longer or reads more than the policy says.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from worker.runtime.cpu import all_cores
 #: Bytes that are read at once of a large body.
 MAX_PIECE_BYTES = 262_144
 #: Bytes after which a body is a large one. All large bodies share one rate, in bytes a second for each core: reading a
-#: megabyte takes up to 5 ms of a core, and whoever sends the jobs chooses how many there are. Not only while others
-#: have work: a worker that reads at full speed cannot let them in.
+#: megabyte takes up to 5 ms of a core, and the sender of the jobs chooses how many there are. The rate applies even
+#: while the worker has no other work: reading at full speed would keep it from taking new jobs.
 LARGE_BYTES, LARGE_BYTES_PER_S = 2_000_000, 15_000_000
 #: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
 CHUNK_COST = 16
@@ -262,9 +262,7 @@ def _failure(error: Exception, host: str, guard: Guard) -> JobError:
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
         return ImageBlocked("The image's URL is malformed: correct it.", detail="url")
     if isinstance(error, requests.exceptions.InvalidHeader):
-        return ImageInvalid(
-            f"{host} announces its bytes in a form that nobody reads: check the server.", detail="length"
-        )
+        return ImageInvalid(f"{host} announces its length in no valid form: check the server.", detail="length")
     if _is_cut_off(error):
         return ImageUnreachable(
             f"{host} sent fewer bytes than it announced: send the job again when it is well.", detail="length"

@@ -152,7 +152,7 @@ def _read_file(base: Path, parts: tuple[str, ...], max_bytes: int) -> bytes:
 
 
 def _contents(descriptor: int, size: int, most: int) -> bytes:
-    """Read up to `most` bytes, whatever size the file claims: files grow, and some in /proc claim to be empty."""
+    """Read up to `most` bytes, at most, of a file of about `size`: files grow, and some in /proc claim to be empty."""
     pieces: list[bytes] = []
     while most and (piece := os.read(descriptor, min(most, size + READ_AHEAD_BYTES))):
         pieces.append(piece)

@@ -39,7 +39,7 @@ class AnswerCache:
     """Shares answers among identical jobs (single flight). Thread-safe. While Redis is away, it computes."""
 
     def __init__(self, redis: Redis, ttl_s: int, weights: str = "", prefix: str = "") -> None:
-        """`weights` is the checkpoint's `fingerprint`, since a model's id and revision may stand for other weights later.
+        """`weights` is the checkpoint's `fingerprint`, since an id and revision may get other weights later.
 
         `prefix` stands before all keys.
         """

@@ -111,8 +111,8 @@ def _chat(job: Chat) -> Prompt:
 
 @singledispatch
 def in_turns(job: Job) -> Prompt:
-    """The same for a checkpoint that was tuned on a chat template: the user asks, and what is known of the answer opens
-    the assistant's turn. A list to complete and a chat are what they are in `build`."""
+    """The prompt for a checkpoint that was tuned on a chat template: the user asks, and a known start of the answer
+    opens the assistant's turn. A list to complete and a chat are as in `build`."""
     return build(job)
 
 

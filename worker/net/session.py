@@ -187,7 +187,7 @@ class GuardedSession(requests.Session):
 
 
 def tls_context(ca_file: Path | None = None) -> ssl.SSLContext:
-    """Trust certifi's authorities and an operator's own, whatever the environment says."""
+    """Trust certifi's authorities and an operator's own, regardless of the environment."""
     context = ssl.create_default_context(cafile=certifi.where())
     if ca_file is not None:
         context.load_verify_locations(cafile=ca_file)

@@ -27,19 +27,19 @@ def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
 @pytest.fixture(autouse=True)
 def only_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A guard that fails must not let a test's packet out of this machine."""
-    strangers: list[str] = []
+    outside: list[str] = []
     real = socket.socket.connect
 
     def connect(self: socket.socket, target: Any) -> None:
         address = ip_address(str(target[0]).partition("%")[0])
         if not address.is_loopback and str(address) != "0.0.0.0":
-            strangers.append(str(address))
+            outside.append(str(address))
             raise OSError("not loopback")
         real(self, target)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    yield strangers
-    assert strangers == []
+    yield outside
+    assert outside == []
 
 
 @pytest.fixture(autouse=True)

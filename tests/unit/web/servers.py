@@ -225,7 +225,7 @@ def script(connection: socket.socket, path: str) -> None:
 
 
 class Resolver:
-    """socket.getaddrinfo for the names above. Numbers go to the real one, which then asks nobody."""
+    """socket.getaddrinfo for the names above. Numbers go to the real one, which then makes no query."""
 
     def __init__(self, real: Callable[..., Any]) -> None:
         self.asked: list[str] = []

@@ -29,7 +29,7 @@ def test_the_good_server_is_read(fetcher: Fetcher, good: Server) -> None:
 
 
 @pytest.mark.parametrize("most", [0, 3, 5])
-def test_so_many_redirects_are_followed_and_no_more(most: int, policy: FetchPolicy, good: Server) -> None:
+def test_no_more_redirects_are_followed_than_allowed(most: int, policy: FetchPolicy, good: Server) -> None:
     fetcher = Fetcher(replace(policy, max_redirects=most))
     assert fetcher.fetch(f"http://good.test:{good.port}/hops/{most}") == BODY
     with pytest.raises(ImageBlocked, match=f"more than {most} redirects"):
@@ -61,7 +61,7 @@ def test_a_redirects_target_is_read_as_utf_8(fetcher: Fetcher, good: Server) -> 
         ),
     ],
 )
-def test_labels_that_change_no_byte_are_left_aside(answer: bytes, policy: FetchPolicy) -> None:
+def test_content_encodings_that_change_no_byte_are_ignored(answer: bytes, policy: FetchPolicy) -> None:
     with Server(GOOD, answer=lambda connection, _: connection.sendall(answer)) as server:
         fetcher = Fetcher(replace(policy, ports=(server.port,)))
         assert fetcher.fetch(f"http://good.test:{server.port}/") == BODY
@@ -77,7 +77,7 @@ def test_every_format_that_is_opened_is_read(form: str, policy: FetchPolicy) -> 
         assert fetcher.fetch(f"http://good.test:{server.port}/x") == body
 
 
-def test_large_bodies_keep_a_pace_together_and_arrive(policy: FetchPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_bodies_share_one_rate_and_arrive(policy: FetchPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "LARGE_BYTES", 50_000)
     monkeypatch.setattr(fetch, "LARGE_BYTES_PER_S", 200_000 / (os.cpu_count() or 1))
     body = BODY.ljust(MAX_BYTES, b"x")
@@ -92,7 +92,7 @@ def test_large_bodies_keep_a_pace_together_and_arrive(policy: FetchPolicy, monke
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 408])
-def test_a_status_that_may_pass_is_retryable_and_asked_for_once(status: int, fetcher: Fetcher, good: Server) -> None:
+def test_a_transient_status_is_retryable_and_requested_once(status: int, fetcher: Fetcher, good: Server) -> None:
     hits = good.hits
     with pytest.raises(ImageUnreachable) as failure:
         fetcher.fetch(f"http://good.test:{good.port}/status/{status}")
@@ -101,7 +101,7 @@ def test_a_status_that_may_pass_is_retryable_and_asked_for_once(status: int, fet
 
 
 @pytest.mark.parametrize("status", [503, 429])
-def test_a_server_that_asks_for_time_is_heard(status: int, fetcher: Fetcher, good: Server) -> None:
+def test_retry_after_reaches_the_error(status: int, fetcher: Fetcher, good: Server) -> None:
     with pytest.raises(ImageUnreachable) as failure:
         fetcher.fetch(f"http://good.test:{good.port}/status/{status}")
     assert failure.value.retry_after_s == 1
@@ -113,14 +113,14 @@ def test_the_operators_address_is_in_the_user_agent(policy: FetchPolicy, good: S
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 204, 206, 300, 304])
-def test_a_status_that_stays_is_not_retryable(status: int, fetcher: Fetcher, good: Server) -> None:
+def test_a_permanent_status_is_not_retryable(status: int, fetcher: Fetcher, good: Server) -> None:
     with pytest.raises(ImageInvalid, match=str(status)) as failure:
         fetcher.fetch(f"http://good.test:{good.port}/status/{status}")
     assert not failure.value.retryable
     assert failure.value.args[2:] == (f"http_{status}",)
 
 
-def test_a_failures_detail_says_what_it_was(policy: FetchPolicy, good: Server) -> None:
+def test_the_detail_of_a_failure_names_its_cause(policy: FetchPolicy, good: Server) -> None:
     fetcher = Fetcher(replace(policy, max_bytes=100))
     base = f"http://good.test:{good.port}"
     with Server(GOOD) as gone:

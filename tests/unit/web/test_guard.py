@@ -279,7 +279,7 @@ def test_port_zero_does_not_become_the_default_port(policy: FetchPolicy) -> None
 
 
 @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\n\r\n" + BODY])
-def test_what_no_timeout_ends_is_cut_off_at_the_deadline(
+def test_the_watchdog_ends_what_no_timeout_ends(
     hasty: FetchPolicy, start: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As TLS tickets without end do: they are read within one call.

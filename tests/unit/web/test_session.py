@@ -55,7 +55,7 @@ def test_the_request_carries_nothing_but_what_it_needs(
 
 
 @pytest.mark.parametrize("before", [b"100 Continue", b"102 Processing", b"103 Early Hints", b"199 Whatever"])
-def test_informational_answers_are_read_past(before: bytes, policy: FetchPolicy) -> None:
+def test_informational_responses_are_skipped(before: bytes, policy: FetchPolicy) -> None:
     start = b"HTTP/1.1 %s\r\nLink: </style.css>; rel=preload\r\n\r\n" % before
     with Server(GOOD, answer=lambda connection, _: connection.sendall(start * 3 + response())) as server:
         fetcher = Fetcher(replace(policy, ports=(server.port,)))
@@ -172,9 +172,7 @@ def test_a_hostile_server_is_left_within_the_deadline_and_the_cap_on_memory(
         pytest.param(CHUNKED + chunk(BODY[:20]), chunk(b"x"), id="chunks of one byte"),
     ],
 )
-def test_what_is_parsed_piece_by_piece_costs_no_seconds_under_a_large_cap(
-    start: bytes, piece: bytes, policy: FetchPolicy
-) -> None:
+def test_many_tiny_pieces_cost_little_cpu_under_a_large_limit(start: bytes, piece: bytes, policy: FetchPolicy) -> None:
     with Server(GOOD, answer=lambda c, _: flood(c, start, piece * 999)) as server:
         fetcher = Fetcher(replace(policy, ports=(server.port,), max_bytes=20_000_000))
         began = time.thread_time()
