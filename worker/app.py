@@ -51,6 +51,9 @@ settings = load()
 
 
 class _App(OneProducerEach):
+    #: Of the callbacks of jobs that have ended.
+    recorder: Announcer
+
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
         """Celery's. What is sent to a producer's own worker has a priority that it reads."""
         if "priority" in options:
@@ -64,6 +67,7 @@ app = _App("idefics", amqp="worker.queue.publisher:AMQP", set_as_current=False)
 app.conf.update(configuration(settings, settings.queue, DEFAULT_PRIORITY, PAYLOADS))
 app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime, Balance, AnnouncedOptions])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
+app.recorder = Announcer(app, settings)
 use_transport(Refusals(app, failed_bounds), atomic=settings.atomic_take)
 keep_failures(app, failed_bounds)
 
@@ -116,7 +120,7 @@ class JobTask(Task):  # type: ignore[misc]
     resultrepr_maxsize = 0
     # One line at INFO: it is for the producer, who reads it in the result.
     throws = log_setup.EXPECTED
-    announcer = Announcer(app, settings)
+    announcer = app.recorder
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
         """Celery's, for retries and whatever else this process sends."""
@@ -136,7 +140,8 @@ class JobTask(Task):  # type: ignore[misc]
         try:
             if args:
                 raise InvalidRequest(
-                    "The task takes keyword arguments only. In a chain, make it immutable: signature.si(...)."
+                    "The task takes no positional arguments: send the arguments as keywords (kwargs). In Python a link "
+                    "that must not get the result before it is signature.si(...)."
                 )
             answer = self._answer(parse(self.name, arguments))
         except Canceled as canceled:

@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,48 @@ def test_a_forbidden_address_is_refused_when_the_job_is_submitted(shop: Shop, se
     with pytest.raises(InvalidRequest, match=r"callback\.url"):
         shop.client.result(job, PATIENCE_S)
     assert shop.state_of(job, "job.failed") == "none"
+
+
+NO_JOBS: dict[str, dict[str, Any]] = {
+    "an unknown task": {"name": "idefics.captions"},
+    "an unknown argument": {"kwargs": {"imag": "x"}},
+    "positional arguments": {"args": ["x"]},
+    "a wrong header": {"headers": {"idefics_submitted_at": 1.8e12}},
+    "a link of Celery's own": {"link": {"task": "celery.map", "args": [], "kwargs": {}, "options": {}}},
+    "a wrong expiry": {"expires": datetime(3001, 1, 1, tzinfo=UTC)},
+}
+
+
+@pytest.mark.parametrize("what", NO_JOBS)
+@pytest.mark.usefixtures("worker", "courier")
+def test_a_message_that_is_no_job_is_told_to_its_callback(shop: Shop, what: str) -> None:
+    options = {"name": "idefics.complete", "queue": "idefics", **NO_JOBS[what]}
+    kwargs = shop.job(metadata={"row": 7}).model_dump(mode="json", exclude_none=True) | options.pop("kwargs", {})
+    id = shop.client.app.send_task(kwargs=kwargs, **options).id
+    eventually(lambda: shop.state_of(id, "job.failed") == "delivered")
+    (call,) = shop.calls_of(id)
+    event = call.verified()
+    assert (event["type"], event["data"]["error"]["code"]) == ("job.failed", "invalid_request")
+    assert (event["data"]["task"], event["data"]["metadata"]) == (options["name"], {"row": 7})
+
+
+@pytest.mark.usefixtures("worker", "courier")
+def test_a_message_of_the_first_protocol_that_is_no_job_is_told_to_its_callback(shop: Shop) -> None:
+    kwargs = shop.job().model_dump(mode="json", exclude_none=True)
+    body = {"task": "idefics.complete", "id": uuid.uuid4().hex, "args": [], "kwargs": kwargs, "eta": "soon"}
+    with shop.client.app.connection() as connection:
+        connection.Producer().publish(body, serializer="json", exchange="", routing_key="idefics")
+    eventually(lambda: shop.state_of(body["id"], "job.failed") == "delivered")
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_message_that_is_no_job_calls_nobody_whom_a_job_may_not(shop: Shop) -> None:
+    for fields in ({"key_id": "other"}, {"url": "http://10.0.0.8/"}):
+        kwargs = shop.job(**fields).model_dump(mode="json", exclude_none=True)
+        id = shop.client.app.send_task("idefics.captions", kwargs=kwargs, queue="idefics").id
+        with pytest.raises(InvalidRequest):
+            shop.client.result(id, PATIENCE_S)
+        assert shop.state_of(id, "job.failed") == "none"
 
 
 @pytest.mark.usefixtures("worker")

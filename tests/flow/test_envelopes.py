@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "plain queue",
     ),
     "a link to a built-in": (message("x", [[], {}, {"errbacks": [link("celery.map")]}]), "built-in"),
-    "a text of error links": (message("x", [[], {}, {"errbacks": "x" * 3_000}]), "no list"),
+    "a text of error links": (message("x", [[], {}, {"errbacks": "x" * 3_000}]), "must be a list"),
     "an eta in 2099": (message("x", None, {"eta": "2099-01-01T00:00:00+00:00"}), "eta"),
     "a group that is a list": (message("x", None, {"group": ["a"]}), "group"),
     "a typed value": (message("x", [[], {"a": {"__type__": "decimal", "__value__": "abc"}}, {}]), "__type__"),

@@ -41,13 +41,14 @@ class Job:
 
 
 @pytest.fixture
-def consumer() -> Consumer:
+def consumer(monkeypatch: pytest.MonkeyPatch) -> Consumer:
     consumer = Consumer.__new__(Consumer)
     consumer.app, consumer.pool, consumer.hub = app, object(), None
     consumer.controller = SimpleNamespace(_quick_release=Mock())
     consumer._deliveries = RedeliveryCounter(most=3)
     consumer._deliveries.count_return = Mock()
     consumer._refusals = Mock()
+    monkeypatch.setattr(app, "recorder", Mock())
     consumer.event_dispatcher, consumer.connection_errors, consumer.channel_errors = None, (OSError,), ()
     return consumer
 

@@ -38,8 +38,8 @@ def test_a_bomb_is_inflated_no_further_than_allowed(compression: str, body: byte
 @pytest.mark.parametrize(
     ("compression", "body", "cure"),
     [
-        ("gzip", b"no zlib", "send it with Celery"),
-        ("bzip2", b"no bz2", "send it with Celery"),
+        ("gzip", b"no zlib", "compress it so"),
+        ("bzip2", b"no bz2", "compress it so"),
         ("xz", lzma.compress(BODY), "task_compression"),
         (["gzip"], zlib.compress(BODY), "task_compression"),
     ],

@@ -23,7 +23,9 @@ from kombu.transport.virtual import Message
 from kombu.utils.json import dumps
 
 from worker.queue import envelope
-from worker.queue.envelope import Envelope, Refused, checked, opened
+from worker.queue.envelope import Envelope, Refused, checked, opened, readable
+from worker.queue.envelope.headers import HEADERS as KNOWN
+from worker.queue.envelope.headers import OPTIONS
 
 MOST = 3_000_000
 #: Kombu asks it to decode bodies.
@@ -272,7 +274,14 @@ MESSAGES: dict[str, tuple[bytes, str]] = {
     "no content type": (raw_message(**{"content-type": None}), "set task_serializer='json'"),
     "a codec that inflates": (raw_message(**{"content-encoding": "zlib_codec"}), "send utf-8"),
     "an encoding that is a list": (raw_message(**{"content-encoding": ["utf-8"]}), "send utf-8"),
-    "an encoding of the body that is none": (raw_message(properties={"body_encoding": "rot13"}), "with Celery"),
+    "an encoding of the body that is none": (
+        raw_message(properties={"body_encoding": "rot13"}),
+        "in base64 with",
+    ),
+    "a body that is no base64": (
+        json.dumps({**json.loads(raw_message()), "body": "abcde"}).encode(),
+        "in base64 with",
+    ),
     "a body that is no JSON": (raw_message(body=b"{"), "send JSON"),
     "a body that is no text": (raw_message(body=b"\xff"), "send JSON"),
     "a body in UTF-16": (raw_message(body=json.dumps(ARGUMENTS).encode("utf-16")), "send JSON"),
@@ -303,7 +312,7 @@ MESSAGES: dict[str, tuple[bytes, str]] = {
     "properties nested 480 deep": (raw_message(properties={"x": DEEP}), "properties"),
     "a body that is a number": (
         json.dumps({**json.loads(raw_message()), "body": 2**62}).encode(),
-        "send it with Celery",
+        "in base64 with",
     ),
 }
 
@@ -316,8 +325,78 @@ def test_a_message_that_is_no_job_is_refused_with_the_cure(name: str) -> None:
     assert cure in str(refused)
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_refused_header_is_told_what_it_must_be(name: str) -> None:
+    assert str(refusal(raw_message({name: [None]}))) == f"The header {name} must be {KNOWN[name].words}."
+
+
+@pytest.mark.parametrize(
+    ("headers", "cure"),
+    [
+        ({"idefics_submitted_at": 1_800_000_000_000}, "unix seconds, a number: not milliseconds"),
+        ({"idefics_submitted_at": "2026-01-01T00:00:00+00:00"}, "unix seconds, a number"),
+        ({"expires": "tomorrow"}, "ISO 8601 with an offset"),
+        ({"expires": 1_800_000_000}, "ISO 8601 with an offset"),
+        ({"eta": 1_800_000_000}, "ISO 8601 with an offset"),
+        ({"timelimit": 60}, "[hard, soft], each a number of seconds or null"),
+        ({"id": 7}, "a text of printable ASCII, 1 to 1,024 characters long"),
+    ],
+)
+def test_a_producer_without_celery_is_told_what_a_header_must_be(headers: dict[str, Any], cure: str) -> None:
+    assert cure in str(refusal(raw_message(headers)))
+
+
+@pytest.mark.parametrize("name", ["priority", "reply_to", "correlation_id"])
+def test_a_refused_property_is_told_what_it_must_be(name: str) -> None:
+    assert f"The property {name} must be a" in str(refusal(raw_message(properties={name: [None]})))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_links_refused_option_is_told_what_it_must_be(name: str) -> None:
+    refused = refusal(raw_message(body=[[], {}, {"callbacks": [with_options(**{name: [None]})]}]))
+    assert str(refused) == f"A link's option {name} must be {OPTIONS[name].words}."
+
+
+# What can be read of a message that is refused
+
+
+def message(headers: dict[str, Any] | None = None, body: Any = ARGUMENTS, **outer: Any) -> Message:
+    return Message(opened(raw_message(headers, body, **outer), "idefics", MOST), channel=CHANNEL)
+
+
+CALLED = {"callback": {"url": "https://example.com/", "key_id": "main"}, "metadata": {"row": 7}}
+
+
+@pytest.mark.parametrize("headers", [{}, {"expires": "tomorrow"}, {"shadow": 7}])
+@pytest.mark.parametrize("body", [[[], CALLED, {}], [[], CALLED, {"callbacks": 7}], [["x"], CALLED, {}]])
+def test_task_and_arguments_of_a_refused_message_are_read(headers: dict[str, Any], body: Any) -> None:
+    assert readable(message(headers, body), MOST) == ("idefics.complete", CALLED)
+
+
+def test_task_and_arguments_of_a_refused_message_of_the_first_protocol_are_read() -> None:
+    body = {"task": "idefics.caption", "id": "old", "kwargs": CALLED, "args": None}
+    assert readable(message([], body), MOST) == ("idefics.caption", CALLED)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "outer"),
+    [
+        ({"task": "a\x1b"}, [[], {"image": "x"}, {}], {}),
+        ({"task": None}, b'"callback"', {}),
+        ({"task": 7}, b'{"callback": ' * 9_000, {}),
+        ({"task": ["a"]}, [[], [CALLED], {}], {}),
+        ({"task": {}}, [[], CALLED, {}], {"content-type": "application/x-python-serialize"}),
+        ({"task": "a\n"}, [[], {**CALLED, "prompt": ["x" * MOST]}, {}], {}),
+    ],
+)
+def test_what_cannot_be_read_of_a_refused_message_is_left(headers: dict[str, Any], body: Any, outer: Any) -> None:
+    assert readable(message(headers, body, **outer), MOST) == ("unknown", {})
+
+
 def test_pickle_is_named() -> None:
-    assert str(refusal(MESSAGES["pickle"][0])) == "pickle is not accepted: set task_serializer='json'."
+    assert str(refusal(MESSAGES["pickle"][0])) == (
+        "pickle is not accepted: send application/json; in Celery set task_serializer='json'."
+    )
 
 
 @pytest.mark.parametrize(

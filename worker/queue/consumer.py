@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from celery import states
 from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from celery.worker import consumer
@@ -17,17 +18,17 @@ from kombu.exceptions import OperationalError
 
 from config.settings import load
 from tasks.availability import UNAVAILABLE, is_away
-from tasks.errors import Internal, InvalidRequest
+from tasks.errors import Internal, InvalidRequest, JobError
 from tasks.failed import Bounds
 from tasks.payloads import PAYLOADS
 from tasks.printable import escaped
 from worker.observability.redaction import without_values
 from worker.queue.dead_letters import keep_misrouted, misrouted
 from worker.queue.due import hold_until_due, release
-from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, usable_id
+from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, readable, usable_id
 from worker.queue.redeliveries import RedeliveryCounter
 from worker.queue.refusals import Refusals
-from worker.queue.result_backend import asked_by, taken_now
+from worker.queue.result_backend import Asked, asked_by, taken_now, taken_text
 from worker.runtime.exceptions import exception_info
 
 logger = logging.getLogger(__name__)
@@ -150,8 +151,9 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         try:
             keep_misrouted(self.app, request, self._bounds, why)
             self.app.backend.mark_as_failure(request.id, why, request=request)
+            self._announce(request.id, request.task, request.kwargs, why, request.asked)
         except UNAVAILABLE as error:
-            if self._comes_again(message, error):
+            if self._comes_again(message, request.id, error):
                 return
         self._tell_failed(request.id, str(why))
         message.reject_log_error(logger, self.connection_errors)
@@ -162,18 +164,27 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def _refuse(self, message: Any, refused: Refused) -> None:
         """Drop a message, and end its job where it has an id."""
         try:
-            self._refusals(message.body if refused.id else _shown(message), refused)
+            asked = self._refusals(message.body if refused.id else _shown(message), refused, taken_text(message))
+            if refused.id and asked:
+                task, arguments = readable(message, load().max_job_bytes)
+                self._announce(refused.id, task, arguments, InvalidRequest(str(refused)), asked)
         except UNAVAILABLE as error:
-            if self._comes_again(message, error):
+            if self._comes_again(message, refused.id, error):
                 return
         if refused.id:
             self._tell_failed(refused.id, str(refused))
         message.reject_log_error(logger, self.connection_errors)
 
-    def _comes_again(self, message: Any, error: Exception) -> bool:
+    def _announce(self, id: str, task: str, arguments: dict[str, Any], error: JobError, asked: Asked) -> None:
+        """Record the callback of a job that ends here. Raises one of UNAVAILABLE."""
+        end = states.FAILURE, error
+        self.app.recorder.announce(id, task, arguments, end, is_stored=True, asked=asked.digest)
+
+    def _comes_again(self, message: Any, id: str | None, error: Exception) -> bool:
         """Give a message back whose end cannot be stored. Not for a defect, which would be there then, too."""
         again = is_away(error)
-        logger.error("A message cannot be refused (%s): it %s.", error, "comes again" if again else "is dropped")
+        what = f"Message {id!a}" if id else "A message"
+        logger.error("%s cannot be refused (%s): it %s.", what, error, "comes again" if again else "is dropped")
         if again:
             message.reject_log_error(logger, self.connection_errors, requeue=True)
         return again
@@ -192,6 +203,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         try:
             request.asked = asked_by(request, begins=True)
             self.app.backend.mark_as_failure(headers["id"], _internal(error), request=request)
+            self._announce(headers["id"], headers["task"], kwargs, _internal(error), request.asked)
             message.reject_log_error(logger, self.connection_errors)
         except Exception as again:
             self._return(headers, functools.partial(message.reject_log_error, logger, self.connection_errors), again)

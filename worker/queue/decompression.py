@@ -26,4 +26,6 @@ def inflated(body: bytes, compression: Any, most: int) -> bytes:
     try:
         return inflate(body, most)
     except (ValueError, OSError, EOFError, zlib.error):
-        raise ValueError("The body is not compressed as its header says: send it with Celery.") from None
+        raise ValueError(
+            "The body is not compressed as its header `compression` says: compress it so, or leave the header out."
+        ) from None

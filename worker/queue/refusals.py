@@ -11,7 +11,7 @@ from celery.utils.objects import Bunch
 
 from tasks.errors import InvalidRequest, JobError
 from tasks.failed import Bounds, FailedJob, FailedJobs
-from worker.queue.envelope import Refused
+from worker.queue.envelope import Refused, described
 from worker.queue.result_backend import Asked
 
 logger = logging.getLogger(__name__)
@@ -28,15 +28,18 @@ class Refusals:
         self._app = app
         self._bounds = bounds
 
-    def __call__(self, raw: bytes, refused: Refused) -> None:
-        """Raises what Redis does where neither can be stored."""
-        logger.error("A message of %d bytes is dropped. %s", len(raw), refused)
-        if refused.id:
-            # Of its bytes: no submission has this digest, so that a correct one under the same id runs.
-            asked = Asked(f"refused{hashlib.blake2b(raw, digest_size=16).hexdigest()}", begins=True)
-            self.end(refused.id, InvalidRequest(str(refused)), asked)
-        else:
+    def __call__(self, raw: bytes, refused: Refused, taken: str = "") -> Asked | None:
+        """What the end is stored under, where there is an id. Raises what Redis does where neither can be stored."""
+        logger.error("%s is dropped. %s", described(raw, refused), refused)
+        if not refused.id:
             self._keep(raw, refused)
+            return None
+        # No submission has this digest, so that a correct one under the same id runs. What is wrong counts too: it may
+        # stand in the headers.
+        digest = hashlib.blake2b(raw + str(refused).encode(), digest_size=16).hexdigest()
+        asked = Asked(f"refused{digest}", begins=True, taken=taken)
+        self.end(refused.id, InvalidRequest(str(refused)), asked)
+        return asked
 
     def end(self, id: str, error: JobError, asked: Asked | None = None) -> None:
         """Store a job's failure, and nothing that follows from it."""

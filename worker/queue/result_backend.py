@@ -132,13 +132,21 @@ def taken_now(message: Any) -> dict[str, float | None]:
     return {TAKEN_AT: getattr(message.channel, "taken_at", None)}
 
 
+def taken_text(message: Any) -> str:
+    """The same as a record has it."""
+    return _as_text(taken_now(message)[TAKEN_AT])
+
+
 def asked_by(request: Any, *, begins: bool = False) -> Asked:
     """What a checked request asks for."""
-    taken = (request.delivery_info or {}).get(TAKEN_AT)
     # A retry continues the submission that its first run began.
     begins = begins and not request.get("retries")
     digest = digest_of(request.get("task"), request.args, request.kwargs)
-    return Asked(digest, begins, f"{taken:.6f}" if isinstance(taken, float) else "")
+    return Asked(digest, begins, _as_text((request.delivery_info or {}).get(TAKEN_AT)))
+
+
+def _as_text(taken: Any) -> str:
+    return f"{taken:.6f}" if isinstance(taken, float) else ""
 
 
 def is_of_another(record: Mapping[str, Any], digest: str) -> bool:

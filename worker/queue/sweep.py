@@ -10,17 +10,17 @@ from typing import Any
 from kombu.transport import redis as stock
 from kombu.utils.json import dumps
 
-from worker.queue.envelope import NO_ENVELOPE, Refused, given_back, returned_job, usable_id
+from worker.queue.envelope import NO_ENVELOPE, Refused, described, given_back, returned_job, usable_id
 from worker.queue.redeliveries import DELIVERIES, kept_s
 
 logger = logging.getLogger(__name__)
 
 #: Called with each message that is dropped because it cannot be read, before it is dropped.
-OnRefused = Callable[[bytes, Refused], None]
+OnRefused = Callable[[bytes, Refused], object]
 
 
 def log_refused(raw: bytes, refused: Refused) -> None:
-    logger.critical("A message of %d bytes is dropped. %s", len(raw), refused)
+    logger.critical("%s is dropped. %s", described(raw, refused), refused)
 
 
 class _NotKept(Exception):

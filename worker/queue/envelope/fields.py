@@ -80,8 +80,12 @@ def is_due_time(value: Any) -> bool:
     return 0 <= unix_seconds(value) <= time.time() + MAX_DELAY_S
 
 
+def is_moment(value: Any) -> bool:
+    return 0 <= unix_seconds(value) <= MAX_EXPIRY
+
+
 def is_expiry(value: Any) -> bool:
-    return is_seconds(value) or 0 <= unix_seconds(value) <= MAX_EXPIRY
+    return is_seconds(value) or is_moment(value)
 
 
 def unix_seconds(value: Any) -> float:

@@ -7,27 +7,10 @@ from typing import Any
 from celery.app.task import Context
 
 from tasks.payloads import SUBMITTED_AT
+from worker.queue.envelope import forms
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
-from worker.queue.envelope.fields import (
-    Check,
-    is_address,
-    is_any_text,
-    is_count,
-    is_delay,
-    is_due_time,
-    is_exchange,
-    is_expiry,
-    is_flag,
-    is_id,
-    is_index,
-    is_label,
-    is_limits,
-    is_one_of,
-    is_priority,
-    is_queue,
-    is_retry_policy,
-    is_seconds,
-)
+from worker.queue.envelope.fields import is_label
+from worker.queue.envelope.forms import Form
 from worker.queue.envelope.refusal import require, shown
 
 
@@ -45,77 +28,80 @@ def is_custom(value: Any) -> bool:
     return isinstance(value, dict) and all(is_label(name) and name not in RESERVED for name in value)
 
 
+_NAMES = Form(is_names, f"a list of at most {MAX_LINKS} names, none of them Celery's own")
+_CUSTOM = Form(is_custom, "an object whose names are none of Celery's own")
+
 #: Celery's own headers. All but the first two may be null.
-HEADERS: dict[str, Check] = {
-    "task": lambda value: is_label(value) and value != "",
-    "id": is_id,
-    "lang": is_label,
-    "shadow": is_label,
-    "origin": is_label,
-    "meth": is_label,
-    "eta": is_due_time,
-    "expires": is_expiry,
-    "group": is_id,
-    "group_index": is_index,
-    "root_id": is_id,
-    "parent_id": is_id,
-    "retries": is_count,
-    "timelimit": is_limits,
-    "argsrepr": is_any_text,
-    "kwargsrepr": is_any_text,
-    "ignore_result": is_flag,
-    "replaced_task_nesting": is_count,
-    "stamped_headers": is_names,
-    "stamps": is_custom,
-    "headers": is_custom,
-    "redelivered": is_flag,
-    SUBMITTED_AT: is_seconds,
+HEADERS: dict[str, Form] = {
+    "task": forms.TASK,
+    "id": forms.ID,
+    "lang": forms.LABEL,
+    "shadow": forms.LABEL,
+    "origin": forms.LABEL,
+    "meth": forms.LABEL,
+    "eta": forms.DUE_TIME,
+    "expires": forms.MOMENT,
+    "group": forms.ID,
+    "group_index": forms.INDEX,
+    "root_id": forms.ID,
+    "parent_id": forms.ID,
+    "retries": forms.COUNT,
+    "timelimit": forms.LIMITS,
+    "argsrepr": forms.TEXT,
+    "kwargsrepr": forms.TEXT,
+    "ignore_result": forms.FLAG,
+    "replaced_task_nesting": forms.COUNT,
+    "stamped_headers": _NAMES,
+    "stamps": _CUSTOM,
+    "headers": _CUSTOM,
+    "redelivered": forms.FLAG,
+    SUBMITTED_AT: forms.UNIX_SECONDS,
 }
 
 #: What Celery overwrites, and what only its first protocol has.
 _IGNORED = {"hostname", "correlation_id", "reply_to", "delivery_info", "properties", "args", "kwargs", "utc", "taskset"}
 
-_PROPERTIES: dict[str, Check] = {
-    "priority": is_priority,
-    "reply_to": is_address,
-    "correlation_id": is_address,
+_PROPERTIES: dict[str, Form] = {
+    "priority": forms.PRIORITY,
+    "reply_to": forms.ADDRESS,
+    "correlation_id": forms.ADDRESS,
 }
 
 #: Options of a signature, for the message that is made of it.
-OPTIONS: dict[str, Check] = {
-    "task_id": is_id,
-    "root_id": is_id,
-    "parent_id": is_id,
-    "group_id": is_id,
-    "group_index": is_index,
-    "reply_to": is_address,
-    "queue": is_queue,
-    "routing_key": is_queue,
-    "exchange": is_exchange,
-    "exchange_type": is_one_of("direct"),
-    "priority": is_priority,
-    "countdown": is_delay,
-    "eta": is_due_time,
-    "expires": is_expiry,
-    "retries": is_count,
-    "max_retries": is_count,
-    "interval": is_delay,
-    "time_limit": is_seconds,
-    "soft_time_limit": is_seconds,
-    "ignore_result": is_flag,
-    "add_to_parent": is_flag,
-    "shadow": is_label,
-    "origin": is_label,
-    "argsrepr": is_any_text,
-    "kwargsrepr": is_any_text,
-    "headers": is_custom,
-    "serializer": is_one_of("json"),
-    "compression": is_one_of("gzip", "zlib", "bzip2"),
-    "delivery_mode": is_one_of(1, 2, "transient", "persistent"),
-    "retry": is_flag,
-    "retry_policy": is_retry_policy,
-    "replaced_task_nesting": is_count,
-    "stamped_headers": is_names,
+OPTIONS: dict[str, Form] = {
+    "task_id": forms.ID,
+    "root_id": forms.ID,
+    "parent_id": forms.ID,
+    "group_id": forms.ID,
+    "group_index": forms.INDEX,
+    "reply_to": forms.ADDRESS,
+    "queue": forms.QUEUE,
+    "routing_key": forms.QUEUE,
+    "exchange": forms.EXCHANGE,
+    "exchange_type": forms.one_of("direct"),
+    "priority": forms.PRIORITY,
+    "countdown": forms.DELAY,
+    "eta": forms.DUE_TIME,
+    "expires": forms.EXPIRY,
+    "retries": forms.COUNT,
+    "max_retries": forms.COUNT,
+    "interval": forms.DELAY,
+    "time_limit": forms.SECONDS,
+    "soft_time_limit": forms.SECONDS,
+    "ignore_result": forms.FLAG,
+    "add_to_parent": forms.FLAG,
+    "shadow": forms.LABEL,
+    "origin": forms.LABEL,
+    "argsrepr": forms.TEXT,
+    "kwargsrepr": forms.TEXT,
+    "headers": _CUSTOM,
+    "serializer": forms.one_of("json"),
+    "compression": forms.one_of("gzip", "zlib", "bzip2"),
+    "delivery_mode": forms.one_of(1, 2, "transient", "persistent"),
+    "retry": forms.FLAG,
+    "retry_policy": forms.RETRY_POLICY,
+    "replaced_task_nesting": forms.COUNT,
+    "stamped_headers": _NAMES,
 }
 NESTED = {"link", "link_error", "chain", "chord"}
 
@@ -139,16 +125,16 @@ def checked_headers(headers: dict[str, Any]) -> dict[str, Any]:
     require(is_plain(headers), "The headers are too large or nested too deep: put less into them.")
     known: dict[str, Any] = {}
     for name, value in headers.items():
-        check = HEADERS.get(name)
-        if check is None:
+        form = HEADERS.get(name)
+        if form is None:
             # A reserved name could replace what Celery reads: a header `chain` would, beside a body without one.
             if value is not None and name not in _IGNORED:
                 require(is_label(name) and name not in RESERVED, f"The header {shown(name)} is reserved: rename it.")
                 known[name] = value
         elif value is not None or name in ("task", "id"):
-            require(check(value), f"The header {name} is not what Celery sends there: send the job with Celery.")
+            require(form.holds(value), f"The header {name} must be {form.words}.")
             known[name] = value
-    require("id" in known, "The message has no id: send it with Celery.")
+    require("id" in known, "The message has no id: send the header id, a new UUID for each job.")
     stamps = known.get("stamps") or {}
     require(stamps.keys() >= set(known.get("stamped_headers") or ()), "A stamped header has no stamp: stamp it.")
     return known
@@ -156,7 +142,7 @@ def checked_headers(headers: dict[str, Any]) -> dict[str, Any]:
 
 def check_properties(properties: dict[str, Any]) -> None:
     """Raises Refused for a property of another form than Celery's."""
-    require(is_plain(properties), "The properties are too large or nested too deep: send the job with Celery.")
-    for name, check in _PROPERTIES.items():
+    require(is_plain(properties), "The properties are too large or nested too deep: put less into them.")
+    for name, form in _PROPERTIES.items():
         value = properties.get(name)
-        require(value is None or check(value), f"The property {name} is not what Celery sends: send it with Celery.")
+        require(value is None or form.holds(value), f"The property {name} must be {form.words}.")

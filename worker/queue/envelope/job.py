@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from worker.queue.envelope.bounds import MAX_MARKS, decoded, marks
-from worker.queue.envelope.fields import usable_id
+from worker.queue.envelope.fields import is_label, usable_id
 from worker.queue.envelope.headers import check_properties, checked_headers
 from worker.queue.envelope.links import check_embed
 from worker.queue.envelope.refusal import NO_BODY, NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, require
@@ -59,6 +60,23 @@ def _id_of_first_protocol(message: Any) -> str | None:
         return None
 
 
+def readable(message: Any, most_bytes: int) -> tuple[str, dict[str, Any]]:
+    """The task and the keyword arguments of a message that `checked` refuses, as far as they can be read.
+
+    Of such arguments only a callback is of use: those without one are not read.
+    """
+    headers, body = message.headers if isinstance(message.headers, dict) else {}, message.body
+    task, arguments = headers.get("task"), None
+    if isinstance(body, bytes) and len(body) <= most_bytes and b'"callback"' in body:
+        with contextlib.suppress(Exception):
+            _check_content(message.content_type, message.content_encoding)
+            payload = decoded(body)
+            # Celery's first protocol has all of it in the body.
+            task = task or (payload.get("task") if isinstance(payload, dict) else None)
+            arguments = payload.get("kwargs") if isinstance(payload, dict) else payload[1]
+    return str(task) if is_label(task) else "unknown", arguments if isinstance(arguments, dict) else {}
+
+
 def _checked(message: Any, most_bytes: int, ids: list[str | None]) -> Envelope:
     headers, properties = message.headers, message.properties
     require(isinstance(headers, dict) and isinstance(properties, dict), NO_ENVELOPE)
@@ -90,7 +108,7 @@ def _checked(message: Any, most_bytes: int, ids: list[str | None]) -> Envelope:
 def _check_content(kind: Any, encoding: Any) -> None:
     if kind != "application/json":
         name = _SERIALIZERS.get(kind, "another content type") if isinstance(kind, str) else "another content type"
-        raise Refused(f"{name} is not accepted: set task_serializer='json'.")
+        raise Refused(f"{name} is not accepted: send application/json; in Celery set task_serializer='json'.")
     # Python decodes with any codec that is named here, decompressors among them.
     is_known = encoding is None or (isinstance(encoding, str) and encoding.lower() in _ENCODINGS)
     require(is_known, "The content encoding is not accepted: send utf-8.")

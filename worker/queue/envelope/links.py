@@ -9,17 +9,15 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
-from worker.queue.envelope.fields import Check, is_flag, is_index, is_label
+from worker.queue.envelope.fields import is_flag, is_index, is_label
 from worker.queue.envelope.headers import NESTED, OPTIONS, is_names
-from worker.queue.envelope.refusal import NO_BODY, require, shown
+from worker.queue.envelope.refusal import NO_BODY, Refused, require, shown
 
 #: Entries of a body beside the arguments.
 _EMBEDDED = {"callbacks", "errbacks", "chain", "chord"}
 _SIGNATURE = {"task", "args", "kwargs", "options", "subtask_type", "immutable", "chord_size"}
 #: Canvases that Celery takes apart when it sends them. The tasks of their names never run.
 _CANVASES = {"chain": "celery.chain", "group": "celery.group", "chord": "celery.chord"}
-_NO_QUEUE = "A link goes to what is no queue of yours: name a plain queue."
-_WHY = {"queue": _NO_QUEUE, "routing_key": _NO_QUEUE, "exchange": _NO_QUEUE}
 
 
 def check_embed(embed: Any) -> None:
@@ -43,7 +41,7 @@ def _signatures(options: dict[str, Any], lists: tuple[str, ...], singles: tuple[
     """The signatures under these names. A string is refused: Celery would read each character as a link."""
     for name in lists:
         value = options.get(name)
-        require(value is None or isinstance(value, list), f"{name} is no list of signatures: send it with Celery.")
+        require(value is None or isinstance(value, list), f"{name} must be a list of signatures, or null.")
         yield from value or ()
     yield from (options[name] for name in singles if options.get(name) is not None)
 
@@ -98,7 +96,8 @@ def _check_options(options: dict[str, Any]) -> None:
         if name in own:
             require(is_plain(value), "A link's stamp is too large: stamp it with less.")
             continue
-        check = OPTIONS.get(name)
-        require(check is not None, f"A link has the option {shown(name)}, which no link may have: leave it out.")
-        require(cast(Check, check)(value), _WHY.get(name) or f"A link's option {name} is not what Celery sends there.")
+        form = OPTIONS.get(name)
+        if form is None:
+            raise Refused(f"A link has the option {shown(name)}, which no link may have: leave it out.")
+        require(form.holds(value), f"A link's option {name} must be {form.words}.")
     require(own <= options.keys(), "A stamped header of a link has no stamp: stamp it.")

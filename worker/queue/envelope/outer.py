@@ -10,7 +10,7 @@ from kombu.utils.uuid import uuid
 
 from worker.queue.decompression import inflated
 from worker.queue.envelope.fields import is_count, is_text, usable_id
-from worker.queue.envelope.refusal import NO_ENVELOPE, Refused
+from worker.queue.envelope.refusal import NO_BODY_TEXT, NO_ENVELOPE, Refused
 
 #: How kombu's messages begin.
 _BODY = b'{"body": "'
@@ -75,8 +75,11 @@ def _decoded_body(body: Any, encoding: Any) -> bytes:
     if isinstance(body, str):
         body = body.encode()
     if not isinstance(body, bytes) or encoding not in (None, "base64", "utf-8"):
-        raise Refused(NO_ENVELOPE)
-    return base64.b64decode(body) if encoding == "base64" else body
+        raise Refused(NO_BODY_TEXT)
+    try:
+        return base64.b64decode(body) if encoding == "base64" else body
+    except ValueError:
+        raise Refused(NO_BODY_TEXT) from None
 
 
 def given_back(record: bytes) -> tuple[dict[str, Any], str, str]:

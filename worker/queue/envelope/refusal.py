@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-NO_ENVELOPE = "The message is no envelope of Celery's: send it with Celery."
+NO_ENVELOPE = (
+    "The message is not in Celery's form: send a JSON object with body, headers and properties, as Celery does or as "
+    "examples/wire shows."
+)
 UNREADABLE = "The message cannot be decoded: send JSON, as Celery's serializer 'json' does."
-NO_TASK = "The message is no task of Celery's: send it with Celery."
+NO_TASK = "The message names no task: send the header task, for example idefics.caption."
+NO_BODY_TEXT = "The body cannot be read: send it in base64 with properties.body_encoding base64, or as JSON without."
 NO_BODY = "The body is not [args, kwargs, links]: send a list of arguments and an object of keyword arguments."
 
 
@@ -26,3 +30,8 @@ def require(holds: bool, why: str) -> None:
 def shown(name: str) -> str:
     """The start of a name that its sender chose, escaped, for a refusal's text."""
     return ascii(name[:40])
+
+
+def described(raw: bytes, refused: Refused) -> str:
+    """A message that is dropped, for a line of the log: its failure is stored under the id."""
+    return f"Message {refused.id!a} of {len(raw)} bytes" if refused.id else f"A message of {len(raw)} bytes"
