@@ -20,7 +20,9 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from benchmarks.measures import RESULTS
 from worker.engine.cuda_graphs import CudaGraphs
-from worker.models.idefics1.decoder import IdeficsDecoder, Prompt
+from worker.engine.decoder import SlotDecoder
+from worker.engine.interfaces import PendingPrompt
+from worker.models.idefics1.decoder import IdeficsDecoder, IdeficsPiece
 
 ROWS = (1, 16, 64)
 PROMPT_TOKENS, STEPS = 64, 32
@@ -85,9 +87,9 @@ def our_step_s(model: IdeficsForVisionText2Text, rows: int, device: str, *, grap
     """One decode step of our decoder, prompts of one image already read."""
     latents = model.config.perceiver_config.resampler_n_latents
     image = torch.randn(latents, model.config.vision_config.embed_dim, device=device, dtype=torch.bfloat16)
-    decoder = IdeficsDecoder(model, IMAGE_ID, record=CudaGraphs() if graphs else None)
-    prompt = Prompt([1, IMAGE_ID, *range(10, 8 + PROMPT_TOKENS)], [image])
-    decoder.read([prompt] * rows)
+    decoder = SlotDecoder(IdeficsDecoder(model, IMAGE_ID), record=CudaGraphs() if graphs else None)
+    piece = IdeficsPiece([1, IMAGE_ID, *range(10, 8 + PROMPT_TOKENS)], [image], [1])
+    decoder.prefill([PendingPrompt(piece)] * rows)
 
     def steps() -> None:
         for _ in range(STEPS):

@@ -23,7 +23,9 @@ from benchmarks.workloads import PictureBook
 from config.settings import Settings
 from tasks import Caption, Client, Complete, ImagePath, Job
 from worker.demo import stack
-from worker.models.idefics1.decoder import IdeficsDecoder, Prompt
+from worker.engine.decoder import SlotDecoder
+from worker.engine.interfaces import PendingPrompt
+from worker.models.idefics1.decoder import IdeficsPiece
 from worker.models.loading import load
 
 ROUNDS = 3
@@ -58,12 +60,12 @@ def steps(root: Path) -> dict[str, Any]:
     """A decode step of 16 rows whose prompts show one or eight images."""
     torch.set_num_threads(1)
     model: Any = load(Settings(model=str(CHECKPOINTS["mid-size"](root))))
-    adapter = model._adapter
+    adapter = model.stock.adapter
     size = adapter.model.config.vision_config.image_size
     with torch.inference_mode():
         features = adapter._encode(torch.randn(8, 3, size, size))
         # Prompts of the same length: the text between images is not what is compared.
-        prompted = {count: _prompted(adapter, features[:count]) for count in (1, 8)}
+        prompted = {count: _prompted(model, features[:count]) for count in (1, 8)}
         taken: dict[int, list[float]] = {count: [] for count in prompted}
         for _ in range(40):
             for count, decoder in prompted.items():
@@ -75,15 +77,16 @@ def steps(root: Path) -> dict[str, Any]:
     }
 
 
-def _prompted(adapter: Any, images: torch.Tensor) -> IdeficsDecoder:
-    """A decoder whose rows have read a prompt with these images."""
-    decoder = IdeficsDecoder(adapter.model, adapter.image_id)
-    ids = [1, *[adapter.image_id] * len(images), *[5] * (16 - len(images))]
-    decoder.read([Prompt(ids, list(images)) for _ in range(ROWS)])
+def _prompted(model: Any, images: torch.Tensor) -> SlotDecoder:
+    """A decoder with prefilled prompts that show `images` (images, width, size)."""
+    decoder: SlotDecoder = model.decoder.empty_like(2**16)
+    ids = [1, *[model.codec.image_id] * len(images), *[5] * (16 - len(images))]
+    places = list(range(1, 1 + len(images)))
+    decoder.prefill([PendingPrompt(IdeficsPiece(ids, list(images), places)) for _ in range(ROWS)])
     return decoder
 
 
-def _step_ms(decoder: IdeficsDecoder) -> float:
+def _step_ms(decoder: SlotDecoder) -> float:
     started = time.perf_counter()
     decoder.step([5] * ROWS)
     return 1000 * (time.perf_counter() - started)

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from tasks import Answer, Caption, CaptionExample, Chat, Complete, ImagePath, Job, Write
+from worker.engine.continuous import ContinuousModel
+from worker.engine.interfaces import Model
 from worker.engine.row import Row, Sampling, Tokens
 from worker.engine.stock import StockModel
 from worker.jobs.prompts import ImageRef, Prompt, build, ends_with_utterance
@@ -56,7 +58,7 @@ def parts_of(job: Job, images: dict[str, Image.Image], form: Callable[[Job], Pro
     return [images[part.source.path] if isinstance(part, ImageRef) else part for part in form(job)]  # type: ignore[union-attr]
 
 
-def row_of(model: StockModel, job: Job, parts: Parts) -> Row:
+def row_of(model: Model, job: Job, parts: Parts) -> Row:
     """As the service makes it."""
     sampling = Sampling(
         max_new_tokens=job.max_new_tokens or 20,
@@ -66,30 +68,41 @@ def row_of(model: StockModel, job: Job, parts: Parts) -> Row:
     return Row(prepared(model, parts), sampling)
 
 
-def prepared(model: StockModel, parts: Parts) -> Tokens:
+def prepared(model: Model, parts: Parts) -> Tokens:
     """As the service prepares a prompt: its images as the model takes them."""
     return model.codec.prepare([part if isinstance(part, str) else model.codec.picture(part) for part in parts])
 
 
-def stock_ids(model: StockModel, processor: object, job: Job, parts: Parts) -> list[int]:
+def stock_of(model: Model) -> StockModel:
+    """The model as stock `generate` runs it."""
+    stock = model.stock if isinstance(model, ContinuousModel) else model
+    assert isinstance(stock, StockModel)
+    return stock
+
+
+def stock_ids(model: Model, processor: object, job: Job, parts: Parts) -> list[int]:
     """The new tokens of transformers' own processor and `generate` for this job alone, up to their end."""
     inputs = processor(text=[parts], return_tensors="pt", add_end_of_utterance_token=False)  # type: ignore[operator]
     return generated(model, processor, job, inputs)
 
 
 @torch.inference_mode()
-def generated(model: StockModel, processor: object, job: Job, inputs: Mapping[str, torch.Tensor]) -> list[int]:
+def generated(model: Model, processor: object, job: Job, inputs: Mapping[str, torch.Tensor]) -> list[int]:
     """What stock `generate` says to a processor's inputs for one job, up to its end."""
     ends = model.codec.end_ids(utterance=ends_with_utterance(job))
-    ids = model._adapter.model.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=job.num_beams,
-        max_new_tokens=job.max_new_tokens or 20,
-        eos_token_id=sorted(ends),
-        bad_words_ids=processor.tokenizer(  # type: ignore[attr-defined]
-            ["<image>", "<fake_token_around_image>"], add_special_tokens=False
-        ).input_ids,
-    )[0, inputs["input_ids"].shape[1] :].tolist()
+    ids = (
+        stock_of(model)
+        .adapter.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=job.num_beams,
+            max_new_tokens=job.max_new_tokens or 20,
+            eos_token_id=sorted(ends),
+            bad_words_ids=processor.tokenizer(  # type: ignore[attr-defined]
+                ["<image>", "<fake_token_around_image>"], add_special_tokens=False
+            ).input_ids,
+        )[0, inputs["input_ids"].shape[1] :]
+        .tolist()
+    )
     end = next((n for n, token in enumerate(ids) if token in ends), len(ids))
     return ids[:end]  # type: ignore[no-any-return]

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tasks import Caption, CaptionExample, ImagePath, Job
+from tasks import Answer, Caption, CaptionExample, ImagePath, Job
 from tasks.errors import Internal, OutOfMemory
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
-from worker.engine import continuous
-from worker.engine.cuda_graphs import Graphed, Step
+from worker.engine import prefix_cache
+from worker.engine.continuous import ContinuousModel
+from worker.engine.cuda_graphs import Step
+from worker.engine.decoder import SlotDecoder
 from worker.engine.engine import Engine
-from worker.engine.interfaces import Beat, Newcomers
-from worker.engine.prefix_cache import PrefixCache
+from worker.engine.interfaces import Newcomers, PendingPrompt, Prefix
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.engine.scheduler import Limits
-from worker.engine.stock import StockModel, memory_errors
-from worker.models.idefics1.decoder import IdeficsDecoder, Prompt, _stepped
+from worker.engine.slots import Move
+from worker.engine.stock import memory_errors
 
 
 def _nobody(running: Sequence[Row]) -> Sequence[Row]:
@@ -30,6 +31,11 @@ def _nobody(running: Sequence[Row]) -> Sequence[Row]:
 
 def _nothing() -> None:
     """A beat that nobody hears."""
+
+
+def rebuilt(model: ContinuousModel, **options: Any) -> ContinuousModel:
+    """The same checkpoint with other options, and empty caches of the engine's own."""
+    return ContinuousModel(**{"stock": model.stock, "decoder": model.decoder.family, "encode": model.encode, **options})
 
 
 def _alone(served: Served, row: Row) -> Output:
@@ -56,23 +62,23 @@ def test_a_batch_of_32_mixed_jobs_says_what_stock_generate_says_to_each_alone(se
 def test_rows_that_join_a_running_batch_and_fill_its_gaps_say_what_they_say_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moves: list[tuple[int, int]] = []
+    moves: list[Move] = []
     filled: list[int] = []
-    decoder = served.model._decoder
-    stock_close, stock_read = decoder.close_gaps, decoder.read
+    decoder = served.model.decoder
+    stock_compact, stock_prefill = decoder.compact, decoder.prefill
 
-    def close_gaps() -> list[tuple[int, int]]:
-        moves.extend(moved := stock_close())
+    def compact() -> list[Move]:
+        moves.extend(moved := stock_compact())
         return moved
 
-    def read(prompts: Sequence[Prompt]) -> tuple[Sequence[int], Tensor]:
-        before = decoder.slots
-        slots, logits = stock_read(prompts)
+    def prefill(prompts: Sequence[PendingPrompt]) -> tuple[Sequence[int], Tensor]:
+        before = len(decoder.slots)
+        slots, logits = stock_prefill(prompts)
         filled.extend(slot for slot in slots if slot < before)
         return slots, logits
 
-    monkeypatch.setattr(decoder, "close_gaps", close_gaps)
-    monkeypatch.setattr(decoder, "read", read)
+    monkeypatch.setattr(decoder, "compact", compact)
+    monkeypatch.setattr(decoder, "prefill", prefill)
     jobs = mixed_jobs(40, sorted(served.images), seed=3)
     prompts = [parts_of(job, served.images) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
@@ -92,54 +98,85 @@ def test_rows_that_join_a_running_batch_and_fill_its_gaps_say_what_they_say_alon
     assert filled
 
 
-def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_the_others(
+def test_a_long_prompt_is_prefilled_in_chunks_between_the_steps_of_the_others(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(continuous, "PIECE_TOKENS", 7)
+    model = rebuilt(served.model, chunk_tokens=7)
     jobs = [job.model_copy(update={"max_new_tokens": 25}) for job in mixed_jobs(16, sorted(served.images), seed=4)]
     prompts = [parts_of(job, served.images) for job in jobs]
-    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
-    steps_while_reading: list[int] = []
-    stock_read = served.model._read_a_piece
+    rows = [row_of(model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    events: list[str] = []
+    stock_step, stock_prefix = model.decoder.step, model.scratch.prefill_prefix
 
-    def counted(beat: Beat) -> None:
-        steps_while_reading.append(len(served.model._running))
-        stock_read(beat)
+    def step(tokens: Sequence[int]) -> Tensor:
+        events.append("step")
+        return stock_step(tokens)
 
-    monkeypatch.setattr(served.model, "_read_a_piece", counted)
-    served.model.run(rows, _nothing, _nobody)
+    def prefill_prefix(prompt: PendingPrompt) -> Prefix:
+        events.append("chunk")
+        return stock_prefix(prompt)
+
+    monkeypatch.setattr(model.decoder, "step", step)
+    monkeypatch.setattr(model.scratch, "prefill_prefix", prefill_prefix)
+    model.run(rows, _nothing, _nobody)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
-    assert any(steps_while_reading[:5])
+    assert "chunk step chunk step chunk" in " ".join(events)
 
 
-@pytest.mark.parametrize("piece", [512, 7])
-def test_jobs_that_share_examples_read_them_once_and_say_what_they_say_alone(
-    served: Served, piece: int, monkeypatch: pytest.MonkeyPatch
+def _shared(model: ContinuousModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each forward that prefills prompts, as it comes."""
+    prefilled: list[int] = []
+    stock_prefill = SlotDecoder.prefill
+
+    def prefill(decoder: SlotDecoder, prompts: Sequence[PendingPrompt]) -> tuple[Sequence[int], Tensor]:
+        prefilled.append(sum(len(prompt.piece.ids) for prompt in prompts))
+        return stock_prefill(decoder, prompts)
+
+    monkeypatch.setattr(SlotDecoder, "prefill", prefill)
+    return prefilled
+
+
+@pytest.mark.parametrize("chunk", [512, 7])
+def test_jobs_that_share_examples_prefill_them_once_and_say_what_they_say_alone(
+    served: Served, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(continuous, "PIECE_TOKENS", piece)
-    monkeypatch.setattr(served.model, "_prefixes", PrefixCache(2**29, served.model._decoder.position_bytes))
+    model = rebuilt(served.model, chunk_tokens=chunk)
     names = sorted(served.images)
     examples = [CaptionExample(image=ImagePath(path=name), text=f"A thing like {name}.") for name in names[:3]]
     jobs: list[Job] = [
         Caption(image=ImagePath(path=name), examples=examples[: 1 + n % 3], max_new_tokens=12)
         for n, name in enumerate(names[3:12])
     ]
-    read: list[int] = []
-    stock_read = IdeficsDecoder.read
-
-    def counted(decoder: IdeficsDecoder, prompts: Sequence[Prompt]) -> tuple[Sequence[int], Tensor]:
-        read.append(sum(len(prompt.ids) for prompt in prompts))
-        return stock_read(decoder, prompts)
-
-    monkeypatch.setattr(IdeficsDecoder, "read", counted)
-    rows = [row_of(served.model, job, parts_of(job, served.images)) for job in jobs]
-    served.model.run(rows, _nothing, _nobody)
+    prefilled = _shared(model, monkeypatch)
+    rows = [row_of(model, job, parts_of(job, served.images)) for job in jobs]
+    model.run(rows, _nothing, _nobody)
     for job, row in zip(jobs, rows, strict=True):
         alone = stock_ids(served.model, served.processor, job, parts_of(job, served.images))
         assert list(row.output.result().ids) == alone, job
-    assert sum(read) < sum(len(row.tokens.ids) for row in rows) / 2
-    assert piece == 512 or max(read) <= piece * len(rows)
+    assert sum(prefilled) < sum(len(row.tokens.ids) for row in rows) / 2
+    assert chunk == 512 or max(prefilled) <= chunk * len(rows)
+
+
+def test_questions_on_one_picture_say_what_they_say_alone_behind_a_prefix_that_ends_with_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if a picture, one token here, were long enough for a prefix of its own.
+    monkeypatch.setattr(prefix_cache, "MIN_TOKENS", 1)
+    model = rebuilt(served.model)
+    name = min(served.images)
+    jobs: list[Job] = [
+        Answer(image=ImagePath(path=name), question=f"What is on the {side}?", max_new_tokens=12)
+        for side in ("left", "right", "far left", "very far right of this picture", "top")
+    ]
+    rows = [row_of(model, job, parts_of(job, served.images)) for job in jobs]
+    prefilled = _shared(model, monkeypatch)
+    model.run(rows, _nothing, _nobody)
+    for job, row in zip(jobs, rows, strict=True):
+        alone = stock_ids(served.model, served.processor, job, parts_of(job, served.images))
+        assert list(row.output.result().ids) == alone, job
+    (span,) = rows[0].tokens.spans
+    assert prefilled == [span.end, sum(len(row.tokens.ids) - span.end for row in rows)]
 
 
 def recorded(step: Step) -> Step:
@@ -148,28 +185,27 @@ def recorded(step: Step) -> Step:
     return lambda: answer.copy_(step())
 
 
-def test_steps_that_are_recorded_and_replayed_say_the_same(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, shapes = served.model._decoder, []
+def test_steps_that_are_recorded_and_replayed_say_the_same(served: Served) -> None:
+    shapes: list[int] = []
 
     def record(step: Step) -> Step:
-        shapes.append(decoder.slots)
+        shapes.append(len(model.decoder.slots))
         return recorded(step)
 
-    function = functools.partial(_stepped, decoder._step._function)
-    monkeypatch.setattr(decoder, "_graphed", Graphed(function, record))
+    model = rebuilt(served.model, record=record)
     jobs = mixed_jobs(24, sorted(served.images), seed=8)
     prompts = [parts_of(job, served.images) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
     steps = []
-    served.model.run(rows[:12], lambda: steps.append(1), _in_turn([[], [], rows[12:20], [], [], [], rows[20:]]))
+    model.run(rows[:12], lambda: steps.append(1), _in_turn([[], [], rows[12:20], [], [], [], rows[20:]]))
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
     assert 0 < len(shapes) < len(steps) / 2
 
 
 def test_rows_are_right_where_no_more_is_kept_than_they_need(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cache in (served.model._decoder._own, served.model._decoder._cross, served.model._aside._own):
-        monkeypatch.setattr(cache, "_most", 1)
+    for name in ("decoder", "scratch"):
+        monkeypatch.setattr(served.model, name, served.model.decoder.empty_like(1))
     jobs = mixed_jobs(24, sorted(served.images), seed=6)
     prompts = [parts_of(job, served.images) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
@@ -179,38 +215,36 @@ def test_rows_are_right_where_no_more_is_kept_than_they_need(served: Served, mon
     assert never_ends.output.result() == _alone(served, never_ends)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == stock_ids(served.model, served.processor, job, parts), job
-    assert served.model._decoder._own.positions == 0
+    assert served.model.decoder.cache.self_kv.positions == 0
 
 
 def test_many_short_rows_and_a_long_one_after_them_take_no_more_than_each_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most = 24 * 64
-    decoder = served.model._decoder.another(most)
-    monkeypatch.setattr(served.model, "_decoder", decoder)
+    decoder = served.model.decoder.empty_like(most)
+    monkeypatch.setattr(served.model, "decoder", decoder)
     held: list[int] = []
     parts = [served.images[min(served.images)], "Say"]
     short = [Row(prepared(served.model, parts), Sampling(2)) for _ in range(24)]
     long = Row(prepared(served.model, parts), Sampling(300))
     for rows in (short, [long], short[:1]):
         again = [Row(row.tokens, row.sampling) for row in rows]
-        served.model.run(again, lambda: held.append(decoder._own.positions), _nobody)
+        served.model.run(again, lambda: held.append(decoder.cache.self_kv.positions), _nobody)
     assert max(held) <= most
     assert max(map(len, (row.output.result().ids for row in again))) <= 2
 
 
 @pytest.mark.parametrize("labeled", [False, True])
-def test_a_row_that_overflows_fails_alone_and_leaves_no_trace(
-    served: Served, labeled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_overflows_fails_alone_and_leaves_no_trace(served: Served, labeled: bool) -> None:
     names = sorted(served.images)[:4]
     broken = served.model.codec.picture(served.images[names[0]]).key
-    stock_features = served.model._features
 
-    def features(pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
-        return {key: found * torch.nan if key == broken else found for key, found in stock_features(pictures).items()}
+    def encode(pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
+        found = served.model.encode(pictures)
+        return {key: features * torch.nan if key == broken else features for key, features in found.items()}
 
-    monkeypatch.setattr(served.model, "_features", features)
+    model = rebuilt(served.model, encode=encode)
     labels = tuple(tuple(served.model.codec.tokenizer(text).input_ids) for text in ("a dog", "a somewhat longer text"))
 
     def rows_of(names: Sequence[str], text: str) -> list[Row]:
@@ -222,9 +256,9 @@ def test_a_row_that_overflows_fails_alone_and_leaves_no_trace(
     again = rows_of(names[1:], "Say")
     first, *others = rows_of(names, "Say " * 20)
     # The later ones take its place, beside longer ones.
-    served.model.run([first, *others], _nothing, _in_turn([again]))
+    model.run([first, *others], _nothing, _in_turn([again]))
     if labeled:
-        served.model.run(again, _nothing, _nobody)
+        model.run(again, _nothing, _nobody)
     with pytest.raises(Internal, match="overflow"):
         first.output.result()
     assert all(row.output.result() for row in others)
@@ -232,12 +266,12 @@ def test_a_row_that_overflows_fails_alone_and_leaves_no_trace(
         ours, alone = row.output.result(), _alone(served, row)
         assert ours.ids == alone.ids
         assert ours.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
-    for decoder in (served.model._decoder, served.model._aside):
-        assert not any(tensor.isnan().any() for tensor in decoder._own.tensors)
+    for decoder in (model.decoder, model.scratch):
+        assert not any(tensor.isnan().any() for tensor in decoder.cache.self_kv.tensors)
 
 
-def test_a_long_prompt_that_is_canceled_waits_for_no_other(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuous, "PIECE_TOKENS", 4)
+def test_a_long_prompt_that_is_canceled_waits_for_no_other(served: Served) -> None:
+    model = rebuilt(served.model, chunk_tokens=4)
     prompts = [[served.images[name], f"{name} " * 20] for name in sorted(served.images)[:3]]
     rows = [Row(prepared(served.model, parts), Sampling(4), priority=n) for n, parts in enumerate(reversed(prompts))]
     done: list[list[bool]] = []
@@ -246,7 +280,7 @@ def test_a_long_prompt_that_is_canceled_waits_for_no_other(served: Served, monke
         rows[2].canceled = True
         done.append([row.is_done for row in rows])
 
-    served.model.run(rows, beat, _nobody)
+    model.run(rows, beat, _nobody)
     assert rows[2].output.result().finish_reason == "canceled"
     # The more urgent one first.
     assert [each for n, each in enumerate(done) if each != done[n - 1]] == [
@@ -300,7 +334,7 @@ def test_prompts_are_token_for_token_those_of_transformers_own_processor(served:
         if tokens.pictures:
             pixels = torch.stack([picture.pixels for picture in tokens.pictures])
             assert torch.equal(pixels, stock["pixel_values"][0])
-        mask = served.model._adapter.inputs([tokens])["image_attention_mask"]
+        mask = served.model.stock.adapter.inputs([tokens])["image_attention_mask"]
         assert torch.equal(mask, stock["image_attention_mask"].long())
 
 
@@ -317,8 +351,8 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So few at once that the labels are scored in several parts, here and on the stock path.
-    monkeypatch.setattr(continuous, "LABEL_TOKENS", 24)
-    monkeypatch.setattr(served.model, "_max_tokens", 40)
+    model = rebuilt(served.model, label_tokens=24)
+    monkeypatch.setattr(served.model.stock, "max_tokens", 40)
     labels = (("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label"))
     parts = [[served.images[name], "Category:"] for name in sorted(served.images)[:4]]
     choices = [labels[n % 2] for n in range(4)]
@@ -335,17 +369,24 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
     on_stock = [Row(row.tokens, row.sampling, row.labels) for row in rows]
     runs_on = Row(prepared(served.model, parts[0]), Sampling(60))
     steps: list[int] = []
-    stock_try = served.model._aside.try_out
+    #: Steps before each part but the first.
+    parted: list[int] = []
+    stock_step, stock_score = model.decoder.step, model.scratch.score_continuations
 
-    def counted(packs: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
-        steps.append(sum(len(running.progress.new) for running in served.model._running.values()))
-        return stock_try(packs)
+    def step(tokens: Sequence[int]) -> Tensor:
+        steps.append(1)
+        return stock_step(tokens)
 
-    monkeypatch.setattr(served.model._aside, "try_out", counted)
-    served.model.run([runs_on], _nothing, _in_turn([rows]))
-    assert len(steps) > 1
-    assert steps == sorted(set(steps))
-    StockModel.run(served.model, on_stock, _nothing, _nobody)
+    def score(continuations: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
+        parted.append(len(steps))
+        return stock_score(continuations)
+
+    monkeypatch.setattr(model.decoder, "step", step)
+    monkeypatch.setattr(model.scratch, "score_continuations", score)
+    model.run([runs_on], _nothing, _in_turn([rows]))
+    assert len(parted) > 1
+    assert parted == sorted(set(parted))
+    model.stock.run(on_stock, _nothing, _nobody)
     for row, stock_row in zip(rows, on_stock, strict=True):
         alone = torch.tensor([_log_likelihood(served, row, label) for label in row.labels], dtype=torch.float64)
         for answered in (row, stock_row):
@@ -355,7 +396,7 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
 
 @torch.inference_mode()
 def _log_likelihood(served: Served, row: Row, label: tuple[int, ...]) -> float:
-    adapter = served.model._adapter
+    adapter = served.model.stock.adapter
     whole = type(row.tokens)(row.tokens.ids + label, row.tokens.pictures)
     logits = adapter.model(**adapter.forward_inputs(adapter.inputs([whole]))).logits[0].log_softmax(dim=-1)
     start = len(row.tokens.ids) - 1
@@ -364,7 +405,7 @@ def _log_likelihood(served: Served, row: Row, label: tuple[int, ...]) -> float:
 
 def test_an_image_that_several_jobs_show_is_encoded_once(served: Served) -> None:
     encoded: list[int] = []
-    adapter = served.model._adapter
+    adapter = served.model.stock.adapter
     cache = type(adapter._features)(lambda pixels: encoded.append(len(pixels)) or adapter._encode(pixels), 2**30)  # type: ignore[attr-defined, func-returns-value]
     previous, adapter._features = adapter._features, cache  # type: ignore[attr-defined]
     try:

@@ -17,9 +17,9 @@ from tests.model.conftest import noise
 from tests.model.jobs import mixed_jobs, parts_of, row_of
 from worker.engine.engine import Engine
 from worker.engine.generation import UNSUPPORTED
+from worker.engine.interfaces import Model
 from worker.engine.row import Row, Sampling, Tokens
 from worker.engine.scheduler import Limits
-from worker.engine.stock import StockModel
 from worker.jobs.runs import JobContext
 from worker.jobs.service import Service
 from worker.models import DEMO
@@ -67,10 +67,8 @@ def checkpoint(folder: Path, family: str, rules: dict[str, Any]) -> Path:
     return folder
 
 
-def model_of(folder: Path) -> StockModel:
-    model = load(Settings(model=str(folder), dtype="float32"))
-    assert isinstance(model, StockModel)
-    return model
+def model_of(folder: Path) -> Model:
+    return load(Settings(model=str(folder), dtype="float32"))
 
 
 @torch.inference_mode()
@@ -134,7 +132,7 @@ def _stock_inputs(processor: Any, parts: list[Any], family: str) -> dict[str, to
 def test_bad_words_of_several_tokens_are_never_said(tmp_path: Path) -> None:
     plain = model_of(checkpoint(tmp_path / "plain idefics", "idefics", {}))
 
-    def said(model: StockModel) -> list[int]:
+    def said(model: Model) -> list[int]:
         row = Row(model.codec.prepare(["This is"]), Sampling(12, end_ids=model.codec.end_ids(utterance=False)))
         model.run([row], lambda: None, lambda running: ())
         return list(row.output.result().ids)
@@ -159,7 +157,7 @@ def test_a_sampled_row_takes_the_checkpoints_cuts_where_it_names_none(tmp_path: 
     assert greedy[1] == {}
 
 
-def service_of(model: StockModel, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def service_of(model: Model, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A job's text, and the rules that its result names."""
     engine = Engine(model, Limits(8, 10_000))
     engine.start()

@@ -84,7 +84,7 @@ def _run(model: StockModel, rows: Sequence[Row]) -> None:
 def test_prompts_and_pixels_are_those_of_transformers_own_processor(later: Later) -> None:
     for job in mixed_jobs(8, sorted(IMAGES)):
         parts = later.parts(job)
-        inputs = later.model._adapter.inputs([prepared(later.model, parts)])
+        inputs = later.model.adapter.inputs([prepared(later.model, parts)])
         stock = later.stock_inputs(parts)
         assert set(inputs) == set(stock)
         for name, value in stock.items():
@@ -137,7 +137,7 @@ def test_a_row_whose_numbers_overflow_fails_alone(later: Later, beams: int) -> N
 
 
 def test_labels_score_in_a_batch_what_each_scores_alone(later: Later) -> None:
-    adapter = later.model._adapter
+    adapter = later.model.adapter
     prompts: list[Parts] = [[image, "Category:"] for image in list(IMAGES.values())[:3]]
     prompts += [["Some text before.", *IMAGES.values(), "Category:"], ["No picture. Category:"]]
     choices = [("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label")]
@@ -155,7 +155,7 @@ def _log_likelihood(later: Later, parts: Parts, label: tuple[int, ...]) -> float
     start = inputs["input_ids"].shape[1] - 1
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([label])], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    logits = later.model._adapter.model(**inputs).logits[0].log_softmax(dim=-1)
+    logits = later.model.adapter.model(**inputs).logits[0].log_softmax(dim=-1)
     return sum(float(logits[start + n, token]) for n, token in enumerate(label))
 
 
@@ -229,7 +229,7 @@ def test_every_precision_answers_and_pictures_are_never_quantized(
     settings = Settings(model=str(later_checkpoint(tmp_path / "checkpoint", family, TEMPLATE)), **precision)
     model = load(settings)
     assert isinstance(model, StockModel)
-    kinds = {name: type(module).__name__ for name, module in model._adapter.model.named_modules()}
+    kinds = {name: type(module).__name__ for name, module in model.adapter.model.named_modules()}
     quantized = [name for name, kind in kinds.items() if kind in ("Linear4bit", "Linear8bitLt")]
     assert bool(quantized) == ("quantization" in precision)
     assert all(name.startswith("model.text_model.") for name in quantized)

@@ -48,7 +48,7 @@ def test_the_bundled_checkpoint_passes_its_golden_check(dtype: str) -> None:
 def test_the_bundled_checkpoint_answers_quantized(quantization: str) -> None:
     model = _checked(Settings(model="demo", quantization=quantization))
     assert model.info.quantization == quantization
-    kinds = {name: type(module).__name__ for name, module in model._adapter.model.named_modules()}
+    kinds = {name: type(module).__name__ for name, module in model.stock.adapter.model.named_modules()}
     quantized = [name for name, kind in kinds.items() if kind in ("Linear4bit", "Linear8bitLt")]
     assert quantized
     assert not [name for name in quantized if any(name.startswith(skipped) for skipped in NOT_QUANTIZED)]
@@ -87,7 +87,7 @@ def test_a_model_that_computes_no_numbers_does_not_serve(tmp_path: Path) -> None
     model = load(settings)
     assert isinstance(model, ContinuousModel)
     with torch.no_grad():
-        model._adapter.model.lm_head.weight.fill_(float("nan"))
+        model.stock.adapter.model.lm_head.weight.fill_(float("nan"))
     engine = Engine(model, Limits(8, 10_000))
     engine.start()
     with pytest.raises(RuntimeError, match="computes no answer"):

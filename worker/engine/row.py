@@ -50,11 +50,44 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where a picture stands among a prompt's tokens."""
+
+    #: Its number among the prompt's pictures.
+    image: int
+    #: Its first token's place, and how many tokens it takes.
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The place behind its last token."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """A prompt's token ids, and its pictures in the order of their image tokens."""
+    """A prompt's token ids, and its pictures in the order of their tokens."""
 
     ids: tuple[int, ...]
     pictures: tuple[Picture, ...] = ()
+    #: Each picture's place, in order; may be left out for a model without a decoder of ours.
+    spans: tuple[ImageSpan, ...] = ()
+
+    def until(self, length: int) -> Tokens:
+        """The first `length` tokens, which cut no picture."""
+        images = self._images(length)
+        return Tokens(self.ids[:length], self.pictures[:images], self.spans[:images])
+
+    def behind(self, length: int) -> Tokens:
+        """The tokens behind the first `length`, which cut no picture."""
+        images = self._images(length)
+        spans = (ImageSpan(span.image - images, span.start - length, span.length) for span in self.spans[images:])
+        return Tokens(self.ids[length:], self.pictures[images:], tuple(spans))
+
+    def _images(self, length: int) -> int:
+        """Pictures among the first `length` tokens."""
+        return sum(span.end <= length for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from tasks.errors import Internal, OutOfMemory
+from tasks.errors import OutOfMemory
 from tasks.payloads import ModelInfo
 from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.interfaces import Beat, Codec, Newcomers
@@ -20,6 +19,7 @@ from worker.engine.processors import BatchRules
 from worker.engine.progress import Decode, Progress, has_stop
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
+from worker.engine.scoring import finish_scored, overflow
 from worker.engine.stock_scoring import label_log_likelihoods
 
 #: What a plain RuntimeError of torch says where a processor, or a GPU's library for products, had no memory.
@@ -57,9 +57,8 @@ class StockModel:
         self.codec = adapter.codec
         self.look = adapter.look
         self.catch_up = adapter.catch_up
-        self.decode = adapter.codec.decode
-        self._adapter = adapter
-        self._max_tokens = max_tokens
+        self.adapter = adapter
+        self.max_tokens = max_tokens
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
@@ -69,7 +68,7 @@ class StockModel:
 
     def figures(self) -> dict[str, int]:
         """What the caches hold and spared."""
-        return self._adapter.figures()
+        return self.adapter.figures()
 
     def _run(self, rows: Sequence[Row], beat: Beat) -> None:
         scored = [row for row in rows if row.labels and not row.is_done]
@@ -82,14 +81,14 @@ class StockModel:
             self._search(continued, beat)
 
     def _score(self, rows: Sequence[Row], beat: Beat) -> None:
-        inputs = self._adapter.forward_inputs(self._adapter.inputs([row.tokens for row in rows]))
+        inputs = self.adapter.forward_inputs(self.adapter.inputs([row.tokens for row in rows]))
         labels = [row.labels for row in rows]
-        likelihoods = label_log_likelihoods(self._adapter.model, inputs, labels, self._max_tokens, beat)
+        likelihoods = label_log_likelihoods(self.adapter.model, inputs, labels, self.max_tokens, beat)
         finish_scored(rows, likelihoods)
 
     def _continue(self, rows: Sequence[Row], beat: Beat) -> None:
-        inputs = self._adapter.inputs([row.tokens for row in rows])
-        self._adapter.model.generate(
+        inputs = self.adapter.inputs([row.tokens for row in rows])
+        self.adapter.model.generate(
             **inputs,
             do_sample=False,
             num_beams=1,
@@ -97,7 +96,7 @@ class StockModel:
             eos_token_id=sorted(self.codec.end_ids(utterance=False)),
             bad_words_ids=self.codec.bad_words_ids,
             logits_processor=LogitsProcessorList([Overflow(rows), *self._batch_rules(rows, inputs), RowSampling(rows)]),
-            stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.decode, beat)]),
+            stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.codec.decode, beat)]),
         )
 
     def _batch_rules(self, rows: Sequence[Row], inputs: dict[str, Tensor]) -> list[LogitsProcessor]:
@@ -110,9 +109,9 @@ class StockModel:
             self._search_together(part, beat)
 
     def _search_together(self, rows: Sequence[Row], beat: Beat) -> None:
-        inputs = self._adapter.inputs([row.tokens for row in rows])
+        inputs = self.adapter.inputs([row.tokens for row in rows])
         sampling = rows[0].sampling
-        sequences = self._adapter.model.generate(
+        sequences = self.adapter.model.generate(
             **inputs,
             do_sample=False,
             num_beams=sampling.num_beams,
@@ -128,7 +127,7 @@ class StockModel:
         )
         for row, sequence in zip(rows, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             if not row.is_done:
-                row.finish(_search_output(row, sequence, self.decode))
+                row.finish(_search_output(row, sequence, self.codec.decode))
 
 
 @contextlib.contextmanager
@@ -146,23 +145,6 @@ def memory_errors() -> Iterator[None]:
 
 def _is_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
-
-
-def finish_scored(rows: Sequence[Row], likelihoods: Sequence[Sequence[float]]) -> None:
-    """Each row's labels' log-likelihoods as its probabilities."""
-    for row, scores in zip(rows, likelihoods, strict=True):
-        if any(map(math.isnan, scores)):
-            row.fail(overflow())
-            continue
-        # Not torch: for a few numbers, its calls cost more than they compute.
-        best = max(scores)
-        parts = [math.exp(score - best) for score in scores]
-        total = math.fsum(parts)
-        row.finish(Output((), "stop", tuple(part / total for part in parts)))
-
-
-def overflow() -> Internal:
-    return Internal("The model's numbers overflow on this job: load it with IDEFICS_DTYPE=bfloat16 or float32.")
 
 
 def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:

@@ -36,6 +36,7 @@ from worker.engine.stock import StockModel
 from worker.models import SetupFailed, checkpoint_folder
 from worker.models.checkpoint import inspect
 from worker.models.idefics1.adapter import IdeficsAdapter
+from worker.models.idefics1.decoder import IdeficsDecoder
 from worker.models.idefics2_3 import LaterIdeficsAdapter
 
 logger = logging.getLogger(__name__)
@@ -104,8 +105,9 @@ def _told(error: BaseException) -> str:
 
 def _on_own_decoder(
     model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
-) -> StockModel:
+) -> Model:
     adapter = IdeficsAdapter(model, processor, settings.feature_cache_bytes)
+    stock = StockModel(adapter, info, settings.max_batch_tokens, rules)
     # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
     if len({parameter.device for parameter in model.parameters()}) > 1:
         logger.warning(
@@ -113,9 +115,10 @@ def _on_own_decoder(
             "free a GPU that it fits on, or set IDEFICS_QUANTIZATION=4bit.",
             settings.model,
         )
-        return StockModel(adapter, info, settings.max_batch_tokens, rules)
+        return stock
     record = CudaGraphs() if settings.cuda_graphs and model.device.type == "cuda" else None
-    return ContinuousModel(adapter, info, settings.max_batch_tokens, settings.prefix_cache_bytes, record, rules)
+    decoder = IdeficsDecoder(model, adapter.codec.image_id)
+    return ContinuousModel(stock, decoder, adapter.features, settings.prefix_cache_bytes, record)
 
 
 def _on_stock_generate(

@@ -11,7 +11,7 @@ from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
 from worker.engine.encoder_cache import FeatureCache, Lookahead
 from worker.engine.interfaces import Parts
-from worker.engine.row import Picture, Tokens
+from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.engine.traced import Traced
 from worker.models.image_processor import Pixels
 from worker.models.tokenizer import FAKE, IMAGE, Words, configured_ends
@@ -35,6 +35,8 @@ class IdeficsCodec(Words):
     def __init__(self, processor: IdeficsProcessor, ends: Sequence[int]) -> None:
         super().__init__(processor.tokenizer, ends)
         self._pixels = Pixels(processor.image_processor)
+        #: The token that stands for an image.
+        self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
 
     def prepare(self, parts: Parts) -> Tokens:
         """See `Codec`."""
@@ -43,7 +45,9 @@ class IdeficsCodec(Words):
                 self.refuse_reserved(part)
         ids = self.prompt_ids(parts)
         self.refuse_smuggled(ids, parts)
-        return Tokens(ids, tuple(part for part in parts if isinstance(part, Picture)))
+        places = (place for place, id in enumerate(ids) if id == self.image_id)
+        spans = tuple(ImageSpan(number, place, 1) for number, place in enumerate(places))
+        return Tokens(ids, tuple(part for part in parts if isinstance(part, Picture)), spans)
 
     def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
         """See Words."""
@@ -85,7 +89,6 @@ class IdeficsAdapter:
     ) -> None:
         self.model = model
         self.codec = IdeficsCodec(processor, configured_ends(model))
-        self.image_id: int = self.codec.tokenizer.convert_tokens_to_ids(IMAGE)
         self._encoder = Traced(_ImageEncoder(model))
         self._features = FeatureCache(self._encode, feature_cache_bytes)
         self._ahead = Lookahead(self._features)
@@ -98,15 +101,6 @@ class IdeficsAdapter:
     def features(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
         """Each picture's features (length, width) by its key, computed where they are not known."""
         return self._features.get(pictures)
-
-    @property
-    def feature_bytes(self) -> int:
-        """What the features (length, width) of one picture take."""
-        config = self.model.config
-        vision = config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        length = config.perceiver_config.resampler_n_latents if config.use_resampler else patches + 1
-        return int(length * self._feature_width * self.model.dtype.itemsize)
 
     def figures(self) -> dict[str, int]:
         """See FeatureCache."""
@@ -130,7 +124,7 @@ class IdeficsAdapter:
     def _image_mask(self, ids: Tensor, prompts: Sequence[Tokens]) -> Tensor:
         """(rows, length, images): each token sees the image before it, and that one only."""
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
-        seen = (ids == self.image_id).cumsum(dim=1)
+        seen = (ids == self.codec.image_id).cumsum(dim=1)
         return (seen[..., None] == torch.arange(1, images + 1)).long()
 
     def _hidden_states(self, prompts: Sequence[Tokens]) -> Tensor:

@@ -1,9 +1,10 @@
-"""What IDEFICS' text decoder does, as functions of tensors alone: each is recorded as one graph (models/traced.py).
+"""What IDEFICS' text decoder computes, as modules whose arguments are tensors alone: each is recorded as one graph (see
+engine/traced.py).
 
-Everywhere, `ids` (rows, length) are new tokens, `starts` (rows,) how many stand before them, and `caches` the keys and
-values (slots, heads, positions, head size) of each layer in turn, with room for the new ones, which are stored there;
-then those of each image block, for the image that the tokens after a prompt see. Each row has the slot of its number,
-but a `Reader`'s rows have any.
+Common arguments: `ids` (rows, length) are new tokens, `starts` (rows,) the number of tokens before them. `caches` are
+the keys and values, each (slots, heads, positions, head size), of each decoder layer in turn, with room for the new
+ones, which are stored there; then those of each cross-attention block, for the image that the tokens after a prompt
+attend to. Row n has slot n, unless `slots` says otherwise.
 """
 
 from __future__ import annotations
@@ -15,230 +16,254 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from worker.models.idefics1.layers import Decoder, ImageBlock, KeysValues, Layer
+from worker.engine.scoring import PROMPT
+from worker.models.idefics1.layers import DecoderLayer, GatedCrossAttention, KeysValues, TextModel
 
-#: A block's part for states, with its own keys and values if there are any.
-Look = Callable[[ImageBlock, Tensor, KeysValues | None], Tensor]
-#: Where texts stand side by side, the owners of tokens that are of none of them: the prompt's, and padding.
-PROMPT, NOBODY = -1, -2
+#: A cross-attention block's output (rows, length, hidden) for states of that shape, with its keys and values if any.
+CrossAttend = Callable[[GatedCrossAttention, Tensor, KeysValues | None], Tensor]
 
 
 @dataclass(frozen=True)
-class _Seeing:
-    """What new tokens see of one another and of the caches."""
+class _SelfAttention:
+    """Where new tokens are stored, and what they attend to."""
 
-    #: (rows, length): their places in the caches.
-    stored: Tensor
-    #: (rows, 1, length, keys)
+    #: (rows, length): their positions in the caches.
+    positions: Tensor
+    #: (rows, 1, length, keys): True where attended to.
     mask: Tensor
     #: (rows,): where the rows are not the slots in order.
     slots: Tensor | None = None
-    #: (rows, any): the tokens whose states are asked for.
+    #: (rows, any): the tokens whose states are asked for; None: all.
     wanted: Tensor | None = None
     #: Nothing stands before them.
     only_new: bool = False
 
 
 class _Network(torch.nn.Module):
-    def __init__(self, decoder: Decoder, *, is_short: bool = False) -> None:
+    def __init__(self, text: TextModel, *, is_short: bool = False) -> None:
         """`is_short`: each row has a few new tokens."""
         super().__init__()
-        self.decoder = decoder
-        self.attend = decoder.attention(is_short=is_short)
+        self.text = text
+        self.attend = text.attention(is_short=is_short)
 
-    def states(self, ids: Tensor, positions: Tensor, caches: Sequence[Tensor], look: Look, seeing: _Seeing) -> Tensor:
-        """The tokens' last states (rows, length, hidden), or those of the ones that are wanted. `positions` (rows,
-        length) are their places in the text."""
-        decoder = self.decoder
+    def states(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[Tensor],
+        cross_attend: CrossAttend,
+        attention: _SelfAttention,
+    ) -> Tensor:
+        """The tokens' last states (rows, length, hidden), or those of the wanted ones (rows, wanted, hidden).
+        `positions` (rows, length) are their places in the text."""
+        text = self.text
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
-        own, cross = pairs[: len(decoder.layers)], pairs[len(decoder.layers) :]
-        states: Tensor = decoder.embedding(ids)
-        turns = decoder.turns(states, positions)
-        for index, (layer, cache) in enumerate(zip(decoder.layers, own, strict=True)):
-            if index % decoder.interval == 0:
-                number = index // decoder.interval
-                states = look(decoder.blocks[number], states, cross[number] if cross else None)
-            # The last layer's keys and values are kept of all tokens, but what it says is asked of few.
-            wanted = seeing.wanted if index == len(own) - 1 else None
-            states = self._layer(layer, states, turns, cache, seeing, wanted)
+        self_kv, cross_kv = pairs[: len(text.layers)], pairs[len(text.layers) :]
+        states: Tensor = text.embedding(ids)
+        rotary = text.rotary_cos_sin(states, positions)
+        for index, (layer, cache) in enumerate(zip(text.layers, self_kv, strict=True)):
+            if index % text.interval == 0:
+                number = index // text.interval
+                states = cross_attend(text.blocks[number], states, cross_kv[number] if cross_kv else None)
+            # The last layer's keys and values are stored for all tokens, but its states are asked of few.
+            wanted = attention.wanted if index == len(self_kv) - 1 else None
+            states = self._layer(layer, states, rotary, cache, attention, wanted)
         return states
 
     def _layer(
-        self, layer: Layer, states: Tensor, turns: KeysValues, cache: KeysValues, seeing: _Seeing, wanted: Tensor | None
+        self,
+        layer: DecoderLayer,
+        states: Tensor,
+        rotary: KeysValues,
+        cache: KeysValues,
+        attention: _SelfAttention,
+        wanted: Tensor | None,
     ) -> Tensor:
-        """The text's own attention. `wanted` (rows, any) are those tokens whose states are."""
-        query, key, value = layer.query_keys_values(states, turns)
-        slots = torch.arange(states.shape[0], device=states.device) if seeing.slots is None else seeing.slots
+        """A decoder layer: states (rows, length, hidden) to the same, or to those of `wanted` (rows, wanted)."""
+        query, key, value = layer.query_keys_values(states, rotary)
+        slots = torch.arange(states.shape[0], device=states.device) if attention.slots is None else attention.slots
         for kept, new in zip(cache, (key, value), strict=True):
-            # Not kept[slots, :, stored] = ...: recorded, that keeps the number of rows.
-            kept.transpose(1, 2).index_put_((slots[:, None], seeing.stored), new.transpose(1, 2))
-        mask = seeing.mask
+            # Not kept[slots, :, positions] = ...: recorded, that keeps the number of rows.
+            kept.transpose(1, 2).index_put_((slots[:, None], attention.positions), new.transpose(1, 2))
+        mask = attention.mask
         if wanted is not None:
             states, query = _picked(states, wanted), _picked(query.transpose(1, 2), wanted).transpose(1, 2)
             mask = _picked(mask.transpose(1, 2), wanted).transpose(1, 2)
-        if seeing.only_new:
+        if attention.only_new:
             keys, values = key, value
         else:
-            keys, values = cache if seeing.slots is None else (kept.index_select(0, slots) for kept in cache)
-        return layer.mixed(states, self.attend(query, keys, values, mask))
+            keys, values = cache if attention.slots is None else (kept.index_select(0, slots) for kept in cache)
+        return layer.output(states, self.attend(query, keys, values, mask))
 
-    def _looker_back(self, sees: Tensor) -> Look:
-        """After the prompt every token sees its row's last image, whose keys and values are kept."""
-        blind = (sees == 0)[:, None, None]
+    def cross_attend_cached(self, attends_image: Tensor) -> CrossAttend:
+        """After the prompt every token attends to its row's last image, whose keys and values are kept.
+        `attends_image` (rows,): whether there is one."""
+        no_image = (attends_image == 0)[:, None, None]
 
-        def look(block: ImageBlock, states: Tensor, kept: KeysValues | None) -> Tensor:
-            return block.mixed(states) if kept is None else block.looked(states, *kept, blind, self.attend)
+        def cross_attend(block: GatedCrossAttention, states: Tensor, kept: KeysValues | None) -> Tensor:
+            return block.output(states) if kept is None else block.cross_attend(states, *kept, no_image, self.attend)
 
-        return look
+        return cross_attend
+
+
+def _cross_attend_nothing(block: GatedCrossAttention, states: Tensor, kept: KeysValues | None) -> Tensor:
+    """States (rows, length, hidden) of rows without an image."""
+    return block.output(states)
 
 
 class Prompts(NamedTuple):
     """Prompts that show images."""
 
+    #: (rows, length), filled up on the right.
     ids: Tensor
+    #: (rows,)
     starts: Tensor
     #: (rows,): their last tokens' places among the new ones.
     lasts: Tensor
-    #: (rows,): their places in the caches.
+    #: (rows,): their slots.
     slots: Tensor
     #: (images, width, size): features.
     images: Tensor
     #: (rows, most): which of them a row shows, from its number `first` on.
     shown: Tensor
-    #: (rows,): which one the tokens after the prompt see.
+    #: (rows,): which one the tokens after the prompt attend to.
     kept: Tensor
     #: (rows,): whether there is no image before the new tokens.
-    unseeing: Tensor
+    no_image_before: Tensor
     #: 0, the image before the new tokens, or 1.
     first: Tensor
 
     @property
-    def stored(self) -> Tensor:
-        """(rows, length): the tokens' places in the caches."""
+    def positions(self) -> Tensor:
+        """(rows, length): the tokens' positions in the caches."""
         return self.starts[:, None] + torch.arange(self.ids.shape[1], device=self.ids.device)
 
 
-#: How many tensors come first where prompts are read.
+#: How many tensors come first where prompts are prefilled.
 _PROMPT_TENSORS = len(Prompts._fields)
 
 
-class _Prompted(_Network):
-    """Reads prompts that show images."""
+class _PromptNetwork(_Network):
+    """Prefills prompts that show images."""
 
-    def __init__(self, decoder: Decoder, image_id: int, *, is_short: bool) -> None:
-        super().__init__(decoder, is_short=is_short)
+    def __init__(self, text: TextModel, image_id: int, *, is_short: bool) -> None:
+        super().__init__(text, is_short=is_short)
         self.image_id = image_id
 
-    def looker(self, prompts: Prompts) -> Look:
-        """Each token sees the image before it."""
+    def cross_attend_shown(self, prompts: Prompts) -> CrossAttend:
+        """Each token attends to the image before it."""
         ids, images, shown = prompts.ids, prompts.images, prompts.shown
-        seen = (ids == self.image_id).cumsum(dim=1)
-        blind = ((seen == 0) & prompts.unseeing[:, None])[..., None]
+        attended = (ids == self.image_id).cumsum(dim=1)
+        no_image = ((attended == 0) & prompts.no_image_before[:, None])[..., None]
         numbers = torch.arange(shown.shape[1] * images.shape[1], device=ids.device) // images.shape[1] + prompts.first
-        looks = (seen[..., None] == numbers)[:, None]
+        image_mask = (attended[..., None] == numbers)[:, None]
 
-        def look(block: ImageBlock, states: Tensor, cache: KeysValues | None) -> Tensor:
+        def cross_attend(block: GatedCrossAttention, states: Tensor, cache: KeysValues | None) -> Tensor:
             assert cache is not None, "a prompt shows an image"
-            own = block.keys_values(images)
+            projected = block.keys_values(images)
             # The last image's are kept.
-            for slot_cache, new in zip(cache, own, strict=True):
+            for slot_cache, new in zip(cache, projected, strict=True):
                 slot_cache.index_copy_(0, prompts.slots, new[prompts.kept])
-            keys, values = (_side_by_side(each, shown) for each in own)
-            return block.looked(states, keys, values, blind, self.attend, looks)
+            keys, values = (_side_by_side(each, shown) for each in projected)
+            return block.cross_attend(states, keys, values, no_image, self.attend, image_mask)
 
-        return look
+        return cross_attend
 
 
-class Reader(_Prompted):
-    """Reads prompts that show images."""
+class Prefill(_PromptNetwork):
+    """Prefills prompts that show images."""
 
-    def __init__(self, decoder: Decoder, image_id: int, *, begins: bool, is_short: bool) -> None:
+    def __init__(self, text: TextModel, image_id: int, *, begins: bool, is_short: bool) -> None:
         """`begins`: nothing stands before any of them."""
-        super().__init__(decoder, image_id, is_short=is_short)
+        super().__init__(text, image_id, is_short=is_short)
         self.begins = begins
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Of `Prompts` and the caches: the logits (rows, vocabulary) after each row's last token."""
+        """Of the tensors of `Prompts` and the caches: logits (rows, vocabulary) after each row's last token."""
         prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), tensors[_PROMPT_TENSORS:]
-        stored = prompts.stored
-        mask = _up_to(stored, stored.shape[1] if self.begins else caches[0].shape[2])
-        seeing = _Seeing(stored, mask, prompts.slots, prompts.lasts[:, None], self.begins)
-        return self.decoder.logits(self.states(prompts.ids, stored, caches, self.looker(prompts), seeing)[:, 0])
+        positions = prompts.positions
+        mask = _causal_mask(positions, positions.shape[1] if self.begins else caches[0].shape[2])
+        attention = _SelfAttention(positions, mask, prompts.slots, prompts.lasts[:, None], self.begins)
+        states = self.states(prompts.ids, positions, caches, self.cross_attend_shown(prompts), attention)
+        return self.text.logits(states[:, 0])
 
 
-class Scorer(_Prompted):
-    """Reads prompts that show images, and behind each several texts side by side, as `Branches` does."""
+class ScoredPrefill(_PromptNetwork):
+    """Prefills prompts that show images, and runs token sequences side by side behind each, as `TreeAttention` does."""
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Of `Prompts`, whose ids go on with the texts' tokens, `owner`, `depth`, `firsts`, `targets`, and the caches:
-        log-probabilities (rows, firsts and targets) of `firsts` (rows, any) after each prompt, then of `targets` (rows,
-        any) after each token of the texts. `owner` and `depth` (rows, length) say whose a token is, and its place
-        behind what `starts` counts."""
+        """Of the tensors of `Prompts`, whose ids go on with the sequences' tokens, then `owner`, `depth`, `firsts`,
+        `targets` (see engine/scoring.TokenTree) and the caches: log-probabilities (rows, firsts and targets) of
+        `firsts` (rows, any) after each prompt, then of `targets` (rows, any) after each token of the sequences."""
         prompts, (owner, depth, firsts, targets, *caches) = (
             Prompts(*tensors[:_PROMPT_TENSORS]),
             tensors[_PROMPT_TENSORS:],
         )
-        stored, starts = prompts.stored, prompts.starts
-        mask = _side_by_side_mask(starts, owner, depth, caches[0].shape[2])
-        scored = prompts.lasts[:, None] + torch.arange(targets.shape[1] + 1, device=stored.device)
-        seeing = _Seeing(stored, mask, wanted=scored.clamp(max=stored.shape[1] - 1))
-        states = self.states(prompts.ids, starts[:, None] + depth, caches, self.looker(prompts), seeing)
-        likelihoods = self.decoder.logits(states).log_softmax(dim=-1)
+        positions, starts = prompts.positions, prompts.starts
+        mask = _tree_mask(starts, owner, depth, caches[0].shape[2])
+        scored = prompts.lasts[:, None] + torch.arange(targets.shape[1] + 1, device=positions.device)
+        attention = _SelfAttention(positions, mask, wanted=scored.clamp(max=positions.shape[1] - 1))
+        cross_attend = self.cross_attend_shown(prompts)
+        states = self.states(prompts.ids, starts[:, None] + depth, caches, cross_attend, attention)
+        likelihoods = self.text.logits(states).log_softmax(dim=-1)
         behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
         return torch.cat((likelihoods[:, 0].gather(1, firsts), behind), dim=1)
 
 
-class Continuation(_Network):
-    """Goes on with tokens that show no image: they see their row's last one."""
+class TextPrefill(_Network):
+    """Prefills tokens of rows without images."""
 
-    def forward(self, ids: Tensor, starts: Tensor, lasts: Tensor, sees: Tensor, *caches: Tensor) -> Tensor:
-        """The logits (rows, vocabulary) after each row's last token, which `lasts` (rows,) says. `sees` (rows,):
-        whether it has an image. Without any, the image blocks' caches may be left out."""
-        stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        seeing = _Seeing(stored, _up_to(stored, caches[0].shape[2]))
-        states = self.states(ids, stored, caches, self._looker_back(sees), seeing)
-        return self.decoder.logits(_picked(states, lasts[:, None])[:, 0])
+    def forward(self, ids: Tensor, starts: Tensor, lasts: Tensor, *caches: Tensor) -> Tensor:
+        """Logits (rows, vocabulary) after each row's last token. `lasts` (rows,): its place among the new ones."""
+        positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        attention = _SelfAttention(positions, _causal_mask(positions, caches[0].shape[2]))
+        states = self.states(ids, positions, caches, _cross_attend_nothing, attention)
+        return self.text.logits(_picked(states, lasts[:, None])[:, 0])
 
 
-class Branches(_Network):
-    """Goes on with several texts side by side (tree attention: Miao et al., "SpecInfer", 2023)."""
+class TextStep(_Network):
+    """Appends a token to each row: see engine/interfaces.Decoder."""
+
+    def forward(self, numbers: Tensor, *caches: Tensor) -> Tensor:
+        """`numbers` (3, rows) are each row's token, how many stand before it, and whether it attends to an image.
+        Logits (rows, vocabulary) of the next token. If no row does, the cross-attention's caches may be left out."""
+        ids, starts, attends_image = numbers.unbind()
+        positions = starts[:, None]
+        attention = _SelfAttention(positions, _causal_mask(positions, caches[0].shape[2]))
+        states = self.states(ids[:, None], positions, caches, self.cross_attend_cached(attends_image), attention)
+        return self.text.logits(states[:, 0])
+
+
+class TreeAttention(_Network):
+    """Runs several token sequences side by side behind each row: see engine/scoring.TokenTree."""
 
     def forward(
-        self, ids: Tensor, starts: Tensor, targets: Tensor, owner: Tensor, depth: Tensor, sees: Tensor, *caches: Tensor
+        self,
+        ids: Tensor,
+        starts: Tensor,
+        targets: Tensor,
+        owner: Tensor,
+        depth: Tensor,
+        attends_image: Tensor,
+        *caches: Tensor,
     ) -> Tensor:
-        """The log-probabilities (rows, length) of `targets` (rows, length), the tokens that follow. `owner` and `depth`
-        (rows, length) say which text a token is of, and its place there."""
-        stored = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        mask = _side_by_side_mask(starts, owner, depth, caches[0].shape[2])
-        states = self.states(ids, starts[:, None] + depth, caches, self._looker_back(sees), _Seeing(stored, mask))
-        return self.decoder.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
+        """Log-probabilities (rows, length) of `targets` (rows, length), the tokens that follow. `owner` and `depth`
+        (rows, length) as in TokenTree; `attends_image` (rows,) as in `TextStep`."""
+        positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        attention = _SelfAttention(positions, _tree_mask(starts, owner, depth, caches[0].shape[2]))
+        cross_attend = self.cross_attend_cached(attends_image)
+        states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
+        return self.text.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
 
 
-def move(sources: Tensor, targets: Tensor, *tensors: Tensor) -> Tensor:
-    """Put some rows' content in others' places."""
-    for tensor in tensors:
-        tensor.index_copy_(0, targets, tensor.index_select(0, sources))
-    return targets
+def _causal_mask(positions: Tensor, keys: int) -> Tensor:
+    """(rows, 1, length, keys): a token at one of `positions` (rows, length) attends to those up to itself."""
+    return (torch.arange(keys, device=positions.device) <= positions[..., None])[:, None]
 
 
-def recall(slots: Tensor, *tensors: Tensor) -> Tensor:
-    """Put one beginning into some slots. The first half of the tensors are caches (slots, heads, positions, head size),
-    the second what they get (heads, length, head size)."""
-    half = len(tensors) // 2
-    for cache, beginning in zip(tensors[:half], tensors[half:], strict=True):
-        whole = beginning.expand(slots.shape[0], *beginning.shape)
-        cache[:, :, : beginning.shape[1]].index_copy_(0, slots, whole)
-    return slots
-
-
-def _up_to(stored: Tensor, keys: int) -> Tensor:
-    """(rows, 1, length, keys): a token sees those up to itself."""
-    return (torch.arange(keys, device=stored.device) <= stored[..., None])[:, None]
-
-
-def _side_by_side_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int) -> Tensor:
-    """(rows, 1, length, keys): a token sees what stands before `starts` (rows,), and of the new ones the prompt's and
-    its own text's, up to itself. `owner` and `depth` are (rows, length)."""
+def _tree_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int) -> Tensor:
+    """(rows, 1, length, keys): a token attends to what stands before `starts` (rows,), and of the new tokens to the
+    prompt's and its own sequence's, up to itself. `owner` and `depth` are (rows, length)."""
     behind = torch.arange(keys, device=starts.device) - starts[:, None]
     column = behind.clamp(0, owner.shape[1] - 1)
     owners = owner.gather(1, column)[:, None]
@@ -249,11 +274,12 @@ def _side_by_side_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int) 
 
 
 def _picked(states: Tensor, places: Tensor) -> Tensor:
-    """Of states (rows, length, ...) those at `places` (rows, any)."""
+    """Of states (rows, length, ...) those at `places` (rows, any): (rows, any, ...)."""
     return states[torch.arange(states.shape[0], device=states.device)[:, None], places]
 
 
 def _side_by_side(images: Tensor, shown: Tensor) -> Tensor:
-    """(images, heads, length, head size) as (rows, heads, keys, head size) of each row's images."""
+    """(images, heads, length, head size) as (rows, heads, keys, head size) of the images that each row shows (rows,
+    most)."""
     each = images[shown].transpose(1, 2)
     return each.flatten(2, 3)

@@ -1,0 +1,175 @@
+"""A family's decoder on a cache of slots, so that rows join and leave a batch at any step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.engine.cuda_graphs import Graphed, Step, bucket
+from worker.engine.interfaces import Decoder, PendingPrompt, Prefix
+from worker.engine.kv_cache import SlotCache, grown
+from worker.engine.row import Tokens
+from worker.engine.scoring import Continuations, TokenTree, by_sequence
+from worker.engine.slots import Move, SlotTable
+from worker.engine.traced import Traced
+
+
+class SlotDecoder:
+    """Prefills prompts into slots, appends a token to every slot at a time, and scores continuations of the slots."""
+
+    def __init__(self, decoder: Decoder, max_kept: int = 2**16, record: Callable[[Step], Step] | None = None) -> None:
+        """`max_kept`: see kv_cache.KVPool. `record`: see cuda_graphs.Graphed; None: steps are not recorded."""
+        self.slots = SlotTable()
+        self.cache = SlotCache(decoder.spec, max_kept)
+        self.family = decoder
+        self._device = decoder.spec.device
+        self._step = Traced(decoder.step)
+        self._graphed = Graphed(decoder.step, record) if record else None
+        self._branch = Traced(decoder.branch)
+
+    def empty_like(self, max_kept: int) -> SlotDecoder:
+        """The same decoder with slots of its own. `max_kept`: see kv_cache.KVPool."""
+        other = copy.copy(self)
+        other.slots, other.cache = SlotTable(), self.cache.empty_like(max_kept)
+        return other
+
+    def pending(self, tokens: Tokens, prefix: Prefix | None, features: Mapping[bytes, Tensor]) -> PendingPrompt:
+        """The tokens behind a prefix, with the features of their pictures by key, as what is to be prefilled."""
+        return PendingPrompt(self.family.piece(tokens, features, prefix.carry if prefix else None), prefix)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[PendingPrompt]) -> tuple[Sequence[int], Tensor]:
+        """Prefill prompts into free slots. Returns these in the prompts' order, and the logits (prompts, vocabulary) of
+        the next tokens."""
+        pieces = [prompt.piece for prompt in prompts]
+        # Rows without a carry stand in order behind all others, so that their caches are read where they are.
+        in_order = all(piece.carry is None for piece in pieces)
+        slots = self._take(prompts, at_end=in_order)
+        self_kv, extra = self._prompt_views(prompts, slots, max(len(piece.ids) for piece in pieces))
+        starts = [prompt.start for prompt in prompts]
+        if not in_order:
+            return slots, self.family.prefill(pieces, starts, slots, self_kv, extra)
+        own = [view[slots[0] :] for view in self_kv]
+        return slots, self.family.prefill(pieces, starts, range(len(slots)), own, ())
+
+    @torch.inference_mode()
+    def prefill_prefix(self, prompt: PendingPrompt) -> Prefix:
+        """Prefill a prompt's beginning, and keep a copy instead of a slot."""
+        (slot,), _ = self.prefill([prompt])
+        prefix = self.cache.copy_prefix(slot, self.slots.lengths[slot], prompt.piece.carry)
+        self.release([slot])
+        return prefix
+
+    @torch.inference_mode()
+    def prefill_scored(
+        self, prompts: Sequence[PendingPrompt], firsts: Sequence[Sequence[int]], continuations: Continuations
+    ) -> tuple[Sequence[int], list[list[float]], list[list[list[float]]]]:
+        """Prefill prompts that all have a carry, and score continuations in the same forward. No slot may be in use.
+
+        Returns the prompts' slots; for each prompt, the log-probabilities of its `firsts` as the next token; and what
+        `score_continuations` returns.
+        """
+        assert not len(self.slots), "a slot is in use"
+        slots = self._take(prompts, at_end=True)
+        pieces = [prompt.piece for prompt in prompts]
+        tree = TokenTree.build([piece.ids for piece in pieces], continuations, self._device)
+        assert tree, "a prompt has tokens"
+        self_kv, extra = self._prompt_views(prompts, slots, tree.ids.shape[1])
+        starts = [prompt.start for prompt in prompts]
+        scores = self.family.prefill_scored(pieces, starts, tree, firsts, self_kv, extra).tolist()
+        behind = max(map(len, firsts))
+        return (
+            slots,
+            [row[: len(asked)] for row, asked in zip(scores, firsts, strict=True)],
+            [by_sequence(row[behind:], sequences) for row, sequences in zip(scores, continuations, strict=True)],
+        )
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to each slot; free slots take any. Logits (slots, vocabulary) of the next tokens."""
+        rows, length = len(self.slots), self.slots.longest + 1
+        if self._graphed:
+            # Few shapes are recorded: rows that are too many are free ones.
+            rows, length = bucket(rows), grown(length)
+        free = [0] * (rows - len(self.slots))
+        # One tensor, since each that is made lets go of the interpreter and has to get it back.
+        numbers = self._tensor([[*tokens, *free], [*self.slots.lengths, *free], [*self.slots.has_extra, *free]])
+        views = self._views(rows, length)
+        logits = self._graphed(numbers, views) if self._graphed else self._step(numbers, *views)
+        self.slots.advance()
+        return logits[: len(self.slots)]
+
+    @torch.inference_mode()
+    def score_continuations(self, continuations: Continuations) -> list[list[list[float]]]:
+        """Log-probabilities of the tokens of continuations of each slot, whose content stays.
+
+        `continuations[slot]` are token sequences that each follow the slot's prompt. For each sequence, the result has
+        one number for each token but the first, whose probability is known from the prompt.
+        """
+        tree = TokenTree.build([()] * len(continuations), continuations, self._device)
+        if tree is None:
+            return [[[] for _ in sequences] for sequences in continuations]
+        starts, has_extra = self._tensor([self.slots.lengths, self.slots.has_extra]).unbind()
+        views = self._views(len(self.slots), self.slots.longest + tree.ids.shape[1])
+        scores = self._branch(tree.ids, starts, tree.targets, tree.owner, tree.depth, has_extra, *views).tolist()
+        return [by_sequence(row, sequences) for row, sequences in zip(scores, continuations, strict=True)]
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Free slots, and memory beyond what is kept unused once none is in use."""
+        self.slots.release(slots)
+        if not len(self.slots):
+            self.cache.shrink()
+
+    @torch.inference_mode()
+    def compact(self) -> list[Move]:
+        """Move the last rows to free slots, if there are many among those in use. Returns the moves."""
+        rows, has_extra = len(self.slots), any(self.slots.has_extra)
+        moves = self.slots.compact()
+        if moves:
+            longest = self.slots.longest
+            extra = self.cache.extra_views(rows) if has_extra else []
+            self.cache.compact(moves, self.cache.self_views(rows, longest, longest) + extra)
+        return moves
+
+    def clear(self) -> None:
+        """Free all slots and their memory, after a failure on the way."""
+        self.slots.clear()
+        self.cache.clear()
+
+    def _take(self, prompts: Sequence[PendingPrompt], *, at_end: bool) -> list[int]:
+        """Slots for prompts."""
+        lengths = [prompt.start + len(prompt.piece.ids) for prompt in prompts]
+        return self.slots.take(lengths, [prompt.piece.carry is not None for prompt in prompts], at_end=at_end)
+
+    def _prompt_views(
+        self, prompts: Sequence[PendingPrompt], slots: Sequence[int], length: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of both kinds of pools, each (slots, heads, positions, head size), with the prompts' prefixes in their
+        slots and room for `length` tokens behind them."""
+        rows = len(self.slots)
+        self_kv = self.cache.self_views(rows, max(prompt.start for prompt in prompts) + length, self.slots.longest)
+        self._restore_prefixes(prompts, slots)
+        has_extra = any(prompt.piece.carry is not None for prompt in prompts)
+        return self_kv, self.cache.extra_views(rows) if has_extra else []
+
+    def _restore_prefixes(self, prompts: Sequence[PendingPrompt], slots: Sequence[int]) -> None:
+        """Copy the prompts' prefixes into their slots, each distinct one at once."""
+        places: dict[int, list[int]] = {}
+        prefixes = {id(prompt.prefix): prompt.prefix for prompt in prompts if prompt.prefix}
+        for slot, prompt in zip(slots, prompts, strict=True):
+            places.setdefault(id(prompt.prefix), []).append(slot)
+        for key, prefix in prefixes.items():
+            self.cache.restore_prefix(prefix, places[key])
+
+    def _views(self, rows: int, length: int) -> list[Tensor]:
+        """What `rows` slots attend to, each (slots, heads, positions, head size): `length` positions of their own, and
+        the extra pools if a row has content there."""
+        views = self.cache.self_views(rows, length, self.slots.longest)
+        return views + self.cache.extra_views(rows) if any(self.slots.has_extra) else views
+
+    def _tensor(self, numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor(numbers, device=self._device)
