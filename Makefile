@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo up test check audit format bench chaos fuzz
+.PHONY: help setup demo up test check audit format bench chaos fuzz docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-12s%s\n", $$1, $$2 }'
@@ -13,7 +13,7 @@ setup: $(VENV)/.installed ## install everything into .venv; the others do it the
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), PyTorch among it: some minutes, the first time alone ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[worker,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[worker,dev,docs]'
 	touch $@
 
 demo: setup ## a question for each task to the bundled model, and demo.html
@@ -32,6 +32,9 @@ check: setup ## lint, types, import rules, repetitions, bandit
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/arid tasks config worker benchmarks
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml tasks config worker
+
+docs: setup ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # It asks the network. Strict: what cannot be looked up fails.
 audit: setup ## known vulnerabilities of the pinned packages

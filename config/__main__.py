@@ -12,10 +12,11 @@ from config.settings import PREFIX, Settings, load
 
 def lines(settings: Settings) -> list[str]:
     """One `IDEFICS_NAME=value` a setting."""
-    return [f"{PREFIX}{name.upper()}={_shown(getattr(settings, name))}" for name in Settings.model_fields]
+    return [f"{PREFIX}{name.upper()}={shown(getattr(settings, name))}" for name in Settings.model_fields]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A setting's value as in the environment, secrets masked."""
     if isinstance(value, SecretStr):
         secret = value.get_secret_value()
         return _masked_url(secret) if "://" in secret else "****" * bool(secret)

@@ -342,8 +342,11 @@ class Caption(Job):
 
     image: ImageSource
     prompt: Text | None = None
+    """Beginning of the caption, which the answer continues."""
     examples: list[CaptionExample] = Field(default=[], max_length=MAX_ENTRIES)
+    """Captioned images that show the form of the answer: `{"image": ..., "text": ...}`."""
     instruction: Text = "Describe this image."
+    """What is asked of each image: with examples, and always by models with a chat template."""
 
 
 class AnswerExample(_Frozen):
@@ -359,7 +362,9 @@ class Answer(Job):
 
     image: ImageSource
     question: Text
+    """The question about the image."""
     examples: list[AnswerExample] = Field(default=[], max_length=MAX_ENTRIES)
+    """Answered questions: `{"image": ..., "question": ..., "answer": ...}`."""
 
 
 class ClassifyExample(_Frozen):
@@ -376,7 +381,9 @@ class Classify(Job):
     labels: list[Annotated[Label, _without((*RESERVED_TOKENS, END_OF_UTTERANCE))]] = Field(
         min_length=2, max_length=MAX_LABELS
     )
+    """Distinct labels; the answer is one of them."""
     examples: list[ClassifyExample] = Field(default=[], max_length=MAX_ENTRIES)
+    """Classified images: `{"image": ..., "label": ...}`."""
 
     @field_validator("labels")
     @classmethod
@@ -400,8 +407,11 @@ class Write(Job):
     task = "idefics.write"
 
     images: ImageSources = Field(min_length=1, max_length=MAX_ENTRIES)
+    """One or more images."""
     instruction: Text = "Use the image to write a story."
+    """What to write."""
     lead: Text = "Story:"
+    """The line before the text."""
 
 
 class ImagePart(_Frozen):
@@ -451,6 +461,7 @@ class Complete(Job):
     task = "idefics.complete"
 
     prompt: Parts = Field(min_length=1, max_length=MAX_ENTRIES, json_schema_extra=_strings_too)
+    """Texts and images in order: strings, `{"text": ...}` or `{"image": ...}`."""
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -531,6 +542,7 @@ class Chat(Job):
     task = "idefics.chat"
 
     messages: ChatMessages = Field(min_length=1, max_length=MAX_ENTRIES)
+    """The conversation; the last message is the user's."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """OpenAI's name for `max_new_tokens`. A value above the worker's maximum is lowered to it, not refused."""
 
@@ -629,7 +641,7 @@ class ModelInfo(_Reply):
 
 
 class Timing(_Reply):
-    """Seconds that a job spent in each part of its way."""
+    """Seconds of a job."""
 
     queued_s: float
     """From submission to its start in a worker."""
@@ -647,13 +659,17 @@ class Result(_Reply):
     text: str
     """The new text, without the prompt."""
     finish_reason: Literal["stop", "length", "stop_sequence", "canceled", "deadline"]
+    """Why the text ends."""
     label: str | None = None
     """The most likely label, for `classify`."""
     scores: dict[str, float] | None = None
     """Each label's probability, for `classify`."""
     usage: Usage
+    """Counts of tokens and images."""
     model: ModelInfo
+    """The model that answered: id, revision, family, dtype, quantization."""
     timing: Timing
+    """Seconds that the job spent in each part of its way."""
     generation: dict[str, Any] = {}
     """transformers' generation parameters that applied, including the checkpoint's. Empty: plain greedy decoding."""
     metadata: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The README's code blocks run as they stand, in the checkout; only the broker's address is exchanged."""
+"""The code blocks of README and documentation run as they stand, in the checkout; only the broker's address differs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ import pytest
 from tasks import Caption, Client, ImageUnreachable
 from worker.demo.stack import CHECKOUT, Broker
 
-README = (CHECKOUT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)( gpu| docker)?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, _, code in BLOCKS if language == "python"]
-SHELL = [code for language, needs, code in BLOCKS if language == "bash" and not needs]
-DOCKER = [code for _, needs, code in BLOCKS if needs == " docker"]
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)( gpu| docker)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: (page, language, what it needs, code); what stands on two pages is there once.
+BLOCKS = list({found[2]: (page.stem, *found) for page in PAGES for found in BLOCK.findall(page.read_text())}.values())
+PYTHON = [(page, code) for page, language, _, code in BLOCKS if language == "python"]
+SHELL = [code for _, language, needs, code in BLOCKS if language == "bash" and not needs]
+DOCKER = [code for _, _, needs, code in BLOCKS if needs == " docker"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +45,12 @@ def _run(code: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def test_no_block_names_a_host_that_is_not_there() -> None:
-    hosts = set(re.findall(r"https?://(\w[\w.-]*)", "".join(code for _, _, code in BLOCKS)))
+    hosts = set(re.findall(r"https?://(\w[\w.-]*)", "".join(code for *_, code in BLOCKS)))
     # The receiver of callbacks is the reader's own.
     assert hosts <= {"shop.example"}
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
+@pytest.mark.parametrize("code", [pytest.param(code, id=f"{page}-{code.splitlines()[0]}") for page, code in PYTHON])
 def test_a_python_block_prints_what_its_comments_say(code: str, demo_broker: Broker) -> None:
     code = _placed(code, demo_broker)
     promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
@@ -57,7 +59,7 @@ def test_a_python_block_prints_what_its_comments_say(code: str, demo_broker: Bro
 
 
 def test_the_fastapi_block_serves_a_caption(demo_broker: Broker, pictures_url: str) -> None:
-    [code] = [code for code in PYTHON if "FastAPI()" in code]
+    [code] = [code for _, code in PYTHON if '@api.post("/captions")' in code]
     namespace, _ = _run(_placed(code, demo_broker))
 
     async def use() -> dict[str, Any]:
