@@ -34,7 +34,7 @@ check: setup ## lint, types, import rules, repetitions, bandit
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml tasks config worker
 
 docs: setup ## the documentation as a site, in build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # It asks the network. Strict: what cannot be looked up fails.
 audit: setup ## known vulnerabilities of the pinned packages

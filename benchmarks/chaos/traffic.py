@@ -158,7 +158,7 @@ class Receiver(threading.Thread):
 
 
 def _code(meta: dict[str, Any]) -> str:
-    """A failure's first argument: see the errors' contract in the README."""
+    """A failure's first argument: see docs/errors.md."""
     if meta["status"] != states.FAILURE:
         return ""
     arguments = meta["result"].get("exc_message") or [""]

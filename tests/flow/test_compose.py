@@ -160,7 +160,7 @@ def test_the_client_is_a_producer_in_the_callbacks_image_and_runs_when_asked() -
     assert service["profiles"] == ["client"]
     assert (service["image"], service["build"]) == (SERVICES["callbacks"]["image"], SERVICES["callbacks"]["build"])
     assert service["env_file"] == [{"path": "secrets/producer/env"}, {"path": ".env", "required": False}]
-    assert "client" in (CHECKOUT / "README.md").read_text().partition("docker compose run --rm ")[2].split()[0]
+    assert "client" in (CHECKOUT / "docs/operation.md").read_text().partition("docker compose run --rm ")[2].split()[0]
 
 
 def _redis_options() -> dict[str, str]:

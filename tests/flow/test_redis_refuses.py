@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(120)
 FAULT_S = 2.0
 #: Of each kind of job.
 COUNT = 24
-#: Connections of a worker to one Redis at most, whatever it runs. README.md says so.
+#: Connections of a worker to one Redis at most, whatever it runs. docs/operation.md says so.
 MOST_CONNECTIONS = 32
 
 

@@ -20,6 +20,8 @@ PAGES = sorted(DOCS.rglob("*.md"))
 #: Where paths are written in backticks.
 WITH_PATHS = [*PAGES, *(CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
 PATH = re.compile(r"`((?:benchmarks|config|docs|examples|tasks|tests|worker)/[\w./-]*)(?:::\w+)?`")
+#: To a file, not to an address or to a heading of the same page.
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
 @pytest.fixture
@@ -34,7 +36,8 @@ def generate() -> ModuleType:
 
 def test_the_site_builds_and_its_pages_load_nothing_from_other_servers(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="`make setup` installs MkDocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    # Not --quiet: warnings that are not printed are not counted.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stderr
     pages = list(tmp_path.rglob("*.html"))
@@ -52,6 +55,12 @@ def test_the_site_builds_and_its_pages_load_nothing_from_other_servers(tmp_path:
 def test_a_page_names_files_that_exist(page: Path) -> None:
     paths = PATH.findall(page.read_text())
     assert [path for path in paths if not (CHECKOUT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", WITH_PATHS, ids=lambda page: page.name)
+def test_a_page_links_to_files_that_exist(page: Path) -> None:
+    links = LINK.findall(page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
