@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from config.__main__ import shown
-from config.settings import PREFIX, Settings
+from config.settings import PREFIX, RENAMED, Settings
 from tasks import errors as tasks_errors
 from tasks.errors import ERRORS, IdeficsError, JobError
 from tasks.payloads import PAYLOADS, Job, Result
@@ -43,13 +43,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def settings() -> str:
     """A table for each group of settings: name, default, what it is for."""
+    old_names = {field: PREFIX + old for old, field in RENAMED.items()}
     schema, defaults = Settings.model_json_schema()["properties"], Settings.model_construct()
     parts = []
     for name, field in Settings.model_fields.items():
         if name in GROUPS:
             parts.append(f"\n## {GROUPS[name]}\n\n| Setting | Default | |\n| --- | --- | --- |")
         default = shown(getattr(defaults, name))
-        parts.append(_row(f"`{PREFIX}{name.upper()}`", default and f"`{default}`", _described(field, schema[name])))
+        parts.append(
+            _row(
+                f"`{PREFIX}{name.upper()}`",
+                default and f"`{default}`",
+                _described(field, schema[name], old_names.get(name)),
+            )
+        )
     return "\n".join(parts)
 
 
@@ -109,10 +116,10 @@ def _fields(schema: Mapping[str, Any], without: set[str]) -> str:
     return "\n".join(rows)
 
 
-def _described(field: Any, schema: Mapping[str, Any]) -> str:
-    choices = schema.get("enum")
-    told = [field.description or "", f"One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""]
-    return " ".join(filter(None, told))
+def _described(field: Any, schema: Mapping[str, Any], old_name: str | None) -> str:
+    choices = " ".join(f"`{choice}`" for choice in schema.get("enum", []))
+    parts = (field.description, choices and f"Choices: {choices}.", old_name and f"Old name: `{old_name}`.")
+    return " ".join(filter(None, parts))
 
 
 def _default(value: Any) -> str:
