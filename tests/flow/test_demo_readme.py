@@ -154,6 +154,7 @@ def test_every_shell_block_is_covered() -> None:
         "make up",
         "idefics-jobs",
         "celery -A worker.app worker",
+        "celery -A worker.callbacks worker",
         "python -m config",
         "python -m worker.health",
     )
