@@ -102,8 +102,13 @@ def _errors(kinds: Iterable[type[IdeficsError]]) -> str:
     rows = ["| Code | Class | Cause and cure | Retried? | HTTP |", "| --- | --- | --- | --- | --- |"]
     for kind in kinds:
         retried = "yes" if kind.retryable else "no"
-        rows.append(_row(f"`{kind.code}`", f"`{kind.__name__}`", kind.__doc__ or "", retried, str(kind.http_status)))
+        rows.append(_row(f"`{kind.code}`", f"`{kind.__name__}`", kind.__doc__ or "", retried, _statuses(kind)))
     return "\n".join(rows)
+
+
+def _statuses(kind: type[IdeficsError]) -> str:
+    others = kind.statuses.items() if issubclass(kind, JobError) else ()
+    return "; ".join([str(kind.http_status), *(f"{status} with `{detail}`" for detail, status in others)])
 
 
 def _fields(schema: Mapping[str, Any], without: set[str]) -> str:
