@@ -18,7 +18,8 @@ from .deliveries import deliveries
 from .errors import IdeficsError, JobError
 from .failed import failed
 from .payloads import DEFAULT_PRIORITY, PAYLOADS, QUEUE, Job, Result, parse
-from .pictures import Image, media_type
+from .picture_forms import media_type
+from .pictures import Image
 from .printable import away, echo, echo_json
 from .schema import schema
 from .waiting import watched

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import binascii
 import re
+from contextlib import suppress
+from pathlib import PurePosixPath
+from urllib.parse import unquote_to_bytes
 
-from .errors import ImageBlocked
+from .errors import ImageBlocked, ImageInvalid
+from .picture_forms import PICTURE_FORMS, foreign, may_be_picture
+from .urls import fault_of
 
 FORMS = 'an image is an http(s) URL, a data:image/...;base64, URI or {"path": "a/b.jpg"}'
 #: Characters in front of the comma of a data: URI.
 MAX_HEAD_CHARS = 1_000
+#: Characters of base64 that are read here. What is wrong behind them the worker finds, which decodes all of it anyway.
+MAX_CHECKED_CHARS = 100_000
+#: Dropped from base64 before it is read.
+BLANKS = b" \t\n\r\f"
 
 #: Around what was copied out of a table, a page or a file: blanks of any script, byte order marks, zero-width ones.
 _OUTER = "".join(map(chr, (*range(0x21), 0x85, 0xA0, 0x1680, *range(0x2000, 0x2010), *range(0x2028, 0x2030)))) + (
@@ -27,15 +37,20 @@ _BARE_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{40
 
 
 def image_url(text: str) -> str:
-    """The URL that a text means. Raises ImageBlocked for one of another scheme, ValueError for what is none."""
+    """The URL that a text means, as far as it can be judged without the network and the worker's settings.
+
+    Raises ImageBlocked for one that is not read, ImageInvalid for data that is no picture, ValueError for no URL.
+    """
     text = text.strip(_OUTER)
     if _WEB.match(text):
         return _web_url(text.translate(_LINE_ENDS))
     if text[:5].lower() == "data:":
-        if data_head(text) is None:
+        start = data_head(text)
+        if start is None:
             raise ImageBlocked(
                 "Of data: URIs only data:image/...;base64, is read: send the image in this form.", detail="data_uri"
             )
+        _check_picture(_beginning(text, start))
         return text
     if _SCHEME.match(text):
         raise ImageBlocked(
@@ -72,10 +87,61 @@ def data_head(uri: str) -> int | None:
     return comma + 1
 
 
+def _beginning(uri: str, start: int) -> bytes:
+    """A data: URI's first bytes. Raises ImageInvalid."""
+    text = uri[start : start + MAX_CHECKED_CHARS]
+    try:
+        if len(uri) - start <= MAX_CHECKED_CHARS:
+            return base64_bytes(text)
+        plain = _plain_base64(text.rpartition("%")[0] if "%" in text[-2:] else text).partition(b"=")[0]
+        return binascii.a2b_base64(plain[: len(plain) // 4 * 4], strict_mode=True)
+    except ValueError:
+        raise ImageInvalid(
+            "The data: URI is not valid base64: encode the image's bytes anew.", detail="data_uri"
+        ) from None
+
+
+def base64_bytes(text: str) -> bytes:
+    """Decode base64 as WHATWG's "forgiving-base64 decode", percent-encoded too. Raises ValueError."""
+    with suppress(ValueError):
+        return binascii.a2b_base64(text, strict_mode=True)
+    plain = _plain_base64(text)
+    if len(plain) % 4 == 0:
+        # Two at most; any further one is not a base64 character.
+        plain = plain.removesuffix(b"=").removesuffix(b"=")
+    if len(plain) % 4 == 1 or b"=" in plain:
+        raise ValueError("no base64")
+    return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
+
+
+def _plain_base64(text: str) -> bytes:
+    """Without blanks and escapes."""
+    plain = text.encode("ascii")
+    if b"%" in plain:
+        plain = unquote_to_bytes(plain)
+    return plain.translate(None, BLANKS)
+
+
+def _check_picture(data: bytes) -> None:
+    """Raises ImageInvalid for a file that does not begin as a picture."""
+    kind = foreign(data)
+    if kind or not may_be_picture(data):
+        raise ImageInvalid(f"The image is {kind or 'no picture'}: send {PICTURE_FORMS}.", detail="not_a_picture")
+
+
+def is_inner_path(path: str) -> bool:
+    """Whether an image's path stays below the root, links apart."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and parts[0] != "/" and parts[0] != "//" and ".." not in parts and "\0" not in path
+
+
 def _web_url(url: str) -> str:
     host = _HOST.match(url)
     end = host.end() if host else 0
     if " " in url[:end]:
         raise ValueError("the image's URL has a blank in its host: write http(s)://host/path")
-    # Others stay: what else a URL may not hold, the guard names.
-    return url[:end] + url[end:].replace(" ", "%20")
+    url = url[:end] + url[end:].replace(" ", "%20")
+    if fault := fault_of(url):
+        told, detail = fault
+        raise ImageBlocked(f"{told}.", detail=detail)
+    return url

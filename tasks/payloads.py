@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from .errors import ImageBlocked, ImageInvalid, ImageTooLarge, InvalidRequest, JobCanceled, JobError
-from .image_sources import FORMS, image_url, is_meant_as_image
+from .image_sources import FORMS, image_url, is_inner_path, is_meant_as_image
 from .openai_form import plain_message
 from .pictures import AtHand, is_at_hand
 from .pictures import Image as Image
@@ -132,8 +132,16 @@ class _Frozen(BaseModel):
 def _checked_image_url(text: str) -> str:
     try:
         return image_url(text)
-    except ImageBlocked as error:
+    except JobError as error:
         raise _for_pydantic(error) from None
+
+
+def _checked_path(path: str) -> str:
+    if not is_inner_path(path):
+        raise _for_pydantic(
+            ImageBlocked("The image's path leaves the image root: write it from there, without '..'.", detail="path")
+        )
+    return path
 
 
 def _for_pydantic(error: JobError) -> PydanticCustomError:
@@ -242,7 +250,7 @@ def _is_deeper(value: Any, most: int) -> bool:
 class ImagePath(_Frozen):
     """A file below the operator's IDEFICS_IMAGE_ROOT, which is off by default."""
 
-    path: str = Field(min_length=1, max_length=4096)
+    path: Annotated[str, AfterValidator(_checked_path)] = Field(min_length=1, max_length=4096)
 
 
 #: An image of a payload: whatever it was made of, it holds one of these.

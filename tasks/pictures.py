@@ -18,19 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .errors import ConfigurationError, ImageInvalid, ImageTooLarge
+from .picture_forms import PICTURE_FORMS, media_type
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
-#: How the files begin that the workers read: at which byte, with what.
-_KINDS: dict[str, tuple[tuple[int, tuple[bytes, ...]], ...]] = {
-    "image/jpeg": ((0, (b"\xff\xd8\xff",)),),
-    "image/png": ((0, (b"\x89PNG\r\n\x1a\n",)),),
-    "image/gif": ((0, (b"GIF87a", b"GIF89a")),),
-    "image/webp": ((0, (b"RIFF",)), (8, (b"WEBP",))),
-    "image/avif": ((4, (b"ftypavif", b"ftypavis")),),
-}
 #: Bytes that no job has room for as base64, whatever the workers allow.
 MAX_BYTES = 200_000_000
 JPEG_QUALITY = 92
@@ -61,7 +54,7 @@ class Image:
     def from_bytes(data: bytes | bytearray | memoryview, *, max_side: int | None = None) -> str:
         """A picture's file as a `data:` URI. `max_side`: scaled down to so many pixels, which needs Pillow.
 
-        Raises ImageInvalid for what is no JPEG, PNG, WebP, GIF or AVIF; with `max_side`, what Pillow reads is taken.
+        Raises ImageInvalid for what is no picture that the workers read; with `max_side`, what Pillow reads is taken.
         """
         content = bytes(data)
         if max_side is not None:
@@ -69,8 +62,7 @@ class Image:
         kind = media_type(content)
         if kind is None:
             raise ImageInvalid(
-                "The bytes are no JPEG, PNG, WebP, GIF or AVIF picture: send it in one of these forms.",
-                detail="not_a_picture",
+                f"The bytes are no {PICTURE_FORMS} picture: send it in one of these forms.", detail="not_a_picture"
             )
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -87,11 +79,6 @@ class Image:
         from .payloads import ImageSource
 
         return handler.generate_schema(ImageSource)
-
-
-def media_type(data: bytes) -> str | None:
-    """What a file's first bytes say that it is, of the kinds that the workers read."""
-    return next((kind for kind, parts in _KINDS.items() if all(data.startswith(one, at) for at, one in parts)), None)
 
 
 def is_at_hand(value: Any) -> bool:

@@ -27,8 +27,8 @@ JPEG = base64.b64encode(b"\xff\xd8\xff" + bytes(99)).decode()
         ("https://example.com/my cat.png", "https://example.com/my%20cat.png"),
         ("https://example.com/a.png?q=a b#c d", "https://example.com/a.png?q=a%20b#c%20d"),
         ("HTTPS://EXAMPLE.com/a%20b.png", "HTTPS://EXAMPLE.com/a%20b.png"),
-        (" data:image/png;base64,YQ==\n", "data:image/png;base64,YQ=="),
-        ("data:image/png;name=a.png;base64,YQ==", "data:image/png;name=a.png;base64,YQ=="),
+        (" data:image/png;base64,iVBORw0KGgo=\n", "data:image/png;base64,iVBORw0KGgo="),
+        ("data:image/png;name=a.png;base64,iVBORw0KGgo=", "data:image/png;name=a.png;base64,iVBORw0KGgo="),
     ],
 )
 def test_a_url_is_taken_as_it_was_copied(text: str, url: str) -> None:
@@ -55,7 +55,7 @@ def test_base64_without_its_beginning_is_named() -> None:
     "text",
     [
         "data:image/png,no base64",
-        "data:image/png;base64 YQ==",
+        "data:image/png;base64 iVBORw0KGgo=",
         "data:image/ of what",
         "ftp://example.com/a.png",
         "s3://bucket/folder/a.jpg",

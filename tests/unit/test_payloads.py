@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from tasks.errors import IdeficsError, ImageBlocked, InvalidRequest, JobError
+from tasks.errors import IdeficsError, ImageBlocked, ImageInvalid, InvalidRequest, JobError
 from tasks.payloads import (
     END_OF_UTTERANCE,
     MAX_METADATA_BYTES,
@@ -338,7 +338,13 @@ def test_the_end_of_an_utterance_in_pieces_is_refused_in_a_chat() -> None:
 
 @pytest.mark.parametrize(
     "image",
-    [URL, "http://example.com/a", "HTTPS://example.com", "data:image/webp;base64,UklGRg==", {"path": "a/b.jpg"}],
+    [
+        URL,
+        "http://example.com/a",
+        "HTTPS://example.com",
+        "data:image/webp;base64,UklGRgAAAABXRUJQ",
+        {"path": "a/b.jpg"},
+    ],
 )
 def test_an_image_is_a_url_a_data_uri_or_a_path(image: Any) -> None:
     assert parse("idefics.caption", {"image": image}).arguments()["image"] == image
@@ -358,6 +364,64 @@ def test_another_scheme_is_blocked_everywhere(image: str) -> None:
     ]:
         with pytest.raises(ImageBlocked):
             parse(task, {**LEAST[task], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "detail"),
+    [
+        *((url, ImageBlocked, "url") for url in ("http://", "http://[::1/", "http://u:p@host/", "https:///a.png")),
+        *(
+            (url, ImageBlocked, "url")
+            for url in ("https://a:b/", "https://a..b/", "https://%61/", "http://[::1%25lo]/")
+        ),
+        *((f"https://{it}", ImageBlocked, "url") for it in ("a.example#@b", "a.example\\@b", "a\x01b", "a" * 9_999)),
+        ("https://a.example:0/", ImageBlocked, "port"),
+        ({"path": "/etc/passwd"}, ImageBlocked, "path"),
+        ({"path": "a/../../b"}, ImageBlocked, "path"),
+        ({"path": "a\0"}, ImageBlocked, "path"),
+        *(
+            (f"data:image/png;base64,{data}", ImageInvalid, "data_uri")
+            for data in ("%%%", "a", "iVBORw0KGgo=é", "!!!!")
+        ),
+        *((f"data:image/png;base64,{data}", ImageInvalid, "not_a_picture") for data in ("aGVsbG8=", "", "JVBERi0x")),
+        ("data:image/heic;base64,AAAAGGZ0eXBoZWlj", ImageInvalid, "not_a_picture"),
+    ],
+)
+def test_what_can_be_known_of_an_image_before_it_is_sent_is_known_then(
+    image: Any, error: type[JobError], detail: str
+) -> None:
+    with pytest.raises(error) as told:
+        parse("idefics.caption", {"image": image})
+    assert told.value.detail == detail
+    assert "IDEFICS" not in str(told.value)
+    with pytest.raises(error):
+        Caption(image=image)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "http://127.0.0.1/a.png",
+        "http://[::1]:81/a.png",
+        "https://bücher.example/ä.png",
+        "https://a_b.example.:8443/p?q=a@b#c",
+        "https://a.example/%zz",
+    ],
+)
+def test_what_an_operator_may_allow_is_left_to_the_worker(image: str) -> None:
+    assert parse("idefics.caption", {"image": image})
+
+
+def test_of_a_large_picture_only_the_beginning_is_decoded() -> None:
+    start = "data:image/png;base64,iVBORw0KGgoA"
+    for end in ("", "!", "%"):
+        assert parse("idefics.caption", {"image": start + "AAAA" * 10**6 + end})
+    for broken in ("!", "é"):
+        with pytest.raises(ImageInvalid):
+            parse("idefics.caption", {"image": start + broken + "AAAA" * 10**6})
+    # An escape where the beginning ends.
+    for cut in range(6):
+        assert parse("idefics.caption", {"image": start + "A" * cut + "%0A" * 10**5})
 
 
 @pytest.mark.parametrize("image", ["a/b.jpg", "/etc/passwd", "../a.jpg", "", "//example.com/a.jpg", 5, None, [URL], {}])

@@ -215,7 +215,7 @@ def test_the_longest_label_counts_as_part_of_the_prompt(start: Start) -> None:
     [
         ("http://127.0.0.1/a.png", ImageBlocked),
         ({"path": "a.png"}, ImageBlocked),
-        ("data:image/png;base64,aGVsbG8=", ImageInvalid),
+        ("data:image/png;base64,iVBORw0KGgo=", ImageInvalid),
     ],
 )
 def test_an_image_that_cannot_be_had_fails_its_job(service: Service, image: Any, error: type[Exception]) -> None:
@@ -328,7 +328,7 @@ def test_a_job_canceled_while_its_image_loads_is_not_even_tokenized(start: Start
     assert prepared == []
 
 
-@pytest.mark.parametrize(("url", "at_once"), [("data:image/png;base64,{}", 1), ("http://a.test/{}", DOWNLOADS)])
+@pytest.mark.parametrize(("url", "at_once"), [(data_uri(), 1), ("http://a.test/{}", DOWNLOADS)])
 def test_the_files_of_a_jobs_images_are_not_all_held_at_once(
     start: Start, url: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -224,7 +224,7 @@ def test_a_reader_tells_data_from_paths(root: Path) -> None:
     [
         ("data_uri", "data:image/png;base64,*"),
         ("data_uri", "data:text/plain,hi"),
-        ("path", ImagePath(path="../a")),
+        ("path", ImagePath.model_construct(path="../a")),
         ("no_file", ImagePath(path="none.jpg")),
         ("bytes", f"data:image/png;base64,{'A' * 1_000}"),
     ],
@@ -239,7 +239,7 @@ def test_a_refusal_names_the_setting_that_would_allow_it_and_nothing_of_the_sour
     below = FetchPolicy(root=root, max_bytes=10)
     for setting, source, policy in [
         ("IDEFICS_IMAGE_ROOT", ImagePath(path=SECRET), FetchPolicy()),
-        ("IDEFICS_IMAGE_ROOT", ImagePath(path=f"../{SECRET}"), below),
+        ("IDEFICS_IMAGE_ROOT", ImagePath.model_construct(path=f"../{SECRET}"), below),
         ("IDEFICS_IMAGE_MAX_BYTES", f"data:image/png;base64,{SECRET * 10}", below),
     ]:
         with pytest.raises(JobError, match=setting) as refused:

@@ -51,31 +51,6 @@ _GIF_START = b"GIF8"
 _GIF_EXTENSION = 0x21
 _GIF_PICTURE_OR_END = b",;"
 
-#: The first box of HEIF and AVIF files, by its main brand. `mif1` and `msf1` may be either.
-_HEIF = re.compile(rb"....ftyp(?:mif1|msf1|avif|avis)", re.DOTALL)
-_AVIF_BRANDS = (b"avif", b"avis")
-#: Bytes at the start of a file that hold all of its brands.
-_BRANDS_BYTES = 64
-#: Bytes at the start of a file that are searched for another format's signature.
-_SIGNATURE_BYTES = 2_048
-#: Signatures of formats that are sent as images and not opened here.
-_FOREIGN = {
-    "a HEIC picture": re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL),
-    "a film": re.compile(rb"....ftyp|\x1aE\xdf\xa3", re.DOTALL),
-    "a SVG drawing": re.compile(
-        rb"(?:<\?xml[^>]{0,500}>\s{0,100})?(?:<!--[^>]{0,500}-->\s{0,100})?(?:<!DOCTYPE svg|<svg)", re.IGNORECASE
-    ),
-    "an XML text": re.compile(rb"<\?xml", re.IGNORECASE),
-    "a web page": re.compile(rb"<(?:!doctype html|html|head|body|script)", re.IGNORECASE),
-    "a TIFF picture": re.compile(rb"II[*+]\0|MM\0[*+]"),
-    "a BMP picture": re.compile(rb"BM....\0\0\0\0", re.DOTALL),
-    "an icon": re.compile(rb"\0\0[\1\2]\0"),
-    "a JPEG XL picture": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
-    "a JPEG 2000 picture": re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
-    "a PDF document": re.compile(rb"%PDF"),
-    "a Photoshop document": re.compile(rb"8BPS"),
-}
-
 _EXIF_START = re.compile(rb"(?:Exif\0\0){0,2}")
 _BYTE_ORDERS = {b"II*\0": "<", b"II\0*": "<", b"MM\0*": ">", b"MM*\0": ">"}
 _ORIENTATION = 274
@@ -104,18 +79,6 @@ def bare(data: bytes) -> Bare:
     if data.startswith(_GIF_START):
         _check_count(_gif_blocks(data), "GIF", "blocks")
     return Bare(data)
-
-
-def is_avif(data: bytes) -> bool:
-    return bool(_HEIF.match(data)) and any(brand in data[8:_BRANDS_BYTES] for brand in _AVIF_BRANDS)
-
-
-def foreign(data: bytes) -> str | None:
-    """Name a file's format, from its first bytes, where it is a known one that is not opened here; else None."""
-    if is_avif(data):
-        return None
-    data = data[:_SIGNATURE_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
-    return next((name for name, start in _FOREIGN.items() if start.match(data)), None)
 
 
 # --- Orientation ---

@@ -24,6 +24,7 @@ from PIL import (
 )
 
 from tasks.errors import ImageInvalid, ImageTooLarge, JobError, OutOfMemory
+from tasks.picture_forms import PICTURE_FORMS, foreign, is_avif
 from worker.images import containers
 
 try:
@@ -112,9 +113,8 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, target: int | 
     photograph, but not the same pixels as the full decoding scaled down, so answers may change.
     Raises ImageTooLarge for pictures beyond the limits, ImageInvalid for what cannot be decoded, and OutOfMemory.
     """
-    foreign = containers.foreign(data)
-    if foreign is not None:
-        raise ImageInvalid(f"The image is {foreign}: send JPEG, PNG, WebP, GIF or AVIF.", detail="not_a_picture")
+    if other := foreign(data):
+        raise ImageInvalid(f"The image is {other}: send {PICTURE_FORMS}.", detail="not_a_picture")
     with _translated():
         bare = containers.bare(data)
         plain, orientation = _decoded(bare, limits, target)
@@ -148,7 +148,7 @@ def _last_rows(image: Image.Image) -> Image.Image:
 
 
 def _opened(bare: containers.Bare, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
-    if containers.is_avif(bare.data):
+    if is_avif(bare.data):
         return _opened_avif(bare.data, limits)
     with Image.open(io.BytesIO(bare.data), formats=FORMATS) as image:
         _check_limits(image.size, limits)

@@ -6,7 +6,6 @@ public or that the operator allowed, and never waits longer or reads more than t
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ import urllib3
 from requests.utils import requote_uri
 
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
-from worker.images.containers import foreign
+from tasks.picture_forms import PICTURE_BYTES, PICTURE_FORMS, foreign, may_be_picture
 from worker.net.deadline import Deadline
 from worker.net.guard import Guard, NoAddress, TooManyBytes
 from worker.net.policy import NetworkPolicy, Refused, host_of
@@ -53,12 +52,6 @@ COMPRESSIONS = frozenset({"gzip", "x-gzip", "compress", "x-compress", "deflate",
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: Statuses after which the same request may succeed, beside 5xx: request timeout, too early, too many requests.
 RETRYABLE_STATUSES = frozenset({408, 425, 429})
-
-#: How the files begin that worker.images.decode opens, and how many bytes that takes.
-_PICTURE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp(?:avi[fs]|mif1|msf1)", re.DOTALL
-)
-_PICTURE_BYTES = 12
 
 _GONE = "nothing is there (any more), so send another URL or leave the job out"
 #: What helps against a status.
@@ -198,7 +191,7 @@ def _read_capped(response: requests.Response, host: str, guard: Guard, rate: Rat
     for piece in _pieces(response.raw):
         pieces.append(piece)
         size += len(piece)
-        head += piece[: _PICTURE_BYTES - len(head)]
+        head += piece[: PICTURE_BYTES - len(head)]
         _check_head(head, host)
         guard.body_bytes += len(piece) - CHUNK_COST
         if size > guard.policy.max_bytes:
@@ -213,11 +206,10 @@ def _read_capped(response: requests.Response, host: str, guard: Guard, rate: Rat
 
 def _check_head(head: bytes, host: str) -> None:
     """Raise ImageInvalid where a file's first bytes are no picture's: the rest, which may be endless, is not read."""
-    if len(head) == _PICTURE_BYTES and not _PICTURE.match(head):
-        sent = foreign(head) or "no JPEG, PNG, WebP, GIF or AVIF"
+    if len(head) == PICTURE_BYTES and not may_be_picture(head):
+        sent = foreign(head) or f"no {PICTURE_FORMS}"
         raise ImageInvalid(
-            f"{host} sends {sent}: check that the URL is that of a JPEG, PNG, WebP, GIF or AVIF.",
-            detail="not_a_picture",
+            f"{host} sends {sent}: check that the URL is that of a {PICTURE_FORMS}.", detail="not_a_picture"
         )
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import binascii
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote_to_bytes
 
 from tasks.errors import ImageBlocked, ImageInvalid
-from tasks.image_sources import data_head
+from tasks.image_sources import BLANKS, base64_bytes, data_head, is_inner_path
 from tasks.payloads import CheckedImage
 from worker.images.fetch import Fetcher, FetchPolicy, requested_host, too_large
 from worker.images.host_limits import HostLimiter
 
 #: Bytes that are read of a file beyond the size that it says it has.
 READ_AHEAD_BYTES = 16_384
-#: Dropped from base64 before it is read.
-_BLANKS = b" \t\n\r\f"
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a fifo without a writer would wait forever.
@@ -63,31 +59,15 @@ def decode_data_uri(uri: str, max_bytes: int) -> bytes:
     size = (len(uri) - start) // 4 * 3 - uri.count("=", len(uri) - 2)
     if size > max_bytes:
         # Blanks and escapes are not bytes of the image.
-        size -= sum(uri.count(blank, start) for blank in _BLANKS.decode()) + 2 * uri.count("%", start)
+        size -= sum(uri.count(blank, start) for blank in BLANKS.decode()) + 2 * uri.count("%", start)
     if size > max_bytes:
         raise too_large("The data: URI holds", max_bytes)
     try:
-        return _forgiving_base64(uri[start:])
+        return base64_bytes(uri[start:])
     except ValueError:
         raise ImageInvalid(
             "The data: URI is not valid base64: encode the image's bytes anew.", detail="data_uri"
         ) from None
-
-
-def _forgiving_base64(text: str) -> bytes:
-    """Decode base64 as WHATWG's "forgiving-base64 decode", percent-encoded too. Raises ValueError."""
-    with suppress(ValueError):
-        return binascii.a2b_base64(text, strict_mode=True)
-    plain = text.encode("ascii")
-    if b"%" in plain:
-        plain = unquote_to_bytes(plain)
-    plain = plain.translate(None, _BLANKS)
-    if len(plain) % 4 == 0:
-        # Two at most; any further one is not a base64 character.
-        plain = plain.removesuffix(b"=").removesuffix(b"=")
-    if len(plain) % 4 == 1 or b"=" in plain:
-        raise ValueError("no base64")
-    return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
 
 
 def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
@@ -97,7 +77,7 @@ def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
             "This worker reads no local files: send a URL, or have IDEFICS_IMAGE_ROOT set.", detail="path"
         )
     relative = PurePosixPath(path)
-    if relative.is_absolute() or not relative.parts or ".." in relative.parts or "\0" in path:
+    if not is_inner_path(path):
         raise ImageBlocked(
             "The image's path leaves the image root (IDEFICS_IMAGE_ROOT): write it from there, without '..'.",
             detail="path",

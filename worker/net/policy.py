@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from tasks.addresses import Address, Network, is_public, unmapped
-
-#: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
-MAX_URL_CHARS = 8_192
-
-# "#@", "?@" and "\@" before the first slash are where URL parsers disagree about which part is the host.
-_PLAIN_URL = re.compile(r"https?://[^/\\@\x00-\x20\x7f]+(/[^\x00-\x20\x7f]*)?", re.IGNORECASE)
-_HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
+from tasks.urls import fault_of, is_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +65,8 @@ def is_allowed_host(host: str, policy: NetworkPolicy) -> bool:
 
 def check_plain(url: str) -> None:
     """Raise Refused for a URL that parsers may read in different ways. To be called before any of them reads it."""
-    if len(url) > MAX_URL_CHARS:
-        raise Refused(f"The URL has more than {MAX_URL_CHARS} characters: use a shorter one", "url")
-    if not _PLAIN_URL.fullmatch(url):
-        raise Refused("The URL is no plain http(s)://host/path: write it without user and spaces", "url")
-    if urlsplit(url).port == 0:
-        # requests would drop it and take the scheme's port.
-        raise Refused("The URL names port 0: write the port that the server has", "port")
+    if fault := fault_of(url):
+        raise Refused(*fault)
 
 
 def check_url(url: str, policy: NetworkPolicy) -> SplitResult:
@@ -91,7 +79,7 @@ def check_url(url: str, policy: NetworkPolicy) -> SplitResult:
         port = parts.port if parts.port is not None else {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         raise Refused("The URL is malformed: correct it", "url") from None
-    if parts.scheme not in ("http", "https") or "@" in parts.netloc or not _is_host(parts.hostname or ""):
+    if parts.scheme not in ("http", "https") or "@" in parts.netloc or not is_host(parts.hostname or ""):
         raise Refused("The URL names no plain host: write http(s)://host/path without a user", "url")
     check_target(parts.hostname or "", port, policy)
     return parts
@@ -130,19 +118,4 @@ def host_of(url: str) -> str | None:
         host = urlsplit(url).hostname or ""
     except ValueError:
         return None
-    return host if _is_host(host) else None
-
-
-def _is_host(host: str) -> bool:
-    # No "%": neither an escaped name nor an IPv6 zone, which would choose the network card.
-    if ":" not in host:
-        return _HOST_NAME.fullmatch(host) is not None
-    return "%" not in host and _is_address(host)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
+    return host if is_host(host) else None

@@ -1,0 +1,52 @@
+"""Which URLs are plain: read alike by every parser, and naming a host and no user. Pure; the workers check the same."""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+#: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
+MAX_URL_CHARS = 8_192
+
+# "#@", "?@" and "\@" before the first slash are where URL parsers disagree about which part is the host.
+_PLAIN_URL = re.compile(r"https?://[^/\\@\x00-\x20\x7f]+(/[^\x00-\x20\x7f]*)?", re.IGNORECASE)
+_HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
+
+
+def fault_of(url: str) -> tuple[str, str] | None:
+    """Why a URL is not plain, with the cure, and the detail of the job's error; None for a plain one.
+
+    A host in another script than ASCII is not looked at: it gets its plain name where it is asked for.
+    """
+    if len(url) > MAX_URL_CHARS:
+        return f"The URL has more than {MAX_URL_CHARS} characters: use a shorter one", "url"
+    if not _PLAIN_URL.fullmatch(url):
+        return "The URL is no plain http(s)://host/path: write it without user and spaces", "url"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return "The URL is malformed: correct it", "url"
+    if port == 0:
+        # requests would drop it and take the scheme's port.
+        return "The URL names port 0: write the port that the server has", "port"
+    if host.isascii() and not is_host(host):
+        return "The URL names no plain host: write http(s)://host/path without a user", "url"
+    return None
+
+
+def is_host(host: str) -> bool:
+    """True for a name or an address. No "%": neither an escaped name nor an IPv6 zone, which would choose the network
+    card."""
+    if ":" not in host:
+        return _HOST_NAME.fullmatch(host) is not None
+    return "%" not in host and _is_address(host)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
