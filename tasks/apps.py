@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,9 @@ from .redis_urls import SCHEMES, Server, result_server, results_beside, server
 #: Seconds without an answer after which a connection is given up: a server that is frozen closes none.
 SOCKET_TIMEOUT_S, CONNECT_TIMEOUT_S = 10.0, 5.0
 DEFAULT_BROKER = "redis://localhost:6379/0"
+#: A server without its scheme: a dot or a port tells it from the name of a result backend.
+_PLACE = re.compile(r"(localhost|(?=[^/]*[.:])[\w.-]+(?::\d+)?)(/\d+)?/?")
+_WEB = ("http", "https")
 
 #: How often the broker is tried again, and how long is waited between two tries: two seconds in all.
 RETRIES = {"max_retries": 5, "interval_start": 0, "interval_step": 0.2, "interval_max": 1}
@@ -164,8 +168,16 @@ def _environment(name: str, default: str = "") -> str:
 
 
 def _server(url: str, read: Callable[[str, str, str], Server]) -> Server:
-    """Of another broker than Redis, Celery knows what there is to know."""
-    if url.partition("://")[0] not in SCHEMES:
+    """Of another broker than Redis, Celery knows what there is to know.
+
+    Raises ValueError for what is meant as Redis and is not written so.
+    """
+    scheme, has_scheme, _ = url.partition("://")
+    if scheme not in SCHEMES:
+        if not has_scheme and (place := _PLACE.fullmatch(url)):
+            raise ValueError(f"Write redis://{place[1]}{place[2] or '/0'}.")
+        if scheme.lower() in _WEB:
+            raise ValueError(f"{scheme}:// is no Redis URL: write redis://host:6379/0.")
         return Server(url)
     return read(url, _environment("SENTINEL_MASTER"), _environment("SENTINEL_PASSWORD"))
 

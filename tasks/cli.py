@@ -49,7 +49,8 @@ def _client(broker: str | None, results: str | None, queue: str) -> Client:
         client = Client(broker, result_backend=results, queue=queue)
         client.ping()
     except ValueError as error:
-        raise click.UsageError(f"{error} On the command line it is --results.") from None
+        flag = " On the command line it is --results." if "result_backend" in str(error) else ""
+        raise click.UsageError(f"{error}{flag}") from None
     except ConnectionError as error:
         raise away(error) from None
     return client

@@ -554,6 +554,25 @@ def test_a_url_that_cannot_be_used_is_one_of_our_errors(url: str) -> None:
     assert isinstance(refused.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("url", "cure"),
+    [
+        ("localhost:7102", "Write redis://localhost:7102/0."),
+        ("localhost", "Write redis://localhost/0."),
+        ("redis.example.com:6379/3", "Write redis://redis.example.com:6379/3."),
+        ("http://localhost:7101/0", "http:// is no Redis URL: write redis://host:6379/0."),
+        ("https://user:pw@host", "https:// is no Redis URL: write redis://host:6379/0."),
+    ],
+)
+def test_a_url_that_is_meant_as_redis_is_told_how_it_is_written(url: str, cure: str) -> None:
+    for urls in ({"broker_url": url}, {"broker_url": "redis://host/0", "result_backend": url}):
+        with pytest.raises(ConfigurationError) as refused:
+            Client(**urls)
+        assert str(refused.value) == cure
+    assert Client("memory://", result_backend="cache+memory://")
+    assert Client("memory://", result_backend="rpc")
+
+
 def test_an_app_without_results_says_so() -> None:
     client = Client(app=Celery("backend", broker="memory://", set_as_current=False), queue=uuid.uuid4().hex)
     job = client.submit(JOB)

@@ -26,6 +26,7 @@ MOST_S = 0.5
 
 #: Texts that are repeated to 200,000 characters, some between a beginning and an end.
 WORST: dict[str, list[tuple[str, str, str]]] = {
+    "tasks/apps.py:_PLACE": [("", "a", "!"), ("a:", "1", "!"), ("", "a.", "!"), ("", "localhost", "")],
     "tasks/availability.py:_REFUSAL": [
         ("ERR Error running script (call to ", "a", ""),
         ("ERR Error running script (call to a): @user_script: ", " ", ""),
