@@ -18,6 +18,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from .picture_forms import PICTURE_FORMS
+
 if TYPE_CHECKING:
     from .payloads import Result
 
@@ -180,12 +182,12 @@ class ImageTooLarge(JobError):
 
 
 class ImageInvalid(JobError):
-    """The bytes are no image that can be decoded: send the picture as JPEG, PNG, WebP, GIF or AVIF."""
+    __doc__ = f"The bytes are no image that can be decoded: send the picture as {PICTURE_FORMS}."
 
     code = "image_invalid"
     http_status = 422
     public = {
-        "": "The picture cannot be read: send a whole JPEG, PNG, WebP, GIF or AVIF.",
+        "": f"The picture cannot be read: send a whole {PICTURE_FORMS}.",
         "http": "There is no picture at the image's URL: check that it is right and public.",
         "redirects": "The image's URL leads nowhere: use its final one.",
         "no_file": "The picture's file cannot be read: send it again.",

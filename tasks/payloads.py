@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -33,6 +32,7 @@ from .image_sources import FORMS, image_url, is_inner_path, is_meant_as_image
 from .openai_form import plain_message
 from .pictures import AtHand, is_at_hand
 from .pictures import Image as Image
+from .urls import fault_of
 
 #: The queue that the workers read.
 QUEUE = "idefics"
@@ -65,6 +65,7 @@ END_OF_UTTERANCE = "<end_of_utterance>"
 RESERVED_TOKENS = ("<image>", "<fake_token_around_image>", "<s>", "</s>", "<unk>", "<pad>")
 
 _NAME = re.compile(r"[A-Za-z_-]{1,40}")
+_LINE_OR_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: How the names of a union's members begin, so that they do not stand among the fields of an error's place.
 _IN_UNION = "<union>"
@@ -160,13 +161,8 @@ def _read_at_hand(value: Any) -> Any:
 
 
 def _checked_callback_url(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        is_plain = bool(parts.hostname) and "@" not in parts.netloc and "\\" not in text and parts.port != 0
-    except ValueError:
-        is_plain = False
-    if not is_plain:
-        raise ValueError("a callback goes to a plain https://host/path, without a user")
+    if fault_of(text):
+        raise ValueError("write https://host/path, without a user")
     return text
 
 
@@ -183,6 +179,12 @@ def _plain(text: str) -> str:
     """Without control characters, which say nothing and can hide a reserved token. Tabs and line ends stay: those of
     DOS and of old Macs become newlines."""
     return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _without_control(label: str) -> str:
+    if _LINE_OR_CONTROL.search(label):
+        raise ValueError("a label is one line without control characters: remove them")
+    return label
 
 
 def _without(tokens: tuple[str, ...]) -> AfterValidator:
@@ -219,7 +221,9 @@ RawText = Annotated[
 #: Refused with control characters, not stripped of them: the answer is one of the labels as they were sent.
 Label = Annotated[
     str,
-    StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"),
+    StringConstraints(min_length=1, max_length=200),
+    AfterValidator(_without_control),
+    Field(json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"}),
 ]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
@@ -273,7 +277,9 @@ else:
 class Callback(_Frozen):
     """Where the outcome is posted, signed with the worker's key of that id."""
 
-    url: Annotated[str, AfterValidator(_checked_callback_url)] = Field(pattern=r"^https?://\S+$", max_length=4096)
+    url: Annotated[str, AfterValidator(_checked_callback_url)] = Field(
+        max_length=4096, json_schema_extra={"pattern": r"^https?://\S+$"}
+    )
     """Public https URL that the event is posted to."""
     key_id: str = Field(min_length=1, max_length=100)
     """Id of the secret that signs it, one of the worker's IDEFICS_CALLBACK_KEYS."""

@@ -9,6 +9,7 @@ Answer with 2xx once it is kept. A delivery may come more than once: `event.id` 
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from .addresses import is_public, literal
-from .errors import ErrorBody, IdeficsError, InvalidRequest, from_exception
+from .errors import ConfigurationError, ErrorBody, IdeficsError, InvalidRequest, from_exception
 from .payloads import Callback, Result
 
 JobEvent: TypeAlias = Literal["job.succeeded", "job.failed", "job.canceled"]
@@ -30,6 +31,8 @@ MAX_BODY_BYTES = 20_000
 CUT_TEXT_BYTES = 4_000
 #: Signatures of one delivery that are looked at: an honest one has as many as secrets are in rotation.
 MAX_SIGNATURES = 8
+
+_SECRET = "a secret is whsec_ and base64 of 24 to 64 bytes"
 
 NOTE = "Cut to fit 20 kB: read the whole result by the job's id."
 
@@ -98,15 +101,30 @@ class Event(_Received):
 def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes | str) -> Event:
     """The event in a request that one of your secrets signed within the last five minutes.
 
-    `body` is the request's, untouched. Raises InvalidWebhook.
+    `body` is the request's, untouched. Raises InvalidWebhook, and ConfigurationError for a secret that is none.
     """
+    webhooks = [Webhook(_checked_secret(secret)) for secret in ([secrets] if isinstance(secrets, str) else secrets)]
+    if not webhooks:
+        raise ConfigurationError(f"There is no secret to verify with: {_SECRET}.")
     lower = {str(name).lower(): str(value) for name, value in headers.items()}
     signatures = lower.get("webhook-signature", "").split()[:MAX_SIGNATURES]
-    for secret in [secrets] if isinstance(secrets, str) else secrets:
-        webhook = Webhook(secret)
+    for webhook in webhooks:
         if any(_is_signed(webhook, {**lower, "webhook-signature": one}, body) for one in signatures):
             return _event(lower["webhook-id"], body)
     raise InvalidWebhook(InvalidWebhook.__doc__)
+
+
+def _checked_secret(secret: str) -> str:
+    # Without its prefix, as some services show one, it is the same.
+    text = secret.removeprefix("whsec_") if isinstance(secret, str) else ""
+    try:
+        length = len(base64.b64decode(text + "=" * (-len(text) % 4), validate=True))
+    except ValueError:
+        length = 0
+    if not 24 <= length <= 64:
+        # Not what it is: it may be nearly right.
+        raise ConfigurationError(f"This is no secret: {_SECRET}.")
+    return secret
 
 
 def _is_signed(webhook: Webhook, headers: dict[str, str], body: bytes | str) -> bool:

@@ -49,6 +49,7 @@ WORST: dict[str, list[tuple[str, str, str]]] = {
     "tasks/image_sources.py:_SCHEME": [("", "a", ""), ("", "a:", "")],
     "tasks/image_sources.py:_WEB": [("", "http:/", "")],
     "tasks/payloads.py:_CONTROL": [("", "\x1b", ""), ("", "a", "\x1b")],
+    "tasks/payloads.py:_LINE_OR_CONTROL": [("", "\x1b", ""), ("", "a", "\x1b")],
     "tasks/payloads.py:_NAME": [("", "a", "!")],
     "tasks/printable.py:_UNPRINTABLE": [("", "\x1b", ""), ("", "a", "\x1b")],
     "tasks/printable.py:_UNPRINTABLE_IN_JSON": [("", "\u202e", ""), ("", "a", "\u202e")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -364,6 +365,25 @@ def test_another_scheme_is_blocked_everywhere(image: str) -> None:
     ]:
         with pytest.raises(ImageBlocked):
             parse(task, {**LEAST[task], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "told"),
+    [
+        ("caption", {"callback": {"url": "localhost/hook", "key_id": "k"}}, "callback.url: write https://host/path"),
+        ("caption", {"callback": {"url": "ftp://a.example", "key_id": "k"}}, "callback.url: write https://host/path"),
+        ("caption", {"callback": {"url": 5, "key_id": "k"}}, "callback.url: Input should be a valid string"),
+        ("classify", {"labels": ["a\nb", "c"]}, "labels.0: a label is one line without control characters"),
+        ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string"),
+        ("chat", {"messages": [5]}, "messages.0: "),
+        ("complete", {"prompt": [5]}, "prompt.0: a part is a string"),
+        ("complete", {"prompt": "a"}, "prompt: Input should be a valid list"),
+    ],
+)
+def test_no_message_is_a_pattern_or_of_the_insides(task: str, arguments: Any, told: str) -> None:
+    message = refusal(f"idefics.{task}", **arguments)
+    assert told in message
+    assert not re.search(r"pattern|\^|<union>|discriminator|lambda", message)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 from standardwebhooks import Webhook
 
-from tasks.errors import InvalidRequest
+from tasks.errors import ConfigurationError, InvalidRequest
 from tasks.payloads import Callback
 from tasks.webhooks import (
     MAX_BODY_BYTES,
@@ -63,6 +63,21 @@ def test_the_known_vector_is_signed_as_known() -> None:
 def test_the_librarys_own_verifier_takes_what_we_sign() -> None:
     text = body("job.succeeded", MOMENT, data())
     assert Webhook(SECRET).verify(text, headers(text, SECRET)) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "secret", ["whsec_x", "", "abc", "whsec_", f"{SECRET}!", [], [SECRET, ""], "whsec_" + "A" * 100]
+)
+def test_a_secret_that_is_none_is_a_mistake_of_the_receivers_set_up(secret: Any) -> None:
+    text = body("job.succeeded", MOMENT, data())
+    with pytest.raises(ConfigurationError, match="a secret is whsec_ and base64 of 24 to 64 bytes") as told:
+        verify(secret, headers(text, SECRET), text)
+    assert SECRET[6:] not in str(told.value)
+
+
+def test_a_secret_may_lack_its_prefix_and_its_padding() -> None:
+    text = body("job.succeeded", MOMENT, data())
+    assert verify(SECRET.removeprefix("whsec_").rstrip("="), headers(text, SECRET), text)
 
 
 def test_while_a_secret_rotates_both_verify() -> None:
