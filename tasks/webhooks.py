@@ -32,7 +32,7 @@ CUT_TEXT_BYTES = 4_000
 #: Signatures of one delivery that are looked at: an honest one has as many as secrets are in rotation.
 MAX_SIGNATURES = 8
 
-_SECRET = "a secret is whsec_ and base64 of 24 to 64 bytes"
+_FORM_OF_SECRETS = "a secret is whsec_ and base64 of 24 to 64 bytes"
 
 NOTE = "Cut to fit 20 kB: read the whole result by the job's id."
 
@@ -105,7 +105,7 @@ def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes
     """
     webhooks = [Webhook(_checked_secret(secret)) for secret in ([secrets] if isinstance(secrets, str) else secrets)]
     if not webhooks:
-        raise ConfigurationError(f"There is no secret to verify with: {_SECRET}.")
+        raise ConfigurationError(f"There is no secret to verify with: {_FORM_OF_SECRETS}.")
     lower = {str(name).lower(): str(value) for name, value in headers.items()}
     signatures = lower.get("webhook-signature", "").split()[:MAX_SIGNATURES]
     for webhook in webhooks:
@@ -123,7 +123,7 @@ def _checked_secret(secret: str) -> str:
         length = 0
     if not 24 <= length <= 64:
         # Not what it is: it may be nearly right.
-        raise ConfigurationError(f"This is no secret: {_SECRET}.")
+        raise ConfigurationError(f"This is no secret: {_FORM_OF_SECRETS}.")
     return secret
 
 

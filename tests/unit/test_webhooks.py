@@ -65,9 +65,7 @@ def test_the_librarys_own_verifier_takes_what_we_sign() -> None:
     assert Webhook(SECRET).verify(text, headers(text, SECRET)) == json.loads(text)
 
 
-@pytest.mark.parametrize(
-    "secret", ["whsec_x", "", "abc", "whsec_", f"{SECRET}!", [], [SECRET, ""], "whsec_" + "A" * 100]
-)
+@pytest.mark.parametrize("secret", ["whsec_x", "", "abc", "whsec_", f"{SECRET}!", [], [SECRET, ""], "A" * 100])
 def test_a_secret_that_is_none_is_a_mistake_of_the_receivers_set_up(secret: Any) -> None:
     text = body("job.succeeded", MOMENT, data())
     with pytest.raises(ConfigurationError, match="a secret is whsec_ and base64 of 24 to 64 bytes") as told:
