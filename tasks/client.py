@@ -149,7 +149,10 @@ class SubmittedJob:
     @property
     @_with_our_errors
     def status(self) -> Status:
-        """`starting` also stands for an id that nobody has submitted: Celery cannot tell them apart.
+        """`starting` (it waits), `processing` (it runs or is retried), `succeeded`, `failed` or `canceled`.
+
+        `starting` also stands for an id that nobody has submitted, since Celery cannot tell them apart, and for a job
+        that was canceled and that no worker has met since.
 
         Raises ConfigurationError where the app's results are not the workers'.
         """

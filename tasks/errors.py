@@ -55,7 +55,7 @@ class IdeficsError(Exception):
     #: What a web application may answer with.
     http_status: int = 500
     #: What visitors are told instead of the message, by the detail, or its part before `_`; "" is for any other detail.
-    #: Where nothing fits they are told the message itself, which then says what is wrong with what they sent.
+    #: Where nothing fits, or what fits is empty, they are told the message itself: it is about what they sent.
     public: ClassVar[Mapping[str, str]] = {}
     #: What exactly it was; None where the code says it all.
     detail: str | None = None
@@ -80,8 +80,8 @@ class IdeficsError(Exception):
 
     def _public_message(self) -> str:
         detail = self.detail or ""
-        found = (self.public.get(name) for name in (detail, detail.partition("_")[0], ""))
-        return next(filter(None, found), str(self))
+        found = (self.public[name] for name in (detail, detail.partition("_")[0], "") if name in self.public)
+        return next(found, "") or str(self)
 
 
 class JobError(IdeficsError):
@@ -177,6 +177,7 @@ class ImageTooLarge(JobError):
     http_status = 413
     public = {
         "": "The image is too large: send a smaller one.",
+        "job_bytes": "",
         "pixels": "The image has too many pixels: send a smaller one.",
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
@@ -589,10 +589,28 @@ PAYLOADS: dict[str, type[Job]] = {
 
 
 def check_size(job: Job, most: int) -> None:
-    """Raises InvalidRequest for a job with more bytes, before it is sent."""
-    size = len(json.dumps(job.arguments()))
-    if size > most:
-        raise InvalidRequest(f"The job has {size:,} bytes and may have {most:,}: send pictures by URL, or fewer.")
+    """Raises InvalidRequest for a job with more bytes, before it is sent; ImageTooLarge where its pictures are why."""
+    arguments = job.arguments()
+    size = len(json.dumps(arguments))
+    if size <= most:
+        return
+    pictures = [len(uri) for uri in _data_uris(arguments)]
+    # Base64 makes four characters of three bytes.
+    has, room = sum(pictures) * 3 // 4, (most - size + sum(pictures)) * 3 // 4
+    if not pictures or room <= 0:
+        raise InvalidRequest(f"The job has {size:,} bytes and may have {most:,}: send less.", detail="job_bytes")
+    who = "The picture has" if len(pictures) == 1 else f"The {len(pictures)} pictures have"
+    cure = "send it by URL, or scaled down" if len(pictures) == 1 else "send them by URL, fewer, or scaled down"
+    raise ImageTooLarge(f"{who} {has:,} bytes and may have {room:,} in a job: {cure}.", detail="job_bytes")
+
+
+def _data_uris(value: Any) -> Iterator[str]:
+    """Pictures in a job's arguments."""
+    if isinstance(value, str):
+        yield from [value] if value[:5].lower() == "data:" else []
+    elif isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _data_uris(entry)
 
 
 def parse(task: str, arguments: dict[str, Any]) -> Job:

@@ -28,7 +28,9 @@ from tasks import (
     Complete,
     ConfigurationError,
     IdeficsError,
+    Image,
     ImageBlocked,
+    ImageTooLarge,
     Internal,
     InvalidRequest,
     JobCanceled,
@@ -36,6 +38,7 @@ from tasks import (
     NotFound,
     NotPermitted,
     QueueFull,
+    Write,
     apps,
     capacity,
 )
@@ -711,6 +714,18 @@ def test_a_client_may_leave_callbacks_to_the_workers() -> None:
 
 def test_a_job_beyond_the_limit_in_bytes_is_refused_before_it_is_sent(broker: stack.Broker) -> None:
     client = Client(broker.url, max_job_bytes=1_000, queue="never")
-    with pytest.raises(InvalidRequest, match=r"bytes"):
+    with pytest.raises(InvalidRequest, match=r"bytes") as refused:
         client.submit(Complete(prompt=["a" * 1_000]))
+    assert refused.value.response()[0] == 413
     assert broker.connect().llen("never") == 0
+
+
+def test_a_picture_that_is_too_large_for_a_job_is_told_its_own_size() -> None:
+    client = Client("redis://localhost:1/0", max_job_bytes=1_000)
+    picture = Image.from_bytes(b"\xff\xd8\xff" + bytes(1_497))
+    with pytest.raises(ImageTooLarge, match=r"The picture has 1,5\d\d bytes and may have 7\d\d in a job") as refused:
+        client.submit(Caption(image=picture))
+    status, body = refused.value.response()
+    assert (status, body["error"]["message"]) == (413, str(refused.value))
+    with pytest.raises(ImageTooLarge, match=r"The 2 pictures have 3,0\d\d bytes and may have 7\d\d in a job"):
+        client.submit(Write(images=[picture, picture]))
