@@ -118,10 +118,10 @@ def worker(server: stack.Broker, settings: dict[str, str]) -> Iterator[subproces
 
 
 @pytest.fixture(scope="module")
-def courier(
+def callbacks_process(
     server: stack.Broker, settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[subprocess.Popen[bytes]]:
-    with callbacks_worker(server, tmp_path_factory.mktemp("courier") / "log", settings) as process:
+    with callbacks_worker(server, tmp_path_factory.mktemp("callbacks") / "log", settings) as process:
         yield process
 
 
@@ -139,7 +139,7 @@ def callbacks_worker(
 # A job's end
 
 
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_a_job_that_fails_outside_of_its_task_is_delivered(shop: Shop, server: stack.Broker) -> None:
     # Celery sends the link between the task's return and the result, and what should be a list is none.
     server.connect().set("broken", "no list")
@@ -148,7 +148,7 @@ def test_a_job_that_fails_outside_of_its_task_is_delivered(shop: Shop, server: s
     eventually(lambda: shop.state_of(job, "job.failed") == "delivered")
 
 
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_each_end_of_a_job_is_delivered_once_and_verifies(shop: Shop) -> None:
     succeeded = shop.submit("Hello", metadata={"row": 7})
     failed = shop.submit("Hello", tokens=9_999)
@@ -176,7 +176,7 @@ def test_each_end_of_a_job_is_delivered_once_and_verifies(shop: Shop) -> None:
     assert bodies[3]["data"]["result"]["text"] == "Bye"
 
 
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_a_job_that_the_pool_ends_is_delivered_too(shop: Shop) -> None:
     """Over its time limit: the model process is killed with it, and Celery's parent stores the failure."""
     job = shop.submit("x" * 400, tokens=400, options={"time_limit": 0.5, "soft_time_limit": 90})
@@ -194,7 +194,7 @@ def test_a_job_that_the_pool_ends_is_delivered_too(shop: Shop) -> None:
         ("REVOKED", TaskRevokedError("stored"), "job.canceled"),
     ],
 )
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_an_end_that_was_stored_before_a_kill_is_delivered_when_the_message_comes_again(
     shop: Shop, server: stack.Broker, state: str, end: Any, event: str
 ) -> None:
@@ -211,7 +211,7 @@ def test_an_end_that_was_stored_before_a_kill_is_delivered_when_the_message_come
     assert (data["result"] == {"text": "stored"}, data["error"] is not None) == (event[4] == "s", event[4] == "f")
 
 
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_a_rotating_key_signs_with_both_secrets(shop: Shop) -> None:
     job = shop.submit(key_id="rotating")
     eventually(lambda: shop.calls_of(job))
@@ -244,7 +244,7 @@ NO_JOBS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", NO_JOBS)
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_a_message_that_is_no_job_is_told_to_its_callback(shop: Shop, what: str) -> None:
     options = {"name": "idefics.complete", "queue": "idefics", **NO_JOBS[what]}
     kwargs = shop.job(metadata={"row": 7}).model_dump(mode="json", exclude_none=True) | options.pop("kwargs", {})
@@ -256,7 +256,7 @@ def test_a_message_that_is_no_job_is_told_to_its_callback(shop: Shop, what: str)
     assert (event["data"]["task"], event["data"]["metadata"]) == (options["name"], {"row": 7})
 
 
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_a_message_of_the_first_protocol_that_is_no_job_is_told_to_its_callback(shop: Shop) -> None:
     kwargs = shop.job().model_dump(mode="json", exclude_none=True)
     body = {"task": "idefics.complete", "id": uuid.uuid4().hex, "args": [], "kwargs": kwargs, "eta": "soon"}
@@ -299,7 +299,7 @@ def test_a_forbidden_address_is_refused_again_when_it_is_delivered(
 # Receivers
 
 
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_a_receiver_that_is_down_gets_it_when_it_is_up(shop: Shop) -> None:
     shop.receiver.answers += [500, 302, 404]
     job = shop.submit()
@@ -316,7 +316,7 @@ def test_a_receiver_that_is_down_gets_it_when_it_is_up(shop: Shop) -> None:
     assert stamps[-1] > stamps[0]
 
 
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_410_disables_the_url_until_it_is_enabled(shop: Shop) -> None:
     url = f"{shop.receiver.url}/gone"
     shop.receiver.answers.append(410)
@@ -334,7 +334,7 @@ def test_410_disables_the_url_until_it_is_enabled(shop: Shop) -> None:
     assert [call.verified()["data"]["id"] for call in shop.receiver.called("/hook/gone")] == [first, second]
 
 
-@pytest.mark.usefixtures("worker", "courier")
+@pytest.mark.usefixtures("worker", "callbacks_process")
 def test_a_receiver_is_left_alone_for_as_long_as_it_asks(shop: Shop) -> None:
     shop.receiver.answers.append(429)
     shop.receiver.headers["Retry-After"] = "2"
@@ -458,12 +458,12 @@ def test_a_callbacks_worker_without_a_secret_warns_and_says_how_one_is_made(
         assert re.search("WARNING.* IDEFICS_CALLBACK_KEYS is empty.*openssl rand", (tmp_path / "log").read_text())
 
 
-def test_the_callbacks_worker_is_light_and_stops_when_asked(courier: subprocess.Popen[bytes]) -> None:
-    process = psutil.Process(courier.pid)
+def test_the_callbacks_worker_is_light_and_stops_when_asked(callbacks_process: subprocess.Popen[bytes]) -> None:
+    process = psutil.Process(callbacks_process.pid)
     assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
     assert process.children() == []
-    courier.terminate()
-    assert courier.wait(PATIENCE_S) == 0
+    callbacks_process.terminate()
+    assert callbacks_process.wait(PATIENCE_S) == 0
 
 
 @contextmanager

@@ -273,11 +273,11 @@ def test_a_django_site_saves_captions_by_a_callback(
     environment |= {"CALLBACK_URL": f"http://127.0.0.1:{callback_port}/callback/", "CALLBACK_SECRET": SITE_SECRET}
     settings = {f"IDEFICS_{name}": value for name, value in callback_settings(callback_port).items()}
     urls = {"IDEFICS_BROKER_URL": demo_broker.url, "IDEFICS_RESULT_BACKEND": demo_broker.results}
-    courier = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker"]
+    command = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker"]
     with ExitStack() as opened:
         address = opened.enter_context(site(environment, callback_port, tmp_path))
         log = tmp_path / "log"
-        worker = opened.enter_context(stack.started(courier, log=log, environment=environment | settings | urls))
+        worker = opened.enter_context(stack.started(command, log=log, environment=environment | settings | urls))
         stack.await_line(worker, log, " ready.", PATIENCE_S)
         row = ended(address, EXAMPLES / "pictures" / "cat.png")
         assert (row["state"], row["text"]) == ("done", CAPTION)

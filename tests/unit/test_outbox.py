@@ -1,4 +1,4 @@
-"""The outbox in a real Redis, and the courier that empties it: what is due when, and whoever is killed in between."""
+"""The outbox in a real Redis, and the dispatcher that empties it: what is due when, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from tasks import outbox as outboxes
 from tasks.cli import main
 from tasks.outbox import Delivery, Outbox, batch_id, delivery_id
 from tests.receiver import SECRET
-from worker import callbacks
-from worker.callbacks import Courier, admitted, grouped
+from worker.delivery import dispatcher
+from worker.delivery.batching import admit, group_by_target
+from worker.delivery.dispatcher import CallbackDispatcher
 from worker.delivery.retry import AttemptResult
 from worker.demo import stack
 
@@ -80,7 +81,7 @@ def test_what_is_claimed_is_not_claimed_by_another(outbox: Outbox) -> None:
     assert claimed(outbox) == ["job-2"]
 
 
-def test_what_a_killed_worker_held_is_due_again(outbox: Outbox) -> None:
+def test_deliveries_of_a_killed_worker_are_due_when_its_lease_ends(outbox: Outbox) -> None:
     outbox.add(delivery())
     outbox.claim(1, lease_s=0.05)
     assert claimed(outbox) == []
@@ -88,7 +89,7 @@ def test_what_a_killed_worker_held_is_due_again(outbox: Outbox) -> None:
     assert claimed(outbox) == ["job-1"]
 
 
-def test_whoever_lost_its_claim_has_no_say_any_more(outbox: Outbox) -> None:
+def test_an_expired_lease_cannot_settle_a_delivery(outbox: Outbox) -> None:
     outbox.add(delivery())
     (late,) = outbox.claim(1, lease_s=0)
     (held,) = outbox.claim(1, 60)
@@ -228,20 +229,20 @@ def test_only_first_attempts_at_the_same_url_with_the_same_key_are_grouped() -> 
         delivery(4),
         delivery(5, event="job.batch"),
     ]
-    assert [[found.job for found in group] for group in grouped(due, 10)] == [
+    assert [[found.job for found in group] for group in group_by_target(due, 10)] == [
         ["job-0", "job-4"],
         ["job-1"],
         ["job-2"],
         ["job-3"],
         ["job-5"],
     ]
-    assert len(grouped(due, 1)) == 6
+    assert len(group_by_target(due, 1)) == 6
 
 
 def test_a_batch_is_bounded_in_number_and_size() -> None:
-    assert [len(group) for group in grouped([delivery(number) for number in range(5)], 2)] == [2, 2, 1]
+    assert [len(group) for group in group_by_target([delivery(number) for number in range(5)], 2)] == [2, 2, 1]
     large = [delivery(number, body="x" * 9_000) for number in range(3)]
-    assert [len(group) for group in grouped(large, 10)] == [2, 1]
+    assert [len(group) for group in group_by_target(large, 10)] == [2, 1]
 
 
 # Who goes out now
@@ -274,12 +275,12 @@ def test_a_call_may_take_several(outbox: Outbox) -> None:
 def test_no_more_goes_out_than_threads_and_hosts_allow() -> None:
     due = [delivery(number, url="https://slow.test/") for number in range(3)]
     due += [delivery(number, url=f"https://{number}.test/") for number in range(3, 6)]
-    now, waiting = admitted([[found] for found in due], {"slow.test": 1}, free=3, per_host=3)
+    now, waiting = admit([[found] for found in due], {"slow.test": 1}, free=3, per_host=3)
     assert [group[0].job for group in now] == ["job-0", "job-1", "job-3"]
     assert [found.job for found in waiting] == ["job-2", "job-4", "job-5"]
 
 
-# The courier
+# The dispatcher
 
 
 class Answers:
@@ -298,9 +299,11 @@ class Answers:
 
 
 @contextmanager
-def courier(outbox: Outbox, post: Callable[[Delivery], AttemptResult], **given: Any) -> Iterator[Courier]:
+def dispatching(
+    outbox: Outbox, post: Callable[[Delivery], AttemptResult], **given: Any
+) -> Iterator[CallbackDispatcher]:
     chosen = {"callback_schedule_s": (0, 0.05, 0.05), "callback_timeout_s": 1.0, **given}
-    running = Courier(outbox, Settings(callback_keys=f"main={SECRET}", **chosen), post)
+    running = CallbackDispatcher(outbox, Settings(callback_keys=f"main={SECRET}", **chosen), post)
     running.start()
     try:
         yield running
@@ -319,7 +322,7 @@ def counted(outbox: Outbox, **counts: int) -> None:
 def test_what_is_due_is_delivered(outbox: Outbox) -> None:
     post = Answers(DOWN)
     outbox.add(delivery())
-    with courier(outbox, post):
+    with dispatching(outbox, post):
         counted(outbox, pending=0, delivered=1)
     assert [found.attempts for found in post.posted] == [0, 1]
     assert len({(found.id, found.body) for found in post.posted}) == 1
@@ -327,7 +330,7 @@ def test_what_is_due_is_delivered(outbox: Outbox) -> None:
 
 def test_what_fails_too_often_is_given_up_and_listed(outbox: Outbox) -> None:
     outbox.add(delivery())
-    with courier(outbox, Answers(DOWN, DOWN, DOWN)):
+    with dispatching(outbox, Answers(DOWN, DOWN, DOWN)):
         counted(outbox, pending=0, failed=1)
     (found,) = outbox.listed("failed", 10)
     assert (found.attempts, found.note) == (3, "status 503")
@@ -336,7 +339,7 @@ def test_what_fails_too_often_is_given_up_and_listed(outbox: Outbox) -> None:
 def test_410_lets_nothing_else_go_there(outbox: Outbox) -> None:
     post = Answers(AttemptResult(410, "status 410"))
     outbox.add(delivery(1))
-    with courier(outbox, post):
+    with dispatching(outbox, post):
         counted(outbox, failed=1)
         outbox.add(delivery(2))
         outbox.add(delivery(3, url="https://other.test/"))
@@ -345,19 +348,19 @@ def test_410_lets_nothing_else_go_there(outbox: Outbox) -> None:
 
 
 def test_a_defect_loses_no_delivery(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks, "LEASE_MARGIN_S", 0.1)
+    monkeypatch.setattr(dispatcher, "LEASE_MARGIN_S", 0.1)
     outbox.add(delivery())
     post = Answers(RuntimeError("a defect"))
-    with courier(outbox, post, callback_timeout_s=0.1):
+    with dispatching(outbox, post, callback_timeout_s=0.1):
         counted(outbox, delivered=1)
     assert len(post.posted) == 2
 
 
 def test_a_defect_that_stays_does_not_send_a_delivery_for_ever(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks, "LEASE_MARGIN_S", 0.1)
+    monkeypatch.setattr(dispatcher, "LEASE_MARGIN_S", 0.1)
     outbox.add(delivery())
     post = Answers(*[RuntimeError("a defect")] * 9)
-    with courier(outbox, post, callback_timeout_s=0.1, callback_schedule_s=(0, 0.05, 0.05)):
+    with dispatching(outbox, post, callback_timeout_s=0.1, callback_schedule_s=(0, 0.05, 0.05)):
         counted(outbox, failed=1)
     assert len(post.posted) == 3
 
@@ -366,7 +369,7 @@ def test_what_ends_together_goes_out_together(outbox: Outbox) -> None:
     post = Answers(DOWN)
     for number in range(5):
         outbox.add(delivery(number))
-    with courier(outbox, post, callback_batch_window_s=0.1, callback_batch_max=3):
+    with dispatching(outbox, post, callback_batch_window_s=0.1, callback_batch_max=3):
         counted(outbox, pending=0, delivered=2)
     first, second, again = sorted(post.posted, key=lambda found: found.attempts)
     assert {len(json.loads(found.body)["data"]["events"]) for found in (first, second)} == {3, 2}
@@ -435,7 +438,7 @@ def test_many_to_one_host_go_out_as_fast_as_it_takes_them(outbox: Outbox) -> Non
         outbox.add(delivery(number))
     post = Answers()
     started = time.monotonic()
-    with courier(outbox, post):
+    with dispatching(outbox, post):
         counted(outbox, pending=0, delivered=200)
     assert time.monotonic() - started < 5
     assert len({found.id for found in post.posted}) == len(post.posted) == 200

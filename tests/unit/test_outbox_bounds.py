@@ -21,9 +21,9 @@ from tasks import outbox as outboxes
 from tasks.cli import main
 from tasks.outbox import BYTES, HOSTS, PREFIX, SIZES, Bounds, Delivery, Outbox, Shares, size_of
 from tests.receiver import SECRET
-from tests.unit.test_outbox import KEEP_S, OK, Answers, counted, courier, delivery
-from worker.callbacks import admitted
+from tests.unit.test_outbox import KEEP_S, OK, Answers, counted, delivery, dispatching
 from worker.delivery import known_hosts
+from worker.delivery.batching import admit
 from worker.delivery.known_hosts import KnownHosts
 from worker.delivery.recorder import Announcer, GivenUp
 from worker.delivery.retry import AttemptResult
@@ -299,7 +299,7 @@ def test_a_full_server_lets_what_is_pending_go_out(client: Any, broker: stack.Br
     server = broker.connect()
     server.config_set("maxmemory", 1)
     try:
-        with courier(outbox, posted):
+        with dispatching(outbox, posted):
             counted(outbox, pending=0, delivered=1)
     finally:
         server.config_set("maxmemory", 0)
@@ -365,7 +365,7 @@ def test_a_claim_keeps_to_the_shares(client: Any) -> None:
 def test_no_more_than_the_shares_go_out() -> None:
     due = [[delivery(number, url=f"https://{host}.test/")] for number, host in enumerate("hhnnqq")]
     shares = Shares(frozenset({"q.test"}), frozenset({"h.test"}), others=2, silent_calls=1)
-    now, waiting = admitted(due, {}, free=9, per_host=9, shares=shares)
+    now, waiting = admit(due, {}, free=9, per_host=9, shares=shares)
     assert [group[0].job for group in now] == ["job-0", "job-2", "job-4", "job-5"]
     assert [found.job for found in waiting] == ["job-1", "job-3"]
 
@@ -396,7 +396,7 @@ def test_hundreds_of_hosts_that_hang_hold_up_none_that_answers(client: Any, is_r
         assert len(arrived_at) == len(sent_at)
 
     with ExitStack() as running:
-        running.enter_context(courier(outbox, post, callback_timeout_s=1.0))
+        running.enter_context(dispatching(outbox, post, callback_timeout_s=1.0))
         for number in range(3):
             send(number)
         wait_for_all()
@@ -405,7 +405,7 @@ def test_hundreds_of_hosts_that_hang_hold_up_none_that_answers(client: Any, is_r
         for number in range(200):
             outbox.add(delivery(10_000 + number, url=f"https://hung{number}.test/"))
         if is_restarted:
-            running.enter_context(courier(outbox, post, callback_timeout_s=1.0))
+            running.enter_context(dispatching(outbox, post, callback_timeout_s=1.0))
         time.sleep(0.5)
         for number in range(3, 33):
             send(number)
