@@ -79,7 +79,7 @@ def link(task: str) -> dict[str, Any]:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pickle": (
         message("x", pickle.dumps(([], {}, {})), **{"content-type": "application/x-python-serialize"}),
-        "pickle is not accepted: set task_serializer='json'",
+        "pickle is not accepted: send application/json; in Celery set task_serializer='json'",
     ),
     "yaml": (message("x", b"- []", **{"content-type": "application/x-yaml"}), "set task_serializer='json'"),
     "a codec that inflates": (message("x", **{"content-encoding": "zlib_codec"}), "utf-8"),

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +135,11 @@ def _addresses(server: stack.Broker) -> dict[str, str]:
 def _ours(command: list[str]) -> list[str]:
     """The command by this virtual environment's programs."""
     return [str(Path(sys.executable).parent / command[0]), *command[1:]]
+
+
+def test_a_busy_worker_tells_the_others_its_load(held_up: Stand) -> None:
+    shown = uuid.uuid4().hex
+    job = held_up.producer.show(held_up.gallery.held(shown)).apply_async()
+    eventually(lambda: held_up.producer.server.connect().hlen("idefics:load:idefics") == 1)
+    held_up.gallery.release(shown)
+    job.get(timeout=PATIENCE_S)

@@ -24,6 +24,7 @@ from kombu.utils.uuid import uuid
 from redis import Redis
 
 from worker.queue.load import Load, leaves_to_others, surplus
+from worker.queue.transport import Channel
 
 logger = logging.getLogger(__name__)
 
@@ -180,13 +181,13 @@ class Balance(bootsteps.StartStopStep):  # type: ignore[misc]
     def _balance(self) -> None:
         pool, consumer = self._worker.pool, self._worker.consumer.task_consumer
         channel = consumer and consumer.channel
-        if not hasattr(channel, "record_ends"):
+        if not isinstance(channel, Channel):
             # Kombu's own (IDEFICS_ATOMIC_TAKE=false) cannot put a message back as it came.
             return
         lists = {
             queue: [channel._q_for_pri(queue, step) for step in channel.priority_steps]
             # A queue that is not consumed any more is not drained here.
-            for queue in set(channel.record_ends).intersection(channel.active_queues)
+            for queue in set(channel.record_endings).intersection(channel.active_queues)
         }
         load: Load = pool.load
         self._exchange.report = Report(load, load.unbegun > -load.width, lists)
