@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from billiard import einfo
@@ -40,7 +40,27 @@ from worker.jobs.answer_cache import AnswerCache, fingerprint
 from worker.jobs.service import Service
 from worker.models.fake import fake_model
 from worker.observability.redaction import without_values
-from worker.pool.wire import BlockingChannel
+from worker.pool.wire import (
+    Abandon,
+    Away,
+    BlockingChannel,
+    Broken,
+    Cancel,
+    Canceled,
+    CannotServe,
+    Done,
+    GiveBack,
+    Heartbeat,
+    Outcome,
+    Raised,
+    Ready,
+    Returned,
+    Run,
+    Started,
+    Stop,
+    Waited,
+    Withdrawn,
+)
 from worker.queue import patience
 from worker.queue.patience import RedisAway
 from worker.queue.result_backend import digest_of
@@ -49,10 +69,8 @@ from worker.runtime.cpu import all_cores, go_last, job_cores, leave_cores_to_the
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two signs of life to the parent.
-BEAT_S = 0.5
-#: And at least, where there is news.
-SOON_S = 0.05
+#: Seconds between two heartbeats, and at least between two where the capacity has changed.
+HEARTBEAT_S, MIN_HEARTBEAT_S = 0.5, 0.05
 #: Seconds a Python thread keeps the interpreter while another wants it. Job threads must not hold the engine up:
 #: measured against the default of 5 ms, steps of 5 ms went from 162 to 192 of an ideal 213 a second.
 SWITCH_S = 0.0005
@@ -62,98 +80,117 @@ SWITCH_S = 0.0005
 einfo._Frame.Code = staticmethod(functools.lru_cache(1_000)(einfo._Code))
 
 
-class ModelProcess:
-    """What the process does with each of its parent's messages."""
+class JobThreads:
+    """Threads that run one job each, as the parent's messages say."""
 
-    def __init__(self, channel: BlockingChannel, service: Service, redis_wait_s: float) -> None:
+    def __init__(self, channel: BlockingChannel, service: Service, settings: Settings) -> None:
         self._channel = channel
-        self._redis_wait_s = redis_wait_s
         self._service = service
-        self._queue: queue.SimpleQueue[tuple[int, tuple[Any, ...]]] = queue.SimpleQueue()
+        self._settings = settings
+        self._queue: queue.SimpleQueue[Run] = queue.SimpleQueue()
+        #: Of the jobs that are queued or run, by serial number.
         self._ids: dict[int, str] = {}
-        #: Which job each thread runs.
-        self._thread = threading.local()
+        #: The serial number of the job that a thread runs.
+        self._current = threading.local()
 
-    def serve(self, threads: int) -> None:
+    def serve(self) -> None:
         """Run jobs until the parent says stop or is gone."""
         gil.set_permits(len(job_cores(all_cores())))
-        patience.allow(self._redis_wait_s, self._tell_wait)
-        for number in range(threads):
+        patience.allow(self._settings.redis_wait_s, self._report_wait)
+        for number in range(self._settings.job_threads):
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
-        self._channel.send(("ready",))
-        for kind, *content in self._channel:
-            if kind == "stop":
+        self._channel.send(Ready())
+        for message in self._channel:
+            if isinstance(message, Stop):
                 return
-            getattr(self, kind)(*content)
+            self._obey(message)
 
-    def run(self, serial: int, arguments: tuple[Any, ...]) -> None:
-        self._ids[serial] = arguments[1]
-        self._queue.put((serial, arguments))
+    def _obey(self, message: Run | Cancel | Abandon | GiveBack) -> None:
+        match message:
+            case Run(serial, arguments):
+                self._ids[serial] = arguments[1]
+                self._queue.put(message)
+            case Cancel(serial):
+                self._cancel(serial)
+            case Abandon(serial):
+                self._abandon(serial)
+            case GiveBack(most, serials):
+                self._give_back(most, serials)
+            case _:
+                assert_never(message)
 
-    def cancel(self, serial: int) -> None:
+    def _cancel(self, serial: int) -> None:
         id = self._ids.get(serial)
         if id is not None and self._service.cancel(id):
             # Its thread loads images and ends when they have come: what it says then is too late to count.
-            self._channel.send(("canceled", serial, None))
+            self._channel.send(Canceled(serial))
 
-    def abandon(self, serial: int) -> None:
-        """The job has ended by its limit: what its thread makes of it no longer counts."""
+    def _abandon(self, serial: int) -> None:
         id = self._ids.get(serial)
         if id is not None:
             self._service.abandon(id)
 
-    def _tell_wait(self, seconds: float) -> None:
-        """A job that waits for Redis does not use its time up."""
-        serial = getattr(self._thread, "serial", None)
-        if serial is not None:
-            self._channel.send(("waited", serial, seconds))
-
-    def give_back(self, most: int, serials: Sequence[int]) -> None:
-        """Another worker is idle: end the runs of those that have not begun."""
+    def _give_back(self, most: int, serials: Sequence[int]) -> None:
         ids = {self._ids[serial]: serial for serial in serials if serial in self._ids}
         with self._service.withdrawn(list(ids), most) as withdrawn:
             # Before they end: the parent puts them back together, in order.
-            self._channel.send(("withdrawn", [ids[id] for id in withdrawn]))
+            self._channel.send(Withdrawn([ids[id] for id in withdrawn]))
+
+    def _report_wait(self, seconds: float) -> None:
+        """Tell the parent that this thread's job waited for Redis."""
+        serial = getattr(self._current, "serial", None)
+        if serial is not None:
+            self._channel.send(Waited(serial, seconds))
 
     def _work(self) -> None:
         leave_cores_to_the_engine()
         while True:
-            serial, arguments = self._queue.get()
-            self._thread.serial = serial
-            message = self._outcome(serial, arguments)
-            self._service.forget(self._ids.pop(serial))
-            self._channel.send(message)
+            job = self._queue.get()
+            self._current.serial = job.serial
+            outcome = self._outcome(job)
+            self._service.forget(self._ids.pop(job.serial))
+            self._channel.send(outcome)
 
-    def _outcome(self, serial: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self._service.is_canceled(arguments[1]):
-            return "canceled", serial, None
-        self._channel.send(("accepted", serial, time.monotonic()))
-        try:
-            with gil.held():
-                outcome = fast_trace_task(*arguments)
-            if _failed_outside_the_task(outcome):
-                # The tracer has stored an end, and skipped what follows it.
-                name, id, request, *_ = arguments
-                _announce(name, id, request, (FAILURE, _bare(outcome[1])))
-        except RedisAway as error:
-            logger.error("Redis is away for too long (%s): job %s goes back to the queue.", error, arguments[1])
-            return "away", serial
-        except Reject:
-            return "raised", serial, ExceptionInfo()
-        except BaseException as error:
-            # A SystemExit that went on would end the thread, and the job would run for ever.
-            logger.error("A job ended outside Celery's tracer: %s", without_values(error))
-            return "broken", serial, f"{type(error).__name__} in the worker."
-        failed, value, _ = outcome
-        raised = _bare(value) if failed else None
-        if failed:
-            # Its text has been stored, and the parent reads no frames.
-            value.tb = None
-        if isinstance(raised, worker_app.JobReturned):
-            return "returned", serial
-        if isinstance(raised, worker_app.JobCanceled):
-            return "canceled", serial, raised.partial
-        return "done", serial, outcome
+    def _outcome(self, job: Run) -> Outcome:
+        if self._service.is_canceled(job.arguments[1]):
+            return Canceled(job.serial)
+        self._channel.send(Started(job.serial, time.monotonic()))
+        return traced(job)
+
+
+def traced(job: Run) -> Outcome:
+    """Run a job through Celery's tracer, in the calling thread. Raises nothing: a job thread serves many jobs."""
+    name, id, request, *_ = job.arguments
+    try:
+        with gil.held():
+            outcome = fast_trace_task(*job.arguments)
+        if _failed_outside_the_task(outcome):
+            # The tracer has stored an end, and skipped what follows it.
+            _announce(name, id, request, (FAILURE, _bare(outcome[1])))
+    except RedisAway as error:
+        logger.error("Redis is away for too long (%s): job %s goes back to the queue.", error, id)
+        return Away(job.serial)
+    except Reject:
+        return Raised(job.serial, ExceptionInfo())
+    except BaseException as error:
+        # A SystemExit that went on would end the thread, and the job would run for ever.
+        logger.error("A job ended outside Celery's tracer: %s", without_values(error))
+        return Broken(job.serial, f"{type(error).__name__} in the worker.")
+    return _reported(job.serial, outcome)
+
+
+def _reported(serial: int, outcome: tuple[Any, ...]) -> Outcome:
+    """What the parent is told of the tracer's outcome."""
+    failed, value, _ = outcome
+    if failed:
+        # Its text has been stored, and the parent reads no frames.
+        value.tb = None
+        error = _bare(value)
+        if isinstance(error, worker_app.JobReturned):
+            return Returned(serial)
+        if isinstance(error, worker_app.JobCanceled):
+            return Canceled(serial, error.partial)
+    return Done(serial, outcome)
 
 
 def _announce(name: str, id: str, request: dict[str, Any], end: TerminalState) -> None:
@@ -170,29 +207,29 @@ def _failed_outside_the_task(outcome: tuple[Any, ...]) -> bool:
 
 
 def _bare(info: ExceptionInfo) -> BaseException:
-    """Billiard wraps the exceptions that it pickles."""
+    """The exception itself: billiard wraps those that it pickles."""
     bare: BaseException = getattr(info.exception, "exc", info.exception)
     return bare
 
 
-class Heart:
-    """Called at each step, tells the parent from time to time that it was, and the pace."""
+class HeartbeatSender:
+    """Called at each of the engine's steps; tells the parent now and then that it was, and the pace."""
 
-    def __init__(self, channel: BlockingChannel, model: Model, most: int) -> None:
-        self.pace: Callable[[], Pace] = lambda: Pace(most, most, 0.0)
+    def __init__(self, channel: BlockingChannel, model: Model, slots: int) -> None:
+        self.pace: Callable[[], Pace] = lambda: Pace(slots, slots, 0.0)
         self._channel = channel
         self._model = model
-        self._last = 0.0
-        self._told = 0
+        self._sent_at = 0.0
+        self._sent_capacity = 0
 
     def __call__(self) -> None:
-        past = time.monotonic() - self._last
-        if past < SOON_S:
+        since_s = time.monotonic() - self._sent_at
+        if since_s < MIN_HEARTBEAT_S:
             return
         pace = self.pace()
-        if past >= BEAT_S or pace.capacity != self._told:
-            self._last, self._told = time.monotonic(), pace.capacity
-            self._channel.send(("beat", self._model.figures(), tuple(pace)))
+        if since_s >= HEARTBEAT_S or pace.capacity != self._sent_capacity:
+            self._sent_at, self._sent_capacity = time.monotonic(), pace.capacity
+            self._channel.send(Heartbeat(self._model.figures(), *pace))
 
 
 def _service(settings: Settings, channel: BlockingChannel) -> Service:
@@ -203,10 +240,10 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
     model, folder = _load(settings)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
-    beat = Heart(channel, model, limits.rows)
-    engine = Engine(model, limits, beat, _prepare_engine)
+    heartbeat = HeartbeatSender(channel, model, limits.rows)
+    engine = Engine(model, limits, heartbeat, _prepare_engine)
     service = Service(settings, model.info, model.codec, engine, _answers(settings, folder), model.rules)
-    beat.pace = lambda: service.pace
+    heartbeat.pace = lambda: service.pace
     engine.start()
     service.check_golden(folder)
     return service
@@ -261,12 +298,12 @@ def main() -> None:
     try:
         service = _service(settings, channel)
     except RuntimeError as error:
-        channel.send(("setup_failed", str(error)))
+        channel.send(CannotServe(str(error)))
         sys.exit(1)
     worker_app.serve_with(service)
     # What loading made lives as long as the process: the collector need not look at it again.
     gc.freeze()
-    ModelProcess(channel, service, settings.redis_wait_s).serve(settings.job_threads)
+    JobThreads(channel, service, settings).serve()
     # Threads wait in downloads and in the engine: nothing of theirs is owed to anybody.
     os._exit(0)
 

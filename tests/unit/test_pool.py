@@ -27,7 +27,27 @@ from tasks.payloads import SUBMITTED_AT
 from worker.pool import pool as pool_module
 from worker.pool.job import Callbacks, Job, JobState
 from worker.pool.pool import InferencePool
-from worker.pool.wire import Channel, Message
+from worker.pool.wire import (
+    Abandon,
+    Away,
+    Broken,
+    Cancel,
+    Canceled,
+    CannotServe,
+    Channel,
+    Done,
+    FromModelProcess,
+    GiveBack,
+    Heartbeat,
+    Raised,
+    Ready,
+    Returned,
+    Run,
+    Started,
+    Stop,
+    ToModelProcess,
+    Withdrawn,
+)
 from worker.queue.load import LONGEST_S, Load
 from worker.queue.redeliveries import History, Key, RedeliveryCounter
 from worker.runtime.exceptions import exception_info
@@ -50,11 +70,11 @@ class StubProcess:
         self.is_ready = False
         self.started_at = self.last_sign = time.monotonic()
         self.is_killed = False
-        self._heard: list[Message] = []
+        self._heard: list[ToModelProcess] = []
 
     # The pool's side
 
-    def receive(self) -> tuple[list[Message], bool]:
+    def receive(self) -> tuple[list[FromModelProcess], bool]:
         return self.channel.receive()
 
     def kill(self) -> None:
@@ -70,7 +90,7 @@ class StubProcess:
 
     # The test's side
 
-    def say(self, *message: Any) -> None:
+    def say(self, message: FromModelProcess) -> None:
         self._theirs.send(message)
 
     def die(self) -> None:
@@ -78,7 +98,7 @@ class StubProcess:
         self._theirs.close()
 
     @property
-    def heard(self) -> list[Message]:
+    def heard(self) -> list[ToModelProcess]:
         if self._theirs.fileno() >= 0:
             self._heard += self._theirs.receive()[0]
         return self._heard
@@ -86,16 +106,17 @@ class StubProcess:
     @property
     def ran(self) -> list[str]:
         """Ids of the jobs that it was given, in order."""
-        return [message[2][1] for message in self.heard if message[0] == "run"]
+        return [message.arguments[1] for message in self.heard if isinstance(message, Run)]
 
     def serial(self, id: str) -> int:
-        return next(message[1] for message in reversed(self.heard) if message[0] == "run" and message[2][1] == id)
+        runs = [message for message in self.heard if isinstance(message, Run)]
+        return next(message.serial for message in reversed(runs) if message.arguments[1] == id)
 
     def accept(self, id: str, at: float | None = None) -> None:
-        self.say("accepted", self.serial(id), time.monotonic() if at is None else at)
+        self.say(Started(self.serial(id), time.monotonic() if at is None else at))
 
     def finish(self, id: str) -> None:
-        self.say("done", self.serial(id), (0, f"answer of {id}", 0.1))
+        self.say(Done(self.serial(id), (0, f"answer of {id}", 0.1)))
 
 
 class Request:
@@ -246,7 +267,7 @@ class Bench:
 
 
 def ready(process: StubProcess) -> None:
-    process.say("ready")
+    process.say(Ready())
 
 
 def loading(process: StubProcess) -> None:
@@ -258,7 +279,7 @@ def dying(process: StubProcess) -> None:
 
 
 def broken(process: StubProcess) -> None:
-    process.say("setup_failed", "There is no such model.")
+    process.say(CannotServe("There is no such model."))
     process.die()
 
 
@@ -311,7 +332,8 @@ def test_many_jobs_are_in_flight_at_once_and_end_in_any_order(started: Bench) ->
 
 def test_a_job_is_sent_without_its_payloads_second_copy(started: Bench) -> None:
     started.submit("a")
-    ((_, _, (name, id, request, body, kind, encoding)),) = started.process.heard
+    (message,) = started.process.heard
+    name, id, request, body, kind, encoding = message.arguments
     assert (name, id, kind, encoding) == ("idefics.caption", "a", "application/json", "utf-8")
     assert body == b"[[], {}, {}]"
     assert set(request) == {"id", "retries", SUBMITTED_AT}
@@ -319,7 +341,7 @@ def test_a_job_is_sent_without_its_payloads_second_copy(started: Bench) -> None:
 
 def test_a_rejection_is_told_as_a_failure(started: Bench) -> None:
     (request,) = started.submit("a")
-    started.process.say("raised", started.process.serial("a"), exception_info(ValueError("boom")))
+    started.process.say(Raised(started.process.serial("a"), exception_info(ValueError("boom"))))
     started.until(lambda: request.told)
     assert isinstance(request.error, ValueError)
     assert started.semaphore.releases == 1
@@ -329,7 +351,7 @@ def test_an_outcome_that_comes_twice_counts_once(started: Bench) -> None:
     (request,) = started.submit("a")
     started.process.finish("a")
     started.process.finish("a")
-    started.process.say("done", 999, (0, "nobody's", 0.1))
+    started.process.say(Done(999, (0, "nobody's", 0.1)))
     started.until(lambda: request.told)
     started.settle()
     assert request.kinds == ["success"]
@@ -366,7 +388,7 @@ def test_a_job_that_waited_for_redis_in_vain_goes_back_and_its_start_is_taken_of
     started.ledger.histories["a", 0] = History(1, 1)
     (request,) = started.submit("a")
     started.process.accept("a")
-    started.process.say("away", started.process.serial("a"))
+    started.process.say(Away(started.process.serial("a")))
     started.until(lambda: "failure" in request.kinds)
     assert isinstance(request.error, Reject)
     assert request.error.requeue is True
@@ -406,7 +428,7 @@ def test_a_job_that_its_task_gives_back_again_and_again_ends(started: Bench) -> 
         (request,) = started.submit("a", redelivered=deaths > 0)
         started.process.accept("a")
         info = exception_info(Reject("its links cannot be sent", requeue=True))
-        started.process.say("raised", started.process.serial("a"), info)
+        started.process.say(Raised(started.process.serial("a"), info))
         started.until(lambda told=request.told: told[-1:] and told[-1][0] == "failure")
         assert isinstance(request.error, Internal if ends else Reject)
 
@@ -414,7 +436,7 @@ def test_a_job_that_its_task_gives_back_again_and_again_ends(started: Bench) -> 
 def test_a_defect_outside_of_celerys_tracer_is_told_as_internal(started: Bench) -> None:
     (request,) = started.submit("a")
     started.process.accept("a")
-    started.process.say("broken", started.process.serial("a"), "SystemExit in the worker.")
+    started.process.say(Broken(started.process.serial("a"), "SystemExit in the worker."))
     started.until(lambda: "failure" in request.kinds)
     assert isinstance(request.error, Internal)
     assert str(request.error) == "SystemExit in the worker."
@@ -424,7 +446,7 @@ def test_a_defect_in_a_cold_shutdown_sends_its_job_back(started: Bench, monkeypa
     monkeypatch.setattr(worker_state, "should_terminate", True)
     (request,) = started.submit("a")
     started.process.accept("a")
-    started.process.say("broken", started.process.serial("a"), "SystemExit in the worker.")
+    started.process.say(Broken(started.process.serial("a"), "SystemExit in the worker."))
     started.until(lambda: "failure" in request.kinds)
     assert isinstance(request.error, Reject)
     assert request.error.requeue
@@ -447,7 +469,7 @@ def test_a_pool_wants_no_jobs_until_its_next_process_is_ready(started: Bench) ->
     started.process.die()
     started.until(lambda: len(started.processes) == 2)
     assert not started.pool.wants_jobs
-    started.process.say("ready")
+    started.process.say(Ready())
     started.until(lambda: started.pool.wants_jobs)
 
 
@@ -464,7 +486,7 @@ def test_a_pool_wants_no_jobs_while_suspects_run(started: Bench) -> None:
 def test_a_pool_wants_no_jobs_while_its_process_is_silent(started: Bench) -> None:
     started.process.last_sign -= 0.11 * HANG_S
     assert not started.pool.wants_jobs
-    started.process.say("beat", {}, (THREADS, THREADS, 0.0, 0.0))
+    started.process.say(Heartbeat({}, THREADS, THREADS, 0.0, 0.0))
     started.until(lambda: started.pool.wants_jobs)
 
 
@@ -478,15 +500,15 @@ def hoarding(started: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return started
 
 
-def asked(bench: Bench) -> list[Message]:
-    return [message for message in bench.process.heard if message[0] == "give_back"]
+def asked(bench: Bench) -> list[GiveBack]:
+    return [message for message in bench.process.heard if isinstance(message, GiveBack)]
 
 
 def test_a_pool_tells_its_load(started: Bench) -> None:
     slots = Settings().max_batch_size
     started.submit("a", "b")
     assert started.pool.load.unbegun == 2 - slots
-    started.process.say("beat", {}, (1, 1.0, 2.5, 2.0))
+    started.process.say(Heartbeat({}, 1, 1.0, 2.5, 2.0))
     started.until(lambda: started.pool.load == Load(1.0, 2.5, 1, closed_s=2.0))
 
 
@@ -502,7 +524,7 @@ def test_a_pool_whose_model_loads_begins_nothing(started: Bench) -> None:
 
 def test_a_full_pool_whose_places_wait_for_images_takes_nothing(started: Bench) -> None:
     started.submit(*map(str, range(THREADS)))
-    started.process.say("beat", {}, (2 * THREADS, 1.0, 1.0, 0.0))
+    started.process.say(Heartbeat({}, 2 * THREADS, 1.0, 1.0, 0.0))
     started.until(lambda: not started.pool.load.is_open)
 
 
@@ -516,12 +538,12 @@ def test_jobs_that_have_not_begun_go_back_together_the_latest_first(hoarding: Be
     requests = hoarding.submit("a", "b", "c", queue="idefics")
     serials = [hoarding.process.serial(id) for id in "abc"]
     hoarding.pool.give_back("idefics", 2)
-    assert asked(hoarding) == [("give_back", 2, serials)]
-    hoarding.process.say("withdrawn", serials[1:])
-    hoarding.process.say("returned", serials[1])
+    assert asked(hoarding) == [GiveBack(2, serials)]
+    hoarding.process.say(Withdrawn(serials[1:]))
+    hoarding.process.say(Returned(serials[1]))
     hoarding.settle()
     assert not any(request.told for request in requests)
-    hoarding.process.say("returned", serials[2])
+    hoarding.process.say(Returned(serials[2]))
     hoarding.until(lambda: requests[1].told and requests[2].told)
     assert requests[2].told[0][1] < requests[1].told[0][1]
     assert hoarding.semaphore.releases == 2
@@ -532,10 +554,10 @@ def test_jobs_that_have_not_begun_go_back_together_the_latest_first(hoarding: Be
 
 def test_jobs_that_return_do_not_wait_for_ever_for_the_others(hoarding: Bench) -> None:
     a, b = hoarding.submit("a", "b", queue="idefics")
-    hoarding.process.say("withdrawn", [hoarding.process.serial(id) for id in "ab"])
-    hoarding.process.say("returned", hoarding.process.serial("a"))
+    hoarding.process.say(Withdrawn([hoarding.process.serial(id) for id in "ab"]))
+    hoarding.process.say(Returned(hoarding.process.serial("a")))
     hoarding.until(lambda: a.told)
-    hoarding.process.say("returned", hoarding.process.serial("b"))
+    hoarding.process.say(Returned(hoarding.process.serial("b")))
     hoarding.until(lambda: b.told)
     assert (a.kinds, b.kinds) == (["given back"], ["given back"])
 
@@ -549,9 +571,9 @@ def test_jobs_of_another_queue_and_young_ones_stay(started: Bench) -> None:
 
 def test_a_job_that_is_canceled_on_its_way_back_is_revoked(hoarding: Bench) -> None:
     (request,) = hoarding.submit("a", queue="idefics")
-    hoarding.process.say("withdrawn", [hoarding.process.serial("a")])
+    hoarding.process.say(Withdrawn([hoarding.process.serial("a")]))
     request.job.terminate()
-    hoarding.process.say("returned", hoarding.process.serial("a"))
+    hoarding.process.say(Returned(hoarding.process.serial("a")))
     hoarding.until(lambda: request.told)
     assert isinstance(request.error, Terminated)
 
@@ -565,14 +587,14 @@ def test_jobs_that_wait_for_a_new_process_go_back_and_its_suspects_stay(hoarding
     hoarding.pool.give_back("idefics", 9)
     assert innocent.kinds == ["given back"]
     assert suspect.told == []
-    hoarding.process.say("ready")
+    hoarding.process.say(Ready())
     hoarding.until(lambda: hoarding.process.ran == ["suspect"])
 
 
 def test_a_death_while_jobs_return_loses_none(hoarding: Bench) -> None:
     hoarding.submit("a", "b", queue="idefics")
-    hoarding.process.say("withdrawn", [hoarding.process.serial(id) for id in "ab"])
-    hoarding.process.say("returned", hoarding.process.serial("a"))
+    hoarding.process.say(Withdrawn([hoarding.process.serial(id) for id in "ab"]))
+    hoarding.process.say(Returned(hoarding.process.serial("a")))
     hoarding.until(lambda: hoarding.pool._returns.returned)
     hoarding.die_and_restart()
     hoarding.until(lambda: hoarding.process.ran)
@@ -584,8 +606,8 @@ def test_a_job_that_goes_back_was_not_started_in_vain(hoarding: Bench) -> None:
     hoarding.ledger.histories["a", 0] = History(1, 1)
     hoarding.submit("a", queue="idefics", redelivered=True)
     assert hoarding.ledger.counts == {("a", 0): 1}
-    hoarding.process.say("withdrawn", [hoarding.process.serial("a")])
-    hoarding.process.say("returned", hoarding.process.serial("a"))
+    hoarding.process.say(Withdrawn([hoarding.process.serial("a")]))
+    hoarding.process.say(Returned(hoarding.process.serial("a")))
     hoarding.until(lambda: hoarding.semaphore.releases == 1)
     assert hoarding.ledger.counts == {("a", 0): 0}
 
@@ -623,7 +645,7 @@ def test_a_job_that_came_back_and_waits_for_the_model_is_not_marked(bench: Bench
     bench.until(lambda: len(bench.processes) == 2)
     bench.submit("waits", redelivered=True)
     assert not bench.ledger.counts
-    bench.process.say("ready")
+    bench.process.say(Ready())
     bench.until(lambda: bench.process.ran)
     assert bench.ledger.counts == {("waits", 0): 1}
 
@@ -780,7 +802,7 @@ def test_a_warm_shutdown_waits_for_what_runs_and_then_ends_the_process(started: 
     process.finish("a")
     started.pool.stop()
     assert request.kinds == ["success"]
-    assert process.heard[-1] == ("stop",)
+    assert process.heard[-1] == Stop()
     assert started.semaphore.releases == 0
 
 
@@ -838,9 +860,9 @@ def test_a_running_job_is_canceled_in_its_process(started: Bench) -> None:
     started.process.accept("a")
     started.until(lambda: canceled.told)
     canceled.job.terminate()  # type: ignore[union-attr]
-    assert started.process.heard[-1] == ("cancel", started.process.serial("a"))
+    assert started.process.heard[-1] == Cancel(started.process.serial("a"))
     assert canceled.kinds == ["accepted"]
-    started.process.say("canceled", started.process.serial("a"), {"text": "so far"})
+    started.process.say(Canceled(started.process.serial("a"), {"text": "so far"}))
     started.until(lambda: len(canceled.told) == 2)
     assert isinstance(canceled.error, Terminated)
     assert canceled.job.partial == {"text": "so far"}  # type: ignore[union-attr]
@@ -856,7 +878,7 @@ def test_a_job_that_waits_for_a_process_is_canceled_at_once_and_never_sent(start
     request.job.terminate()  # type: ignore[union-attr]
     assert isinstance(request.error, Terminated)
     assert started.semaphore.releases == 1
-    started.process.say("ready")
+    started.process.say(Ready())
     started.settle()
     assert started.process.ran == []
 
@@ -901,7 +923,7 @@ def test_a_job_that_runs_again_is_marked_as_redelivered(started: Bench) -> None:
     started.submit("a")
     started.die_and_restart()
     started.until(lambda: started.process.ran)
-    assert started.process.heard[0][2][2]["delivery_info"] == {"redelivered": True}
+    assert started.process.heard[0].arguments[2]["delivery_info"] == {"redelivered": True}
 
 
 def test_what_a_process_said_before_it_died_counts(started: Bench) -> None:
@@ -1008,7 +1030,7 @@ def test_a_job_over_a_limit_of_its_own_fails_alone_and_the_process_stays(started
     process.accept("slow", at=time.monotonic() - 31)
     started.until(lambda: "failure" in slow.kinds)
     assert isinstance(slow.error, DeadlineExceeded)
-    assert ("abandon", process.serial("slow")) in process.heard
+    assert Abandon(process.serial("slow")) in process.heard
     # What its thread says later is of no interest.
     for id in ("slow", "b"):
         process.finish(id)
@@ -1069,7 +1091,7 @@ def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(sta
 def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     process = started.process
     process.last_sign -= HANG_S - 0.01
-    process.say("beat", {}, (THREADS, THREADS, 0.0, 0.0))
+    process.say(Heartbeat({}, THREADS, THREADS, 0.0, 0.0))
     started.settle()
     assert not process.is_killed
 
@@ -1250,7 +1272,7 @@ def test_a_worker_is_unhealthy_from_its_process_death_until_the_next_is_ready(st
     started.scripts = [loading]
     started.process.die()
     started.until(lambda: health() == "UNHEALTHY")
-    started.process.say("ready")
+    started.process.say(Ready())
     started.until(lambda: health() == "READY")
 
 
@@ -1258,7 +1280,7 @@ def test_a_worker_is_unhealthy_long_before_its_silent_process_is_replaced(starte
     started.process.last_sign -= 0.11 * HANG_S
     started.until(lambda: health() == "UNHEALTHY")
     assert not started.process.is_killed
-    started.process.say("beat", {}, (THREADS, THREADS, 0.0, 0.0))
+    started.process.say(Heartbeat({}, THREADS, THREADS, 0.0, 0.0))
     started.until(lambda: health() == "READY")
 
 
@@ -1330,7 +1352,7 @@ def test_a_job_that_waited_and_cannot_be_sent_takes_no_other_along(
     bench.process.die()
     bench.until(lambda: len(bench.processes) == 2)
     requests = bench.submit("a", "deep-1", "b", "deep-2", "c")
-    bench.process.say("ready")
+    bench.process.say(Ready())
     bench.until(lambda: len(bench.process.ran) == 3)
     assert bench.process.ran == ["a", "b", "c"]
     assert [request.kinds for request in requests] == [[], ["failure"], [], ["failure"], []]

@@ -12,7 +12,29 @@ from typing import Any
 
 import pytest
 
-from worker.pool.wire import BlockingChannel, Channel, Message
+from worker.pool.job import exception_info
+from worker.pool.wire import (
+    Abandon,
+    Away,
+    BlockingChannel,
+    Broken,
+    Cancel,
+    Canceled,
+    CannotServe,
+    Channel,
+    Done,
+    GiveBack,
+    Heartbeat,
+    Message,
+    Raised,
+    Ready,
+    Returned,
+    Run,
+    Started,
+    Stop,
+    Waited,
+    Withdrawn,
+)
 
 SOON = 5.0
 #: More than any socket's buffer.
@@ -52,9 +74,23 @@ def framed(message: Message) -> bytes:
 @pytest.mark.parametrize(
     "message",
     [
-        ("ready",),
-        ("run", 7, ("idefics.caption", "id", {"retries": None}, b"body")),
-        ("done", 2**40, (0, {"a": 1}, 0.5)),
+        Run(7, ("idefics.caption", "id", {"retries": None}, b"body")),
+        Cancel(7),
+        Abandon(7),
+        GiveBack(2, [7, 8]),
+        Stop(),
+        Ready(),
+        CannotServe("There is no such model."),
+        Heartbeat({"batches": 1}, 8, 8.0, 0.5, 0.0),
+        Started(7, 12.5),
+        Waited(7, 0.5),
+        Done(2**40, (0, {"a": 1}, 0.5)),
+        Broken(7, "SystemExit in the worker."),
+        Away(7),
+        Canceled(7),
+        Canceled(7, {"text": "so far"}),
+        Withdrawn([7, 8]),
+        Returned(7),
     ],
 )
 def test_a_message_arrives_as_it_was_sent(ends: tuple[socket.socket, socket.socket], message: Message) -> None:
@@ -65,24 +101,25 @@ def test_a_message_arrives_as_it_was_sent(ends: tuple[socket.socket, socket.sock
 
 def test_an_exception_arrives_with_its_class_and_arguments(ends: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = map(Channel, ends)
-    ours.send(("raised", 1, ValueError("boom")))
-    [(_, _, error)], _ = theirs.receive()
+    ours.send(Raised(1, exception_info(ValueError("boom"))))
+    [message], _ = theirs.receive()
+    error = message.exception.exception
     assert (type(error), error.args) == (ValueError, ("boom",))
 
 
 def test_messages_arrive_in_order_however_many_come_at_once(ends: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = map(Channel, ends)
     for number in range(100):
-        ours.send(("accepted", number))
-    assert theirs.receive() == ([("accepted", number) for number in range(100)], False)
+        ours.send(Cancel(number))
+    assert theirs.receive() == ([Cancel(number) for number in range(100)], False)
 
 
 def test_both_ends_send_at_the_same_time(ends: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = map(Channel, ends)
-    ours.send(("run", 1))
-    theirs.send(("done", 2))
-    assert ours.receive()[0] == [("done", 2)]
-    assert theirs.receive()[0] == [("run", 1)]
+    ours.send(Run(0, (1,)))
+    theirs.send(Done(2, ()))
+    assert ours.receive()[0] == [Done(2, ())]
+    assert theirs.receive()[0] == [Run(0, (1,))]
 
 
 def test_nothing_has_arrived_and_nobody_waits(ends: tuple[socket.socket, socket.socket]) -> None:
@@ -93,18 +130,18 @@ def test_nothing_has_arrived_and_nobody_waits(ends: tuple[socket.socket, socket.
 
 
 def test_a_message_in_single_bytes_arrives_once_it_is_whole(ends: tuple[socket.socket, socket.socket]) -> None:
-    channel, frame = Channel(ends[0]), framed(("done", 1))
+    channel, frame = Channel(ends[0]), framed(Done(1, ()))
     for byte in frame[:-1]:
         ends[1].send(bytes([byte]))
         assert channel.receive() == ([], False)
     ends[1].send(frame[-1:])
-    assert channel.receive() == ([("done", 1)], False)
+    assert channel.receive() == ([Done(1, ())], False)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_messages_cut_anywhere_arrive_whole(ends: tuple[socket.socket, socket.socket], seed: int) -> None:
     dice = random.Random(seed)
-    messages = [("done", number, "x" * dice.randrange(200)) for number in range(20)]
+    messages = [Done(number, ("x" * dice.randrange(200),)) for number in range(20)]
     stream, arrived, channel = b"".join(map(framed, messages)), [], Channel(ends[0])
     while stream:
         size = dice.randrange(1, 300)
@@ -115,7 +152,7 @@ def test_messages_cut_anywhere_arrive_whole(ends: tuple[socket.socket, socket.so
 
 
 def test_a_frame_is_its_length_and_a_pickle() -> None:
-    frame = framed(("ready",))
+    frame = framed(Ready())
     assert struct.unpack("!I", frame[:4])[0] == len(frame) - 4
 
 
@@ -126,20 +163,20 @@ def test_a_message_that_the_socket_does_not_take_waits_without_blocking(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     channel = Channel(ends[0])
-    channel.send(("run", BIG))
+    channel.send(Run(0, (BIG,)))
     assert channel.has_unsent
 
 
 def test_a_big_message_arrives_bit_by_bit(ends: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = map(Channel, ends)
-    ours.send(("run", BIG))
-    ours.send(("run", "next"))
+    ours.send(Run(0, (BIG,)))
+    ours.send(Run(0, ("next",)))
     messages: list[Message] = []
     end = time.monotonic() + SOON
     while len(messages) < 2 and time.monotonic() < end:
         ours.flush()
         messages += theirs.receive()[0]
-    assert messages == [("run", BIG), ("run", "next")]
+    assert messages == [Run(0, (BIG,)), Run(0, ("next",))]
     assert not ours.has_unsent
 
 
@@ -148,14 +185,14 @@ def test_a_big_message_arrives_bit_by_bit(ends: tuple[socket.socket, socket.sock
 
 def test_a_closed_peer_is_noticed_after_its_last_words(ends: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = map(Channel, ends)
-    theirs.send(("done", 1))
+    theirs.send(Done(1, ()))
     theirs.close()
-    assert ours.receive() == ([("done", 1)], True)
+    assert ours.receive() == ([Done(1, ())], True)
     assert ours.receive() == ([], True)
 
 
 def test_half_a_message_of_a_closed_peer_is_none(ends: tuple[socket.socket, socket.socket]) -> None:
-    ends[1].send(framed(("done", 1))[:-1])
+    ends[1].send(framed(Done(1, ()))[:-1])
     ends[1].close()
     assert Channel(ends[0]).receive() == ([], True)
 
@@ -163,8 +200,8 @@ def test_half_a_message_of_a_closed_peer_is_none(ends: tuple[socket.socket, sock
 def test_sending_to_a_closed_peer_is_not_an_error(ends: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = map(Channel, ends)
     theirs.close()
-    ours.send(("stop",))
-    ours.send(("run", BIG))
+    ours.send(Stop())
+    ours.send(Run(0, (BIG,)))
     assert not ours.has_unsent, "else the event loop would try for ever"
 
 
@@ -180,22 +217,22 @@ def read_all(channel: BlockingChannel, into: list[Any]) -> threading.Thread:
 def test_the_blocking_end_reads_until_its_parent_is_gone(ends: tuple[socket.socket, socket.socket]) -> None:
     parent, messages = Channel(ends[0]), []
     reader = read_all(BlockingChannel(ends[1]), messages)
-    parent.send(("run", 1))
-    parent.send(("cancel", 1))
+    parent.send(Run(0, (1,)))
+    parent.send(Cancel(1))
     parent.close()
     reader.join(SOON)
-    assert messages == [("run", 1), ("cancel", 1)]
+    assert messages == [Run(0, (1,)), Cancel(1)]
 
 
 def test_the_blocking_end_reads_a_big_message(ends: tuple[socket.socket, socket.socket]) -> None:
     parent, messages = Channel(ends[0]), []
     reader = read_all(BlockingChannel(ends[1]), messages)
-    parent.send(("run", BIG))
+    parent.send(Run(0, (BIG,)))
     while parent.has_unsent:
         parent.flush()
     parent.close()
     reader.join(SOON)
-    assert messages == [("run", BIG)]
+    assert messages == [Run(0, (BIG,))]
 
 
 def test_many_threads_write_whole_messages(ends: tuple[socket.socket, socket.socket]) -> None:
@@ -203,7 +240,7 @@ def test_many_threads_write_whole_messages(ends: tuple[socket.socket, socket.soc
 
     def write(thread: int) -> None:
         for number in range(20):
-            child.send(("done", thread, number, "x" * 20_000))
+            child.send(Done(thread, (number, "x" * 20_000)))
 
     threads = [threading.Thread(target=write, args=(thread,), daemon=True) for thread in range(8)]
     for thread in threads:
@@ -211,4 +248,4 @@ def test_many_threads_write_whole_messages(ends: tuple[socket.socket, socket.soc
     messages = received(parent, 160)
     assert len(messages) == 160
     for thread in range(8):
-        assert [number for _, of, number, _ in messages if of == thread] == list(range(20))
+        assert [message.outcome[0] for message in messages if message.serial == thread] == list(range(20))

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from worker.pool.wire import Channel, Message
+from worker.pool.wire import Channel, FromModelProcess
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ class ModelProcess:
     def pid(self) -> int:
         return self._popen.pid
 
-    def receive(self) -> tuple[list[Message], bool]:
+    def receive(self) -> tuple[list[FromModelProcess], bool]:
         """Messages that have arrived, and whether the process is gone."""
         return self.channel.receive()
 

@@ -9,8 +9,8 @@ import select
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, TypeVar, assert_never
 
 from billiard.exceptions import Terminated
 from celery import bootsteps
@@ -33,7 +33,27 @@ from worker.pool import quarantine
 from worker.pool.job import Callback, Callbacks, Job, JobState, is_redelivered, sendable
 from worker.pool.launch import ModelProcess
 from worker.pool.signals import DeferredSignals
-from worker.pool.wire import Message
+from worker.pool.wire import (
+    Abandon,
+    Away,
+    Broken,
+    Cancel,
+    Canceled,
+    CannotServe,
+    Done,
+    FromModelProcess,
+    GiveBack,
+    Heartbeat,
+    Raised,
+    Ready,
+    Returned,
+    Run,
+    Started,
+    Stop,
+    ToModelProcess,
+    Waited,
+    Withdrawn,
+)
 from worker.queue.load import Load
 from worker.queue.pending_acks import has_pending_acks
 from worker.queue.redeliveries import RedeliveryCounter
@@ -136,7 +156,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._signals = DeferredSignals()
         self._is_writing = False
         #: The model's counters, as its process last told them.
-        self._figures: dict[str, int] = {}
+        self._figures: Mapping[str, int] = {}
         #: As its process last told: jobs that could be under way, those that it runs at once, seconds that each takes,
         #: seconds that none may join those that run.
         self._capacity = self._settings.max_batch_size
@@ -272,7 +292,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             self._returns.returned.update(waiting)
             self._hand_back(now)
         elif jobs and self._is_ready:
-            self._send(("give_back", most, [job.serial for job in jobs]))
+            self._send(GiveBack(most, [job.serial for job in jobs]))
 
     def _may_go(self, job: Job, queue: str, now: float) -> bool:
         return job.queue == queue and not job.is_suspect and not job.canceled and now - job.taken_at > KEPT_S
@@ -361,7 +381,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             self._finish(job, lambda: job.fail(Terminated("canceled")))
             self._dispatch()
         elif self._process is not None:
-            self._send(("cancel", job.serial))
+            self._send(Cancel(job.serial))
 
     def _dispatch(self) -> None:
         """Send what may run now: everything, or after a death one group of suspects after the other."""
@@ -395,7 +415,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def _start(self, job: Job) -> None:
         try:
-            self._send(("run", job.serial, sendable(job.trace_arguments)))
+            self._send(Run(job.serial, sendable(job.trace_arguments)))
             job.state = JobState.SENT
         except Exception as defect:
             # Of this job: its neighbours are to run.
@@ -490,7 +510,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         error = DeadlineExceeded(f"The job ran for more than its limit of {job.hard_limit} s and was ended.")
         self._finish(job, functools.partial(job.fail, error))
         self._overstaying[job.serial] = job.accepted_at or 0.0
-        self._send(("abandon", job.serial))
+        self._send(Abandon(job.serial))
         self._dispatch()
 
     def _catch_up(self, now: float) -> None:
@@ -535,7 +555,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             self._hub.remove(self._process.write_fd)
         self._is_writing = False
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: ToModelProcess) -> None:
         assert self._process is not None
         self._process.channel.send(message)
         if self._hub is not None and self._process.channel.has_unsent and not self._is_writing:
@@ -556,14 +576,43 @@ class InferencePool(BasePool):  # type: ignore[misc]
         if self._process is None:
             return
         messages, closed = self._process.receive()
-        for kind, *content in messages:
-            getattr(self, f"_on_{kind}")(*content)
+        for message in messages:
+            self._hear(message)
         if closed:
             self._on_death()
 
+    @_guarded
+    def _hear(self, message: FromModelProcess) -> None:
+        match message:
+            case Started(serial, at):
+                self._on_started(serial, at)
+            case Done(serial, outcome):
+                self._on_done(serial, outcome)
+            case Heartbeat():
+                self._on_heartbeat(message)
+            case Raised(serial, info):
+                self._on_raised(serial, info)
+            case Waited(serial, seconds):
+                self._on_waited(serial, seconds)
+            case Away(serial):
+                self._on_away(serial)
+            case Broken(serial, reason):
+                self._on_broken(serial, reason)
+            case Canceled(serial, partial):
+                self._on_canceled(serial, partial)
+            case Withdrawn(serials):
+                self._returns.begin(serials, time.monotonic())
+            case Returned(serial):
+                self._on_returned(serial)
+            case Ready():
+                self._on_ready()
+            case CannotServe(reason):
+                self._on_cannot_serve(reason)
+            case _:
+                assert_never(message)
+
     # What the model process says
 
-    @_guarded
     def _on_ready(self) -> None:
         assert self._process is not None
         self._process.is_ready = True
@@ -575,24 +624,18 @@ class InferencePool(BasePool):  # type: ignore[misc]
         logger.info("The model is ready after %.1f s (process %d).", seconds, self._process.pid)
         self._dispatch()
 
-    def _on_setup_failed(self, message: str) -> None:
-        """Loading again would fail again."""
-        logger.critical("The model cannot be served: %s The worker stops.", message)
-        self._give_up(message)
+    def _on_cannot_serve(self, reason: str) -> None:
+        logger.critical("The model cannot be served: %s The worker stops.", reason)
+        self._give_up(reason)
 
-    def _on_beat(self, figures: dict[str, int], pace: tuple[int, float, float, float]) -> None:
-        """A sign of life of the engine's. What job threads say is none: they go on beside an engine that is stuck."""
+    def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Only the engine's counts: job threads go on beside an engine that is stuck."""
         assert self._process is not None
         self._process.last_sign = time.monotonic()
-        self._figures = figures
-        self._capacity, self._width, self._job_s, self._closed_s = pace
+        self._figures = heartbeat.metrics
+        self._capacity, self._width = heartbeat.capacity, heartbeat.width
+        self._job_s, self._closed_s = heartbeat.job_s, heartbeat.closed_s
 
-    @_guarded
-    def _on_withdrawn(self, serials: list[int]) -> None:
-        """Jobs that have not begun and will return."""
-        self._returns.begin(serials, time.monotonic())
-
-    @_guarded
     def _on_returned(self, serial: int) -> None:
         job = self._jobs.get(serial)
         if job is None or job.canceled:
@@ -601,18 +644,15 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._returns.returned.add(serial)
         self._hand_back(time.monotonic())
 
-    @_guarded
-    def _on_accepted(self, serial: int, at: float) -> None:
+    def _on_started(self, serial: int, at: float) -> None:
         job = self._jobs.get(serial)
         if job is not None and self._process is not None:
             job.accept(self._process.pid, at)
 
-    @_guarded
     def _on_done(self, serial: int, outcome: tuple[Any, ...]) -> None:
         """The task ran: its result, failure or retry is stored; Celery acknowledges."""
         self._end_job(serial, lambda job: job.callbacks.success(outcome))
 
-    @_guarded
     def _on_raised(self, serial: int, info: Any) -> None:
         """The task ended outside of what Celery's tracer stores: a rejection."""
         rejection = getattr(info.exception, "exc", info.exception)
@@ -625,13 +665,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
         self._end_job(serial, report)
 
-    @_guarded
     def _on_waited(self, serial: int, seconds: float) -> None:
         job = self._jobs.get(serial)
         if job is not None:
             job.waited_s += seconds
 
-    @_guarded
     def _on_away(self, serial: int) -> None:
         """Redis is away for longer than a job waits. That is no fault of the job's."""
         job = self._jobs.get(serial)
@@ -639,14 +677,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
             self.deliveries.unmark_started([(job.key, job.returns)])
         self._end_job(serial, lambda job: job.fail(Reject("Redis is away", requeue=True)))
 
-    @_guarded
     def _on_broken(self, serial: int, message: str) -> None:
         """The task ended outside of Celery's tracer by a defect."""
         # In a cold shutdown Celery would acknowledge a failure and not store it.
         error = Reject(message, requeue=True) if worker_state.should_terminate else Internal(message)
         self._end_job(serial, lambda job: job.fail(error))
 
-    @_guarded
     def _on_canceled(self, serial: int, partial: dict[str, Any] | None) -> None:
         def report(job: Job) -> None:
             job.partial = partial
@@ -723,7 +759,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             return None
         self._unwatch()
         if self._process.is_ready and grace_s:
-            self._process.channel.send(("stop",))
+            self._process.channel.send(Stop())
         status = self._process.end(grace_s)
         self._process.close()
         self._process = None
