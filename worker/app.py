@@ -34,8 +34,7 @@ from worker.jobs.runs import Canceled, JobContext
 from worker.jobs.service import Service
 from worker.observability import log_setup
 from worker.observability.redaction import without_values
-from worker.pool import SoftShutdown, refuse_other_pools
-from worker.pool.signals import PoolExitInTime
+from worker.pool import PoolExitInTime, SoftShutdown, refuse_other_pools
 from worker.queue.announced_options import AnnouncedOptions
 from worker.queue.balance import Balance
 from worker.queue.cancellation import Cancellations
@@ -100,7 +99,7 @@ class JobCanceled(Ignore):  # type: ignore[misc]
     def __init__(self, partial: Result | None = None) -> None:
         # Not among the arguments: those are logged.
         super().__init__()
-        self.partial = partial and partial.model_dump(mode="json")
+        self.partial = partial.model_dump(mode="json") if partial else None
 
 
 class JobReturned(Ignore):  # type: ignore[misc]

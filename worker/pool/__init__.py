@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from worker.pool.pool import InferencePool, SoftShutdown, refuse_other_pools
+from worker.pool.bootsteps import PoolExitInTime, SoftShutdown, refuse_other_pools
+from worker.pool.pool import InferencePool
 
-__all__ = ["InferencePool", "SoftShutdown", "refuse_other_pools"]
+__all__ = ["InferencePool", "PoolExitInTime", "SoftShutdown", "refuse_other_pools"]

@@ -29,7 +29,7 @@ class ModelProcess:
             )
         self.channel = Channel(ours)
         self.is_ready = False
-        self.started_at = self.last_sign = time.monotonic()
+        self.started_at = self.last_heartbeat = time.monotonic()
         # epoll takes a descriptor once: reading and writing are watched on two.
         self.write_fd = os.dup(ours.fileno())
 

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from worker.runtime.exit_watchdog import ExitInTime, Held
-
 SIGNALS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 
 
@@ -55,14 +53,3 @@ class DeferredSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(BlockingIOError):
             os.write(self._write_fd, bytes([number]))
-
-
-class PoolExitInTime(ExitInTime):
-    """The exit watchdog of a worker with our pool."""
-
-    def held(self, worker: Any) -> Held:
-        held: Held = worker.pool.held()
-        return held
-
-    def abandon(self, worker: Any) -> None:
-        worker.pool.abandon()

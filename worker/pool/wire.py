@@ -162,8 +162,9 @@ class Returned:
 
 
 ToModelProcess = Run | Cancel | Abandon | GiveBack | Stop
-#: How a job ended.
-Outcome = Done | Raised | Broken | Away | Canceled | Returned
+JobEnd = Done | Raised | Broken | Away | Canceled
+#: What a job's thread says last.
+Outcome = JobEnd | Returned
 #: What the parent is told of jobs.
 JobMessage = Started | Waited | Withdrawn | Outcome
 FromModelProcess = Ready | CannotServe | Heartbeat | JobMessage

@@ -1,0 +1,198 @@
+"""A job's way through the pool: admitted, sent, started, ended; canceled, or run again after a death."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from billiard.exceptions import Terminated
+
+from tasks.errors import Internal, WorkerLost
+from worker.pool.dispatcher import Dispatcher
+from worker.pool.guarded import guarded
+from worker.pool.job import Callbacks, Job, JobState, is_redelivered, sendable
+from worker.pool.load_sharing import LoadSharing
+from worker.pool.outcomes import Outcomes
+from worker.pool.supervisor import Supervisor
+from worker.pool.time_limits import TimeLimits
+from worker.pool.wire import Cancel, Canceled, Heartbeat, JobEnd, JobMessage, Returned, Run, Started, Waited, Withdrawn
+from worker.queue.redeliveries import RedeliveryCounter
+
+logger = logging.getLogger(__name__)
+
+
+class JobLifecycle:
+    """Does with jobs what Celery asks for, what the model process says, and what the dispatcher decides."""
+
+    def __init__(
+        self,
+        jobs: Dispatcher,
+        outcomes: Outcomes,
+        process: Supervisor,
+        limits: TimeLimits,
+        sharing: LoadSharing,
+        deliveries: RedeliveryCounter,
+        free_place: Callable[[], None],
+    ) -> None:
+        """`free_place`: lets the next job into the pool."""
+        self._jobs = jobs
+        self._outcomes = outcomes
+        self._process = process
+        self._limits = limits
+        self._sharing = sharing
+        self._deliveries = deliveries
+        self._free_place = free_place
+
+    # What Celery asks for
+
+    def admit(self, job: Job) -> Job:
+        """Take a job, and send it if it may run. Answers with the one that stands for it."""
+        running = self._jobs.same_as(job)
+        if running is not None:
+            self._adopt(running, job.callbacks)
+            return running
+        self._jobs.add(job)
+        try:
+            if is_redelivered(job.trace_arguments):
+                self._weigh_history(job)
+            self.dispatch()
+        except BaseException:
+            # It was not admitted: the caller gives its place to another.
+            self._jobs.remove(job)
+            raise
+        return job
+
+    def _adopt(self, running: Job, callbacks: Callbacks) -> None:
+        """The broker delivered a message again whose job still runs here: one run answers both."""
+        older, newer = running.callbacks.request, callbacks.request
+        running.callbacks = callbacks
+        if older is not None and newer is not None and older.message.delivery_tag != newer.message.delivery_tag:
+            # The newer message stands for both; the older one would count as prefetched for ever. (Kombu's own
+            # transport may deliver one again under its tag.)
+            older.acknowledge()
+        if running.accepted_at is not None and self._process.pid is not None:
+            callbacks.accept(self._process.pid, running.accepted_at)
+        self._free_place()
+
+    @guarded
+    def _weigh_history(self, job: Job) -> None:
+        """A worker that had this job may have died of it: then it runs alone, or not any more."""
+        history = self._deliveries.history(job.key)
+        job.returns, job.is_uncounted = history.returns, history.returns > 0
+        job.is_suspect = self._deliveries.is_suspect(history.deaths)
+        if self._deliveries.is_lost(history.deaths):
+            why = f"{history.deaths} workers died with this job: look at their logs for the reason."
+            self._outcomes.fail(job, WorkerLost(why))
+        elif job.is_suspect:
+            self._jobs.quarantine(job)
+
+    @guarded
+    def cancel(self, job: Job) -> None:
+        """End all jobs under the id of this one, which their producer took back."""
+        for each in self._jobs.with_id(job.id):
+            self._cancel_one(each)
+
+    def _cancel_one(self, job: Job) -> None:
+        job.canceled = True
+        if job.state is JobState.WAITING:
+            self._outcomes.fail(job, Terminated("canceled"))
+            self.dispatch()
+        elif self._process.pid is not None:
+            self._process.send(Cancel(job.serial))
+
+    # What the dispatcher decides
+
+    def dispatch(self) -> None:
+        """Send the jobs that may run now."""
+        if not self._process.is_ready:
+            return
+        jobs = self._jobs.next_jobs()
+        self._deliveries.mark_started([(job.key, job.returns) for job in jobs if job.is_uncounted])
+        for job in jobs:
+            # One that cannot be sent ends, and lets others in that are sent at once.
+            if self._jobs.may_send(job):
+                job.is_uncounted = False
+                self._send(job)
+
+    def _send(self, job: Job) -> None:
+        try:
+            self._process.send(Run(job.serial, sendable(job.trace_arguments)))
+            job.state = JobState.SENT
+        except Exception as defect:
+            # Of this job: its neighbours are to run.
+            logger.exception("A defect: job %s cannot be sent to the model process.", ascii(job.id))
+            error = Internal(f"{type(defect).__name__} in the worker: its log has the traceback.")
+            self._outcomes.fail(job, error)
+
+    def enforce_limits(self, now: float) -> bool:
+        """End what runs for too long; whether the process was killed for it."""
+        is_stuck = self._limits.enforce(now)
+        if not is_stuck:
+            # What waited for the end of another job under its id.
+            self.dispatch()
+        return is_stuck
+
+    # What the model process says
+
+    def process_started(self) -> None:
+        self._sharing.process_started()
+        self.dispatch()
+
+    def heard(self, message: Heartbeat | JobMessage) -> None:
+        match message:
+            case Heartbeat():
+                self._sharing.heard(message)
+            case Started(serial, at):
+                self._start(serial, at)
+            case Waited(serial, seconds):
+                job = self._jobs.get(serial)
+                if job is not None:
+                    job.waited_s += seconds
+            case Withdrawn(serials):
+                self._sharing.withdrawn(serials)
+            case Returned(serial):
+                self._return(serial)
+            case _:
+                self._end(message)
+
+    def _start(self, serial: int, at: float) -> None:
+        job = self._jobs.get(serial)
+        if job is not None and self._process.pid is not None:
+            job.accept(self._process.pid, at)
+
+    def _return(self, serial: int) -> None:
+        job = self._jobs.get(serial)
+        if job is None or job.canceled:
+            self._end(Canceled(serial))
+        else:
+            self._sharing.returned(job)
+
+    def _end(self, outcome: JobEnd) -> None:
+        self._limits.thread_ended(outcome.serial)
+        job = self._jobs.get(outcome.serial)
+        if job is not None:
+            self._outcomes.report(job, outcome)
+        self.dispatch()
+
+    def process_ended(self, status: int) -> None:
+        """What was in flight runs again, once the next process is ready."""
+        self._sharing.process_ended()
+        self._limits.process_ended()
+        if self._jobs.is_closed:
+            return
+        logger.error("The model process ended with status %s; %d jobs run again.", status, len(self._jobs.in_flight))
+        ended = self._jobs.after_death()
+        for job in ended.canceled:
+            self._outcomes.fail(job, Terminated("canceled"))
+        for job in ended.lost:
+            self._outcomes.fail(job, WorkerLost())
+
+    # The shutdown
+
+    @guarded
+    def leave_unended(self) -> None:
+        """The process was ended in order. What it had goes back to the queue, and was not started in vain."""
+        jobs = self._jobs.in_flight
+        self._outcomes.unmark_started(jobs)
+        for job in jobs:
+            job.state = JobState.WAITING

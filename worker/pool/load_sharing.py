@@ -1,0 +1,132 @@
+"""Jobs that other workers would end sooner: what those are told of this one's load, and what goes back to the queue."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+from worker.pool.dispatcher import Dispatcher
+from worker.pool.guarded import guarded
+from worker.pool.job import Job, JobState
+from worker.pool.outcomes import Outcomes
+from worker.pool.supervisor import Supervisor
+from worker.pool.wire import GiveBack, Heartbeat
+from worker.queue.load import Load
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a job has been here before it may go back.
+KEPT_S = 0.5
+#: Seconds that jobs which go back together wait for the last of them.
+TOGETHER_S = 0.3
+NEVER = float("inf")
+
+
+class Withdrawals:
+    """Jobs that go back to their queue together, so that they keep their order. Serial numbers, pure."""
+
+    def __init__(self) -> None:
+        self._awaited: set[int] = set()
+        self._since = 0.0
+        self._returned: set[int] = set()
+
+    @property
+    def are_awaited(self) -> bool:
+        return bool(self._awaited or self._returned)
+
+    def begin(self, serials: Iterable[int], now: float) -> None:
+        """These jobs will return."""
+        self._awaited.update(serials)
+        self._since = now
+
+    def returned(self, serials: Iterable[int]) -> None:
+        """These no longer run."""
+        self._returned.update(serials)
+
+    def are_complete(self, held: Container[int], now: float) -> bool:
+        """Whether all have returned that are still held, or the others take too long."""
+        missing = [serial for serial in self._awaited if serial in held and serial not in self._returned]
+        return self.are_awaited and (not missing or now - self._since > TOGETHER_S)
+
+    def end(self) -> list[int]:
+        """Those that have returned, the latest first."""
+        returned, self._returned, self._awaited = self._returned, set(), set()
+        return sorted(returned, reverse=True)
+
+
+class LoadSharing:
+    """This worker's load, and its jobs that go back for others (see worker/queue/balance.py, which decides)."""
+
+    def __init__(self, jobs: Dispatcher, outcomes: Outcomes, process: Supervisor, *, slots: int, places: int) -> None:
+        """`slots`: rows of the largest batch. `places`: jobs that the pool takes."""
+        self._jobs = jobs
+        self._outcomes = outcomes
+        self._process = process
+        self._slots = slots
+        self._places = places
+        self._pace = self._unknown_pace()
+        #: The model's counters, as its process last told them.
+        self.metrics: Mapping[str, int] = {}
+        self._withdrawals = Withdrawals()
+
+    def _unknown_pace(self) -> Heartbeat:
+        return Heartbeat({}, capacity=self._slots, width=self._slots, job_s=0.0, closed_s=0.0)
+
+    def heard(self, heartbeat: Heartbeat) -> None:
+        """The model process has told its pace."""
+        self._pace = heartbeat
+        self.metrics = heartbeat.metrics
+
+    def process_started(self) -> None:
+        self._pace = self._unknown_pace()
+
+    def process_ended(self) -> None:
+        self._withdrawals.end()
+
+    def load(self, *, can_begin: bool) -> Load:
+        """For the other workers, and to compare with theirs. `can_begin`: whether a job that came now would run."""
+        if not can_begin:
+            return Load(1, NEVER, len(self._jobs), is_open=False)
+        unbegun = len(self._jobs) - self._pace.capacity
+        # Hosts that hang may hold all places of a worker with nothing to run.
+        may_take = unbegun >= 0 or len(self._jobs) < self._places
+        is_open = may_take and not self._jobs.is_closed
+        return Load(self._pace.width, self._pace.job_s, unbegun, is_open, self._pace.closed_s)
+
+    @guarded
+    def give_back(self, queue: str, most: int) -> None:
+        """Put up to `most` jobs that have not begun back into this queue."""
+        now = time.monotonic()
+        if self._withdrawals.are_awaited:
+            return
+        jobs = [job for job in self._jobs if _may_go(job, queue, now)]
+        waiting = [job.serial for job in jobs if job.state is JobState.WAITING][-most:]
+        if waiting:
+            self._withdrawals.begin(waiting, now)
+            self._withdrawals.returned(waiting)
+            self.hand_back(now)
+        elif jobs and self._process.is_ready:
+            self._process.send(GiveBack(most, [job.serial for job in jobs]))
+
+    def withdrawn(self, serials: Sequence[int]) -> None:
+        """The model process says which jobs have not begun and will return."""
+        self._withdrawals.begin(serials, time.monotonic())
+
+    def returned(self, job: Job) -> None:
+        """One of them no longer runs."""
+        self._withdrawals.returned([job.serial])
+        self.hand_back(time.monotonic())
+
+    def hand_back(self, now: float) -> None:
+        """Put the jobs that have returned into their queue once all have, the first of them last: it is read next."""
+        if not self._withdrawals.are_complete(self._jobs, now):
+            return
+        jobs = [job for job in map(self._jobs.get, self._withdrawals.end()) if job is not None]
+        self._outcomes.give_back(jobs)
+        if jobs:
+            logger.debug("%d jobs that had not begun are left to other workers.", len(jobs))
+
+
+def _may_go(job: Job, queue: str, now: float) -> bool:
+    return job.queue == queue and not job.is_suspect and not job.canceled and now - job.taken_at > KEPT_S

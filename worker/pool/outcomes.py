@@ -1,0 +1,101 @@
+"""How jobs end: Celery is told once of each, and its place is given to the next job."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import assert_never
+
+from billiard.exceptions import Terminated
+from celery.exceptions import Reject
+from celery.worker import state as worker_state
+
+from tasks.availability import is_away
+from tasks.errors import Internal
+from worker.pool.dispatcher import Dispatcher
+from worker.pool.job import Job
+from worker.pool.wire import Away, Broken, Canceled, Done, JobEnd, Raised
+from worker.queue.redeliveries import RedeliveryCounter
+
+logger = logging.getLogger(__name__)
+
+
+class Outcomes:
+    """Takes jobs out of the table as they end."""
+
+    def __init__(self, jobs: Dispatcher, deliveries: RedeliveryCounter, free_place: Callable[[], None]) -> None:
+        """`free_place`: lets the next job into the pool."""
+        self._jobs = jobs
+        self._deliveries = deliveries
+        self._free_place = free_place
+
+    def report(self, job: Job, outcome: JobEnd) -> None:
+        """Tell Celery what the model process said of a job's end."""
+        match outcome:
+            case Done():
+                # Its result, failure or retry is stored: Celery acknowledges.
+                self.end(job, lambda: job.callbacks.success(outcome.outcome))
+            case Raised():
+                self.end(job, lambda: self._reject(job, outcome))
+            case Broken(_, message):
+                # In a cold shutdown Celery would acknowledge a failure and not store it.
+                is_cold = worker_state.should_terminate
+                self.fail(job, Reject(message, requeue=True) if is_cold else Internal(message))
+            case Away():
+                # No fault of the job's.
+                self.unmark_started([job])
+                self.fail(job, Reject("Redis is away", requeue=True))
+            case Canceled(_, partial):
+                job.partial = partial
+                # Celery would acknowledge an Ignore; Terminated leaves that to its revocation.
+                self.fail(job, Terminated("canceled"))
+            case _:
+                assert_never(outcome)
+
+    def fail(self, job: Job, error: BaseException) -> None:
+        """End a job with an error, or with one of Celery's predicates."""
+        self.end(job, functools.partial(job.fail, error))
+
+    def give_back(self, jobs: Sequence[Job]) -> None:
+        """Put jobs that have not begun back into their queue, in this order: the last one is read next."""
+        self.unmark_started(jobs)
+        for job in jobs:
+            self.end(job, job.give_back)
+
+    def unmark_started(self, jobs: Sequence[Job]) -> None:
+        """What goes back in order was not started in vain."""
+        self._deliveries.unmark_started([(job.key, job.returns) for job in jobs if job.returns])
+
+    def end(self, job: Job, tell: Callable[[], None]) -> None:
+        """Have Celery told of a job's end and give its place to the next one, once."""
+        if not self._jobs.remove(job):
+            return
+        try:
+            tell()
+        except MemoryError:
+            raise
+        except Exception as error:
+            self._give_up_telling(job, error)
+        finally:
+            if not self._jobs.is_closed:
+                self._free_place()
+
+    def _reject(self, job: Job, raised: Raised) -> None:
+        rejection = getattr(raised.exception.exception, "exc", raised.exception.exception)
+        if getattr(rejection, "requeue", False) and not self._may_return(job):
+            job.fail(Internal("The job came back too often: the worker's log says for what."))
+        else:
+            job.callbacks.failure(raised.exception)
+
+    def _give_up_telling(self, job: Job, error: Exception) -> None:
+        """A defect would be there the next time too: its job comes again as often as one whose worker dies."""
+        again = is_away(error) or self._may_return(job)
+        what = "goes back to the queue" if again else "is dropped"
+        logger.error("The outcome of job %s could not be told: it %s.", job.id, what, exc_info=error)
+        job.fail(Reject("its outcome could not be stored", requeue=again))
+
+    def _may_return(self, job: Job) -> bool:
+        """Count that a job goes back for another reason than Redis's absence; False where it did so too often."""
+        self._deliveries.count_return(job.key)
+        return not self._deliveries.is_lost(self._deliveries.history(job.key).deaths)

@@ -1,0 +1,288 @@
+"""The model process's life: it is started, watched, and replaced when it dies or hangs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from kombu.asynchronous.hub import Hub
+
+from config.settings import Settings
+from worker.health import State
+from worker.pool.guarded import guarded
+from worker.pool.launch import ModelProcess
+from worker.pool.process_io import ProcessIO
+from worker.pool.wire import CannotServe, FromModelProcess, Heartbeat, JobMessage, Ready, Stop, ToModelProcess
+
+logger = logging.getLogger(__name__)
+
+#: The part of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy, and seconds that it may be
+#: silent anyway: an idle one sends a heartbeat each second.
+UNHEALTHY_PART = 0.1
+SILENT_S = 2.0
+#: One for each time that a process which dies while it loads is started again: how many `restart_backoff_s` later.
+RESTART_DELAYS = (1, 4, 16)
+#: Seconds that a process gets to end by itself.
+LEAVE_S = 5.0
+HUNG = "The model process gave no sign of life: it is replaced and its jobs run again."
+LOADS_TOO_LONG = (
+    "The model did not load within IDEFICS_LOAD_TIMEOUT_S: its process is started again. Raise that where the download "
+    "or the disk is slow, or fill the hub's cache first."
+)
+DIED_LOADING = (
+    "The model process died %d times while loading: its last words are above; a status of -9 without any is the "
+    "kernel's, for want of memory. The worker stops."
+)
+NEVER = float("inf")
+
+
+class RestartSchedule:
+    """When the next process is to start. Pure: its caller says what time it is."""
+
+    def __init__(self, backoff_s: float) -> None:
+        self._backoff_s = backoff_s
+        self._start_at = 0.0
+        #: In a row, of processes that died while they loaded.
+        self.failures = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self._start_at == NEVER
+
+    def is_due(self, now: float) -> bool:
+        return now >= self._start_at
+
+    def loaded(self) -> None:
+        self.failures = 0
+
+    def died(self, now: float, *, was_ready: bool) -> bool:
+        """Plan the next start: at once after a process that was ready. False where there have been too many."""
+        if self.is_over:
+            return True
+        if was_ready:
+            self._start_at = now
+            return True
+        if self.failures >= len(RESTART_DELAYS):
+            return False
+        self._start_at = now + RESTART_DELAYS[self.failures] * self._backoff_s
+        self.failures += 1
+        return True
+
+    def end(self) -> None:
+        """No process is started any more."""
+        self._start_at = NEVER
+
+
+class Listener(Protocol):
+    """Hears of the model process."""
+
+    def process_started(self) -> None:
+        """The model is ready."""
+
+    def heard(self, message: Heartbeat | JobMessage) -> None: ...
+
+    def process_ended(self, status: int) -> None:
+        """It died, or was killed because it hung."""
+
+
+class Supervisor:
+    """At most one model process at a time, and its channel on Celery's event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        hostname: str,
+        give_up: Callable[[str], None],
+        launch: Callable[[str], ModelProcess] = ModelProcess,
+    ) -> None:
+        """`give_up`: told why no process can serve, as the worker is to stop. `launch` starts a process."""
+        self._settings = settings
+        self._hostname = hostname
+        self._tell_give_up = give_up
+        self._launch = launch
+        self._listener: Listener | None = None
+        self._process: ModelProcess | None = None
+        self._restarts = RestartSchedule(settings.restart_backoff_s)
+        self._has_been_ready = False
+        self._is_closed = False
+        self._heard_at = time.monotonic()
+        self._io = ProcessIO(self.receive)
+
+    def listen(self, listener: Listener) -> None:
+        """Set who hears of the process; before the first one starts."""
+        self._listener = listener
+
+    # What is known of the process
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._process is not None and self._process.is_ready
+
+    def can_answer(self, now: float) -> bool:
+        """Whether it is ready and its heartbeats come."""
+        return self._process is not None and self._process.is_ready and not self._is_silent(self._process, now)
+
+    @property
+    def has_given_up(self) -> bool:
+        return self._restarts.is_over
+
+    def state(self, now: float) -> tuple[State, str]:
+        """The process's, and why it is so."""
+        process = self._process
+        if process is not None and process.is_ready:
+            if not self._is_silent(process, now):
+                return State.READY, ""
+            silent, limit = now - process.last_heartbeat, self._settings.hang_timeout_s
+            return State.UNHEALTHY, f"its model process is silent for {silent:.0f} s; at {limit:g} it is replaced"
+        if self._has_been_ready or self._restarts.failures:
+            return State.UNHEALTHY, "its model process died; the next one loads"
+        return State.STARTING, ""
+
+    def _is_silent(self, process: ModelProcess, now: float) -> bool:
+        return now - process.last_heartbeat > self._silent_s
+
+    @property
+    def _silent_s(self) -> float:
+        return max(SILENT_S, UNHEALTHY_PART * self._settings.hang_timeout_s)
+
+    # Its life
+
+    def maintain(self, now: float) -> bool:
+        """Send what a process did not take yet, or start one where that is due. Whether there was one."""
+        if self._process is not None:
+            self._process.channel.flush()
+            return True
+        if self._restarts.is_due(now) and not self._is_closed:
+            logger.info("Loading %s in a model process.", self._settings.model)
+            self._process = self._launch(self._hostname)
+            self._io.watch(self._process)
+        return False
+
+    def replace_if_hung(self, now: float) -> None:
+        """Kill a process that is silent or loads for too long; its death is heard next."""
+        process = self._process
+        if process is None:
+            return
+        if process.is_ready:
+            is_hung = now - process.last_heartbeat > self._settings.hang_timeout_s
+        else:
+            is_hung = now - process.started_at > self._settings.load_timeout_s
+        if is_hung:
+            logger.error(HUNG if process.is_ready else LOADS_TOO_LONG)
+            process.kill()
+
+    def kill(self) -> None:
+        """End it at once; its death is heard next."""
+        if self._process is not None:
+            self._process.kill()
+
+    def close(self) -> None:
+        """Start no process any more."""
+        self._is_closed = True
+
+    def end(self, grace_s: float = 0.0) -> int | None:
+        """End the process: one that is ready gets so many seconds to do so by itself. Its exit status."""
+        process = self._process
+        if process is None:
+            return None
+        self._io.unwatch(process)
+        if process.is_ready and grace_s:
+            process.channel.send(Stop())
+        status = process.end(grace_s)
+        process.close()
+        self._process = None
+        return status
+
+    def give_up(self, why: str) -> None:
+        """The model cannot be served, now or later."""
+        self._restarts.end()
+        self._tell_give_up(why)
+
+    # What it says
+
+    def hear(self, now: float) -> None:
+        """Forgive a silence that this process itself is the reason of, then receive."""
+        # A broker that hangs holds this process up, a paused container both: what nobody heard was no silence.
+        missed_s, self._heard_at = now - self._heard_at, now
+        if missed_s > self._silent_s and self._process is not None:
+            self._process.last_heartbeat = min(now, self._process.last_heartbeat + missed_s)
+        self.receive()
+
+    @guarded
+    def receive(self) -> None:
+        """Hear what the process has said, and then of its death."""
+        if self._process is None:
+            return
+        messages, is_gone = self._process.receive()
+        for message in messages:
+            self._hear(message)
+        if is_gone:
+            self._on_death()
+
+    @guarded
+    def _hear(self, message: FromModelProcess) -> None:
+        assert self._process is not None
+        assert self._listener is not None
+        match message:
+            case Ready():
+                self._on_ready(self._process)
+                self._listener.process_started()
+            case CannotServe(reason):
+                logger.critical("The model cannot be served: %s The worker stops.", reason)
+                self.give_up(reason)
+            case Heartbeat():
+                # The engine's. What job threads say is none: they go on beside an engine that is stuck.
+                self._process.last_heartbeat = time.monotonic()
+                self._listener.heard(message)
+            case _:
+                self._listener.heard(message)
+
+    def _on_ready(self, process: ModelProcess) -> None:
+        process.is_ready = True
+        process.last_heartbeat = time.monotonic()
+        self._has_been_ready = True
+        self._restarts.loaded()
+        seconds = time.monotonic() - process.started_at
+        logger.info("The model is ready after %.1f s (process %d).", seconds, process.pid)
+
+    def _on_death(self) -> None:
+        was_ready = self.is_ready
+        status = self.end(LEAVE_S)
+        assert status is not None
+        assert self._listener is not None
+        self._listener.process_ended(status)
+        if not self._is_closed and not self._restarts.died(time.monotonic(), was_ready=was_ready):
+            logger.critical(DIED_LOADING, self._restarts.failures + 1)
+            self.give_up("its process died each time while loading: look at the log")
+
+    # The event loop
+
+    def watch(self, hub: Hub) -> None:
+        """Read and write on this event loop, which is empty. Called again at each reconnect to the broker."""
+        self._io.use(hub)
+        if self._process is not None:
+            self._io.watch(self._process)
+
+    def unwatch(self) -> None:
+        """From here on the caller waits for `descriptors`."""
+        if self._process is not None:
+            self._io.unwatch(self._process)
+        self._io.use(None)
+
+    def descriptors(self) -> tuple[list[Any], list[Any]]:
+        """Those to be read, and to be written, for `select`."""
+        if self._process is None:
+            return [], []
+        channel = self._process.channel
+        return [channel], [channel] if channel.has_unsent else []
+
+    def send(self, message: ToModelProcess) -> None:
+        """Send to the process, which must be there."""
+        assert self._process is not None
+        self._io.send(self._process, message)

@@ -1,0 +1,58 @@
+"""Time limits: a job over its own fails alone, and a thread that does not end has the model process replaced."""
+
+from __future__ import annotations
+
+import logging
+
+from celery.worker import state as worker_state
+
+from tasks.errors import DeadlineExceeded
+from worker.pool.dispatcher import Dispatcher
+from worker.pool.job import Job
+from worker.pool.outcomes import Outcomes
+from worker.pool.supervisor import Supervisor
+from worker.pool.wire import Abandon
+
+logger = logging.getLogger(__name__)
+
+
+class TimeLimits:
+    """Ends jobs that run for too long."""
+
+    def __init__(self, jobs: Dispatcher, outcomes: Outcomes, process: Supervisor, worker_limit_s: float) -> None:
+        """`worker_limit_s`: seconds after which a job's thread counts as stuck, whatever limit the job itself has."""
+        self._jobs = jobs
+        self._outcomes = outcomes
+        self._process = process
+        self._worker_limit_s = worker_limit_s
+        #: Jobs that have failed by their limit while their threads run on: when they began, by serial number.
+        self._timed_out_running: dict[int, float] = {}
+
+    def enforce(self, now: float) -> bool:
+        """End the jobs that are over their limits, and the process where a thread is stuck; whether that was so."""
+        for job in self._overdue(now):
+            self._time_out(job)
+        # Not at the job's own limit: a producer must not have the model loaded again for that.
+        stuck = [began for began in self._timed_out_running.values() if now - began > self._worker_limit_s]
+        if stuck:
+            logger.warning("%d jobs passed IDEFICS_TIME_LIMIT_S: the model process is replaced.", len(stuck))
+            self._jobs.culprit_is_known = True
+            self._process.kill()
+        return bool(stuck)
+
+    def _overdue(self, now: float) -> list[Job]:
+        # In a cold shutdown Celery would acknowledge a failure and not store it: such a job comes again.
+        return [] if worker_state.should_terminate else [job for job in self._jobs if job.is_overdue(now)]
+
+    def _time_out(self, job: Job) -> None:
+        self._outcomes.fail(
+            job, DeadlineExceeded(f"The job ran for more than its limit of {job.hard_limit} s and was ended.")
+        )
+        self._timed_out_running[job.serial] = job.accepted_at or 0.0
+        self._process.send(Abandon(job.serial))
+
+    def thread_ended(self, serial: int) -> None:
+        self._timed_out_running.pop(serial, None)
+
+    def process_ended(self) -> None:
+        self._timed_out_running.clear()
