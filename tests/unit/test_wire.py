@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from worker.pool.job import exception_info
 from worker.pool.wire import (
     Abandon,
     Away,
@@ -35,6 +34,7 @@ from worker.pool.wire import (
     Waited,
     Withdrawn,
 )
+from worker.runtime.exceptions import exception_info
 
 SOON = 5.0
 #: More than any socket's buffer.
