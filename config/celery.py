@@ -31,7 +31,7 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
     broker, results = settings.broker, settings.results
     return {
         "broker_url": broker.url,
-        "result_backend": _first_end_wins(results.url),
+        "result_backend": _first_terminal_state_wins(results.url),
         # JSON only: a pickle from a queue is code.
         "task_serializer": "json",
         "result_serializer": "json",
@@ -122,7 +122,7 @@ def drop_overrides(environment: MutableMapping[str, str], settings: Settings) ->
     return None
 
 
-def _first_end_wins(url: str) -> str:
+def _first_terminal_state_wins(url: str) -> str:
     """The URL of our own backend (worker/queue/result_backend.py) on the same Redis. Producers use Celery's."""
     if url.startswith("sentinel://"):
         return f"worker.queue.result_backend:SentinelResultBackend+{url}"

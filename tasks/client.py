@@ -35,7 +35,6 @@ from .errors import (
 from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys
 from .payloads import (
-    CANCEL_KEY,
     CANCEL_TTL_S,
     DEFAULT_PRIORITY,
     HIDDEN,
@@ -47,7 +46,7 @@ from .payloads import (
     Result,
     check_size,
 )
-from .redis_keys import results_prefix
+from .redis_keys import CANCELLATION, results_prefix
 from .webhooks import check_public
 from .worker_options import setup_of, unreadable
 
@@ -204,7 +203,7 @@ class SubmittedJob:
         if not isinstance(backend, RedisBackend):
             return False
         try:
-            name = results_prefix(self._app) + CANCEL_KEY + self.id
+            name = results_prefix(self._app) + CANCELLATION.named(self.id)
             backend.client.set(name, 1, ex=CANCEL_TTL_S)
         except RedisError:
             return False

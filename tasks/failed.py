@@ -28,12 +28,18 @@ from redis import RedisError
 from .errors import ConfigurationError, InvalidRequest, NotFound
 from .payloads import HIDDEN, QUEUE, SUBMITTED_AT
 from .printable import away, echo, echo_json, escaped
-from .redis_keys import results_prefix
+from .redis_keys import (
+    FAILED,
+    FAILED_ABOUT,
+    FAILED_BYTES,
+    FAILED_INVALID,
+    FAILED_SIGNATURES,
+    results_prefix,
+)
 from .routing import is_ours, priority_for
 
-PREFIX = "idefics:failed"
 #: Ids by the time of their failure, those of invalid requests again, two hashes by id, and the hashes' size.
-KEYS = [PREFIX, *(f"{PREFIX}:{part}" for part in ("invalid", "about", "signatures", "bytes"))]
+KEYS = [key.named() for key in (FAILED, FAILED_INVALID, FAILED_ABOUT, FAILED_SIGNATURES, FAILED_BYTES)]
 
 #: Jobs whose summaries are read at once.
 CHUNK = 500

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING
 
 from .errors import InvalidRequest
 from .payloads import QUEUE, Job
+from .redis_keys import IDEMPOTENCY
 
 if TYPE_CHECKING:
     from redis import Redis
 
-PREFIX = "idefics:key:"
 #: Seconds after which a claim whose job was never sent is left to others. Publishing retries for less.
 ABANDONED_S = 60.0
 
@@ -113,7 +113,7 @@ class IdempotencyKeys:
     def _name(self, job: Job) -> str:
         # A key may be long, and may say more of a customer than a key space should show.
         named = json.dumps([self._queue, job.idempotency_key or ""])
-        return self._prefix + PREFIX + hashlib.sha256(named.encode()).hexdigest()
+        return self._prefix + IDEMPOTENCY.named(hashlib.sha256(named.encode()).hexdigest())
 
 
 def digest(job: Job) -> str:

@@ -20,7 +20,8 @@ import redis
 from celery import Celery
 
 from . import outbox_scripts as scripts
-from .outbox_scripts import AT_ONCE, BYTES, DELIVERED, DISABLED, FAILED, GIVEN_UP, HOSTS, PREFIX, SIZES
+from .outbox_scripts import AT_ONCE, BYTES, DELIVERED, DISABLED, FAILED, GIVEN_UP, HOSTS, SIZES
+from .redis_keys import DELIVERY, PENDING_DELIVERIES
 
 #: A batched delivery is part of another one.
 State = Literal["pending", "delivered", "failed", "batched"]
@@ -262,7 +263,7 @@ class Outbox:
     def _each_host(self, command: str, *arguments: Any, **options: Any) -> list[Any]:
         with self._redis.pipeline(transaction=False) as pipeline:
             for host in self._redis.zrange(HOSTS, 0, -1):
-                getattr(pipeline, command)(f"{PREFIX}pending:{host.decode()}", *arguments, **options)
+                getattr(pipeline, command)(PENDING_DELIVERIES.named(host.decode()), *arguments, **options)
             return list(pipeline.execute())
 
     def disable(self, url: str, seconds: float) -> None:
@@ -300,11 +301,11 @@ def size_of(delivery: Delivery) -> int:
 
 
 def _record(id: str) -> str:
-    return f"{PREFIX}delivery:{id}"
+    return DELIVERY.named(id)
 
 
 def _pending(delivery: Delivery) -> str:
-    return f"{PREFIX}pending:{delivery.host}"
+    return PENDING_DELIVERIES.named(delivery.host)
 
 
 def _keys(delivery: Delivery) -> list[str]:

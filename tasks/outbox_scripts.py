@@ -9,17 +9,19 @@ the host, the id.
 
 from __future__ import annotations
 
-PREFIX = "idefics:callbacks:"
+from . import redis_keys
+
 #: Hosts with pending deliveries, by the time of their next attempt. Each host has a sorted set of its own, so that
 #: what is due for a slow one stands in no other's way.
-HOSTS = PREFIX + "hosts"
-DELIVERED, FAILED, DISABLED = (PREFIX + name for name in ("delivered", "failed", "disabled"))
+HOSTS = redis_keys.DELIVERY_HOSTS.named()
+DELIVERED, FAILED = redis_keys.DELIVERED.named(), redis_keys.UNDELIVERED.named()
+DISABLED = redis_keys.DISABLED_URLS.named()
 #: Hosts with pending deliveries, by the age of their oldest one. `ages:<host>` has those by the time they were added.
-OLDEST = PREFIX + "oldest"
+OLDEST = redis_keys.OLDEST_DELIVERIES.named()
 #: By id: a delivery's bytes and the account that they count for. An account is a pending one's host, or of ENDED.
-SIZES = PREFIX + "sizes"
+SIZES = redis_keys.DELIVERY_SIZES.named()
 #: By account: its bytes. Also PENDING, all hosts together, and GIVEN_UP, how many did not fit.
-BYTES = PREFIX + "bytes"
+BYTES = redis_keys.DELIVERY_BYTES.named()
 #: No host's name has a blank.
 PENDING_BYTES, GIVEN_UP = " pending", " given up"
 
@@ -30,14 +32,13 @@ AT_ONCE = 1_000
 
 # The server's clock counts: workers' may differ by more than a lease.
 COMMON = f"""
-local prefix = '{PREFIX}'
 local hosts, oldest, sizes, bytes = '{HOSTS}', '{OLDEST}', '{SIZES}', '{BYTES}'
 local ended = {{delivered = '{DELIVERED}', failed = '{FAILED}'}}
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1000000
-local function record_of(id) return prefix .. 'delivery:' .. id end
-local function pending_of(host) return prefix .. 'pending:' .. host end
-local function ages_of(host) return prefix .. 'ages:' .. host end
+local function record_of(id) return '{redis_keys.DELIVERY.prefix}' .. id end
+local function pending_of(host) return '{redis_keys.PENDING_DELIVERIES.prefix}' .. host end
+local function ages_of(host) return '{redis_keys.DELIVERY_AGES.prefix}' .. host end
 
 -- A key of ours with another type is nothing of ours.
 local function remove_unless(readable, key, ...)

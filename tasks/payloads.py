@@ -44,10 +44,7 @@ DEFAULT_PRIORITY = 5
 SUBMITTED_AT = "idefics_submitted_at"
 #: What logs, events and monitors show of a job's arguments: no prompt, no signed URL. Celery's options.
 HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
-#: A key in the results' database, followed by a job's id: while it is there, the job does not start and one that runs
-#: ends. So a producer cancels that may not write to Celery's mailbox.
-CANCEL_KEY = "idefics:cancel:"
-#: Seconds that such a key stays: longer than a job waits, for its `eta` too.
+#: Seconds that the key of a cancellation stays (tasks/redis_keys.py): longer than a job waits, for its `eta` too.
 CANCEL_TTL_S = 32 * 86_400
 
 MAX_TEXT_CHARS = 200_000

@@ -1,13 +1,330 @@
-"""Prefixes of the keys in the two databases, as an app's options have them.
+"""Every key in the two Redis databases: its type, how long it lives, who writes and reads it, and what it means.
 
-Kombu and Celery put them before their own keys, and we before ours, so that two deployments in one database stay apart.
+Code takes names of keys from here. Kombu and Celery put an app's prefix before their own keys, and we before ours, so
+that two deployments in one database stay apart; `results_prefix` and `broker_prefix` have it as the app's options do.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 from celery import Celery
+
+#: `queues` is the broker's database, 0; `results` that of the answers, 1 (IDEFICS_BROKER_URL, IDEFICS_RESULT_BACKEND).
+Database = Literal["queues", "results"]
+Type = Literal["string", "list", "hash", "set", "zset"]
+#: The users of config/redis/users.acl.template. The operator's commands run with the worker's rights.
+User = Literal["producer", "worker", "callbacks", "monitor"]
+
+_PLACEHOLDER = re.compile(r"\{\w+\}")
+
+
+@dataclass(frozen=True, slots=True)
+class RedisKey:
+    """A kind of key."""
+
+    #: Placeholders in braces stand for what tells one key of this kind from another.
+    pattern: str
+    database: Database
+    type: Type
+    #: What bounds its life, in seconds or by a setting. None: it has no TTL, for the reason that `meaning` gives.
+    ttl: str | None
+    writers: tuple[User, ...]
+    readers: tuple[User, ...]
+    meaning: str
+
+    @property
+    def prefix(self) -> str:
+        """The pattern up to its first placeholder: the whole name of a key without one."""
+        return self.pattern.partition("{")[0]
+
+    def named(self, *parts: str) -> str:
+        """The name of one key, without the app's prefix: `parts` in the place of the placeholders."""
+        rest = iter(parts)
+        return _PLACEHOLDER.sub(lambda _: next(rest), self.pattern)
+
+    def matches(self, name: str) -> bool:
+        """Whether a name without the app's prefix is of this kind."""
+        return fnmatchcase(name, _PLACEHOLDER.sub("?*", self.pattern))
+
+
+def _of_callbacks(part: str, type: Type, ttl: str, meaning: str) -> RedisKey:
+    writers: tuple[User, ...] = ("worker", "callbacks")
+    return RedisKey(f"idefics:callbacks:{part}", "queues", type, ttl, writers, (*writers, "monitor"), meaning)
+
+
+def _of_failed(part: str, type: Type, meaning: str) -> RedisKey:
+    readers: tuple[User, ...] = ("worker",) if part else ("worker", "monitor")
+    return RedisKey(f"idefics:failed{part}", "results", type, "IDEFICS_FAILED_TTL_S", ("worker",), readers, meaning)
+
+
+# The queues' database: Celery's and kombu's keys
+
+QUEUE_LIST = RedisKey(
+    "{queue}",
+    "queues",
+    "list",
+    None,
+    ("producer", "worker", "callbacks"),
+    ("producer", "worker", "callbacks", "monitor"),
+    "Messages of priority 0, which wait. Permanent: they are jobs.",
+)
+PRIORITY_LIST = RedisKey(
+    "{queue}{separator}{priority}",
+    "queues",
+    "list",
+    None,
+    ("producer", "worker", "callbacks"),
+    ("producer", "worker", "callbacks", "monitor"),
+    "Messages of another priority, which wait. Permanent: they are jobs.",
+)
+UNACKED = RedisKey(
+    "unacked",
+    "queues",
+    "hash",
+    None,
+    ("worker",),
+    ("worker", "monitor"),
+    "Messages that a worker has taken and not acknowledged, by tag. Permanent: they are jobs.",
+)
+UNACKED_INDEX = RedisKey(
+    "unacked_index",
+    "queues",
+    "zset",
+    None,
+    ("worker",),
+    ("worker", "monitor"),
+    "Their tags, by the time at which their holder was last heard of. Permanent, as they are.",
+)
+UNACKED_MUTEX = RedisKey(
+    "unacked_mutex",
+    "queues",
+    "string",
+    "the time between two sweeps, twice at most",
+    ("worker",),
+    ("worker",),
+    "Lock of the worker that sweeps for messages of silent holders.",
+)
+BINDING = RedisKey(
+    "_kombu.binding.{exchange}",
+    "queues",
+    "set",
+    None,
+    ("producer", "worker", "callbacks", "monitor"),
+    ("worker", "callbacks", "monitor"),
+    "Queues of an exchange. Permanent: kombu declares them once.",
+)
+PERMANENT_BINDING = RedisKey(
+    "_kombu.binding_permanent.{exchange}",
+    "queues",
+    "set",
+    None,
+    ("producer", "worker", "callbacks", "monitor"),
+    ("worker", "callbacks", "monitor"),
+    "Those of them that do not expire. Permanent, as they are.",
+)
+BINDING_DEADLINES = RedisKey(
+    "_kombu.binding_deadlines",
+    "queues",
+    "zset",
+    None,
+    ("worker", "callbacks", "monitor"),
+    ("worker", "callbacks", "monitor"),
+    "When bindings of queues with a life of their own end. Permanent: kombu removes its members.",
+)
+MAILBOX_REPLY = RedisKey(
+    "{id}.reply.{mailbox}.pidbox",
+    "queues",
+    "list",
+    "10",
+    ("worker", "callbacks"),
+    ("worker", "callbacks"),
+    "Replies to Celery's remote control (`inspect`, `control`).",
+)
+EVENT_QUEUE = RedisKey(
+    "celeryev.{id}",
+    "queues",
+    "list",
+    "60",
+    ("worker", "callbacks", "monitor"),
+    ("worker", "callbacks", "monitor"),
+    "Events for one receiver, where they are not published.",
+)
+
+# The queues' database: ours
+
+DUE = RedisKey(
+    "idefics:due:{list}",
+    "queues",
+    "zset",
+    None,
+    ("worker",),
+    ("worker", "monitor"),
+    "Messages of a queue's list that wait for their time, by that time. Permanent: they are jobs.",
+)
+REDELIVERIES = RedisKey(
+    "idefics:deliveries:{id}",
+    "queues",
+    "hash",
+    "7 days beyond the visibility timeout",
+    ("worker",),
+    ("worker",),
+    "A job's returns from workers that died, by its retries (worker/queue/redeliveries.py).",
+)
+LOAD = RedisKey(
+    "idefics:load:{queue}",
+    "queues",
+    "hash",
+    "5",
+    ("worker",),
+    ("worker",),
+    "The loads of a queue's workers, while one is busy (worker/queue/balance.py).",
+)
+WORKER_OPTIONS = RedisKey(
+    "idefics:worker:options",
+    "queues",
+    "string",
+    "30",
+    ("worker",),
+    ("producer", "worker"),
+    "What workers read, and a fingerprint of where results are. Never prefixed: a client may have the wrong prefix.",
+)
+WORKERS = RedisKey(
+    "idefics:worker:queue:{queue}",
+    "queues",
+    "zset",
+    "30",
+    ("worker",),
+    ("producer", "worker"),
+    "The workers that take from a queue, by the second at which each last said so.",
+)
+DELIVERY = _of_callbacks(
+    "delivery:{id}", "hash", "30 days, then IDEFICS_CALLBACK_KEEP_S", "A callback's event, URL, state and attempts."
+)
+PENDING_DELIVERIES = _of_callbacks(
+    "pending:{host}", "zset", "30 days", "A host's deliveries that are not ended, by the time of their next attempt."
+)
+DELIVERY_AGES = _of_callbacks("ages:{host}", "zset", "30 days", "The same, by the time at which they were added.")
+DELIVERY_HOSTS = _of_callbacks(
+    "hosts", "zset", "30 days", "Hosts with pending deliveries, by their next attempt. A slow host delays no other."
+)
+OLDEST_DELIVERIES = _of_callbacks("oldest", "zset", "30 days", "The same hosts, by the age of their oldest delivery.")
+DELIVERED = _of_callbacks(
+    "delivered", "zset", "IDEFICS_CALLBACK_KEEP_S", "Deliveries that arrived, by the time of their end."
+)
+UNDELIVERED = _of_callbacks(
+    "failed", "zset", "IDEFICS_CALLBACK_KEEP_S", "Deliveries that were given up, by the time of their end."
+)
+DISABLED_URLS = _of_callbacks(
+    "disabled",
+    "zset",
+    "IDEFICS_CALLBACK_DISABLED_S",
+    "URLs that answered 410, by the time until which they get nothing.",
+)
+DELIVERY_SIZES = _of_callbacks(
+    "sizes",
+    "hash",
+    "30 days",
+    "By delivery: its bytes, and the account that they count for: its pending host, or its state.",
+)
+DELIVERY_BYTES = _of_callbacks(
+    "bytes", "hash", "30 days", "By account: its bytes; the sum of all hosts, and how many deliveries did not fit."
+)
+
+# The results' database
+
+RESULT = RedisKey(
+    "celery-task-meta-{id}",
+    "results",
+    "string",
+    "IDEFICS_RESULT_TTL_S",
+    ("worker",),
+    ("producer", "worker"),
+    "A job's state and its answer or error, as Celery writes it. Also the channel that says so.",
+)
+GROUP = RedisKey(
+    "celery-taskset-meta-{id}",
+    "results",
+    "string",
+    "IDEFICS_RESULT_TTL_S",
+    ("producer", "worker"),
+    ("producer", "worker"),
+    "A group's members, as Celery writes them. With `.s`, `.t` or `.c` behind the id: a chord's counters and its lock.",
+)
+CHORD_RESULTS = RedisKey(
+    "celery-taskset-meta-{id}.j",
+    "results",
+    "zset",
+    "IDEFICS_RESULT_TTL_S",
+    ("producer", "worker"),
+    ("worker",),
+    "The results of a chord's parts that have ended.",
+)
+CHORD_PARTS = RedisKey(
+    "celery-taskset-meta-{id}.d",
+    "results",
+    "set",
+    "IDEFICS_RESULT_TTL_S",
+    ("producer", "worker"),
+    ("worker",),
+    "The ids of a chord's parts that have ended: a part that runs twice counts once.",
+)
+CANCELLATION = RedisKey(
+    "idefics:cancel:{id}",
+    "results",
+    "string",
+    "32 days",
+    ("producer",),
+    ("worker",),
+    "While it is there, the job does not start, and ends if it runs. Needs no access to Celery's mailbox.",
+)
+IDEMPOTENCY = RedisKey(
+    "idefics:key:{sha256}",
+    "results",
+    "string",
+    "IDEFICS_IDEMPOTENCY_TTL_S",
+    ("producer", "worker"),
+    ("producer", "worker"),
+    "The job that an idempotency key of a queue stands for (tasks/idempotency.py).",
+)
+ANSWER = RedisKey(
+    "idefics:answer:{digest}",
+    "results",
+    "string",
+    "IDEFICS_ANSWER_CACHE_TTL_S",
+    ("worker",),
+    ("worker",),
+    "An answer that an equal job may get, too (worker/jobs/answer_cache.py).",
+)
+RESULTS_FINGERPRINT = RedisKey(
+    "idefics:worker:results",
+    "results",
+    "string",
+    "30",
+    ("worker",),
+    ("producer", "worker"),
+    "The fingerprint in `idefics:worker:options`: a client that does not find it looks for answers elsewhere.",
+)
+FAILED = _of_failed("", "zset", "Ids of jobs that failed, by the time of it.")
+FAILED_INVALID = _of_failed(":invalid", "zset", "Those of invalid requests among them, which are dropped first.")
+FAILED_ABOUT = _of_failed(":about", "hash", "By id: a summary.")
+FAILED_SIGNATURES = _of_failed(":signatures", "hash", "By id: the whole job, to be sent again.")
+FAILED_BYTES = _of_failed(":bytes", "string", "The bytes of both hashes.")
+
+#: All of them, in this order.
+REDIS_KEYS = tuple(value for value in list(globals().values()) if isinstance(value, RedisKey))
+
+#: Kombu's keys, Celery's and ours.
+_NOT_QUEUES = re.compile(r"unacked|idefics:|idefics\.callbacks|celery-task(set)?-meta|celeryev|.*pidbox")
+
+
+def is_no_queue(name: str) -> bool:
+    """True for names that no queue may have: a message sent there would overwrite a key of another kind."""
+    return _NOT_QUEUES.match(name) is not None
+
 
 #: Kombu's own, before a priority's number in the name of a queue's list.
 SEPARATOR = "\x06\x16"

@@ -24,12 +24,18 @@ from kombu.exceptions import OperationalError
 from redis import Redis, RedisError
 
 from .errors import ConfigurationError
-from .redis_keys import GUIDES_SEPARATOR, SEPARATOR, broker_prefix, results_prefix, separator, steps
+from .redis_keys import (
+    GUIDES_SEPARATOR,
+    RESULTS_FINGERPRINT,
+    SEPARATOR,
+    WORKER_OPTIONS,
+    WORKERS,
+    broker_prefix,
+    results_prefix,
+    separator,
+    steps,
+)
 
-OPTIONS_KEY = "idefics:worker:options"
-RESULTS_KEY = "idefics:worker:results"
-#: Before a queue's name: the workers that take from it, by the second when each last said so. Redis's own clock counts.
-WORKERS_KEY = "idefics:worker:queue:"
 #: Seconds between two renewals, and that the keys outlive a worker.
 RENEW_S = 5.0
 TTL_S = 30
@@ -71,8 +77,8 @@ class WorkerOptions:
 
 def publish(app: Celery, options: WorkerOptions, broker: Redis) -> None:
     """Renew the keys. Raises RedisError."""
-    app.backend.client.set(RESULTS_KEY, options.results, ex=TTL_S)
-    broker.set(OPTIONS_KEY, options.written(), ex=TTL_S)
+    app.backend.client.set(RESULTS_FINGERPRINT.named(), options.results, ex=TTL_S)
+    broker.set(WORKER_OPTIONS.named(), options.written(), ex=TTL_S)
 
 
 def enter(app: Celery, worker: str, broker: Redis) -> None:
@@ -94,7 +100,7 @@ def leave(app: Celery, worker: str, broker: Redis) -> None:
 
 
 def workers_key(app: Celery, queue: str) -> str:
-    return f"{broker_prefix(app)}{WORKERS_KEY}{queue}"
+    return f"{broker_prefix(app)}{WORKERS.named(queue)}"
 
 
 def unseen(app: Celery, options: WorkerOptions) -> str | None:
@@ -221,7 +227,7 @@ class Setup:
                 if connection.transport.driver_type != "redis":
                     return None
                 _reach(connection)
-                found: Any = Redis(connection_pool=connection.default_channel.pool).get(OPTIONS_KEY)
+                found: Any = Redis(connection_pool=connection.default_channel.pool).get(WORKER_OPTIONS.named())
             return WorkerOptions.read(found) if found else None
         except (RedisError, OperationalError, OSError, ValueError, TypeError, KeyError):
             # Away, not for this user to ask, or of another version.
@@ -233,7 +239,7 @@ class Setup:
         if not isinstance(backend, RedisBackend):
             return None
         try:
-            said = backend.client.get(RESULTS_KEY)
+            said = backend.client.get(RESULTS_FINGERPRINT.named())
         except RedisError:
             return None
         if said is None or _text(said) != options.results:

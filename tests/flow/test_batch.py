@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tasks import Client, Complete
-from tasks.worker_options import RESULTS_KEY
+from tasks.redis_keys import RESULTS_FINGERPRINT
 from tests.flow.conftest import PATIENCE_S, Producer, eventually
 from worker.demo import stack
 
@@ -116,7 +116,7 @@ def test_a_batch_whose_worker_stands_still_is_stopped_and_goes_on(
     assert batch.returncode == 0
     assert texts(output) == {f"r{number}": f"{number:04}" for number in range(400)}
     assert runs(server) - before == 400
-    assert set(server.connect(1).keys()) <= {RESULTS_KEY.encode()}
+    assert set(server.connect(1).keys()) <= {RESULTS_FINGERPRINT.named().encode()}
 
 
 def test_bad_lines_fail_alone_and_openais_lines_are_answered_in_openais_form(

@@ -10,7 +10,8 @@ from celery import states
 from kombu.exceptions import OperationalError
 
 from tasks import Client, Complete, JobCanceled, SubmittedJob
-from tasks.payloads import CANCEL_KEY, CANCEL_TTL_S
+from tasks.payloads import CANCEL_TTL_S
+from tasks.redis_keys import CANCELLATION
 from tests.flow.conftest import PATIENCE_S, SLOTS, Stand, eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -125,12 +126,12 @@ def test_a_producer_without_a_right_to_the_mailbox_cancels_a_running_job(held_up
     job, results = begun(restricted), held_up.producer.server.connect(1)
     sent = time.monotonic()
     job.cancel()
-    assert CANCEL_TTL_S - 60 < results.ttl(CANCEL_KEY + job.id) <= CANCEL_TTL_S
+    assert CANCEL_TTL_S - 60 < results.ttl(CANCELLATION.named(job.id)) <= CANCEL_TTL_S
     partial = canceled(job).partial
     assert time.monotonic() - sent < 4
     assert partial is not None
     assert 0 < len(partial.text) < 500
-    assert not results.exists(CANCEL_KEY + job.id)
+    assert not results.exists(CANCELLATION.named(job.id))
 
 
 def test_a_producer_without_a_right_to_the_mailbox_cancels_a_job_that_waits_in_the_queue(

@@ -16,7 +16,7 @@ from celery.result import AsyncResult
 from kombu import Connection
 
 from tasks import Client, Complete, InvalidRequest
-from tasks.payloads import CANCEL_KEY
+from tasks.redis_keys import CANCELLATION
 from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
 from tests.flow.gallery import Gallery
 from worker.demo import stack
@@ -268,7 +268,7 @@ def test_a_cancellation_ends_all_jobs_under_its_id_and_by_key_none_that_follows(
     if by == "revoke":
         producer.app.control.revoke(id, terminate=True)
     else:
-        producer.server.connect(1).set(CANCEL_KEY + id, 1, ex=60)
+        producer.server.connect(1).set(CANCELLATION.named(id), 1, ex=60)
     eventually(lambda: settled(producer))
     assert kept(producer.server, producer.app.AsyncResult(id))["status"] == "REVOKED"
     assert shown[1] not in held_up.gallery.asked

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from tasks import Caption, Classify, Client, Complete, Job, JobError, SubmittedJob
+from tasks.redis_keys import ANSWER
 from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
 from tests.flow.events import Events
 from tests.flow.gallery import Gallery
 from worker.demo import stack
-from worker.jobs.answer_cache import PREFIX
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -88,7 +88,7 @@ def test_each_tenant_gets_its_own_answers_errors_metadata_and_events_only(stood:
         shown += [json.dumps(event) for event in events.seen if event.get("uuid") == job.id]
         assert {other for other in markers for text in shown if other in text} <= {marker}, (expected, marker)
     # The cache had its part in it.
-    assert stood.producer.server.connect(1).keys(f"{PREFIX}*")
+    assert stood.producer.server.connect(1).keys(ANSWER.named("*"))
     assert stood.producer.stats()["pool"]["in-flight"] == 0
 
 

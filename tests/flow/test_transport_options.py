@@ -10,9 +10,12 @@ import pytest
 from celery import Celery
 
 from tasks import Client, Complete, ConfigurationError, InvalidRequest
-from tasks.worker_options import OPTIONS_KEY, RESULTS_KEY, SILENT_S, WORKERS_KEY
+from tasks.redis_keys import RESULTS_FINGERPRINT, WORKER_OPTIONS, WORKERS
+from tasks.worker_options import SILENT_S
 from tests.flow.conftest import PATIENCE_S, eventually
 from worker.demo import stack
+
+OPTIONS_KEY, RESULTS_KEY = WORKER_OPTIONS.named(), RESULTS_FINGERPRINT.named()
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -200,7 +203,7 @@ def test_workers_are_known_by_their_queue_under_the_prefix_until_they_end(broker
 
 
 def test_a_worker_that_was_killed_is_gone_soon(broker: stack.Broker) -> None:
-    key = f"{WORKERS_KEY}idefics"
+    key = WORKERS.named("idefics")
     now, _ = broker.connect().time()
     broker.connect().zadd(key, {"killed": now - SILENT_S - 1, "there": now - SILENT_S + 5})
     assert Client(broker.url).workers() == ["there"]

@@ -20,11 +20,12 @@ from redis.retry import Retry
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, OutOfMemory
 from tasks.payloads import ModelInfo, parse
+from tasks.redis_keys import ANSWER
 from worker.demo import stack
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling, Tokens
 from worker.engine.scheduler import Limits
-from worker.jobs.answer_cache import PREFIX, AnswerCache, digest, fingerprint
+from worker.jobs.answer_cache import AnswerCache, digest, fingerprint
 from worker.jobs.runs import Canceled, JobContext
 from worker.jobs.service import Service
 from worker.models.fake import FakeModel
@@ -123,7 +124,7 @@ def test_a_finished_answer_is_used_again_by_any_worker(answers: AnswerCache, tex
     elsewhere, again = AnswerCache(broker.connect(1), 60), row(text, labels=((1,), (2,)))
     assert elsewhere.output(again, MODEL, Model().compute) == scored
     assert again.cached_images == 1
-    assert 0 < broker.connect(1).ttl(f"{PREFIX}{digest(again, MODEL)}") <= 60
+    assert 0 < broker.connect(1).ttl(ANSWER.named(digest(again, MODEL))) <= 60
 
 
 def test_other_weights_in_the_same_folder_do_not_give_the_old_answers(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tasks.payloads import CANCEL_KEY
+from tasks.redis_keys import CANCELLATION
 from worker.queue.cancellation import Lookout, canceled_among
 
 SOON = 5.0
@@ -40,7 +40,7 @@ def test_the_keys_of_all_jobs_are_asked_for_at_once() -> None:
 
     assert canceled_among(["a", "b"], Backend) == {"b"}
     assert canceled_among([], Backend) == set()
-    assert asked == [[f"{CANCEL_KEY}a", f"{CANCEL_KEY}b"]]
+    assert asked == [[CANCELLATION.named("a"), CANCELLATION.named("b")]]
 
 
 def test_what_is_found_among_the_jobs_of_now_is_told() -> None:

@@ -14,8 +14,9 @@ from celery import Celery
 
 from tasks import Caption, Client, Complete, InvalidRequest, JobCanceled
 from tasks.errors import ImageUnreachable
-from tasks.idempotency import ABANDONED_S, PREFIX, Claim, IdempotencyKeys, digest
+from tasks.idempotency import ABANDONED_S, Claim, IdempotencyKeys, digest
 from tasks.payloads import Job, parse
+from tasks.redis_keys import IDEMPOTENCY
 from tasks.testing import FakeClient, canned
 from worker.demo import stack
 from worker.jobs.idempotency import MAX_COUNTDOWN_S, MIN_COUNTDOWN_S, FirstStillRuns, first_answer
@@ -55,7 +56,7 @@ def queued(client: Client, broker: stack.Broker) -> list[str]:
 
 
 def record(job: Job, queue: str = "idefics") -> str:
-    return PREFIX + hashlib.sha256(json.dumps([queue, job.idempotency_key]).encode()).hexdigest()
+    return IDEMPOTENCY.named(hashlib.sha256(json.dumps([queue, job.idempotency_key]).encode()).hexdigest())
 
 
 def make_old(broker: stack.Broker, job: Job, queue: str = "idefics") -> None:

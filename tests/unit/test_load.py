@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+from tasks.redis_keys import LOAD
 from worker.demo import stack
-from worker.queue.balance import FRESH_S, INSIST_S, LOAD, PATIENCE_S, Exchange, Patience, Report
+from worker.queue.balance import FRESH_S, INSIST_S, PATIENCE_S, Exchange, Patience, Report
 from worker.queue.load import Load, leaves_to_others, surplus
 
 INFINITE = float("inf")
@@ -140,17 +141,17 @@ def test_workers_hear_of_each_other_and_of_the_queue(server: redis.Redis) -> Non
     heard = other.exchange(report(FAST))["jobs"]
     assert (heard.queued, heard.others) == (3, [holding(SLOW, 7)])
     assert one.exchange(report(SLOW))["jobs"].others == [FAST]
-    assert 0 < server.pttl("app:" + LOAD + "jobs") < 60_000
+    assert 0 < server.pttl("app:" + LOAD.named("jobs")) < 60_000
 
 
 def test_an_idle_fleet_writes_nothing(server: redis.Redis) -> None:
     one, other = (Exchange(lambda: (server, "")) for _ in range(2))
     for exchange in (one, other):
         exchange.exchange(report(FAST, is_busy=False))
-    assert not server.exists(LOAD + "jobs")
+    assert not server.exists(LOAD.named("jobs"))
     one.exchange(report(FAST))
     other.exchange(report(FAST, is_busy=False))
-    assert server.hlen(LOAD + "jobs") == 2
+    assert server.hlen(LOAD.named("jobs")) == 2
 
 
 def test_a_worker_that_falls_silent_counts_no_more(server: redis.Redis) -> None:
@@ -158,10 +159,10 @@ def test_a_worker_that_falls_silent_counts_no_more(server: redis.Redis) -> None:
     one.exchange(report(FAST))
     time.sleep(FRESH_S + 0.1)
     assert other.exchange(report(SLOW))["jobs"].others == []
-    assert server.hlen(LOAD + "jobs") == 1
+    assert server.hlen(LOAD.named("jobs")) == 1
 
 
 def test_what_is_not_of_a_worker_is_dropped(server: redis.Redis) -> None:
-    server.hset(LOAD + "jobs", "stranger", "garbage")
+    server.hset(LOAD.named("jobs"), "stranger", "garbage")
     assert Exchange(lambda: (server, "")).exchange(report(FAST))["jobs"].others == []
-    assert server.hkeys(LOAD + "jobs") != [b"stranger"]
+    assert server.hkeys(LOAD.named("jobs")) != [b"stranger"]

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from config.settings import Settings
 from tasks import outbox as outboxes
 from tasks.cli import main
-from tasks.outbox import BYTES, HOSTS, PREFIX, SIZES, Bounds, Delivery, Outbox, Shares, size_of
+from tasks.outbox import BYTES, HOSTS, SIZES, Bounds, Delivery, Outbox, Shares, size_of
+from tasks.redis_keys import DELIVERY, DELIVERY_AGES, OLDEST_DELIVERIES
 from tests.receiver import SECRET
 from tests.unit.test_outbox import KEEP_S, OK, Answers, counted, delivery, dispatching
 from worker.delivery import known_hosts
@@ -157,7 +158,7 @@ def test_a_lost_count_is_found_again(client: Any) -> None:
     for number in range(4):
         outbox.add(delivery(number, url=f"https://{number % 2}.test/hook"))
     before = outbox.bytes()
-    client.delete(BYTES, SIZES, f"{PREFIX}oldest", f"{PREFIX}ages:0.test")
+    client.delete(BYTES, SIZES, OLDEST_DELIVERIES.named(), DELIVERY_AGES.named("0.test"))
     assert outbox.recount() == sum(before.values())
     assert outbox.bytes() == before
     client.hset(BYTES, "gone.test", 999)
@@ -168,7 +169,7 @@ def test_a_lost_count_is_found_again(client: Any) -> None:
 def test_one_whose_record_has_expired_counts_no_more(client: Any) -> None:
     outbox = bounded(client)
     outbox.add(delivery(1))
-    client.delete(f"{PREFIX}delivery:{delivery(1).id}")
+    client.delete(DELIVERY.named(delivery(1).id))
     assert outbox.claim(9, 60) == []
     assert outbox.bytes() == {}
     assert client.hgetall(SIZES) == {}
@@ -237,11 +238,11 @@ def test_the_bytes_that_are_counted_are_those_that_redis_needs(client: Any) -> N
 )
 def test_a_key_of_another_type_loses_no_delivery_and_stops_none(client: Any, name: str) -> None:
     outbox = bounded(client)
-    client.lpush(f"{PREFIX}{name}", "a message")
+    client.lpush(f"idefics:callbacks:{name}", "a message")
     assert outbox.add(delivery(1))
     assert not outbox.is_disabled(delivery(1).url)
-    client.delete(f"{PREFIX}{name}")
-    client.lpush(f"{PREFIX}{name}", "a message")
+    client.delete(f"idefics:callbacks:{name}")
+    client.lpush(f"idefics:callbacks:{name}", "a message")
     assert outbox.add(delivery(2))
     assert "job-2" in [found.job for found in outbox.claim(9, 60)]
     assert outbox.listed("pending", 9)
@@ -253,8 +254,8 @@ def test_a_key_of_another_type_lets_what_was_sent_be_noted(client: Any, name: st
     for number in range(2):
         outbox.add(delivery(number))
     first, second = outbox.claim(2, 60)
-    client.delete(f"{PREFIX}{name}")
-    client.lpush(f"{PREFIX}{name}", "a message")
+    client.delete(f"idefics:callbacks:{name}")
+    client.lpush(f"idefics:callbacks:{name}", "a message")
     assert outbox.end(first, "delivered", "status 204", KEEP_S)
     assert outbox.end(second, "failed", "status 500", KEEP_S)
     assert outbox.replay(second.id)
@@ -263,7 +264,7 @@ def test_a_key_of_another_type_lets_what_was_sent_be_noted(client: Any, name: st
 
 def test_a_record_of_another_type_is_replaced(client: Any) -> None:
     outbox = bounded(client)
-    client.lpush(f"{PREFIX}delivery:{delivery(1).id}", "a message")
+    client.lpush(DELIVERY.named(delivery(1).id), "a message")
     assert outbox.add(delivery(1))
     assert [found.job for found in outbox.claim(9, 60)] == ["job-1"]
 

@@ -11,8 +11,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tasks.redis_keys import REDELIVERIES
 from worker.demo import stack
-from worker.queue.redeliveries import DELIVERIES, KEPT_S, History, Key, RedeliveryCounter
+from worker.queue.redeliveries import KEPT_S, History, Key, RedeliveryCounter
 
 
 def of(server: redis.Redis) -> RedeliveryCounter:
@@ -40,7 +41,7 @@ def key() -> Key:
 @pytest.fixture
 def come_back(server: redis.Redis) -> Callable[[Key], None]:
     """What the transport does."""
-    return lambda key: server.hincrby(f"mine:{DELIVERIES}{key[0]}", str(key[1]), 1)
+    return lambda key: server.hincrby(f"mine:{REDELIVERIES.named(key[0])}", str(key[1]), 1)
 
 
 def test_a_job_that_never_came_back_has_no_history(deliveries: RedeliveryCounter, key: Key) -> None:
@@ -59,7 +60,7 @@ def test_the_first_return_is_a_death_and_later_ones_are_where_the_job_had_starte
     assert deliveries.history(key) == History(2, 1)
     come_back(key)
     assert deliveries.history(key) == History(3, 2)
-    assert 0 < server.ttl(f"mine:{DELIVERIES}{key[0]}") <= KEPT_S + 60
+    assert 0 < server.ttl(f"mine:{REDELIVERIES.named(key[0])}") <= KEPT_S + 60
 
 
 def test_what_is_given_back_in_order_had_not_started(

@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 
 from tasks.errors import InvalidRequest
 from tasks.failed import forget
-from tasks.payloads import CANCEL_KEY
+from tasks.redis_keys import CANCELLATION
 from worker.demo import stack
 from worker.queue import patience
 from worker.queue.patience import PatientRedis
@@ -106,7 +106,7 @@ def test_a_job_that_starts_is_told_so(backend: Any, plain: Any, id: str) -> None
 
 @pytest.mark.parametrize("is_stored", [True, False])
 def test_a_job_that_was_taken_back_does_not_start(backend: Any, plain: Any, id: str, is_stored: bool) -> None:
-    backend.client.set(CANCEL_KEY + id, 1, ex=60)
+    backend.client.set(CANCELLATION.named(id), 1, ex=60)
     assert backend.start(request_of(id), is_stored=is_stored) == CANCELED
     assert plain.get_state(id) == "PENDING"
 
@@ -115,7 +115,7 @@ def test_a_job_that_was_taken_back_does_not_start(backend: Any, plain: Any, id: 
 @pytest.mark.parametrize("first", ENDS)
 def test_a_job_that_has_ended_does_not_start(backend: Any, plain: Any, id: str, first: str, is_stored: bool) -> None:
     end(backend, id, first)
-    backend.client.set(CANCEL_KEY + id, 1, ex=60)
+    backend.client.set(CANCELLATION.named(id), 1, ex=60)
     assert backend.start(request_of(id), is_stored=is_stored) == first
     assert plain.get_state(id) == first
 
@@ -309,11 +309,11 @@ def test_a_forgotten_end_makes_room_for_another(
 
 def test_a_jobs_end_takes_its_cancellation_along(backend: Any, id: str, broker: stack.Broker) -> None:
     results = broker.connect(1)
-    results.set(CANCEL_KEY + id, 1, ex=60)
+    results.set(CANCELLATION.named(id), 1, ex=60)
     backend.store_result(id, None, "STARTED")
-    assert results.exists(CANCEL_KEY + id)
+    assert results.exists(CANCELLATION.named(id))
     end(backend, id, "REVOKED")
-    assert not results.exists(CANCEL_KEY + id)
+    assert not results.exists(CANCELLATION.named(id))
 
 
 # A task id that is used again

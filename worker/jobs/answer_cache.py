@@ -24,11 +24,11 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from tasks.payloads import ModelInfo
+from tasks.redis_keys import ANSWER
 from worker.engine.row import Output, Row
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "idefics:answer:"
 #: Seconds between two checks of a job that waits for another's row: was it canceled, has its deadline passed?
 POLL_INTERVAL_S = 0.1
 
@@ -45,7 +45,7 @@ class AnswerCache:
         """
         self._redis = redis
         self._ttl_s = ttl_s
-        self._prefix = prefix + PREFIX + weights
+        self._prefix = prefix + ANSWER.prefix + weights
         #: By digest, the rows that run. Each resolves to its output, or None where there is none to share.
         self._running: dict[str, Future[Output | None]] = {}
         self._lock = threading.Lock()

@@ -23,12 +23,12 @@ from celery import bootsteps
 from kombu.utils.uuid import uuid
 from redis import Redis
 
+from tasks.redis_keys import LOAD
 from worker.queue.load import Load, leaves_to_others, surplus
 from worker.queue.transport import Channel
 
 logger = logging.getLogger(__name__)
 
-LOAD = "idefics:load:"
 #: Seconds between two exchanges.
 PERIOD_S = 0.05
 #: Seconds that a report of the event loop, or what others tell, holds.
@@ -124,7 +124,7 @@ class Exchange:
         told = f"{load.width:.2f} {load.job_s:.4f} {load.unbegun} {load.is_open:d}"
         with client.pipeline(transaction=False) as pipe:
             for queue, lists in report.queues.items():
-                keys = [prefix + key for key in (LOAD + queue, *lists)]
+                keys = [prefix + key for key in (LOAD.named(queue), *lists)]
                 pipe.eval(EXCHANGE, len(keys), *keys, self._me, told, is_busy, int(1000 * FRESH_S))
             replies = pipe.execute()
         return {

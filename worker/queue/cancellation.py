@@ -15,8 +15,7 @@ from typing import Any
 from celery import bootsteps
 from celery.worker import state as worker_state
 
-from tasks.payloads import CANCEL_KEY
-from tasks.redis_keys import results_prefix
+from tasks.redis_keys import CANCELLATION, results_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ LOOK_S = 0.5
 def canceled_among(ids: Iterable[str], backend: Any, prefix: str = "") -> set[str]:
     """The jobs that have a key, which begins with `prefix`. Raises RedisError."""
     asked = list(ids)
-    found = backend.client.mget([prefix + CANCEL_KEY + id for id in asked]) if asked else []
+    found = backend.client.mget([prefix + CANCELLATION.named(id) for id in asked]) if asked else []
     return {id for id, value in zip(asked, found, strict=True) if value is not None}
 
 

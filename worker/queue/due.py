@@ -24,10 +24,8 @@ from celery.worker import state as worker_state
 from kombu.message import Message
 from redis import Redis
 
+from tasks.redis_keys import DUE
 from worker.queue.envelope import unix_seconds
-
-#: Before the name of a queue's list: the sorted set of messages that wait for their time.
-DUE = "idefics:due:"
 
 #: Messages that leave a set in one step where the worker takes as stock kombu does.
 RELEASED_AT_ONCE = 100
@@ -101,8 +99,8 @@ def release(channel: Any, queues: Iterable[str]) -> None:
     client, prefix = Redis(connection_pool=channel.pool), channel.global_keyprefix
     for queue, step in itertools.product(queues, channel.priority_steps):
         name = prefix + channel._q_for_pri(queue, step)
-        while messages := client.zrange(f"{prefix}{DUE}{name}", 0, RELEASED_AT_ONCE - 1):
+        while messages := client.zrange(f"{prefix}{DUE.named(name)}", 0, RELEASED_AT_ONCE - 1):
             with client.pipeline() as pipe:
                 pipe.lpush(name, *messages)
-                pipe.zrem(f"{prefix}{DUE}{name}", *messages)
+                pipe.zrem(f"{prefix}{DUE.named(name)}", *messages)
                 pipe.execute()

@@ -6,8 +6,8 @@ from typing import Any
 
 from kombu.transport import redis as stock
 
+from tasks.redis_keys import REDELIVERIES
 from worker.queue.backoff import Backoff
-from worker.queue.redeliveries import DELIVERIES
 from worker.queue.sweep import OnRefused, SweepingQoS, log_refused, redelivered_id
 
 
@@ -27,7 +27,7 @@ class PlainQoS(SweepingQoS):
         id = redelivered_id(self._delivered.get(tag))
         if id is not None:
             with self.channel.conn_or_acquire() as redis:
-                redis.delete(DELIVERIES + id)
+                redis.delete(REDELIVERIES.named(id))
 
 
 class PlainChannel(stock.Channel):  # type: ignore[misc]

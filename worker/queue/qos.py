@@ -9,9 +9,9 @@ from kombu.asynchronous import get_event_loop
 from kombu.transport import virtual
 from redis.exceptions import ResponseError
 
+from tasks.redis_keys import REDELIVERIES
 from worker.queue.due import HOLD
 from worker.queue.pending_acks import ACK_BATCH_WINDOW_S, Hold, Origin
-from worker.queue.redeliveries import DELIVERIES
 from worker.queue.sweep import SweepingQoS, redelivered_id
 
 #: Puts a message back to its list byte for byte. KEYS: unacked, its index, the list. ARGV: tag, the end of the record.
@@ -135,7 +135,7 @@ class QoS(SweepingQoS):
 
     def send_acks(self, acks: Mapping[str, str | None]) -> None:
         """Delete messages, and the counted returns of redelivered jobs."""
-        names = [DELIVERIES + id for id in acks.values() if id]
+        names = [REDELIVERIES.named(id) for id in acks.values() if id]
         with self.pipe_or_acquire() as pipe:
             pipe.zrem(self.unacked_index_key, *acks).hdel(self.unacked_key, *acks)
             if names:

@@ -25,10 +25,10 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
+from tasks.redis_keys import REDELIVERIES
+
 logger = logging.getLogger(__name__)
 
-#: Followed by a job's id.
-DELIVERIES = "idefics:deliveries:"
 #: Seconds beyond the visibility timeout that a record is kept: longer than a job waits for its next delivery.
 KEPT_S = 7 * 86_400
 
@@ -105,7 +105,7 @@ class RedeliveryCounter:
             logger.warning("The deliveries of jobs are not counted: %s", error)
 
     def _name(self, id: str) -> str:
-        return self.channel.global_keyprefix + DELIVERIES + id if self.channel is not None else ""
+        return self.channel.global_keyprefix + REDELIVERIES.named(id) if self.channel is not None else ""
 
     def _client(self) -> Redis:
         if self.channel is None:

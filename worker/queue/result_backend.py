@@ -38,8 +38,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from tasks.availability import is_away
 from tasks.errors import Internal, JobError
-from tasks.payloads import CANCEL_KEY
-from tasks.redis_keys import results_prefix
+from tasks.redis_keys import CANCELLATION, results_prefix
 from worker.observability.redaction import without_values
 from worker.queue.patience import PatientRedis
 
@@ -230,7 +229,7 @@ class FirstTerminalStateWins:
 
     @cached_property
     def _cancel_prefix(self: Any) -> str:
-        return results_prefix(self.app) + CANCEL_KEY
+        return results_prefix(self.app) + CANCELLATION.prefix
 
     @cached_property
     def _store_script(self: Any) -> Any:

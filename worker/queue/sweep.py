@@ -10,8 +10,9 @@ from typing import Any
 from kombu.transport import redis as stock
 from kombu.utils.json import dumps
 
+from tasks.redis_keys import REDELIVERIES
 from worker.queue.envelope import NO_ENVELOPE, Refused, described, given_back, returned_job, usable_id
-from worker.queue.redeliveries import DELIVERIES, kept_s
+from worker.queue.redeliveries import kept_s
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class SweepingQoS(stock.QoS):  # type: ignore[misc]
         key = returned_job(message)
         if key is not None:
             # Kombu's client prefixes the keys of some commands only, and these are not among them.
-            name = f"{self.channel.global_keyprefix}{DELIVERIES}{key[0]}"
+            name = f"{self.channel.global_keyprefix}{REDELIVERIES.named(key[0])}"
             pipe.hincrby(name, str(key[1]), 1).expire(name, kept_s(self.channel))
 
     def _keep_refused(self, record: bytes, refused: Refused) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
-from tasks.redis_keys import list_name
-from worker.queue.due import DUE, ETA
+from tasks.redis_keys import DUE, list_name
+from worker.queue.due import ETA
 from worker.queue.envelope import MAX_DELAY_S
 
 #: Messages, and their bytes, that one call of the script moves to where they wait for their time: a script that runs
@@ -105,7 +105,7 @@ class ReserveRequest:
     def arguments(self, record_keys: tuple[str, str], prefix: str) -> list[Any]:
         """The script's: number of keys, KEYS, ARGV. `prefix` stands before all keys of this deployment."""
         keys = [*record_keys, *(prefix + name for name in self.lists)]
-        return [len(keys), *keys, self.tag, prefix + DUE, *self.endings]
+        return [len(keys), *keys, self.tag, prefix + DUE.prefix, *self.endings]
 
     def reserved(self, reply: Any) -> Reserved | None:
         """The message in the script's reply; None where the script must be called again."""

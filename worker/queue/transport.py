@@ -22,8 +22,8 @@ from kombu.transport import redis as stock
 from redis.exceptions import NoScriptError, ResponseError
 
 from tasks.availability import is_demoted
+from tasks.redis_keys import DUE
 from worker.queue.broker_rights import check_may_reserve, readable_separators
-from worker.queue.due import DUE
 from worker.queue.guarded_channel import GuardedChannel
 from worker.queue.pending_acks import Hold, pending_acks
 from worker.queue.plain_transport import PlainSentinelTransport, PlainTransport
@@ -108,7 +108,7 @@ class Channel(GuardedChannel):
         """Have the message that is being delivered wait in Redis until a time, in unix seconds."""
         assert self._reserved is not None
         prefix = self.global_keyprefix
-        hold = Hold(f"{prefix}{DUE}{prefix}{self._reserved.list}", at, len(self._reserved.ending))
+        hold = Hold(prefix + DUE.named(prefix + self._reserved.list), at, len(self._reserved.ending))
         self.qos.hold(tag, hold)
 
     def basic_consume(self, queue: str, *args: Any, **options: Any) -> Any:

@@ -12,13 +12,12 @@ from typing import Any, cast
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from tasks.payloads import QUEUE
+from tasks.redis_keys import is_no_queue
 from worker.queue.envelope.bounds import MAX_DELAY_S, MAX_EXPIRY, MAX_ID_CHARS, MAX_LABEL_CHARS, MAX_RETRIES
 
 Check = Callable[[Any], bool]
 _PRINTABLE_ASCII = re.compile(r"[ -~]+")
 _QUEUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@/+-]{0,254}")
-#: Keys in Redis that are no queues: kombu's, Celery's and ours.
-_NO_QUEUES = re.compile(r"unacked|idefics:|idefics\.callbacks|celery-task(set)?-meta|celeryev|.*pidbox")
 
 
 def is_text(value: str) -> bool:
@@ -101,7 +100,7 @@ def unix_seconds(value: Any) -> float:
 
 
 def is_queue(value: Any) -> bool:
-    return isinstance(value, str) and bool(_QUEUE.fullmatch(value)) and not _NO_QUEUES.match(value)
+    return isinstance(value, str) and bool(_QUEUE.fullmatch(value)) and not is_no_queue(value)
 
 
 def is_exchange(value: Any) -> bool:
