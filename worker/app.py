@@ -26,7 +26,7 @@ from tasks.payloads import DEFAULT_PRIORITY, HIDDEN, PAYLOADS, SUBMITTED_AT, Job
 from tasks.redis_keys import results_prefix
 from tasks.routing import priority_for
 from worker.delivery.policy import check as check_callback
-from worker.delivery.recorder import Announcer, TerminalState
+from worker.delivery.recorder import CallbackRecorder, TerminalState
 from worker.engine.row import NotBegun
 from worker.images.host_limits import HostLimitReached
 from worker.jobs.idempotency import FirstStillRuns, first_answer
@@ -51,7 +51,7 @@ settings = load()
 
 class _App(OneProducerEach):
     #: Of the callbacks of jobs that have ended.
-    recorder: Announcer
+    recorder: CallbackRecorder
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
         """Celery's. What is sent to a producer's own worker has a priority that it reads."""
@@ -66,7 +66,7 @@ app = _App("idefics", amqp="worker.queue.publisher:AMQP", set_as_current=False)
 app.conf.update(configuration(settings, settings.queue, DEFAULT_PRIORITY, PAYLOADS))
 app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime, Balance, AnnouncedOptions])
 failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
-app.recorder = Announcer(app, settings)
+app.recorder = CallbackRecorder(app, settings)
 use_transport(Refusals(app, failed_bounds), atomic=settings.atomic_take)
 keep_failures(app, failed_bounds)
 
@@ -119,7 +119,6 @@ class JobTask(Task):  # type: ignore[misc]
     resultrepr_maxsize = 0
     # One line at INFO: it is for the producer, who reads it in the result.
     throws = log_setup.EXPECTED
-    announcer = app.recorder
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
         """Celery's, for retries and whatever else this process sends."""
@@ -223,7 +222,7 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _announce(self, id: str, arguments: dict[str, Any], end: TerminalState, *, is_stored: bool) -> None:
         asked = asked_of(self.request).digest
-        self.announcer.announce(id, self.name, arguments, end, is_stored=is_stored, asked=asked)
+        self.app.recorder.record(id, self.name, arguments, end, is_stored=is_stored, asked=asked)
 
     @property
     def _ignores_result(self) -> bool:

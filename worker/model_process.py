@@ -196,8 +196,8 @@ def _reported(serial: int, outcome: tuple[Any, ...]) -> Outcome:
 def _announce(name: str, id: str, request: dict[str, Any], end: TerminalState) -> None:
     # The tracer has put the arguments there.
     asked = digest_of(name, request["args"], request["kwargs"])
-    task, is_stored = worker_app.app.tasks[name], not request.get("ignore_result")
-    task.announcer.announce(id, name, request["kwargs"], end, is_stored=is_stored, asked=asked)
+    is_stored = not request.get("ignore_result")
+    worker_app.app.recorder.record(id, name, request["kwargs"], end, is_stored=is_stored, asked=asked)
 
 
 def _failed_outside_the_task(outcome: tuple[Any, ...]) -> bool:

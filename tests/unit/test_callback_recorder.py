@@ -1,4 +1,4 @@
-"""A job's end to its record in the outbox, in a real Redis; and that nothing is acknowledged before."""
+"""Callbacks of jobs that have ended are recorded in the outbox, in a real Redis, before any acknowledgement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tasks.availability import UNAVAILABLE
 from tasks.errors import DeadlineExceeded, ImageInvalid
 from tasks.outbox import Delivery, Outbox
 from tests.receiver import SECRET
-from worker.delivery.recorder import Announcer
+from worker.delivery.recorder import CallbackRecorder
 from worker.demo import stack
 from worker.pool.request import JobRequest
 from worker.queue.result_backend import ASKED
@@ -32,7 +32,7 @@ ARGUMENTS = {"prompt": ["Hello"], "callback": CALLBACK, "metadata": {"row": 7}}
 @pytest.fixture
 def app(broker: stack.Broker) -> Iterator[Celery]:
     address = f"redis://127.0.0.1:{broker.port}"
-    app = Celery("announced", broker=f"{address}/7", backend=f"{address}/8", set_as_current=False)
+    app = Celery("recorded", broker=f"{address}/7", backend=f"{address}/8", set_as_current=False)
     app.conf.result_extended = True
     with broker.connect(7) as queues, broker.connect(8) as results:
         queues.flushdb()
@@ -43,8 +43,8 @@ def app(broker: stack.Broker) -> Iterator[Celery]:
 
 
 @pytest.fixture
-def announcer(app: Celery) -> Announcer:
-    return Announcer(app, Settings(callback_keys=f"main={SECRET}"))
+def recorder(app: Celery) -> CallbackRecorder:
+    return CallbackRecorder(app, Settings(callback_keys=f"main={SECRET}"))
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def outbox(broker: stack.Broker) -> Outbox:
     return Outbox(broker.connect(7))
 
 
-def tell(announcer: Announcer, *end: Any, is_stored: bool = False, **arguments: Any) -> None:
-    announcer.announce("job-1", "idefics.complete", {**ARGUMENTS, **arguments}, end, is_stored=is_stored)
+def record(recorder: CallbackRecorder, *end: Any, is_stored: bool = False, **arguments: Any) -> None:
+    recorder.record("job-1", "idefics.complete", {**ARGUMENTS, **arguments}, end, is_stored=is_stored)
 
 
 def only(outbox: Outbox) -> Delivery:
@@ -68,8 +68,8 @@ def nested(depth: int) -> dict[str, Any]:
 # What is recorded
 
 
-def test_a_success_is_recorded_with_its_result(announcer: Announcer, outbox: Outbox) -> None:
-    tell(announcer, states.SUCCESS, {"text": "llo"})
+def test_a_success_is_recorded_with_its_result(recorder: CallbackRecorder, outbox: Outbox) -> None:
+    record(recorder, states.SUCCESS, {"text": "llo"})
     found = only(outbox)
     assert (found.job, found.event, found.url, found.key_id) == ("job-1", "job.succeeded", CALLBACK["url"], "main")
     data = json.loads(found.body)["data"]
@@ -77,27 +77,27 @@ def test_a_success_is_recorded_with_its_result(announcer: Announcer, outbox: Out
     assert (data["error"], data["metadata"]) == (None, {"row": 7})
 
 
-def test_a_failure_is_recorded_with_its_detail(announcer: Announcer, outbox: Outbox) -> None:
-    tell(announcer, states.FAILURE, ImageInvalid("nothing there", detail="http_404"))
+def test_a_failure_is_recorded_with_its_detail(recorder: CallbackRecorder, outbox: Outbox) -> None:
+    record(recorder, states.FAILURE, ImageInvalid("nothing there", detail="http_404"))
     error = json.loads(only(outbox).body)["data"]["error"]
     assert error == {"code": "image_invalid", "message": "nothing there", "detail": "http_404"}
 
 
-def test_a_failure_is_recorded_with_its_code(announcer: Announcer, outbox: Outbox) -> None:
-    tell(announcer, states.FAILURE, ImageInvalid("no picture"))
+def test_a_failure_is_recorded_with_its_code(recorder: CallbackRecorder, outbox: Outbox) -> None:
+    record(recorder, states.FAILURE, ImageInvalid("no picture"))
     assert json.loads(only(outbox).body)["data"]["error"] == {"code": "image_invalid", "message": "no picture"}
 
 
 @pytest.mark.parametrize("metadata", [{"n": float("nan")}, {"x": "a" * 100_000}, {"s": "\ud800"}, nested(50), [1]])
 def test_metadata_that_a_job_is_refused_for_is_not_repeated(
-    announcer: Announcer, outbox: Outbox, metadata: Any
+    recorder: CallbackRecorder, outbox: Outbox, metadata: Any
 ) -> None:
-    tell(announcer, states.FAILURE, ImageInvalid("no picture"), metadata=metadata)
+    record(recorder, states.FAILURE, ImageInvalid("no picture"), metadata=metadata)
     assert json.loads(only(outbox).body)["data"]["metadata"] == {}
 
 
-def test_what_the_name_service_says_at_the_end_loses_no_callback(
-    announcer: Announcer, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+def test_an_address_that_dns_gives_at_the_end_loses_no_callback(
+    recorder: CallbackRecorder, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = socket.getaddrinfo
 
@@ -105,37 +105,37 @@ def test_what_the_name_service_says_at_the_end_loses_no_callback(
         return stock("10.0.0.8" if host == "hooks.example.com" else host, *more, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", private)
-    tell(announcer, states.SUCCESS, {"text": "llo"}, callback={**CALLBACK, "url": "https://hooks.example.com/"})
+    record(recorder, states.SUCCESS, {"text": "llo"}, callback={**CALLBACK, "url": "https://hooks.example.com/"})
     assert only(outbox).url == "https://hooks.example.com/"
 
 
-def test_results_that_stay_away_are_told_as_what_may_pass(
-    announcer: Announcer, app: Celery, monkeypatch: pytest.MonkeyPatch
+def test_results_that_cannot_be_read_raise_one_of_unavailable(
+    recorder: CallbackRecorder, app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def give_up(*_: Any, **__: Any) -> None:
         raise BackendGetMetaError("failed to get meta")
 
     monkeypatch.setattr(app.backend, "get_task_meta", give_up)
     with pytest.raises(UNAVAILABLE):
-        tell(announcer, states.SUCCESS, {"text": "llo"}, is_stored=True)
+        record(recorder, states.SUCCESS, {"text": "llo"}, is_stored=True)
 
 
-def test_any_exception_has_a_code(announcer: Announcer, outbox: Outbox) -> None:
-    tell(announcer, states.FAILURE, KeyError("x"))
+def test_any_exception_has_a_code(recorder: CallbackRecorder, outbox: Outbox) -> None:
+    record(recorder, states.FAILURE, KeyError("x"))
     assert json.loads(only(outbox).body)["data"]["error"]["code"] == "internal"
 
 
 @pytest.mark.parametrize("state", [states.RETRY, states.STARTED, states.PENDING, "REJECTED"])
-def test_what_is_no_end_is_not_recorded(announcer: Announcer, outbox: Outbox, state: str) -> None:
-    tell(announcer, state, None)
+def test_only_terminal_states_are_recorded(recorder: CallbackRecorder, outbox: Outbox, state: str) -> None:
+    record(recorder, state, None)
     assert outbox.listed("pending", 10) == []
 
 
-def test_only_the_events_that_were_asked_for_are_recorded(announcer: Announcer, outbox: Outbox) -> None:
+def test_only_the_events_that_were_asked_for_are_recorded(recorder: CallbackRecorder, outbox: Outbox) -> None:
     callback = {**CALLBACK, "events": ["job.failed"]}
-    tell(announcer, states.SUCCESS, {"text": "llo"}, callback=callback)
+    record(recorder, states.SUCCESS, {"text": "llo"}, callback=callback)
     assert outbox.listed("pending", 10) == []
-    tell(announcer, states.FAILURE, ImageInvalid("no picture"), callback=callback)
+    record(recorder, states.FAILURE, ImageInvalid("no picture"), callback=callback)
     assert only(outbox).event == "job.failed"
 
 
@@ -151,33 +151,33 @@ def test_only_the_events_that_were_asked_for_are_recorded(announcer: Announcer, 
         {**CALLBACK, "secret": "x"},
     ],
 )
-def test_nothing_is_sent_to_a_callback_that_was_refused(announcer: Announcer, outbox: Outbox, callback: Any) -> None:
-    tell(announcer, states.FAILURE, ImageInvalid("no picture"), callback=callback)
+def test_a_refused_callback_is_not_recorded(recorder: CallbackRecorder, outbox: Outbox, callback: Any) -> None:
+    record(recorder, states.FAILURE, ImageInvalid("no picture"), callback=callback)
     assert outbox.listed("pending", 10) == []
 
 
-def test_the_stored_end_counts(announcer: Announcer, outbox: Outbox, app: Celery) -> None:
+def test_the_stored_terminal_state_is_recorded(recorder: CallbackRecorder, outbox: Outbox, app: Celery) -> None:
     """A cancellation that came when the answer was already there."""
     app.backend.store_result("job-1", {"text": "llo"}, states.SUCCESS)
-    tell(announcer, states.REVOKED, None, is_stored=True)
+    record(recorder, states.REVOKED, None, is_stored=True)
     assert only(outbox).event == "job.succeeded"
-    tell(announcer, states.SUCCESS, None, is_stored=True)
+    record(recorder, states.SUCCESS, None, is_stored=True)
     assert json.loads(only(outbox).body)["data"]["result"] == {"text": "llo"}
 
 
-def test_a_stored_failure_has_its_code(announcer: Announcer, outbox: Outbox, app: Celery) -> None:
+def test_a_stored_failure_has_its_code(recorder: CallbackRecorder, outbox: Outbox, app: Celery) -> None:
     app.backend.store_result("job-1", ImageInvalid("no picture"), states.FAILURE)
-    tell(announcer, states.SUCCESS, None, is_stored=True)
+    record(recorder, states.SUCCESS, None, is_stored=True)
     assert json.loads(only(outbox).body)["data"]["error"] == {"code": "image_invalid", "message": "no picture"}
 
 
-def test_the_stored_end_of_another_job_under_the_id_does_not_count(
-    announcer: Announcer, outbox: Outbox, app: Celery
+def test_the_stored_state_of_another_submission_under_the_id_is_ignored(
+    recorder: CallbackRecorder, outbox: Outbox, app: Celery
 ) -> None:
     record = {"status": "SUCCESS", ASKED: "b", "result": {"text": "b's"}, "date_done": "2026-01-02T03:04:05+00:00"}
     app.backend.set(app.backend.get_key_for_task("job-1"), app.backend.encode(record))
     for asked, text in (("a", "a's"), ("b", "b's")):
-        announcer.announce(
+        recorder.record(
             "job-1", "idefics.complete", ARGUMENTS, (states.SUCCESS, {"text": text}), is_stored=True, asked=asked
         )
     # Two ends, and so two deliveries.
@@ -187,7 +187,7 @@ def test_the_stored_end_of_another_job_under_the_id_does_not_count(
 
 def test_in_a_batch_window_the_first_attempt_waits(app: Celery, outbox: Outbox) -> None:
     chosen = Settings(callback_keys=f"main={SECRET}", callback_batch_window_s=60)
-    tell(Announcer(app, chosen), states.SUCCESS, {"text": "llo"})
+    record(CallbackRecorder(app, chosen), states.SUCCESS, {"text": "llo"})
     assert outbox.claim(10, 60) == []
     assert only(outbox).job == "job-1"
 
@@ -202,11 +202,11 @@ def _complete() -> None:
 class Steps:
     """A message's way, step by step."""
 
-    def __init__(self, app: Celery, announcer: Announcer, **options: Any) -> None:
+    def __init__(self, app: Celery, recorder: CallbackRecorder, **options: Any) -> None:
         self.taken: list[str] = []
         task = app.task(_complete, name="idefics.complete", acks_late=True, Request=JobRequest, shared=False)
-        task.announcer = self
-        self._announcer = announcer
+        app.recorder = self
+        self._recorder = recorder
         self._app = app
         body = ([], ARGUMENTS, {})
         headers = {"id": "job-1", "task": "idefics.complete", "lang": "py", **options}
@@ -214,9 +214,9 @@ class Steps:
             _Message(body, headers), on_ack=self._ack, app=app, task=task, request_dict=headers, decoded=True, body=body
         )
 
-    def announce(self, *arguments: Any, **options: Any) -> None:
+    def record(self, *arguments: Any, **options: Any) -> None:
         self.taken.append(f"recorded after {self._app.AsyncResult('job-1').state}")
-        self._announcer.announce(*arguments, **options)
+        self._recorder.record(*arguments, **options)
 
     def _ack(self, *_: Any) -> None:
         self.taken.append("acknowledged")
@@ -234,47 +234,51 @@ class _Message:
         self.acknowledged = False
 
 
-def test_a_failure_that_the_pool_gives_is_stored_and_recorded_before_it_is_acknowledged(
-    app: Celery, announcer: Announcer, outbox: Outbox
+def test_a_failure_from_the_pool_is_stored_and_recorded_before_it_is_acknowledged(
+    app: Celery, recorder: CallbackRecorder, outbox: Outbox
 ) -> None:
-    steps = Steps(app, announcer)
+    steps = Steps(app, recorder)
     steps.request.on_failure(exception_info(DeadlineExceeded("too long")))
     assert steps.taken == ["recorded after FAILURE", "acknowledged"]
     assert json.loads(only(outbox).body)["data"]["error"] == {"code": "deadline_exceeded", "message": "too long"}
 
 
-def test_a_failure_without_a_stored_result_is_recorded_too(app: Celery, announcer: Announcer, outbox: Outbox) -> None:
-    steps = Steps(app, announcer, ignore_result=True)
+def test_a_failure_without_a_stored_result_is_recorded_too(
+    app: Celery, recorder: CallbackRecorder, outbox: Outbox
+) -> None:
+    steps = Steps(app, recorder, ignore_result=True)
     steps.request.on_failure(exception_info(DeadlineExceeded("too long")))
     assert steps.taken == ["recorded after PENDING", "acknowledged"]
     assert only(outbox).event == "job.failed"
 
 
 def test_a_cancellation_is_recorded_before_it_is_acknowledged(
-    app: Celery, announcer: Announcer, outbox: Outbox
+    app: Celery, recorder: CallbackRecorder, outbox: Outbox
 ) -> None:
-    steps = Steps(app, announcer)
+    steps = Steps(app, recorder)
     steps.request.on_failure(exception_info(Terminated("canceled")))
     assert steps.taken == ["recorded after REVOKED", "acknowledged"]
     assert only(outbox).event == "job.canceled"
 
 
-def test_a_failure_that_the_task_told_is_only_acknowledged(app: Celery, announcer: Announcer, outbox: Outbox) -> None:
+def test_a_failure_that_the_job_thread_recorded_is_only_acknowledged(
+    app: Celery, recorder: CallbackRecorder, outbox: Outbox
+) -> None:
     """The job's thread has recorded it."""
-    steps = Steps(app, announcer)
+    steps = Steps(app, recorder)
     told: ExceptionInfo = exception_info(ImageInvalid("no picture"))
     steps.request.on_failure(told, return_ok=True)
     assert steps.taken == ["acknowledged"]
     assert outbox.listed("pending", 10) == []
 
 
-def test_what_cannot_be_recorded_is_not_acknowledged(
-    app: Celery, announcer: Announcer, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+def test_a_job_whose_callback_cannot_be_recorded_is_not_acknowledged(
+    app: Celery, recorder: CallbackRecorder, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: Any) -> bool:
         raise redis.ConnectionError
 
     monkeypatch.setattr(Outbox, "add", away)
-    steps = Steps(app, announcer)
+    steps = Steps(app, recorder)
     steps.request.on_failure(exception_info(DeadlineExceeded("too long")))
     assert steps.taken == ["recorded after FAILURE"]

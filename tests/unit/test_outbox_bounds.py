@@ -26,7 +26,7 @@ from tests.unit.test_outbox import KEEP_S, OK, Answers, counted, delivery, dispa
 from worker.delivery import known_hosts
 from worker.delivery.batching import admit
 from worker.delivery.known_hosts import KnownHosts
-from worker.delivery.recorder import Announcer, GivenUp
+from worker.delivery.recorder import LOG_INTERVAL_S, CallbackRecorder, GivenUpLog
 from worker.delivery.retry import AttemptResult
 from worker.demo import stack
 
@@ -187,25 +187,26 @@ def test_ended_ones_are_bounded_in_bytes(client: Any, monkeypatch: pytest.Monkey
     assert is_counted_right(client, outbox)
 
 
-def test_what_is_given_up_is_told_once_a_minute(caplog: pytest.LogCaptureFixture, broker: stack.Broker) -> None:
+def test_given_up_callbacks_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture, broker: stack.Broker) -> None:
     app = Celery(broker=broker.url.replace("/0", "/7"), backend=broker.url.replace("/0", "/8"), set_as_current=False)
-    announcer = Announcer(app, Settings(callback_keys=f"main={SECRET}", callback_max_host_bytes=2**16))
+    recorder = CallbackRecorder(app, Settings(callback_keys=f"main={SECRET}", callback_max_host_bytes=2**16))
     callback = {"url": "https://93.184.216.34/hook", "key_id": "main"}
     for number in range(60):
         arguments = {"callback": callback, "metadata": {"a": "x" * 9_000}}
-        announcer.announce(f"j{number}", "idefics.write", arguments, ("REVOKED", None), is_stored=False)
+        recorder.record(f"j{number}", "idefics.write", arguments, ("REVOKED", None), is_stored=False)
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert "IDEFICS_CALLBACK_MAX_HOST_BYTES" in caplog.text
-    assert sum(announcer._connected().bytes().values()) <= 2**16
+    assert sum(Outbox(broker.connect(7)).bytes().values()) <= 2**16
     broker.connect(7).flushdb()
 
 
-def test_what_was_not_told_is_told_later(caplog: pytest.LogCaptureFixture) -> None:
-    given_up = GivenUp()
-    given_up.tell("a", 1)
-    given_up.tell("b", 2)
-    given_up._tells_at = 0
-    given_up.tell("c", 3)
+def test_the_next_log_line_counts_those_given_up_since_the_last(caplog: pytest.LogCaptureFixture) -> None:
+    now = 5.0
+    given_up = GivenUpLog(lambda: now)
+    given_up.add("a", 1)
+    given_up.add("b", 2)
+    now += LOG_INTERVAL_S
+    given_up.add("c", 3)
     assert [record.args[0] for record in caplog.records if record.args] == [1, 5]  # type: ignore[index]
 
 

@@ -1,15 +1,17 @@
-"""From a job's end to the delivery of its callback: recorded after the result is stored and before the message is
-acknowledged, so that whatever is killed in between, the message comes again and the delivery is recorded then.
+"""Records the callback of a job that has ended as a delivery in the outbox, from where the callbacks worker sends it.
 
-docs/decisions/0006-callbacks.md has the cases.
+The order is: the result is stored, the delivery recorded, the message acknowledged. A process that is killed in between
+leaves the message unacknowledged; it is delivered again, and the delivery is recorded then. All cases are in
+docs/decisions/0006-callbacks.md.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -33,86 +35,100 @@ EVENTS: dict[str, webhooks.JobEvent] = {
     states.REVOKED: "job.canceled",
 }
 
-#: A job's state, and its result or exception.
+#: SUCCESS, FAILURE or REVOKED, and the job's result or exception.
 TerminalState: TypeAlias = tuple[str, Any]
 
 #: Seconds between two log lines about callbacks that were given up.
-TOLD_S = 60.0
+LOG_INTERVAL_S = 60.0
 
 
-class GivenUp:
-    """Logs that pending callbacks were given up, at most once in TOLD_S."""
+class GivenUpLog:
+    """Logs how many pending callbacks were given up, once per LOG_INTERVAL_S at most. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
+        #: Given up since the last log line.
         self._count = 0
-        self._tells_at = 0.0
+        self._next_at = -math.inf
 
-    def tell(self, host: str, count: int) -> None:
+    def add(self, host: str, count: int) -> None:
+        """Count callbacks that were given up for a new one to `host`."""
         with self._lock:
             self._count += count
-            if time.monotonic() < self._tells_at:
+            now = self._clock()
+            if now < self._next_at:
                 return
             count, self._count = self._count, 0
-            self._tells_at = time.monotonic() + TOLD_S
+            self._next_at = now + LOG_INTERVAL_S
         logger.error(
-            "%d callbacks were given up unsent, the oldest ones, at last for a new one to %s: more are pending than "
-            "IDEFICS_CALLBACK_MAX_HOST_BYTES or IDEFICS_CALLBACK_MAX_PENDING_BYTES. `idefics-jobs deliveries hosts` "
-            "says where to; `deliveries replay` sends them again.",
+            "%d callbacks were given up unsent, the oldest first, the last ones for a new one to %s: more are pending "
+            "than IDEFICS_CALLBACK_MAX_HOST_BYTES or IDEFICS_CALLBACK_MAX_PENDING_BYTES allow. `idefics-jobs "
+            "deliveries hosts` lists their hosts; `idefics-jobs deliveries replay` sends them again.",
             count,
             host,
         )
 
 
-class Announcer:
-    """Records the deliveries of jobs that have ended. Used by many threads at once."""
+class CallbackRecorder:
+    """Records the callbacks of jobs that have ended. Thread-safe."""
 
     def __init__(self, app: Celery, settings: Settings) -> None:
         self._app = app
         self._settings = settings
+        #: Made at the first use: not when `worker.app` is imported.
         self._outbox: Outbox | None = None
-        self._given_up = GivenUp()
+        self._given_up = GivenUpLog()
         self._lock = threading.Lock()
 
-    def announce(
-        self, id: str, task: str, arguments: Mapping[str, Any], end: TerminalState, *, is_stored: bool, asked: str = ""
+    def record(
+        self,
+        id: str,
+        task: str,
+        arguments: Mapping[str, Any],
+        terminal_state: TerminalState,
+        *,
+        is_stored: bool,
+        asked: str = "",
     ) -> None:
-        """Record the delivery of a job's end, once. Nothing for a job without a callback.
+        """Record the callback of a job that has ended, if it has one. A second call for the same end changes nothing.
 
-        Where the end is stored, the stored one counts: another one may have been first. That of another submission
-        under its id, with another digest than `asked`, does not. Raises one of UNAVAILABLE, and in a job's own thread
-        RedisAway, after it has waited.
+        With `is_stored`, a stored terminal state takes precedence over `terminal_state`: another run may have been
+        first. One of another submission under the same id, known by a digest other than `asked`, is ignored. Raises one
+        of UNAVAILABLE, or in a job's own thread RedisAway after waiting.
         """
         callback = self._callback(id, arguments)
         if callback is None:
             return
-        state, value, ended = self._stored(id, end, asked) if is_stored else (*end, None)
+        state, value, ended_at = self._stored(id, terminal_state, asked) if is_stored else (*terminal_state, None)
         event = EVENTS.get(state)
         if event is None or (callback.events and event not in callback.events):
             return
-        body = webhooks.body(event, ended or datetime.now(UTC).isoformat(), _data(id, task, arguments, state, value))
-        # Of all ends of jobs with this id, this one.
-        key = delivery_id(id, event, asked, ended or "")
-        record = Delivery(key, id, event, callback.url, callback.key_id, body)
-        self._connected().add(record, self._settings.callback_batch_window_s)
+        body = webhooks.body(event, ended_at or datetime.now(UTC).isoformat(), _data(id, task, arguments, state, value))
+        # Jobs with the same id may end several times: each end has a delivery of its own.
+        key = delivery_id(id, event, asked, ended_at or "")
+        delivery = Delivery(key, id, event, callback.url, callback.key_id, body)
+        self._connected().add(delivery, self._settings.callback_batch_window_s)
 
     def _callback(self, id: str, arguments: Mapping[str, Any]) -> Callback | None:
-        """The job's, if it may be called: a job with another one has been refused."""
+        """The job's callback, if the policy allows it: a job with a forbidden one has failed for that reason."""
         if not arguments.get("callback"):
             return None
         try:
             callback = Callback.model_validate(arguments["callback"])
-            # What the name service says this very moment would lose it; the attempts ask for themselves.
+            # Without a lookup: a failure of DNS at this moment would lose the callback. Each attempt looks it up.
             check(callback, self._settings, look_up=False)
         except (ValidationError, InvalidRequest) as error:
-            logger.info("Job %s calls nobody back: %s", id, error if isinstance(error, InvalidRequest) else "malformed")
+            why = error if isinstance(error, InvalidRequest) else "malformed"
+            logger.info("The callback of job %s is not recorded: %s", id, why)
             return None
         return callback
 
-    def _stored(self, id: str, end: TerminalState, asked: str) -> tuple[str, Any, str | None]:
+    def _stored(self, id: str, terminal_state: TerminalState, asked: str) -> tuple[str, Any, str | None]:
+        """The stored state, value and time in ISO 8601; the given terminal state where none of the job's is stored."""
         meta = self._app.backend.get_task_meta(id, cache=False)
         if meta["status"] not in states.READY_STATES or is_of_another(meta, asked):
-            return (*end, None)
+            return (*terminal_state, None)
         return meta["status"], meta["result"], meta.get("date_done")
 
     def _connected(self) -> Outbox:
@@ -122,7 +138,7 @@ class Announcer:
                 self._settings.callback_max_pending_bytes,
                 self._settings.callback_keep_s,
             )
-            outbox = Outbox(patiently(lambda: connect(self._app, PatientRedis)), bounds, self._given_up.tell)
+            outbox = Outbox(patiently(lambda: connect(self._app, PatientRedis)), bounds, self._given_up.add)
             with self._lock:
                 self._outbox = self._outbox or outbox
         return self._outbox
@@ -135,13 +151,13 @@ def _data(id: str, task: str, arguments: Mapping[str, Any], state: str, value: A
     elif state == states.FAILURE and isinstance(value, BaseException):
         data["error"] = from_exception(value).as_dict()
     elif isinstance(value, BaseException) and len(value.args) > 1:
-        # A cancellation's text so far.
+        # The result so far of a canceled job.
         data["result"] = value.args[1]
     return {**data, "metadata": _metadata(arguments), "truncated": []}
 
 
 def _metadata(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A job may have been refused for it."""
+    """The job's metadata, if valid: a job may have failed because it is not."""
     metadata = arguments.get("metadata")
     try:
         return checked_metadata(metadata) if isinstance(metadata, dict) else {}

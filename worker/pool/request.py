@@ -123,7 +123,7 @@ class JobRequest(Request):  # type: ignore[misc]
             return True
         try:
             asked = asked_of(self._context)
-            self.task.announcer.announce(
+            self.task.app.recorder.record(
                 self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors, asked=asked.digest
             )
         except UNAVAILABLE as error:

@@ -178,7 +178,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def _announce(self, id: str, task: str, arguments: dict[str, Any], error: JobError, asked: Asked) -> None:
         """Record the callback of a job that ends here. Raises one of UNAVAILABLE."""
         end = states.FAILURE, error
-        self.app.recorder.announce(id, task, arguments, end, is_stored=True, asked=asked.digest)
+        self.app.recorder.record(id, task, arguments, end, is_stored=True, asked=asked.digest)
 
     def _comes_again(self, message: Any, id: str | None, error: Exception) -> bool:
         """Give a message back whose end cannot be stored. Not for a defect, which would be there then, too."""
