@@ -43,6 +43,11 @@ def picture(red: int) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def broken(marker: str) -> str:
+    """A picture by its first bytes only."""
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + marker.encode()).decode()
+
+
 def jobs(marker: str, number: int, gallery: Gallery) -> list[tuple[str, Job]]:
     """Jobs with the marker wherever a job has a text; with each, what it answers or the code of its error."""
     own = {"metadata": {"of": marker, marker: [marker]}}
@@ -60,7 +65,7 @@ def jobs(marker: str, number: int, gallery: Gallery) -> list[tuple[str, Job]]:
         ("", Complete(prompt=[marker], stop=[marker], **said, **own)),
         ("image_blocked", Complete(prompt=[f"http://10.0.0.1/{marker}"], **own)),
         ("image_unreachable", Complete(prompt=[gallery.broken(f"broken-{marker}", 9)], **own)),
-        ("image_invalid", Complete(prompt=["data:image/png;base64," + base64.b64encode(marker.encode()).decode()])),
+        ("image_invalid", Complete(prompt=[broken(marker)])),
         ("prompt_too_long", Complete(prompt=[f"{marker} " * 500], **own)),
         ("deadline_exceeded", Complete(prompt=[marker], deadline_s=0.000_001, **own)),
     ]
