@@ -31,13 +31,14 @@ from celery.states import FAILURE
 
 from config.settings import Settings
 from tasks.redis_keys import results_prefix
-from worker import app as worker_app
+from worker.app import app
 from worker.delivery.recorder import TerminalState
 from worker.engine.engine import Engine, Pace
 from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
 from worker.jobs.answer_cache import AnswerCache, fingerprint
 from worker.jobs.service import Service
+from worker.jobs.task import RunCanceled, RunReturned
 from worker.models.fake import fake_model
 from worker.observability.redaction import without_values
 from worker.pool.wire import (
@@ -165,8 +166,8 @@ def traced(job: Run) -> Outcome:
         with gil.held():
             outcome = fast_trace_task(*job.arguments)
         if _failed_outside_the_task(outcome):
-            # The tracer has stored an end, and skipped what follows it.
-            _announce(name, id, request, (FAILURE, _bare(outcome[1])))
+            # The tracer has stored a failure, and skipped what follows it.
+            _record_callback(name, id, request, (FAILURE, _bare(outcome[1])))
     except RedisAway as error:
         logger.error("Redis is away for too long (%s): job %s goes back to the queue.", error, id)
         return Away(job.serial)
@@ -186,18 +187,18 @@ def _reported(serial: int, outcome: tuple[Any, ...]) -> Outcome:
         # Its text has been stored, and the parent reads no frames.
         value.tb = None
         error = _bare(value)
-        if isinstance(error, worker_app.JobReturned):
+        if isinstance(error, RunReturned):
             return Returned(serial)
-        if isinstance(error, worker_app.JobCanceled):
+        if isinstance(error, RunCanceled):
             return Canceled(serial, error.partial)
     return Done(serial, outcome)
 
 
-def _announce(name: str, id: str, request: dict[str, Any], end: TerminalState) -> None:
+def _record_callback(name: str, id: str, request: dict[str, Any], terminal_state: TerminalState) -> None:
     # The tracer has put the arguments there.
     asked = digest_of(name, request["args"], request["kwargs"])
     is_stored = not request.get("ignore_result")
-    worker_app.app.recorder.record(id, name, request["kwargs"], end, is_stored=is_stored, asked=asked)
+    app.recorder.record(id, name, request["kwargs"], terminal_state, is_stored=is_stored, asked=asked)
 
 
 def _failed_outside_the_task(outcome: tuple[Any, ...]) -> bool:
@@ -281,26 +282,25 @@ def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:
 
     # A hub id needs none: the commit of its snapshot is a part of the model's description.
     weights = fingerprint(folder, Path(HF_HOME) / "idefics-jobs") if folder else ""
-    app = worker_app.app
     return AnswerCache(app.backend.client, settings.answer_cache_ttl_s, weights, results_prefix(app))
 
 
 def main() -> None:
     channel = BlockingChannel(socket.socket(fileno=int(sys.argv[1])))
     current_process()._name = "ModelProcess"
-    process_initializer(worker_app.app, sys.argv[2])
+    process_initializer(app, sys.argv[2])
     # The parent decides when this process ends.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_S)
-    settings = worker_app.settings
+    settings = app.settings
     # Kombu's own attempts to connect would hold the interpreter's permit: the publisher waits.
-    worker_app.app.conf.broker_transport_options = {**worker_app.app.conf.broker_transport_options, "max_retries": 0}
+    app.conf.broker_transport_options = {**app.conf.broker_transport_options, "max_retries": 0}
     try:
         service = _service(settings, channel)
     except RuntimeError as error:
         channel.send(CannotServe(str(error)))
         sys.exit(1)
-    worker_app.serve_with(service)
+    app.service = service
     # What loading made lives as long as the process: the collector need not look at it again.
     gc.freeze()
     JobThreads(channel, service, settings).serve()

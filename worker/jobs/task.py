@@ -1,0 +1,210 @@
+"""The Celery task that runs a job in the model process: checks, one run by the service, retries, the callback.
+
+The parent process imports this module too: it needs the tasks' names and options, and never loads torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from typing import Any, NoReturn
+
+from celery import Task
+from celery.exceptions import Ignore, Retry, TaskPredicate
+
+from config.settings import Settings
+from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
+from tasks.idempotency import IdempotencyKeys
+from tasks.payloads import HIDDEN, SUBMITTED_AT, Job, Result, parse
+from tasks.redis_keys import results_prefix
+from tasks.routing import priority_for
+from worker.delivery.policy import check as check_callback
+from worker.delivery.recorder import CallbackRecorder, TerminalState
+from worker.engine.row import NotBegun
+from worker.images.host_limits import HostLimitReached
+from worker.jobs.idempotency import FirstStillRuns, first_answer
+from worker.jobs.runs import Canceled, JobContext
+from worker.jobs.service import Service
+from worker.observability import log_setup
+from worker.observability.redaction import without_values
+from worker.queue.publisher import OneProducerEach
+from worker.queue.result_backend import CANCELED, asked_of
+
+logger = logging.getLogger(__name__)
+
+
+class JobApp(OneProducerEach):
+    """A Celery app with what its tasks need."""
+
+    settings: Settings
+    #: Records the callbacks of jobs that have ended, in both processes.
+    recorder: CallbackRecorder
+    #: Runs jobs; only in the model process, once the model is loaded.
+    service: Service | None = None
+
+    def __init__(self, name: str, settings: Settings, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.settings = settings
+        self.recorder = CallbackRecorder(self, settings)
+
+    def send_task(self, name: str, *args: Any, **options: Any) -> Any:
+        """Celery's, with a priority that the receiver reads: a producer's own worker reads four of the ten."""
+        if "priority" in options:
+            options["priority"] = priority_for(name, options["priority"])
+        return super().send_task(name, *args, **options)
+
+
+class RunCanceled(Ignore):  # type: ignore[misc]
+    """Ends a run whose job was canceled. The parent process revokes the job and stores its result so far."""
+
+    def __init__(self, partial: Result | None = None) -> None:
+        # Not among the arguments: those are logged.
+        super().__init__()
+        self.partial = partial.model_dump(mode="json") if partial else None
+
+
+class RunReturned(Ignore):  # type: ignore[misc]
+    """Ends a run that has not begun, for another worker: the parent process returns the message to the queue."""
+
+
+class RunDropped(Ignore):  # type: ignore[misc]
+    """Ends a run whose job has a terminal state already: its message is acknowledged, nothing is stored or sent."""
+
+
+class JobTask(Task):  # type: ignore[misc]
+    """Base class of the six tasks. A task's name says which payload its keyword arguments are."""
+
+    abstract = True
+    app: JobApp
+    # Logs and events tell that a job succeeded, but not its answer.
+    resultrepr_maxsize = 0
+    # Errors of these classes are logged in one line at INFO: they concern the producer, who reads them in the result.
+    throws = log_setup.EXPECTED
+
+    def apply_async(self, *args: Any, **options: Any) -> Any:
+        """Celery's, without the arguments in the message's headers. Used for retries."""
+        return super().apply_async(*args, **{**HIDDEN, **options})
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Store that the job runs. Raises RunCanceled or RunDropped where it must not."""
+        state = self.backend.start(self.request, is_stored=not self._ignores_result)
+        if state == CANCELED:
+            raise RunCanceled
+        if state is not None:
+            # The run that stored it may have died before it did what follows.
+            self.backend.replay_side_effects(self.request)
+            self._drop_run(state)
+
+    def run(self, *args: Any, **arguments: Any) -> dict[str, Any]:
+        """Run the job and return its result as JSON. Raises a JobError, or one of Celery's for the tracer."""
+        try:
+            if args:
+                raise InvalidRequest(
+                    "The task takes no positional arguments: send the arguments as keywords (kwargs). In Python a link "
+                    "that must not get the result before it is signature.si(...)."
+                )
+            answer = self._answer(parse(self.name, arguments))
+        except Canceled as canceled:
+            raise RunCanceled(canceled.partial) from canceled
+        except NotBegun:
+            raise RunReturned from None
+        except TaskPredicate:
+            raise
+        except JobError as error:
+            # Without the frames that it passed: Celery takes a millisecond to copy one, and they say nothing.
+            raise error.with_traceback(None) from None
+        except Exception as error:
+            logger.error("Job %s hit a defect; it fails as internal: %s", self.request.id, without_values(error))
+            raise Internal(f"{type(error).__name__} in the worker: its log has the traceback.") from None
+        if self.request.callbacks or self.request.chain:
+            # Celery sends these before it stores the answer, so before it can know that another run was first.
+            self._drop_if_ended()
+        return answer.model_dump(mode="json")
+
+    def after_return(self, state: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        """Record the callback. Celery calls this once the state is stored."""
+        self._record_callback(kwargs, (state, retval), is_stored=not self._ignores_result)
+
+    def _answer(self, job: Job) -> Result:
+        """The answer of the first job with the same idempotency key, or this job's own."""
+        if job.callback:
+            check_callback(job.callback, self.app.settings)
+        try:
+            known = self._first_answer(job) if job.idempotency_key and not self.request.ignore_result else None
+        except FirstStillRuns as wait:
+            self._reschedule(job, wait.countdown, "the first job with this idempotency_key still ran")
+        return known or self._compute(job)
+
+    def _first_answer(self, job: Job) -> Result | None:
+        settings, service = self.app.settings, self.app.service
+        queue = (self.request.delivery_info or {}).get("routing_key") or settings.queue
+        ttl_s = settings.idempotency_ttl_s or settings.result_ttl_s
+        keys = IdempotencyKeys(self.backend.client, ttl_s, queue, results_prefix(self.app))
+        return first_answer(job, self.request.id, keys, self.backend, service.model if service else None)
+
+    def _compute(self, job: Job) -> Result:
+        service = self.app.service
+        if service is None:
+            raise Internal("This process holds no model: start the worker with `celery -A worker.app worker`.")
+        try:
+            return service.run(job, self._context())
+        except HostLimitReached as wait:
+            self._drop_if_ended()
+            self._reschedule(job, wait.countdown, "it waited for a download slot of an image's host")
+        except JobError as error:
+            if error.retryable:
+                self._drop_if_ended()
+                self._retry(error)
+            raise
+
+    def _context(self) -> JobContext:
+        request = self.request
+        return JobContext(
+            id=request.id,
+            priority=(request.delivery_info or {}).get("priority") or 0,
+            submitted_at=request.get(SUBMITTED_AT),
+            soft_limit_s=(request.timelimit or [None, None])[1] or self.soft_time_limit,
+        )
+
+    def _drop_if_ended(self) -> None:
+        """Raise RunDropped where another run of the job has ended: this worker may have been frozen or cut off."""
+        state = self.backend.terminal_state(self.request.id, asked_of(self.request))
+        if state is not None:
+            self._drop_run(state)
+
+    def _drop_run(self, state: str) -> NoReturn:
+        self._record_callback(self.request.kwargs, (state, None), is_stored=True)
+        logger.info("Job %s has ended as %s already: this run is dropped.", self.request.id, state)
+        raise RunDropped
+
+    def _reschedule(self, job: Job, countdown: float, why: str) -> NoReturn:
+        """Send the job again, due in `countdown` seconds, without using up one of its retries as Celery's retry would.
+
+        Raises Retry, which tells Celery's tracer, or DeadlineExceeded.
+        """
+        submitted_at = self.request.get(SUBMITTED_AT)
+        if job.deadline_s and submitted_at and time.time() > submitted_at + job.deadline_s:
+            raise DeadlineExceeded(f"The deadline passed while {why}: allow more time.")
+        # The deadline counts from the first submission.
+        headers = {**(self.request.headers or {}), SUBMITTED_AT: submitted_at}
+        again = self.signature_from_request(countdown=countdown, retries=self.request.retries, headers=headers)
+        again.apply_async()
+        raise Retry(f"The job runs again later: {why}.", when=countdown)
+
+    def _retry(self, error: JobError) -> NoReturn:
+        settings = self.app.settings
+        delay_s = settings.retry_backoff_s * 2**self.request.retries * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        # The image's server may ask for a longer delay, within bounds: it may ask for a year.
+        wait_s = min(error.retry_after_s or 0.0, settings.image_retry_after_max_s)
+        raise self.retry(exc=error, countdown=max(delay_s, wait_s), max_retries=settings.max_retries)
+
+    def _record_callback(self, arguments: dict[str, Any], terminal_state: TerminalState, *, is_stored: bool) -> None:
+        request = self.request
+        asked = asked_of(request).digest
+        self.app.recorder.record(request.id, self.name, arguments, terminal_state, is_stored=is_stored, asked=asked)
+
+    @property
+    def _ignores_result(self) -> bool:
+        asked = self.request.ignore_result
+        return bool(self.ignore_result if asked is None else asked)
