@@ -16,6 +16,7 @@ from config.settings import PREFIX, RENAMED, Settings
 from tasks import errors as tasks_errors
 from tasks.errors import ERRORS, IdeficsError, JobError
 from tasks.payloads import PAYLOADS, Job, Result
+from tasks.redis_keys import REDIS_KEYS
 
 CHECKOUT = Path(__file__).parents[1]
 MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
@@ -86,6 +87,15 @@ def result() -> str:
     return _fields(Result.model_json_schema(), set())
 
 
+def redis_keys() -> str:
+    """A table of the keys in Redis."""
+    rows = ["| Key | Database | Type | Seconds to live | Written by | |", "| --- | --- | --- | --- | --- | --- |"]
+    for key in REDIS_KEYS:
+        writers = ", ".join(key.writers)
+        rows.append(_row(f"`{key.pattern}`", key.database, key.type, key.ttl or "no limit", writers, key.meaning))
+    return "\n".join(rows)
+
+
 def wire() -> str:
     """The protocol's description, which stands beside its example: without its heading and its links to files there."""
     text = (CHECKOUT / "examples" / "wire" / "README.md").read_text()
@@ -94,7 +104,7 @@ def wire() -> str:
 
 #: By the name in a page's mark.
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (settings, errors, client_errors, fields, result, wire)
+    part.__name__: part for part in (settings, errors, client_errors, fields, result, redis_keys, wire)
 }
 
 

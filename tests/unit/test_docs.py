@@ -13,6 +13,7 @@ import pytest
 
 from config.settings import PREFIX, Settings
 from tasks.errors import ERRORS
+from tasks.redis_keys import REDIS_KEYS
 from worker.demo.stack import CHECKOUT
 
 DOCS = CHECKOUT / "docs"
@@ -84,12 +85,16 @@ def test_the_errors_page_has_every_code(generate: ModuleType) -> None:
 
 
 def test_no_table_has_an_empty_description(generate: ModuleType) -> None:
-    for part in (generate.settings, generate.fields, generate.result, generate.errors, generate.client_errors):
+    for part in (
+        generate.settings,
+        generate.fields,
+        generate.result,
+        generate.errors,
+        generate.client_errors,
+        generate.redis_keys,
+    ):
         assert [line for line in part().splitlines() if re.search(r"` \|[^|]*\|\s+\|$", line)] == []
 
 
-def test_the_architecture_lists_every_key_in_redis() -> None:
-    code = [path.read_text() for folder in ("tasks", "worker") for path in (CHECKOUT / folder).rglob("*.py")]
-    keys = {key.rstrip(":") for text in code for key in re.findall(r'^\w+ = "(idefics:[a-z:]+)"', text, re.MULTILINE)}
-    table = (DOCS / "architecture.md").read_text().partition("## What is kept where")[2].partition("\n## ")[0]
-    assert [key for key in keys if f"| `{key}" not in table] == []
+def test_the_table_of_keys_has_every_key(generate: ModuleType) -> None:
+    assert [key.pattern for key in REDIS_KEYS if f"| `{key.pattern}` |" not in generate.redis_keys()] == []
