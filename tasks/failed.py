@@ -1,33 +1,24 @@
 """The failed jobs: workers keep each one whole, here they are listed, sent again or dropped.
 
-They lie in the results' Redis under `idefics:failed`, bounded by number, bytes and age. The command is
-`idefics-jobs failed`, and `celery -A worker.app failed` where this distribution is installed beside Celery.
+They lie in the results' Redis under `idefics:failed`, bounded by number, bytes and age. `idefics-jobs failed`
+(tasks/cli/failed.py) is the command for this list.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import click
 from celery import Celery, signature
 from celery.backends.base import Backend
 from celery.backends.redis import RedisBackend
-from kombu.exceptions import OperationalError
 from kombu.utils import json as kombu_json
-from redis import RedisError
 
 from .errors import ConfigurationError, InvalidRequest, NotFound
 from .payloads import HIDDEN, QUEUE, SUBMITTED_AT
-from .printable import away, echo, echo_json, escaped
 from .redis_keys import (
     FAILED,
     FAILED_ABOUT,
@@ -43,8 +34,6 @@ KEYS = [key.named() for key in (FAILED, FAILED_INVALID, FAILED_ABOUT, FAILED_SIG
 
 #: Jobs whose summaries are read at once.
 CHUNK = 500
-#: Characters of a text that `show` prints.
-SHOWN_CHARS = 200
 
 # Writes that free memory come first: a full server refuses a script whose first write may need more.
 _REMOVE = """
@@ -248,215 +237,10 @@ def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-# What may be shown
+def __getattr__(name: str) -> Any:
+    """The command under its former name, `idefics_jobs.failed:failed`."""
+    if name == "failed":
+        from .cli.failed import failed
 
-_SECRET_NAME = re.compile(r"pass|secret|token|credential|authorization|signature|cookie|api.?key", re.IGNORECASE)
-_DATA_URI = re.compile(r"(data:[\w.+/-]+(?:;[\w.+=-]+)*,)(\S*)", re.IGNORECASE)
-#: From the `://` on: to look for a scheme before it would take quadratic time in a text of words and dots.
-_URL = re.compile(r"://([^\s/@]*@)?([^\s?#]*)([?#]\S*)?")
-_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
-
-
-def redacted(value: Any) -> Any:
-    """JSON without what may be a secret: URLs' credentials and queries, pictures' bytes, long texts, telling names."""
-    if isinstance(value, dict):
-        return {name: _redacted_field(name, content) for name, content in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    return _redacted_text(value) if isinstance(value, str) else value
-
-
-def _redacted_field(name: str, value: Any) -> Any:
-    return "****" if isinstance(value, str) and _SECRET_NAME.search(name) else redacted(value)
-
-
-def _redacted_text(text: str) -> str:
-    text = _DATA_URI.sub(lambda match: f"{match[1]}****", text)
-    text = _URL.sub(_redacted_url, text)
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}... ({len(text)} characters)"
-
-
-def _redacted_url(match: re.Match[str]) -> str:
-    credentials, place, query = match.groups()
-    return f"://{'****@' if credentials else ''}{place}{query[0] + '****' if query else ''}"
-
-
-# The command
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which jobs a command means: those that pass every filter. Ages in seconds."""
-
-    ids: tuple[str, ...] = ()
-    codes: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    older_than: float | None = None
-    newer_than: float | None = None
-    details: tuple[str, ...] = ()
-
-    def holds(self, job: FailedJob, now: float) -> bool:
-        age = now - job.failed_at
-        return (
-            (not self.ids or job.id in self.ids)
-            and (not self.codes or job.code in self.codes)
-            and (not self.details or job.detail in self.details)
-            and (not self.tasks or job.task in self.tasks)
-            and (self.older_than is None or age > self.older_than)
-            and (self.newer_than is None or age < self.newer_than)
-        )
-
-    def of(self, jobs: Iterable[FailedJob]) -> Iterator[FailedJob]:
-        now = time.time()
-        return (job for job in jobs if self.holds(job, now))
-
-
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-def age(written: str) -> float:
-    """Seconds in `90s`, `15m`, `2h`, `7d`; a bare number is seconds. Raises click.BadParameter."""
-    match = _AGE.fullmatch(written)
-    if match is None:
-        raise click.BadParameter(f"{written!r} is no age: write 90s, 15m, 2h or 7d.")
-    return float(match[1]) * _UNITS[match[2]]
-
-
-class _Group(click.Group):
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except (RedisError, OperationalError) as error:
-            raise away(error) from None
-        except LookupError as error:
-            raise click.ClickException(escaped(str(error.args[0]))) from None
-        except RecursionError:
-            raise click.ClickException("The job is nested too deeply to be read: drop it.") from None
-
-
-@click.group(cls=_Group)
-def failed() -> None:
-    """Jobs that failed: list them, send them again, drop them."""
-
-
-#: The filters' options, and the fields of a Selection.
-_FILTERS = {
-    "code": "codes",
-    "detail": "details",
-    "task": "tasks",
-    "older_than": "older_than",
-    "newer_than": "newer_than",
-}
-
-
-def _with_filters(command: Callable[..., None]) -> Callable[..., None]:
-    """The filters' options; the command gets a Selection."""
-
-    @functools.wraps(command)
-    def run(*args: Any, ids: Any = (), **options: Any) -> None:
-        chosen = {field: options.pop(option) for option, field in _FILTERS.items()}
-        command(*args, Selection(ids=ids, **chosen), **options)
-
-    for option in (
-        click.option("--newer-than", type=age, help="Failed less long ago, as 15m."),
-        click.option("--older-than", type=age, help="Failed longer ago, as 2h or 7d."),
-        click.option("--task", multiple=True, help="Of this task, as idefics.caption; may be repeated."),
-        click.option("--detail", multiple=True, help="With this detail of the code, as http_404; may be repeated."),
-        click.option("--code", multiple=True, help="With this error code; may be repeated."),
-    ):
-        run = option(run)
-    return run
-
-
-@failed.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
-@_with_filters
-@click.pass_obj
-def ls(source: Any, selection: Selection, as_json: bool) -> None:
-    """List failed jobs, the oldest first, and count them by code."""
-    counts: Counter[str] = Counter()
-    for job in selection.of(_jobs(source)):
-        counts[_kind(job)] += 1
-        shown = replace(job, message=redacted(job.message))
-        echo(json.dumps(asdict(shown)) if as_json else _line(shown))
-    if not as_json:
-        by_code = ", ".join(f"{number} {code}" for code, number in counts.most_common())
-        echo(f"{counts.total()} failed jobs{': ' if by_code else ''}{by_code}")
-
-
-@failed.command("show")
-@click.argument("id")
-@click.option("--reveal", is_flag=True, help="With whole texts, URLs and pictures.")
-@click.pass_obj
-def show(source: Any, id: str, reveal: bool) -> None:
-    """Print a failed job with its payload, links and options as JSON, what may be secret left out."""
-    jobs = _jobs(source)
-    job = jobs.get(id)
-    whole = {**asdict(job), "signature": jobs.signature(id) if job.is_whole else {}}
-    if not reveal:
-        # Celery's own objects become plain JSON first.
-        name, shown = "signature", json.loads(kombu_json.dumps(whole))
-        whole = {**redacted({**shown, name: None}), name: redacted(shown[name])}
-    echo_json(json.loads(kombu_json.dumps(whole)))
-
-
-@failed.command("retry")
-@click.argument("ids", nargs=-1)
-@click.option("--all", "all_", is_flag=True, help="Every failed job.")
-@click.option("--queue", help="Send them there: a task that is none of ours to its own worker. Default: as they came.")
-@_with_filters
-@click.pass_obj
-def retry(source: Any, selection: Selection, all_: bool, queue: str | None) -> None:
-    """Send failed jobs again, each under its id: links and chains go on.
-
-    Name ids or filters, or --all. A job leaves the list once it is sent.
-    """
-    jobs = _jobs(source)
-    chosen = _chosen(jobs, selection, all_)
-    whole = [job for job in chosen if job.is_whole]
-    sent = 0
-    for job in whole:
-        # One that meanwhile has left the list, another's retry or the workers' bounds took.
-        with contextlib.suppress(LookupError):
-            jobs.retry(job, queue)
-            sent += 1
-    left = len(chosen) - len(whole)
-    click.echo(f"{sent} jobs sent again" + (f", {left} left whose payloads were not kept" if left else ""))
-
-
-@failed.command("drop")
-@click.argument("ids", nargs=-1)
-@click.option("--all", "all_", is_flag=True, help="Every failed job.")
-@_with_filters
-@click.pass_obj
-def drop(source: Any, selection: Selection, all_: bool) -> None:
-    """Take failed jobs off the list, for good.
-
-    Name ids or filters, or --all.
-    """
-    jobs = _jobs(source)
-    dropped = sum(map(jobs.drop, _chosen(jobs, selection, all_)))
-    click.echo(f"{dropped} jobs dropped")
-
-
-def _jobs(source: Any) -> FailedJobs:
-    """`source` is celery's context with its app, or what makes our client."""
-    try:
-        return FailedJobs((source() if callable(source) else source).app)
-    except ValueError as error:
-        raise click.UsageError(f"{error} With celery: `celery -A worker.app failed`.") from None
-
-
-def _chosen(jobs: FailedJobs, selection: Selection, all_: bool) -> list[FailedJob]:
-    if all_ == (selection != Selection()):
-        raise click.UsageError("Say which jobs: ids or filters, or --all.")
-    return list(selection.of(map(jobs.get, selection.ids) if selection.ids else jobs))
-
-
-def _kind(job: FailedJob) -> str:
-    return f"{job.code}/{job.detail}" if job.detail else job.code
-
-
-def _line(job: FailedJob) -> str:
-    when = datetime.fromtimestamp(job.failed_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return f"{when} {job.id} {job.task} {_kind(job)} {job.attempts}x {job.host}: {job.message}"
+        return failed
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

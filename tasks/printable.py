@@ -8,11 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
-
-import click
-
-from .errors import BrokerUnavailable, from_broker
 
 # Line and paragraph separators, marks that reorder text (bidi), invisible ones (BOM, soft hyphen, zero width space,
 # tags), and halves of surrogate pairs, which no output can encode. Joiners stay: scripts and emoji need them.
@@ -33,23 +28,6 @@ def escaped(text: str) -> str:
 def escaped_json(text: str) -> str:
     """JSON, as `json.dumps(..., ensure_ascii=False)` writes it, that means the same and is safe to show."""
     return _UNPRINTABLE_IN_JSON.sub(_json_escape, text)
-
-
-def echo(text: str, *, err: bool = False) -> None:
-    """Print one line of text that may hold a stranger's."""
-    click.echo(escaped(text), err=err)
-
-
-def echo_json(value: Any) -> None:
-    """Print JSON over several lines, for people and for programs."""
-    click.echo(escaped_json(json.dumps(value, indent=2, ensure_ascii=False)))
-
-
-def away(error: Exception) -> click.ClickException:
-    """What a command says where Redis does not answer, or refuses."""
-    told = from_broker(error)
-    cure = " Name another with --broker or IDEFICS_BROKER_URL." if isinstance(told, BrokerUnavailable) else ""
-    return click.ClickException(escaped(f"{told}{cure}"))
 
 
 def _python_escape(match: re.Match[str]) -> str:

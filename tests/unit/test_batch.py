@@ -17,10 +17,11 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ResponseError
 
-from tasks import InvalidRequest, Job, QueueFull, WorkerLost, batch, cli, waiting
+from tasks import InvalidRequest, Job, QueueFull, WorkerLost, batch
 from tasks.batch import Batch, JobsLost
-from tasks.batch_command import progress
 from tasks.batch_lines import Fingerprints, read_line
+from tasks.cli import connection, main, waiting
+from tasks.cli.progress import progress
 from tasks.testing import FakeClient
 
 
@@ -63,7 +64,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> SlowClient:
     client = SlowClient(lambda job: "an answer")
-    monkeypatch.setattr(cli, "Client", lambda *args, **options: client)
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: client)
     return client
 
 
@@ -210,7 +211,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *options: str) -> Outcome:
-    return CliRunner().invoke(cli.main, ["batch", str(folder / "in.jsonl"), str(folder / "out.jsonl"), *options])
+    return CliRunner().invoke(main, ["batch", str(folder / "in.jsonl"), str(folder / "out.jsonl"), *options])
 
 
 def test_a_batch_that_no_worker_takes_from_says_so(
@@ -265,7 +266,7 @@ def test_an_unfinished_batch_goes_on_but_with_an_input_that_was_corrected_anew(
     monkeypatch.setattr(client, "outcomes", refuse)
     assert "Redis refuses" in command(folder).stderr
     monkeypatch.undo()
-    monkeypatch.setattr(cli, "Client", lambda *args, **options: client)
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: client)
     (folder / "in.jsonl").write_text("\n".join(ours(number, prompt) for number in range(3)) + "\n")
     outcome = command(folder)
     assert outcome.exit_code == 0
@@ -276,7 +277,7 @@ def test_an_unfinished_batch_goes_on_but_with_an_input_that_was_corrected_anew(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
 def test_a_full_disk_is_told(client: SlowClient, folder: Path) -> None:
-    outcome = CliRunner().invoke(cli.main, ["batch", str(folder / "in.jsonl"), "/dev/full"])
+    outcome = CliRunner().invoke(main, ["batch", str(folder / "in.jsonl"), "/dev/full"])
     assert outcome.exit_code == 1
     assert "Cannot write /dev/full: No space left on device." in outcome.stderr
 

@@ -29,10 +29,9 @@ from tasks import (
     JobTimeout,
     Result,
     Write,
-    cli,
-    waiting,
 )
-from tasks.cli import arguments, data_uri, main
+from tasks.cli import connection, main, waiting
+from tasks.cli.fields import arguments, data_uri
 from tasks.testing import FakeClient, FakeJob, canned
 
 URL = "https://example.com/a.jpg"
@@ -57,7 +56,7 @@ class Recorder(FakeClient):
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     client = Recorder(lambda job: "the Eiffel Tower")
-    monkeypatch.setattr(cli, "Client", lambda *args, **options: client)
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: client)
     return client
 
 
@@ -214,7 +213,7 @@ def test_a_failed_job_is_told_with_its_code(monkeypatch: pytest.MonkeyPatch) -> 
     def blocked(job: Job) -> str:
         raise ImageBlocked("Use another.")
 
-    monkeypatch.setattr(cli, "Client", lambda *args, **options: FakeClient(blocked))
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: FakeClient(blocked))
     outcome = run("submit", "caption", f"image={URL}", "--wait")
     assert (outcome.exit_code, outcome.stdout) == (1, "")
     assert outcome.stderr == "image_blocked: Use another.\n"
@@ -266,7 +265,7 @@ class Idle(Recorder):
 
 @pytest.mark.parametrize("command", [["submit", "caption", f"image={URL}", "--wait"], ["result", "row-7"]])
 def test_a_wait_that_no_worker_ends_says_so_once(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "Client", lambda *args, **options: Idle())
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: Idle())
     monkeypatch.setattr(waiting, "LOOK_S", 0.01)
     told = "3 jobs wait; no worker takes from the queue 'idefics': is one running?\n"
     assert run(*command).stderr == f"{told}timeout: No answer.\n"
@@ -305,7 +304,7 @@ def test_a_job_without_a_result_exits_with_one(error: Exception, message: str, m
         def job(self, id: str) -> Any:
             return Waiting()
 
-    monkeypatch.setattr(cli, "Client", lambda *args, **options: Pending())
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: Pending())
     outcome = run("result", "row-7", "--timeout", "1")
     assert (outcome.exit_code, outcome.stdout) == (1, "")
     assert message in outcome.stderr
@@ -318,7 +317,7 @@ def test_the_urls_and_the_queue_reach_the_client(monkeypatch: pytest.MonkeyPatch
         seen.append((args, options))
         return FakeClient()
 
-    monkeypatch.setattr(cli, "Client", remember)
+    monkeypatch.setattr(connection, "Client", remember)
     run("--broker", "redis://a/0", "--results", "redis://b/0", "submit", "caption", f"image={URL}")
     run("--queue", "idefics.large", "submit", "caption", f"image={URL}")
     monkeypatch.setenv("IDEFICS_QUEUE", "idefics.small")

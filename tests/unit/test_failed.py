@@ -16,8 +16,11 @@ from celery.signals import task_failure
 from click.testing import CliRunner
 from click.testing import Result as Outcome
 
-from tasks import Client, ImageUnreachable, InvalidRequest, JobError, failed
-from tasks.failed import KEYS, Bounds, FailedJob, FailedJobs, Selection, age, redacted
+from tasks import Client, ImageUnreachable, InvalidRequest, JobError
+from tasks.cli.failed import Selection, age
+from tasks.cli.failed import failed as command
+from tasks.cli.redaction import redacted
+from tasks.failed import KEYS, Bounds, FailedJob, FailedJobs
 from tasks.payloads import SUBMITTED_AT
 from worker.demo.stack import Broker
 from worker.queue.dead_letters import keep_failures
@@ -370,7 +373,7 @@ def run(client: Client, jobs: FailedJobs) -> Any:
         jobs.keep(one, {**signature(one.id), "kwargs": {"image": secret, "prompt": "p" * 300}}, WIDE)
 
     def run(*arguments: str) -> Outcome:
-        return CliRunner().invoke(failed.failed, arguments, obj=lambda: client)
+        return CliRunner().invoke(command, arguments, obj=lambda: client)
 
     return run
 
@@ -416,8 +419,8 @@ def test_a_detail_sorts_failures_of_one_code(run: Any, jobs: FailedJobs) -> None
 def test_a_record_of_a_newer_worker_is_read(jobs: FailedJobs, client: Client) -> None:
     jobs.keep(job("n"), signature("n"), WIDE)
     redis = client.app.backend.client
-    about = json.loads(redis.hget(failed.KEYS[2], "n"))
-    redis.hset(failed.KEYS[2], "n", json.dumps({**about, "added_later": 1}))
+    about = json.loads(redis.hget(KEYS[2], "n"))
+    redis.hset(KEYS[2], "n", json.dumps({**about, "added_later": 1}))
     assert jobs.get("n").id == "n"
     assert [one.id for one in jobs] == ["n"]
 
@@ -515,18 +518,18 @@ def test_an_unknown_id_stops_a_retry_before_it_sends_any(run: Any, jobs: FailedJ
 
 def test_celerys_context_has_the_app(run: Any, client: Client) -> None:
     context = SimpleNamespace(app=client.app)
-    assert "3 failed jobs" in CliRunner().invoke(failed.failed, ["ls"], obj=context).output
+    assert "3 failed jobs" in CliRunner().invoke(command, ["ls"], obj=context).output
 
 
 def test_an_app_without_redis_is_told(run: Any) -> None:
     context = SimpleNamespace(app=Celery("no-results", set_as_current=False))
-    outcome = CliRunner().invoke(failed.failed, ["ls"], obj=context)
+    outcome = CliRunner().invoke(command, ["ls"], obj=context)
     assert outcome.exit_code == 2
     assert "celery -A worker.app failed" in outcome.output
 
 
 def test_a_redis_that_is_away_is_told() -> None:
     app = Celery("away", backend="redis://localhost:1/0", set_as_current=False)
-    outcome = CliRunner().invoke(failed.failed, ["ls"], obj=SimpleNamespace(app=app))
+    outcome = CliRunner().invoke(command, ["ls"], obj=SimpleNamespace(app=app))
     assert outcome.exit_code == 1
     assert "Redis does not answer" in outcome.output

@@ -382,7 +382,7 @@ def test_what_ends_together_goes_out_together(outbox: Outbox) -> None:
 @pytest.fixture
 def listed(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> Outbox:
     """With one delivery of each kind; the commands read it."""
-    monkeypatch.setattr("tasks.deliveries.connect", lambda app: outbox._redis)
+    monkeypatch.setattr("tasks.cli.deliveries.connect", lambda app: outbox._redis)
     for number, url in enumerate(["https://shop.test/s3cr3t?a=s3cr3t"] * 3):
         outbox.add(delivery(number, url))
     delivered, failed = outbox.claim(2, 60)

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from tasks.cli import main
-from tasks.failed import FailedJob, FailedJobs, redacted
+from tasks.cli.redaction import redacted
+from tasks.failed import FailedJob, FailedJobs
 from worker.demo import stack
 from worker.demo.stack import CHECKOUT
 
@@ -32,15 +33,21 @@ WORST: dict[str, list[tuple[str, str, str]]] = {
         ("ERR Error running script (call to a): @user_script: ", " ", ""),
         ("ERR Error running script (call to a): @user_script: ", "1", ""),
     ],
-    "tasks/failed.py:_AGE": [("", "9", "x"), ("9.", "9", "x")],
-    "tasks/failed.py:_DATA_URI": [
+    "tasks/cli/failed.py:_AGE": [("", "9", "x"), ("9.", "9", "x")],
+    "tasks/cli/redaction.py:_DATA_URI": [
         ("", "data:", ""),
         ("data:a", ";a", ""),
         ("", "data:a;", " "),
         ("", "data:a;a=data", ""),
     ],
-    "tasks/failed.py:_SECRET_NAME": [("", "api", ""), ("", "pas", ""), ("", "credentia", "")],
-    "tasks/failed.py:_URL": [("", "a.", ""), ("", "a://", ""), ("", "a:/", ""), ("", "://a ", ""), ("://", "a", " ")],
+    "tasks/cli/redaction.py:_SECRET_NAME": [("", "api", ""), ("", "pas", ""), ("", "credentia", "")],
+    "tasks/cli/redaction.py:_URL": [
+        ("", "a.", ""),
+        ("", "a://", ""),
+        ("", "a:/", ""),
+        ("", "://a ", ""),
+        ("://", "a", " "),
+    ],
     "tasks/image_sources.py:_BARE_BASE64": [("iVBORw0KGgo", "A", "!"), ("iVBORw0KGgo", " ", "!"), ("", "/9j/", "")],
     "tasks/image_sources.py:_DATA_IMAGE": [("", "data:image", "")],
     "tasks/image_sources.py:_DATA_TYPE": [("data:image/", "a", ""), ("", "data:image/a", "")],

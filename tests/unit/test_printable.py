@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from tasks.cli import main
-from tasks.deliveries import line
+from tasks.cli.console import tabbed
+from tasks.cli.deliveries import row
 from tasks.failed import FailedJob, FailedJobs
 from tasks.outbox import Delivery
 from tasks.printable import escaped, escaped_json
@@ -117,7 +118,7 @@ def test_the_probe_shows_a_reason_on_one_line(capsys: pytest.CaptureFixture[str]
 
 def test_a_deliverys_columns_hold_no_other_column_and_no_other_line() -> None:
     url = f"https://{HOSTILE.replace('[', '').replace(']', '')}/"
-    shown = line(Delivery(HOSTILE, HOSTILE, HOSTILE, url, HOSTILE, HOSTILE, note=HOSTILE))
+    shown = tabbed(row(Delivery(HOSTILE, HOSTILE, HOSTILE, url, HOSTILE, HOSTILE, note=HOSTILE)))
     assert all(map(is_clean, shown.split("\t")))
     assert shown.count("\t") == 7
 

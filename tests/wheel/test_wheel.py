@@ -51,10 +51,11 @@ def _copy_sources(target: Path) -> None:
     target.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (target / name).write_bytes((CHECKOUT / name).read_bytes())
-    (target / "tasks").mkdir()
-    for path in (CHECKOUT / "tasks").iterdir():
-        if path.is_file():
-            (target / "tasks" / path.name).write_bytes(path.read_bytes())
+    for path in (CHECKOUT / "tasks").rglob("*"):
+        if path.suffix in (".py", ".typed"):
+            copy = target / path.relative_to(CHECKOUT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
 
 
 def test_the_wheel_holds_the_client_alone(wheel: Path) -> None:
@@ -63,6 +64,7 @@ def test_the_wheel_holds_the_client_alone(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"idefics_jobs"}
     assert "idefics_jobs/py.typed" in names
     assert "idefics_jobs/client.py" in names
+    assert "idefics_jobs/cli/main.py" in names
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .errors import IdeficsError
-from .printable import echo
+from ..errors import IdeficsError
+from .console import echo
 
 #: Seconds between two looks for a worker.
 LOOK_S = 3.0

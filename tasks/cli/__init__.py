@@ -1,0 +1,5 @@
+"""`idefics-jobs`: jobs from a shell."""
+
+from .main import main
+
+__all__ = ["main"]

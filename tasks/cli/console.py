@@ -1,0 +1,115 @@
+"""What the commands print: tables and colors on a terminal; plain lines, or JSON, for pipes, files and logs.
+
+Text that a stranger may have chosen is escaped (tasks/printable.py), and none of it is read as rich's markup.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from ..errors import BrokerUnavailable, from_broker
+from ..printable import escaped, escaped_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: `--json`: the command's parameter is called `as_json`.
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON: one object a line.")
+json_line_option = click.option("--json", "as_json", is_flag=True, help="Print the JSON on one line.")
+
+#: Characters of the longest identifier that a table keeps on one line: a UUID has 36.
+_WHOLE_CHARS = 40
+_STYLES = {
+    "succeeded": "green", "delivered": "green", "running": "cyan", "retrying": "yellow", "canceled": "yellow",
+    "failed": "red",
+}  # fmt: skip
+#: The columns whose cells have a style.
+_STYLED = ("status", "state")
+
+
+def is_terminal(stream: IO[Any]) -> bool:
+    """True where output is for a person's eyes: on a terminal with a cursor, unless NO_COLOR is set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def terminal(*, err: bool = False) -> Console | None:
+    """Standard output, or standard error, where it is a terminal; None where plain text is due."""
+    stream = sys.stderr if err else sys.stdout
+    if not is_terminal(stream):
+        return None
+    # Loaded only where it is used: it takes a tenth of a second, and Celery loads `failed` in each of its processes.
+    from rich.console import Console
+
+    return Console(file=stream, force_terminal=True, markup=False, emoji=False, highlight=False)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print one line of text that may hold a stranger's."""
+    click.echo(escaped(text), err=err)
+
+
+def echo_json(value: Any, *, on_one_line: bool = False, err: bool = False) -> None:
+    """Print JSON, over several lines for people or on one for programs."""
+    click.echo(escaped_json(json.dumps(value, indent=None if on_one_line else 2, ensure_ascii=False)), err=err)
+
+
+def tabbed(cells: Sequence[str]) -> str:
+    """A row's plain form."""
+    return "\t".join(map(escaped, cells))
+
+
+def echo_rows(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], plain: Callable[[Sequence[str]], str] = tabbed
+) -> None:
+    """Print rows: a table on a terminal, else a line for each as `plain` writes it, without the columns' names."""
+    console = terminal()
+    if console is None:
+        for row in rows:
+            click.echo(plain(row))
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(columns):
+        longest = max((len(row[number]) for row in cells), default=0)
+        is_whole = name == "id" and longest <= min(_WHOLE_CHARS, console.width // 2)
+        table.add_column(name, overflow="fold", no_wrap=is_whole)
+    for row in cells:
+        # Text and not str: rich would read markup in a string.
+        pairs = zip(columns, row, strict=True)
+        table.add_row(*(Text(cell, _STYLES.get(cell, "") if name in _STYLED else "") for name, cell in pairs))
+    console.print(table)
+
+
+def echo_error(text: str, label: str = "") -> None:
+    """Print an error on standard error; its label, as `Error: ` or a code, is red on a terminal."""
+    console = terminal(err=True)
+    if console is None:
+        echo(f"{label}{text}", err=True)
+        return
+    from rich.text import Text
+
+    console.print(Text.assemble((escaped(label), "bold red"), escaped(text)), soft_wrap=True)
+
+
+class CommandError(click.ClickException):
+    """Ends a command with exit code 1 and one line on standard error, escaped."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        echo_error(self.message, "Error: ")
+
+
+def away(error: Exception) -> CommandError:
+    """What a command says where Redis does not answer, or refuses."""
+    told = from_broker(error)
+    cure = " Name another with --broker or IDEFICS_BROKER_URL." if isinstance(told, BrokerUnavailable) else ""
+    return CommandError(f"{told}{cure}")

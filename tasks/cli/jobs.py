@@ -1,0 +1,218 @@
+"""`idefics-jobs submit`, `result`, `status` and `cancel`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+import click
+from celery import states
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from ..errors import IdeficsError, JobError, from_exception
+from ..payloads import DEFAULT_PRIORITY, PAYLOADS, Outcome, Result, parse
+from .console import away, echo, echo_error, echo_json, echo_rows, json_line_option, json_option
+from .fields import arguments
+from .redaction import redacted
+from .waiting import watched
+
+#: `caption` for `idefics.caption`.
+TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
+
+timeout_option = click.option("--timeout", type=float, show_default="no limit", help="Seconds to wait for the result.")
+
+
+@click.command()
+@click.argument("task", type=click.Choice(sorted(TASKS)))
+@click.argument("fields", nargs=-1)
+@click.option(
+    "--priority", type=click.IntRange(0, 9), default=DEFAULT_PRIORITY, show_default=True, help="0 is first, 9 last."
+)
+@click.option("--wait", is_flag=True, help="Wait for the result and print it.")
+@timeout_option
+@click.option("--json", "as_json", is_flag=True, help='Print {"id": ...}, or with --wait the result, on one line.')
+@click.pass_obj
+def submit(
+    client: Any, task: str, fields: tuple[str, ...], priority: int, wait: bool, timeout: float | None, as_json: bool
+) -> None:
+    """Queue a job and print its id, or with --wait its result.
+
+    FIELDS are name=value, name:=JSON, or name=@FILE for a picture. A list's name may be given several times.
+
+    \b
+    idefics-jobs submit caption image=@cat.png --wait
+    idefics-jobs submit answer image=https://example.com/a.jpg question="What is this?"
+    idefics-jobs submit classify image=@cat.png labels=animal labels=food --wait
+    """
+    try:
+        payload = parse(f"idefics.{task}", arguments(TASKS[task], fields))
+    except JobError as error:
+        fail(error)
+    try:
+        source = client()
+        job = source.submit(payload, priority=priority)
+    except (RedisError, OperationalError) as error:
+        raise away(error) from None
+    except IdeficsError as error:
+        fail(error)
+    if wait:
+        _print_result(source, job, timeout, as_json)
+    elif as_json:
+        echo_json({"id": job.id}, on_one_line=True)
+    else:
+        echo(job.id)
+
+
+@click.command()
+@click.argument("id")
+@timeout_option
+@json_line_option
+@click.pass_obj
+def result(client: Any, id: str, timeout: float | None, as_json: bool) -> None:
+    """Wait for a job and print its result as JSON.
+
+    For a failed job it exits with 1 and prints the code on standard error.
+
+    \b
+    idefics-jobs result 8f14e45f-ceea-4672-a9b5-0a2f9d7c2c1f --timeout 60
+    """
+    source = client()
+    _print_result(source, source.job(id), timeout, as_json)
+
+
+def _print_result(source: Any, job: Any, timeout: float | None, as_json: bool) -> None:
+    try:
+        with watched(source):
+            answer: Result = job.result(timeout)
+    except RedisError as error:
+        raise away(error) from None
+    except (IdeficsError, TimeoutError) as error:
+        fail(error)
+    echo_json(answer.model_dump(mode="json"), on_one_line=as_json)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Print an error with its code on standard error, and exit with 1."""
+    echo_error(str(error), f"{error.code}: " if isinstance(error, IdeficsError) else "")
+    sys.exit(1)
+
+
+# Many jobs at once
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """How far a job is. Code, detail and message say why it failed, or what it is retried after."""
+
+    id: str
+    #: queued (or unknown: Redis cannot tell), running, retrying, succeeded, failed or canceled.
+    status: str
+    code: str | None = None
+    detail: str | None = None
+    message: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ("succeeded", "failed", "canceled")
+
+
+#: Statuses of the client that have another name here.
+_NAMES = {"starting": "queued", "processing": "running"}
+
+
+def statuses(client: Any, ids: Iterable[str]) -> list[JobStatus]:
+    """The statuses of jobs, in the order of their ids, each id once."""
+    # Before their outcomes: a job that ends between the two is shown as ended.
+    found = {id: _of_job(client.job(id)) for id in ids}
+    ended = client.outcomes(found)
+    return [_of_outcome(id, ended[id]) if id in ended else status for id, status in found.items()]
+
+
+def _of_job(job: Any) -> JobStatus:
+    status = job.status
+    if status == "processing" and job.async_result.state == states.RETRY:
+        met = job.async_result.result
+        return _with_error(job.id, "retrying", from_exception(met) if isinstance(met, BaseException) else None)
+    return JobStatus(job.id, _NAMES.get(status, status))
+
+
+def _of_outcome(id: str, outcome: Outcome) -> JobStatus:
+    if isinstance(outcome, Result):
+        return JobStatus(id, "succeeded")
+    return _with_error(id, "failed", outcome) if isinstance(outcome, JobError) else JobStatus(id, "canceled")
+
+
+def _with_error(id: str, status: str, error: JobError | None) -> JobStatus:
+    if error is None:
+        return JobStatus(id, status)
+    return JobStatus(id, status, error.code, error.detail, redacted(str(error)))
+
+
+@click.command()
+@click.argument("ids", nargs=-1, required=True)
+@json_option
+@click.pass_obj
+def status(client: Any, ids: tuple[str, ...], as_json: bool) -> None:
+    """Print how far jobs are: id, status, code, message.
+
+    The status is queued, running, retrying, succeeded, failed or canceled. An id that nobody has submitted is also
+    "queued". Code and message tell why a job failed, or why it is retried.
+
+    \b
+    idefics-jobs status 8f14e45f-ceea-4672-a9b5-0a2f9d7c2c1f
+    """
+    found = _asked(client, ids)[1]
+    if as_json:
+        for one in found:
+            echo_json(asdict(one), on_one_line=True)
+        return
+    echo_rows(
+        ("id", "status", "code", "message"), ((one.id, one.status, _kind(one), one.message or "-") for one in found)
+    )
+
+
+def _kind(status: JobStatus) -> str:
+    return "/".join(filter(None, (status.code, status.detail))) or "-"
+
+
+def _asked(client: Any, ids: tuple[str, ...]) -> tuple[Any, list[JobStatus]]:
+    """A client, and the jobs' statuses. Raises CommandError where Redis does not answer."""
+    source = client()
+    try:
+        return source, statuses(source, ids)
+    except (RedisError, OperationalError) as error:
+        raise away(error) from None
+    except IdeficsError as error:
+        fail(error)
+
+
+@click.command()
+@click.argument("ids", nargs=-1, required=True)
+@json_option
+@click.pass_obj
+def cancel(client: Any, ids: tuple[str, ...], as_json: bool) -> None:
+    """Ask the workers to cancel jobs.
+
+    A job that waits does not start; one that runs ends at its next step. One that has already ended is left alone.
+    `status` shows when a job is canceled.
+
+    \b
+    idefics-jobs cancel 8f14e45f-ceea-4672-a9b5-0a2f9d7c2c1f
+    """
+    source, found = _asked(client, ids)
+    for one in found:
+        try:
+            if not one.has_ended:
+                source.cancel(one.id)
+        except (RedisError, OperationalError) as error:
+            raise away(error) from None
+        if as_json:
+            echo_json({"id": one.id, "requested": not one.has_ended, "status": one.status}, on_one_line=True)
+        else:
+            echo(f"{one.id} {f'has already {_ENDED[one.status]}' if one.has_ended else 'will be canceled'}")
+
+
+_ENDED = {"succeeded": "succeeded", "failed": "failed", "canceled": "been canceled"}

@@ -1,0 +1,46 @@
+"""The command `idefics-jobs` and its options."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from ..payloads import QUEUE
+from ..schema import schema
+from .batch import batch
+from .connection import open_client
+from .console import echo_json
+from .deliveries import deliveries
+from .failed import failed
+from .jobs import cancel, result, status, submit
+from .queue import show_queue
+
+
+@click.group()
+@click.version_option(package_name="idefics-jobs")
+@click.option("--broker", help="Redis URL of the queues. [env: IDEFICS_BROKER_URL]")
+@click.option("--results", help="Redis URL of the results. [env: IDEFICS_RESULT_BACKEND]")
+@click.option("--queue", help=f"The jobs' queue. [env: IDEFICS_QUEUE; default: {QUEUE}]")
+@click.pass_context
+def main(context: click.Context, broker: str | None, results: str | None, queue: str | None) -> None:
+    """Jobs for the IDEFICS workers.
+
+    Tables and colors appear on a terminal only, and not where NO_COLOR is set. --json is for programs.
+    """
+    context.obj = lambda: open_client(broker, results, queue or os.environ.get("IDEFICS_QUEUE") or QUEUE)
+
+
+@click.command("schema")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON on one line.")
+def print_schema(as_json: bool) -> None:
+    """Print the JSON Schema of every task's arguments, of the result and of a callback's event.
+
+    \b
+    idefics-jobs schema > schema.json
+    """
+    echo_json(schema(), on_one_line=as_json)
+
+
+for command in (submit, result, status, cancel, show_queue, batch, failed, deliveries, print_schema):
+    main.add_command(command)
