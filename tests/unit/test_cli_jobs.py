@@ -1,0 +1,205 @@
+"""`idefics-jobs status`, `cancel` and `queue`, on a real Redis without a worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from celery import states
+from click.testing import CliRunner
+from click.testing import Result as Outcome
+from redis.exceptions import NoPermissionError
+
+from tasks import Caption, Client, ImageUnreachable, WorkerLost
+from tasks.cli import connection, jobs, main
+from tasks.cli.queue import queue_state
+from tasks.redis_keys import CANCELLATION, DUE, SEPARATOR, UNACKED
+from tasks.testing import FakeClient, canned
+from tasks.worker_options import enter
+from worker.demo.stack import Broker
+
+CAPTION = Caption(image="https://example.com/a.jpg")
+URL = "https://user:pw@example.com/a.jpg?signature=s"
+
+
+@pytest.fixture
+def client(broker: Broker) -> Iterator[Client]:
+    yield Client(broker.url)
+    broker.connect(0).flushdb()
+    broker.connect(1).flushdb()
+
+
+@pytest.fixture
+def run(broker: Broker) -> Callable[..., Outcome]:
+    return lambda *arguments: CliRunner().invoke(main, ["--broker", broker.url, *arguments])
+
+
+def json_lines(outcome: Outcome) -> list[dict[str, Any]]:
+    assert outcome.exit_code == 0, outcome.output
+    return [json.loads(line) for line in outcome.stdout.splitlines()]
+
+
+@pytest.fixture
+def stored(client: Client) -> Client:
+    """Jobs in every state, each with its state as its id."""
+    answer = canned("a cat", CAPTION).model_dump(mode="json")
+    store = client.app.backend.store_result
+    store("started", {}, states.STARTED)
+    store("retry", ImageUnreachable(f"{URL} is away.", detail="http_503"), states.RETRY)
+    store("success", answer, states.SUCCESS)
+    store("failure", WorkerLost("It was lost."), states.FAILURE)
+    store("revoked", ValueError("revoked"), states.REVOKED)
+    return client
+
+
+IDS = ("unknown", "started", "retry", "success", "failure", "revoked")
+
+
+# status
+
+
+def test_status_names_each_state_with_its_code(stored: Client, run: Callable[..., Outcome]) -> None:
+    found = json_lines(run("status", *IDS, "--json"))
+    assert [(one["id"], one["status"], one["code"], one["detail"]) for one in found] == [
+        ("unknown", "queued", None, None),
+        ("started", "running", None, None),
+        ("retry", "retrying", "image_unreachable", "http_503"),
+        ("success", "succeeded", None, None),
+        ("failure", "failed", "worker_lost", None),
+        ("revoked", "canceled", None, None),
+    ]
+
+
+def test_status_is_plain_lines_without_secrets(stored: Client, run: Callable[..., Outcome]) -> None:
+    assert run("status", "retry", "success", "failure").stdout.splitlines() == [
+        "retry\tretrying\timage_unreachable/http_503\thttps://****@example.com/a.jpg?**** is away.",
+        "success\tsucceeded\t-\t-",
+        "failure\tfailed\tworker_lost\tIt was lost.",
+    ]
+
+
+def test_a_repeated_id_is_shown_once(stored: Client, run: Callable[..., Outcome]) -> None:
+    assert len(run("status", "success", "success").stdout.splitlines()) == 1
+
+
+def test_a_job_that_ends_between_two_reads_is_shown_as_ended(stored: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_of_job", lambda job: jobs.JobStatus(job.id, "running"))
+    assert [one.status for one in jobs.statuses(stored, ["failure"])] == ["failed"]
+
+
+def test_status_with_the_fake_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeClient()
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: fake)
+    job = fake.submit(CAPTION)
+    assert CliRunner().invoke(main, ["status", job.id]).stdout == f"{job.id}\tsucceeded\t-\t-\n"
+
+
+@pytest.mark.parametrize("command", ["status", "cancel"])
+def test_no_id_is_a_usage_error(run: Callable[..., Outcome], command: str) -> None:
+    assert run(command).exit_code == 2
+
+
+# cancel
+
+
+def test_cancel_leaves_a_note_for_workers_and_ended_jobs_alone(
+    stored: Client, run: Callable[..., Outcome], broker: Broker
+) -> None:
+    assert run("cancel", "started", "success", "revoked").stdout.splitlines() == [
+        "started will be canceled",
+        "success has already succeeded",
+        "revoked has already been canceled",
+    ]
+    assert broker.connect(1).keys(f"{CANCELLATION.prefix}*") == [CANCELLATION.named("started").encode()]
+
+
+def test_cancel_says_in_json_what_was_requested(stored: Client, run: Callable[..., Outcome]) -> None:
+    assert json_lines(run("cancel", "unknown", "failure", "--json")) == [
+        {"id": "unknown", "requested": True, "status": "queued"},
+        {"id": "failure", "requested": False, "status": "failed"},
+    ]
+
+
+# queue
+
+
+def test_queue_counts_what_waits_by_priority_what_is_held_and_who_works(
+    client: Client, run: Callable[..., Outcome], broker: Broker
+) -> None:
+    for priority in (5, 5, 9):
+        client.submit(CAPTION, priority=priority)
+    redis = broker.connect(0)
+    redis.zadd(DUE.named("idefics"), {"a": 1})
+    redis.zadd(f"{DUE.prefix}idefics{SEPARATOR}5", {"b": 1, "c": 2})
+    redis.zadd(DUE.named("another"), {"d": 1})
+    redis.hset(UNACKED.named(), "tag", "message")
+    client.app.amqp.queues.add("idefics")
+    client.app.amqp.queues.select("idefics")
+    enter(client.app, "gpu0@here", redis)
+    assert run("queue").stdout.splitlines() == [
+        "waiting\t3",
+        "waiting, priority 5\t2",
+        "waiting, priority 9\t1",
+        "due later\t3",
+        "in flight (all queues)\t1",
+        "workers\t1",
+        "worker\tgpu0@here",
+    ]
+    assert json_lines(run("queue", "--json")) == [
+        {
+            "queue": "idefics",
+            "waiting": 3,
+            "by_priority": {str(priority): {5: 2, 9: 1}.get(priority, 0) for priority in range(10)},
+            "due_later": 3,
+            "in_flight": 1,
+            "workers": ["gpu0@here"],
+        }
+    ]
+
+
+def test_queue_reads_the_queue_that_is_named(client: Client, run: Callable[..., Outcome]) -> None:
+    client.submit(CAPTION)
+    assert json_lines(run("--queue", "idefics.large", "queue", "--json"))[0]["waiting"] == 0
+
+
+def test_what_this_user_may_not_know_is_unknown(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Refusing:
+        """A pipeline of a user without rights to any of its keys."""
+
+        asked: int = 0
+
+        def pipeline(self, transaction: bool) -> Refusing:
+            return self
+
+        def __enter__(self) -> Refusing:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def hlen(self, key: str) -> None:
+            self.asked += 1
+
+        zcard = hlen
+
+        def execute(self, raise_on_error: bool) -> list[Exception]:
+            return [NoPermissionError("no")] * self.asked
+
+    def refuse() -> list[str]:
+        raise NoPermissionError("no")
+
+    monkeypatch.setattr("tasks.cli.queue.connect", lambda app: Refusing())
+    monkeypatch.setattr(client, "workers", refuse)
+    state = queue_state(client)
+    assert (state.waiting, state.due_later, state.in_flight, state.workers) == (0, None, None, None)
+
+
+@pytest.mark.parametrize("words", [("status", "a"), ("cancel", "a"), ("queue",)])
+def test_a_redis_that_is_away_is_told(words: tuple[str, ...]) -> None:
+    outcome = CliRunner().invoke(main, ["--broker", "redis://localhost:1/0", *words])
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr.startswith("Error: Redis does not answer")
