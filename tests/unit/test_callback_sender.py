@@ -1,4 +1,4 @@
-"""Where a callback may go, one attempt at a real server, and what follows from its answer."""
+"""Where a callback may go, one attempt at a real server, and the decision that follows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def delivery(url: str) -> Delivery:
     return Delivery("msg_1", "job-1", "job.succeeded", url, "main", '{"type":"job.succeeded"}')
 
 
-# Where it may go
+# The policy
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_environments_proxy_is_not_used(receiver: Receiver, monkeypatch: pyt
 @pytest.mark.parametrize(
     "given", [{"callback_allow_networks": ()}, {"callback_allow_http": False}, {"callback_ports": (443,)}]
 )
-def test_what_the_policy_forbids_by_now_is_not_called(receiver: Receiver, given: dict[str, Any]) -> None:
+def test_a_callback_that_the_policy_has_come_to_forbid_is_not_sent(receiver: Receiver, given: dict[str, Any]) -> None:
     allowed = local(receiver.port)
     answer = Sender(allowed.model_copy(update=given)).post(delivery(receiver.url))
     assert answer.is_refused
@@ -143,7 +143,9 @@ def test_what_the_policy_forbids_by_now_is_not_called(receiver: Receiver, given:
     assert receiver.calls == []
 
 
-def test_a_name_that_leads_inside_by_now_is_not_called(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_has_come_to_resolve_to_loopback_is_not_called(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a rebinding attack does: public when the job was submitted, loopback when it is delivered."""
     _resolve_to(monkeypatch, "127.0.0.1")
     chosen = settings(callback_allow_http=True, callback_ports=(receiver.port,))
@@ -152,12 +154,12 @@ def test_a_name_that_leads_inside_by_now_is_not_called(receiver: Receiver, monke
     assert receiver.calls == []
 
 
-def test_a_key_that_was_removed_is_no_defect(receiver: Receiver) -> None:
+def test_an_attempt_with_a_removed_key_fails_with_a_note(receiver: Receiver) -> None:
     answer = Sender(local(receiver.port, callback_keys=f"other={SECRET}")).post(delivery(receiver.url))
     assert answer == AttemptResult(note="no secret of its key_id in IDEFICS_CALLBACK_KEYS")
 
 
-def test_a_receiver_that_is_down_is_no_defect() -> None:
+def test_an_attempt_at_a_receiver_that_is_down_has_no_status() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -166,7 +168,7 @@ def test_a_receiver_that_is_down_is_no_defect() -> None:
     assert "could not be reached" in answer.note
 
 
-def test_an_unknown_name_may_be_known_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_host_name_is_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", _no_name)
     assert not Sender(settings()).post(delivery("https://later.test/")).is_refused
 
@@ -184,7 +186,7 @@ def test_an_unknown_name_may_be_known_later(monkeypatch: pytest.MonkeyPatch) -> 
         (b"HTTP/1.1 200 OK\r\nContent-Type: multipart/mixed; boundary*=a%00b''x\r\n\r\n", None),
     ],
 )
-def test_an_answer_that_does_not_end_is_left_in_time(sent: bytes, status: int | None) -> None:
+def test_an_attempt_ends_in_time_though_the_response_does_not(sent: bytes, status: int | None) -> None:
     with _trickle(sent) as port:
         started = time.monotonic()
         answer = Sender(local(port)).post(delivery(f"http://127.0.0.1:{port}/"))
@@ -192,14 +194,14 @@ def test_an_answer_that_does_not_end_is_left_in_time(sent: bytes, status: int | 
     assert answer.status == status
 
 
-def test_of_a_huge_answer_little_is_read() -> None:
+def test_only_the_start_of_a_huge_response_is_read() -> None:
     with _flood() as (port, written):
         assert Sender(local(port)).post(delivery(f"http://127.0.0.1:{port}/")).status == 200
     # What was written beyond what was read stood in the sockets' buffers.
     assert written[0] < 20_000_000
 
 
-# What follows
+# The decision
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 299])
@@ -214,12 +216,12 @@ def test_anything_else_is_attempted_again(status: int | None) -> None:
     assert 4.0 <= decision.wait_s <= 6.0
 
 
-def test_the_schedule_has_its_end() -> None:
+def test_a_delivery_fails_after_the_last_attempt_of_the_schedule() -> None:
     assert 240 <= decide(AttemptResult(500), 1, SCHEDULE).wait_s <= 360
     assert decide(AttemptResult(500), 2, SCHEDULE).state == "failed"
 
 
-def test_delays_differ() -> None:
+def test_delays_have_jitter() -> None:
     assert len({decide(AttemptResult(500), 1, SCHEDULE).wait_s for _ in range(20)}) > 10
 
 
@@ -270,7 +272,7 @@ def _no_name(*args: Any, **options: Any) -> Any:
 
 @contextmanager
 def _trickle(sent: bytes) -> Iterator[int]:
-    """A server's port. It says something, and then a little now and then."""
+    """Port of a server that sends some bytes, and then a few more every 0.1 s."""
     over = threading.Event()
     more = sent if b" 100 " in sent else b"x"
 
@@ -286,7 +288,7 @@ def _trickle(sent: bytes) -> Iterator[int]:
 
 @contextmanager
 def _flood() -> Iterator[tuple[int, list[int]]]:
-    """A server's port, and how many bytes of its endless answer it got rid of."""
+    """Port of a server with an endless response, and how many bytes of it were written."""
     written = [0]
 
     def serve(connection: socket.socket) -> None:

@@ -53,7 +53,7 @@ def claimed(outbox: Outbox, limit: int = 10) -> list[str]:
 # The outbox
 
 
-def test_a_job_that_is_seen_to_end_twice_is_recorded_once(outbox: Outbox) -> None:
+def test_a_job_that_ends_twice_is_recorded_once(outbox: Outbox) -> None:
     assert outbox.add(delivery())
     assert not outbox.add(delivery())
     assert claimed(outbox) == ["job-1"]
@@ -74,7 +74,7 @@ def test_ids_tell_jobs_and_events_apart_and_are_the_same_each_time() -> None:
     assert batch_id(["b", "a"]) == batch_id(["a", "b"])
 
 
-def test_what_is_claimed_is_not_claimed_by_another(outbox: Outbox) -> None:
+def test_a_claimed_delivery_is_not_claimed_again(outbox: Outbox) -> None:
     for number in range(3):
         outbox.add(delivery(number))
     assert claimed(outbox, limit=2) == ["job-0", "job-1"]
@@ -107,13 +107,13 @@ def test_a_failed_attempt_is_due_when_its_time_comes(outbox: Outbox) -> None:
     assert (found.attempts, found.note) == (1, "status 503")
 
 
-def test_what_was_not_tried_is_no_attempt(outbox: Outbox) -> None:
+def test_a_delivery_that_was_put_back_counts_no_attempt(outbox: Outbox) -> None:
     outbox.add(delivery())
     outbox.put_back(outbox.claim(1, 60)[0])
     assert outbox.claim(1, 60)[0].attempts == 0
 
 
-def test_a_replay_begins_anew_under_the_same_id(outbox: Outbox) -> None:
+def test_a_replay_starts_with_the_first_attempt_under_the_same_id(outbox: Outbox) -> None:
     outbox.add(delivery())
     (found,) = outbox.claim(1, 60)
     outbox.disable(found.url, 60)
@@ -142,7 +142,7 @@ def test_disabled_urls_are_bounded(outbox: Outbox, monkeypatch: pytest.MonkeyPat
     assert list(outbox.disabled()) == [f"https://shop.test/{number}" for number in (2, 3, 4)]
 
 
-def test_ended_deliveries_are_bounded_and_forgotten(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ended_deliveries_are_bounded_and_removed(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outboxes, "MAX_DELIVERED", 2)
     for number in range(4):
         outbox.add(delivery(number))
@@ -154,7 +154,7 @@ def test_ended_deliveries_are_bounded_and_forgotten(outbox: Outbox, monkeypatch:
     assert outbox.listed("delivered", 10) == []
 
 
-def test_no_key_lives_for_ever(outbox: Outbox, broker: stack.Broker) -> None:
+def test_every_key_expires(outbox: Outbox, broker: stack.Broker) -> None:
     for number in range(4):
         outbox.add(delivery(number))
     for found, end in zip(outbox.claim(3, 60), ("delivered", "failed", "again"), strict=True):
@@ -178,7 +178,7 @@ def test_no_key_lives_for_ever(outbox: Outbox, broker: stack.Broker) -> None:
         }
 
 
-def test_what_was_recorded_is_delivered_once_though_redis_is_full(outbox: Outbox, broker: stack.Broker) -> None:
+def test_recorded_deliveries_can_be_settled_though_redis_is_full(outbox: Outbox, broker: stack.Broker) -> None:
     for number in range(3):
         outbox.add(delivery(number))
     with broker.connect() as server:
@@ -198,7 +198,7 @@ def test_what_was_recorded_is_delivered_once_though_redis_is_full(outbox: Outbox
 # Batches
 
 
-def test_a_batch_takes_its_members_place(outbox: Outbox) -> None:
+def test_a_batch_replaces_its_members(outbox: Outbox) -> None:
     for number in range(3):
         outbox.add(delivery(number))
     members = outbox.claim(2, 60)
@@ -211,7 +211,7 @@ def test_a_batch_takes_its_members_place(outbox: Outbox) -> None:
     assert {found.id for found in outbox.listed("pending", 10)} == {"msg_batch", delivery(2).id}
 
 
-def test_no_batch_is_made_of_what_another_worker_has_taken(outbox: Outbox) -> None:
+def test_no_batch_is_made_of_deliveries_that_another_worker_claimed(outbox: Outbox) -> None:
     for number in range(2):
         outbox.add(delivery(number))
     members = outbox.claim(2, lease_s=0)
@@ -245,10 +245,10 @@ def test_a_batch_is_bounded_in_number_and_size() -> None:
     assert [len(group) for group in group_by_target(large, 10)] == [2, 1]
 
 
-# Who goes out now
+# What is sent now
 
 
-def test_what_a_busy_host_must_wait_for_holds_no_other_up(outbox: Outbox) -> None:
+def test_deliveries_that_wait_for_a_busy_host_delay_no_others(outbox: Outbox) -> None:
     for number in range(50):
         outbox.add(delivery(number, url=f"https://Slow.test/{number}"))
     outbox.add(delivery(99, url="https://quick.test/"))
@@ -258,7 +258,7 @@ def test_what_a_busy_host_must_wait_for_holds_no_other_up(outbox: Outbox) -> Non
     assert claimed(outbox, limit=2) == ["job-2", "job-3"]
 
 
-def test_hosts_take_turns_by_their_longest_wait(outbox: Outbox) -> None:
+def test_the_host_that_waited_longest_is_served_first(outbox: Outbox) -> None:
     for number in range(3):
         outbox.add(delivery(number, url=f"https://{2 - number}.test/"))
     assert claimed(outbox, limit=1) == ["job-0"]
@@ -266,13 +266,13 @@ def test_hosts_take_turns_by_their_longest_wait(outbox: Outbox) -> None:
     assert [claimed(outbox, limit=1) for _ in range(4)] == [["job-1"], ["job-2"], ["job-9"], []]
 
 
-def test_a_call_may_take_several(outbox: Outbox) -> None:
+def test_a_request_may_carry_several_deliveries(outbox: Outbox) -> None:
     for number in range(9):
         outbox.add(delivery(number))
     assert len(outbox.claim(5, 60, per_host=2, each=3)) == 6
 
 
-def test_no_more_goes_out_than_threads_and_hosts_allow() -> None:
+def test_no_more_is_admitted_than_threads_and_hosts_allow() -> None:
     due = [delivery(number, url="https://slow.test/") for number in range(3)]
     due += [delivery(number, url=f"https://{number}.test/") for number in range(3, 6)]
     now, waiting = admit([[found] for found in due], {"slow.test": 1}, free=3, per_host=3)
@@ -284,7 +284,7 @@ def test_no_more_goes_out_than_threads_and_hosts_allow() -> None:
 
 
 class Answers:
-    """A `post` that answers as told, then with 204."""
+    """A `post` that returns or raises these, then returns 204."""
 
     def __init__(self, *answers: AttemptResult | Exception) -> None:
         self._answers = list(answers)
@@ -319,7 +319,7 @@ def counted(outbox: Outbox, **counts: int) -> None:
         time.sleep(0.02)
 
 
-def test_what_is_due_is_delivered(outbox: Outbox) -> None:
+def test_a_due_delivery_is_attempted_until_it_is_accepted(outbox: Outbox) -> None:
     post = Answers(DOWN)
     outbox.add(delivery())
     with dispatching(outbox, post):
@@ -328,7 +328,7 @@ def test_what_is_due_is_delivered(outbox: Outbox) -> None:
     assert len({(found.id, found.body) for found in post.posted}) == 1
 
 
-def test_what_fails_too_often_is_given_up_and_listed(outbox: Outbox) -> None:
+def test_a_delivery_that_fails_each_attempt_is_listed_as_failed(outbox: Outbox) -> None:
     outbox.add(delivery())
     with dispatching(outbox, Answers(DOWN, DOWN, DOWN)):
         counted(outbox, pending=0, failed=1)
@@ -336,7 +336,7 @@ def test_what_fails_too_often_is_given_up_and_listed(outbox: Outbox) -> None:
     assert (found.attempts, found.note) == (3, "status 503")
 
 
-def test_410_lets_nothing_else_go_there(outbox: Outbox) -> None:
+def test_410_disables_the_url(outbox: Outbox) -> None:
     post = Answers(AttemptResult(410, "status 410"))
     outbox.add(delivery(1))
     with dispatching(outbox, post):
@@ -356,7 +356,7 @@ def test_a_defect_loses_no_delivery(outbox: Outbox, monkeypatch: pytest.MonkeyPa
     assert len(post.posted) == 2
 
 
-def test_a_defect_that_stays_does_not_send_a_delivery_for_ever(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_at_each_attempt_ends_a_delivery(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "LEASE_MARGIN_S", 0.1)
     outbox.add(delivery())
     post = Answers(*[RuntimeError("a defect")] * 9)
@@ -365,7 +365,7 @@ def test_a_defect_that_stays_does_not_send_a_delivery_for_ever(outbox: Outbox, m
     assert len(post.posted) == 3
 
 
-def test_what_ends_together_goes_out_together(outbox: Outbox) -> None:
+def test_deliveries_that_are_due_together_are_sent_as_batches(outbox: Outbox) -> None:
     post = Answers(DOWN)
     for number in range(5):
         outbox.add(delivery(number))
@@ -409,12 +409,12 @@ def test_deliveries_are_listed_without_their_urls_secrets(listed: Outbox, run: C
     assert len(run("ls", "--state", "failed").stdout.splitlines()) == 1
 
 
-def test_the_failed_ones_are_replayed_together(listed: Outbox, run: Callable[..., Any]) -> None:
+def test_failed_deliveries_are_replayed_together(listed: Outbox, run: Callable[..., Any]) -> None:
     assert run("replay", "--failed").stdout == "1 go out again.\n"
     assert listed.counts() == {"pending": 2, "delivered": 1, "failed": 0}
 
 
-def test_named_ones_are_replayed_and_unknown_ones_told(listed: Outbox, run: Callable[..., Any]) -> None:
+def test_named_deliveries_are_replayed_and_unknown_ones_reported(listed: Outbox, run: Callable[..., Any]) -> None:
     outcome = run("replay", delivery(0).id, "msg_unknown")
     assert outcome.exit_code == 1
     assert (outcome.stdout, outcome.stderr) == ("1 go out again.\n", "msg_unknown is not there (any more).\n")
@@ -433,7 +433,7 @@ def test_hosts_are_told_apart_by_their_ports() -> None:
     assert delivery(url="https://Shop.test:8443/a").host == "shop.test:8443"
 
 
-def test_many_to_one_host_go_out_as_fast_as_it_takes_them(outbox: Outbox) -> None:
+def test_many_deliveries_to_one_host_are_sent_as_fast_as_it_accepts_them(outbox: Outbox) -> None:
     for number in range(200):
         outbox.add(delivery(number))
     post = Answers()

@@ -1,1 +1,1 @@
-"""Callbacks: recorded when a job ends, then delivered."""
+"""Callbacks: recorded when a job ends, sent by the callbacks worker."""

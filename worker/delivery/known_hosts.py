@@ -1,7 +1,7 @@
-"""Receivers that are known to answer. A share of the threads is kept for them, so that others cannot delay them. Pure.
+"""Tracks which hosts answer callbacks, and reserves threads for those that do. Pure.
 
-A host name costs nothing: jobs may have callbacks to hundreds of hosts that accept a connection and never answer, and
-each attempt at one of them occupies a thread until its timeout.
+Host names are free: jobs may have callbacks to hundreds of hosts that accept a connection and never answer, and each
+attempt at one of them occupies a thread until its timeout.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 
 from tasks.outbox import Shares
 
-#: Hosts that are remembered, of each kind.
+#: Hosts kept in memory, of each kind; the least recently noted one is dropped.
 MAX_HOSTS = 1_000
-#: Seconds that an answer may take for its host to count as one that answers.
+#: Seconds within which a host must answer to count as one that answers.
 QUICK_S = 1.0
 
 

@@ -1,4 +1,4 @@
-"""Where callbacks may go, by the operator's settings."""
+"""Checks where callbacks may go, by the operator's settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.net.guard import Guard, NoAddress
 from worker.net.policy import NetworkPolicy, Refused, check_plain, check_url, is_allowed_address
 from worker.runtime import gil
 
-#: Bytes of a response that are read. Nothing is done with them: but a receiver that is cut off may log an error.
+#: Bytes of a response that are read and ignored: a receiver that is cut off earlier may log an error.
 RESPONSE_BYTES = 4_096
 #: Seconds for one DNS lookup while a job waits for it.
 LOOK_UP_S = 2.0
@@ -24,7 +24,7 @@ CACHED_LOOKUPS = 1_024
 
 
 def check(callback: Callback, settings: Settings, *, look_up: bool = True) -> None:
-    """Raise InvalidRequest for a callback that this operator's policy forbids, as far as can be told now.
+    """Raise InvalidRequest for a callback that the operator's policy forbids, as far as is known now.
 
     The connection is checked again when it is made: a name may have another address by then.
     """
@@ -47,7 +47,7 @@ def check_scheme(url: str, settings: Settings) -> None:
 
 
 def callback_policy(settings: Settings) -> NetworkPolicy:
-    """What the settings allow of a callback's connection."""
+    """The network policy for a callback's connection."""
     return NetworkPolicy(
         allow_networks=settings.callback_allow_networks,
         allow_domains=settings.callback_allow_domains,

@@ -1,4 +1,4 @@
-"""What follows from an attempt at a callback: delivered, another attempt, or failed. Pure but for the jitter."""
+"""Decides after an attempt at a callback: delivered, another attempt, or failed. Pure except for the jitter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-#: A delay is between these parts of what the schedule says, so that what failed together does not come back together.
+#: A delay is the schedule's times a random factor in this range, so that deliveries that failed together spread out.
 JITTER = (0.8, 1.2)
 
 
@@ -17,29 +17,29 @@ class AttemptResult:
 
     #: The HTTP status; None where no response came.
     status: int | None = None
-    #: For people: the status, or what went wrong.
+    #: The status or what went wrong, for the log and the list of deliveries.
     note: str = ""
-    #: Seconds that the receiver asks to be left alone.
+    #: Seconds that the receiver asks to wait, by its Retry-After.
     retry_after_s: float = 0.0
-    #: The policy forbade the attempt.
+    #: True where the operator's policy forbids the attempt.
     is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RetryDecision:
-    """What becomes of a delivery after an attempt."""
+    """A delivery's state after an attempt."""
 
     state: Literal["delivered", "again", "failed"]
-    #: Seconds to its next attempt.
+    #: Seconds to the next attempt, if there is one.
     wait_s: float = 0.0
-    #: No delivery to this URL is attempted any more.
+    #: True where no other delivery to the URL is to be attempted.
     disables_url: bool = False
 
 
 def decide(result: AttemptResult, attempts: int, schedule: Sequence[float]) -> RetryDecision:
-    """Decide by an attempt's result; 2xx alone is success.
+    """Decide by an attempt's result; only 2xx is success.
 
-    `attempts` were made before this one; `schedule` has the seconds before each attempt.
+    `attempts`: number of attempts before this one. `schedule`: seconds to wait before each attempt.
     """
     if result.status is not None and 200 <= result.status < 300:
         return RetryDecision("delivered")

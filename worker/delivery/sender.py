@@ -1,7 +1,6 @@
-"""One attempt at a callback: its signature, its request, and what the response means.
+"""One attempt at a callback: sign it, post it, and read the response's status.
 
-It goes through the guard (`worker/net`): the address is checked where the connection is made, and the response is
-neither awaited nor read beyond the policy.
+The guard (`worker/net`) checks the address when the connection is made, and bounds the time and the bytes read.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from worker.net.session import (
     user_agent,
 )
 
-#: Seconds that a Retry-After may add at most.
+#: Longest wait in seconds that a Retry-After may ask for.
 MAX_RETRY_AFTER_S = 86_400.0
 
 
 class Sender:
-    """Posts deliveries from many threads at once."""
+    """Posts deliveries. Thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -76,7 +75,7 @@ class Sender:
         }
         request = requests.Request("POST", delivery.url, headers=headers, data=delivery.body.encode())
         with session.send_checked(request) as response:
-            # The status counts, however the rest arrives.
+            # The status decides, even if the body does not arrive.
             with contextlib.suppress(*NETWORK_ERRORS, GuardError):
                 response.raw.read(RESPONSE_BYTES, decode_content=False)
             status = response.status_code
@@ -84,7 +83,7 @@ class Sender:
 
 
 def signed(id: str, body: str, secrets: Sequence[SecretStr], now: datetime) -> dict[str, str]:
-    """The headers of Standard Webhooks, with one signature for each secret: receivers may know the old or the new."""
+    """The headers of Standard Webhooks. One signature for each secret: a receiver may have the old or the new one."""
     signatures = [Webhook(secret.get_secret_value()).sign(id, now, body) for secret in secrets]
     return {
         "webhook-id": id,

@@ -29,11 +29,12 @@ logger = logging.getLogger(__name__)
 class JobRequest(Request):  # type: ignore[misc]
     """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice.
 
-    What ends here (a revocation, an expiry, a failure that the pool gives) is stored, then announced, then
-    acknowledged. The model process announces the others.
+    What ends here (a revocation, an expiry, a failure that the pool gives) is stored, its callback recorded, and
+    its message acknowledged, in this order. The model process records the callbacks of all other jobs.
     """
 
-    _end: TerminalState | None = None
+    #: Set where the job ends in this process.
+    _terminal_state: TerminalState | None = None
     _defers_acknowledgement = False
     _owes_acknowledgement = False
 
@@ -95,7 +96,7 @@ class JobRequest(Request):  # type: ignore[misc]
         """Celery's acknowledges a lost job first: a worker killed before it stored the failure took that along."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, JobError) and not return_ok:
-            self._end = states.FAILURE, error
+            self._terminal_state = states.FAILURE, error
             self._ending_context()
         self._defers_acknowledgement = True
         try:
@@ -114,21 +115,26 @@ class JobRequest(Request):  # type: ignore[misc]
 
     def acknowledge(self) -> None:
         self._owes_acknowledgement = self._defers_acknowledgement
-        if not self._defers_acknowledgement and self._is_announced():
+        if not self._defers_acknowledgement and self._record_callback():
             super().acknowledge()
 
-    def _is_announced(self) -> bool:
-        """Whether the end's callback, if there is one, is recorded."""
-        if self._end is None:
+    def _record_callback(self) -> bool:
+        """Record the callback, if the job ended here and has one; False where the message must stay unacknowledged."""
+        if self._terminal_state is None:
             return True
         try:
             asked = asked_of(self._context)
             self.task.app.recorder.record(
-                self.id, self.task_name, self.kwargs, self._end, is_stored=self.store_errors, asked=asked.digest
+                self.id,
+                self.task_name,
+                self.kwargs,
+                self._terminal_state,
+                is_stored=self.store_errors,
+                asked=asked.digest,
             )
         except UNAVAILABLE as error:
             logger.error("Job %s ended, but its callback cannot be recorded (%s).", self.id, error)
-            # It comes again; but what is no absence would be there then, too.
+            # While Redis is away the message stays unacknowledged. Any other error would occur at each redelivery.
             return not is_away(error)
         return True
 
@@ -140,7 +146,7 @@ class JobRequest(Request):  # type: ignore[misc]
         if expired:
             # Celery would revoke what comes under this id later, too.
             worker_state.revoked.discard(self.id)
-        self._end = states.REVOKED, None
+        self._terminal_state = states.REVOKED, None
         self.acknowledge()
         self._already_revoked = True
         task_revoked.send(self.task, request=self._context, terminated=terminated, signum=signum, expired=expired)

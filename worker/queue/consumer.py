@@ -151,7 +151,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         try:
             keep_misrouted(self.app, request, self._bounds, why)
             self.app.backend.mark_as_failure(request.id, why, request=request)
-            self._announce(request.id, request.task, request.kwargs, why, request.asked)
+            self._record_callback(request.id, request.task, request.kwargs, why, request.asked)
         except UNAVAILABLE as error:
             if self._comes_again(message, request.id, error):
                 return
@@ -167,7 +167,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             asked = self._refusals(message.body if refused.id else _shown(message), refused, taken_text(message))
             if refused.id and asked:
                 task, arguments = readable(message, load().max_job_bytes)
-                self._announce(refused.id, task, arguments, InvalidRequest(str(refused)), asked)
+                self._record_callback(refused.id, task, arguments, InvalidRequest(str(refused)), asked)
         except UNAVAILABLE as error:
             if self._comes_again(message, refused.id, error):
                 return
@@ -175,10 +175,10 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
             self._tell_failed(refused.id, str(refused))
         message.reject_log_error(logger, self.connection_errors)
 
-    def _announce(self, id: str, task: str, arguments: dict[str, Any], error: JobError, asked: Asked) -> None:
+    def _record_callback(self, id: str, task: str, arguments: dict[str, Any], error: JobError, asked: Asked) -> None:
         """Record the callback of a job that ends here. Raises one of UNAVAILABLE."""
-        end = states.FAILURE, error
-        self.app.recorder.record(id, task, arguments, end, is_stored=True, asked=asked.digest)
+        failure = states.FAILURE, error
+        self.app.recorder.record(id, task, arguments, failure, is_stored=True, asked=asked.digest)
 
     def _comes_again(self, message: Any, id: str | None, error: Exception) -> bool:
         """Give a message back whose end cannot be stored. Not for a defect, which would be there then, too."""
@@ -203,7 +203,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         try:
             request.asked = asked_by(request, begins=True)
             self.app.backend.mark_as_failure(headers["id"], _internal(error), request=request)
-            self._announce(headers["id"], headers["task"], kwargs, _internal(error), request.asked)
+            self._record_callback(headers["id"], headers["task"], kwargs, _internal(error), request.asked)
             message.reject_log_error(logger, self.connection_errors)
         except Exception as again:
             self._return(headers, functools.partial(message.reject_log_error, logger, self.connection_errors), again)
