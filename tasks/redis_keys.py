@@ -165,6 +165,15 @@ DUE = RedisKey(
     ("worker", "monitor"),
     "Messages of a queue's list that wait for their time, by that time. Permanent: they are jobs.",
 )
+DUE_IDS = RedisKey(
+    "idefics:due-ids",
+    "queues",
+    "zset",
+    None,
+    ("worker",),
+    ("worker",),
+    "The ids of these jobs, each with its set, by the same times: a canceled one is found by it. Permanent, as they are.",
+)
 REDELIVERIES = RedisKey(
     "idefics:deliveries:{id}",
     "queues",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -133,6 +136,48 @@ def test_a_job_that_is_taken_back_before_its_time_does_not_run(stood: Stand, by:
         Client(stood.producer.server.url).cancel(job.id)
     eventually(lambda: job.state == "REVOKED")
     assert not re.search(rf"\[{job.id}\] succeeded", stood.log.read_text())
+
+
+@pytest.mark.parametrize("by", ["key", "revoke", "Client.cancel"])
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_job_that_is_taken_back_hours_before_its_time_is_told_so_at_once(
+    stood: Stand, by: str, protocol: int
+) -> None:
+    server = stood.producer.server
+    producer = Producer(server)
+    producer.app.conf.task_protocol = protocol
+    # At the very same time.
+    eta = datetime.now(UTC) + timedelta(hours=1)
+    job, *others = [producer.complete().apply_async(eta=eta) for _ in range(20)]
+    eventually(lambda: waiting(server) == server.connect().zcard("idefics:due-ids") == 20)
+    if by == "key":
+        server.connect(1).set(f"idefics:cancel:{job.id}", 1, ex=60)
+    elif by == "revoke":
+        job.revoke()
+    else:
+        Client(server.url).cancel(job.id)
+    eventually(lambda: job.state == "REVOKED", timeout=3.0)
+    eventually(lambda: waiting(server) == server.connect().zcard("idefics:due-ids") == 19, timeout=3.0)
+    eventually(lambda: server.connect().hlen("unacked") == 0)
+    assert {other.state for other in others} == {"PENDING"}
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", "purge", "--force"]
+    environment = {**os.environ, "IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=stack.CHECKOUT)
+    assert "19 messages" in said.stdout
+    assert waiting(server) == server.connect().zcard("idefics:due-ids") == 0
+
+
+def test_a_job_that_waits_for_its_time_is_found_among_thousands(
+    server: stack.Broker, producer: Producer, gallery: Gallery, tmp_path: Path
+) -> None:
+    flood(server, producer)
+    with stand(server, gallery, tmp_path / "log", MODEL="fake"):
+        eventually(lambda: waiting(server) == FLOOD)
+        job = producer.complete().apply_async(countdown=7_200)
+        eventually(lambda: waiting(server) == FLOOD + 1)
+        server.connect(1).set(f"idefics:cancel:{job.id}", 1, ex=60)
+        eventually(lambda: job.state == "REVOKED", timeout=5.0)
+        assert waiting(server) == server.connect().zcard("idefics:due-ids") == FLOOD
 
 
 def test_links_and_chords_with_a_countdown_go_on(stood: Stand) -> None:

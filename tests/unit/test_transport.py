@@ -18,9 +18,10 @@ from kombu import Connection, Queue
 from kombu import transport as kombu_transport
 from kombu.message import Message
 
+from tasks.redis_keys import DUE_IDS
 from worker.demo import stack
 from worker.queue import due, transport
-from worker.queue.due import ETA
+from worker.queue.due import ETA, DueJobs
 from worker.queue.envelope import checked
 from worker.queue.pending_acks import forget_pending_acks
 from worker.queue.poller import POLL_S, SWEEP_S
@@ -745,6 +746,38 @@ def test_times_of_other_forms_wait_in_redis_too(
     assert "eta" not in again.headers
     again.ack()
     assert server.hlen("mine:unacked") == 0
+
+
+@pytest.mark.parametrize("prefix", ["", "mine:"])
+def test_a_job_is_taken_before_its_time_by_its_id_and_once(start: Start, server: redis.Redis, prefix: str) -> None:
+    taker = start(global_keyprefix=prefix)
+    for body in "abc":
+        send_at(taker, body, time.time() + 3_600)
+    taker.ask()
+    eventually(lambda: server.zcard(f"{prefix}idefics:due-ids") == 3)
+    known = {job.id: job for job in DueJobs(lambda: (server, prefix)).window()}
+    assert sorted(known) == ["a", "b", "c"]
+    with _refused(server, "-hset"):
+        taker.channel.deliver_early(known["b"])
+    assert (taker.messages, server.zcard(known["b"].key)) == ([], 3)
+    for _ in range(2):
+        taker.channel.deliver_early(known["b"])
+    assert [message.decode() for message in taker.messages] == ["b"]
+    taker.messages[0].ack()
+    assert server.hlen(f"{prefix}unacked") == server.zcard(f"{prefix}unacked_index") == 0
+    assert taker.consumer.purge() == 2
+    assert not server.exists(known["a"].key, f"{prefix}idefics:due-ids")
+
+
+def test_the_ids_of_many_jobs_before_their_time_are_read_window_by_window(
+    server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(due, "WINDOW", 2)
+    now = time.time()
+    server.zadd(DUE_IDS.pattern, {f"{name}\nkey": now + at for at, name in enumerate("abcd")})
+    server.zadd(DUE_IDS.pattern, {"stale\nkey": now - due.STALE_ID_S - 1})
+    jobs = DueJobs(lambda: (server, ""))
+    assert ["".join(job.id for job in jobs.window()) for _ in range(4)] == ["ab", "cd", "", "ab"]
 
 
 def test_a_message_that_is_held_takes_no_place_and_survives_a_broker_that_refuses(

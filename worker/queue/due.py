@@ -9,6 +9,11 @@ of its priority that still wait in the queue.
 
 The script reads the time as Celery and kombu write it. Other forms reach the worker, which has the same done for them.
 
+Cancellations know a job by its id. So the sorted set `idefics:due-ids` has `<id>\\n<set>` for each of these jobs, with
+the score by which its message is found: up to a millisecond is added to each time, lest thousands have the same one.
+A worker reads some ids at a time, and takes the jobs that are canceled out of their sets
+(worker/queue/cancellation.py).
+
 The sets have no time to live: they hold jobs, as the queue's lists do, and an eviction policy for keys with one would
 lose them. Redis removes a set with its last member.
 """
@@ -17,15 +22,23 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from celery.worker import state as worker_state
 from kombu.message import Message
 from redis import Redis
 
-from tasks.redis_keys import DUE
+from tasks.redis_keys import DUE, DUE_IDS
 from worker.queue.envelope import unix_seconds
+
+#: Ids that a worker reads at a time.
+WINDOW = 5_000
+#: Messages with the very same score that are looked through for one of them, and their bytes.
+MAX_SAME, MAX_SAME_BYTES = 200, 8_000_000
+#: Seconds after a job's time until its id is deleted, if it is still there: a worker without this code took the job.
+STALE_ID_S = 86_400
 
 #: Messages that leave a set in one step where the worker takes as stock kombu does.
 RELEASED_AT_ONCE = 100
@@ -51,12 +64,20 @@ local function eta(raw)
 end
 """
 
+#: For scripts: the id in a message, nil where it is written in no usual way. Kombu writes it as a property, too.
+ID = """
+local function id_of(raw)
+  local last = string.sub(raw, -8192)
+  return string.match(last, '"id": ?"([^"\\\\]+)"') or string.match(last, '"correlation_id": ?"([^"\\\\]+)"')
+end
+"""
+
 #: Moves messages from `unacked` into their sets; those that are no longer in `unacked` stay where they are.
-#: KEYS: unacked, its index, then each message's set. ARGV: for each its tag, its time, the bytes that end its record
-#: behind the message. HDEL comes first: a full server allows what follows a write that frees memory.
+#: KEYS: unacked, its index, the ids, then each message's set. ARGV: for each its tag, its time, the bytes that end its
+#: record behind the message, its id. HDEL comes first: a full server allows what follows a write that frees memory.
 HOLD = """
-for i = 3, #KEYS do
-  local tag, time, ending = ARGV[3 * i - 8], ARGV[3 * i - 7], ARGV[3 * i - 6]
+for i = 4, #KEYS do
+  local tag, time, ending, id = ARGV[4 * i - 15], ARGV[4 * i - 14], ARGV[4 * i - 13], ARGV[4 * i - 12]
   local record = redis.call('HGET', KEYS[1], tag)
   if record then
     local taken = redis.call('ZSCORE', KEYS[2], tag)
@@ -68,10 +89,75 @@ for i = 3, #KEYS do
       if taken then redis.call('ZADD', KEYS[2], taken, tag) end
       return reply
     end
+    redis.pcall('ZADD', KEYS[3], time, id .. '\\n' .. KEYS[i])
   end
 end
-return #KEYS - 2
+return #KEYS - 3
 """
+
+#: Takes a message out of its set before its time. KEYS: unacked, its index, the ids, the set. ARGV: the tag, its score,
+#: its id, the end of its record. Returns the message and the server's time; nil where it is not there any more.
+RESERVE_EARLY = f"""
+{ID}
+local time = redis.call('TIME')
+local now = string.format('%d.%06d', time[1], time[2])
+local seen, bytes = 0, 0
+redis.pcall('ZREM', KEYS[3], ARGV[3] .. '\\n' .. KEYS[4])
+while seen < {MAX_SAME} and bytes < {MAX_SAME_BYTES} do
+  local raws = redis.call('ZRANGEBYSCORE', KEYS[4], ARGV[2], ARGV[2], 'LIMIT', seen, 10)
+  for _, raw in ipairs(raws) do
+    if id_of(raw) == ARGV[3] then
+      redis.call('ZREM', KEYS[4], raw)
+      local reply = redis.pcall('HSET', KEYS[1], ARGV[1], '[' .. raw .. ARGV[4])
+      if type(reply) == 'table' and reply.err then
+        redis.call('ZADD', KEYS[4], ARGV[2], raw)
+        return reply
+      end
+      redis.call('ZADD', KEYS[2], now, ARGV[1])
+      return {{raw, now}}
+    end
+    bytes = bytes + #raw
+  end
+  if #raws < 10 then return false end
+  seen = seen + #raws
+end
+return false
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DueJob:
+    """A job that waits for its time."""
+
+    id: str
+    #: Its set.
+    key: str
+    score: float
+
+
+class DueJobs:
+    """All jobs that wait for their time, some at a time, one window after the other. Used by one thread."""
+
+    def __init__(self, connect: Callable[[], tuple[Redis, str]]) -> None:
+        """`connect`: a client, and what precedes all keys."""
+        self._connect = connect
+        self._client: tuple[Redis, str] | None = None
+        self._start = 0
+
+    def window(self) -> list[DueJob]:
+        """Raises what the client does."""
+        self._client = self._client or self._connect()
+        client, prefix = self._client
+        if self._start == 0:
+            client.zremrangebyscore(prefix + DUE_IDS.pattern, "-inf", time.time() - STALE_ID_S)
+        found: Any = client.zrange(prefix + DUE_IDS.pattern, self._start, self._start + WINDOW - 1, withscores=True)
+        self._start = self._start + WINDOW if len(found) == WINDOW else 0
+        return [_due_job(member, score) for member, score in found]
+
+
+def _due_job(member: bytes, score: float) -> DueJob:
+    id, _, key = member.decode(errors="replace").partition("\n")
+    return DueJob(id, key, score)
 
 
 def hold_until_due(message: Message) -> bool:
@@ -87,7 +173,7 @@ def hold_until_due(message: Message) -> bool:
         # Celery ends a job that is revoked or has expired when it comes, even before its time.
         if headers["id"] in worker_state.revoked or unix_seconds(headers.get("expires")) < time.time():
             return False
-        channel.hold(message.delivery_tag, at)
+        channel.hold(message.delivery_tag, at, headers["id"])
         return True
     # This worker's own clock may be behind: Celery would wait for it.
     del headers["eta"]
@@ -97,10 +183,39 @@ def hold_until_due(message: Message) -> bool:
 def release(channel: Any, queues: Iterable[str]) -> None:
     """Put all messages of some queues back to their lists, due or not: for a worker whose channel is kombu's own."""
     client, prefix = Redis(connection_pool=channel.pool), channel.global_keyprefix
-    for queue, step in itertools.product(queues, channel.priority_steps):
-        name = prefix + channel._q_for_pri(queue, step)
-        while messages := client.zrange(f"{prefix}{DUE.named(name)}", 0, RELEASED_AT_ONCE - 1):
+    keys = _sets(channel, queues)
+    for key, name in keys.items():
+        while messages := client.zrange(key, 0, RELEASED_AT_ONCE - 1):
             with client.pipeline() as pipe:
                 pipe.lpush(name, *messages)
-                pipe.zrem(f"{prefix}{DUE.named(name)}", *messages)
+                pipe.zrem(key, *messages)
                 pipe.execute()
+    _forget_ids(client, prefix, keys)
+
+
+def purge(channel: Any, queue: str) -> int:
+    """Delete a queue's jobs that wait for their time; how many there were."""
+    client, prefix = Redis(connection_pool=channel.pool), channel.global_keyprefix
+    keys = _sets(channel, [queue])
+    with client.pipeline() as pipe:
+        for key in keys:
+            pipe.zcard(key)
+            pipe.delete(key)
+        sizes = pipe.execute()[::2]
+    _forget_ids(client, prefix, keys)
+    return sum(sizes)
+
+
+def _sets(channel: Any, queues: Iterable[str]) -> dict[str, str]:
+    """The sets of some queues, each with its list."""
+    prefix = channel.global_keyprefix
+    names = [channel._q_for_pri(queue, step) for queue, step in itertools.product(queues, channel.priority_steps)]
+    return {prefix + DUE.named(prefix + name): prefix + name for name in names}
+
+
+def _forget_ids(client: Redis, prefix: str, keys: Iterable[str]) -> None:
+    ends = tuple(f"\n{key}".encode() for key in keys)
+    found: Any = client.zrange(prefix + DUE_IDS.pattern, 0, -1)
+    gone = [member for member in found if member.endswith(ends)]
+    for start in range(0, len(gone), WINDOW):
+        client.zrem(prefix + DUE_IDS.pattern, *gone[start : start + WINDOW])

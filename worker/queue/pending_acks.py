@@ -28,6 +28,7 @@ class Hold:
     at: float
     #: Bytes that end its record.
     ending: int
+    id: str
 
 
 @dataclass(frozen=True, slots=True)

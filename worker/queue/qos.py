@@ -9,7 +9,7 @@ from kombu.asynchronous import get_event_loop
 from kombu.transport import virtual
 from redis.exceptions import ResponseError
 
-from tasks.redis_keys import REDELIVERIES
+from tasks.redis_keys import DUE_IDS, REDELIVERIES
 from worker.queue.due import HOLD
 from worker.queue.pending_acks import ACK_BATCH_WINDOW_S, Hold, Origin
 from worker.queue.sweep import SweepingQoS, redelivered_id
@@ -154,8 +154,9 @@ class QoS(SweepingQoS):
                 self.restore_by_tag(tag)
 
     def send_holds(self, holds: Mapping[str, Hold]) -> None:
-        keys = [*self.channel.record_keys, *(hold.key for hold in holds.values())]
-        arguments = [part for tag, hold in holds.items() for part in (tag, hold.at, hold.ending)]
+        ids = self.channel.global_keyprefix + DUE_IDS.pattern
+        keys = [*self.channel.record_keys, ids, *(hold.key for hold in holds.values())]
+        arguments = [part for tag, hold in holds.items() for part in (tag, hold.at, hold.ending, hold.id)]
         with self.channel.conn_or_acquire() as client:
             client.execute_command("EVAL", HOLD, len(keys), *keys, *arguments)
 

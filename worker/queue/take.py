@@ -15,7 +15,7 @@ from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
 from tasks.redis_keys import DUE, list_name
-from worker.queue.due import ETA
+from worker.queue.due import ETA, ID
 from worker.queue.envelope import MAX_DELAY_S
 
 #: Messages, and their bytes, that one call of the script moves to where they wait for their time: a script that runs
@@ -31,6 +31,14 @@ MAX_HELD_BYTES = 1_000_000
 #: All times are the server's: a worker's clock may be hours ahead.
 RESERVE = f"""
 {ETA}
+{ID}
+-- `idefics:due-ids`, beside what the names of sets begin with.
+local ids = string.sub(ARGV[2], 1, -2) .. '-ids'
+local function note(raw, due, at)
+  local id = id_of(raw)
+  if id and at then redis.pcall('ZADD', ids, at, id .. '\\n' .. due) end
+  if id and not at then redis.pcall('ZREM', ids, id .. '\\n' .. due) end
+end
 local function failed(reply) return type(reply) == 'table' and reply.err end
 local time = redis.call('TIME')
 local now = string.format('%d.%06d', time[1], time[2])
@@ -42,15 +50,22 @@ for i = 3, #KEYS do
     local first = redis.pcall('ZRANGEBYSCORE', due, '-inf', now, 'WITHSCORES', 'LIMIT', 0, 1)
     raw, at = first[1], first[2]
   end
-  if raw then redis.call('ZREM', due, raw) else raw = redis.call('RPOP', KEYS[i]) end
+  if raw then
+    redis.call('ZREM', due, raw)
+    note(raw, due)
+  else
+    raw = redis.call('RPOP', KEYS[i])
+  end
   while due and raw and not at do
     local moment = eta(raw)
     if not moment or moment <= tonumber(now) or moment > time[1] + {MAX_DELAY_S} then break end
-    local reply = redis.pcall('ZADD', due, string.format('%.6f', moment), raw)
+    local score = string.format('%.6f', moment + (time[2] + met) % 1000 / 1000000)
+    local reply = redis.pcall('ZADD', due, score, raw)
     if failed(reply) then
       redis.call('RPUSH', KEYS[i], raw)
       return reply
     end
+    note(raw, due, score)
     met, bytes = met + 1, bytes + #raw
     if met >= {MAX_HELD} or bytes >= {MAX_HELD_BYTES} then return {{-1, '', now}} end
     raw = redis.call('RPOP', KEYS[i])
@@ -61,7 +76,12 @@ for i = 3, #KEYS do
       if not failed(reply) then reply = redis.pcall('ZADD', KEYS[2], now, ARGV[1]) end
       if failed(reply) then
         redis.pcall('HDEL', KEYS[1], ARGV[1])
-        if at then redis.call('ZADD', due, at, raw) else redis.call('RPUSH', KEYS[i], raw) end
+        if at then
+          redis.call('ZADD', due, at, raw)
+          note(raw, due, at)
+        else
+          redis.call('RPUSH', KEYS[i], raw)
+        end
         return reply
       end
     end

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping
 from queue import Empty
@@ -19,11 +20,13 @@ from typing import Any
 
 from kombu import transport
 from kombu.transport import redis as stock
+from kombu.utils.uuid import uuid
 from redis.exceptions import NoScriptError, ResponseError
 
 from tasks.availability import is_demoted
-from tasks.redis_keys import DUE
+from tasks.redis_keys import DUE, DUE_IDS, list_name
 from worker.queue.broker_rights import check_may_reserve, readable_separators
+from worker.queue.due import RESERVE_EARLY, DueJob, purge
 from worker.queue.guarded_channel import GuardedChannel
 from worker.queue.pending_acks import Hold, pending_acks
 from worker.queue.plain_transport import PlainSentinelTransport, PlainTransport
@@ -104,12 +107,49 @@ class Channel(GuardedChannel):
         """Whether messages were taken here that count as held until they are acknowledged."""
         return bool(self._record_endings)
 
-    def hold(self, tag: str, at: float) -> None:
-        """Have the message that is being delivered wait in Redis until a time, in unix seconds."""
+    def hold(self, tag: str, at: float, id: str) -> None:
+        """Have the message that is being delivered, with this id, wait in Redis until a time, in unix seconds."""
         assert self._reserved is not None
-        prefix = self.global_keyprefix
-        hold = Hold(prefix + DUE.named(prefix + self._reserved.list), at, len(self._reserved.ending))
-        self.qos.hold(tag, hold)
+        # Not all messages at one time: see worker/queue/due.py.
+        at += random.random() / 1_000  # noqa: S311 - spread
+        self.qos.hold(tag, Hold(self._due_key(self._reserved.list), at, len(self._reserved.ending), id))
+
+    def _due_key(self, name: str) -> str:
+        prefix: str = self.global_keyprefix
+        return prefix + DUE.named(prefix + name)
+
+    def deliver_early(self, job: DueJob) -> None:
+        """Deliver a job of a queue that is read here before its time, unless another worker has it by now."""
+        origins = {
+            self._due_key(list_name(queue, step, separator)): (queue, list_name(queue, step, separator))
+            for queue in set(self._record_endings).intersection(self.active_queues)
+            for step in self.priority_steps
+            for separator in self._separators
+        }
+        if job.key not in origins:
+            return
+        queue, name = origins[job.key]
+        tag, ending = uuid(), self._record_endings[queue]
+        keys = [*self.record_keys, self.global_keyprefix + DUE_IDS.pattern, job.key]
+        try:
+            with self.conn_or_acquire() as client:
+                reply = client.execute_command(
+                    "EVAL", RESERVE_EARLY, len(keys), *keys, tag, repr(job.score), job.id, ending
+                )
+        except (*self.connection_errors, ResponseError) as error:
+            # The server may have run the script.
+            self.pending_acks.requeue(tag)
+            self.backoff.complain(error)
+            return
+        if reply:
+            raw, now = reply
+            self._reserved = Reserved(tag, queue, name, ending, raw, float(now))
+            self.taken_at = self._reserved.at
+            with contextlib.suppress(Empty):
+                self._deliver_reserved(self._opened(self._reserved), self._reserved)
+
+    def _purge(self, queue: str) -> int:
+        return int(super()._purge(queue)) + purge(self, queue)
 
     def basic_consume(self, queue: str, *args: Any, **options: Any) -> Any:
         no_ack = options["no_ack"] if "no_ack" in options else args[0]
