@@ -172,7 +172,7 @@ DUE_IDS = RedisKey(
     None,
     ("worker",),
     ("worker",),
-    "The ids of these jobs, each with its set, by the same times: a canceled one is found by it. Permanent, as they are.",
+    "The ids of these jobs, each with its set, by the same times: so a canceled one is found. Permanent, as they are.",
 )
 REDELIVERIES = RedisKey(
     "idefics:deliveries:{id}",

@@ -14,7 +14,7 @@ from typing import Any
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
-from tasks.redis_keys import DUE, list_name
+from tasks.redis_keys import DUE, DUE_IDS, list_name
 from worker.queue.due import ETA, ID
 from worker.queue.envelope import MAX_DELAY_S
 
@@ -24,16 +24,15 @@ MAX_HELD = 100
 MAX_HELD_BYTES = 1_000_000
 
 #: KEYS: unacked, its index, then the lists in order. ARGV: the tag, the prefix of a list's name in the name of its set
-#: of messages that wait for their time (worker/queue/due.py), then for each list the end of its messages' records;
-#: empty for a list without acknowledgements. Returns the list's number, the message and the server's time; number -1
-#: where it has moved so many messages before their time that it must be called again.
+#: of messages that wait for their time (worker/queue/due.py), the key of their ids, then for each list the end of its
+#: messages' records; empty for a list without acknowledgements. Returns the list's number, the message and the server's
+#: time; number -1 where it has moved so many messages before their time that it must be called again.
 #: RPOP or ZREM comes first: a full server allows what follows a write that frees memory. Lua does not roll back.
 #: All times are the server's: a worker's clock may be hours ahead.
 RESERVE = f"""
 {ETA}
 {ID}
--- `idefics:due-ids`, beside what the names of sets begin with.
-local ids = string.sub(ARGV[2], 1, -2) .. '-ids'
+local ids = ARGV[3]
 local function note(raw, due, at)
   local id = id_of(raw)
   if id and at then redis.pcall('ZADD', ids, at, id .. '\\n' .. due) end
@@ -45,7 +44,7 @@ local now = string.format('%d.%06d', time[1], time[2])
 local met, bytes = 0, 0
 for i = 3, #KEYS do
   local due, raw, at
-  if ARGV[i] ~= '' then
+  if ARGV[i + 1] ~= '' then
     due = ARGV[2] .. KEYS[i]
     local first = redis.pcall('ZRANGEBYSCORE', due, '-inf', now, 'WITHSCORES', 'LIMIT', 0, 1)
     raw, at = first[1], first[2]
@@ -72,7 +71,7 @@ for i = 3, #KEYS do
   end
   if raw then
     if due and string.byte(raw) == 123 then
-      local reply = redis.pcall('HSET', KEYS[1], ARGV[1], '[' .. raw .. ARGV[i])
+      local reply = redis.pcall('HSET', KEYS[1], ARGV[1], '[' .. raw .. ARGV[i + 1])
       if not failed(reply) then reply = redis.pcall('ZADD', KEYS[2], now, ARGV[1]) end
       if failed(reply) then
         redis.pcall('HDEL', KEYS[1], ARGV[1])
@@ -125,7 +124,7 @@ class ReserveRequest:
     def arguments(self, record_keys: tuple[str, str], prefix: str) -> list[Any]:
         """The script's: number of keys, KEYS, ARGV. `prefix` stands before all keys of this deployment."""
         keys = [*record_keys, *(prefix + name for name in self.lists)]
-        return [len(keys), *keys, self.tag, prefix + DUE.prefix, *self.endings]
+        return [len(keys), *keys, self.tag, prefix + DUE.prefix, prefix + DUE_IDS.pattern, *self.endings]
 
     def reserved(self, reply: Any) -> Reserved | None:
         """The message in the script's reply; None where the script must be called again."""
