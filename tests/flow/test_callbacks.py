@@ -140,7 +140,7 @@ def callbacks_worker(
 
 
 @pytest.mark.usefixtures("worker", "callbacks_process")
-def test_a_job_that_fails_outside_of_its_task_is_delivered(shop: Shop, server: stack.Broker) -> None:
+def test_a_failure_outside_of_the_task_is_delivered(shop: Shop, server: stack.Broker) -> None:
     # Celery sends the link between the task's return and the result, and what should be a list is none.
     server.connect().set("broken", "no list")
     link = {"task": "shop.next", "args": [], "kwargs": {}, "options": {"queue": "broken"}, "immutable": False}
@@ -149,7 +149,7 @@ def test_a_job_that_fails_outside_of_its_task_is_delivered(shop: Shop, server: s
 
 
 @pytest.mark.usefixtures("worker", "callbacks_process")
-def test_each_end_of_a_job_is_delivered_once_and_verifies(shop: Shop) -> None:
+def test_each_terminal_state_is_delivered_once_and_verifies(shop: Shop) -> None:
     succeeded = shop.submit("Hello", metadata={"row": 7})
     failed = shop.submit("Hello", tokens=9_999)
     running = shop.submit("Hello", tokens=150)
@@ -177,7 +177,7 @@ def test_each_end_of_a_job_is_delivered_once_and_verifies(shop: Shop) -> None:
 
 
 @pytest.mark.usefixtures("worker", "callbacks_process")
-def test_a_job_that_the_pool_ends_is_delivered_too(shop: Shop) -> None:
+def test_a_job_that_the_pool_ends_is_delivered(shop: Shop) -> None:
     """Over its time limit: the model process is killed with it, and Celery's parent stores the failure."""
     job = shop.submit("x" * 400, tokens=400, options={"time_limit": 0.5, "soft_time_limit": 90})
     eventually(lambda: shop.calls_of(job))
@@ -195,7 +195,7 @@ def test_a_job_that_the_pool_ends_is_delivered_too(shop: Shop) -> None:
     ],
 )
 @pytest.mark.usefixtures("worker", "callbacks_process")
-def test_an_end_that_was_stored_before_a_kill_is_delivered_when_the_message_comes_again(
+def test_a_state_stored_before_a_kill_is_delivered_when_the_message_is_redelivered(
     shop: Shop, server: stack.Broker, state: str, end: Any, event: str
 ) -> None:
     """As it stands when a worker is killed between storing the end and recording the delivery."""
@@ -245,7 +245,7 @@ NO_JOBS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("what", NO_JOBS)
 @pytest.mark.usefixtures("worker", "callbacks_process")
-def test_a_message_that_is_no_job_is_told_to_its_callback(shop: Shop, what: str) -> None:
+def test_the_callback_of_a_refused_message_is_delivered(shop: Shop, what: str) -> None:
     options = {"name": "idefics.complete", "queue": "idefics", **NO_JOBS[what]}
     kwargs = shop.job(metadata={"row": 7}).model_dump(mode="json", exclude_none=True) | options.pop("kwargs", {})
     id = shop.client.app.send_task(kwargs=kwargs, **options).id
@@ -257,7 +257,7 @@ def test_a_message_that_is_no_job_is_told_to_its_callback(shop: Shop, what: str)
 
 
 @pytest.mark.usefixtures("worker", "callbacks_process")
-def test_a_message_of_the_first_protocol_that_is_no_job_is_told_to_its_callback(shop: Shop) -> None:
+def test_the_callback_of_a_refused_message_of_the_first_protocol_is_delivered(shop: Shop) -> None:
     kwargs = shop.job().model_dump(mode="json", exclude_none=True)
     body = {"task": "idefics.complete", "id": uuid.uuid4().hex, "args": [], "kwargs": kwargs, "eta": "soon"}
     with shop.client.app.connection() as connection:
@@ -266,7 +266,7 @@ def test_a_message_of_the_first_protocol_that_is_no_job_is_told_to_its_callback(
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_message_that_is_no_job_calls_nobody_whom_a_job_may_not(shop: Shop) -> None:
+def test_a_refused_message_may_only_have_the_callbacks_that_a_job_may(shop: Shop) -> None:
     for fields in ({"key_id": "other"}, {"url": "http://10.0.0.8/"}):
         kwargs = shop.job(**fields).model_dump(mode="json", exclude_none=True)
         id = shop.client.app.send_task("idefics.captions", kwargs=kwargs, queue="idefics").id
@@ -300,7 +300,7 @@ def test_a_forbidden_address_is_refused_again_when_it_is_delivered(
 
 
 @pytest.mark.usefixtures("worker", "callbacks_process")
-def test_a_receiver_that_is_down_gets_it_when_it_is_up(shop: Shop) -> None:
+def test_a_receiver_that_was_down_gets_the_delivery_when_it_is_up(shop: Shop) -> None:
     shop.receiver.answers += [500, 302, 404]
     job = shop.submit()
     eventually(lambda: shop.state_of(job) == "delivered")
@@ -335,7 +335,7 @@ def test_410_disables_the_url_until_it_is_enabled(shop: Shop) -> None:
 
 
 @pytest.mark.usefixtures("worker", "callbacks_process")
-def test_a_receiver_is_left_alone_for_as_long_as_it_asks(shop: Shop) -> None:
+def test_retry_after_delays_the_next_attempt(shop: Shop) -> None:
     shop.receiver.answers.append(429)
     shop.receiver.headers["Retry-After"] = "2"
     job = shop.submit()
@@ -415,7 +415,7 @@ def check_delivered_once(shop: Shop, job: str, event: str) -> None:
     assert call.verified()["type"] == event
 
 
-def test_what_a_killed_callbacks_worker_had_begun_is_delivered_by_the_next(
+def test_attempts_of_a_killed_callbacks_worker_are_repeated_by_the_next(
     settings: dict[str, str], shop: Shop, tmp_path: Path
 ) -> None:
     with stack.broker() as other:
@@ -435,7 +435,9 @@ def test_what_a_killed_callbacks_worker_had_begun_is_delivered_by_the_next(
     assert calls[-1].verified()["data"]["id"] == job
 
 
-def test_what_is_due_survives_a_restart_of_the_broker(settings: dict[str, str], shop: Shop, tmp_path: Path) -> None:
+def test_pending_deliveries_survive_a_restart_of_the_broker(
+    settings: dict[str, str], shop: Shop, tmp_path: Path
+) -> None:
     port = stack.free_port()
     shop.receiver.answers.append(503)
     with _durable(tmp_path, port) as other:
@@ -451,7 +453,7 @@ def test_what_is_due_survives_a_restart_of_the_broker(settings: dict[str, str], 
     assert len({call.id for call in second.calls_of(job)}) == 1
 
 
-def test_a_callbacks_worker_without_a_secret_warns_and_says_how_one_is_made(
+def test_a_callbacks_worker_without_a_secret_warns_and_says_how_to_make_one(
     server: stack.Broker, tmp_path: Path
 ) -> None:
     with callbacks_worker(server, tmp_path / "log", {}):
