@@ -287,6 +287,17 @@ def test_a_queue_without_acknowledgements_is_not_recorded(start: Start, server: 
     assert held(server) == (0, 0, 0)
 
 
+def test_a_monitors_channel_without_ack_emulation_delivers_and_puts_back_at_its_close(
+    start: Start, server: redis.Redis
+) -> None:
+    taker = start(ack_emulation=False)
+    taker.send("a")
+    assert taker.take().decode() == "a"
+    assert held(server) == (0, 0, 0)
+    taker.connection.release()
+    assert held(server) == (1, 0, 0)
+
+
 def test_no_more_is_taken_than_prefetched(start: Start, server: redis.Redis) -> None:
     taker = start()
     taker.channel.basic_qos(0, 2, False)

@@ -172,7 +172,9 @@ class Channel(GuardedChannel):
             with contextlib.suppress(Empty, *self.connection_errors):
                 self._read_reply()
             self.pending_acks.requeue(tag)
-        self.qos.flush_if_possible()
+        # Without ack emulation, as in a monitor, the QoS is one of kombu's.
+        if self.ack_emulation:
+            self.qos.flush_if_possible()
         super().close()
 
     # Reserving
@@ -181,7 +183,8 @@ class Channel(GuardedChannel):
         if not self.backoff.is_over:
             return
         try:
-            self.qos.flush_unless_scheduled()
+            if self.ack_emulation:
+                self.qos.flush_unless_scheduled()
             if not self._record_endings or self.can_accept():
                 self._send_request()
         except ResponseError as error:
