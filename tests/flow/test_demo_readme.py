@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tasks import Caption, Client, ImageUnreachable
+from tasks import Caption, Client, Image, ImageUnreachable
 from worker.demo.stack import CHECKOUT, Broker
 
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
@@ -85,6 +85,18 @@ def test_the_shell_blocks_of_the_command_line_print_results(demo_broker: Broker)
     [code] = [code for code in SHELL if "idefics-jobs submit" in code]
     texts = [json.loads(said)["text"].strip() for said in _said(_placed(code, demo_broker), demo_broker)]
     assert texts == ["A cat on a blue background.", "animal"]
+
+
+def test_the_shell_block_of_jobs_by_their_ids_shows_and_cancels_them(demo_broker: Broker) -> None:
+    [code] = [code for code in SHELL if "idefics-jobs status" in code]
+    client = Client(demo_broker.url)
+    job = client.submit(Caption(image=Image.from_file(CHECKOUT / "examples/pictures/cat.png")))
+    job.result(timeout=60)
+    status, result, canceled, queue = _said(code.replace("JOB_ID", job.id), demo_broker)
+    assert status == f"{job.id}\tsucceeded\t-\t-\n"
+    assert json.loads(result)["text"].strip() == "A cat on a blue background."
+    assert canceled == f"{job.id} has already succeeded\n"
+    assert f"workers\t{len(client.workers())}\n" in queue
 
 
 def test_the_shell_block_of_the_containers_prints_a_result(demo_broker: Broker) -> None:

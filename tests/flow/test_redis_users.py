@@ -14,6 +14,7 @@ from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 
 from tasks import Client, Complete, InvalidRequest, JobCanceled, batch
+from tasks.cli.queue import queue_state
 from tasks.failed import FailedJobs
 from tasks.outbox import Delivery, Outbox, delivery_id
 from tests.flow.conftest import PATIENCE_S, Producer, eventually
@@ -121,6 +122,19 @@ def test_a_producer_cancels_by_the_key_alone(guarded: Guarded) -> None:
         job.result(PATIENCE_S)
     # What our client tries beside it.
     assert guarded.refusals("producer") == {"/0.celery.pidbox"}
+
+
+@pytest.mark.parametrize(
+    ("user", "knows_held", "knows_workers"),
+    [("producer", False, True), ("worker", True, True), ("monitor", True, False)],
+)
+def test_the_queue_command_shows_what_a_user_may_know(
+    guarded: Guarded, user: str, knows_held: bool, knows_workers: bool
+) -> None:
+    state = queue_state(Client(guarded[user].url))
+    assert set(state.by_priority) == set(range(10))
+    assert (state.due_later is not None, state.in_flight is not None) == (knows_held, knows_held)
+    assert (state.workers is not None) == knows_workers
 
 
 def test_a_producer_with_a_plain_celery_app_sends_groups_chords_chains_and_countdowns(guarded: Guarded) -> None:
