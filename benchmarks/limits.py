@@ -25,6 +25,7 @@ from tasks import Caption, Client, Complete, ImagePath, Job
 from worker.demo import stack
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
+from worker.engine.row import Picture
 from worker.models.idefics1.decoder import IdeficsPiece
 from worker.models.loading import load
 
@@ -62,8 +63,9 @@ def steps(root: Path) -> dict[str, Any]:
     model: Any = load(Settings(model=str(CHECKPOINTS["mid-size"](root))))
     adapter = model.stock.adapter
     size = adapter.model.config.vision_config.image_size
+    pictures = [Picture(bytes([number]), torch.randn(3, size, size)) for number in range(8)]
     with torch.inference_mode():
-        features = adapter._encode(torch.randn(8, 3, size, size))
+        features = torch.stack(list(adapter.features(pictures).values()))
         # Prompts of the same length: the text between images is not what is compared.
         prompted = {count: _prompted(model, features[:count]) for count in (1, 8)}
         taken: dict[int, list[float]] = {count: [] for count in prompted}

@@ -33,8 +33,9 @@ from config.settings import Settings
 from tasks.redis_keys import results_prefix
 from worker.app import app
 from worker.delivery.recorder import TerminalState
-from worker.engine.engine import Engine, Pace
+from worker.engine.engine import Engine
 from worker.engine.interfaces import Model
+from worker.engine.pace import Pace
 from worker.engine.scheduler import Limits
 from worker.jobs.answer_cache import AnswerCache, fingerprint
 from worker.jobs.service import Service
@@ -230,7 +231,7 @@ class HeartbeatSender:
         pace = self.pace()
         if since_s >= HEARTBEAT_S or pace.capacity != self._sent_capacity:
             self._sent_at, self._sent_capacity = time.monotonic(), pace.capacity
-            self._channel.send(Heartbeat(self._model.figures(), *pace))
+            self._channel.send(Heartbeat(self._model.metrics(), *pace))
 
 
 def _service(settings: Settings, channel: BlockingChannel) -> Service:

@@ -18,7 +18,7 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.engine import Engine
-from worker.engine.interfaces import Newcomers, PendingPrompt, Prefix
+from worker.engine.interfaces import Admit, PendingPrompt, Prefix
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.engine.scheduler import Limits
 from worker.engine.slots import Move
@@ -30,7 +30,7 @@ def _nobody(running: Sequence[Row]) -> Sequence[Row]:
 
 
 def _nothing() -> None:
-    """A beat that nobody hears."""
+    """A heartbeat that nobody hears."""
 
 
 def rebuilt(model: ContinuousModel, **options: Any) -> ContinuousModel:
@@ -44,7 +44,7 @@ def _alone(served: Served, row: Row) -> Output:
     return again.output.result()
 
 
-def _in_turn(groups: list[list[Row]]) -> Newcomers:
+def _in_turn(groups: list[list[Row]]) -> Admit:
     """They join, one group at each step."""
     return lambda running: groups.pop(0) if groups else []
 
@@ -276,11 +276,11 @@ def test_a_long_prompt_that_is_canceled_waits_for_no_other(served: Served) -> No
     rows = [Row(prepared(served.model, parts), Sampling(4), priority=n) for n, parts in enumerate(reversed(prompts))]
     done: list[list[bool]] = []
 
-    def beat() -> None:
+    def heartbeat() -> None:
         rows[2].canceled = True
         done.append([row.is_done for row in rows])
 
-    model.run(rows, beat, _nobody)
+    model.run(rows, heartbeat, _nobody)
     assert rows[2].output.result().finish_reason == "canceled"
     # The more urgent one first.
     assert [each for n, each in enumerate(done) if each != done[n - 1]] == [
@@ -343,8 +343,8 @@ def test_prompts_are_token_for_token_those_of_transformers_own_processor(served:
 )
 def test_a_prompt_never_has_fewer_tokens_than_it_is_said_to_have_at_least(served: Served, text: str) -> None:
     codec = served.model.codec
-    assert 0 <= codec.least_tokens([text]) <= len(codec.prepare([text]).ids)
-    assert codec.least_tokens(["y x" * 50_000]) > 2_048
+    assert 0 <= codec.min_token_count([text]) <= len(codec.prepare([text]).ids)
+    assert codec.min_token_count(["y x" * 50_000]) > 2_048
 
 
 def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
@@ -406,7 +406,7 @@ def _log_likelihood(served: Served, row: Row, label: tuple[int, ...]) -> float:
 def test_an_image_that_several_jobs_show_is_encoded_once(served: Served) -> None:
     encoded: list[int] = []
     adapter = served.model.stock.adapter
-    cache = type(adapter._features)(lambda pixels: encoded.append(len(pixels)) or adapter._encode(pixels), 2**30)  # type: ignore[attr-defined, func-returns-value]
+    cache = type(adapter._features)(lambda pictures: encoded.append(len(pictures)) or adapter._encode(pictures), 2**30)  # type: ignore[attr-defined, func-returns-value]
     previous, adapter._features = adapter._features, cache  # type: ignore[attr-defined]
     try:
         names = sorted(served.images)[:2]

@@ -81,10 +81,10 @@ def stock_answer(folder: Path, row: Row, inputs: dict[str, torch.Tensor], bad_wo
         do_sample=False,
         num_beams=row.sampling.num_beams,
         max_new_tokens=row.sampling.max_new_tokens,
-        eos_token_id=sorted(row.sampling.end_ids),
+        eos_token_id=sorted(row.sampling.eos_ids),
         bad_words_ids=[*bad_words, *(model.generation_config.bad_words_ids or [])],
     )[0, inputs["input_ids"].shape[1] :].tolist()
-    end = next((n for n, token in enumerate(ids) if token in row.sampling.end_ids), len(ids))
+    end = next((n for n, token in enumerate(ids) if token in row.sampling.eos_ids), len(ids))
     return list(ids[:end])
 
 
@@ -133,7 +133,7 @@ def test_bad_words_of_several_tokens_are_never_said(tmp_path: Path) -> None:
     plain = model_of(checkpoint(tmp_path / "plain idefics", "idefics", {}))
 
     def said(model: Model) -> list[int]:
-        row = Row(model.codec.prepare(["This is"]), Sampling(12, end_ids=model.codec.end_ids(utterance=False)))
+        row = Row(model.codec.prepare(["This is"]), Sampling(12, eos_ids=model.codec.eos_ids(utterance=False)))
         model.run([row], lambda: None, lambda running: ())
         return list(row.output.result().ids)
 
@@ -193,7 +193,7 @@ def test_a_prompts_padding_is_no_part_of_a_rule() -> None:
     # Stock `generate` counts a batch's padding towards `min_length`: here a row's own tokens count.
     from worker.engine.processors import RowRules
 
-    row = Row(Tokens((5, 6, 7)), Sampling(9, end_ids=frozenset({2})))
+    row = Row(Tokens((5, 6, 7)), Sampling(9, eos_ids=frozenset({2})))
     rules = RowRules(row, {"min_length": 5}, torch.device("cpu"))
     scores = torch.zeros(4)
     assert rules.apply([], scores)[2] == -torch.inf

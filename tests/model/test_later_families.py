@@ -118,11 +118,11 @@ def test_answers_depend_on_the_picture(later: Later) -> None:
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_row_whose_numbers_overflow_fails_alone(later: Later, beams: int) -> None:
-    ends = later.model.codec.end_ids(utterance=False)
+    ends = later.model.codec.eos_ids(utterance=False)
 
     def rows() -> list[Row]:
         parts = ([image, "Say"] for image in IMAGES.values())
-        return [Row(prepared(later.model, each), Sampling(6, num_beams=beams, end_ids=ends)) for each in parts]
+        return [Row(prepared(later.model, each), Sampling(6, num_beams=beams, eos_ids=ends)) for each in parts]
 
     expected, found = rows(), rows()
     _run(later.model, expected)
@@ -144,7 +144,7 @@ def test_labels_score_in_a_batch_what_each_scores_alone(later: Later) -> None:
     labels = [later.model.codec.encode_labels(["Category:"], choices[n % 2]) for n in range(len(prompts))]
     inputs = adapter.forward_inputs(adapter.inputs([prepared(later.model, parts) for parts in prompts]))
     # So few tokens at once that the labels are scored in several parts. Probabilities would hide all but the likeliest.
-    scores = label_log_likelihoods(adapter.model, inputs, labels, 1000, lambda: None)
+    scores = label_log_likelihoods(adapter, inputs, labels, 1000, lambda: None)
     for parts, own, scored in zip(prompts, labels, scores, strict=True):
         assert scored == pytest.approx([_log_likelihood(later, parts, label) for label in own], abs=1e-3)
 

@@ -78,14 +78,14 @@ class Model:
 def test_what_changes_an_answer_changes_its_digest() -> None:
     rows = [
         row("a"), row("b"), row("a", picture=b"q"), row("a", max_new_tokens=5), row("a", num_beams=2),
-        row("a", top_p=0.5), row("a", stop=(".",)), row("a", end_ids=frozenset({7})), row("a", labels=((1,), (2,))),
+        row("a", top_p=0.5), row("a", stop=(".",)), row("a", eos_ids=frozenset({7})), row("a", labels=((1,), (2,))),
         row("a", labels=((1, 2),)), row("a", temperature=1.0, seed=1), row("a", temperature=1.0, seed=2),
     ]  # fmt: skip
     models = [MODEL, MODEL.model_copy(update={"revision": "abc"}), MODEL.model_copy(update={"dtype": "bfloat16"})]
     digests = {digest(one, model) for one in rows for model in models}
     assert len(digests) == len(rows) * len(models)
-    assert digest(row("a", end_ids=frozenset({1, 2, 3})), MODEL) == digest(
-        row("a", end_ids=frozenset({3, 2, 1})), MODEL
+    assert digest(row("a", eos_ids=frozenset({1, 2, 3})), MODEL) == digest(
+        row("a", eos_ids=frozenset({3, 2, 1})), MODEL
     )
 
 

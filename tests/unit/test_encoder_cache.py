@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.encoder_cache import CHUNK, FeatureCache, Lookahead, Patience
+from worker.engine.encoder_cache import CHUNK, AdaptiveBatchWindow, EncoderCache, EncoderThread
 from worker.engine.row import Picture
 
 #: Bytes of one picture's features here: 2 x 3 float32.
@@ -23,8 +23,9 @@ class Encoder:
     def __init__(self) -> None:
         self.chunks: list[int] = []
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        self.chunks.append(len(pixels))
+    def __call__(self, pictures: Sequence[Picture]) -> Tensor:
+        self.chunks.append(len(pictures))
+        pixels = torch.stack([picture.pixels for picture in pictures if picture.pixels is not None])
         return pixels[:, :1, :2, :1].reshape(-1, 2, 1).expand(-1, 2, 3) * 1.0
 
     @property
@@ -36,8 +37,8 @@ def picture(number: int) -> Picture:
     return Picture(str(number).encode(), torch.full((3, 4, 4), float(number)))
 
 
-def cache(encoder: Encoder, pictures: int = 1_000) -> FeatureCache:
-    return FeatureCache(encoder, max_bytes=pictures * BYTES)
+def cache(encoder: Encoder, pictures: int = 1_000) -> EncoderCache:
+    return EncoderCache(encoder, max_bytes=pictures * BYTES)
 
 
 def test_each_picture_gets_its_own_features() -> None:
@@ -117,51 +118,51 @@ def test_a_picture_that_comes_back_counts_once() -> None:
     assert picture(1) in features
 
 
-def looker(lookahead: Lookahead) -> Callable[[Sequence[Picture]], int]:
-    """Its `look`, waiting for the answer."""
+def prefetcher(encoder_thread: EncoderThread) -> Callable[[Sequence[Picture]], int]:
+    """Its `prefetch`, waiting for the answer."""
 
-    def look(pictures: Sequence[Picture]) -> int:
+    def prefetch(pictures: Sequence[Picture]) -> int:
         known: Future[int] = Future()
-        lookahead.look(pictures, known.set_result)
+        encoder_thread.prefetch(pictures, known.set_result)
         return known.result(5)
 
-    return look
+    return prefetch
 
 
 def test_jobs_that_look_at_one_picture_at_once_have_it_encoded_once() -> None:
     gate, encoder = threading.Event(), Encoder()
 
-    def slow(pixels: Tensor) -> Tensor:
+    def slow(pictures: Sequence[Picture]) -> Tensor:
         gate.wait(5)
-        return encoder(pixels)
+        return encoder(pictures)
 
-    features = FeatureCache(slow, max_bytes=1_000)
-    look = looker(Lookahead(features))
+    features = EncoderCache(slow, max_bytes=1_000)
+    prefetch = prefetcher(EncoderThread(features))
     with ThreadPoolExecutor(8) as pool:
-        looks = [pool.submit(look, [picture(1), picture(2)]) for _ in range(8)]
+        looks = [pool.submit(prefetch, [picture(1), picture(2)]) for _ in range(8)]
         gate.set()
         # Two pictures were encoded for one of the eight, or one for each of two.
         assert 8 * 2 - sum(each.result(5) for each in looks) == 2
     assert encoder.encoded == 2
-    assert look([picture(1), picture(3)]) == 1
+    assert prefetch([picture(1), picture(3)]) == 1
 
 
 def test_a_picture_that_is_shown_twice_counts_as_encoded_once() -> None:
-    look = looker(Lookahead(FeatureCache(Encoder(), max_bytes=1_000)))
-    assert look([picture(1), picture(2), picture(1)]) == 1
-    assert look([picture(1), picture(1), picture(3)]) == 2
+    prefetch = prefetcher(EncoderThread(EncoderCache(Encoder(), max_bytes=1_000)))
+    assert prefetch([picture(1), picture(2), picture(1)]) == 1
+    assert prefetch([picture(1), picture(1), picture(3)]) == 2
 
 
 def test_pictures_that_wait_together_are_encoded_together() -> None:
     gate, encoder = threading.Event(), Encoder()
 
-    def slow(pixels: Tensor) -> Tensor:
+    def slow(pictures: Sequence[Picture]) -> Tensor:
         gate.wait(5)
-        return encoder(pixels)
+        return encoder(pictures)
 
-    look = looker(Lookahead(FeatureCache(slow, max_bytes=1_000)))
+    prefetch = prefetcher(EncoderThread(EncoderCache(slow, max_bytes=1_000)))
     with ThreadPoolExecutor(1) as pool:
-        looking = pool.submit(look, [picture(number) for number in range(1 + CHUNK)])
+        looking = pool.submit(prefetch, [picture(number) for number in range(1 + CHUNK)])
         gate.set()
         looking.result(5)
     assert len(encoder.chunks) <= 3
@@ -174,11 +175,11 @@ class Held(Encoder):
         super().__init__()
         self.opened, self.entered = threading.Event(), threading.Event()
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pictures: Sequence[Picture]) -> Tensor:
         if self.chunks and threading.current_thread().name == "encoder":
             self.entered.set()
             assert self.opened.wait(5)
-        return super().__call__(pixels)
+        return super().__call__(pictures)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +187,14 @@ class Held(Encoder):
 )
 def test_another_thread_takes_half_of_the_pictures_that_wait(waiting: int, within_s: float, chunks: list[int]) -> None:
     encoder = Held()
-    lookahead = Lookahead(FeatureCache(encoder, max_bytes=1_000))
-    looker(lookahead)([picture(0)])
+    encoder_thread = EncoderThread(EncoderCache(encoder, max_bytes=1_000))
+    prefetcher(encoder_thread)([picture(0)])
     known = [Future[int]() for _ in range(1 + waiting)]
-    lookahead.look([picture(1)], known[0].set_result)
+    encoder_thread.prefetch([picture(1)], known[0].set_result)
     assert encoder.entered.wait(5)
     for number, each in enumerate(known[1:]):
-        lookahead.look([picture(2 + number)], each.set_result)
-    assert lookahead.catch_up(within_s) == bool(chunks)
+        encoder_thread.prefetch([picture(2 + number)], each.set_result)
+    assert encoder_thread.help(within_s) == bool(chunks)
     assert encoder.chunks == [1, *chunks]
     assert sum(each.done() for each in known) == sum(chunks)
     encoder.opened.set()
@@ -201,40 +202,40 @@ def test_another_thread_takes_half_of_the_pictures_that_wait(waiting: int, withi
     assert encoder.encoded == len(known) + 1
 
 
-def came(patience: Patience, pictures: int, gap_s: float) -> float:
+def came(window: AdaptiveBatchWindow, pictures: int, gap_s: float) -> float:
     """The time at which the last of them comes."""
     for number in range(pictures):
-        patience.came(number * gap_s)
+        window.record_arrival(number * gap_s)
     return (pictures - 1) * gap_s
 
 
 def test_a_chunk_waits_for_pictures_that_come_fast() -> None:
-    patience = Patience()
-    patience.encoding_s = 0.03
-    now = came(patience, 100, gap_s=0.005)
-    assert patience.left(now, now) == pytest.approx(0.01, rel=0.1)
+    window = AdaptiveBatchWindow()
+    window.encoding_s = 0.03
+    now = came(window, 100, gap_s=0.005)
+    assert window.wait_s(now, now) == pytest.approx(0.01, rel=0.1)
     # But not longer than it takes to encode it.
-    assert patience.left(now - 0.025, now) == pytest.approx(0.005)
-    assert patience.left(now - 0.04, now) == 0
+    assert window.wait_s(now - 0.025, now) == pytest.approx(0.005)
+    assert window.wait_s(now - 0.04, now) == 0
 
 
 def test_a_chunk_does_not_wait_where_pictures_come_seldom() -> None:
-    patience = Patience()
-    assert patience.left(0, 0) == 0
-    patience.encoding_s = 0.03
-    came(patience, 100, gap_s=0.04)
-    assert patience.left(4, 4) == 0
+    window = AdaptiveBatchWindow()
+    assert window.wait_s(0, 0) == 0
+    window.encoding_s = 0.03
+    came(window, 100, gap_s=0.04)
+    assert window.wait_s(4, 4) == 0
     # Nor for what comes after a pause.
-    patience.came(100)
-    assert patience.left(100, 100) == 0
+    window.record_arrival(100)
+    assert window.wait_s(100, 100) == 0
 
 
 def test_what_cannot_be_encoded_ahead_is_left_to_the_engine() -> None:
-    def broken(pixels: Tensor) -> Tensor:
+    def broken(pictures: Sequence[Picture]) -> Tensor:
         raise RuntimeError("no memory")
 
-    features = FeatureCache(broken, max_bytes=1_000)
-    look = looker(Lookahead(features))
-    assert look([picture(1)]) == 0
-    assert look([picture(1)]) == 0
+    features = EncoderCache(broken, max_bytes=1_000)
+    prefetch = prefetcher(EncoderThread(features))
+    assert prefetch([picture(1)]) == 0
+    assert prefetch([picture(1)]) == 0
     assert picture(1) not in features

@@ -16,7 +16,7 @@ from tasks.errors import DeadlineExceeded, ImageInvalid, Internal, OutOfMemory
 from tests.unit.rows import row
 from worker.engine import engine as engines
 from worker.engine.engine import Engine
-from worker.engine.interfaces import Beat, Newcomers, Runner
+from worker.engine.interfaces import Admit, Runner, SendHeartbeat
 from worker.engine.row import Output, Picture, Row
 from worker.engine.scheduler import Limits
 from worker.models.fake import FakeModel
@@ -28,8 +28,8 @@ SOON = 5.0
 
 
 @contextmanager
-def running(runner: Runner, limits: Limits = LIMITS, beat: Beat = lambda: None) -> Iterator[Engine]:
-    engine = Engine(runner, limits, beat)
+def running(runner: Runner, limits: Limits = LIMITS, heartbeat: SendHeartbeat = lambda: None) -> Iterator[Engine]:
+    engine = Engine(runner, limits, heartbeat)
     engine.start()
     try:
         yield engine
@@ -45,13 +45,13 @@ class Recorder:
         #: Called with the number of images that were known, it has those of a row encoded.
         self.encoded: list[Callable[[int], None]] = []
 
-    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
         self.encoded.append(then)
 
-    def catch_up(self, within_s: float) -> bool:
+    def help(self, within_s: float) -> bool:
         return False
 
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+    def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         self.batches.append([name(row) for row in rows])
         self.answer(rows)
 
@@ -73,10 +73,10 @@ class Gate(Recorder):
         self.entered = threading.Event()
         self.opened = threading.Event()
 
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+    def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         self.entered.set()
         assert self.opened.wait(SOON)
-        super().run(rows, beat, newcomers)
+        super().run(rows, heartbeat, admit)
 
 
 class Poisoned(Recorder):
@@ -86,11 +86,11 @@ class Poisoned(Recorder):
         super().__init__()
         self._error = error
 
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+    def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         if "poison" in map(name, rows):
             self.batches.append([name(row) for row in rows])
             raise self._error
-        super().run(rows, beat, newcomers)
+        super().run(rows, heartbeat, admit)
 
 
 class Small(Recorder):
@@ -120,21 +120,21 @@ class Joinable(Recorder):
         super().__init__()
         self._step_s = step_s
 
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+    def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         running, steps = list(rows), dict.fromkeys(rows, 0)
         self.batches.append([])
         while running:
             self.batches[-1] += [name(row) for row in running if steps[row] == 0]
             time.sleep(self._step_s)
-            beat()
+            heartbeat()
             if any(name(row) == "poison" and steps[row] == 1 for row in running):
                 raise ValueError("boom")
             for one in running:
                 steps[one] += 1
-            self.answer([row for row in running if steps[row] >= row.wanted or row.canceled])
+            self.answer([row for row in running if steps[row] >= row.max_steps or row.canceled])
             running = [row for row in running if not row.is_done]
             steps = {row: steps[row] for row in running}
-            joining = newcomers(running)
+            joining = admit(running)
             steps |= dict.fromkeys(joining, 0)
             running += joining
 
@@ -296,7 +296,7 @@ def test_a_row_that_its_runner_forgets_among_others_is_internal_and_they_are_not
             text(lost)
 
 
-# Newcomers
+# Admit
 
 
 def test_a_row_that_arrives_while_others_run_joins_them() -> None:
@@ -353,7 +353,7 @@ def test_a_row_that_joined_and_fails_fails_alone() -> None:
 
 
 def test_nobody_joins_rows_that_run_again_after_a_failure() -> None:
-    # Newcomers would be suspects too, and with enough of them the culprit would never be alone.
+    # Admit would be suspects too, and with enough of them the culprit would never be alone.
     runner = Joinable()
     with running(runner, Limits(rows=2, tokens=10_000)) as engine:
         rows = submit(engine, row("poison", priority=0), *[row(f"row {n}", wanted=3) for n in range(20)])
@@ -375,7 +375,7 @@ def test_nobody_joins_a_batch_that_is_over() -> None:
 
 
 def test_a_few_of_many_that_wait_join_once_nobody_has_joined_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "GROUP_PATIENCE_S", 0.1)
+    monkeypatch.setattr(engines, "GROUP_WAIT_S", 0.1)
     runner = Joinable(step_s=0.005)
     with running(runner, Limits(rows=16, tokens=100_000)) as engine:
         long = submit(engine, *[row(f"long {n}", wanted=1_000) for n in range(15)])
@@ -500,20 +500,20 @@ def test_the_engine_remembers_what_fits() -> None:
 @pytest.mark.parametrize("is_continuous", [False, True])
 def test_memory_that_was_short_once_makes_batches_small_for_a_while_only(is_continuous: bool) -> None:
     class ShortOnce(Joinable if is_continuous else Recorder):  # type: ignore[misc]
-        def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+        def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
             if len(self.batches) == 0 and len(rows) > 1:
                 self.batches.append([])
                 raise OutOfMemory
-            super().run(rows, beat, newcomers)
+            super().run(rows, heartbeat, admit)
 
     with running(ShortOnce()) as engine:
         for one in submit(engine, *[row(wanted=1) for _ in range(8)]):
             one.output.result(SOON)
-        assert engine._limits.rows == 4
+        assert engine.limits.rows == 4
         for _ in range(40):
             for one in submit(engine, *[row(wanted=1) for _ in range(16)]):
                 one.output.result(SOON)
-        assert engine._limits.rows == 8
+        assert engine.limits.rows == 8
 
 
 def test_a_row_too_large_for_the_device_alone_is_out_of_memory() -> None:
@@ -595,7 +595,7 @@ def test_a_row_whose_deadline_passes_while_it_runs_ends_with_its_text() -> None:
 
 def test_an_idle_engine_encodes_pictures_itself() -> None:
     class Helped(Recorder):
-        def catch_up(self, within_s: float) -> bool:
+        def help(self, within_s: float) -> bool:
             helped = bool(self.encoded)
             while self.encoded:
                 self.encoded.pop()(0)
@@ -651,22 +651,22 @@ def test_a_row_submitted_after_the_stop_fails_rather_than_waits_for_ever() -> No
 
 def test_each_step_is_a_sign_of_life() -> None:
     beats: list[float] = []
-    with running(FakeModel(), beat=lambda: beats.append(time.monotonic())) as engine:
+    with running(FakeModel(), heartbeat=lambda: beats.append(time.monotonic())) as engine:
         engine.submit(row("a" * 100, wanted=100)).result(SOON)
         assert len(beats) >= 100
 
 
 def test_an_idle_engine_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.engine.IDLE_BEAT_S", 0.01)
+    monkeypatch.setattr("worker.engine.engine.IDLE_HEARTBEAT_S", 0.01)
     beats: list[float] = []
-    with running(FakeModel(), beat=lambda: beats.append(time.monotonic())):
+    with running(FakeModel(), heartbeat=lambda: beats.append(time.monotonic())):
         time.sleep(0.1)
     assert len(beats) >= 3
 
 
 def test_a_runner_that_hangs_gives_none() -> None:
     gate, beats = Gate(), []
-    with running(gate, beat=lambda: beats.append(time.monotonic())) as engine:
+    with running(gate, heartbeat=lambda: beats.append(time.monotonic())) as engine:
         submit(engine, row())
         assert gate.entered.wait(SOON)
         before = len(beats)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.rows import row
 from worker.engine.row import Row
-from worker.engine.scheduler import Limits, next_batch, worth_waiting
+from worker.engine.scheduler import Limits, next_batch, should_wait
 
 WIDE = Limits(rows=100, tokens=1_000_000)
 
@@ -76,7 +76,7 @@ def test_beams_share_a_batch_with_their_like_only() -> None:
     head = row(beams=4, wanted=10, arrived=0)
     like = row(beams=4, wanted=10, arrived=5)
     others = [row(arrived=1), row(beams=2, wanted=10, arrived=2), row(beams=4, wanted=11, arrived=3)]
-    others.append(row(beams=4, wanted=10, end_ids=frozenset({7}), arrived=4))
+    others.append(row(beams=4, wanted=10, eos_ids=frozenset({7}), arrived=4))
     assert next_batch([head, *others, like], WIDE) == [head, like]
 
 
@@ -113,7 +113,7 @@ def test_a_row_beyond_the_limits_runs_alone(head: Row) -> None:
     assert next_batch([head, *companions], Limits(rows=8, tokens=500)) == [head]
 
 
-# Newcomers
+# Admit
 
 
 def test_those_that_fit_join_the_running_ones() -> None:
@@ -158,7 +158,7 @@ def random_row(dice: random.Random, arrived: float) -> Row:
 
 def check_limits(batch: list[Row], limits: Limits) -> None:
     beams = batch[0].sampling.num_beams
-    longest = max(len(row.tokens.ids) + row.wanted for row in batch)
+    longest = max(len(row.tokens.ids) + row.max_steps for row in batch)
     if len(batch) > 1:
         assert len(batch) * beams <= limits.rows
         assert len(batch) * beams * longest <= limits.tokens
@@ -212,4 +212,4 @@ def test_newcomers_of_the_same_priority_never_starve_a_row(seed: int) -> None:
 def test_a_batch_waits_for_coming_rows_until_it_is_three_quarters_full(
     running: int, waiting: int, coming: int, expected: bool
 ) -> None:
-    assert worth_waiting(running, waiting, coming, Limits(rows=32, tokens=9999)) is expected
+    assert should_wait(running, waiting, coming, Limits(rows=32, tokens=9999)) is expected

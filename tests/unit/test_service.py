@@ -282,7 +282,7 @@ class Meddler(FakeCodec):
     def __init__(self, meddle: Callable[[], object]) -> None:
         self._meddle = meddle
 
-    def least_tokens(self, parts: Parts) -> int:
+    def min_token_count(self, parts: Parts) -> int:
         return 0
 
     def prepare(self, parts: Parts) -> Tokens:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from worker.models import tokenizer
-from worker.models.tokenizer import Words
+from worker.models.tokenizer import BaseCodec
 
 
 class Letters:
@@ -32,7 +32,7 @@ class Letters:
         return SimpleNamespace(input_ids=[list(map(ord, text)) for text in texts])
 
 
-class Plain(Words):
+class Plain(BaseCodec):
     def lead_text(self, lead: Any) -> str:
         return "".join(lead)
 
@@ -44,7 +44,7 @@ def letters() -> Letters:
 
 @pytest.fixture
 def codec(letters: Letters) -> Plain:
-    made = Plain(letters, ends=[0])  # type: ignore[arg-type]
+    made = Plain(letters, eos_ids=[0])  # type: ignore[arg-type]
     letters.asked = 0
     return made
 
@@ -56,7 +56,7 @@ def test_a_text_that_comes_again_is_not_split_again(codec: Plain, letters: Lette
 
 
 def test_long_texts_are_not_remembered(codec: Plain, letters: Letters) -> None:
-    long = "a" * (tokenizer.REMEMBERED_CHARS + 1)
+    long = "a" * (tokenizer.CACHED_CHARS + 1)
     for _ in range(2):
         assert codec.tokens_of(long) == ((97,) * len(long),)
     assert letters.asked == 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
-from worker.engine.interfaces import Beat, Decoder, Encode, Newcomers, PendingPrompt
+from worker.engine.interfaces import Admit, Decoder, Encode, PendingPrompt, SendHeartbeat
 from worker.engine.prefill import PREFILL_CHUNK_TOKENS, Pauses, PromptReader
 from worker.engine.prefix_cache import PrefixCache
 from worker.engine.processors import RowRules
@@ -59,7 +59,7 @@ class ContinuousModel:
         PREFILL_CHUNK_TOKENS and LABEL_TOKENS."""
         self.stock = stock
         self.info, self.rules, self.codec = stock.info, stock.rules, stock.codec
-        self.look, self.catch_up = stock.look, stock.catch_up
+        self.prefetch, self.help = stock.prefetch, stock.help
         self.decoder = SlotDecoder(decoder, stock.max_tokens, record)
         #: For prefixes and labels, which are prefilled and not continued: running rows' slots need no room for them.
         self.scratch = self.decoder.empty_like(PREFILL_TOKENS + LABEL_TOKENS)
@@ -75,14 +75,14 @@ class ContinuousModel:
         self._prefilling: list[tuple[Row, PendingPrompt]] = []
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+    def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         """See interfaces.Runner."""
         if rows[0].sampling.num_beams > 1:
-            self.stock.run(rows, beat, newcomers)
+            self.stock.run(rows, heartbeat, admit)
             return
         try:
             with memory_errors():
-                self._run(rows, beat, newcomers)
+                self._run(rows, heartbeat, admit)
         except BaseException:
             self._running.clear()
             self._prefilling.clear()
@@ -90,22 +90,22 @@ class ContinuousModel:
             self.scratch.clear()
             raise
 
-    def figures(self) -> dict[str, int]:
+    def metrics(self) -> dict[str, int]:
         """See interfaces.Model."""
-        return self.stock.figures() | self._reader.metrics()
+        return self.stock.metrics() | self._reader.metrics()
 
-    def _run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
-        self._join(rows, beat, newcomers)
+    def _run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
+        self._join(rows, heartbeat, admit)
         while self._running or self._prefilling:
-            self._prefill_a_chunk(beat)
+            self._prefill_a_chunk(heartbeat)
             if self._running:
                 self._step()
-            beat()
-            joining = newcomers(
+            heartbeat()
+            joining = admit(
                 [*(run.progress.row for run in self._running.values()), *(row for row, _ in self._prefilling)]
             )
             if joining:
-                self._join(joining, beat, newcomers)
+                self._join(joining, heartbeat, admit)
 
     def _step(self) -> None:
         for source, target in self.decoder.compact():
@@ -114,16 +114,16 @@ class ContinuousModel:
         tokens = [self._running[slot].progress.last if slot in self._running else 0 for slot in slots]
         self._advance(self.decoder.step(tokens), slots)
 
-    def _join(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+    def _join(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         """Prefill rows' prompts, with a step of the others between two parts of the work."""
         textual = [row for row in rows if row.labels and not row.tokens.pictures]
         if textual:
-            self.stock.run(textual, beat, newcomers)
-        self._go_through(self._prefill([row for row in rows if not row.is_done]), beat)
+            self.stock.run(textual, heartbeat, admit)
+        self._go_through(self._prefill([row for row in rows if not row.is_done]), heartbeat)
 
-    def _go_through(self, work: Pauses[None], beat: Beat) -> None:
+    def _go_through(self, work: Pauses[None], heartbeat: SendHeartbeat) -> None:
         for _ in work:
-            beat()
+            heartbeat()
             if self._running:
                 self._step()
 
@@ -141,11 +141,11 @@ class ContinuousModel:
             else:
                 self._begin(*zip(*group, strict=True))
 
-    def _prefill_a_chunk(self, beat: Beat) -> None:
+    def _prefill_a_chunk(self, heartbeat: SendHeartbeat) -> None:
         """Prefill a chunk of the most urgent long prompt: the running rows wait for one chunk between two steps."""
         now = time.monotonic()
         for row, _ in self._prefilling:
-            reason = row.interruption(now)
+            reason = row.abort_reason(now)
             if reason:
                 row.finish(Output((), reason))
         self._prefilling = [pair for pair in self._prefilling if not pair[0].is_done]
@@ -157,7 +157,7 @@ class ContinuousModel:
         if self._reader.is_long(prompt):
             self._prefilling.append((row, self._reader.prefill_chunk(prompt)))
         elif row.labels:
-            self._go_through(self._score_labels([row], [prompt]), beat)
+            self._go_through(self._score_labels([row], [prompt]), heartbeat)
         else:
             self._begin([row], [prompt])
 

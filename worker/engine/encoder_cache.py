@@ -1,4 +1,4 @@
-"""Image features by content: a picture that several jobs show is encoded once."""
+"""Image features by content: a picture that several jobs show is encoded once, and before its job's turn."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from worker.engine.row import Picture
 
 logger = logging.getLogger(__name__)
 
-#: Images that the vision tower takes at once: larger chunks are no faster and need more memory.
+#: Pictures that are encoded at once: larger chunks are no faster and need more memory.
 CHUNK = 8
-#: The weight of the newest in the average of times between two pictures, and seconds that count of a pause.
-NEWEST_PART, LONGEST_GAP_S = 0.1, 1.0
+#: Weight of the newest value in the moving average of the time between two pictures.
+NEWEST_WEIGHT = 0.1
+#: A longer time between two pictures counts as this long, in seconds.
+MAX_GAP_S = 1.0
 
 
-class FeatureCache:
+class EncoderCache:
     """Least-recently-used features, bounded in bytes. Safe in threads; it encodes in the caller's."""
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], max_bytes: int) -> None:
-        """`encode` maps pixels (n, channels, height, width) to features (n, length, width)."""
+    def __init__(self, encode: Callable[[Sequence[Picture]], Sequence[Tensor]], max_bytes: int) -> None:
+        """`encode` gives the features of each of CHUNK pictures at most, in any shape."""
         self._encode = encode
         self._max_bytes = max_bytes
         self._bytes = 0
@@ -39,7 +41,7 @@ class FeatureCache:
         return picture.key in self._features
 
     def get(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
-        """The features (length, width) of each distinct picture, encoding those that are not kept."""
+        """The features of each distinct picture by its key; those that are not kept are encoded."""
         wanted = {picture.key: picture for picture in pictures}
         with self._lock:
             found = {key: self._features[key] for key in wanted if key in self._features}
@@ -51,18 +53,18 @@ class FeatureCache:
                 self._keep(key, found[key])
         return found
 
-    def figures(self) -> dict[str, int]:
-        """Images that were known, images that were encoded, and bytes kept."""
+    def metrics(self) -> dict[str, int]:
+        """Pictures that were known, pictures that were encoded, and bytes kept."""
         return {"feature_hits": self._hits, "feature_misses": self._misses, "feature_bytes": self._bytes}
 
     @torch.inference_mode()
     def _encoded(self, pictures: Sequence[Picture]) -> dict[bytes, Tensor]:
+        """Features by key, encoded in chunks."""
         found: dict[bytes, Tensor] = {}
         for start in range(0, len(pictures), CHUNK):
             chunk = pictures[start : start + CHUNK]
-            features = self._encode(torch.stack([picture.pixels for picture in chunk if picture.pixels is not None]))
             # Cloned: a view would keep the whole chunk alive.
-            found |= {picture.key: feature.clone() for picture, feature in zip(chunk, features, strict=True)}
+            found |= {picture.key: feature.clone() for picture, feature in zip(chunk, self._encode(chunk), strict=True)}
         return found
 
     def _keep(self, key: bytes, feature: Tensor) -> None:
@@ -75,15 +77,15 @@ class FeatureCache:
             self._bytes -= dropped.nbytes
 
 
-class _Look:
-    """Counts what it still waits for, and itself until all is asked for."""
+class CountdownLatch:
+    """Calls `then` once `count_down` was called `count` times."""
 
-    def __init__(self, pictures: int, then: Callable[[], None]) -> None:
-        self._left = pictures + 1
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left = count
         self._then = then
         self._lock = threading.Lock()
 
-    def one_less(self) -> None:
+    def count_down(self) -> None:
         with self._lock:
             self._left -= 1
             is_over = not self._left
@@ -91,59 +93,64 @@ class _Look:
             self._then()
 
 
-class Patience:
-    """How long a chunk waits for its next picture: longer than one mostly takes to come, but where that is longer than
-    a chunk takes to encode, not at all. Times are those of time.monotonic()."""
+class AdaptiveBatchWindow:
+    """How long a chunk waits for its next picture: twice the usual time between two pictures, but not at all if that
+    time is longer than a chunk takes to encode. Times are those of time.monotonic(), in seconds."""
 
     def __init__(self) -> None:
-        #: What the last chunk took.
+        #: Seconds that the last chunk took to encode.
         self.encoding_s = 0.0
-        self._gap_s = LONGEST_GAP_S
-        self._came_at = float("-inf")
+        self._gap_s = MAX_GAP_S
+        self._arrived_at = float("-inf")
 
-    def came(self, now: float) -> None:
-        """A picture has."""
-        gap_s = min(now - self._came_at, LONGEST_GAP_S)
-        self._gap_s += (gap_s - self._gap_s) * NEWEST_PART
-        self._came_at = now
+    def record_arrival(self, now: float) -> None:
+        """Record the arrival of a picture at `now`; updates the mean time between two."""
+        gap_s = min(now - self._arrived_at, MAX_GAP_S)
+        self._gap_s += (gap_s - self._gap_s) * NEWEST_WEIGHT
+        self._arrived_at = now
 
-    def left(self, begun: float, now: float) -> float:
-        """Seconds from now, for a chunk whose first picture was there at `begun`."""
+    def wait_s(self, begun: float, now: float) -> float:
+        """Seconds from `now` that a chunk, whose first picture was there at `begun`, waits for its next one."""
         if self._gap_s >= self.encoding_s:
             return 0.0
         return max(0.0, min(2 * self._gap_s, begun + self.encoding_s - now))
 
 
-class Lookahead:
-    """A thread that encodes pictures before their jobs' turn, while the engine's computes for others.
+class EncoderThread:
+    """A thread that encodes pictures before their jobs' turn, while the engine's thread decodes for others.
 
-    On a CPU the two share its cores, and an engine with nothing to run may help (`catch_up`); on a GPU their kernels
-    follow one another, and the vision tower's launches do not hold the decoder's up.
+    On a CPU the two share its cores, and an engine with nothing to run may help; on a GPU their kernels follow one
+    another, and the encoder's launches do not hold the decoder's up.
     """
 
-    def __init__(self, cache: FeatureCache) -> None:
+    def __init__(self, cache: EncoderCache) -> None:
         self._cache = cache
         self._queue: queue.SimpleQueue[Picture] = queue.SimpleQueue()
-        self._coming: dict[bytes, list[_Look]] = {}
+        #: By key of a picture that waits or is being encoded: what waits for it.
+        self._latches: dict[bytes, list[CountdownLatch]] = {}
         self._lock = threading.Lock()
-        self._patience = Patience()
-        #: What one of the last chunk took.
+        self._window = AdaptiveBatchWindow()
+        #: Seconds that a picture of the last chunk took.
         self._picture_s = float("inf")
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
-    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """Call `then` once pictures are encoded, here or in the encoder's thread, with how many of them were not
-        encoded for this call: known, shown twice, or encoded for another that came before."""
+    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        """Call `then` once pictures are encoded, here or in the encoder's thread.
+
+        Its argument is the number of those that were not encoded for this call: known, shown twice, or encoded for an
+        earlier call.
+        """
         missing = {picture.key: picture for picture in pictures if picture not in self._cache}
         encoded = 0
-        look = _Look(len(missing), lambda: then(len(pictures) - encoded))
+        # One more, for the loop itself: `then` needs the final count.
+        latch = CountdownLatch(len(missing) + 1, lambda: then(len(pictures) - encoded))
         for picture in missing.values():
-            encoded += self._want(picture, look)
-        look.one_less()
+            encoded += self._enqueue(picture, latch)
+        latch.count_down()
 
-    def catch_up(self, within_s: float) -> bool:
-        """Encode some of those that wait, if they are a chunk at least: half of them, and as many as take so long at
-        most. Whether it did."""
+    def help(self, within_s: float) -> bool:
+        """If a chunk of pictures or more waits, encode half of it, as many as take about `within_s` seconds at most.
+        False if nothing was encoded."""
         waiting = self._queue.qsize()
         count = min(CHUNK, waiting // 2, int(within_s / self._picture_s))
         if waiting < CHUNK or count < 1:
@@ -155,15 +162,15 @@ class Lookahead:
         self._encode(chunk)
         return bool(chunk)
 
-    def _want(self, picture: Picture, look: _Look) -> bool:
-        """Whether the picture is to be encoded for this look: it was not on its way already."""
+    def _enqueue(self, picture: Picture, latch: CountdownLatch) -> bool:
+        """Count the latch down once the picture is encoded. False if that was under way already."""
         with self._lock:
-            looks = self._coming.get(picture.key)
-            if looks is not None:
-                looks.append(look)
+            latches = self._latches.get(picture.key)
+            if latches is not None:
+                latches.append(latch)
                 return False
-            self._coming[picture.key] = [look]
-            self._patience.came(time.monotonic())
+            self._latches[picture.key] = [latch]
+            self._window.record_arrival(time.monotonic())
             self._queue.put(picture)
             return True
 
@@ -172,25 +179,25 @@ class Lookahead:
             self._encode(self._chunk())
 
     def _chunk(self) -> list[Picture]:
-        """Pictures that have come, and those that come while it pays to wait for them."""
+        """Pictures that wait, and those that arrive while it pays to wait for them."""
         chunk = [self._queue.get()]
         begun = time.monotonic()
         with contextlib.suppress(queue.Empty):
             while len(chunk) < CHUNK:
-                chunk.append(self._queue.get(timeout=self._patience.left(begun, time.monotonic())))
+                chunk.append(self._queue.get(timeout=self._window.wait_s(begun, time.monotonic())))
         return chunk
 
     def _encode(self, chunk: Sequence[Picture]) -> None:
         started = time.monotonic()
         try:
             self._cache.get(chunk)
-            self._patience.encoding_s = time.monotonic() - started
-            self._picture_s = self._patience.encoding_s / len(chunk)
+            self._window.encoding_s = time.monotonic() - started
+            self._picture_s = self._window.encoding_s / len(chunk)
         except Exception:
             # The engine will need these features, try again, and knows what to do about a lack of memory.
             logger.warning("Encoding %d images ahead failed; the engine tries again.", len(chunk), exc_info=True)
         for picture in chunk:
             with self._lock:
-                looks = self._coming.pop(picture.key)
-            for look in looks:
-                look.one_less()
+                latches = self._latches.pop(picture.key)
+            for latch in latches:
+                latch.count_down()

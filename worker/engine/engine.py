@@ -1,4 +1,4 @@
-"""The engine's thread: takes the rows that wait, has the runner run them, and resolves every one."""
+"""The engine's thread: forms batches of the rows that wait, has the runner run them, and resolves every row."""
 
 from __future__ import annotations
 
@@ -9,89 +9,68 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
 
 from tasks.errors import DeadlineExceeded, Internal, JobError, OutOfMemory
 from worker.engine.ceiling import Ceiling
-from worker.engine.interfaces import Beat, Runner
+from worker.engine.interfaces import Runner, SendHeartbeat
+from worker.engine.pace import Pace, PaceMeter
 from worker.engine.row import Output, Row
-from worker.engine.scheduler import Limits, next_batch, worth_waiting
+from worker.engine.scheduler import Limits, next_batch, should_wait
 
 logger = logging.getLogger(__name__)
 
-#: Seconds without a newcomer after which an idle engine starts: jobs sent together arrive within it.
-LINGER_S = 0.003
-#: Seconds that it waits so in all.
-MAX_LINGER_S = 0.02
-#: Seconds that a running batch may be held up, between two joinings, for rows that come soon.
-PATIENCE_S = 0.2
+#: Seconds without a new row after which an idle engine starts: jobs sent together arrive within it.
+ARRIVAL_GAP_S = 0.003
+#: Seconds that an idle engine waits for more rows at most.
+BATCHING_WINDOW_S = 0.02
+#: Seconds that a running batch may be held up, after the last row joined, for rows whose pictures are being encoded.
+JOIN_WAIT_S = 0.2
 #: Seconds that an engine with nothing to run may encode pictures at a time.
-CATCH_UP_S = 0.1
+HELP_S = 0.1
 #: Seconds after the last joining in which rows that wait join in groups only (see scheduler.JOINING_PART).
-GROUP_PATIENCE_S = 1.0
-#: Seconds between two signs of life while there is nothing to do.
-IDLE_BEAT_S = 1.0
-#: Seconds that a row has waited before it is withdrawn for an idle worker: one that begins soon is not worth the way.
+GROUP_WAIT_S = 1.0
+#: Seconds between two heartbeats while there is nothing to do.
+IDLE_HEARTBEAT_S = 1.0
+#: Seconds that a row has waited before it is withdrawn for an idle worker: one that starts soon is not worth the move.
 WITHDRAWN_AFTER_S = 0.5
-#: The weight of the newest in averages of the pace, and seconds after the last row in which half of it is forgotten.
-NEWEST_PART, FORGOTTEN_S = 0.1, 5.0
-
-
-class Pace(NamedTuple):
-    """What an engine runs, and how fast."""
-
-    #: Rows that the model runs now or could begin at once. What is beyond waits for the end of others.
-    capacity: int
-    #: Rows that run at once while others wait.
-    width: float
-    #: Seconds that a row takes once it has begun; 0 where none has.
-    job_s: float
-    #: Seconds that a batch which none may join still takes.
-    closed_s: float = 0.0
 
 
 class Engine:
-    """Submit rows from any thread; each gets a result or an error."""
+    """Runs rows that any thread submits; each gets an output or an error."""
 
     def __init__(
         self,
         runner: Runner,
         limits: Limits,
-        beat: Beat = lambda: None,
+        heartbeat: SendHeartbeat = lambda: None,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         """`prepare` is called in the engine's thread, before all else."""
         self._runner = runner
         self._ceiling = Ceiling(limits.rows)
-        self._most_tokens = limits.tokens
-        self._beat = beat
+        self._max_tokens = limits.tokens
+        self._heartbeat = heartbeat
         self._prepare = prepare
+        self._meter = PaceMeter(limits.rows)
         self._waiting: list[Row] = []
         self._changed = threading.Condition()
         #: Rows whose pictures are being encoded.
-        self._coming: dict[Row, None] = {}
-        self._running: Sequence[Row] = ()
-        self._width = float(limits.rows)
-        #: Seconds that a row took, of late, and when the last one ended.
-        self._usual_s = 0.0
-        self._ended_at = float("-inf")
-        #: Whether the runner asks for rows that join those.
-        self._is_joined = False
-        #: Rows more that could begin at once.
-        self._free = limits.rows
+        self._encoding: dict[Row, None] = {}
         self._joined_at = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     @property
-    def _limits(self) -> Limits:
-        return Limits(self._ceiling.rows, self._most_tokens)
+    def limits(self) -> Limits:
+        """What may run at once now: fewer rows than at first where memory was short."""
+        return Limits(self._ceiling.rows, self._max_tokens)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the batch that it runs; what waits fails."""
+        """End the thread after the batch that it runs. Rows that wait fail."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -100,22 +79,22 @@ class Engine:
             row.fail(_stopped())
 
     def submit(self, row: Row) -> Future[Output]:
-        """A row's output. Its images are encoded first, while others run."""
+        """A row's output. Its pictures are encoded first, while others run."""
         with self._changed:
-            self._coming[row] = None
+            self._encoding[row] = None
         if row.tokens.pictures:
-            self._runner.look(row.tokens.pictures, functools.partial(self._has_come, row))
+            self._runner.prefetch(row.tokens.pictures, functools.partial(self._enqueue, row))
         else:
-            self._has_come(row)
+            self._enqueue(row)
         return row.output
 
-    def _has_come(self, row: Row, cached_images: int = 0) -> None:
+    def _enqueue(self, row: Row, cached_images: int = 0) -> None:
         row.cached_images = cached_images
         with self._changed:
-            if row not in self._coming:
+            if row not in self._encoding:
                 # Withdrawn meanwhile.
                 return
-            del self._coming[row]
+            del self._encoding[row]
             if self._stopping:
                 row.fail(_stopped())
             else:
@@ -123,149 +102,126 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, row: Row) -> None:
-        """End a row at the next step, wherever it is. Its output then says `canceled`."""
+        """End a row at the next step, wherever it is. The finish reason of its output is then `canceled`."""
         row.canceled = True
         with self._changed:
             self._changed.notify()
 
     @property
     def pace(self) -> Pace:
-        """Safe in any thread."""
-        running, now = self._running, time.monotonic()
-        age_s = now - sum(row.started for row in running) / len(running) if running else 0.0
-        # Of long ago it says little: other jobs come.
-        usual_s = self._usual_s * 2 ** ((self._ended_at - now) / FORGOTTEN_S)
-        left_s = usual_s - age_s if usual_s > age_s else age_s
-        closed_s = 0.0 if self._is_joined or not running else left_s
-        return Pace(len(running) + self._free, self._width, max(usual_s, age_s), closed_s)
+        """What runs, and how fast. Safe in any thread."""
+        return self._meter.pace
 
     def withdraw(self, rows: Sequence[Row], most: int) -> list[Row]:
-        """Take those of these rows out that have waited for long and not begun, the least urgent and latest first.
+        """Remove up to `most` of these rows that have waited for WITHDRAWN_AFTER_S and not started.
 
-        The caller fails them.
+        The least urgent and latest go first. The caller fails them.
         """
         since = time.monotonic() - WITHDRAWN_AFTER_S
         with self._changed:
-            unbegun = {*self._waiting, *self._coming}
-            late = [row for row in rows if row in unbegun and row.arrived < since and not row.canceled]
+            unstarted = {*self._waiting, *self._encoding}
+            late = [row for row in rows if row in unstarted and row.arrived < since and not row.canceled]
             withdrawn = sorted(late, key=lambda row: (row.priority, row.arrived), reverse=True)[:most]
             taken = set(withdrawn)
             self._waiting = [row for row in self._waiting if row not in taken]
             for row in withdrawn:
-                self._coming.pop(row, None)
+                self._encoding.pop(row, None)
         return withdrawn
 
     def _loop(self) -> None:
         self._prepare()
         while not self._stopping:
-            self._beat()
-            batch = self._take()
+            self._heartbeat()
+            batch = self._first_batch()
             if batch:
                 self._run(batch)
-                self._rest()
+                self._meter.idle(self.limits.rows)
 
-    def _take(self) -> list[Row]:
-        if self._waiting or not self._runner.catch_up(CATCH_UP_S):
+    def _first_batch(self) -> list[Row]:
+        """Wait for rows, helping the encoder meanwhile, and take those that are to run."""
+        if self._waiting or not self._runner.help(HELP_S):
             with self._changed:
                 if not self._waiting:
-                    self._changed.wait(IDLE_BEAT_S)
-                    self._linger()
-        return self._start(())
+                    self._changed.wait(IDLE_HEARTBEAT_S)
+                    self._await_batching_window()
+        return self._take(())
 
-    def _start(self, running: Sequence[Row]) -> list[Row]:
-        """Take the rows that are to run now out of those that wait."""
+    def _take(self, running: Sequence[Row]) -> list[Row]:
+        """Take the rows that are to start now, beside those that run, out of those that wait."""
         if not self._waiting:
             return []
         now = time.monotonic()
         with self._changed:
-            for row in [row for row in self._waiting if row.interruption(now)]:
+            for row in [row for row in self._waiting if row.abort_reason(now)]:
                 self._waiting.remove(row)
-                _drop(row)
-            is_late = now >= self._joined_at + GROUP_PATIENCE_S
-            batch = next_batch(self._waiting, self._limits, running, in_groups=not is_late)
+                _abort(row)
+            in_groups = now < self._joined_at + GROUP_WAIT_S
+            batch = next_batch(self._waiting, self.limits, running, in_groups=in_groups)
             taken = set(map(id, batch))
             self._waiting = [row for row in self._waiting if id(row) not in taken]
         for row in batch:
             row.started = row.started or now
         return batch
 
-    def _linger(self) -> None:
-        end = time.monotonic() + MAX_LINGER_S
-        while 0 < len(self._waiting) < self._limits.rows and time.monotonic() < end:
-            if not self._changed.wait(LINGER_S):
+    def _await_batching_window(self) -> None:
+        """Wait for more rows as long as they keep arriving. The caller holds the lock."""
+        end = time.monotonic() + BATCHING_WINDOW_S
+        while 0 < len(self._waiting) < self.limits.rows and time.monotonic() < end:
+            if not self._changed.wait(ARRIVAL_GAP_S):
                 return
 
-    def _gather(self, running: int) -> None:
-        """Let rows that come soon catch up with a batch that is far from full."""
+    def _await_encoding(self, running: int) -> None:
+        """Hold a batch that is far from full up for rows whose pictures are being encoded."""
         with self._changed:
-            end = self._joined_at + PATIENCE_S
-            while time.monotonic() < end and worth_waiting(
-                running, len(self._waiting), len(self._coming), self._limits
-            ):
+            end = self._joined_at + JOIN_WAIT_S
+            while time.monotonic() < end and should_wait(running, len(self._waiting), len(self._encoding), self.limits):
                 self._changed.wait(max(0.0, end - time.monotonic()))
 
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
-        batch, most = list(first), _beams(first)
+        """Run a batch, with the rows that join it, until each is done."""
+        batch, widest = list(first), _beams(first)
         # Whether others may join shows when the runner asks for them.
-        self._is_joined = False
-        self._count(batch, free=0)
+        self._meter.is_joinable = False
+        self._update_pace(batch, free=0)
         self._joined_at = time.monotonic()
 
-        def newcomers(running: Sequence[Row]) -> Sequence[Row]:
-            self._is_joined = joinable
-            nonlocal most
+        def admit(running: Sequence[Row]) -> Sequence[Row]:
+            self._meter.is_joinable = joinable
+            nonlocal widest
             if joinable:
-                self._gather(len(running))
-            # Where nobody runs any more, whoever is first begins a batch of another run: it may be one of beams.
-            joining = self._start(running) if joinable and running and not self._stopping else []
+                self._await_encoding(len(running))
+            # If no row runs any more, the next one starts a run of its own: it may be one of beams.
+            joining = self._take(running) if joinable and running and not self._stopping else []
             if joining:
                 self._joined_at = time.monotonic()
-                self._ceiling.ran_well(most)
-                most = _beams([*running, *joining])
-            # Rows that are over need no recovery, and hold their pictures.
+                self._ceiling.ran_well(widest)
+                widest = _beams([*running, *joining])
+            # Rows that are done need no recovery, and hold their pictures.
             batch[:] = [*running, *joining]
-            self._count(batch, free=self._free_rows(batch) if joinable else 0)
+            self._update_pace(batch, free=self._free_rows(batch) if joinable else 0)
             return joining
 
         error: Exception = Internal("The model left this job without an answer: report it.")
         try:
-            self._runner.run(first, self._beat, newcomers)
+            self._runner.run(first, self._heartbeat, admit)
             if joinable:
-                self._ceiling.ran_well(most)
+                self._ceiling.ran_well(widest)
         except Exception as caught:
             error = caught
-            _let_go(error)
+            _clear_frames(error)
         unfinished = [row for row in batch if not row.is_done]
         if unfinished:
             self._recover(batch, unfinished, error)
 
-    def _count(self, batch: Sequence[Row], free: int) -> None:
-        known = set(batch)
-        for row in self._running:
-            if row not in known:
-                self._has_ended(row)
-        self._running, self._free = tuple(batch), free
-        if self._waiting:
-            self._width += (len(batch) - self._width) * NEWEST_PART
-        else:
-            self._width = max(self._width, len(batch))
-
-    def _has_ended(self, row: Row) -> None:
-        now = time.monotonic()
-        forgotten = 1 - 2 ** ((self._ended_at - now) / FORGOTTEN_S)
-        self._usual_s += (now - row.started - self._usual_s) * max(NEWEST_PART, forgotten)
-        self._ended_at = now
-
-    def _rest(self) -> None:
-        for row in self._running:
-            self._has_ended(row)
-        self._running, self._free = (), self._limits.rows
+    def _update_pace(self, batch: Sequence[Row], free: int) -> None:
+        self._meter.update(batch, free, others_wait=bool(self._waiting))
 
     def _free_rows(self, batch: Sequence[Row]) -> int:
-        """Whoever waits now could not join, and a row that came would wait behind it."""
-        return 0 if self._waiting else max(0, self._limits.rows - _beams(batch))
+        """Rows that could join a batch at once: none while others wait, since these could not join and come first."""
+        return 0 if self._waiting else max(0, self.limits.rows - _beams(batch))
 
     def _recover(self, batch: Sequence[Row], unfinished: list[Row], error: Exception) -> None:
+        """Run the unfinished rows of a failed batch again in halves; a row that failed alone gets the error."""
         if len(batch) == 1:
             logger.error("A job failed alone; its caller gets the error.", exc_info=error)
             unfinished[0].fail(error if isinstance(error, JobError) else Internal(type(error).__name__))
@@ -280,18 +236,19 @@ class Engine:
         )  # fmt: skip
         for part in (unfinished[:half], unfinished[half:]):
             if part:
-                # Newcomers would be suspects too, and the culprit never alone.
+                # Rows that join would be suspects too, and the culprit would never run alone.
                 self._run(part, joinable=False)
         if any(isinstance(row.output.exception(), OutOfMemory) for row in unfinished):
             self._ceiling.restore(fitted)
 
 
 def _beams(rows: Sequence[Row]) -> int:
+    """Rows counted in beams."""
     return sum(row.sampling.num_beams for row in rows)
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Free what the frames hold that an error came through: where memory was short, the next try needs it."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Free what the frames of an error's tracebacks hold: where memory was short, the next try needs it."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -301,7 +258,8 @@ def _stopped() -> Internal:
     return Internal("The worker stopped before this job ran: send it again.")
 
 
-def _drop(row: Row) -> None:
+def _abort(row: Row) -> None:
+    """End a row that was canceled, or whose deadline has passed, before it started."""
     if row.canceled:
         row.finish(Output(ids=(), finish_reason="canceled"))
     else:

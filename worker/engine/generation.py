@@ -1,7 +1,7 @@
-"""What a checkpoint's generation_config.json asks for beyond plain greedy decoding, sorted by who honours it.
+"""What a checkpoint's generation_config.json asks for beyond plain greedy decoding.
 
-Stock `generate` reads that file silently. Here its rules apply on every path alike, and each result names those that
-applied to it.
+Stock `generate` reads that file silently. Here its rules apply on every path alike, and each result names the rules
+that applied to it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class GenerationRules:
     beams: Mapping[str, Any] = field(default_factory=dict)
 
     def told(self) -> GenerationRules:
-        """The same for results: a long list is told by its length."""
+        """The same for results: a long list is replaced by its length."""
         return GenerationRules(*(
             {name: _brief(value) for name, value in rules.items()}
             for rules in (self.scores, self.sampling, self.beams)

@@ -17,35 +17,39 @@ if TYPE_CHECKING:
 
     from worker.engine.scoring import TokenTree
 
-#: Texts and pictures in reading order.
+#: A prompt's texts and pictures in reading order.
 Parts = Sequence[str | Picture]
-#: Called at each step: a sign of life.
-Beat = Callable[[], None]
-#: Given the rows that run, those that may join them now.
-Newcomers = Callable[[Sequence[Row]], Sequence[Row]]
+#: Called at each step: the engine is alive.
+SendHeartbeat = Callable[[], None]
+#: Given the rows that run, returns those that join them now.
+Admit = Callable[[Sequence[Row]], Sequence[Row]]
 
 
 class Codec(Protocol):
-    """What turns jobs into a model's terms and back, without its weights. Used from many threads."""
+    """Turns prompts into a model's tokens and pixels, and tokens into text, without the model's weights. Safe in
+    threads."""
 
-    #: Its prompts are a chat's turns: see worker.jobs.prompts.in_turns.
+    #: Whether prompts have the form of a chat: see worker.jobs.prompts.in_turns.
     in_turns: bool
 
     def picture(self, image: Image) -> Picture:
         """An RGB image as the model takes it."""
 
-    def least_tokens(self, parts: Parts) -> int:
-        """So many tokens a prompt has at least, found without splitting it into them."""
+    def min_token_count(self, parts: Parts) -> int:
+        """A lower bound of a prompt's tokens, found without tokenizing it."""
 
     def prepare(self, parts: Parts) -> Tokens:
         """A prompt's tokens and pictures. Raises InvalidRequest."""
 
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """The token ids that continue a prompt with each label and its end. `lead` are the prompt's last parts, from an
-        image on or all: texts before an image do not change how one behind it is split."""
+        """The token ids that continue a prompt with each label and its end.
 
-    def end_ids(self, *, utterance: bool) -> frozenset[int]:
-        """The tokens that end an answer; with `utterance` the instruct form's too."""
+        `lead` are the prompt's last parts, from a picture on, or all: texts before a picture do not change how a text
+        behind it is tokenized. Raises InvalidRequest.
+        """
+
+    def eos_ids(self, *, utterance: bool) -> frozenset[int]:
+        """The tokens that end an answer; with `utterance`, that of the instruct form too."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """New tokens as text, special tokens left out."""
@@ -54,22 +58,22 @@ class Codec(Protocol):
 class Runner(Protocol):
     """Runs rows on a model."""
 
-    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """Encode pictures ahead of their row's turn, then call `then`, in any thread, with how many were known already.
+    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        """Encode pictures before their row runs, then call `then`, in any thread, with the number of those that were
+        known already. May be called in any thread."""
 
-        Called from any thread.
-        """
+    def help(self, within_s: float) -> bool:
+        """Encode some of the pictures that wait, in the engine's thread, in about `within_s` seconds. False if nothing
+        was encoded. For an engine that has no row to run."""
 
-    def catch_up(self, within_s: float) -> bool:
-        """Encode some of the pictures that wait, in the engine's thread while that has nothing to run, in about so many
-        seconds. False where that makes nobody's turn come sooner."""
+    def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
+        """Finish or fail each row as soon as its output is known, and call `heartbeat` at each step.
 
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
-        """Finish or fail each row, as soon as it is known; call `beat` at each step. From the engine's thread only.
+        Called in the engine's thread.
 
-        A runner whose batches rows can join asks for newcomers between its steps, and finishes those too.
-        Raises OutOfMemory where the rows were too many, or any error of the model: the engine runs what is not
-        finished again in smaller batches, so that one row's fault stays its own.
+        A runner whose batches rows can join calls `admit` between its steps, and finishes the rows that join too.
+        Raises OutOfMemory if the rows were too many, or any error of the model: the engine runs unfinished rows again
+        in smaller batches, so that one row's error fails no other.
         """
 
 
@@ -82,7 +86,7 @@ class Model(Runner, Protocol):
     @property
     def codec(self) -> Codec: ...
 
-    def figures(self) -> dict[str, int]:
+    def metrics(self) -> dict[str, int]:
         """Counters of its caches, for monitoring."""
 
 

@@ -28,11 +28,11 @@ from worker.engine.row import Row
 
 
 class RowRules:
-    """The rules of one row, which see its own tokens and no padding: so company changes nothing."""
+    """The rules of one row. They are applied to its own tokens without padding, so that other rows change nothing."""
 
     def __init__(self, row: Row, rules: Mapping[str, Any], device: torch.device) -> None:
         self._ids = torch.tensor([row.tokens.ids], device=device)
-        ends = torch.tensor(sorted(row.sampling.end_ids), device=device)
+        ends = torch.tensor(sorted(row.sampling.eos_ids), device=device)
         limit = len(row.tokens.ids) + row.sampling.max_new_tokens
         # In the order in which stock `generate` applies them, which is that of SCORE_RULES.
         self._processors = [_MAKERS[name](value, self._ids, ends, limit) for name, value in rules.items()]

@@ -1,4 +1,4 @@
-"""A row's new tokens, and the rules by which it is over."""
+"""A row's new tokens, and the rules by which it ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Progress:
-    """One continued row: takes its tokens one by one and finishes it at the very step that ends it."""
+    """Takes the tokens of one continued row, and finishes the row at the very step that ends it."""
 
     def __init__(self, row: Row, decode: Decode) -> None:
         self.row = row
@@ -19,7 +19,7 @@ class Progress:
 
     @property
     def new(self) -> Sequence[int]:
-        """Its new tokens so far."""
+        """The new tokens so far."""
         return self._new
 
     @property
@@ -28,12 +28,12 @@ class Progress:
         return self._new[-1]
 
     def take(self, token: int, now: float) -> None:
-        """The next token, at time.monotonic() `now`."""
-        if token in self.row.sampling.end_ids:
+        """Append the next token, at time.monotonic() `now`."""
+        if token in self.row.sampling.eos_ids:
             self.row.finish(Output(tuple(self._new), "stop"))
             return
         self._new.append(token)
-        reason = self.row.interruption(now) or self._limit()
+        reason = self.row.abort_reason(now) or self._limit()
         if reason:
             self.row.finish(Output(tuple(self._new), reason))
 
@@ -45,4 +45,5 @@ class Progress:
 
 
 def has_stop(text: str, stop: Sequence[str]) -> bool:
+    """Whether a stop string is in a text."""
     return any(word in text for word in stop)

@@ -1,4 +1,4 @@
-"""What the engine works on: a row, one job's prompt with how to continue it."""
+"""A row, the engine's unit of work: one job's prompt, and how to continue or score it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ FinishReason = Literal["stop", "length", "stop_sequence", "canceled", "deadline"
 
 
 class NotBegun(Exception):
-    """The row was withdrawn before the model began it: another worker is to run its job."""
+    """The row was withdrawn before the model started it: another worker is to run its job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a row is continued. Temperature 0 is greedy; `end_ids` are the tokens that end it."""
+    """How a row is continued. Temperature 0 is greedy. `eos_ids` are the tokens that end it."""
 
     max_new_tokens: int
     num_beams: int = 1
     temperature: float = 0.0
     top_p: float | None = None
-    #: The cuts of transformers' sampling, by its names; None cuts nothing off.
+    #: Truncation of the distribution as in transformers' sampling, by its names; None truncates nothing.
     top_k: int | None = None
     min_p: float | None = None
     typical_p: float | None = None
@@ -33,15 +33,16 @@ class Sampling:
     eta_cutoff: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    end_ids: frozenset[int] = frozenset()
+    eos_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image as the vision tower takes it: float pixels (channels, height, width), keyed by their content."""
+    """One image as the vision tower takes it: float pixels (channels, height, width)."""
 
+    #: Hash of the content: equal pictures have equal keys.
     key: bytes
-    #: None for the fake model, which does not look.
+    #: None for the fake model, which ignores them.
     pixels: torch.Tensor | None
 
     @property
@@ -92,25 +93,29 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A finished row: its new tokens without the one that ended it, or for labels their probabilities."""
+    """The result of a finished row."""
 
+    #: New tokens, without the one that ended the row.
     ids: tuple[int, ...]
     finish_reason: FinishReason
+    #: Of the row's labels, in their order.
     probabilities: tuple[float, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A job in the engine. With `labels`, token ids of each, it is scored and not continued."""
+    """A job in the engine. With `labels`, the token ids of each, it is scored and not continued."""
 
     tokens: Tokens
     sampling: Sampling
     labels: tuple[tuple[int, ...], ...] = ()
     priority: int = 5
-    #: time.monotonic() past which it ends with what it has.
+    #: time.monotonic() at which the row ends with the tokens that it has.
     deadline: float | None = None
     canceled: bool = False
+    #: Pictures that were not encoded for this row.
     cached_images: int = 0
+    #: time.monotonic(); `started` is 0.0 until the row runs.
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0
     output: Future[Output] = field(default_factory=Future)
@@ -120,18 +125,20 @@ class Row:
         return self.output.done()
 
     @property
-    def wanted(self) -> int:
-        """Steps that it may take."""
+    def max_steps(self) -> int:
+        """Decode steps that the row may take."""
         return 0 if self.labels else self.sampling.max_new_tokens
 
-    def interruption(self, now: float) -> FinishReason | None:
-        """Why it should end before its model says so."""
+    def abort_reason(self, now: float) -> FinishReason | None:
+        """Why the row should end at time.monotonic() `now` before the model ends it; None if it should not."""
         if self.canceled:
             return "canceled"
         return "deadline" if self.deadline is not None and now >= self.deadline else None
 
     def finish(self, output: Output) -> None:
+        """Resolve the row."""
         self.output.set_result(output)
 
     def fail(self, error: BaseException) -> None:
+        """Resolve the row with an error."""
         self.output.set_exception(error)

@@ -1,4 +1,4 @@
-"""Which rows run together: a pure function of what waits."""
+"""Which rows run together: pure functions of what waits."""
 
 from __future__ import annotations
 
@@ -16,78 +16,79 @@ class Limits:
     tokens: int
 
 
-#: While others run and more wait than fit, newcomers come in groups of this part of the batch at least: each group
-#: costs the running rows a prompt's time.
+#: While others run and more wait than fit, rows join in groups of at least one JOINING_PART-th of the limit: each group
+#: costs the running rows the time of a prefill.
 JOINING_PART = 8
-#: A step costs a part of a batch nearly what it costs the whole: below this part, it waits for rows that come soon,
-#: unless these are fewer than one for so many that would be held up.
+#: A step of a few rows costs nearly what a step of a full batch costs. So a batch that is filled to less than FULL_PART
+#: waits for rows whose pictures are being encoded, unless it holds up more than HELD_UP running rows for each of them.
 FULL_PART = 0.75
 HELD_UP = 4
 
 
-def worth_waiting(running: int, waiting: int, coming: int, limits: Limits) -> bool:
-    """Whether a batch of so many running rows should wait for more, given those that wait and those that come soon."""
-    return coming > 0 and running <= HELD_UP * (coming + waiting) and running + waiting < FULL_PART * limits.rows
+def should_wait(running: int, waiting: int, encoding: int, limits: Limits) -> bool:
+    """Whether a batch should wait for more rows, given the numbers of those that run, that wait, and whose pictures are
+    being encoded."""
+    return encoding > 0 and running <= HELD_UP * (encoding + waiting) and running + waiting < FULL_PART * limits.rows
 
 
 def next_batch(
     waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = (), *, in_groups: bool = True
 ) -> list[Row]:
-    """The rows to run next, of those that wait; with `running`, those that join them, few at a time only where
-    `in_groups` is off.
+    """The rows to run next, of those that wait, or with `running` those that join them; few at a time only if
+    `in_groups` is False.
 
-    The first is the oldest of the most urgent priority, so that nobody starves. With it go the rows that it can
-    share a batch with, those nearest to it in wanted length first: a batch lasts as long as its longest row.
-    A row too large for the limits runs alone.
+    The first is the oldest of the most urgent priority, so that no row starves. With it go the rows that it can share
+    a batch with, those nearest to it in `max_steps` first: a batch lasts as long as its longest row. A row too large
+    for the limits runs alone.
     """
     if not waiting:
         return []
-    head = min(waiting, key=lambda row: (row.priority, row.arrived))
-    batch, longest = [head], max(map(_length, (*running, head)))
-    if running and not _may_join(head, longest, limits, running):
+    first = min(waiting, key=lambda row: (row.priority, row.arrived))
+    batch, longest = [first], max(map(_length, (*running, first)))
+    if running and not _may_join(first, longest, limits, running):
         return []
     if running and in_groups and not _is_group(len(waiting), limits.rows - len(running), limits):
         return []
     companions = sorted(
-        (row for row in waiting if row is not head and _group(row) == _group(head)),
-        key=lambda row: (row.priority, _distance(row, head), row.arrived),
+        (row for row in waiting if row is not first and _group(row) == _group(first)),
+        key=lambda row: (row.priority, _distance(row, first), row.arrived),
     )
     for row in companions:
         longer = max(longest, _length(row))
-        if _fits(len(running) + len(batch) + 1, longer, head, limits):
+        if _fits(len(running) + len(batch) + 1, longer, first, limits):
             batch.append(row)
             longest = longer
     return batch
 
 
-def _may_join(head: Row, longest: int, limits: Limits, running: Sequence[Row]) -> bool:
-    """Nobody overtakes a head that cannot join: the batch drains, and then the head is the first."""
-    return _group(head) == _group(running[0]) and _fits(len(running) + 1, longest, head, limits)
+def _may_join(first: Row, longest: int, limits: Limits, running: Sequence[Row]) -> bool:
+    """Whether the most urgent row may join. If not, no other row overtakes it: the batch drains, then it starts."""
+    return _group(first) == _group(running[0]) and _fits(len(running) + 1, longest, first, limits)
 
 
 def _is_group(waiting: int, free: int, limits: Limits) -> bool:
-    """Whether enough can join at once, or all that wait."""
+    """Whether enough rows can join at once, or all that wait."""
     return free * JOINING_PART >= limits.rows or waiting <= free
 
 
 def _group(row: Row) -> Hashable:
-    """Greedy, sampled and scored rows share a batch; beams share one with their like only."""
+    """Rows of one group may share a batch: greedy, sampled and scored rows; beams with beams of the same kind."""
     sampling = row.sampling
     if sampling.num_beams == 1:
         return None
-    return sampling.num_beams, sampling.max_new_tokens, sampling.end_ids
+    return sampling.num_beams, sampling.max_new_tokens, sampling.eos_ids
 
 
-def _distance(row: Row, head: Row) -> tuple[int, int]:
-    return abs(row.wanted - head.wanted), abs(len(row.tokens.ids) - len(head.tokens.ids))
+def _distance(row: Row, first: Row) -> tuple[int, int]:
+    return abs(row.max_steps - first.max_steps), abs(len(row.tokens.ids) - len(first.tokens.ids))
 
 
 def _fits(rows: int, longest: int, like: Row, limits: Limits) -> bool:
-    """Whether so many rows like that one fit, the longest of so many tokens."""
+    """Whether `rows` rows like that one fit, the longest of `longest` tokens."""
     rows *= like.sampling.num_beams
     return rows <= limits.rows and rows * longest <= limits.tokens
 
 
 def _length(row: Row) -> int:
-    """Tokens, at most."""
-    return len(row.tokens.ids) + row.wanted
+    """Tokens of the prompt and the answer, at most."""
+    return len(row.tokens.ids) + row.max_steps

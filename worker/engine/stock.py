@@ -1,4 +1,4 @@
-"""Rows through transformers' own `generate`: the path for any family, one batch at a time."""
+"""Rows through transformers' own `generate`: the path for every family, one batch at a time."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tasks.errors import OutOfMemory
 from tasks.payloads import ModelInfo
 from worker.engine.generation import NO_RULES, GenerationRules
-from worker.engine.interfaces import Beat, Codec, Newcomers
+from worker.engine.interfaces import Admit, Codec, SendHeartbeat
 from worker.engine.processors import BatchRules
 from worker.engine.progress import Decode, Progress, has_stop
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
-from worker.engine.stock_scoring import label_log_likelihoods
+from worker.engine.stock_scoring import ForwardAdapter, label_log_likelihoods
 
-#: What a plain RuntimeError of torch says where a processor, or a GPU's library for products, had no memory.
+#: What a plain RuntimeError of torch says when a CPU, or a GPU's matrix library, had no memory.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -33,82 +33,92 @@ class StockCodec(Codec, Protocol):
     bad_words_ids: list[list[int]]
 
 
-class Adapter(Protocol):
-    """What a family adds to transformers' common interface; see worker.models.idefics1.adapter."""
-
-    model: PreTrainedModel
+class Adapter(ForwardAdapter, Protocol):
+    """What a family adds to transformers' common interface: for an example, see worker.models.idefics1.adapter."""
 
     @property
     def codec(self) -> StockCodec: ...
-    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None: ...
-    def catch_up(self, within_s: float) -> bool: ...
-    def figures(self) -> dict[str, int]: ...
-    def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]: ...
-    def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        """As that of interfaces.Runner."""
+
+    def help(self, within_s: float) -> bool:
+        """As that of interfaces.Runner."""
+
+    def metrics(self) -> dict[str, int]:
+        """As that of interfaces.Model."""
+
+    def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
+        """Arguments of `generate` for a batch, padded on the left: `input_ids` and `attention_mask` (rows, length), and
+        the family's own."""
+
+    def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same as arguments of the model's forward."""
 
 
 class StockModel:
-    """A family's checkpoint, run by stock `generate`. In float32 each row's tokens are those it gets alone."""
+    """A checkpoint run by stock `generate`. In float32 each row's tokens are those that it gets alone."""
 
     def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int, rules: GenerationRules = NO_RULES) -> None:
-        """`rules`: the checkpoint's, which its own generation config no longer holds."""
+        """`max_tokens`: tokens whose keys and values label scoring holds at a time, beside the prompts'. `rules`: the
+        checkpoint's, which its own generation config no longer holds."""
         self.info = info
         self.rules = rules
         self.codec = adapter.codec
-        self.look = adapter.look
-        self.catch_up = adapter.catch_up
+        self.prefetch = adapter.prefetch
+        self.help = adapter.help
         self.adapter = adapter
         self.max_tokens = max_tokens
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
-        """See engine.Runner: rows of one number of beams, and rows with labels. Nobody joins them."""
+    def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
+        """Run rows of one number of beams, and rows with labels, as interfaces.Runner says. No row joins them."""
         with memory_errors():
-            self._run(rows, beat)
+            self._run(rows, heartbeat)
 
-    def figures(self) -> dict[str, int]:
-        """What the caches hold and spared."""
-        return self.adapter.figures()
+    def metrics(self) -> dict[str, int]:
+        """Counters of the family's caches."""
+        return self.adapter.metrics()
 
-    def _run(self, rows: Sequence[Row], beat: Beat) -> None:
+    def _run(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         scored = [row for row in rows if row.labels and not row.is_done]
         continued = [row for row in rows if not row.labels and not row.is_done]
         if scored:
-            self._score(scored, beat)
+            self._score(scored, heartbeat)
         if continued and continued[0].sampling.num_beams == 1:
-            self._continue(continued, beat)
+            self._continue(continued, heartbeat)
         elif continued:
-            self._search(continued, beat)
+            self._search(continued, heartbeat)
 
-    def _score(self, rows: Sequence[Row], beat: Beat) -> None:
+    def _score(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         inputs = self.adapter.forward_inputs(self.adapter.inputs([row.tokens for row in rows]))
         labels = [row.labels for row in rows]
-        likelihoods = label_log_likelihoods(self.adapter.model, inputs, labels, self.max_tokens, beat)
+        likelihoods = label_log_likelihoods(self.adapter, inputs, labels, self.max_tokens, heartbeat)
         finish_scored(rows, likelihoods)
 
-    def _continue(self, rows: Sequence[Row], beat: Beat) -> None:
+    def _continue(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         inputs = self.adapter.inputs([row.tokens for row in rows])
         self.adapter.model.generate(
             **inputs,
             do_sample=False,
             num_beams=1,
-            max_new_tokens=max(row.wanted for row in rows),
-            eos_token_id=sorted(self.codec.end_ids(utterance=False)),
+            max_new_tokens=max(row.max_steps for row in rows),
+            eos_token_id=sorted(self.codec.eos_ids(utterance=False)),
             bad_words_ids=self.codec.bad_words_ids,
             logits_processor=LogitsProcessorList([Overflow(rows), *self._batch_rules(rows, inputs), RowSampling(rows)]),
-            stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.codec.decode, beat)]),
+            stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.codec.decode, heartbeat)]),
         )
 
     def _batch_rules(self, rows: Sequence[Row], inputs: dict[str, Tensor]) -> list[LogitsProcessor]:
         ids = inputs["input_ids"]
         return [BatchRules(rows, self.rules.scores, ids.device, ids.shape[1])] if self.rules.scores else []
 
-    def _search(self, rows: Sequence[Row], beat: Beat) -> None:
+    def _search(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         # The rules see a prompt's padding, and beams of different prompts share no state: each prompt alone.
         for part in [[row] for row in rows] if self.rules.scores else [rows]:
-            self._search_together(part, beat)
+            self._search_together(part, heartbeat)
 
-    def _search_together(self, rows: Sequence[Row], beat: Beat) -> None:
+    def _search_together(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         inputs = self.adapter.inputs([row.tokens for row in rows])
         sampling = rows[0].sampling
         sequences = self.adapter.model.generate(
@@ -116,14 +126,14 @@ class StockModel:
             do_sample=False,
             num_beams=sampling.num_beams,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(sampling.end_ids),
+            eos_token_id=sorted(sampling.eos_ids),
             **{
                 **self.rules.scores,
                 **self.rules.beams,
                 "bad_words_ids": [*self.codec.bad_words_ids, *self.rules.scores.get("bad_words_ids", [])],
             },
             logits_processor=LogitsProcessorList([Overflow(rows)]),
-            stopping_criteria=StoppingCriteriaList([AllInterrupted(rows, beat)]),
+            stopping_criteria=StoppingCriteriaList([AllInterrupted(rows, heartbeat)]),
         )
         for row, sequence in zip(rows, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             if not row.is_done:
@@ -132,7 +142,7 @@ class StockModel:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """A device without memory as our OutOfMemory."""
+    """Raise OutOfMemory in place of the errors by which torch says that memory is short."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -148,24 +158,25 @@ def _is_of_memory(error: Exception) -> bool:
 
 
 def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:
-    """A beam's tokens up to their end; what follows it is padding."""
-    end = next((n for n, token in enumerate(sequence) if token in row.sampling.end_ids), None)
+    """The output of a row whose best beam has these new tokens, and padding behind their end."""
+    end = next((n for n, token in enumerate(sequence) if token in row.sampling.eos_ids), None)
     ids = tuple(sequence[:end])
     reason: FinishReason = "length" if end is None else "stop"
     if has_stop(decode(ids), row.sampling.stop):
-        # As a greedy row's, whose last token completes the stop string.
+        # A greedy row ends with the token that completes the stop string: so does this one.
         ids = next(ids[:n] for n in range(1, len(ids) + 1) if has_stop(decode(ids[:n]), row.sampling.stop))
         reason = "stop_sequence"
-    return Output(ids, row.interruption(time.monotonic()) or reason)
+    return Output(ids, row.abort_reason(time.monotonic()) or reason)
 
 
 class Overflow(LogitsProcessor):  # type: ignore[misc]
-    """Fails each row whose scores are not numbers."""
+    """Fails each row whose scores are NaN."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (rows times beams, vocabulary), unchanged."""
         are_bad = scores.isnan().view(len(self._rows), -1).any(dim=1).tolist()
         for row, is_bad in zip(self._rows, are_bad, strict=True):
             if is_bad and not row.is_done:
@@ -174,14 +185,15 @@ class Overflow(LogitsProcessor):  # type: ignore[misc]
 
 
 class RowStopping(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row by its own rules, and finishes it at that very step: it need not wait for its batch."""
+    """Ends each row by its own rules, and finishes it at that very step: it does not wait for its batch."""
 
-    def __init__(self, rows: Sequence[Row], decode: Decode, beat: Beat) -> None:
+    def __init__(self, rows: Sequence[Row], decode: Decode, heartbeat: SendHeartbeat) -> None:
         self._progress = [Progress(row, decode) for row in rows]
-        self._beat = beat
+        self._heartbeat = heartbeat
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        self._beat()
+        """Which rows are done (rows,), given all tokens (rows, length)."""
+        self._heartbeat()
         now = time.monotonic()
         for progress, token in zip(self._progress, input_ids[:, -1].tolist(), strict=True):
             if not progress.row.is_done:
@@ -190,14 +202,15 @@ class RowStopping(StoppingCriteria):  # type: ignore[misc]
 
 
 class AllInterrupted(StoppingCriteria):  # type: ignore[misc]
-    """Ends a beam search once nobody waits for it. Single rows cannot leave it."""
+    """Ends a beam search once all its rows are aborted. Single rows cannot leave it."""
 
-    def __init__(self, rows: Sequence[Row], beat: Beat) -> None:
+    def __init__(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         self._rows = rows
-        self._beat = beat
+        self._heartbeat = heartbeat
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        self._beat()
+        """Whether the beams are done (rows times beams,): all or none."""
+        self._heartbeat()
         now = time.monotonic()
-        over = all(row.is_done or row.interruption(now) for row in self._rows)
+        over = all(row.is_done or row.abort_reason(now) for row in self._rows)
         return torch.full((input_ids.shape[0],), over, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""A network's whole forward as one call into torch."""
+"""A network's whole forward pass as one call into torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-#: Shapes of the first argument whose first call is also made the plain way, before the graph is trusted.
+#: Shapes of the first argument for which a graph's first result is compared with the function's; then it is trusted.
 CHECKED_SHAPES = 8
 
 
 class Traced:
-    """Runs a function of tensors as a recorded graph, where that gives the same, bit for bit.
+    """Runs a function of tensors as a recorded graph, if that gives the same result, bit for bit.
 
-    In Python, every operation of a network lets go of the interpreter and has to get it back from dozens of threads;
-    a graph does so once, and spends a fifth less time between operations. It is recorded at the first call (by
-    `torch.jit.trace`) and compared with the function at every new shape of the first. Threads may share it: where two
-    record at once, either's graph will do.
+    In Python, every operation of a network releases the interpreter and has to get it back from dozens of threads; a
+    graph does so once, and spends a fifth less time between operations. It is recorded by `torch.jit.trace` at the
+    first call, and compared with the function at each new shape of the first argument. Threads may share it: if two
+    record at once, either graph will do.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
-        """`function` takes tensors, and may write to them; it does not look at their content."""
+        """`function` takes tensors of any shapes and may write to them. Its control flow must not depend on content."""
         self._function = function
         #: By number of arguments.
         self._graphs: dict[int, Callable[..., Tensor]] = {}
@@ -54,21 +54,22 @@ class Traced:
             return self._function
 
         def run(*arguments: Tensor) -> Tensor:
-            # Without fusing: fused operations round otherwise.
+            # Without fusing: fused operations round differently.
             with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-                answer: Tensor = graph(*arguments)
-            return answer
+                result: Tensor = graph(*arguments)
+            return result
 
         return run
 
     def _compared(self, graph: Callable[..., Tensor], arguments: Sequence[Tensor]) -> Tensor:
+        """The function's result. If the graph's is another, the function is used from now on."""
         copies = [argument.clone() for argument in arguments]
-        answer = self._function(*arguments)
+        result = self._function(*arguments)
         try:
-            agree = torch.equal(graph(*copies), answer) and all(map(torch.equal, copies, arguments))
+            agree = torch.equal(graph(*copies), result) and all(map(torch.equal, copies, arguments))
         except RuntimeError:
             agree = False
         if not agree:
             logger.info("Recorded, this network would answer otherwise: it runs operation by operation.")
             self._graphs[len(arguments)] = self._function
-        return answer
+        return result

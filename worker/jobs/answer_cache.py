@@ -64,7 +64,7 @@ class AnswerCache:
             output = _follow(running, row)
             if output is not None:
                 return _reused(row, output)
-            if row.interruption(time.monotonic()):
+            if row.abort_reason(time.monotonic()):
                 # Canceled or late: the engine ends such a row as it ends any other.
                 return compute(row)
 
@@ -141,14 +141,14 @@ def digest(row: Row, model: ModelInfo) -> str | None:
         "ids": row.tokens.ids,
         "pictures": [picture.key.hex() for picture in row.tokens.pictures],
         "labels": row.labels,
-        "sampling": {**asdict(sampling), "end_ids": sorted(sampling.end_ids)},
+        "sampling": {**asdict(sampling), "eos_ids": sorted(sampling.eos_ids)},
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _follow(running: Future[Output | None], row: Row) -> Output | None:
     """Wait for the other row's output; None where it has none to share, or `row` is interrupted first."""
-    while not row.interruption(time.monotonic()):
+    while not row.abort_reason(time.monotonic()):
         if wait([running], POLL_INTERVAL_S).done:
             return running.result()
     return None

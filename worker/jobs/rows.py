@@ -41,7 +41,7 @@ class RowBuilder:
 
     def build(self, job: Job, parts: Parts, new_tokens: int, priority: int = 5, deadline: float | None = None) -> Row:
         """The row of a job whose prompt, with its pictures, is `parts`. Raises PromptTooLong or InvalidRequest."""
-        least = self._codec.least_tokens(parts)
+        least = self._codec.min_token_count(parts)
         if least > self._max_prompt_tokens:
             # Splitting 200,000 characters into tokens takes a quarter of a second, during which no other thread runs.
             raise self._too_long(f"at least {least}")
@@ -61,7 +61,7 @@ class RowBuilder:
             **truncation(job, self._rules),
             seed=job.seed,
             stop=tuple(job.stop),
-            end_ids=self._codec.end_ids(utterance=ends_with_utterance(job)),
+            eos_ids=self._codec.eos_ids(utterance=ends_with_utterance(job)),
         )
 
     def _too_long(self, count: str) -> PromptTooLong:

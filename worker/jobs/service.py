@@ -15,9 +15,9 @@ from typing import Protocol
 from config.settings import Settings
 from tasks.errors import InvalidRequest, JobError, OutOfMemory
 from tasks.payloads import Job, ModelInfo, Result, Timing
-from worker.engine.engine import Pace
 from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.interfaces import Codec
+from worker.engine.pace import Pace
 from worker.engine.row import NotBegun, Output, Picture, Row
 from worker.images.host_limits import HostLimitReached
 from worker.images.loader import ImageLoader

@@ -1,4 +1,4 @@
-"""Model families: one adapter each, and a fake beside them."""
+"""Model families: what each brings to the engine, how a checkpoint is loaded, and a fake model for tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 
 class SetupFailed(RuntimeError):
-    """The model cannot be served; the message tells the cure."""
+    """The model cannot be served; the message says what to do."""
 
 
 def checkpoint_folder(settings: Settings) -> Path | None:

@@ -1,8 +1,7 @@
-"""What a checkpoint's own files may say: read before transformers reads them.
+"""Checks of a checkpoint's files, made before transformers reads them.
 
-A checkpoint is a stranger's. Some keys of its JSON have transformers fetch other repositories (kernels, audio
-tokenizers, base models), import packages, or open files by a name that the checkpoint chooses. Those are refused, by
-file and key.
+A checkpoint is untrusted. Some keys of its JSON make transformers fetch other repositories (kernels, audio tokenizers,
+base models), import packages, or open files by a name that the checkpoint chooses. Those are refused, by file and key.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from transformers.utils.hub import cached_file
 
 from worker.models import SetupFailed
 
-#: Bytes of one JSON file. The largest, a list of tensors, has about one.
+#: Bytes of one JSON file. The largest, the list of tensors, takes about one million.
 MAX_JSON_BYTES = 16_000_000
 
 CONFIGS = ("config.json", "generation_config.json")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS = "model.safetensors.index.json"
-#: Files whose being there is enough to have another repository loaded, or weights that are no plain safetensors.
+#: Files whose presence makes transformers load another repository, or weights that are no plain safetensors.
 REFUSED_FILES = ("adapter_config.json", "audio_tokenizer_config.json")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _SHARD_OF_A_CLUSTER = re.compile(r"shard-\d+-model-.*")
 
-#: Keys, wherever they stand, with a leading underscore or without.
+#: Keys that are refused at any depth, with or without a leading underscore.
 REFUSED_KEYS = frozenset(
     {
         # Fetch kernels, and run them.
@@ -75,7 +74,7 @@ REFUSED_KEYS = frozenset(
 )
 
 _IDEFICS = r"[Ii]defics\w*"
-#: What the values of keys that name a class or a type may be. transformers imports what they name.
+#: Allowed values of keys that name a class or a type, which transformers would import.
 NAMES = {
     "model_type": re.compile(rf"{_IDEFICS}|mistral|llama|siglip\w*"),
     "processor_class": re.compile(_IDEFICS),
@@ -87,7 +86,7 @@ NAMES = {
     "torch_dtype": re.compile(r"(torch\.)?(float(16|32|64)|bfloat16|auto)"),
     "quant_method": re.compile(r"bitsandbytes"),
 }
-#: They may not be of another kind, as a list: there the values of NAMES would not be found.
+#: Keys whose value must be an object: in another kind, such as a list, the keys of NAMES would not be found.
 _OBJECTS = frozenset({"quantization_config", "text_config", "vision_config", "perceiver_config"})
 
 Found = Callable[[str], Path | None]

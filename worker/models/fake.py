@@ -1,4 +1,4 @@
-"""A model without a network, for tests of everything around it: it answers with its prompt's last words."""
+"""A model without a network, for tests of everything around it: it answers with the end of its prompt."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from PIL.Image import Image
 
 from tasks.payloads import ModelInfo
 from worker.engine.generation import NO_RULES
-from worker.engine.interfaces import Beat, Newcomers, Parts
+from worker.engine.interfaces import Admit, Parts, SendHeartbeat
 from worker.engine.row import Output, Picture, Row, Tokens
 
 END = 0
-#: A prompt that holds this kills its process, for tests of who else suffers.
+#: A prompt that holds this kills the process, for tests of what happens to other jobs.
 POISON = "(poison)"
-#: A picture of this colour does so while it is decoded, as a decoder's defect would.
+#: A picture of this colour does so while it is decoded, as a defect of a decoder would.
 POISON_COLOUR = (6, 66, 6)
 
 
 def fake_model(name: str) -> FakeModel | None:
-    """The model that `fake` and `fake:SECONDS` name."""
+    """The model that is named `fake` or `fake:SECONDS` (a step); None for any other name."""
     kind, _, step_s = name.partition(":")
     return FakeModel(float(step_s or 0)) if kind == "fake" else None
 
@@ -38,7 +38,7 @@ class FakeCodec:
             os.kill(os.getpid(), signal.SIGSEGV)
         return Picture(hashlib.blake2b(image.tobytes(), digest_size=4).digest(), None)
 
-    def least_tokens(self, parts: Parts) -> int:
+    def min_token_count(self, parts: Parts) -> int:
         return sum(len(part) for part in parts if isinstance(part, str))
 
     def prepare(self, parts: Parts) -> Tokens:
@@ -48,7 +48,7 @@ class FakeCodec:
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
         return [tuple(map(ord, label)) for label in labels]
 
-    def end_ids(self, *, utterance: bool) -> frozenset[int]:
+    def eos_ids(self, *, utterance: bool) -> frozenset[int]:
         return frozenset({END})
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -65,21 +65,21 @@ class FakeModel:
         self.batches: list[int] = []
         self._step_s = step_s
 
-    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
         then(0)
 
-    def catch_up(self, within_s: float) -> bool:
+    def help(self, within_s: float) -> bool:
         return False
 
-    def figures(self) -> dict[str, int]:
+    def metrics(self) -> dict[str, int]:
         return {"batches": len(self.batches)}
 
-    def run(self, rows: Sequence[Row], beat: Beat, newcomers: Newcomers) -> None:
+    def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         self.batches.append(len(rows))
         if any(POISON in self.codec.decode(row.tokens.ids) for row in rows):
             os.kill(os.getpid(), signal.SIGKILL)
-        for step in range(1 + max(row.wanted for row in rows)):
-            beat()
+        for step in range(1 + max(row.max_steps for row in rows)):
+            heartbeat()
             time.sleep(self._step_s)
             for row in rows:
                 if not row.is_done:
@@ -89,8 +89,8 @@ class FakeModel:
 
 
 def _advance(row: Row, step: int) -> None:
-    why = row.interruption(time.monotonic())
+    why = row.abort_reason(time.monotonic())
     if row.labels and not why:
         row.finish(Output((), "stop", (1.0, *[0.0] * (len(row.labels) - 1))))
-    elif why or step >= row.wanted:
+    elif why or step >= row.max_steps:
         row.finish(Output(row.tokens.ids[-step:] if step else (), why or "length"))

@@ -1,11 +1,11 @@
-"""Idefics2 and Idefics3, among them the first SmolVLM: a picture's features stand among the prompt's own tokens.
+"""Idefics2 and Idefics3, including the first SmolVLM: a picture's features stand among the prompt's own tokens.
 
-A prompt is its texts as they are written, with pictures between them as the family's processor spells them. A
-checkpoint whose processor has the chat template of this line (`User:<image>...<end_of_utterance>`, newline,
-`Assistant:`) is asked in turns of that form, after what the template opens with; any other one continues the guide's
-plain prompts.
+A prompt is its texts, with pictures between them as the family's processor writes them. A checkpoint whose processor
+has the families' chat template (`User:<image>...<end_of_utterance>`, newline, `Assistant:`) gets turns of that form,
+behind the template's opening; any other one continues the guide's plain prompts.
 
-Stock transformers encodes a picture for each job and beam that shows it, and pads all frames of a batch to the largest.
+Both run through stock transformers, which encodes a picture for each job and beam that shows it, and pads all frames of
+a batch to the largest.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from tasks.errors import InvalidRequest
 from tasks.payloads import END_OF_UTTERANCE
 from worker.engine.interfaces import Parts
 from worker.engine.row import Picture, Tokens
-from worker.models.tokenizer import FAKE, IMAGE, Words, configured_ends
+from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, configured_eos_ids
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Frames(Picture):
-    """One image as the processor scales and cuts it: `pixels` (frames, channels, height, width)."""
+    """One image as the processor scales and splits it: `pixels` (frames, channels, height, width)."""
 
     pixels: Tensor
     #: (frames, height, width): False where a frame was padded to the largest.
     mask: Tensor
-    #: It in the text of a prompt.
+    #: What stands for the image in a prompt's text.
     text: str
 
     @property
@@ -44,36 +44,37 @@ class Frames(Picture):
         return self.pixels.nbytes + self.mask.nbytes
 
 
-class LaterIdeficsCodec(Words):
+class Idefics2And3Codec(BaseCodec):
     """The prompts of a checkpoint of either family."""
 
-    def __init__(self, processor: ProcessorMixin, ends: Sequence[int]) -> None:
-        super().__init__(processor.tokenizer, ends)
+    def __init__(self, processor: ProcessorMixin, eos_ids: Sequence[int]) -> None:
+        """`eos_ids`: see BaseCodec."""
+        super().__init__(processor.tokenizer, eos_ids)
         self._processor = processor
-        # How long a picture is in the text depends on its size only in Idefics3: Idefics2's processor spells it itself.
-        self._spells = isinstance(processor, Idefics3Processor)
-        self._read = processor.tokenizer if self._spells else processor
+        # Only in Idefics3 a picture's tokens depend on its size: Idefics2's processor expands each `<image>` itself.
+        self._expands = isinstance(processor, Idefics3Processor)
+        self._tokenize = processor.tokenizer if self._expands else processor
         opening = _template_opening(processor)
         self.in_turns = opening is not None
         self._opening = opening or ""
         self.label_end = END_OF_UTTERANCE if self.in_turns else "\n"
 
     def picture(self, image: Image) -> Frames:
-        """See `Codec`."""
-        keywords = {"return_row_col_info": True} if self._spells else {}
+        """See interfaces.Codec."""
+        keywords = {"return_row_col_info": True} if self._expands else {}
         made = self._processor.image_processor([[image]], return_tensors="pt", **keywords)
-        text = self._processor.replace_image_token(made, image_idx=0) if self._spells else IMAGE
+        text = self._processor.replace_image_token(made, image_idx=0) if self._expands else IMAGE
         pixels: Tensor = made["pixel_values"][0]
         mask: Tensor = made["pixel_attention_mask"][0].bool()
-        # Of pictures that are upright and across, the bytes may be the same.
+        # An upright picture and one across may have the same bytes.
         key = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=16)
         key.update(pixels.numpy().data)
         key.update(mask.numpy().data)
         return Frames(key.digest(), pixels, mask, text)
 
     def prepare(self, parts: Parts) -> Tokens:
-        """See `Codec`."""
-        # Joined, since texts that follow one another could spell a token together.
+        """See interfaces.Codec."""
+        # Joined, since texts that follow one another could form a token together.
         self.refuse_reserved("".join(part if isinstance(part, str) else "\n" for part in parts))
         pictures = tuple(part for part in parts if isinstance(part, Frames))
         ids = self.prompt_ids(parts)
@@ -81,12 +82,12 @@ class LaterIdeficsCodec(Words):
         return Tokens(ids, pictures)
 
     def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
-        """See Words."""
+        """See BaseCodec."""
         text = self._opening + "".join(part if isinstance(part, str) else part.text for part in parts)  # type: ignore[attr-defined]
-        # A template may open with what the tokenizer would add.
+        # A template may open with the token that the tokenizer would add.
         opened = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         try:
-            [ids] = self._read(text=[text], add_special_tokens=not opened)["input_ids"]
+            [ids] = self._tokenize(text=[text], add_special_tokens=not opened)["input_ids"]
         except ValueError:
             # Idefics2's processor counts them itself.
             raise InvalidRequest(
@@ -95,53 +96,62 @@ class LaterIdeficsCodec(Words):
         return tuple(ids)
 
     def lead_text(self, lead: Parts) -> str:
-        """See Words. A picture's last token stands for all of it: a long spelling would be read for each label."""
+        """See BaseCodec. A picture's last token stands for all of it: the whole would be tokenized for each label."""
         return "".join(part if isinstance(part, str) else FAKE for part in lead)
 
-    def end_ids(self, *, utterance: bool) -> frozenset[int]:
-        """See `Codec`. Whatever was asked, an utterance's end ends these families' answers."""
-        return super().end_ids(utterance=True)
+    def eos_ids(self, *, utterance: bool) -> frozenset[int]:
+        """See interfaces.Codec. The end of an utterance ends these families' answers in any case."""
+        return super().eos_ids(utterance=True)
 
 
-class LaterIdeficsAdapter:
+class Idefics2And3Adapter:
     """One loaded checkpoint of either family."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         self.model = model
-        self.codec = LaterIdeficsCodec(processor, configured_ends(model))
+        self.codec = Idefics2And3Codec(processor, configured_eos_ids(model))
 
-    def look(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """See engine.Runner: nothing is encoded ahead, and nothing kept."""
+    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        """See interfaces.Runner: no picture is encoded ahead, and none is kept."""
         then(0)
 
-    def catch_up(self, within_s: float) -> bool:
-        """See engine.Runner."""
+    def help(self, within_s: float) -> bool:
+        """See interfaces.Runner."""
         return False
 
-    def figures(self) -> dict[str, int]:
-        """See `Model`."""
+    def metrics(self) -> dict[str, int]:
+        """See interfaces.Model."""
         return {}
 
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Arguments of `generate` for a batch, padded on the left."""
+        """See stock.Adapter. `pixel_values` (rows, frames, channels, height, width) and `pixel_attention_mask` (rows,
+        frames, height, width) are left out if no prompt shows a picture."""
         inputs = self.codec.padded(prompts)
         if any(prompt.pictures for prompt in prompts):
             inputs |= _pixel_inputs([_frames(prompt) for prompt in prompts])
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same as arguments of the model's forward."""
+        """See stock.Adapter: the same."""
         return inputs
+
+    def continuation_inputs(self, inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
+        """See stock_scoring.ForwardAdapter. The prompts' keys and values hold the pictures."""
+        return {}
 
 
 def _frames(prompt: Tokens) -> list[tuple[Tensor, Tensor]]:
-    """Each frame of a prompt's pictures with its mask."""
+    """Each frame (channels, height, width) of a prompt's pictures, with its mask (height, width)."""
     pictures = [picture for picture in prompt.pictures if isinstance(picture, Frames)]
     return [frame for picture in pictures for frame in zip(picture.pixels, picture.mask, strict=True)]
 
 
 def _pixel_inputs(rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
-    """Frames as the processors pad a batch's: the model leaves out those that are all zero."""
+    """Rows of frames (channels, height, width) with masks (height, width) as a padded batch.
+
+    `pixel_values` are (rows, frames, channels, height, width), `pixel_attention_mask` (rows, frames, height, width).
+    The model skips frames of zeros.
+    """
     frames = [pixels for row in rows for pixels, _ in row]
     size = (max(len(row) for row in rows), *(max(frame.shape[n] for frame in frames) for n in range(3)))
     values = torch.zeros(len(rows), *size)
@@ -155,7 +165,7 @@ def _pixel_inputs(rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, 
 
 
 def _template_opening(processor: ProcessorMixin) -> str | None:
-    """What the chat template writes before the first turn. None without a template of this line's form."""
+    """What the chat template writes before the first turn. None without a template of the families' form."""
     if not processor.chat_template:
         return None
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
@@ -164,7 +174,7 @@ def _template_opening(processor: ProcessorMixin) -> str | None:
     try:
         written = processor.apply_chat_template([asked, said, asked], add_generation_prompt=True)
     except Exception as error:
-        # A template is the checkpoint's own, and may raise whatever it likes.
+        # A template is the checkpoint's own, and may raise any error.
         written = repr(error)
     opening, found, rest = str(written).partition(f"{question} A{END_OF_UTTERANCE}\n{question}")
     if not found or rest:

@@ -1,4 +1,4 @@
-"""A picture as its model wants it: stock arithmetic, looked up instead of computed."""
+"""A picture's pixels as its model takes them: stock arithmetic, looked up in a table instead of computed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Levels = NDArray[np.uint8]
 class Pixels:
     """Resizes and normalises as transformers' image processor does, bit for bit, in a tenth of its time.
 
-    What rescaling and normalising make of a byte depends on the byte and its channel only, so a table that the
-    processor itself has filled says it. A processor that does more than resize and that is used as it is.
+    The value that rescaling and normalising give a byte depends on the byte and its channel only, so it is taken from a
+    table that the processor itself has filled. A processor that does more than that is called for each picture.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -33,8 +33,8 @@ class Pixels:
         self._is_exact = torch.equal(self._normalised(self._resized(noise)), self._stock(noise))
 
     def picture(self, image: Image.Image) -> Picture:
-        """An RGB image as float32 pixels (channels, height, width), keyed by what is least to read of it: its bytes
-        before they are normalised."""
+        """An RGB image as float32 pixels (channels, height, width). Its key is a hash of the bytes before normalising,
+        which are fewer to hash."""
         if not self._is_exact:
             pixels = self._stock(image)
             return Picture(_digest(pixels.numpy()), pixels)
@@ -42,11 +42,12 @@ class Pixels:
         return Picture(_digest(levels), self._normalised(levels))
 
     def _resized(self, image: Image.Image) -> Levels:
-        """(height, width, channels)"""
+        """An image's bytes at the processor's size: (height, width, channels)."""
         size = self._processor.size
         return np.asarray(image.resize((size["width"], size["height"]), self._processor.resample))
 
     def _normalised(self, levels: Levels) -> Tensor:
+        """Bytes (height, width, channels) as float32 pixels (channels, height, width)."""
         pixels = np.empty((levels.shape[2], *levels.shape[:2]), self._table.dtype)
         for channel, table in enumerate(self._table):
             # Clipping changes nothing, and lets numpy write in place.
@@ -54,6 +55,7 @@ class Pixels:
         return torch.from_numpy(pixels)
 
     def _stock(self, image: Image.Image) -> Tensor:
+        """The processor's own pixels (channels, height, width) of an image."""
         pixels: Tensor = self._processor([image], return_tensors="pt")[0]
         return pixels
 

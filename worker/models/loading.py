@@ -1,6 +1,6 @@
 """A checkpoint from a hub id or a folder: safetensors only, no remote code.
 
-A pickle of weights and a repository's own modules are programs: neither is run, whatever a checkpoint's files ask for.
+Pickled weights and a repository's own modules are programs: neither is run, whatever a checkpoint's files ask for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from worker.models import SetupFailed, checkpoint_folder
 from worker.models.checkpoint import inspect
 from worker.models.idefics1.adapter import IdeficsAdapter
 from worker.models.idefics1.decoder import IdeficsDecoder
-from worker.models.idefics2_3 import LaterIdeficsAdapter
+from worker.models.idefics2_3 import Idefics2And3Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ def load(settings: Settings) -> Model:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        # Whatever a stranger's files make the libraries raise: to start again would not help. Rust's panics are no
-        # Exceptions.
+        # Starting again would not help against what a checkpoint's files provoke in the libraries. Panics of Rust code
+        # are no Exceptions.
         raise SetupFailed(
             f"Cannot load {settings.model}: {_told(error)} IDEFICS_MODEL takes a hub id or a folder with safetensors."
             + (" IDEFICS_OFFLINE is on: a hub id must be in the cache already." if settings.offline else "")
@@ -108,7 +108,7 @@ def _on_own_decoder(
 ) -> Model:
     adapter = IdeficsAdapter(model, processor, settings.feature_cache_bytes)
     stock = StockModel(adapter, info, settings.max_batch_tokens, rules)
-    # The decoder of our own is for one device; a model spread over several runs by transformers' hooks.
+    # Our decoder is for one device; a model spread over several runs by transformers' hooks.
     if len({parameter.device for parameter in model.parameters()}) > 1:
         logger.warning(
             "%s is spread over several devices and runs through transformers' generate, without what makes it fast: "
@@ -124,7 +124,7 @@ def _on_own_decoder(
 def _on_stock_generate(
     model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
 ) -> StockModel:
-    return StockModel(LaterIdeficsAdapter(model, processor), info, settings.max_batch_tokens, rules)
+    return StockModel(Idefics2And3Adapter(model, processor), info, settings.max_batch_tokens, rules)
 
 
 class Family(NamedTuple):
@@ -142,8 +142,8 @@ FAMILIES = {
 
 
 def _taken_rules(model: PreTrainedModel) -> GenerationRules:
-    """The rules of a checkpoint's generation config, which keeps special tokens alone: stock `generate` would apply the
-    rules once more. Raises UnsupportedGeneration."""
+    """Remove the rules from a checkpoint's generation config, which keeps special tokens only, since stock `generate`
+    would apply the rules a second time. Raises UnsupportedGeneration."""
     config = model.generation_config
     rules = generation_rules(config.to_dict())
     model.generation_config = GenerationConfig(
@@ -160,7 +160,7 @@ def _device_map(settings: Settings) -> str:
 def _dtype(settings: Settings) -> torch.dtype | str:
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
-    # Half precision is slow on a CPU, and only float32 answers the same whatever the batch.
+    # Half precision is slow on a CPU, and only in float32 an answer does not depend on the batch.
     return "auto" if torch.cuda.is_available() else torch.float32
 
 
@@ -178,7 +178,7 @@ def _quantization(settings: Settings) -> BitsAndBytesConfig | None:
 
 
 def _commit(settings: Settings) -> str | None:
-    """The commit that was loaded, by the name of its folder in the hub's cache; None for a folder of the operator's."""
+    """The commit that was loaded, which names its folder in the hub's cache; None for a local folder."""
     if checkpoint_folder(settings) is not None:
         return None
     file = try_to_load_from_cache(settings.model, "config.json", revision=settings.model_revision)

@@ -1,4 +1,4 @@
-"""What every family's codec does with its checkpoint's tokenizer."""
+"""The base of all codecs: what each does with its checkpoint's tokenizer."""
 
 from __future__ import annotations
 
@@ -19,63 +19,64 @@ from worker.engine.row import Picture, Tokens
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
-#: Special tokens by their form. Not every tokenizer calls those special that say where in a picture a frame lies.
+#: Special tokens by their form. Not every tokenizer marks those as special that give a frame's place in a picture.
 _MARKUP = re.compile(r"<\S+>")
-#: Prompts, and labels, whose tokens are remembered: most jobs differ from those before them by their picture only.
-#: Longer ones (characters) come seldom and would hold memory.
-REMEMBERED, REMEMBERED_CHARS = 128, 8_000
+#: Prompts and label sets whose tokens are cached: most jobs differ from earlier ones in their picture only.
+CACHED_TEXTS = 128
+#: Characters of the longest text that is cached: longer ones are rare and would take memory.
+CACHED_CHARS = 8_000
 
 
-class Words:
-    """The base of codecs: labels, ends, padding, and texts that are refused."""
+class BaseCodec:
+    """The base of codecs: labels, ends of answers, padding, and texts that are refused. See interfaces.Codec."""
 
     in_turns = False
-    #: Ends each label, so that `car` does not win as the beginning of `cart`.
+    #: Ends each label, so that `car` is not scored as the beginning of `cart`.
     label_end = "\n"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
-        """`ends`: the tokens that the checkpoint says end a text."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> None:
+        """`eos_ids`: the tokens that end a text, as the checkpoint says."""
         self.tokenizer = tokenizer
-        self._ends = ends
-        self._known_ids = functools.lru_cache(REMEMBERED)(self._split)
+        self._eos_ids = eos_ids
+        self._known_ids = functools.lru_cache(CACHED_TEXTS)(self._split)
         #: Characters of the longest token.
         self._longest = max(map(len, tokenizer.get_vocab()))
         self.bad_words_ids: list[list[int]] = tokenizer([IMAGE, FAKE], add_special_tokens=False).input_ids
         special = _special_tokens(tokenizer)
         self._reserved = sorted(special - {END_OF_UTTERANCE} | {IMAGE, FAKE})
         self._special_ids = frozenset(_ids_that_texts_never_have(tokenizer, special))
-        self._markers = functools.lru_cache(REMEMBERED)(self._markers_of)
+        self._markers = functools.lru_cache(CACHED_TEXTS)(self._markers_of)
 
     def picture(self, image: Image) -> Picture:
-        """See `Codec`."""
+        """See interfaces.Codec."""
         raise NotImplementedError
 
-    def least_tokens(self, parts: Parts) -> int:
-        """See `Codec`."""
+    def min_token_count(self, parts: Parts) -> int:
+        """See interfaces.Codec."""
         return sum(len(part) for part in parts if isinstance(part, str)) // self._longest
 
     def prepare(self, parts: Parts) -> Tokens:
-        """See `Codec`."""
+        """See interfaces.Codec."""
         raise NotImplementedError
 
     def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
-        """A whole prompt's tokens, without a look at what they are."""
+        """A whole prompt's tokens, unchecked."""
         raise NotImplementedError
 
     def lead_text(self, lead: Parts) -> str:
-        """A prompt's last parts as text, as far as it bears on how a label behind them is split."""
+        """A prompt's last parts as text, as far as it matters for the tokens of a label behind them."""
         raise NotImplementedError
 
     def tokens_of(self, *texts: str) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each text as it stands: none is added."""
-        split = self._known_ids if sum(map(len, texts)) <= REMEMBERED_CHARS else self._split
+        """The tokens of each text, without added ones."""
+        split = self._known_ids if sum(map(len, texts)) <= CACHED_CHARS else self._split
         return split(*texts)
 
     def _split(self, *texts: str) -> tuple[tuple[int, ...], ...]:
         return tuple(map(tuple, self.tokenizer(list(texts), add_special_tokens=False).input_ids))
 
     def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """See `Codec`."""
+        """See interfaces.Codec."""
         if not labels:
             return []
         text = self.lead_text(lead)
@@ -89,23 +90,23 @@ class Words:
     def _behind(self, before: tuple[int, ...], ids: tuple[int, ...], label: str) -> tuple[int, ...]:
         if ids[: len(before)] == before:
             return ids[len(before) :]
-        # The tokenizer merged over the seam: what the label is alone is the nearest thing.
+        # The tokenizer merged the lead's end with the label's beginning: the label's own tokens come nearest.
         (alone,) = self.tokens_of(f"{label}{self.label_end}")
         return alone
 
-    def end_ids(self, *, utterance: bool) -> frozenset[int]:
-        """See `Codec`."""
+    def eos_ids(self, *, utterance: bool) -> frozenset[int]:
+        """See interfaces.Codec."""
         known = self.tokenizer.get_added_vocab()
         if utterance and END_OF_UTTERANCE in known:
-            return frozenset((*self._ends, known[END_OF_UTTERANCE]))
-        return frozenset(self._ends)
+            return frozenset((*self._eos_ids, known[END_OF_UTTERANCE]))
+        return frozenset(self._eos_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Codec`."""
+        """See interfaces.Codec."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def padded(self, prompts: Collection[Tokens]) -> dict[str, Tensor]:
-        """Prompts padded on the left, with their mask."""
+        """`input_ids` and `attention_mask` (prompts, length) of prompts padded on the left."""
         length = max(len(prompt.ids) for prompt in prompts)
         pad = self.tokenizer.pad_token_id
         ids = torch.full((len(prompts), length), int(pad if pad is not None else 0))
@@ -116,18 +117,18 @@ class Words:
         return {"input_ids": ids, "attention_mask": mask}
 
     def refuse_reserved(self, text: str) -> None:
-        """Raises InvalidRequest for a text that would become a token with a meaning of its own."""
+        """Raise InvalidRequest if a text holds a special token."""
         for token in self._reserved:
             if token in text:
                 raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")
 
     def refuse_smuggled(self, ids: Sequence[int], parts: Parts) -> None:
-        """Raises InvalidRequest where a text of `parts` became a special token although it does not spell one.
+        """Raise InvalidRequest if a text of `parts`, tokenized to `ids`, became a special token without spelling it.
 
-        A tokenizer normalises: it may drop characters that no eye sees, fold others into ASCII, and join texts.
+        A tokenizer normalises: it may drop invisible characters, fold others into ASCII, and join texts.
         """
-        spelled = [_plainest(part) if isinstance(part, str) else part for part in parts]
-        self._refuse_others(ids, self._markers(_Shape(spelled)))
+        plain = [_plainest(part) if isinstance(part, str) else part for part in parts]
+        self._refuse_others(ids, self._markers(_Shape(plain)))
 
     def _markers_of(self, shape: _Shape) -> tuple[int, ...]:
         return self._special(self.prompt_ids(shape.parts))
@@ -146,7 +147,7 @@ class Words:
 
 
 class _Shape:
-    """A prompt's order of texts and pictures, whichever these are: equal to others of the same."""
+    """A prompt's order of texts and pictures. Equal for prompts of the same texts, whatever their pictures."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -160,17 +161,18 @@ class _Shape:
 
 
 def _plainest(text: str) -> str:
-    """A text of one letter, with as many ends of utterances. An empty one stays so: pictures may share a mark then."""
+    """A text of one letter, with as many ends of utterances. An empty text stays empty: pictures around it may share a
+    token."""
     return text and END_OF_UTTERANCE.join("a" * (1 + text.count(END_OF_UTTERANCE)))
 
 
 def _shape_of(picture: Picture) -> object:
-    """What a picture is in a text: the same for most families, else its own spelling."""
+    """What stands for a picture in a text: the same for each in most families, else the picture's own text."""
     return getattr(picture, "text", None)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Tokens that users may not write."""
+    """Special tokens, which users may not write."""
     added = tokenizer.added_tokens_decoder.values()
     return {
         *tokenizer.all_special_tokens,
@@ -179,13 +181,14 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _ids_that_texts_never_have(tokenizer: PreTrainedTokenizerBase, special: Collection[str]) -> set[int]:
+    """The ids of special tokens that no harmless text becomes."""
     ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
-    # A text of strange characters holds the unknown token by right, where nothing else is meant by it.
+    # The unknown token stands for unknown characters, unless the checkpoint uses it as another special token too.
     return ids - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
 
 
-def configured_ends(model: PreTrainedModel) -> list[int]:
-    """The tokens that a checkpoint's generation config says end a text."""
+def configured_eos_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text, by a checkpoint's generation config."""
     configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return [end for end in ends if end is not None]
+    ids = configured if isinstance(configured, list) else [configured]
+    return [id for id in ids if id is not None]

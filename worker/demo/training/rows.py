@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from worker.demo.dialogue import Dialogue, index_of
 from worker.jobs.prompts import ImageRef, build
-from worker.models.idefics1.adapter import spelled
+from worker.models.idefics1.adapter import render_prompt
 from worker.models.tokenizer import IMAGE
 
 #: Tokens of a micro-batch with its padding: what two cores take in one go.
@@ -46,7 +46,7 @@ class RowMaker:
     def rows(self, dialogues: Sequence[Dialogue]) -> list[Row]:
         """A row for each dialogue."""
         prompts = [build(dialogue.job) for dialogue in dialogues]
-        starts = [spelled(self._tokenizer.bos_token, prompt) for prompt in prompts]
+        starts = [render_prompt(self._tokenizer.bos_token, prompt) for prompt in prompts]
         texts = [spoken(start, dialogue.text) for start, dialogue in zip(starts, dialogues, strict=True)]
         encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         rows = []

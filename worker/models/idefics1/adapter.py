@@ -1,4 +1,4 @@
-"""IDEFICS (the first family): prompts as its processor builds them, images encoded once each."""
+"""IDEFICS (the first family): prompts as its processor builds them, pictures encoded once each."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
-from worker.engine.encoder_cache import FeatureCache, Lookahead
+from worker.engine.encoder_cache import EncoderCache, EncoderThread
 from worker.engine.interfaces import Parts
 from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.engine.traced import Traced
 from worker.models.image_processor import Pixels
-from worker.models.tokenizer import FAKE, IMAGE, Words, configured_ends
+from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, configured_eos_ids
 
 
-def spelled(bos: str, parts: Sequence[object]) -> str:
-    """A prompt as IdeficsProcessor spells it: texts without outer blanks, all else is an image, between fake tokens."""
+def render_prompt(bos: str, parts: Sequence[object]) -> str:
+    """A prompt's text as IdeficsProcessor builds it: texts are stripped of blanks; any other part is an image, between
+    fake tokens."""
     text, after_image = bos, False
     for part in parts:
         if isinstance(part, str):
@@ -29,17 +30,18 @@ def spelled(bos: str, parts: Sequence[object]) -> str:
     return text
 
 
-class IdeficsCodec(Words):
+class IdeficsCodec(BaseCodec):
     """A checkpoint's prompts, token for token those of transformers' IdeficsProcessor."""
 
-    def __init__(self, processor: IdeficsProcessor, ends: Sequence[int]) -> None:
-        super().__init__(processor.tokenizer, ends)
+    def __init__(self, processor: IdeficsProcessor, eos_ids: Sequence[int]) -> None:
+        """`eos_ids`: see BaseCodec."""
+        super().__init__(processor.tokenizer, eos_ids)
         self._pixels = Pixels(processor.image_processor)
         #: The token that stands for an image.
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
 
     def prepare(self, parts: Parts) -> Tokens:
-        """See `Codec`."""
+        """See interfaces.Codec."""
         for part in parts:
             if isinstance(part, str):
                 self.refuse_reserved(part)
@@ -50,20 +52,20 @@ class IdeficsCodec(Words):
         return Tokens(ids, tuple(part for part in parts if isinstance(part, Picture)), spans)
 
     def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
-        """See Words."""
+        """See BaseCodec."""
         (ids,) = self.tokens_of(self.text(parts))
         return ids
 
     def picture(self, image: Image) -> Picture:
-        """See `Codec`."""
+        """See interfaces.Codec."""
         return self._pixels.picture(image)
 
     def text(self, parts: Parts) -> str:
         """The whole prompt as text."""
-        return spelled(self.tokenizer.bos_token, parts)
+        return render_prompt(self.tokenizer.bos_token, parts)
 
     def lead_text(self, lead: Parts) -> str:
-        """See Words."""
+        """See BaseCodec."""
         return self.text(lead)
 
 
@@ -76,58 +78,65 @@ class _ImageEncoder(torch.nn.Module):
         self.resampler = model.model.perceiver_resampler if model.config.use_resampler else torch.nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(n, channels, height, width) to (n, length, width)."""
+        """Pixels (images, channels, height, width) as features (images, width, size)."""
         features: Tensor = self.resampler(self.tower(pixel_values=pixels).last_hidden_state)
         return features
 
 
 class IdeficsAdapter:
-    """One loaded IDEFICS checkpoint."""
+    """A loaded IDEFICS checkpoint: see stock.Adapter."""
 
     def __init__(
         self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor, feature_cache_bytes: int = 2**29
     ) -> None:
         self.model = model
-        self.codec = IdeficsCodec(processor, configured_ends(model))
+        self.codec = IdeficsCodec(processor, configured_eos_ids(model))
         self._encoder = Traced(_ImageEncoder(model))
-        self._features = FeatureCache(self._encode, feature_cache_bytes)
-        self._ahead = Lookahead(self._features)
-        self.look = self._ahead.look
+        self._features = EncoderCache(self._encode, feature_cache_bytes)
+        self._encoder_thread = EncoderThread(self._features)
+        self.prefetch = self._encoder_thread.prefetch
 
-    def catch_up(self, within_s: float) -> bool:
-        """See engine.Runner. Two that encode on one GPU take as long as one."""
-        return self.model.device.type == "cpu" and self._ahead.catch_up(within_s)
+    def help(self, within_s: float) -> bool:
+        """See interfaces.Runner. On a GPU, two threads that encode take as long as one."""
+        return self.model.device.type == "cpu" and self._encoder_thread.help(within_s)
 
     def features(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
-        """Each picture's features (length, width) by its key, computed where they are not known."""
+        """Each picture's features (width, size) by its key: see interfaces.Encode."""
         return self._features.get(pictures)
 
-    def figures(self) -> dict[str, int]:
-        """See FeatureCache."""
-        return self._features.figures()
+    def metrics(self) -> dict[str, int]:
+        """Those of EncoderCache."""
+        return self._features.metrics()
 
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Arguments of `generate` for a batch, padded on the left: `image_hidden_states` holds, for each row,
-        the features of its pictures (rows, images, length, width)."""
+        """See stock.Adapter. `image_hidden_states` (rows, images, width, size) are the features of each row's pictures,
+        `image_attention_mask` (rows, length, images) says which one a token attends to."""
         inputs = self.codec.padded(prompts)
         inputs["image_attention_mask"] = self._image_mask(inputs["input_ids"], prompts)
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         return {**inputs, "image_hidden_states": self._hidden_states(prompts)}
 
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same as arguments of the model's forward, which has another name for each kind of features."""
+        """See stock.Adapter: the features have another name, which depends on their kind."""
         named = dict(inputs)
         features = named.pop("image_hidden_states")
         resampled = self.model.config.use_resampler
         return {**named, "perceiver_embeddings" if resampled else "image_encoder_embeddings": features}
 
+    def continuation_inputs(self, inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
+        """See stock_scoring.ForwardAdapter. The tokens attend to the last image of their prompt."""
+        features = next(name for name in inputs if name.endswith("_embeddings"))
+        mask = inputs["image_attention_mask"][rows]
+        return {features: inputs[features][rows], "image_attention_mask": mask[:, -1:].expand(-1, length, -1)}
+
     def _image_mask(self, ids: Tensor, prompts: Sequence[Tokens]) -> Tensor:
-        """(rows, length, images): each token sees the image before it, and that one only."""
+        """The mask (rows, length, images) for `ids` (rows, length): a token attends to the image before it only."""
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
         seen = (ids == self.codec.image_id).cumsum(dim=1)
         return (seen[..., None] == torch.arange(1, images + 1)).long()
 
     def _hidden_states(self, prompts: Sequence[Tokens]) -> Tensor:
+        """The features (rows, images, width, size) of each prompt's pictures, filled up with zeros."""
         found = self._features.get(picture for prompt in prompts for picture in prompt.pictures)
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
         shape = next(iter(found.values())).shape if found else (1, self._feature_width)
@@ -141,5 +150,7 @@ class IdeficsAdapter:
     def _feature_width(self) -> int:
         return int(self.model.config.vision_config.embed_dim)
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return self._encoder(pixels.to(device=self.model.device, dtype=self.model.dtype))
+    def _encode(self, pictures: Sequence[Picture]) -> Sequence[Tensor]:
+        """The features (width, size) of each picture."""
+        pixels = torch.stack([picture.pixels for picture in pictures if picture.pixels is not None])
+        return self._encoder(pixels.to(device=self.model.device, dtype=self.model.dtype)).unbind()

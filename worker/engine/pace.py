@@ -1,0 +1,76 @@
+"""How fast an engine runs its rows, measured as they end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from worker.engine.row import Row
+
+#: Weight of the newest value in moving averages.
+NEWEST_WEIGHT = 0.1
+#: Seconds after the last row's end in which half of the measured time is forgotten.
+HALF_LIFE_S = 5.0
+
+
+class Pace(NamedTuple):
+    """What an engine runs, and how fast."""
+
+    #: Rows that the model runs now or could start at once. More would wait for others to end.
+    capacity: int
+    #: Average number of rows that run at once while others wait.
+    width: float
+    #: Seconds that a row takes once it has started; 0 before the first.
+    job_s: float
+    #: Seconds until a batch that no row may join is expected to end; 0 if rows may join.
+    closed_s: float = 0.0
+
+
+class PaceMeter:
+    """Measures an engine's pace. The engine's thread updates it; `pace` may be read in any thread."""
+
+    def __init__(self, max_rows: int) -> None:
+        #: Whether rows may join those that run.
+        self.is_joinable = False
+        self._running: Sequence[Row] = ()
+        #: Rows more that could start at once.
+        self._free = max_rows
+        self._width = float(max_rows)
+        #: Moving average of the seconds that a row takes.
+        self._job_s = 0.0
+        self._ended_at = float("-inf")
+
+    @property
+    def pace(self) -> Pace:
+        running, now = self._running, time.monotonic()
+        age_s = now - sum(row.started for row in running) / len(running) if running else 0.0
+        # An old average says little of the jobs that come now.
+        usual_s = self._job_s * 2 ** ((self._ended_at - now) / HALF_LIFE_S)
+        left_s = usual_s - age_s if usual_s > age_s else age_s
+        closed_s = 0.0 if self.is_joinable or not running else left_s
+        return Pace(len(running) + self._free, self._width, max(usual_s, age_s), closed_s)
+
+    def update(self, running: Sequence[Row], free: int, *, others_wait: bool) -> None:
+        """Record which rows run now, and how many more could start at once."""
+        known = set(running)
+        for row in self._running:
+            if row not in known:
+                self._record_end(row)
+        self._running, self._free = tuple(running), free
+        if others_wait:
+            self._width += (len(running) - self._width) * NEWEST_WEIGHT
+        else:
+            self._width = max(self._width, len(running))
+
+    def idle(self, free: int) -> None:
+        """Record that no row runs any more."""
+        for row in self._running:
+            self._record_end(row)
+        self._running, self._free = (), free
+
+    def _record_end(self, row: Row) -> None:
+        now = time.monotonic()
+        forgotten = 1 - 2 ** ((self._ended_at - now) / HALF_LIFE_S)
+        self._job_s += (now - row.started - self._job_s) * max(NEWEST_WEIGHT, forgotten)
+        self._ended_at = now
