@@ -76,6 +76,7 @@ PRIVATE_NAMES: dict[str, dict[str, str | None]] = {
         "_in_poll": ATTRIBUTE,
         "_on_connection_disconnect": "self connection",
         "_q_for_pri": "self queue pri",
+        "_purge": "self queue",
         "_queue_bind": "self exchange routing_key pattern queue",
         "_queue_cycle": ATTRIBUTE,
         "_receive_one": "self c",
