@@ -157,6 +157,7 @@ def test_a_job_that_is_taken_back_hours_before_its_time_is_told_so_at_once(
     else:
         Client(server.url).cancel(job.id)
     eventually(lambda: job.state == "REVOKED", timeout=3.0)
+    assert job.get(propagate=False).args == ("revoked",)
     eventually(lambda: waiting(server) == server.connect().zcard("idefics:due-ids") == 19, timeout=3.0)
     eventually(lambda: server.connect().hlen("unacked") == 0)
     assert {other.state for other in others} == {"PENDING"}

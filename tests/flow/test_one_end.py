@@ -194,6 +194,7 @@ def test_a_job_that_expires_under_a_used_id_is_told(producer: Producer) -> None:
     await_answer(producer, id, "one")
     again(producer, id, "two", expires=datetime.now(UTC) - timedelta(seconds=5))
     eventually(lambda: kept(producer.server, producer.app.AsyncResult(id)).get("status") == "REVOKED")
+    assert kept(producer.server, producer.app.AsyncResult(id))["result"]["exc_message"] == ["expired"]
     again(producer, id, "three")
     await_answer(producer, id, "ree")
 

@@ -104,7 +104,9 @@ class CallbackRecorder:
         event = EVENTS.get(state)
         if event is None or (callback.events and event not in callback.events):
             return
-        body = webhooks.body(event, ended_at or datetime.now(UTC).isoformat(), _data(id, task, arguments, state, value))
+        body = webhooks.body(
+            event, ended_at or datetime.now(UTC).isoformat(), job_data(id, task, arguments, state, value)
+        )
         # Jobs with the same id may end several times: each end has a delivery of its own.
         key = delivery_id(id, event, asked, ended_at or "")
         delivery = Delivery(key, id, event, callback.url, callback.key_id, body)
@@ -144,7 +146,8 @@ class CallbackRecorder:
         return self._outbox
 
 
-def _data(id: str, task: str, arguments: Mapping[str, Any], state: str, value: Any) -> dict[str, Any]:
+def job_data(id: str, task: str, arguments: Mapping[str, Any], state: str, value: Any) -> dict[str, Any]:
+    """The event's data: `value` is the job's result or exception."""
     data: dict[str, Any] = {"id": id, "task": task, "result": None, "error": None}
     if state == states.SUCCESS:
         data["result"] = value
