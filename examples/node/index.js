@@ -11,14 +11,38 @@ const results = process.env.RESULT_BACKEND || "redis://localhost:6379/1";
 const client = celery.createClient(broker, results, "idefics\u0006\u00165");
 
 async function ask(task, args) {
+  // Nobody holds the promise with which applyAsync sends: while Redis is away, its rejection would end the process.
+  try {
+    await client.isReady();
+  } catch (error) {
+    throw failed("broker_unavailable", `Redis does not answer (${error.message}).`);
+  }
   const job = client.createTask(task).applyAsync([], args);
   try {
     return await job.get(60_000);
   } catch (error) {
-    // FAILURE, REVOKED or TIMEOUT. Of a failed job the exception's first argument is a stable code.
-    const [code, message] = error.exc_message || [error.message, "no answer"];
-    throw Object.assign(new Error(message), { code });
+    throw failure(error);
   }
+}
+
+// `get` rejects with an Error whose message is FAILURE, REVOKED or TIMEOUT, and which has the record's exc_type and
+// exc_message as properties.
+function failure(error) {
+  const [first, second, detail] = error.exc_message || [];
+  if (error.exc_type === "TaskRevokedError") {
+    // "terminated" or "revoked", with the result so far where there is one, or "expired".
+    const code = first === "expired" ? "expired" : "canceled";
+    return failed(code, `The job was ${code} before its end.`, { partial: second });
+  }
+  if (error.exc_type) {
+    // A stable code, what to do, and where there is more to say what exactly it was.
+    return failed(first, second, { detail });
+  }
+  return error.message === "TIMEOUT" ? failed("timeout", "No answer within 60 s: does a worker run?") : error;
+}
+
+function failed(code, message, more = {}) {
+  return Object.assign(new Error(message), { code, ...more });
 }
 
 async function main() {
@@ -32,9 +56,14 @@ async function main() {
   console.log(answer.text.trim());
 }
 
-main()
-  .catch((error) => {
-    console.error(`${error.code}: ${error.message}`);
-    process.exitCode = 1;
-  })
-  .finally(() => client.disconnect());
+if (require.main === module) {
+  main()
+    .then(() => client.disconnect())
+    .catch((error) => {
+      console.error(`${error.code}: ${error.message}`);
+      // Not disconnect(), which waits for a Redis that is away.
+      process.exit(1);
+    });
+}
+
+module.exports = { ask, client, failure };

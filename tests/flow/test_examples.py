@@ -291,7 +291,9 @@ def test_a_django_site_saves_captions_by_a_callback(
 
 
 @pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="needs node and npm")
-def test_a_node_producer_gets_answers_and_a_code(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_node_producer_gets_answers_and_a_code(
+    environment: dict[str, str], demo_broker: stack.Broker, tmp_path: Path
+) -> None:
     for name in ("package.json", "package-lock.json", "index.js"):
         shutil.copy(EXAMPLES / "node" / name, tmp_path)
     install = ["npm", "ci", "--no-audit", "--no-fund"]
@@ -305,3 +307,43 @@ def test_a_node_producer_gets_answers_and_a_code(environment: dict[str, str], tm
     refused = subprocess.run([*program, "text.png"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.startswith("image_invalid: ")
+    assert told_of_a_canceled_job(environment, demo_broker, tmp_path) == [
+        "canceled: The job was canceled before its end."
+    ]
+    told = json.loads(lines(["node", "-e", NODE_FAILURES], environment, tmp_path)[0])
+    assert told == [
+        ["expired", None, None],
+        ["canceled", {"text": "A cat"}, None],
+        ["image_unreachable", None, "dns"],
+        ["timeout", None, None],
+    ]
+    away = environment | {"BROKER_URL": "redis://127.0.0.1:1/0"}
+    refused = subprocess.run([*program, "text.png"], cwd=tmp_path, env=away, capture_output=True, text=True, timeout=30)
+    assert refused.returncode == 1
+    assert re.search("^broker_unavailable: Redis does not answer .*ECONNREFUSED", refused.stderr, re.MULTILINE)
+    assert "node:internal" not in refused.stderr
+
+
+#: What the example makes of errors as celery-node has them.
+NODE_FAILURES = """
+const { failure } = require("./index.js");
+const errors = [["REVOKED", "TaskRevokedError", ["expired"]],
+  ["REVOKED", "TaskRevokedError", ["terminated", { text: "A cat" }]],
+  ["FAILURE", "ImageUnreachable", ["image_unreachable", "Try again.", "dns"]], ["TIMEOUT"]];
+const told = errors.map(([message, exc_type, exc_message]) => {
+  const found = failure(Object.assign(new Error(message), { exc_type, exc_message }));
+  return [found.code, found.partial ?? null, found.detail ?? null];
+});
+console.log(JSON.stringify(told));
+"""
+
+
+def told_of_a_canceled_job(environment: dict[str, str], server: stack.Broker, folder: Path) -> list[str]:
+    id = str(uuid.uuid4())
+    server.connect(1).set(f"idefics:cancel:{id}", 1, ex=60)
+    program = f"""
+const {{ client, failure }} = require("./index.js");
+client.sendTask("idefics.caption", [], {{ image: "https://example.com/a.png" }}, "{id}").get(30_000)
+  .catch(failure).then((error) => console.log(`${{error.code}}: ${{error.message}}`)).then(() => client.disconnect());
+"""
+    return lines(["node", "-e", program], environment, folder)
