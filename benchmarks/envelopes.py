@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz, measures
 from tasks import Client, Complete
-from tasks.payloads import PAYLOADS, QUEUE
+from tasks.payloads import PAYLOADS
+from tasks.protocol import QUEUE
 from worker.demo import stack
 
 ENVELOPES, BATCH = 20_000, 500

@@ -27,7 +27,8 @@ from benchmarks import measures
 from benchmarks.corpus import end_of
 from config.settings import Settings
 from tasks.errors import Internal, JobError
-from tasks.payloads import PAYLOADS, RESERVED_TOKENS, parse
+from tasks.payloads import PAYLOADS, parse
+from tasks.protocol import RESERVED_TOKENS
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.jobs.runs import JobContext

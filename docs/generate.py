@@ -15,8 +15,9 @@ from config.__main__ import shown
 from config.settings import PREFIX, RENAMED, Settings
 from tasks import errors as tasks_errors
 from tasks.errors import ERRORS, IdeficsError, JobError
-from tasks.payloads import PAYLOADS, Job, Result
+from tasks.payloads import PAYLOADS, Job
 from tasks.redis_keys import REDIS_KEYS
+from tasks.results import Result
 
 CHECKOUT = Path(__file__).parents[1]
 MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)

@@ -1,5 +1,6 @@
 """Jobs for IDEFICS workers: what a producer imports. Neither torch nor the worker is needed."""
 
+from .chat_messages import ChatMessage
 from .client import Client, SubmittedJob
 from .errors import (
     BrokerRefused,
@@ -24,6 +25,7 @@ from .errors import (
     WorkerLost,
 )
 from .failed import FailedJob
+from .payload_fields import ImagePath
 from .payloads import (
     Answer,
     AnswerExample,
@@ -31,19 +33,14 @@ from .payloads import (
     Caption,
     CaptionExample,
     Chat,
-    ChatMessage,
     Classify,
     ClassifyExample,
     Complete,
-    ImagePath,
     Job,
-    ModelInfo,
-    Result,
-    Timing,
-    Usage,
     Write,
 )
 from .pictures import Image
+from .results import ModelInfo, Result, Timing, Usage
 
 __all__ = [
     "Answer",

@@ -25,7 +25,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from .batch_input import json_lines
 from .batch_lines import Fingerprints, Line, answer, read_line
 from .errors import IdeficsError, JobError, QueueFull, from_broker
-from .payloads import Job, Outcome
+from .outcomes import Outcome
+from .payloads import Job
 
 #: Jobs in flight: enough for some workers with full batches.
 WINDOW = 1_000

@@ -16,7 +16,9 @@ from typing import Any
 
 from .errors import DeadlineExceeded, InvalidRequest, JobCanceled, JobError
 from .openai_form import ENDPOINT, chat_arguments, is_endpoint
-from .payloads import Job, Outcome, Result, parse
+from .outcomes import Outcome
+from .payloads import Job, parse
+from .results import Result
 
 MAX_CUSTOM_ID_CHARS = 512
 

@@ -34,19 +34,11 @@ from .errors import (
 )
 from .failed import FailedJob, FailedJobs
 from .idempotency import IdempotencyKeys
-from .payloads import (
-    CANCEL_TTL_S,
-    DEFAULT_PRIORITY,
-    HIDDEN,
-    MAX_JOB_BYTES,
-    QUEUE,
-    SUBMITTED_AT,
-    Job,
-    Outcome,
-    Result,
-    check_size,
-)
+from .outcomes import Outcome
+from .payloads import Job, check_size
+from .protocol import CANCEL_TTL_S, DEFAULT_PRIORITY, HIDDEN, MAX_JOB_BYTES, QUEUE, SUBMITTED_AT
 from .redis_keys import CANCELLATION, results_prefix
+from .results import Result
 from .webhooks import check_public
 from .worker_options import setup_of, unreadable
 

@@ -11,7 +11,7 @@ application's visitors, and has neither: its sentences are each class's `public`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -19,9 +19,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .picture_forms import PICTURE_FORMS
-
-if TYPE_CHECKING:
-    from .payloads import Result
+from .results import Result
 
 #: Under this name the producers' wheel installs this module, so that Celery finds the classes there.
 PUBLIC_MODULE = "idefics_jobs.errors"

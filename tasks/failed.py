@@ -18,7 +18,7 @@ from celery.backends.redis import RedisBackend
 from kombu.utils import json as kombu_json
 
 from .errors import ConfigurationError, InvalidRequest, NotFound
-from .payloads import HIDDEN, QUEUE, SUBMITTED_AT
+from .protocol import HIDDEN, QUEUE, SUBMITTED_AT
 from .redis_keys import (
     FAILED,
     FAILED_ABOUT,

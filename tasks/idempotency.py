@@ -25,7 +25,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .errors import InvalidRequest
-from .payloads import QUEUE, Job
+from .payloads import Job
+from .protocol import QUEUE
 from .redis_keys import IDEMPOTENCY
 
 if TYPE_CHECKING:

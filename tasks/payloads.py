@@ -1,4 +1,4 @@
-"""What a producer sends and what it gets back: the payloads of the six tasks and their result.
+"""What a job is: the payloads of the six tasks.
 
 A payload's fields are its Celery task's keyword arguments, as JSON. Both sides check them with these classes:
 our client before it sends, the worker before it runs.
@@ -6,155 +6,110 @@ our client before it sends, the worker before it runs.
 
 from __future__ import annotations
 
-import functools
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StringConstraints,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+
+from .chat_messages import ChatImagePart, ChatImageUrl, ChatMessage, ChatMessages, ChatPart, ChatTextPart
+from .errors import ImageTooLarge, InvalidRequest
+from .outcomes import Outcome
+from .payload_fields import (
+    NEAR_GREEDY,
+    CheckedImage,
+    ImagePath,
+    ImageSource,
+    ImageSources,
+    ImageUrl,
+    Label,
+    RawText,
+    StopString,
+    Text,
+    checked_metadata,
+    greedy_near_zero,
+    refuse_tokens_in_pieces,
+    without_tokens,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
-
-from .errors import ImageBlocked, ImageInvalid, ImageTooLarge, InvalidRequest, JobCanceled, JobError
-from .image_sources import FORMS, image_url, is_inner_path, is_meant_as_image
-from .openai_form import plain_message
-from .pictures import AtHand, is_at_hand
-from .pictures import Image as Image
+from .pictures import Image
+from .prompt_parts import ImagePart, Parts, TextPart, named_part, strings_too
+from .protocol import (
+    CALLBACK_QUEUE,
+    CANCEL_TTL_S,
+    DEFAULT_PRIORITY,
+    END_OF_UTTERANCE,
+    HIDDEN,
+    MAX_ENTRIES,
+    MAX_JOB_BYTES,
+    MAX_LABELS,
+    MAX_METADATA_BYTES,
+    MAX_METADATA_DEPTH,
+    MAX_TEXT_CHARS,
+    QUEUE,
+    RESERVED_TOKENS,
+    SUBMITTED_AT,
+)
+from .results import ModelInfo, Result, Timing, Usage
 from .urls import fault_of
+from .validation import PayloadModel, refusal
 
-#: The queue that the workers read.
-QUEUE = "idefics"
-#: The callbacks worker's.
-CALLBACK_QUEUE = "idefics.callbacks"
-#: Celery on Redis: 0 is first and 9 last.
-DEFAULT_PRIORITY = 5
-#: The message header with the producer's clock (unix seconds) at submission.
-SUBMITTED_AT = "idefics_submitted_at"
-#: What logs, events and monitors show of a job's arguments: no prompt, no signed URL. Celery's options.
-HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
-#: Seconds that the key of a cancellation stays (tasks/redis_keys.py): longer than a job waits, for its `eta` too.
-CANCEL_TTL_S = 32 * 86_400
-
-MAX_TEXT_CHARS = 200_000
-MAX_LABELS = 1_000
-MAX_METADATA_BYTES = 16_384
-#: Lists and objects inside one another.
-MAX_METADATA_DEPTH = 32
-#: Entries of any list of a payload: examples, images, messages, parts.
-MAX_ENTRIES = 1_000
-#: A job's arguments as JSON. The worker's default IDEFICS_MAX_JOB_BYTES, less what Celery adds.
-MAX_JOB_BYTES = 31_900_000
-
-END_OF_UTTERANCE = "<end_of_utterance>"
-#: A user's text with one of these would become the real token and change what other images mean.
-RESERVED_TOKENS = ("<image>", "<fake_token_around_image>", "<s>", "</s>", "<unk>", "<pad>")
-
-_NAME = re.compile(r"[A-Za-z_-]{1,40}")
-_LINE_OR_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-#: How the names of a union's members begin, so that they do not stand among the fields of an error's place.
-_IN_UNION = "<union>"
-
-#: Temperatures below are 0. They would take the likeliest token anyway, by numbers that overflow on the way.
-NEAR_GREEDY = 1e-5
-
-
-def _greedy_near_zero(temperature: float) -> float:
-    return temperature if temperature >= NEAR_GREEDY else 0.0
-
-
-#: Errors of a picture, as pydantic's errors are called: the code of the error that a job would end in.
-_PICTURE_ERRORS: dict[str, type[JobError]] = {
-    error.code: error for error in (ImageBlocked, ImageInvalid, ImageTooLarge)
-}
-
-
-class _BadFields(ValidationError):
-    """What is raised where a payload is built with wrong fields: pydantic's own error and one of ours at once."""
-
-    detail: str | None
-
-    def __init__(self, *args: Any) -> None:
-        """Its arguments are set by `_bad_fields`; these are pydantic's."""
-
-
-def _also_bad_fields(kind: type[JobError]) -> type[_BadFields]:
-    # Of the same name: where a producer's own task ends with one, it is stored.
-    return type(kind.__name__, (kind, _BadFields), {"__init__": _BadFields.__init__})
-
-
-_BAD_FIELDS: dict[type[JobError], type[_BadFields]] = {
-    kind: _also_bad_fields(kind) for kind in (InvalidRequest, ImageBlocked, ImageInvalid, ImageTooLarge)
-}
-
-
-def _bad_fields(error: ValidationError) -> _BadFields:
-    told = _refusal(error)
-    faults = [
-        InitErrorDetails(type=PydanticCustomError(fault["type"], fault["msg"]), loc=fault["loc"], input=fault["input"])
-        for fault in error.errors(include_url=False)
-    ]
-    bad = _BAD_FIELDS[type(told)].from_exception_data(error.title, faults, hide_input=True)
-    bad.args, bad.detail = told.args, told.detail
-    return bad
-
-
-class _Frozen(BaseModel):
-    # Inputs stay out of messages: prompts and signed URLs must not reach logs.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
-
-    if not TYPE_CHECKING:
-
-        def __init__(self, /, **fields: Any) -> None:
-            try:
-                super().__init__(**fields)
-            except ValidationError as error:
-                raise _bad_fields(error) from None
-
-        # As a part of another model, a web framework's for one, it is validated without this.
-        __init__.__pydantic_base_init__ = True
-
-
-def _checked_image_url(text: str) -> str:
-    try:
-        return image_url(text)
-    except JobError as error:
-        raise _for_pydantic(error) from None
-
-
-def _checked_path(path: str) -> str:
-    if not is_inner_path(path):
-        raise _for_pydantic(
-            ImageBlocked("The image's path leaves the image root: write it from there, without '..'.", detail="path")
-        )
-    return path
-
-
-def _for_pydantic(error: JobError) -> PydanticCustomError:
-    """A validation error also of a web framework's models, from which an exception of ours would escape."""
-    return PydanticCustomError(error.code, "{message}", {"message": str(error), "detail": error.detail})
-
-
-def _read_at_hand(value: Any) -> Any:
-    """A picture that the producer has, as a `data:` URI; anything else as it is."""
-    if not is_at_hand(value):
-        return value
-    try:
-        return Image.from_file(value)
-    except JobError as error:
-        raise _for_pydantic(error) from None
+#: Also what was defined here once and has a module of its own now: producers may import it from here.
+__all__ = [
+    "CALLBACK_QUEUE",
+    "CANCEL_TTL_S",
+    "DEFAULT_PRIORITY",
+    "END_OF_UTTERANCE",
+    "HIDDEN",
+    "MAX_ENTRIES",
+    "MAX_JOB_BYTES",
+    "MAX_LABELS",
+    "MAX_METADATA_BYTES",
+    "MAX_METADATA_DEPTH",
+    "MAX_TEXT_CHARS",
+    "NEAR_GREEDY",
+    "PAYLOADS",
+    "QUEUE",
+    "RESERVED_TOKENS",
+    "SUBMITTED_AT",
+    "Answer",
+    "AnswerExample",
+    "Callback",
+    "Caption",
+    "CaptionExample",
+    "Chat",
+    "ChatImagePart",
+    "ChatImageUrl",
+    "ChatMessage",
+    "ChatMessages",
+    "ChatPart",
+    "ChatTextPart",
+    "CheckedImage",
+    "Classify",
+    "ClassifyExample",
+    "Complete",
+    "Image",
+    "ImagePart",
+    "ImagePath",
+    "ImageSource",
+    "ImageSources",
+    "ImageUrl",
+    "Job",
+    "Label",
+    "ModelInfo",
+    "Outcome",
+    "Parts",
+    "RawText",
+    "Result",
+    "StopString",
+    "Text",
+    "TextPart",
+    "Timing",
+    "Usage",
+    "Write",
+    "check_size",
+    "checked_metadata",
+    "parse",
+]
 
 
 def _checked_callback_url(text: str) -> str:
@@ -163,115 +118,7 @@ def _checked_callback_url(text: str) -> str:
     return text
 
 
-def _checked_image(value: Any) -> Any:
-    value = _read_at_hand(value)
-    if isinstance(value, str):
-        return _checked_image_url(value)
-    if isinstance(value, ImagePath) or (isinstance(value, dict) and set(value) == {"path"}):
-        return value
-    raise ValueError(FORMS)
-
-
-def _plain(text: str) -> str:
-    """Without control characters, which say nothing and can hide a reserved token. Tabs and line ends stay: those of
-    DOS and of old Macs become newlines."""
-    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def _without_control(label: str) -> str:
-    if _LINE_OR_CONTROL.search(label):
-        raise ValueError("a label is one line without control characters: remove them")
-    return label
-
-
-def _without(tokens: tuple[str, ...]) -> AfterValidator:
-    return AfterValidator(functools.partial(_refuse_tokens, tokens))
-
-
-def _refuse_tokens(tokens: tuple[str, ...], text: str) -> str:
-    for token in tokens:
-        if token in text:
-            raise ValueError(f"the text holds {token}, which is reserved: remove it")
-    return text
-
-
-def _refuse_tokens_in_pieces(tokens: tuple[str, ...], texts: Iterable[str | None]) -> None:
-    """Texts that follow one another are joined in the prompt, without outer blanks; None stands for an image."""
-    _refuse_tokens(tokens, "".join("\n" if text is None else text.strip(" ") for text in texts))
-
-
-if TYPE_CHECKING:
-    ImageUrl: TypeAlias = str | Image | AtHand
-else:
-    ImageUrl = Annotated[str, BeforeValidator(_read_at_hand), AfterValidator(_checked_image_url)]
-
-Text = Annotated[
-    str,
-    StringConstraints(max_length=MAX_TEXT_CHARS),
-    AfterValidator(_plain),
-    _without((*RESERVED_TOKENS, END_OF_UTTERANCE)),
-]
-#: The guide's own lists for instruct models spell out `<end_of_utterance>`.
-RawText = Annotated[
-    str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_plain), _without(RESERVED_TOKENS)
-]
-#: Refused with control characters, not stripped of them: the answer is one of the labels as they were sent.
-Label = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=200),
-    AfterValidator(_without_control),
-    Field(json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"}),
-]
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-
-
-def checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The same, if it is small and can be said in JSON. Raises ValueError otherwise."""
-    try:
-        size = len(json.dumps(metadata, allow_nan=False))
-        # Half a surrogate pair, which no result could carry back, raises here.
-        json.dumps(metadata, ensure_ascii=False).encode()
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError("metadata holds what JSON cannot say") from None
-    if _is_deeper(metadata, MAX_METADATA_DEPTH):
-        raise ValueError(f"metadata is nested more than {MAX_METADATA_DEPTH} deep")
-    if size > MAX_METADATA_BYTES:
-        raise ValueError(f"metadata has more than {MAX_METADATA_BYTES} bytes as JSON")
-    return metadata
-
-
-def _is_deeper(value: Any, most: int) -> bool:
-    level = [value]
-    for _ in range(most):
-        inner = (entry for outer in level for entry in (outer.values() if isinstance(outer, dict) else outer))
-        level = [entry for entry in inner if isinstance(entry, dict | list | tuple)]
-    return bool(level)
-
-
-class ImagePath(_Frozen):
-    """A file below the operator's IDEFICS_IMAGE_ROOT, which is off by default."""
-
-    path: Annotated[str, AfterValidator(_checked_path)] = Field(min_length=1, max_length=4096)
-
-
-#: An image of a payload: whatever it was made of, it holds one of these.
-CheckedImage: TypeAlias = str | ImagePath
-
-if TYPE_CHECKING:
-    # What may be given. `Image` is the type of a field in a request's model of yours.
-    ImageSource: TypeAlias = CheckedImage | Image | AtHand
-    ImageSources: TypeAlias = Sequence[ImageSource]
-else:
-    ImageSource = Annotated[
-        Annotated[str, Tag(_IN_UNION)] | Annotated[ImagePath, Tag(f"{_IN_UNION}path")],
-        Discriminator(lambda image: _IN_UNION if isinstance(image, str) else f"{_IN_UNION}path"),
-        BeforeValidator(_checked_image),
-        Field(description="An http(s) URL, a data: URI, or a path below the worker's image root."),
-    ]
-    ImageSources = list[ImageSource]
-
-
-class Callback(_Frozen):
+class Callback(PayloadModel):
     """Where the outcome is posted, signed with the worker's key of that id."""
 
     url: Annotated[str, AfterValidator(_checked_callback_url)] = Field(
@@ -284,7 +131,7 @@ class Callback(_Frozen):
     """Events to be sent. Empty: all three."""
 
 
-class Job(_Frozen):
+class Job(PayloadModel):
     """The fields that every task takes."""
 
     #: The Celery task's name.
@@ -294,7 +141,7 @@ class Job(_Frozen):
     """New tokens at most. Default: the worker's. More than the worker's maximum is refused."""
     num_beams: int = Field(default=1, ge=1, le=16)
     """Beams of the search. More than one requires temperature 0."""
-    temperature: Annotated[float, AfterValidator(_greedy_near_zero)] = Field(default=0.0, ge=0.0, le=10.0)
+    temperature: Annotated[float, AfterValidator(greedy_near_zero)] = Field(default=0.0, ge=0.0, le=10.0)
     """0: greedy decoding; so is a value below 0.00001. Above: sampling."""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     """Sample from the most likely tokens whose probabilities add up to this. Default: the checkpoint's, else 1."""
@@ -341,7 +188,7 @@ class Job(_Frozen):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-class CaptionExample(_Frozen):
+class CaptionExample(PayloadModel):
     image: ImageSource
     text: Text
 
@@ -360,7 +207,7 @@ class Caption(Job):
     """What is asked of each image: with examples, and always by models with a chat template."""
 
 
-class AnswerExample(_Frozen):
+class AnswerExample(PayloadModel):
     image: ImageSource
     question: Text
     answer: Text
@@ -378,7 +225,7 @@ class Answer(Job):
     """Answered questions: `{"image": ..., "question": ..., "answer": ...}`."""
 
 
-class ClassifyExample(_Frozen):
+class ClassifyExample(PayloadModel):
     image: ImageSource
     label: Text
 
@@ -389,7 +236,7 @@ class Classify(Job):
     task = "idefics.classify"
 
     image: ImageSource
-    labels: list[Annotated[Label, _without((*RESERVED_TOKENS, END_OF_UTTERANCE))]] = Field(
+    labels: list[Annotated[Label, without_tokens((*RESERVED_TOKENS, END_OF_UTTERANCE))]] = Field(
         min_length=2, max_length=MAX_LABELS
     )
     """Distinct labels; the answer is one of them."""
@@ -425,43 +272,6 @@ class Write(Job):
     """The line before the text."""
 
 
-class ImagePart(_Frozen):
-    image: ImageSource
-
-
-class TextPart(_Frozen):
-    text: RawText
-
-
-def _kind_of_part(part: Any) -> str | None:
-    if isinstance(part, dict):
-        return f"{_IN_UNION}{'image' if 'image' in part else 'text'}"
-    if isinstance(part, ImagePart | TextPart):
-        return f"{_IN_UNION}{'image' if isinstance(part, ImagePart) else 'text'}"
-    return None
-
-
-if TYPE_CHECKING:
-    # Strings and dictionaries, too: the guide's lists as they are.
-    Parts: TypeAlias = list[Any]
-else:
-    Parts = list[
-        Annotated[
-            Annotated[ImagePart, Tag(f"{_IN_UNION}image")] | Annotated[TextPart, Tag(f"{_IN_UNION}text")],
-            Discriminator(
-                _kind_of_part,
-                custom_error_type="part",
-                custom_error_message='a part is a string, {"image": ...} or {"text": ...}',
-            ),
-        ]
-    ]
-
-
-def _strings_too(schema: dict[str, Any]) -> None:
-    """Adds to a prompt's JSON Schema the plain strings that `_named_part` turns into parts."""
-    schema["items"] = {"anyOf": [{"type": "string", "maxLength": MAX_TEXT_CHARS}, schema["items"]]}
-
-
 class Complete(Job):
     """Continue a list of texts and images, exactly as the IDEFICS guide writes it.
 
@@ -471,7 +281,7 @@ class Complete(Job):
 
     task = "idefics.complete"
 
-    prompt: Parts = Field(min_length=1, max_length=MAX_ENTRIES, json_schema_extra=_strings_too)
+    prompt: Parts = Field(min_length=1, max_length=MAX_ENTRIES, json_schema_extra=strings_too)
     """Texts and images in order: strings, `{"text": ...}` or `{"image": ...}`."""
 
     @field_validator("prompt", mode="before")
@@ -479,72 +289,13 @@ class Complete(Job):
     def _strings_say_what_they_are(cls, prompt: Any) -> Any:
         if not isinstance(prompt, list):
             return prompt
-        return [_named_part(part) for part in prompt]
+        return [named_part(part) for part in prompt]
 
     @field_validator("prompt")
     @classmethod
     def _no_reserved_token_in_pieces(cls, prompt: list[ImagePart | TextPart]) -> list[ImagePart | TextPart]:
-        _refuse_tokens_in_pieces(
-            RESERVED_TOKENS, (part.text if isinstance(part, TextPart) else None for part in prompt)
-        )
+        refuse_tokens_in_pieces(RESERVED_TOKENS, (part.text if isinstance(part, TextPart) else None for part in prompt))
         return prompt
-
-
-def _named_part(part: Any) -> Any:
-    if isinstance(part, str):
-        return {"image": part} if is_meant_as_image(part) else {"text": part}
-    return {"image": part} if is_at_hand(part) else part
-
-
-class ChatImageUrl(_Frozen):
-    url: ImageUrl
-    detail: Literal["auto", "low", "high", "original"] = "auto"
-    """Accepted for OpenAI's clients and ignored: the model has one resolution."""
-
-
-class ChatImagePart(_Frozen):
-    type: Literal["image_url"]
-    image_url: ChatImageUrl
-
-
-class ChatTextPart(_Frozen):
-    type: Literal["text"]
-    text: Text
-
-
-def _kind_of_chat_part(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return f"{_IN_UNION}{kind}" if kind in ("text", "image_url") else None
-
-
-ChatPart = Annotated[
-    Annotated[ChatTextPart, Tag(f"{_IN_UNION}text")] | Annotated[ChatImagePart, Tag(f"{_IN_UNION}image_url")],
-    Discriminator(
-        _kind_of_chat_part,
-        custom_error_type="part",
-        custom_error_message='type is one of "text" and "image_url": a part is {"type": "text", "text": ...} or '
-        '{"type": "image_url", "image_url": {"url": ...}}',
-    ),
-]
-
-
-class ChatMessage(_Frozen):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[
-        Annotated[Text, Tag(f"{_IN_UNION}text")] | Annotated[list[ChatPart], Tag(f"{_IN_UNION}parts")],
-        Discriminator(lambda content: f"{_IN_UNION}{'parts' if isinstance(content, list) else 'text'}"),
-    ]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _in_plain_form(cls, message: Any) -> Any:
-        return plain_message(message)
-
-
-if TYPE_CHECKING:
-    ChatMessages: TypeAlias = Sequence[ChatMessage | Mapping[str, Any]]
-else:
-    ChatMessages = list[ChatMessage]
 
 
 class Chat(Job):
@@ -576,7 +327,7 @@ class Chat(Job):
         for message in messages:
             parts = message.content if isinstance(message.content, list) else []
             texts = (part.text if isinstance(part, ChatTextPart) else None for part in parts)
-            _refuse_tokens_in_pieces((*RESERVED_TOKENS, END_OF_UTTERANCE), texts)
+            refuse_tokens_in_pieces((*RESERVED_TOKENS, END_OF_UTTERANCE), texts)
         return messages
 
 
@@ -622,88 +373,4 @@ def parse(task: str, arguments: dict[str, Any]) -> Job:
     try:
         return payload.model_validate(arguments)
     except ValidationError as error:
-        raise _refusal(error) from None
-
-
-def _refusal(error: ValidationError) -> JobError:
-    faults = error.errors(include_url=False, include_input=False)
-    for fault in faults:
-        if kind := _PICTURE_ERRORS.get(fault["type"]):
-            return kind(fault["msg"], detail=fault.get("ctx", {}).get("detail"))
-    return InvalidRequest("; ".join(map(_told, faults[:10])))
-
-
-def _named(place: int | str) -> str:
-    """A field's name, as far as it is one: an unknown field's may be anything that a producer took for it."""
-    return str(place) if isinstance(place, int) or _NAME.fullmatch(place) else "(a field)"
-
-
-def _told(fault: ErrorDetails) -> str:
-    places = (place for place in fault["loc"] if not str(place).startswith(_IN_UNION))
-    where = ".".join(map(_named, places)) or "payload"
-    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
-
-
-class _Reply(BaseModel):
-    # An older client ignores fields that a newer worker adds.
-    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
-
-
-class Usage(_Reply):
-    """Tokens and images of a job."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    images: int
-    cached_images: int = 0
-    """Images whose features came from the cache."""
-
-
-class ModelInfo(_Reply):
-    """The model that answered."""
-
-    id: str
-    revision: str | None = None
-    family: str
-    dtype: str
-    quantization: str | None = None
-
-
-class Timing(_Reply):
-    """Seconds of a job."""
-
-    queued_s: float
-    """From submission to its start in a worker."""
-    fetch_s: float
-    """Download and decoding of its images."""
-    wait_s: float
-    """In the engine, before its first step."""
-    generate_s: float
-    """From its first step to its last."""
-
-
-class Result(_Reply):
-    """A finished job's answer. `text` is the new text only; `label` and `scores` come from `classify`."""
-
-    text: str
-    """The new text, without the prompt."""
-    finish_reason: Literal["stop", "length", "stop_sequence", "canceled", "deadline"]
-    """Why the text ends."""
-    label: str | None = None
-    """The most likely label, for `classify`."""
-    scores: dict[str, float] | None = None
-    """Each label's probability, for `classify`."""
-    usage: Usage
-    """Counts of tokens and images."""
-    model: ModelInfo
-    """The model that answered: id, revision, family, dtype, quantization."""
-    timing: Timing
-    """Seconds that the job spent in each part of its way."""
-    generation: dict[str, Any] = {}
-    """transformers' generation parameters that applied, including the checkpoint's. Empty: plain greedy decoding."""
-    metadata: dict[str, Any] = {}
-    """The job's own metadata."""
-
-
-#: What a job ended with.
-Outcome = Result | JobError | JobCanceled
+        raise refusal(error) from None

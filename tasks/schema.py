@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from .payloads import PAYLOADS, Result
+from .payloads import PAYLOADS
+from .results import Result
 from .webhooks import Event
 
 #: What the schema describes, by the name under which it is found there.

@@ -11,7 +11,10 @@ from .client import Status, SubmitOptions
 from .errors import InvalidRequest, JobCanceled, JobError, NotFound
 from .failed import FailedJob
 from .idempotency import digest
-from .payloads import DEFAULT_PRIORITY, QUEUE, Classify, Job, ModelInfo, Outcome, Result, Timing, Usage
+from .outcomes import Outcome
+from .payloads import Classify, Job
+from .protocol import DEFAULT_PRIORITY, QUEUE
+from .results import ModelInfo, Result, Timing, Usage
 
 Answer = Callable[[Job], Result | str]
 

@@ -21,7 +21,8 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from .addresses import is_public, literal
 from .errors import ConfigurationError, ErrorBody, IdeficsError, InvalidRequest, from_exception
-from .payloads import Callback, Result
+from .payloads import Callback
+from .results import Result
 
 JobEvent: TypeAlias = Literal["job.succeeded", "job.failed", "job.canceled"]
 

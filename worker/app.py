@@ -15,7 +15,8 @@ from celery.signals import setup_logging, worker_init
 from config.celery import configuration, drop_overrides
 from config.settings import load
 from tasks.failed import Bounds
-from tasks.payloads import DEFAULT_PRIORITY, PAYLOADS
+from tasks.payloads import PAYLOADS
+from tasks.protocol import DEFAULT_PRIORITY
 from worker.jobs.task import JobApp, JobTask
 from worker.observability import log_setup
 from worker.pool import PoolExitInTime, SoftShutdown, refuse_other_pools

@@ -18,7 +18,7 @@ from celery.signals import setup_logging, worker_init
 from config.celery import configuration, drop_overrides
 from config.settings import load
 from tasks.outbox import Outbox, connect
-from tasks.payloads import CALLBACK_QUEUE, DEFAULT_PRIORITY
+from tasks.protocol import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from worker.delivery.dispatcher import CallbackDispatcher
 from worker.observability import log_setup
 from worker.runtime.exit_watchdog import ExitInTime, Held

@@ -13,7 +13,10 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from ..errors import IdeficsError, JobError, from_exception
-from ..payloads import DEFAULT_PRIORITY, PAYLOADS, Outcome, Result, parse
+from ..outcomes import Outcome
+from ..payloads import PAYLOADS, parse
+from ..protocol import DEFAULT_PRIORITY
+from ..results import Result
 from .console import away, echo, echo_error, echo_json, echo_rows, json_line_option, json_option
 from .fields import arguments
 from .redaction import redacted

@@ -6,7 +6,7 @@ import os
 
 import click
 
-from ..payloads import QUEUE
+from ..protocol import QUEUE
 from ..schema import schema
 from .batch import batch
 from .connection import open_client

@@ -10,7 +10,7 @@ from celery import states
 from kombu.exceptions import OperationalError
 
 from tasks import Client, Complete, JobCanceled, SubmittedJob
-from tasks.payloads import CANCEL_TTL_S
+from tasks.protocol import CANCEL_TTL_S
 from tasks.redis_keys import CANCELLATION
 from tests.flow.conftest import PATIENCE_S, SLOTS, Stand, eventually
 

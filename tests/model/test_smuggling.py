@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from config.settings import Settings
 from tasks import InvalidRequest
-from tasks.payloads import END_OF_UTTERANCE, parse
+from tasks.payloads import parse
+from tasks.protocol import END_OF_UTTERANCE
 from tests.model.checkpoints import TEMPLATE, later_checkpoint, random_checkpoint
 from tests.model.conftest import noise
 from worker.jobs.prompts import ImageRef, build, in_turns

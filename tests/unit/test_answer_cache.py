@@ -19,8 +19,9 @@ from redis.retry import Retry
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, OutOfMemory
-from tasks.payloads import ModelInfo, parse
+from tasks.payloads import parse
 from tasks.redis_keys import ANSWER
+from tasks.results import ModelInfo
 from worker.demo import stack
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling, Tokens

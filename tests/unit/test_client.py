@@ -43,7 +43,8 @@ from tasks import (
     capacity,
 )
 from tasks import client as client_module
-from tasks.payloads import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT, Job, parse
+from tasks.payloads import Job, parse
+from tasks.protocol import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT
 from tasks.testing import canned
 from worker.demo import stack
 

@@ -21,7 +21,7 @@ from tasks.cli.failed import Selection, age
 from tasks.cli.failed import failed as command
 from tasks.cli.redaction import redacted
 from tasks.failed import KEYS, Bounds, FailedJob, FailedJobs
-from tasks.payloads import SUBMITTED_AT
+from tasks.protocol import SUBMITTED_AT
 from worker.demo.stack import Broker
 from worker.queue.dead_letters import keep_failures
 

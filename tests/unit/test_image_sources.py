@@ -10,7 +10,8 @@ import pytest
 
 from tasks import ImageBlocked, InvalidRequest
 from tasks.image_sources import image_url, is_meant_as_image
-from tasks.payloads import Complete, ImagePart, TextPart, parse
+from tasks.payloads import Complete, parse
+from tasks.prompt_parts import ImagePart, TextPart
 
 URL = "https://example.com/a.png"
 JPEG = base64.b64encode(b"\xff\xd8\xff" + bytes(99)).decode()

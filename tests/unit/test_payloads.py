@@ -10,32 +10,26 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from tasks.chat_messages import ChatMessage
 from tasks.errors import IdeficsError, ImageBlocked, ImageInvalid, InvalidRequest, JobError
+from tasks.payload_fields import ImagePath
 from tasks.payloads import (
-    END_OF_UTTERANCE,
-    MAX_METADATA_BYTES,
-    MAX_TEXT_CHARS,
     PAYLOADS,
-    RESERVED_TOKENS,
     Answer,
     AnswerExample,
     Callback,
     Caption,
     CaptionExample,
     Chat,
-    ChatMessage,
     Classify,
     ClassifyExample,
     Complete,
-    ImagePath,
     Job,
-    ModelInfo,
-    Result,
-    Timing,
-    Usage,
     Write,
     parse,
 )
+from tasks.protocol import END_OF_UTTERANCE, MAX_METADATA_BYTES, MAX_TEXT_CHARS, RESERVED_TOKENS
+from tasks.results import ModelInfo, Result, Timing, Usage
 
 URL = "https://example.com/a.jpg"
 SECRET = "s3cr3t"

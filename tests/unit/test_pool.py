@@ -23,7 +23,7 @@ from redis.exceptions import ResponseError
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, WorkerLost
-from tasks.payloads import SUBMITTED_AT
+from tasks.protocol import SUBMITTED_AT
 from worker.pool import lifecycle, load_sharing, supervisor
 from worker.pool import pool as pool_module
 from worker.pool.job import Callbacks, Job, JobState

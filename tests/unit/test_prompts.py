@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from tasks.errors import JobError
-from tasks.payloads import END_OF_UTTERANCE, ImagePath, parse
+from tasks.payload_fields import ImagePath
+from tasks.payloads import parse
+from tasks.protocol import END_OF_UTTERANCE
 from worker.jobs.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
 
 EIFFEL = "https://images.unsplash.com/photo-1543349689-9a4d426bee8e?ixlib=rb-4.0.3&auto=format&fit=crop&w=3501&q=80"

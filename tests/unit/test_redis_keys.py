@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from config.settings import Settings
-from tasks.payloads import CALLBACK_QUEUE, QUEUE
+from tasks.protocol import CALLBACK_QUEUE, QUEUE
 from tasks.redis_keys import (
     BINDING,
     EVENT_QUEUE,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.payloads import NEAR_GREEDY
+from tasks.payload_fields import NEAR_GREEDY
 from tests.unit.rows import row
 from worker.engine.row import Row, Sampling
 from worker.engine.sampling import RowSampler, RowSampling

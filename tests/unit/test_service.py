@@ -19,7 +19,8 @@ from PIL import Image
 
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRequest, OutOfMemory, PromptTooLong
-from tasks.payloads import Job, Result, parse
+from tasks.payloads import Job, parse
+from tasks.results import Result
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Parts
 from worker.engine.row import Picture, Tokens

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, JobError
-from tasks.payloads import ImagePath, ImageSource
+from tasks.payload_fields import ImagePath, ImageSource
 from tests.unit.web.servers import BODY, LEAVES_S, MAX_BYTES, open_files, within
 from worker.images.fetch import FetchPolicy
 from worker.images.sources import SourceReader, decode_data_uri, read_below

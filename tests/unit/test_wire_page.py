@@ -10,7 +10,8 @@ import pytest
 from celery.exceptions import TaskRevokedError
 
 from tasks.errors import ImageInvalid
-from tasks.payloads import PAYLOADS, Callback, Job, Result
+from tasks.payloads import PAYLOADS, Callback, Job
+from tasks.results import Result
 from tasks.webhooks import MAX_BODY_BYTES, Event, batch_body, body
 from worker.delivery.recorder import EVENTS, job_data
 from worker.demo import stack

@@ -22,7 +22,8 @@ from config.settings import Settings
 from tasks import webhooks
 from tasks.errors import InvalidRequest, from_exception
 from tasks.outbox import Bounds, Delivery, Outbox, connect, delivery_id
-from tasks.payloads import Callback, checked_metadata
+from tasks.payload_fields import checked_metadata
+from tasks.payloads import Callback
 from worker.delivery.policy import check
 from worker.queue.patience import PatientRedis, patiently
 from worker.queue.result_backend import is_of_another

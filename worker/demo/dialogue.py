@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tasks.payloads import (
-    END_OF_UTTERANCE,
     Answer,
     AnswerExample,
     Caption,
@@ -21,6 +20,7 @@ from tasks.payloads import (
     Job,
     Write,
 )
+from tasks.protocol import END_OF_UTTERANCE
 from worker.demo.sayings import (
     FORMS,
     REQUESTS,

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from config.settings import Settings
-from tasks.payloads import Answer, Caption, CaptionExample, Classify, Complete, ImagePath, Job, Result, Write
+from tasks.payload_fields import ImagePath
+from tasks.payloads import Answer, Caption, CaptionExample, Classify, Complete, Job, Write
+from tasks.results import Result
 from worker.demo.sayings import FORMS, expected_answer, expected_caption, prompted_caption, story
 from worker.demo.world import Picture
 from worker.engine.engine import Engine

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from tasks.payloads import ModelInfo
+from tasks.results import ModelInfo
 from worker.engine.generation import GenerationRules
 from worker.engine.row import Picture, Row, Tokens
 

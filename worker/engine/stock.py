@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tasks.errors import OutOfMemory
-from tasks.payloads import ModelInfo
+from tasks.results import ModelInfo
 from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.interfaces import Admit, Codec, SendHeartbeat
 from worker.engine.processors import BatchRules

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL.Image import Image
 
 from config.settings import Settings
-from tasks.payloads import CheckedImage
+from tasks.payload_fields import CheckedImage
 from worker.engine.row import Picture
 from worker.images.cache import PictureCache
 from worker.images.decode import ImageLimits, open_image

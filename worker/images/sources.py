@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from tasks.errors import ImageBlocked, ImageInvalid
 from tasks.image_sources import BLANKS, base64_bytes, data_head, is_inner_path
-from tasks.payloads import CheckedImage
+from tasks.payload_fields import CheckedImage
 from worker.images.fetch import Fetcher, FetchPolicy, requested_host, too_large
 from worker.images.host_limits import HostLimiter
 

@@ -23,8 +23,8 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tasks.payloads import ModelInfo
 from tasks.redis_keys import ANSWER
+from tasks.results import ModelInfo
 from worker.engine.row import Output, Row
 
 logger = logging.getLogger(__name__)

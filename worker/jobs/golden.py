@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.payloads import Classify, ImagePath, Job, ModelInfo, parse
+from tasks.payload_fields import ImagePath
+from tasks.payloads import Classify, Job, parse
+from tasks.results import ModelInfo
 from worker.images.sources import read_below
 from worker.jobs.prompts import ImageRef, build
 from worker.models import SetupFailed

@@ -8,7 +8,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from tasks.errors import Internal, JobError
-from tasks.payloads import ImagePath, Job, ModelInfo, parse
+from tasks.payload_fields import ImagePath
+from tasks.payloads import Job, parse
+from tasks.results import ModelInfo
 from worker.engine.interfaces import Codec
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.jobs.golden import Golden, GoldenQuestion, read_golden, tolerance

@@ -12,7 +12,8 @@ from celery import states
 
 from tasks.errors import from_exception
 from tasks.idempotency import IdempotencyKeys
-from tasks.payloads import Job, ModelInfo, Result
+from tasks.payloads import Job
+from tasks.results import ModelInfo, Result
 from worker.jobs.runs import Canceled
 
 #: Bounds in seconds of the countdown until the second job checks again; it grows with the first job's age.

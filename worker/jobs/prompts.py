@@ -11,21 +11,11 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import cast
 
-from tasks.payloads import (
-    END_OF_UTTERANCE,
-    Answer,
-    Caption,
-    Chat,
-    ChatMessage,
-    ChatTextPart,
-    CheckedImage,
-    Classify,
-    Complete,
-    ImagePart,
-    ImageSource,
-    Job,
-    Write,
-)
+from tasks.chat_messages import ChatMessage, ChatTextPart
+from tasks.payload_fields import CheckedImage, ImageSource
+from tasks.payloads import Answer, Caption, Chat, Classify, Complete, Job, Write
+from tasks.prompt_parts import ImagePart
+from tasks.protocol import END_OF_UTTERANCE
 
 
 @dataclass(frozen=True, slots=True)

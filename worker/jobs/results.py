@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.payloads import Classify, Job, ModelInfo, Result, Timing, Usage
+from tasks.payloads import Classify, Job
+from tasks.results import ModelInfo, Result, Timing, Usage
 from worker.engine.generation import GenerationRules
 from worker.engine.interfaces import Codec
 from worker.engine.row import Output, Row

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tasks.errors import DeadlineExceeded
-from tasks.payloads import Job, Result
+from tasks.payloads import Job
+from tasks.results import Result
 from worker.engine.row import Row
 
 

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from config.settings import Settings
 from tasks.errors import InvalidRequest, JobError, OutOfMemory
-from tasks.payloads import Job, ModelInfo, Result, Timing
+from tasks.payloads import Job
+from tasks.results import ModelInfo, Result, Timing
 from worker.engine.generation import NO_RULES, GenerationRules
 from worker.engine.interfaces import Codec
 from worker.engine.pace import Pace

@@ -16,8 +16,10 @@ from celery.exceptions import Ignore, Retry, TaskPredicate
 from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.idempotency import IdempotencyKeys
-from tasks.payloads import HIDDEN, SUBMITTED_AT, Job, Result, parse
+from tasks.payloads import Job, parse
+from tasks.protocol import HIDDEN, SUBMITTED_AT
 from tasks.redis_keys import results_prefix
+from tasks.results import Result
 from tasks.routing import priority_for
 from worker.delivery.policy import check as check_callback
 from worker.delivery.recorder import CallbackRecorder, TerminalState

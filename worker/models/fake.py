@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from PIL.Image import Image
 
-from tasks.payloads import ModelInfo
+from tasks.results import ModelInfo
 from worker.engine.generation import NO_RULES
 from worker.engine.interfaces import Admit, Parts, SendHeartbeat
 from worker.engine.row import Output, Picture, Row, Tokens

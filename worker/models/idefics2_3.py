@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Idefics3Processor, PreTrainedModel, ProcessorMixin
 
 from tasks.errors import InvalidRequest
-from tasks.payloads import END_OF_UTTERANCE
+from tasks.protocol import END_OF_UTTERANCE
 from worker.engine.interfaces import Parts
 from worker.engine.row import Picture, Tokens
 from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, configured_eos_ids

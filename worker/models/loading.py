@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from config.settings import Settings
-from tasks.payloads import ModelInfo
+from tasks.results import ModelInfo
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.generation import NO_RULES, GenerationRules, generation_rules

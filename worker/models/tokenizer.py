@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.errors import InvalidRequest
-from tasks.payloads import END_OF_UTTERANCE
+from tasks.protocol import END_OF_UTTERANCE
 from worker.engine.interfaces import Parts
 from worker.engine.row import Picture, Tokens
 

@@ -11,7 +11,7 @@ from typing import Any
 from celery.worker.request import Request
 from kombu.serialization import loads
 
-from tasks.payloads import SUBMITTED_AT
+from tasks.protocol import SUBMITTED_AT
 from worker.queue.result_backend import digest_of
 from worker.runtime.exceptions import exception_info
 

@@ -18,7 +18,7 @@ from kombu.serialization import loads
 
 from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import JobError
-from tasks.payloads import HIDDEN
+from tasks.protocol import HIDDEN
 from worker.delivery.recorder import TerminalState
 from worker.pool.job import Job
 from worker.queue.result_backend import asked_by, asked_of, taken_now

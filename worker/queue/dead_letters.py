@@ -19,7 +19,7 @@ from celery.signals import task_failure
 
 from tasks.errors import InvalidRequest, from_exception
 from tasks.failed import Bounds, FailedJob, FailedJobs
-from tasks.payloads import SUBMITTED_AT
+from tasks.protocol import SUBMITTED_AT
 from worker.queue.result_backend import asked_by, digest_of, is_of_another, taken_now
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig, IdeficsForVisionText2Text, IdeficsProcessor
 
-from tasks.payloads import END_OF_UTTERANCE, Classify
+from tasks.payloads import Classify
+from tasks.protocol import END_OF_UTTERANCE
 from worker.demo.dialogue import KINDS, Dialogue, a_dialogue, index_of
 from worker.demo.training import art
 from worker.demo.training.pool import sprite

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from tasks.payloads import END_OF_UTTERANCE
+from tasks.protocol import END_OF_UTTERANCE
 from worker.demo.dialogue import KINDS, a_dialogue
 from worker.demo.world import THINGS, any_picture
 from worker.jobs.prompts import ImageRef, build

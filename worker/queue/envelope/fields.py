@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
-from tasks.payloads import QUEUE
+from tasks.protocol import QUEUE
 from tasks.redis_keys import is_no_queue
 from worker.queue.envelope.bounds import MAX_DELAY_S, MAX_EXPIRY, MAX_ID_CHARS, MAX_LABEL_CHARS, MAX_RETRIES
 

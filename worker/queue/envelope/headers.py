@@ -6,7 +6,7 @@ from typing import Any
 
 from celery.app.task import Context
 
-from tasks.payloads import SUBMITTED_AT
+from tasks.protocol import SUBMITTED_AT
 from worker.queue.envelope import forms
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
 from worker.queue.envelope.fields import is_label

@@ -1,0 +1,92 @@
+"""The base of payloads, and how their validation errors become errors of ours."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from .errors import ImageBlocked, ImageInvalid, ImageTooLarge, InvalidRequest, JobError
+
+_NAME = re.compile(r"[A-Za-z_-]{1,40}")
+#: How the names of a union's members begin, so that they do not stand among the fields of an error's place.
+IN_UNION = "<union>"
+#: Errors of a picture, by the type of pydantic's error: the code of the error that a job would end in.
+_PICTURE_ERRORS: dict[str, type[JobError]] = {
+    error.code: error for error in (ImageBlocked, ImageInvalid, ImageTooLarge)
+}
+
+
+class _BadFields(ValidationError):
+    """What is raised where a payload is built with wrong fields: pydantic's own error and one of ours at once."""
+
+    detail: str | None
+
+    def __init__(self, *args: Any) -> None:
+        """Its arguments are set by `_bad_fields`; these are pydantic's."""
+
+
+def _also_bad_fields(kind: type[JobError]) -> type[_BadFields]:
+    # Of the same name: where a producer's own task ends with one, it is stored.
+    return type(kind.__name__, (kind, _BadFields), {"__init__": _BadFields.__init__})
+
+
+_BAD_FIELDS: dict[type[JobError], type[_BadFields]] = {
+    kind: _also_bad_fields(kind) for kind in (InvalidRequest, ImageBlocked, ImageInvalid, ImageTooLarge)
+}
+
+
+def _bad_fields(error: ValidationError) -> _BadFields:
+    told = refusal(error)
+    faults = [
+        InitErrorDetails(type=PydanticCustomError(fault["type"], fault["msg"]), loc=fault["loc"], input=fault["input"])
+        for fault in error.errors(include_url=False)
+    ]
+    bad = _BAD_FIELDS[type(told)].from_exception_data(error.title, faults, hide_input=True)
+    bad.args, bad.detail = told.args, told.detail
+    return bad
+
+
+class PayloadModel(BaseModel):
+    """The base of payloads and of their parts: frozen, unknown fields refused."""
+
+    # Inputs stay out of messages: prompts and signed URLs must not reach logs.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise _bad_fields(error) from None
+
+        # As a part of another model, a web framework's for one, it is validated without this.
+        __init__.__pydantic_base_init__ = True
+
+
+def for_pydantic(error: JobError) -> PydanticCustomError:
+    """A validation error also of a web framework's models, from which an exception of ours would escape."""
+    return PydanticCustomError(error.code, "{message}", {"message": str(error), "detail": error.detail})
+
+
+def refusal(error: ValidationError) -> JobError:
+    """The error of ours that tells a payload's faults: of its pictures first; else the first ten fields."""
+    faults = error.errors(include_url=False, include_input=False)
+    for fault in faults:
+        if kind := _PICTURE_ERRORS.get(fault["type"]):
+            return kind(fault["msg"], detail=fault.get("ctx", {}).get("detail"))
+    return InvalidRequest("; ".join(map(_told, faults[:10])))
+
+
+def _named(place: int | str) -> str:
+    """A field's name, as far as it is one: an unknown field's may be anything that a producer took for it."""
+    return str(place) if isinstance(place, int) or _NAME.fullmatch(place) else "(a field)"
+
+
+def _told(fault: ErrorDetails) -> str:
+    places = (place for place in fault["loc"] if not str(place).startswith(IN_UNION))
+    where = ".".join(map(_named, places)) or "payload"
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
