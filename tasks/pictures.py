@@ -76,7 +76,7 @@ class Image:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        from .payloads import ImageSource
+        from .payload_fields import ImageSource
 
         return handler.generate_schema(ImageSource)
 
