@@ -5,73 +5,19 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import re
-import ssl
-from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, FilePath, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from config.parsing import CommaSeparated, Networks, Ports, Seconds, Steps, holding_certificates, is_secret, split
 from tasks.redis_urls import NOT_CERTAIN, Server, result_server, results_beside, server
 
 PREFIX = "IDEFICS_"
 DEFAULT_BROKER = "redis://localhost:6379/0"
-
-Network = IPv4Network | IPv6Network
-
-
-def _split(value: Any) -> Any:
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return value
-
-
-def _networks(value: Any) -> Any:
-    return [ip_network(item) if isinstance(item, str) else item for item in _split(value)]
-
-
-def _is_secret(text: str) -> bool:
-    """One of Standard Webhooks'."""
-    try:
-        return text.startswith("whsec_") and 24 <= len(base64.b64decode(text[6:], validate=True)) <= 64
-    except ValueError:
-        return False
-
-
-def _holding_certificates(file: Path) -> Path:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=file)
-    except OSError:
-        raise ValueError("a file of certificates in PEM form, readable by this user") from None
-    return file
-
-
-#: Comma-separated in the environment.
-CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65_535)], ...], NoDecode, BeforeValidator(_split)]
-Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_networks)]
-Seconds = Annotated[
-    tuple[Annotated[float, Field(ge=0, le=604_800)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
-]
-
-
-def _ascending(value: tuple[int, ...]) -> tuple[int, ...]:
-    if list(value) != sorted(set(value)) or value[0] != 0:
-        raise ValueError("ascending priorities that begin with 0, as 0,3,6,9")
-    return value
-
-
-Steps = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=255)], ...],
-    NoDecode,
-    BeforeValidator(_split),
-    Field(min_length=1, max_length=32),
-    AfterValidator(_ascending),
-]
 
 
 class Settings(BaseSettings):
@@ -176,7 +122,7 @@ class Settings(BaseSettings):
     """Seconds to download one image, everything included."""
     image_max_redirects: int = Field(default=5, ge=0, le=20)
     """Redirects followed for one image. Each target is checked like the first URL."""
-    ca_file: Annotated[FilePath, AfterValidator(_holding_certificates)] | None = None
+    ca_file: Annotated[FilePath, AfterValidator(holding_certificates)] | None = None
     """PEM file with additional certificate authorities, for images and callbacks inside your network. Public
     authorities stay trusted."""
     image_host_concurrency: int = Field(default=8, ge=1)
@@ -316,8 +262,8 @@ class Settings(BaseSettings):
     def _keys_by_id(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        pairs = [item.partition("=") for item in _split(value)]
-        if any(not name or not _is_secret(secret) for name, _, secret in pairs):
+        pairs = [item.partition("=") for item in split(value)]
+        if any(not name or not is_secret(secret) for name, _, secret in pairs):
             raise ValueError("comma-separated id=whsec_... pairs, each secret whsec_ and the base64 of 24 to 64 bytes")
         keys: dict[str, tuple[str, ...]] = {}
         for name, _, secret in pairs:
