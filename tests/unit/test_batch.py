@@ -246,6 +246,12 @@ def test_the_command_writes_a_line_for_each_and_tells_how_many(client: SlowClien
     assert {options["priority"] for options in client.options} == {9}
 
 
+def test_the_command_tells_how_many_as_json(client: SlowClient, folder: Path) -> None:
+    outcome = command(folder, "--json")
+    assert json.loads(outcome.stdout) == {"done": 3, "failed": 0, "stopped": False}
+    assert outcome.stderr == ""
+
+
 def test_a_finished_batch_takes_new_lines(client: SlowClient, folder: Path) -> None:
     command(folder)
     with (folder / "in.jsonl").open("a") as lines:

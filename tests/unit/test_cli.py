@@ -158,6 +158,15 @@ def test_submit_prints_the_jobs_id(client: Recorder) -> None:
     assert client.job(outcome.stdout.strip()).status == "succeeded"
 
 
+def test_submit_prints_json_on_one_line(client: Recorder) -> None:
+    (line,) = run("submit", "caption", f"image={URL}", "--json").stdout.splitlines()
+    id = json.loads(line)["id"]
+    assert client.job(id).status == "succeeded"
+    for command in (["submit", "caption", f"image={URL}", "--wait", "--json"], ["result", id, "--json"]):
+        (line,) = run(*command).stdout.splitlines()
+        assert json.loads(line)["text"] == "the Eiffel Tower"
+
+
 def test_submit_has_the_default_priority(client: Recorder) -> None:
     run("submit", "caption", f"image={URL}")
     assert client.options == [{"priority": 5}]

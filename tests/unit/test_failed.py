@@ -450,6 +450,13 @@ def test_retry_by_id_and_of_all(run: Any, jobs: FailedJobs) -> None:
     assert ids(jobs) == []
 
 
+def test_each_command_prints_json_on_one_line(run: Any) -> None:
+    shown = run("show", "a", "--json").output
+    assert (shown.count("\n"), json.loads(shown)["id"]) == (1, "a")
+    assert run("retry", "a", "--json").output == '{"sent": 1, "left": 0}\n'
+    assert run("drop", "--all", "--json").output == '{"dropped": 2}\n'
+
+
 def test_retry_goes_on_where_a_job_has_left_the_list_meanwhile(
     run: Any, jobs: FailedJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -409,6 +409,30 @@ def test_deliveries_are_listed_without_their_urls_secrets(listed: Outbox, run: C
     assert len(run("ls", "--state", "failed").stdout.splitlines()) == 1
 
 
+def test_deliveries_are_listed_as_json_without_their_urls_secrets(listed: Outbox, run: Callable[..., Any]) -> None:
+    outcome = run("ls", "--state", "failed", "--json")
+    (found,) = map(json.loads, outcome.stdout.splitlines())
+    assert {name: found[name] for name in ("state", "attempts", "job", "host", "note")} == {
+        "state": "failed", "attempts": 1, "job": "job-1", "host": "shop.test", "note": "status 500",
+    }  # fmt: skip
+    assert "s3cr3t" not in outcome.output
+    (host,) = map(json.loads, run("hosts", "--json").stdout.splitlines())
+    assert host == {"host": "shop.test", "bytes": listed.bytes()["shop.test"]}
+
+
+def test_replays_and_disabled_urls_are_reported_as_json(listed: Outbox, run: Callable[..., Any]) -> None:
+    outcome = run("replay", delivery(1).id, "msg_unknown", "--json")
+    assert (outcome.exit_code, outcome.stderr) == (1, "")
+    assert list(map(json.loads, outcome.stdout.splitlines())) == [
+        {"id": delivery(1).id, "sent": True},
+        {"id": "msg_unknown", "sent": False},
+    ]
+    listed.disable("https://shop.test/gone", 60)
+    (disabled,) = map(json.loads, run("disabled", "--json").stdout.splitlines())
+    assert disabled["url"] == "https://shop.test/gone"
+    assert abs(disabled["until"] - time.time() - 60) < 10
+
+
 def test_failed_deliveries_are_replayed_together(listed: Outbox, run: Callable[..., Any]) -> None:
     assert run("replay", "--failed").stdout == "1 go out again.\n"
     assert listed.counts() == {"pending": 2, "delivered": 1, "failed": 0}
