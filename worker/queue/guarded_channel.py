@@ -13,6 +13,7 @@ from redis.exceptions import ResponseError
 from tasks.availability import is_away
 from tasks.routing import priority_for
 from worker.queue.backoff import Backoff
+from worker.queue.due import purge
 from worker.queue.envelope import Refused, opened
 from worker.queue.pending_acks import PendingAcks
 from worker.queue.sweep import OnRefused
@@ -31,6 +32,9 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         self.most_bytes = 32_000_000
         self.backoff = Backoff()
         self.on_refused: OnRefused = connection.on_refused
+        #: The message that is being delivered, and the unix seconds of the server's clock at which it was taken.
+        self._reserved: Reserved | None = None
+        self.taken_at = 0.0
         self._command_client: Any = None
         try:
             super().__init__(connection, **options)
@@ -39,6 +43,11 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
             if is_away(error):
                 raise RedisConnectionError(str(error)) from error
             raise
+
+    @property
+    def recorded(self) -> str | None:
+        """The tag of the message that is being delivered, where it is recorded in `unacked`."""
+        return self._reserved.tag if self._reserved else None
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
@@ -65,7 +74,11 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
             message["properties"]["delivery_tag"] = reserved.tag
         return message
 
-    def _deliver_reserved(self, message: dict[str, Any], reserved: Reserved) -> None:
+    def _deliver_reserved(self, reserved: Reserved) -> None:
+        """Give a message to its queue's consumer. Raises Empty for what is no message."""
+        self._reserved, self.taken_at = reserved, reserved.at
+        message = self._opened(reserved)
+        self._queue_cycle.rotate(reserved.queue)
         try:
             self.connection._deliver(message, reserved.queue)
         except self.connection_errors:
@@ -101,6 +114,9 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         headers = message.get("headers")
         task = headers.get("task") if isinstance(headers, dict) else None
         return int(priority_for(task, priority)) if task is not None else priority
+
+    def _purge(self, queue: str) -> int:
+        return int(super()._purge(queue)) + purge(self, queue)
 
     def _queue_bind(self, *args: Any) -> None:
         try:

@@ -20,20 +20,19 @@ from typing import Any
 
 from kombu import transport
 from kombu.transport import redis as stock
-from kombu.utils.uuid import uuid
 from redis.exceptions import NoScriptError, ResponseError
 
 from tasks.availability import is_demoted
-from tasks.redis_keys import DUE, DUE_IDS, list_name
+from tasks.redis_keys import DUE, DUE_IDS
 from worker.queue.broker_rights import check_may_reserve, readable_separators
-from worker.queue.due import RESERVE_EARLY, DueJob, purge
+from worker.queue.due import RESERVE_EARLY, DueJob
 from worker.queue.guarded_channel import GuardedChannel
 from worker.queue.pending_acks import Hold, pending_acks
 from worker.queue.plain_transport import PlainSentinelTransport, PlainTransport
 from worker.queue.poller import POLL_S, Poller
 from worker.queue.qos import QoS
 from worker.queue.sweep import OnRefused, log_refused
-from worker.queue.take import RESERVE, RESERVE_SHA, Reserved, ReserveRequest, record_ending, reserve_request
+from worker.queue.take import RESERVE, RESERVE_SHA, ReserveRequest, record_ending, reserve_request
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +64,11 @@ class Channel(GuardedChannel):
     _in_poll: Any = None
 
     def __init__(self, connection: Any, **options: Any) -> None:
-        #: Unix seconds of the server's clock at which the message that is being delivered was taken.
-        self.taken_at = 0.0
         #: Whether to reserve messages that need an acknowledgement now.
         self.can_accept: Callable[[], bool] = lambda: True
         #: Of each queue with acknowledgements, the end of its records in `unacked`.
         self._record_endings: dict[str, str] = {}
         self._request: ReserveRequest | None = None
-        #: The message that is being delivered.
-        self._reserved: Reserved | None = None
         self._is_script_cached = True
         super().__init__(connection, **options)
         #: Before a priority in the names of the lists that are read.
@@ -98,11 +93,6 @@ class Channel(GuardedChannel):
         return self.global_keyprefix + self.unacked_key, self.global_keyprefix + self.unacked_index_key
 
     @property
-    def recorded(self) -> str | None:
-        """The tag of the message that is being delivered, where it is recorded in `unacked`."""
-        return self._reserved.tag if self._reserved else None
-
-    @property
     def acknowledges(self) -> bool:
         """Whether messages were taken here that count as held until they are acknowledged."""
         return bool(self._record_endings)
@@ -120,36 +110,26 @@ class Channel(GuardedChannel):
 
     def deliver_early(self, job: DueJob) -> None:
         """Deliver a job of a queue that is read here before its time, unless another worker has it by now."""
-        origins = {
-            self._due_key(list_name(queue, step, separator)): (queue, list_name(queue, step, separator))
-            for queue in set(self._record_endings).intersection(self.active_queues)
-            for step in self.priority_steps
-            for separator in self._separators
-        }
-        if job.key not in origins:
+        queues = set(self._record_endings).intersection(self.active_queues)
+        request = reserve_request(queues, self.priority_steps, self._separators, self._record_endings)
+        numbers = {self._due_key(name): number for number, name in enumerate(request.lists)}
+        number = numbers.get(job.key)
+        if number is None:
             return
-        queue, name = origins[job.key]
-        tag, ending = uuid(), self._record_endings[queue]
         keys = [*self.record_keys, self.global_keyprefix + DUE_IDS.pattern, job.key]
+        arguments = [request.tag, repr(job.score), job.id, request.endings[number]]
         try:
             with self.conn_or_acquire() as client:
-                reply = client.execute_command(
-                    "EVAL", RESERVE_EARLY, len(keys), *keys, tag, repr(job.score), job.id, ending
-                )
+                reply = client.execute_command("EVAL", RESERVE_EARLY, len(keys), *keys, *arguments)
         except (*self.connection_errors, ResponseError) as error:
             # The server may have run the script.
-            self.pending_acks.requeue(tag)
+            self.pending_acks.requeue(request.tag)
             self.backoff.complain(error)
             return
-        if reply:
-            raw, now = reply
-            self._reserved = Reserved(tag, queue, name, ending, raw, float(now))
-            self.taken_at = self._reserved.at
+        reserved = request.reserved((number, *reply)) if reply else None
+        if reserved:
             with contextlib.suppress(Empty):
-                self._deliver_reserved(self._opened(self._reserved), self._reserved)
-
-    def _purge(self, queue: str) -> int:
-        return int(super()._purge(queue)) + purge(self, queue)
+                self._deliver_reserved(reserved)
 
     def basic_consume(self, queue: str, *args: Any, **options: Any) -> Any:
         no_ack = options["no_ack"] if "no_ack" in options else args[0]
@@ -216,12 +196,9 @@ class Channel(GuardedChannel):
         reserved = request.reserved(reply)
         if reserved is None:
             raise Empty
-        self._reserved, self.taken_at = reserved, reserved.at
         if reserved.tag:
             self._check_stale(reserved.tag)
-        message = self._opened(reserved)
-        self._queue_cycle.rotate(reserved.queue)
-        self._deliver_reserved(message, reserved)
+        self._deliver_reserved(reserved)
         return True
 
     def _read_reply(self, **options: Any) -> Any:
