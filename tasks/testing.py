@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Unpack
 
-from .client import Status, SubmitOptions
 from .errors import InvalidRequest, JobCanceled, JobError, NotFound
 from .failed import FailedJob
 from .idempotency import digest
@@ -15,6 +14,8 @@ from .outcomes import Outcome
 from .payloads import Classify, Job
 from .protocol import DEFAULT_PRIORITY, QUEUE
 from .results import ModelInfo, Result, Timing, Usage
+from .submission import SubmitOptions
+from .submitted_job import Status
 
 Answer = Callable[[Job], Result | str]
 

@@ -41,8 +41,8 @@ from tasks import (
     Write,
     apps,
     capacity,
+    result_wait,
 )
-from tasks import client as client_module
 from tasks.payloads import Job, parse
 from tasks.protocol import DEFAULT_PRIORITY, QUEUE, SUBMITTED_AT
 from tasks.testing import canned
@@ -252,7 +252,7 @@ def test_a_wait_outlasts_a_restart_of_redis(client: Client, id: str, monkeypatch
 
 
 def test_a_redis_that_stays_away_ends_a_wait(client: Client, id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "AWAY_S", 0.05)
+    monkeypatch.setattr(result_wait, "AWAY_S", 0.05)
     away(client, math.inf, monkeypatch)
     with pytest.raises(redis.ConnectionError):
         client.result(id)
@@ -438,7 +438,7 @@ both_ways = pytest.mark.parametrize("make", [of_urls, of_an_app])
     ],
 )
 def test_a_broker_that_is_away_is_one_of_our_errors(make: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "AWAY_S", 0.0)
+    monkeypatch.setattr(result_wait, "AWAY_S", 0.0)
     monkeypatch.setitem(apps.RETRIES, "max_retries", 0)
     began = time.monotonic()
     with pytest.raises(BrokerUnavailable) as away:

@@ -1,0 +1,174 @@
+"""The client's calls that wait: submit jobs, read their results, look at the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Unpack
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from .apps import app_at, app_beside, reach
+from .broker_errors import with_our_errors
+from .capacity import Capacity
+from .errors import ConfigurationError, from_broker
+from .failed import FailedJob, FailedJobs
+from .outcomes import Outcome
+from .payloads import Job
+from .protocol import DEFAULT_PRIORITY, MAX_JOB_BYTES, QUEUE
+from .results import Result
+from .stored_results import forget, read_outcomes
+from .submission import SubmitOptions, Submitter
+from .submitted_job import Status, SubmittedJob
+from .worker_options import setup_of
+
+
+class BlockingClient:
+    """The calls of Client that wait for their answer; Client adds a twin of each for asyncio."""
+
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        *,
+        result_backend: str | None = None,
+        app: Celery | None = None,
+        queue: str = QUEUE,
+        max_queued: int | None = 100_000,
+        max_memory: float | None = 0.8,
+        check_callbacks: bool = True,
+        max_job_bytes: int = MAX_JOB_BYTES,
+    ) -> None:
+        """`result_backend` defaults to the database after the broker's, as the worker's settings do.
+
+        `queue` is that of the model that answers, where several share a broker: the workers' IDEFICS_QUEUE.
+
+        `submit` raises QueueFull where `max_queued` jobs wait, or where the broker has used more than `max_memory` of
+        its maxmemory: a broker that is full cannot take results either. None: no limit. It raises InvalidRequest for a
+        job of more than `max_job_bytes`: the worker's IDEFICS_MAX_JOB_BYTES less 100,000 for what Celery adds.
+
+        `check_callbacks` refuses, before it sends a job, a callback that workers with default settings refuse: turn it
+        off where your operator allows http, other ports or private networks.
+        """
+        if app is not None and (broker_url or result_backend):
+            raise ConfigurationError("Give a Celery app or URLs, not both: the app has URLs of its own.")
+        try:
+            self._app = app_beside(app) if app is not None else app_at(broker_url, result_backend)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
+        #: Yours, or one for the URLs.
+        self.app = app if app is not None else self._app
+        self._queue = queue
+        self._capacity = Capacity(self._app, max_queued, max_memory)
+        self._setup = setup_of(self._app)
+        self._submitter = Submitter(
+            self._app, queue, self._capacity, check_callbacks=check_callbacks, max_job_bytes=max_job_bytes
+        )
+
+    @property
+    def queue(self) -> str:
+        """Where its jobs go."""
+        return self._queue
+
+    @with_our_errors
+    def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]) -> SubmittedJob:
+        """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`.
+
+        With an `idempotency_key` that has a job already, that job is returned and nothing queued; raises InvalidRequest
+        where it has another payload. Raises QueueFull where the broker has no room, InvalidRequest for a callback
+        that may not be called, and ConfigurationError where the broker's workers would not see this app's jobs.
+        """
+        return self._submit(job, priority, {**options})
+
+    def _submit(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
+        sent = self._submitter.submit(job, priority, options)
+        return SubmittedJob(self.app.AsyncResult(sent.id), sent.queue, self._app)
+
+    @with_our_errors
+    def submit_many(
+        self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
+    ) -> list[SubmittedJob]:
+        """Queue jobs over one connection, in order. Whatever it raises holds those `submitted` before it."""
+        submitted: list[SubmittedJob] = []
+        with self._app.producer_pool.acquire(block=True) as producer:
+            try:
+                for job in jobs:
+                    submitted.append(self._submit(job, priority, {**options, "producer": producer}))
+            except Exception as error:
+                error.submitted = submitted  # type: ignore[attr-defined]
+                raise
+        return submitted
+
+    def ping(self) -> None:
+        """Raises BrokerUnavailable (a ConnectionError) where the broker cannot be reached in seconds.
+
+        So does every other call, but that a wait for a result outlasts a restart of Redis.
+        """
+        try:
+            with self._app.connection_for_write() as connection:
+                reach(connection)
+        except OperationalError as error:
+            raise from_broker(error) from None
+
+    def job(self, id: str) -> SubmittedJob:
+        """A job submitted earlier."""
+        return SubmittedJob(self.app.AsyncResult(id), self._queue, self._app)
+
+    def status(self, id: str) -> Status:
+        """How far a job submitted earlier is; see SubmittedJob.status."""
+        return self.job(id).status
+
+    def result(self, id: str, timeout: float | None = None) -> Result:
+        """The answer to a job submitted earlier; see SubmittedJob.result."""
+        return self.job(id).result(timeout)
+
+    def cancel(self, id: str) -> None:
+        """Take a job back; see SubmittedJob.cancel."""
+        self.job(id).cancel()
+
+    @with_our_errors
+    def outcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
+        """What those of these jobs that have ended ended with, read at once."""
+        return read_outcomes(self._app, ids)
+
+    @with_our_errors
+    def forget(self, ids: Iterable[str]) -> None:
+        """Delete these jobs' results, which would else lie in Redis until they expire."""
+        forget(self._app, ids)
+
+    @with_our_errors
+    def queued(self, priority: int | None = None) -> int:
+        """Jobs that wait in the queue, all or with one priority. Raises BrokerUnavailable where the broker is away.
+
+        Those that a worker has met before their time (`eta`, `countdown`) are not among them.
+        """
+        return self._capacity.queued(self._queue, priority)
+
+    @with_our_errors
+    def workers(self) -> list[str]:
+        """Names of the workers that take from the client's queue, for a health route: empty where jobs would wait.
+
+        One that was killed is listed for up to 15 seconds more. Raises BrokerUnavailable where the broker is away, and
+        ConfigurationError where it is no Redis.
+        """
+        return self._setup.workers(self._queue)
+
+    def failed(self) -> Iterator[FailedJob]:
+        """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
+        return _each(iter(FailedJobs(self._app)))
+
+    @with_our_errors
+    def retry(self, id: str, *, queue: str | None = None) -> SubmittedJob:
+        """Send a failed job again: it keeps its id, links and chain. Raises NotFound (a LookupError) where it is not
+        kept.
+
+        `queue`: where to, for a task of your own that was sent to our queue by mistake.
+        """
+        jobs = FailedJobs(self._app)
+        jobs.retry(jobs.get(id), queue)
+        return self.job(id)
+
+
+def _each(jobs: Iterator[FailedJob]) -> Iterator[FailedJob]:
+    read = with_our_errors(next)
+    while (job := read(jobs, None)) is not None:
+        yield job

@@ -1,0 +1,84 @@
+"""Waiting for a job's result, over a restart of Redis too."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from celery import Celery
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from .broker_errors import with_our_errors
+from .errors import JobTimeout
+from .outcomes import Outcome
+from .stored_results import read_outcome
+from .worker_options import setup_of
+
+#: Seconds between two looks at a result: short at first, since most jobs end within a second; then an answer waits for
+#: a tenth of its time at most.
+FIRST_PAUSE_S, LAST_PAUSE_S, PAUSE_GROWTH = 0.01, 0.25, 1.1
+#: Seconds that a wait bears with results' Redis that is away: it restarts within them.
+AWAY_S = 60.0
+#: Seconds between two looks of a wait at whether its answer can come.
+CHECK_S = 2.0
+
+
+class ResultWait:
+    """A wait for a job's end: polls its result, with growing pauses.
+
+    AsyncResult.get() waits on one subscription for all results of a process, which threads that wait at the same time
+    (a web server's) take from each other.
+    """
+
+    def __init__(self, app: Celery, id: str, queue: str, timeout: float | None) -> None:
+        self._app = app
+        self._id = id
+        self._queue = queue
+        self._timeout = timeout
+        self._pause_s = FIRST_PAUSE_S
+        self._setup = setup_of(app)
+        now = time.monotonic()
+        self._end = math.inf if timeout is None else now + timeout
+        self._answered_at = now
+        #: What the last look met, where Redis is away.
+        self._away: RedisError | None = None
+        self._checked_at = now
+
+    @with_our_errors
+    def look(self) -> Outcome | None:
+        """What it ended with, if it has.
+
+        Raises JobTimeout where the time is over, BrokerUnavailable where Redis is away then or has been for AWAY_S,
+        and ConfigurationError where no answer can come.
+        """
+        outcome = self._outcome()
+        if outcome is None:
+            self._check()
+        return outcome
+
+    def _check(self) -> None:
+        now = time.monotonic()
+        if self._away is not None and (now >= self._end or now - self._answered_at > AWAY_S):
+            raise self._away
+        if now >= self._end:
+            why = self._setup.why_no_answer(self._queue)
+            raise JobTimeout(f"Job {self._id} has no answer after {self._timeout} s, and goes on. {why}")
+        if now - self._checked_at >= CHECK_S:
+            self._checked_at = now
+            self._setup.check_reading()
+
+    def _outcome(self) -> Outcome | None:
+        try:
+            outcome = read_outcome(self._app, self._id)
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            self._away = error
+            return None
+        self._away, self._answered_at = None, time.monotonic()
+        return outcome
+
+    def pause_s(self) -> float:
+        """Seconds until the next look."""
+        pause, self._pause_s = self._pause_s, min(self._pause_s * PAUSE_GROWTH, LAST_PAUSE_S)
+        return min(pause, max(0.0, self._end - time.monotonic()))

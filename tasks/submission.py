@@ -1,0 +1,122 @@
+"""How a job reaches the queue: checked, once for each idempotency key, refused where there is no room."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypedDict
+
+from celery import Celery, states, uuid
+from celery.backends.redis import RedisBackend
+from kombu.exceptions import OperationalError
+from redis.exceptions import ResponseError
+
+from .availability import is_full
+from .capacity import Capacity
+from .errors import QueueFull
+from .idempotency import IdempotencyKeys
+from .payloads import Job, check_size
+from .protocol import HIDDEN, SUBMITTED_AT
+from .redis_keys import results_prefix
+from .webhooks import check_public
+from .worker_options import setup_of
+
+
+class SubmitOptions(TypedDict, total=False):
+    """Options of Celery's `apply_async` that a job may have."""
+
+    #: The job's id, else a random one.
+    task_id: str
+    #: Else the client's.
+    queue: str
+    #: Seconds before it starts, or when.
+    countdown: float
+    eta: datetime
+    #: Seconds, or when: a job that has not started by then does not start.
+    expires: float | datetime
+    #: Signatures of tasks that run at its end, with its result; and where it failed, with its id.
+    link: Any
+    link_error: Any
+    headers: dict[str, Any]
+    #: Seconds that it may run.
+    time_limit: float
+    soft_time_limit: float
+    #: Whether, and how, its message is sent again where the broker is away: see Celery's `retry_policy`.
+    retry: bool
+    retry_policy: dict[str, Any]
+    ignore_result: bool
+    compression: str
+    shadow: str
+    add_to_parent: bool
+    group_id: str
+    root_id: str
+    parent_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A job's id and the queue that it was sent to."""
+
+    id: str
+    queue: str
+
+
+class Submitter:
+    """Sends jobs over an app. Safe to share between threads."""
+
+    def __init__(
+        self, app: Celery, queue: str, capacity: Capacity, *, check_callbacks: bool, max_job_bytes: int
+    ) -> None:
+        self._app = app
+        self._queue = queue
+        self._capacity = capacity
+        self._check_callbacks = check_callbacks
+        self._max_job_bytes = max_job_bytes
+        self._setup = setup_of(app)
+
+    def submit(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
+        """Queue a job, or find the one that has its idempotency key already."""
+        if self._check_callbacks and job.callback is not None:
+            check_public(job.callback)
+        check_size(job, self._max_job_bytes)
+        if job.idempotency_key is None or not isinstance(self._app.backend, RedisBackend):
+            # Where the results are not in Redis, the workers hold to the key alone.
+            return self._send(job, priority, options)
+        queue, backend = options.get("queue", self._queue), self._app.backend
+        keys = IdempotencyKeys(
+            backend.client, backend.expires, getattr(queue, "name", queue), results_prefix(self._app)
+        )
+        claim = keys.claim(job, options.pop("task_id", None) or uuid(), is_sent=False)
+        if claim.is_started and self._app.backend.get_task_meta(claim.id, cache=False)["status"] == states.PENDING:
+            claim = keys.claim_again(job, claim)
+        if claim.is_sent:
+            return Sent(claim.id, self._queue)
+        sent = self._send(job, priority, {**options, "task_id": claim.id})
+        keys.confirm(job, claim)
+        return sent
+
+    def _send(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
+        queue = options.pop("queue", self._queue)
+        self._capacity.take(queue)
+        self._setup.check_sending()
+        try:
+            result = self._app.send_task(
+                job.task,
+                kwargs=job.arguments(),
+                queue=queue,
+                priority=priority,
+                # Whatever the app's default: the workers read nothing else.
+                serializer="json",
+                headers={SUBMITTED_AT: time.time(), **options.pop("headers", {})},
+                **HIDDEN,
+                **options,
+            )
+        except (OperationalError, ResponseError) as error:
+            if is_full(error):
+                raise QueueFull(
+                    f"The broker is full and refused the job ({error}): submit it later, add workers, "
+                    "or give the server more memory or disk."
+                ) from error
+            raise
+        return Sent(result.id, getattr(queue, "name", queue))

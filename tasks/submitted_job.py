@@ -1,0 +1,119 @@
+"""A submitted job: its status, its result, its cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Literal
+
+from celery import Celery, states
+from celery.backends.redis import RedisBackend
+from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from .broker_errors import with_our_errors
+from .outcomes import Outcome
+from .protocol import CANCEL_TTL_S, QUEUE
+from .redis_keys import CANCELLATION, results_prefix
+from .result_wait import ResultWait
+from .results import Result
+from .stored_results import readable_backend
+from .worker_options import setup_of
+
+Status = Literal["starting", "processing", "succeeded", "failed", "canceled"]
+
+_STATUS: dict[str, Status] = {
+    states.PENDING: "starting",
+    states.RECEIVED: "starting",
+    states.STARTED: "processing",
+    states.RETRY: "processing",
+    states.SUCCESS: "succeeded",
+    states.FAILURE: "failed",
+    states.REVOKED: "canceled",
+}
+
+
+class SubmittedJob:
+    """A job on its way. Keep its `id`: `Client.job(id)` finds it again from any process."""
+
+    def __init__(self, outcome: AsyncResult[Any], queue: str = QUEUE, app: Celery | None = None) -> None:
+        """`app`: the one to ask by, where it is not the handle's own."""
+        #: Celery's own handle, for whatever Celery can do.
+        self.async_result = outcome
+        self.id: str = outcome.id
+        self._queue = queue
+        self._app: Celery = app or outcome.app
+
+    def __repr__(self) -> str:
+        return f"SubmittedJob({self.id!r})"
+
+    @property
+    @with_our_errors
+    def status(self) -> Status:
+        """`starting` (it waits), `processing` (it runs or is retried), `succeeded`, `failed` or `canceled`.
+
+        `starting` also stands for an id that nobody has submitted, since Celery cannot tell them apart, and for a job
+        that was canceled and that no worker has met since.
+
+        Raises ConfigurationError where the app's results are not the workers'.
+        """
+        state = readable_backend(self._app).get_task_meta(self.id)["status"]
+        if state == states.PENDING:
+            setup_of(self._app).check_reading()
+        return _STATUS.get(state, "processing")
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the answer, at most `timeout` seconds. A wait outlasts a restart of Redis.
+
+        Raises the job's JobError, JobCanceled, or JobTimeout (a TimeoutError), after which the job goes on;
+        BrokerUnavailable where Redis is away when the time is over, or for a minute; ConfigurationError where the
+        app's options are not the workers', so that no answer can come.
+        """
+        wait = ResultWait(self._app, self.id, self._queue, timeout)
+        while (outcome := wait.look()) is None:
+            time.sleep(wait.pause_s())
+        return _answer(outcome)
+
+    async def aresult(self, timeout: float | None = None) -> Result:
+        """`result` for asyncio: no thread waits meanwhile."""
+        wait = ResultWait(self._app, self.id, self._queue, timeout)
+        while (outcome := await asyncio.to_thread(wait.look)) is None:
+            await asyncio.sleep(wait.pause_s())
+        return _answer(outcome)
+
+    async def astatus(self) -> Status:
+        """`status` for asyncio."""
+        return await asyncio.to_thread(lambda: self.status)
+
+    async def acancel(self) -> None:
+        """`cancel` for asyncio."""
+        await asyncio.to_thread(self.cancel)
+
+    @with_our_errors
+    def cancel(self) -> None:
+        """Take the job back: it does not start, or ends at its next step, and JobCanceled has its text so far."""
+        # The key reaches workers that are not there yet, and needs no right to Celery's mailbox; that one is faster.
+        is_noted = self._note_cancellation()
+        try:
+            self._app.control.revoke(self.id, terminate=True)
+        except (OperationalError, RedisError):
+            if not is_noted:
+                raise
+
+    def _note_cancellation(self) -> bool:
+        backend = self._app.backend
+        if not isinstance(backend, RedisBackend):
+            return False
+        try:
+            name = results_prefix(self._app) + CANCELLATION.named(self.id)
+            backend.client.set(name, 1, ex=CANCEL_TTL_S)
+        except RedisError:
+            return False
+        return True
+
+
+def _answer(outcome: Outcome) -> Result:
+    if isinstance(outcome, Result):
+        return outcome
+    raise outcome
