@@ -21,6 +21,7 @@ from tasks.outbox import Outbox, connect
 from tasks.protocol import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from worker.delivery.dispatcher import CallbackDispatcher
 from worker.observability import log_setup
+from worker.queue.servers import BrokerCheck
 from worker.runtime.exit_watchdog import ExitInTime, Held
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ override_error = drop_overrides(os.environ, settings)
 class DispatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Starts and stops the dispatcher with Celery's worker."""
 
-    requires = ("celery.worker.components:Pool",)
+    requires = (BrokerCheck,)
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
@@ -80,7 +81,7 @@ def _app() -> Celery:
     # own, and does not look for messages to redeliver.
     app.conf.control_exchange = "idefics.callbacks"
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "ack_emulation": False}
-    app.steps["worker"].update([DispatcherStep, DispatcherExitInTime])
+    app.steps["worker"].update([BrokerCheck, DispatcherStep, DispatcherExitInTime])
     return app
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +84,35 @@ def test_a_redis_that_will_never_do_ends_the_start_with_the_cure(
     assert names in reason
     assert cure in reason
     assert reason in (tmp_path / "log").read_text()
+
+
+def test_a_callbacks_worker_whose_redis_will_never_do_ends_with_the_cure(broker: stack.Broker, tmp_path: Path) -> None:
+    with _callbacks_worker(tmp_path, f"redis://127.0.0.1:{broker.port}/99") as process:
+        assert process.wait(PATIENCE_S) != 0
+    log = (tmp_path / "log").read_text()
+    assert re.search("IDEFICS_BROKER_URL .*use a lower one.*The worker stops", log)
+    assert "Traceback" not in log
+
+
+def test_a_callbacks_worker_waits_for_a_redis_that_is_not_there_yet(tmp_path: Path) -> None:
+    port = stack.free_port()
+    with _callbacks_worker(tmp_path, f"redis://127.0.0.1:{port}/0") as process:
+        eventually(lambda: "the worker waits for it" in (tmp_path / "log").read_text())
+        with stack.broker(port=port):
+            stack.await_line(process, tmp_path / "log", " ready.", PATIENCE_S)
+    with _callbacks_worker(tmp_path, f"redis://127.0.0.1:{port}/0") as process:
+        eventually(lambda: (tmp_path / "log").read_text().count("the worker waits for it") == 2)
+        process.terminate()
+        process.wait(PATIENCE_S / 2)
+
+
+@contextmanager
+def _callbacks_worker(folder: Path, broker: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
+    environment |= {"IDEFICS_BROKER_URL": broker}
+    command = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker"]
+    with stack.started(command, log=folder / "log", environment=environment) as process:
+        yield process
 
 
 def test_a_wrong_password_ends_the_start_and_is_not_repeated(tmp_path: Path) -> None:

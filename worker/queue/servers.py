@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from celery import Celery
-from celery.exceptions import ImproperlyConfigured
+from celery import Celery, bootsteps
+from celery.exceptions import ImproperlyConfigured, WorkerShutdown
+from celery.platforms import EX_FAILURE
+from celery.worker import state as worker_state
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
 from tasks.availability import is_away
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 #: Seconds between two tries, and between two lines of the log about a server that is away.
 RETRY_S = 0.5
 COMPLAIN_S = 10.0
+#: Seconds between two looks at what the servers have answered.
+LOOK_S = 0.05
 
 _CURES = (
     ("db index", "the database's number is beyond the server's `databases`: use a lower one, or raise it there"),
@@ -114,12 +118,36 @@ class ServersCheck:
 
 def servers(app: Celery) -> dict[str, Callable[[], Any]]:
     """An app's two servers, each with a call that has an answer of it. By threads."""
+    results = f"The results' Redis, IDEFICS_RESULT_BACKEND ({app.backend.as_uri().rpartition('+')[2]})"
+    return {**broker(app), results: lambda: app.backend.client.ping()}
+
+
+def broker(app: Celery) -> dict[str, Callable[[], Any]]:
+    """The first of them."""
 
     def ask_broker() -> None:
         with app.connection_for_write() as connection:
             # A channel's first word is PING.
             connection.connect()
 
-    broker = f"The queues' Redis, IDEFICS_BROKER_URL ({app.connection_for_write().as_uri()})"
-    results = f"The results' Redis, IDEFICS_RESULT_BACKEND ({app.backend.as_uri().rpartition('+')[2]})"
-    return {broker: ask_broker, results: lambda: app.backend.client.ping()}
+    return {f"The queues' Redis, IDEFICS_BROKER_URL ({app.connection_for_write().as_uri()})": ask_broker}
+
+
+class BrokerCheck(bootsteps.StartStopStep):  # type: ignore[misc]
+    """For a worker that needs the queues' Redis alone: its start waits for it, and ends where it cannot be used."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, worker: Any) -> None:
+        """Raises WorkerShutdown."""
+        check = ServersCheck(broker(worker.app))
+        check.start()
+        try:
+            while not check.have_answered:
+                if check.wrong:
+                    logger.critical("%s The worker stops.", check.wrong)
+                    raise WorkerShutdown(EX_FAILURE)
+                worker_state.maybe_shutdown()
+                time.sleep(LOOK_S)
+        finally:
+            check.stop()
