@@ -21,7 +21,7 @@ from celery import Celery
 
 from . import outbox_scripts as scripts
 from .outbox_scripts import AT_ONCE, BYTES, DELIVERED, DISABLED, FAILED, GIVEN_UP, HOSTS, SIZES
-from .redis_keys import DELIVERY, PENDING_DELIVERIES
+from .redis_keys import DELIVERY, PENDING_DELIVERIES, broker_prefix
 
 #: A batched delivery is part of another one.
 State = Literal["pending", "delivered", "failed", "batched"]
@@ -104,6 +104,11 @@ def batch_id(members: Iterable[str]) -> str:
     return delivery_id("\n".join(sorted(members)), "job.batch")
 
 
+def outbox_of(app: Celery) -> Outbox:
+    """That of an app's broker."""
+    return Outbox(connect(app), prefix=broker_prefix(app))
+
+
 def connect(app: Celery, client: type[redis.Redis] = redis.Redis) -> redis.Redis:
     """The Redis of an app's queues, whatever its URL's scheme, with the app's own options."""
     with app.connection_for_write() as connection:
@@ -117,11 +122,16 @@ class Outbox:
     """Every change is one step in Redis, so that a kill leaves a delivery before it or after it."""
 
     def __init__(
-        self, client: redis.Redis, bounds: Bounds | None = None, tell: Callable[[str, int], None] | None = None
+        self,
+        client: redis.Redis,
+        bounds: Bounds | None = None,
+        tell: Callable[[str, int], None] | None = None,
+        prefix: str = "",
     ) -> None:
-        """`tell` hears for which host's delivery how many others were given up."""
+        """`tell` hears for which host's delivery how many others were given up; `prefix` stands before all keys."""
         # redis-py types each answer as an awaitable too.
         self._redis: Any = client
+        self._prefix = prefix
         self._bounds = bounds or Bounds()
         self._tell = tell
         self._add = self._script(scripts.ADD)
@@ -134,7 +144,15 @@ class Outbox:
         self._recount = self._script(scripts.RECOUNT)
 
     def _script(self, text: str) -> Any:
-        return self._redis.register_script(scripts.COMMON + text)
+        # A string of JSON is one of Lua.
+        return self._redis.register_script(f"local prefix = {json.dumps(self._prefix)}\n{scripts.COMMON}{text}")
+
+    def _key(self, name: str) -> str:
+        return self._prefix + name
+
+    def _keys(self, delivery: Delivery) -> list[str]:
+        names = (DELIVERY.named(delivery.id), PENDING_DELIVERIES.named(delivery.host), HOSTS)
+        return [self._key(name) for name in names]
 
     def add(self, delivery: Delivery, wait_s: float = 0.0) -> bool:
         """Record a delivery, due in so many seconds. False where it is already there."""
@@ -142,7 +160,7 @@ class Outbox:
         pairs = _pairs({**asdict(delivery), "created": now, "changed": now})
         bounds = [self._bounds.host_bytes, self._bounds.bytes, self._bounds.keep_s]
         is_added, given_up = self._add(
-            _keys(delivery), [*_arguments(delivery), wait_s, size_of(delivery), *bounds, *pairs]
+            self._keys(delivery), [*_arguments(delivery), wait_s, size_of(delivery), *bounds, *pairs]
         )
         if given_up and self._tell is not None:
             self._tell(delivery.host, given_up)
@@ -176,7 +194,7 @@ class Outbox:
             # Hosts that are read, beyond those that are passed over.
             "window": known + len(busy or {}) + free,
         }
-        ids = self._claim([HOSTS], [PENDING_S, uuid.uuid4().hex, lease_s, json.dumps(plan)])
+        ids = self._claim([self._key(HOSTS)], [PENDING_S, uuid.uuid4().hex, lease_s, json.dumps(plan)])
         return self.read([id.decode() for id in ids])
 
     def put_back(self, delivery: Delivery) -> bool:
@@ -198,7 +216,7 @@ class Outbox:
     ) -> bool:
         pairs = _pairs({"changed": time.time(), **(changes or {})})
         arguments = [*_arguments(delivery), delivery.token, into, wait_s, ttl_s, *pairs]
-        return bool(self._settle(_keys(delivery), arguments))
+        return bool(self._settle(self._keys(delivery), arguments))
 
     def batch(self, batch: Delivery, members: Sequence[Delivery], lease_s: float, keep_s: int) -> bool:
         """Let a delivery, claimed from the start, take the place of claimed ones to the same host."""
@@ -206,7 +224,7 @@ class Outbox:
         pairs = _pairs({**asdict(batch), "created": now, "changed": now})
         ids = [member.id for member in members]
         numbers = [batch.token, lease_s, keep_s, size_of(batch), len(ids)]
-        return bool(self._batch(_keys(batch), [*_arguments(batch), *numbers, *ids, *pairs]))
+        return bool(self._batch(self._keys(batch), [*_arguments(batch), *numbers, *ids, *pairs]))
 
     def replay(self, id: str) -> bool:
         """Attempt a delivery again from its first attempt on, at once and under its id. False where it is not there.
@@ -218,14 +236,14 @@ class Outbox:
             return False
         if found[0].state == "batched":
             return self.replay(found[0].batch)
-        self._redis.zrem(DISABLED, found[0].url)
-        return bool(self._replay(_keys(found[0]), [*_arguments(found[0]), size_of(found[0])]))
+        self._redis.zrem(self._key(DISABLED), found[0].url)
+        return bool(self._replay(self._keys(found[0]), [*_arguments(found[0]), size_of(found[0])]))
 
     def read(self, ids: Iterable[str]) -> list[Delivery]:
         """Those that are still there."""
         with self._redis.pipeline(transaction=False) as pipeline:
             for id in ids:
-                pipeline.hgetall(_record(id))
+                pipeline.hgetall(self._key(DELIVERY.named(id)))
             return [_delivery(found) for found in pipeline.execute() if found]
 
     def listed(self, state: str, limit: int) -> list[Delivery]:
@@ -235,7 +253,7 @@ class Outbox:
     def ids(self, state: str) -> list[str]:
         """Those of `listed`, all."""
         if state in ENDED:
-            return [id.decode() for id in self._redis.zrevrange(ENDED[state], 0, -1)]
+            return [id.decode() for id in self._redis.zrevrange(self._key(ENDED[state]), 0, -1)]
         pending = self._each_host("zrange", 0, -1, withscores=True)
         return [id.decode() for id, _ in sorted(itertools.chain(*pending), key=lambda found: found[1])]
 
@@ -243,73 +261,61 @@ class Outbox:
         """How many of each state there are, and how many of the failed ones were given up, if any were, since they did
         not fit."""
         pending = sum(self._each_host("zcard"))
-        given_up = int(self._redis.hget(BYTES, GIVEN_UP) or 0)
-        found = {"pending": pending, **{state: int(self._redis.zcard(key)) for state, key in ENDED.items()}}
+        given_up = int(self._redis.hget(self._key(BYTES), GIVEN_UP) or 0)
+        found = {"pending": pending, **{state: int(self._redis.zcard(self._key(key))) for state, key in ENDED.items()}}
         return {**found, "given_up": given_up} if given_up else found
 
     def bytes(self) -> dict[str, int]:
         """Of each host's pending deliveries; those with most come first."""
-        found = {name.decode(): int(size) for name, size in self._redis.hgetall(BYTES).items()}
+        found = {name.decode(): int(size) for name, size in self._redis.hgetall(self._key(BYTES)).items()}
         hosts = {name: size for name, size in found.items() if not name.startswith(" ")}
         return dict(sorted(hosts.items(), key=lambda each: -each[1]))
 
     def recount(self) -> int:
         """Count the bytes anew, in case that somebody removed a key or recorded without counting; of pending ones."""
-        hosts = {host.decode() for host in self._redis.zrange(HOSTS, 0, -1)} | set(self.bytes())
+        hosts = {host.decode() for host in self._redis.zrange(self._key(HOSTS), 0, -1)} | set(self.bytes())
         for host in hosts:
-            self._recount_host([HOSTS], [PENDING_S, host, OVERHEAD_BYTES])
-        return int(self._recount([BYTES, SIZES], [PENDING_S]))
+            self._recount_host([self._key(HOSTS)], [PENDING_S, host, OVERHEAD_BYTES])
+        return int(self._recount([self._key(BYTES), self._key(SIZES)], [PENDING_S]))
 
     def _each_host(self, command: str, *arguments: Any, **options: Any) -> list[Any]:
         with self._redis.pipeline(transaction=False) as pipeline:
-            for host in self._redis.zrange(HOSTS, 0, -1):
-                getattr(pipeline, command)(PENDING_DELIVERIES.named(host.decode()), *arguments, **options)
+            for host in self._redis.zrange(self._key(HOSTS), 0, -1):
+                getattr(pipeline, command)(self._key(PENDING_DELIVERIES.named(host.decode())), *arguments, **options)
             return list(pipeline.execute())
 
     def disable(self, url: str, seconds: float) -> None:
         """Let no delivery to a URL be attempted for so long."""
         now = time.time()
         with self._redis.pipeline() as pipeline:
-            pipeline.zadd(DISABLED, {url: now + seconds})
-            pipeline.zremrangebyscore(DISABLED, "-inf", now)
-            pipeline.zremrangebyrank(DISABLED, 0, -MAX_DISABLED - 1)
-            pipeline.expire(DISABLED, int(seconds) + 1)
+            pipeline.zadd(self._key(DISABLED), {url: now + seconds})
+            pipeline.zremrangebyscore(self._key(DISABLED), "-inf", now)
+            pipeline.zremrangebyrank(self._key(DISABLED), 0, -MAX_DISABLED - 1)
+            pipeline.expire(self._key(DISABLED), int(seconds) + 1)
             pipeline.execute()
 
     def enable(self, url: str) -> bool:
-        return bool(self._redis.zrem(DISABLED, url))
+        return bool(self._redis.zrem(self._key(DISABLED), url))
 
     def is_disabled(self, url: str) -> bool:
-        until = self._redis.zscore(DISABLED, url)
+        until = self._redis.zscore(self._key(DISABLED), url)
         return until is not None and float(until) > time.time()
 
     def disabled(self) -> dict[str, float]:
         """URLs that answered 410, and until when (unix seconds) they get nothing."""
-        found = self._redis.zrangebyscore(DISABLED, time.time(), "+inf", withscores=True)
+        found = self._redis.zrangebyscore(self._key(DISABLED), time.time(), "+inf", withscores=True)
         return {url.decode(): until for url, until in found}
 
     def trim(self, keep_s: int) -> None:
         """Forget ended deliveries that are too old, too many or too large together."""
         for state, most in (("delivered", MAX_DELIVERED), ("failed", MAX_FAILED)):
-            while self._trim([ENDED[state]], [state, keep_s, most, MAX_ENDED_BYTES]) >= AT_ONCE:
+            while self._trim([self._key(ENDED[state])], [state, keep_s, most, MAX_ENDED_BYTES]) >= AT_ONCE:
                 """More are left."""
 
 
 def size_of(delivery: Delivery) -> int:
     """Bytes that it takes in Redis, about."""
     return len(delivery.body.encode()) + len(delivery.url.encode()) + OVERHEAD_BYTES
-
-
-def _record(id: str) -> str:
-    return DELIVERY.named(id)
-
-
-def _pending(delivery: Delivery) -> str:
-    return PENDING_DELIVERIES.named(delivery.host)
-
-
-def _keys(delivery: Delivery) -> list[str]:
-    return [_record(delivery.id), _pending(delivery), HOSTS]
 
 
 def _arguments(delivery: Delivery) -> list[Any]:

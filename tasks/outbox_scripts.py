@@ -32,13 +32,13 @@ AT_ONCE = 1_000
 
 # The server's clock counts: workers' may differ by more than a lease.
 COMMON = f"""
-local hosts, oldest, sizes, bytes = '{HOSTS}', '{OLDEST}', '{SIZES}', '{BYTES}'
-local ended = {{delivered = '{DELIVERED}', failed = '{FAILED}'}}
+local hosts, oldest, sizes, bytes = prefix .. '{HOSTS}', prefix .. '{OLDEST}', prefix .. '{SIZES}', prefix .. '{BYTES}'
+local ended = {{delivered = prefix .. '{DELIVERED}', failed = prefix .. '{FAILED}'}}
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1000000
-local function record_of(id) return '{redis_keys.DELIVERY.prefix}' .. id end
-local function pending_of(host) return '{redis_keys.PENDING_DELIVERIES.prefix}' .. host end
-local function ages_of(host) return '{redis_keys.DELIVERY_AGES.prefix}' .. host end
+local function record_of(id) return prefix .. '{redis_keys.DELIVERY.prefix}' .. id end
+local function pending_of(host) return prefix .. '{redis_keys.PENDING_DELIVERIES.prefix}' .. host end
+local function ages_of(host) return prefix .. '{redis_keys.DELIVERY_AGES.prefix}' .. host end
 
 -- A key of ours with another type is nothing of ours.
 local function remove_unless(readable, key, ...)
@@ -47,7 +47,7 @@ local function remove_unless(readable, key, ...)
   if is_wrong then redis.call('DEL', key) end
 end
 local function ensure_types(host, id)
-  local sorted_sets = {{hosts, oldest, ended.delivered, ended.failed, '{DISABLED}'}}
+  local sorted_sets = {{hosts, oldest, ended.delivered, ended.failed, prefix .. '{DISABLED}'}}
   for _, key in ipairs(sorted_sets) do remove_unless('ZCARD', key) end
   for _, key in ipairs({{sizes, bytes}}) do remove_unless('HGET', key, '') end
   if host then

@@ -17,7 +17,7 @@ from celery.signals import setup_logging, worker_init
 
 from config.celery import configuration, drop_overrides
 from config.settings import load
-from tasks.outbox import Outbox, connect
+from tasks.outbox import outbox_of
 from tasks.protocol import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from worker.delivery.dispatcher import CallbackDispatcher
 from worker.observability import log_setup
@@ -42,7 +42,7 @@ class DispatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._dispatcher: CallbackDispatcher | None = None
 
     def start(self, worker: Any) -> None:
-        self._dispatcher = CallbackDispatcher(Outbox(connect(worker.app)), settings)
+        self._dispatcher = CallbackDispatcher(outbox_of(worker.app), settings)
         self._dispatcher.start()
         if not settings.callback_keys:
             logger.warning(

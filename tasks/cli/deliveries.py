@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..outbox import STATES, Delivery, Outbox, connect
+from ..outbox import STATES, Delivery, outbox_of
 from .console import CommandError, echo, echo_json, echo_rows, json_option
 
 
@@ -17,7 +17,7 @@ from .console import CommandError, echo, echo_json, echo_rows, json_option
 def deliveries(context: click.Context) -> None:
     """The callbacks' deliveries."""
     client = context.obj
-    context.obj = lambda: Outbox(connect(client().app))
+    context.obj = lambda: outbox_of(client().app)
 
 
 @deliveries.command("ls")

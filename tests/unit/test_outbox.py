@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from config.settings import Settings
 from tasks import outbox as outboxes
 from tasks.cli import main
-from tasks.outbox import Delivery, Outbox, batch_id, delivery_id
+from tasks.outbox import Bounds, Delivery, Outbox, batch_id, delivery_id
 from tests.receiver import SECRET
 from worker.delivery import dispatcher
 from worker.delivery.batching import admit, group_by_target
@@ -65,6 +65,27 @@ def test_a_job_that_was_delivered_is_not_recorded_again(outbox: Outbox) -> None:
     outbox.end(found, "delivered", "status 204", KEEP_S)
     assert not outbox.add(delivery())
     assert claimed(outbox) == []
+
+
+def test_two_outboxes_with_prefixes_share_nothing(outbox: Outbox, broker: stack.Broker) -> None:
+    with broker.connect(7) as client:
+        mine = Outbox(client, Bounds(keep_s=60), prefix="mine:")
+        for number in range(3):
+            mine.add(delivery(number))
+        assert (outbox.counts()["pending"], outbox.claim(10, 60)) == (0, [])
+        first, second, third = mine.claim(10, 60)
+        assert mine.again(first, 60, "status 503")
+        assert mine.end(second, "failed", "status 503", KEEP_S)
+        assert mine.replay(second.id)
+        batch = replace(third, id=batch_id([third.id]), event="job.batch")
+        assert mine.batch(batch, [third], 60, KEEP_S)
+        mine.disable("https://shop.test/gone", 60)
+        assert list(mine.disabled()) == ["https://shop.test/gone"]
+        (again, *_) = mine.claim(10, 60)
+        assert mine.end(again, "delivered", "status 204", KEEP_S)
+        assert mine.recount() > 0
+        mine.trim(KEEP_S)
+        assert {key[:23] for key in client.scan_iter()} == {b"mine:idefics:callbacks:"}
 
 
 def test_ids_tell_jobs_and_events_apart_and_are_the_same_each_time() -> None:
@@ -382,7 +403,7 @@ def test_deliveries_that_are_due_together_are_sent_as_batches(outbox: Outbox) ->
 @pytest.fixture
 def listed(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> Outbox:
     """With one delivery of each kind; the commands read it."""
-    monkeypatch.setattr("tasks.cli.deliveries.connect", lambda app: outbox._redis)
+    monkeypatch.setattr("tasks.cli.deliveries.outbox_of", lambda app: outbox)
     for number, url in enumerate(["https://shop.test/s3cr3t?a=s3cr3t"] * 3):
         outbox.add(delivery(number, url))
     delivered, failed = outbox.claim(2, 60)

@@ -211,7 +211,7 @@ def test_the_next_log_line_counts_those_given_up_since_the_last(caplog: pytest.L
 
 
 def test_the_hosts_with_most_are_listed(client: Any, broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.cli.deliveries.connect", lambda app: client)
+    monkeypatch.setattr("tasks.cli.deliveries.outbox_of", lambda app: Outbox(client))
     outbox = bounded(client, host=2)
     outbox.add(delivery(9, url="https://a.test/hook"))
     for number in range(3):

@@ -24,6 +24,7 @@ from tasks.errors import InvalidRequest, from_exception
 from tasks.outbox import Bounds, Delivery, Outbox, connect, delivery_id
 from tasks.payload_fields import checked_metadata
 from tasks.payloads import Callback
+from tasks.redis_keys import broker_prefix
 from worker.delivery.policy import check
 from worker.queue.patience import PatientRedis, patiently
 from worker.queue.result_backend import is_of_another
@@ -141,7 +142,8 @@ class CallbackRecorder:
                 self._settings.callback_max_pending_bytes,
                 self._settings.callback_keep_s,
             )
-            outbox = Outbox(patiently(lambda: connect(self._app, PatientRedis)), bounds, self._given_up.add)
+            client = patiently(lambda: connect(self._app, PatientRedis))
+            outbox = Outbox(client, bounds, self._given_up.add, broker_prefix(self._app))
             with self._lock:
                 self._outbox = self._outbox or outbox
         return self._outbox
