@@ -18,7 +18,7 @@ from celery.backends.redis import RedisBackend
 from kombu.utils import json as kombu_json
 
 from .errors import ConfigurationError, InvalidRequest, NotFound
-from .protocol import HIDDEN, QUEUE, SUBMITTED_AT
+from .protocol import CONTINUES, HIDDEN, QUEUE, SUBMITTED_AT
 from .redis_keys import (
     FAILED,
     FAILED_ABOUT,
@@ -208,7 +208,8 @@ def _address(again: Any, queue: str | None) -> None:
     if not (options.get("queue") or options.get("exchange")):
         options["queue"] = QUEUE
     # Its deadline counts from now on.
-    options["headers"] = {**(options.get("headers") or {}), SUBMITTED_AT: time.time()}
+    kept = {name: value for name, value in (options.get("headers") or {}).items() if name != CONTINUES}
+    options["headers"] = {**kept, SUBMITTED_AT: time.time()}
     options.update(HIDDEN)
 
 

@@ -13,6 +13,8 @@ CALLBACK_QUEUE = "idefics.callbacks"
 DEFAULT_PRIORITY = 5
 #: The message header with the producer's clock (unix seconds) at submission.
 SUBMITTED_AT = "idefics_submitted_at"
+#: The message header of a job that a worker has sent back to its queue itself: it goes on with its submission.
+CONTINUES = "idefics_continues"
 #: What logs, events and monitors show of a job's arguments: no prompt, no signed URL. Celery's options.
 HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
 #: Seconds that the key of a cancellation stays (tasks/redis_keys.py): longer than a job waits, for its `eta` too.

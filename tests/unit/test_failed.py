@@ -21,7 +21,7 @@ from tasks.cli.failed import Selection, age
 from tasks.cli.failed import failed as command
 from tasks.cli.redaction import redacted
 from tasks.failed import KEYS, Bounds, FailedJob, FailedJobs
-from tasks.protocol import SUBMITTED_AT
+from tasks.protocol import CONTINUES, SUBMITTED_AT
 from worker.demo.stack import Broker
 from worker.queue.dead_letters import keep_failures
 
@@ -270,12 +270,17 @@ def test_a_list_of_which_a_key_was_deleted_takes_new_jobs(app: Celery, broker: B
 
 def test_a_job_is_sent_again_as_it_was(client: Client, jobs: FailedJobs, broker: Broker) -> None:
     link = signature("link")
-    jobs.keep(job("a"), signature("a", link=[link], headers={"trace": "x", SUBMITTED_AT: 5.0}, expires=6.0), WIDE)
+    jobs.keep(
+        job("a"),
+        signature("a", link=[link], headers={"trace": "x", SUBMITTED_AT: 5.0, CONTINUES: True}, expires=6.0),
+        WIDE,
+    )
     client.app.backend.store_result("a", ValueError("x"), states.FAILURE)
     assert client.retry("a").id == "a"
     sent = message(broker)
     assert (sent["headers"]["id"], sent["headers"]["task"]) == ("a", "idefics.caption")
     assert sent["headers"]["trace"] == "x"
+    assert CONTINUES not in sent["headers"]
     assert sent["headers"]["expires"] is None
     assert abs(sent["headers"][SUBMITTED_AT] - time.time()) < 10
     assert URL not in sent["headers"]["kwargsrepr"]

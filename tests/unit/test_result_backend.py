@@ -19,6 +19,7 @@ from kombu.exceptions import OperationalError
 
 from tasks.errors import InvalidRequest
 from tasks.failed import forget
+from tasks.protocol import CONTINUES
 from tasks.redis_keys import CANCELLATION
 from worker.demo import stack
 from worker.queue import patience
@@ -393,10 +394,13 @@ def test_an_old_end_that_a_later_submission_of_the_same_has_is_that_ones(backend
     assert plain.get_task_meta(id, cache=False)["date_done"] == told["date_done"]
 
 
-def test_a_retry_takes_the_record_of_another_submission_over_by_no_means(backend: Any, plain: Any, id: str) -> None:
+@pytest.mark.parametrize("again", [{"retries": 1}, {CONTINUES: True}])
+def test_a_run_that_goes_on_takes_the_record_of_another_submission_over_by_no_means(
+    backend: Any, plain: Any, id: str, again: dict[str, Any]
+) -> None:
     assert backend.start(asking(id, "one", taken=1e9), is_stored=True) is None
     ran(backend, asking(id, "two", taken=1e9 + 1))
-    retry = asking(id, "one", retries=1, taken=1e9 + 2)
+    retry = asking(id, "one", taken=1e9 + 2, **again)
     assert backend.start(retry, is_stored=True) is None
     end(backend, id, "FAILURE", retry)
     assert plain.get_state(id) == "SUCCESS"

@@ -17,7 +17,7 @@ from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import Job, parse
-from tasks.protocol import HIDDEN, SUBMITTED_AT
+from tasks.protocol import CONTINUES, HIDDEN, SUBMITTED_AT
 from tasks.redis_keys import results_prefix
 from tasks.results import Result
 from tasks.routing import priority_for
@@ -189,7 +189,7 @@ class JobTask(Task):  # type: ignore[misc]
         if job.deadline_s and submitted_at and time.time() > submitted_at + job.deadline_s:
             raise DeadlineExceeded(f"The deadline passed while {why}: allow more time.")
         # The deadline counts from the first submission.
-        headers = {**(self.request.headers or {}), SUBMITTED_AT: submitted_at}
+        headers = {**(self.request.headers or {}), SUBMITTED_AT: submitted_at, CONTINUES: True}
         again = self.signature_from_request(countdown=countdown, retries=self.request.retries, headers=headers)
         again.apply_async()
         raise Retry(f"The job runs again later: {why}.", when=countdown)

@@ -38,6 +38,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from tasks.availability import is_away
 from tasks.errors import Internal, JobError
+from tasks.protocol import CONTINUES
 from tasks.redis_keys import CANCELLATION, results_prefix
 from worker.observability.redaction import without_values
 from worker.queue.patience import PatientRedis
@@ -138,8 +139,8 @@ def taken_text(message: Any) -> str:
 
 def asked_by(request: Any, *, begins: bool = False) -> Asked:
     """What a checked request asks for."""
-    # A retry continues the submission that its first run began.
-    begins = begins and not request.get("retries")
+    # A retry, or a job that a worker sent back, continues the submission that its first run began.
+    begins = begins and not request.get("retries") and not request.get(CONTINUES)
     digest = digest_of(request.get("task"), request.args, request.kwargs)
     return Asked(digest, begins, _as_text((request.delivery_info or {}).get(TAKEN_AT)))
 

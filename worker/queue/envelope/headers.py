@@ -6,7 +6,7 @@ from typing import Any
 
 from celery.app.task import Context
 
-from tasks.protocol import SUBMITTED_AT
+from tasks.protocol import CONTINUES, SUBMITTED_AT
 from worker.queue.envelope import forms
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
 from worker.queue.envelope.fields import is_label
@@ -56,6 +56,7 @@ HEADERS: dict[str, Form] = {
     "headers": _CUSTOM,
     "redelivered": forms.FLAG,
     SUBMITTED_AT: forms.UNIX_SECONDS,
+    CONTINUES: forms.FLAG,
 }
 
 #: What Celery overwrites, and what only its first protocol has.
@@ -106,7 +107,9 @@ OPTIONS: dict[str, Form] = {
 NESTED = {"link", "link_error", "chain", "chord"}
 
 #: Names that a producer's own headers cannot have: Celery would read them as its own.
-RESERVED = frozenset({*HEADERS, *NESTED, *dir(Context), "callbacks", "errbacks"} - {SUBMITTED_AT, "redelivered"})
+RESERVED = frozenset(
+    {*HEADERS, *NESTED, *dir(Context), "callbacks", "errbacks"} - {SUBMITTED_AT, CONTINUES, "redelivered"}
+)
 #: Names that stamps cannot have: they are given to `apply_async` beside its options.
 _RESERVED_STAMPS = (
     RESERVED
