@@ -1,4 +1,4 @@
-"""The model process: job threads around one engine. `python -m worker.model_process FD HOSTNAME`, by the pool only.
+"""The model process: job threads around one engine. The pool starts it: `python -m worker.model_process FD HOSTNAME`.
 
 Each job runs as an ordinary Celery task, through Celery's own tracer, which stores its result and fires its links,
 chords and retries.
@@ -77,8 +77,8 @@ HEARTBEAT_S, MIN_HEARTBEAT_S = 0.5, 0.05
 #: measured against the default of 5 ms, steps of 5 ms went from 162 to 192 of an ideal 213 a second.
 SWITCH_S = 0.0005
 
-# It copies all positions in the code of each of a traceback's frames, Celery's own among them, which took milliseconds
-# of each failure: once for each code will do.
+# Billiard copies all positions in the code of each frame of a traceback, which took milliseconds of each failure. Once
+# for each code object is enough.
 einfo._Frame.Code = staticmethod(functools.lru_cache(1_000)(einfo._Code))
 
 
@@ -124,7 +124,7 @@ class JobThreads:
     def _cancel(self, serial: int) -> None:
         id = self._ids.get(serial)
         if id is not None and self._service.cancel(id):
-            # Its thread loads images and ends when they have come: what it says then is too late to count.
+            # Its thread still loads images. What it sends once they have come is too late to count.
             self._channel.send(Canceled(serial))
 
     def _abandon(self, serial: int) -> None:
@@ -135,7 +135,7 @@ class JobThreads:
     def _give_back(self, most: int, serials: Sequence[int]) -> None:
         ids = {self._ids[serial]: serial for serial in serials if serial in self._ids}
         with self._service.withdrawn(list(ids), most) as withdrawn:
-            # Before they end: the parent puts them back together, in order.
+            # Sent before they end: the parent puts them back together, in order.
             self._channel.send(Withdrawn([ids[id] for id in withdrawn]))
 
     def _report_wait(self, seconds: float) -> None:
@@ -203,7 +203,7 @@ def _record_callback(name: str, id: str, request: dict[str, Any], terminal_state
 
 
 def _failed_outside_the_task(outcome: tuple[Any, ...]) -> bool:
-    """In what Celery does around it: its links, its result."""
+    """Whether Celery's own work around the task failed: its links, its result."""
     failed, value, _ = outcome
     return bool(failed and value.internal and not isinstance(_bare(value), TaskPredicate))
 
@@ -235,8 +235,8 @@ class HeartbeatSender:
 
 
 def _service(settings: Settings, channel: BlockingChannel) -> Service:
-    """The model, loaded, warm and right."""
-    # Job threads split texts side by side: threads of the tokenizer's own would only be more of them.
+    """Load the model, start its engine, and check its golden answer. Raises SetupFailed."""
+    # Job threads tokenize in parallel already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
     torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
@@ -257,16 +257,16 @@ def _prepare_engine() -> None:
 
 
 def _load(settings: Settings) -> tuple[Model, Path | None]:
-    """The model that the settings name, and its folder where it has one. Raises SetupFailed."""
+    """Load the model that the settings name; also its folder, if it has one. Raises SetupFailed."""
     fake = fake_model(settings.model)
     if fake is not None:
         return fake, None
     if settings.offline:
-        # Read when it is imported: no library of the hub's then tries the network.
+        # The hub's library reads this when it is imported, and then does not try the network.
         os.environ["HF_HUB_OFFLINE"] = "1"
-    # Bars are for terminals: in a log each of their states is a line.
+    # In a log, each state of a progress bar would be a line.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    # transformers takes seconds to import: the fake is spared them.
+    # Imported here: transformers takes seconds to import, and the fake model does not need it.
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -281,7 +281,7 @@ def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:
         return None
     from huggingface_hub.constants import HF_HOME
 
-    # A hub id needs none: the commit of its snapshot is a part of the model's description.
+    # A hub id needs no fingerprint: the commit of its snapshot is part of the model's description.
     weights = fingerprint(folder, Path(HF_HOME) / "idefics-jobs") if folder else ""
     return AnswerCache(app.backend.client, settings.answer_cache_ttl_s, weights, results_prefix(app))
 
@@ -302,10 +302,10 @@ def main() -> None:
         channel.send(CannotServe(str(error)))
         sys.exit(1)
     app.service = service
-    # What loading made lives as long as the process: the collector need not look at it again.
+    # All objects made while loading live as long as the process: the garbage collector need not visit them again.
     gc.freeze()
     JobThreads(channel, service, settings).serve()
-    # Threads wait in downloads and in the engine: nothing of theirs is owed to anybody.
+    # Threads that still wait in downloads or in the engine hold nothing that must be written.
     os._exit(0)
 
 

@@ -50,6 +50,7 @@ PRIVATE_NAMES: dict[str, dict[str, str | None]] = {
         "_payload": ATTRIBUTE,
     },
     # Tracebacks whose code is copied once.
+    "billiard.process:BaseProcess": {"_name": ATTRIBUTE},
     "billiard.einfo": {"_Code": "code", "_Frame": "frame"},
     # The consumer: a job that cannot be handed over gives its place back; events are sent together.
     "celery.worker.worker:WorkController": {"_process_task": "self req", "_quick_release": ATTRIBUTE},
@@ -167,6 +168,11 @@ def test_every_private_name_of_theirs_that_we_use_is_in_the_table() -> None:
         "_fields",  # ast, of the traced code
         "_replace",  # a NamedTuple's
     }
+
+
+def test_the_table_names_nothing_that_is_not_used() -> None:
+    sources = "\n".join(path.read_text() for path in (CHECKOUT / "worker").rglob("*.py"))
+    assert not {name for name in ALL_PRIVATE if not re.search(rf"\b{name}\b", sources)}
 
 
 def _place(owner: str) -> Any:

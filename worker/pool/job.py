@@ -1,4 +1,4 @@
-"""A job in the pool: from Celery's consumer to its outcome."""
+"""A job in the pool, and the callbacks of Celery's request for it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ Callback = Callable[..., Any]
 
 
 class JobState(Enum):
+    #: In the parent process.
     WAITING = "waiting"
+    #: To the model process, where it waits for a thread.
     SENT = "sent"
     RUNNING = "running"
 
 
 @dataclass(slots=True)
 class Callbacks:
-    """Celery's, of the request that stands behind a job."""
+    """Methods of Celery's request for a job, which tell it how the job goes."""
 
     accept: Callback
     success: Callback
@@ -34,12 +36,12 @@ class Callbacks:
 
     @property
     def owner(self) -> Any:
-        """Whose they are."""
+        """The object whose methods they are."""
         return getattr(self.failure, "__self__", None)
 
     @property
     def request(self) -> Request | None:
-        """Their owner, where it is Celery's request."""
+        """The owner, if it is a request of Celery's."""
         owner = self.owner
         return owner if isinstance(owner, Request) else None
 
@@ -48,10 +50,12 @@ class Callbacks:
 class Job:
     """What `apply_async` returns. Celery holds it weakly and calls `terminate`; the pool holds it."""
 
+    #: Names it in messages between the two processes.
     serial: int
+    #: Those of Celery's fast_trace_task: name, id, request, body, content type, content encoding.
     trace_arguments: tuple[Any, ...]
     callbacks: Callbacks
-    #: Seconds from its start.
+    #: Seconds from its start; None: no limit.
     hard_limit: float | None
     cancel: Callable[[Job], None]
     state: JobState = JobState.WAITING
@@ -61,18 +65,18 @@ class Job:
     canceled: bool = False
     #: A canceled job's result so far, as JSON.
     partial: dict[str, Any] | None = None
-    #: Deaths of the model process with this job alone in it.
+    #: Deaths of the model process with only this job in it.
     deaths: int = 0
-    #: A model process died with it: which job was the reason, this pool finds out.
+    #: A process died with it, so this pool runs it in quarantine and gives it to no other worker.
     is_suspect: bool = False
-    #: time.monotonic()
+    #: time.monotonic() when it was admitted.
     taken_at: float = field(default_factory=time.monotonic)
-    #: How often it came back from workers that were lost, and whether its start is still to be marked
+    #: How often it came back from lost workers, and whether its start must still be marked as one of those deliveries
     #: (worker/queue/redeliveries.py).
     returns: int = 0
     is_uncounted: bool = False
 
-    #: The same for a message that the broker delivers again.
+    #: Its id and the number of its retries.
     key: tuple[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +98,7 @@ class Job:
 
     @property
     def queue(self) -> str:
-        """That it came from, as its producer named it."""
+        """The queue that it came from, as its producer named it."""
         return str((self.trace_arguments[2].get("delivery_info") or {}).get("routing_key"))
 
     def is_overdue(self, now: float) -> bool:
@@ -106,7 +110,7 @@ class Job:
         )
 
     def accept(self, pid: int, at: float) -> None:
-        """Tell Celery that it runs. A second run after a death is no news."""
+        """Note that it runs, and tell Celery the first time: a run after a death of the process is not told."""
         self.state = JobState.RUNNING
         if self.accepted_at is None:
             self.callbacks.accept(pid, at)
@@ -116,11 +120,11 @@ class Job:
         self.callbacks.failure(exception_info(error))
 
     def give_back(self) -> None:
-        """To its queue, as it came."""
+        """Put its message back into its queue, as it came."""
         self.callbacks.owner.give_back()
 
     def run_again(self) -> None:
-        """Back to waiting, marked as redelivered so that a success stored before the death is kept."""
+        """Have it wait again, marked as redelivered so that a success stored before the death is kept."""
         self.state = JobState.WAITING
         self.is_suspect = True
         name, id, request, *rest = self.trace_arguments
@@ -133,12 +137,12 @@ class Job:
 
 
 def is_redelivered(trace_arguments: tuple[Any, ...]) -> bool:
-    """The broker says that another worker had it, or this one before it lost its connection."""
+    """Whether the broker says that a worker had the job before: another one, or this one on an earlier connection."""
     return bool((trace_arguments[2].get("delivery_info") or {}).get("redelivered"))
 
 
 def sendable(trace_arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """fast_trace_task's arguments without the payload's second copy, and with the time that the queue took."""
+    """fast_trace_task's arguments without the second copy of the payload, and with a time of submission."""
     name, id, request, *rest = trace_arguments
     lean = {key: value for key, value in request.items() if key not in ("args", "kwargs")}
     lean.setdefault(SUBMITTED_AT, time.time())

@@ -1,4 +1,4 @@
-"""Jobs that other workers would end sooner: what those are told of this one's load, and what goes back to the queue."""
+"""Load sharing between workers: this worker's load, and jobs that go back to the queue for the others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 
+from config.settings import Settings
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.guarded import guarded
 from worker.pool.job import Job, JobState
@@ -56,15 +57,15 @@ class Withdrawals:
 
 
 class LoadSharing:
-    """This worker's load, and its jobs that go back for others (see worker/queue/balance.py, which decides)."""
+    """Tells this worker's load, and gives jobs back when worker/queue/balance.py asks for it."""
 
-    def __init__(self, jobs: Dispatcher, outcomes: Outcomes, process: Supervisor, *, slots: int, places: int) -> None:
-        """`slots`: rows of the largest batch. `places`: jobs that the pool takes."""
+    def __init__(self, jobs: Dispatcher, outcomes: Outcomes, process: Supervisor, settings: Settings) -> None:
         self._jobs = jobs
         self._outcomes = outcomes
         self._process = process
-        self._slots = slots
-        self._places = places
+        self._slots = settings.max_batch_size
+        #: Jobs that the pool takes.
+        self._places = settings.job_threads
         self._pace = self._unknown_pace()
         #: The model's counters, as its process last told them.
         self.metrics: Mapping[str, int] = {}
@@ -85,11 +86,11 @@ class LoadSharing:
         self._withdrawals.end()
 
     def load(self, *, can_begin: bool) -> Load:
-        """For the other workers, and to compare with theirs. `can_begin`: whether a job that came now would run."""
+        """This worker's load. `can_begin`: whether a job that came now would run."""
         if not can_begin:
             return Load(1, NEVER, len(self._jobs), is_open=False)
         unbegun = len(self._jobs) - self._pace.capacity
-        # Hosts that hang may hold all places of a worker with nothing to run.
+        # Image hosts that hang may hold all places of a worker with nothing to run.
         may_take = unbegun >= 0 or len(self._jobs) < self._places
         is_open = may_take and not self._jobs.is_closed
         return Load(self._pace.width, self._pace.job_s, unbegun, is_open, self._pace.closed_s)

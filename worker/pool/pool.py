@@ -1,4 +1,4 @@
-"""Celery's pool: its way in for jobs, its life cycle, and what the worker asks of it.
+"""Celery's pool API for one model process: jobs come in here, and the worker starts, asks and stops the pool here.
 
 The parts: `dispatcher` decides which jobs run, `lifecycle` takes them through, `outcomes` tells Celery of their ends,
 `supervisor` keeps the model process alive, `time_limits` ends what runs for too long, and `load_sharing` leaves jobs to
@@ -22,7 +22,6 @@ from kombu.asynchronous import get_event_loop
 from kombu.asynchronous.hub import Hub
 
 from config.settings import Settings
-from config.settings import load as load_settings
 from worker.health import State, StateFile
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.guarded import guarded
@@ -64,12 +63,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
         launch: Callable[[str], ModelProcess] = ModelProcess,
         **options: Any,
     ) -> None:
-        """`args` and `options` are Celery's. `launch` starts a model process for a node name."""
+        """`args` and `options` are Celery's, the others for tests. `launch` starts a model process for a node name."""
         super().__init__(*args, **options)
-        self._settings = settings or load_settings()
-        #: The consumer's too, which tells them the connection.
+        self._settings: Settings = settings or self.app.settings
+        #: Shared with the consumer, which sets the channel at each connection.
         self.deliveries = deliveries or RedeliveryCounter(most=self._settings.max_deliveries)
-        #: Other workers would end what is queued before this one could (worker/queue/balance.py).
+        #: Set where other workers would end what is queued before this one could (worker/queue/balance.py).
         self.leaves_to_others = False
         hostname = str(options.get("initargs", (None, "celery"))[1])
         self._state_file = StateFile(self._settings.state_file, hostname)
@@ -85,16 +84,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._jobs = Dispatcher()
         outcomes = Outcomes(self._jobs, self.deliveries, free_place)
         self._limits = TimeLimits(self._jobs, outcomes, self._process, settings.time_limit_s)
-        self._sharing = LoadSharing(
-            self._jobs, outcomes, self._process, slots=settings.max_batch_size, places=settings.job_threads
-        )
+        self._sharing = LoadSharing(self._jobs, outcomes, self._process, settings)
         self._lifecycle = JobLifecycle(
             self._jobs, outcomes, self._process, self._limits, self._sharing, self.deliveries, free_place
         )
         self._process.listen(self._lifecycle)
-        self._report = StateReport(
-            self._state_file, self._servers, self._process, self._jobs, places=settings.job_threads
-        )
+        self._report = StateReport(self._state_file, self._servers, self._process, self._jobs, settings.job_threads)
 
     # Life cycle
 
@@ -114,7 +109,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             raise
 
     def register_with_event_loop(self, hub: Hub) -> None:
-        """Called at every reconnect to the broker, with an empty event loop."""
+        """Read and tick on this event loop. Celery calls it at every reconnect to the broker, with an empty one."""
         self._hub = hub
         hub.add_reader(self._signals.fileno(), self._signals.run)
         self._process.watch(hub)
@@ -125,13 +120,13 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._process.close()
 
     def on_stop(self) -> None:
-        """Warm shutdown: what runs ends; what waits goes back to the queue."""
-        # In a cold one the jobs have been told to end.
+        """Warm shutdown: jobs that run end, jobs that wait go back to the queue."""
+        # In a cold shutdown the jobs have been told to end.
         self.drain(LEAVE_S if worker_state.should_terminate else float("inf"))
         self._leave(LEAVE_S)
 
     def drain(self, timeout: float = float("inf")) -> None:
-        """Take no job any more, and wait for those that run, at most so many seconds."""
+        """Take no more jobs, and wait up to `timeout` seconds for those that run."""
         self._close_and_unwatch()
         end = time.monotonic() + timeout
         while self._process.is_ready and self._jobs.in_flight and time.monotonic() < end:
@@ -144,7 +139,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._leave()
 
     def _close_and_unwatch(self) -> None:
-        """From here on nothing is taken, and `_wait` reads."""
+        """Take no more jobs; from here on `_wait` reads, in place of the event loop."""
         self.on_close()
         self._process.unwatch()
         if self._hub is not None:
@@ -182,16 +177,16 @@ class InferencePool(BasePool):  # type: ignore[misc]
         return self._lifecycle.admit(Job(next(self._serials), tuple(args), callbacks, timeout, self._lifecycle.cancel))
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
-        """Nothing: `pid` holds all jobs. Celery calls `terminate` of the very job next."""
+        """Do nothing: the process holds all jobs. Celery then calls `terminate` of the job itself."""
 
     @property
     def wants_jobs(self) -> bool:
-        """Whether a job that came now would run. Else it is left in the queue: another worker may be idle."""
+        """Whether a job that came now would run here. If not it stays in the queue: another worker may be idle."""
         return self._can_begin and not self.leaves_to_others
 
     @property
     def load(self) -> Load:
-        """For the other workers, and to compare with theirs."""
+        """This worker's load, told to the other workers and compared with theirs."""
         return self._sharing.load(can_begin=self._can_begin)
 
     @property
@@ -203,17 +198,17 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._sharing.give_back(queue, most)
 
     def run_signals(self) -> None:
-        """For who holds the main thread up: run the handlers of signals that have arrived, and raise what they do."""
+        """Run the handlers of signals that have arrived, for code that blocks the event loop. Raises theirs."""
         self._signals.run()
 
     def held(self) -> Held:
-        """Asked by the exit watchdog's thread."""
+        """What the worker still has in hand. Called by the exit watchdog's thread."""
         jobs = list(self._jobs)
         is_owed = bool(jobs or worker_state.reserved_requests or worker_state.scheduled_requests or has_pending_acks())
         return Held(any(job.state is not JobState.WAITING for job in jobs), is_owed)
 
     def abandon(self) -> None:
-        """The process ends this moment, by the exit watchdog's thread."""
+        """Leave nothing behind: this process ends at once. Called by the exit watchdog's thread."""
         self._process.kill()
         self._state_file.remove()
 
@@ -227,10 +222,10 @@ class InferencePool(BasePool):  # type: ignore[misc]
             "model": self._sharing.metrics,
         }
 
-    # Now and then
+    # The tick
 
     def _wait(self, timeout: float) -> None:
-        """Wait once, without an event loop, and do what it would."""
+        """Wait up to `timeout` seconds for a signal or a message, without an event loop, and handle both."""
         readers, writers = self._process.descriptors()
         select.select([self._signals, *readers], writers, [], timeout)
         self._signals.run()
@@ -240,7 +235,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @guarded
     def _tick(self) -> None:
         now = time.monotonic()
-        # First: what has ended by now has kept its limit.
+        # First: a job that has ended by now has kept its limit.
         self._process.hear(now)
         self._report.renew(now)
         if self._servers.wrong and not self._process.has_given_up:

@@ -1,4 +1,4 @@
-"""Celery's request behind a job, as a job that can be ended in mid-sentence needs it."""
+"""Celery's request for a job: a job's end is stored, its callback recorded, its message acknowledged, in this order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class JobRequest(Request):  # type: ignore[misc]
-    """Is revoked once its job has really ended: only then is its text so far known, and nothing is written twice.
+    """A request that is revoked only once its job has ended: then its partial result is known, and is stored with it.
 
     What ends here (a revocation, an expiry, a failure that the pool gives) is stored, its callback recorded, and
     its message acknowledged, in this order. The model process records the callbacks of all other jobs.
@@ -43,14 +43,14 @@ class JobRequest(Request):  # type: ignore[misc]
         self._delivery_info.update(taken_now(message))
         self._argsrepr, self._kwargsrepr = HIDDEN.values()
         self.request_dict.update(HIDDEN)
-        # The decoded payload takes many times the memory of the body, which has it too.
+        # The decoded payload takes many times the memory of the body, from which it can be decoded again.
         self._args = self._kwargs = self._Request__payload = None
         for name in ("args", "kwargs"):
             self.request_dict.pop(name, None)
 
     @property
     def _payload(self) -> Sequence[Any]:
-        """Arguments, keyword arguments and links: decoded for each who asks, which few do."""
+        """Arguments, keyword arguments and links. Decoded at each access, since few need it."""
         if self._decoded:
             return self._body  # type: ignore[no-any-return]
         return loads(self._body, self._content_type, self._content_encoding)  # type: ignore[no-any-return]
@@ -69,31 +69,31 @@ class JobRequest(Request):  # type: ignore[misc]
         return Context({**self.request_dict, "args": args, "kwargs": kwargs, **embed})
 
     def _ending_context(self) -> Context:
-        """The request for what is stored of a job that ends here: its end counts even where it has never begun."""
+        """The context to store a job's end with: an end counts even if the job has never begun."""
         context = self._context
         context.asked = asked_by(context, begins=self.time_start is None)
         return context
 
     def info(self, safe: bool = False) -> dict[str, Any]:
-        """What `inspect active` and Flower tell. Celery's own hides the arguments only where it is asked to."""
+        """What `inspect active` and Flower show. Celery's own hides the arguments only if `safe` is set."""
         return dict(super().info(safe=True))
 
     @property
     def _job(self) -> Job | None:
-        """The pool's, while it has it."""
+        """The pool's job, while the pool holds it."""
         return self._apply_result and self._apply_result()  # type: ignore[no-any-return]
 
     def terminate(self, pool: Any, signal: int | None = None) -> None:
-        """For `revoke(terminate=True)`. Celery's own stores the end of the job before it has come."""
+        """End the job, for `revoke(terminate=True)`. Celery's own stores the end before the job has ended."""
         job = self._job
         if job is None:
-            # It waits for its turn, and is revoked when that comes.
+            # It waits for a place in the pool, and is revoked when it gets one.
             super().terminate(pool, signal)
         else:
             job.terminate(signal)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        """Celery's acknowledges a lost job first: a worker killed before it stored the failure took that along."""
+        """Store a failure, then acknowledge. Celery acknowledges a lost job first: a kill in between loses its end."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, JobError) and not return_ok:
             self._terminal_state = states.FAILURE, error
@@ -107,7 +107,7 @@ class JobRequest(Request):  # type: ignore[misc]
             self.acknowledge()
 
     def give_back(self) -> None:
-        """Leave the job to others, as if it had never been here: a rejected message would come back as redelivered."""
+        """Put the message back as if it had never been taken. A rejected one would come back marked as redelivered."""
         task_ready(self)
         self.acknowledged = True
         self.send_event("task-rejected", requeue=True)
@@ -139,7 +139,7 @@ class JobRequest(Request):  # type: ignore[misc]
         return True
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """Celery's own, but for the partial result that the stored error carries."""
+        """Celery's own, except that the stored error carries the partial result."""
         task_ready(self)
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         self._store_revocation(reason)

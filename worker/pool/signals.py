@@ -2,8 +2,8 @@
 
 Celery's handler for a cold shutdown cancels requests and sends events inside the signal handler: where the signal
 struck while the event dispatcher held its lock, the worker deadlocks (it did 2 of 3 times when tried). So a signal
-only leaves its number in a pipe, and whoever reads the pipe runs the handler: the event loop, the pool where there is
-none, and the consumer while it reconnects. Where none of them comes to it in time, the exit watchdog ends the process.
+only writes its number to a pipe, and the reader of the pipe runs the handler: the event loop, the pool where there is
+none, or the consumer while it reconnects. If none of them does so in time, the exit watchdog ends the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 
 
 class DeferredSignals:
-    """Stands before the handlers that Celery installed. Used in the main thread."""
+    """Delays the handlers that Celery installed until `run` is called. For the main thread."""
 
     def __init__(self) -> None:
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -36,14 +36,14 @@ class DeferredSignals:
                 signal.signal(number, self._note)
 
     def restore(self) -> None:
-        """Back to Celery's, where they are still ours: a handler may have put another in its place."""
+        """Put Celery's handlers back, except where a handler has installed another one meanwhile."""
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
         self._handlers.clear()
 
     def run(self) -> None:
-        """Run the handlers of the signals that have arrived. Raises what they raise, WorkerShutdown above all."""
+        """Run the handlers of the signals that have arrived. Raises what they raise, such as WorkerShutdown."""
         with contextlib.suppress(BlockingIOError):
             for number in os.read(self._read_fd, 64):
                 handler = self._handlers.get(number)

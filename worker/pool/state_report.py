@@ -12,7 +12,7 @@ class StateReport:
     """Sums up the servers, the model process and the jobs."""
 
     def __init__(
-        self, file: StateFile, servers: ServersCheck, process: Supervisor, jobs: Dispatcher, *, places: int
+        self, file: StateFile, servers: ServersCheck, process: Supervisor, jobs: Dispatcher, places: int
     ) -> None:
         """`places`: jobs that the pool takes."""
         self._file = file

@@ -1,4 +1,4 @@
-"""The model process's life: it is started, watched, and replaced when it dies or hangs."""
+"""Supervision of the model process: start, heartbeats, hangs, restarts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ UNHEALTHY_PART = 0.1
 SILENT_S = 2.0
 #: One for each time that a process which dies while it loads is started again: how many `restart_backoff_s` later.
 RESTART_DELAYS = (1, 4, 16)
-#: Seconds that a process gets to end by itself.
+#: Seconds that a process has to end by itself.
 LEAVE_S = 5.0
-HUNG = "The model process gave no sign of life: it is replaced and its jobs run again."
+HUNG = "The model process sent no heartbeat: it is replaced and its jobs run again."
 LOADS_TOO_LONG = (
     "The model did not load within IDEFICS_LOAD_TIMEOUT_S: its process is started again. Raise that where the download "
     "or the disk is slow, or fill the hub's cache first."
@@ -76,7 +76,7 @@ class RestartSchedule:
 
 
 class Listener(Protocol):
-    """Hears of the model process."""
+    """Told of the model process."""
 
     def process_started(self) -> None:
         """The model is ready."""
@@ -88,7 +88,7 @@ class Listener(Protocol):
 
 
 class Supervisor:
-    """At most one model process at a time, and its channel on Celery's event loop."""
+    """Keeps one model process running, and has its messages handled."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Supervisor:
         give_up: Callable[[str], None],
         launch: Callable[[str], ModelProcess] = ModelProcess,
     ) -> None:
-        """`give_up`: told why no process can serve, as the worker is to stop. `launch` starts a process."""
+        """`give_up` stops the worker, for the reason given. `launch` starts a process for a node name."""
         self._settings = settings
         self._hostname = hostname
         self._tell_give_up = give_up
@@ -111,10 +111,10 @@ class Supervisor:
         self._io = ProcessIO(self.receive)
 
     def listen(self, listener: Listener) -> None:
-        """Set who hears of the process; before the first one starts."""
+        """Set who is told of the process, before the first one starts."""
         self._listener = listener
 
-    # What is known of the process
+    # State
 
     @property
     def pid(self) -> int | None:
@@ -133,7 +133,7 @@ class Supervisor:
         return self._restarts.is_over
 
     def state(self, now: float) -> tuple[State, str]:
-        """The process's, and why it is so."""
+        """The state for the worker's state file, and the reason for it."""
         process = self._process
         if process is not None and process.is_ready:
             if not self._is_silent(process, now):
@@ -151,10 +151,10 @@ class Supervisor:
     def _silent_s(self) -> float:
         return max(SILENT_S, UNHEALTHY_PART * self._settings.hang_timeout_s)
 
-    # Its life
+    # Start and end
 
     def maintain(self, now: float) -> bool:
-        """Send what a process did not take yet, or start one where that is due. Whether there was one."""
+        """Send what the process did not take yet, or start one if that is due. Returns whether there was one."""
         if self._process is not None:
             self._process.channel.flush()
             return True
@@ -165,7 +165,7 @@ class Supervisor:
         return False
 
     def replace_if_hung(self, now: float) -> None:
-        """Kill a process that is silent or loads for too long; its death is heard next."""
+        """Kill a process that sends no heartbeats or loads for too long; `receive` then notices its death."""
         process = self._process
         if process is None:
             return
@@ -178,16 +178,16 @@ class Supervisor:
             process.kill()
 
     def kill(self) -> None:
-        """End it at once; its death is heard next."""
+        """Kill the process; `receive` then notices its death."""
         if self._process is not None:
             self._process.kill()
 
     def close(self) -> None:
-        """Start no process any more."""
+        """Start no more processes."""
         self._is_closed = True
 
     def end(self, grace_s: float = 0.0) -> int | None:
-        """End the process: one that is ready gets so many seconds to do so by itself. Its exit status."""
+        """End the process and return its exit status. One that is ready gets `grace_s` seconds to end by itself."""
         process = self._process
         if process is None:
             return None
@@ -200,15 +200,15 @@ class Supervisor:
         return status
 
     def give_up(self, why: str) -> None:
-        """The model cannot be served, now or later."""
+        """Start no more processes, and have the worker stop: the model cannot be served."""
         self._restarts.end()
         self._tell_give_up(why)
 
-    # What it says
+    # Messages
 
     def hear(self, now: float) -> None:
-        """Forgive a silence that this process itself is the reason of, then receive."""
-        # A broker that hangs holds this process up, a paused container both: what nobody heard was no silence.
+        """Receive, after forgiving a silence that this process itself has caused."""
+        # A broker that hangs blocks this process, and a paused container both: the heartbeats of that time were missed.
         missed_s, self._heard_at = now - self._heard_at, now
         if missed_s > self._silent_s and self._process is not None:
             self._process.last_heartbeat = min(now, self._process.last_heartbeat + missed_s)
@@ -216,7 +216,7 @@ class Supervisor:
 
     @guarded
     def receive(self) -> None:
-        """Hear what the process has said, and then of its death."""
+        """Handle the messages that have arrived, and then the process's death."""
         if self._process is None:
             return
         messages, is_gone = self._process.receive()
@@ -237,7 +237,7 @@ class Supervisor:
                 logger.critical("The model cannot be served: %s The worker stops.", reason)
                 self.give_up(reason)
             case Heartbeat():
-                # The engine's. What job threads say is none: they go on beside an engine that is stuck.
+                # From the engine's thread. Messages of job threads do not count: they go on while an engine is stuck.
                 self._process.last_heartbeat = time.monotonic()
                 self._listener.heard(message)
             case _:

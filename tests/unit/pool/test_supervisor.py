@@ -7,7 +7,7 @@ import time
 import pytest
 
 from config.settings import Settings
-from tests.unit.test_pool import StubProcess
+from tests.unit.pool.bench import StubProcess
 from worker.health import State
 from worker.pool.supervisor import RESTART_DELAYS, RestartSchedule, Supervisor
 from worker.pool.wire import Done, Heartbeat, JobMessage, Ready
