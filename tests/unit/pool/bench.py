@@ -40,7 +40,7 @@ SHORTLY = 0.5
 
 
 class StubProcess:
-    """In the place of launch.ModelProcess: the test is its other end."""
+    """Stands in for launch.ModelProcess: the test is its other end."""
 
     def __init__(self, pid: int) -> None:
         ours, theirs = socket.socketpair()
@@ -135,7 +135,7 @@ class Request:
 
 
 class Semaphore(LaxBoundedSemaphore):  # type: ignore[misc]
-    """Counts what Celery's own forgives."""
+    """Counts releases; Celery's own ignores those that are too many."""
 
     releases = 0
 
@@ -242,14 +242,14 @@ class Bench:
         )
 
     def until(self, condition: Callable[[], Any]) -> None:
-        """Turn the loop until something is so."""
+        """Run the event loop until a condition holds."""
         end = time.monotonic() + SOON
         while not condition():
-            assert time.monotonic() < end, "it never came to pass"
+            assert time.monotonic() < end, "the condition never held"
             self.hub.run_once()
 
     def settle(self) -> None:
-        """Turn the loop for longer than a tick."""
+        """Run the event loop for longer than a tick."""
         end = time.monotonic() + 2 * pool_module.TICK_S
         self.until(lambda: time.monotonic() > end)
 

@@ -27,7 +27,7 @@ from worker.pool.wire import (
 from worker.queue.redeliveries import History
 from worker.runtime.exceptions import exception_info
 
-# The way of a job
+# Sent, accepted, done
 
 
 def test_the_pool_lets_in_as_many_jobs_as_it_has_threads(started: Bench) -> None:
@@ -63,7 +63,7 @@ def test_a_job_is_sent_without_its_payloads_second_copy(started: Bench) -> None:
     assert set(request) == {"id", "retries", SUBMITTED_AT}
 
 
-def test_a_rejection_is_told_as_a_failure(started: Bench) -> None:
+def test_a_rejection_is_reported_as_a_failure(started: Bench) -> None:
     (request,) = started.submit("a")
     started.process.say(Raised(started.process.serial("a"), exception_info(ValueError("boom"))))
     started.until(lambda: request.told)
@@ -108,7 +108,7 @@ def test_an_outcome_that_cannot_be_stored_sends_its_job_back_to_the_queue(starte
     assert started.semaphore.releases == 1
 
 
-def test_a_job_that_waited_for_redis_in_vain_goes_back_and_its_start_is_taken_off(started: Bench) -> None:
+def test_a_job_whose_redis_stayed_away_goes_back_to_the_queue_and_its_start_is_unmarked(started: Bench) -> None:
     started.ledger.histories["a", 0] = History(1, 1)
     (request,) = started.submit("a")
     started.process.accept("a")
@@ -119,7 +119,7 @@ def test_a_job_that_waited_for_redis_in_vain_goes_back_and_its_start_is_taken_of
     assert not started.ledger.counts["a", 0]
 
 
-def test_waiting_for_redis_is_no_running_time() -> None:
+def test_waiting_for_redis_does_not_count_towards_the_time_limit() -> None:
     job = Job(0, ("name", "id", {}), Callbacks(max, max, max), hard_limit=2.0, cancel=lambda job: None)
     job.accept(1, at=100.0)
     job.waited_s = 5.0
@@ -127,7 +127,7 @@ def test_waiting_for_redis_is_no_running_time() -> None:
     assert job.is_overdue(now=107.1)
 
 
-def test_an_outcome_that_cannot_be_told_for_a_defect_is_dropped_in_the_end(
+def test_an_outcome_that_a_defect_keeps_from_being_stored_is_dropped_after_a_few_deliveries(
     started: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     started.ledger.histories["a", 0] = History(2, 2)
@@ -146,7 +146,7 @@ def test_an_outcome_that_cannot_be_told_for_a_defect_is_dropped_in_the_end(
     assert "is dropped" in caplog.text
 
 
-def test_a_job_that_its_task_gives_back_again_and_again_ends(started: Bench) -> None:
+def test_a_job_that_its_task_rejects_again_and_again_fails(started: Bench) -> None:
     for deaths, ends in ((0, False), (1, False), (2, True)):
         started.ledger.histories["a", 0] = History(deaths, deaths)
         (request,) = started.submit("a", redelivered=deaths > 0)
@@ -157,7 +157,7 @@ def test_a_job_that_its_task_gives_back_again_and_again_ends(started: Bench) -> 
         assert isinstance(request.error, Internal if ends else Reject)
 
 
-def test_a_defect_outside_of_celerys_tracer_is_told_as_internal(started: Bench) -> None:
+def test_a_defect_outside_of_celerys_tracer_is_an_internal_failure(started: Bench) -> None:
     (request,) = started.submit("a")
     started.process.accept("a")
     started.process.say(Broken(started.process.serial("a"), "SystemExit in the worker."))
@@ -245,13 +245,13 @@ def test_a_job_that_is_sent_again_after_another_one_under_its_id_runs_again(star
     assert [request.kinds for request in requests] == [["success"]] * 3
 
 
-def test_a_job_that_is_written_in_another_way_is_the_same(started: Bench) -> None:
+def test_a_job_whose_payload_is_serialized_differently_is_the_same_job(started: Bench) -> None:
     (first,) = started.submit("a", body=b'[[], {"image": "1", "seed": null}, {}]')
     (again,) = started.submit("a", body=b'[[], {"seed":null,"image":"1"}, {"chain": null}]')
     assert again.job is first.job
 
 
-def test_a_job_whose_id_is_free_by_anothers_time_limit_runs(started: Bench) -> None:
+def test_a_job_runs_once_another_one_under_its_id_has_timed_out(started: Bench) -> None:
     started.submit("a", body=ONE, timeout=0.05)
     started.submit("a", body=OTHER)
     started.process.accept("a")
@@ -318,7 +318,7 @@ def test_a_job_that_is_delivered_once_is_not_counted(started: Bench) -> None:
     assert not started.ledger.counts
 
 
-def test_a_job_that_only_says_that_it_was_redelivered_is_none(started: Bench) -> None:
+def test_a_job_that_only_claims_to_be_redelivered_is_not_counted(started: Bench) -> None:
     started.submit("first")
     started.submit("forged", redelivered=True)
     assert started.process.ran == ["first", "forged"]
@@ -390,7 +390,7 @@ def test_another_attempt_of_a_job_is_counted_for_itself(started: Bench) -> None:
     assert started.process.ran == ["bad"]
 
 
-def test_what_a_stopping_worker_gives_back_is_taken_off(started: Bench) -> None:
+def test_the_starts_of_jobs_that_a_stopping_worker_gives_back_are_unmarked(started: Bench) -> None:
     started.ledger.histories["old", 0] = History(1, 1)
     started.submit("new")
     started.submit("old", redelivered=True)
@@ -402,7 +402,7 @@ def test_what_a_stopping_worker_gives_back_is_taken_off(started: Bench) -> None:
 # Defects of ours
 
 
-def test_a_job_that_cannot_be_sent_ends_alone_and_frees_its_place(
+def test_a_job_that_cannot_be_sent_fails_alone_and_frees_its_place(
     started: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sendable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -420,7 +420,7 @@ def test_a_job_that_cannot_be_sent_ends_alone_and_frees_its_place(
     assert started.semaphore.releases == 2
 
 
-def test_a_job_that_waited_and_cannot_be_sent_takes_no_other_along(
+def test_a_waiting_job_that_cannot_be_sent_does_not_affect_the_others(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sendable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

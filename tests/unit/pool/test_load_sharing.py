@@ -18,7 +18,7 @@ from worker.pool.wire import (
 from worker.queue.load import LONGEST_S, Load
 from worker.queue.redeliveries import History
 
-# Whether it wants more
+# Whether it wants jobs
 
 
 def test_a_pool_wants_no_jobs_until_its_next_process_is_ready(started: Bench) -> None:
@@ -48,7 +48,7 @@ def test_a_pool_wants_no_jobs_while_its_process_is_silent(started: Bench) -> Non
     started.until(lambda: started.pool.wants_jobs)
 
 
-# Jobs that are better left to other workers
+# Jobs that go back for other workers
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_pool_tells_its_load(started: Bench) -> None:
     started.until(lambda: started.pool.load == Load(1.0, 2.5, 1, closed_s=2.0))
 
 
-def test_a_pool_whose_model_loads_begins_nothing(started: Bench) -> None:
+def test_a_pool_whose_model_loads_reports_that_it_is_closed(started: Bench) -> None:
     started.scripts.append(loading)
     started.process.die()
     started.until(lambda: len(started.processes) == 2)
@@ -110,7 +110,7 @@ def test_jobs_that_have_not_begun_go_back_together_the_latest_first(hoarding: Be
     assert requests[0].kinds == ["success"]
 
 
-def test_jobs_that_return_do_not_wait_for_ever_for_the_others(hoarding: Bench) -> None:
+def test_jobs_that_return_wait_only_briefly_for_the_others(hoarding: Bench) -> None:
     a, b = hoarding.submit("a", "b", queue="idefics")
     hoarding.process.say(Withdrawn([hoarding.process.serial(id) for id in "ab"]))
     hoarding.process.say(Returned(hoarding.process.serial("a")))
@@ -120,7 +120,7 @@ def test_jobs_that_return_do_not_wait_for_ever_for_the_others(hoarding: Bench) -
     assert (a.kinds, b.kinds) == (["given back"], ["given back"])
 
 
-def test_jobs_of_another_queue_and_young_ones_stay(started: Bench) -> None:
+def test_jobs_of_another_queue_and_jobs_that_have_just_come_stay(started: Bench) -> None:
     started.submit("a", queue="other")
     started.submit("b", queue="idefics")
     started.pool.give_back("idefics", 9)
@@ -160,7 +160,7 @@ def test_a_death_while_jobs_return_loses_none(hoarding: Bench) -> None:
     hoarding.until(lambda: hoarding.process.ran == ["a", "b"])
 
 
-def test_a_job_that_goes_back_was_not_started_in_vain(hoarding: Bench) -> None:
+def test_the_start_of_a_job_that_goes_back_is_unmarked(hoarding: Bench) -> None:
     hoarding.ledger.histories["a", 0] = History(1, 1)
     hoarding.submit("a", queue="idefics", redelivered=True)
     assert hoarding.ledger.counts == {("a", 0): 1}

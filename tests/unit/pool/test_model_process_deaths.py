@@ -26,7 +26,7 @@ def test_a_job_that_runs_again_is_marked_as_redelivered(started: Bench) -> None:
     assert started.process.heard[0].arguments[2]["delivery_info"] == {"redelivered": True}
 
 
-def test_what_a_process_said_before_it_died_counts(started: Bench) -> None:
+def test_messages_sent_before_a_death_count(started: Bench) -> None:
     (request,) = started.submit("a")
     started.process.finish("a")
     started.die_and_restart()
@@ -42,7 +42,7 @@ def test_a_process_that_dies_idle_is_replaced(started: Bench) -> None:
     assert request.kinds == ["success"]
 
 
-def test_suspects_run_one_after_the_other_and_newcomers_wait(started: Bench) -> None:
+def test_suspects_run_one_by_one_and_new_jobs_wait(started: Bench) -> None:
     started.submit("a", "b", "c")
     started.die_and_restart()
     started.submit("new")
@@ -72,7 +72,7 @@ def test_a_job_that_kills_its_process_is_found_and_its_neighbours_succeed(starte
     assert started.semaphore.releases == 3
 
 
-def test_one_poisonous_job_of_64_costs_few_deaths_and_no_innocent(started: Bench) -> None:
+def test_one_poisonous_job_of_64_costs_few_deaths_and_no_other_job(started: Bench) -> None:
     ids = [f"job {n}" for n in range(63)]
     requests = started.submit(*ids[:40], "poison", *ids[40:])
     play(started, requests, {"poison"})

@@ -80,7 +80,7 @@ def test_a_process_that_always_dies_while_it_loads_stops_the_worker(
     assert len(bench.processes) == 4
 
 
-def test_a_process_that_loads_for_too_long_is_replaced_and_the_cure_is_told(
+def test_a_process_that_loads_for_too_long_is_replaced_and_the_log_names_the_setting(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(supervisor, "RESTART_DELAYS", (0.0,))
@@ -115,7 +115,7 @@ def test_a_closed_pool_takes_no_job(started: Bench) -> None:
     assert started.process.ran == []
 
 
-def test_what_ends_after_the_close_is_told_and_frees_no_place(started: Bench) -> None:
+def test_a_job_that_ends_after_the_close_is_reported_and_frees_no_place(started: Bench) -> None:
     (request,) = started.submit("a")
     started.pool.close()
     started.process.finish("a")
@@ -165,7 +165,7 @@ def test_a_cold_shutdown_does_not_wait_for_a_job_that_does_not_end(
     assert request.told == []
 
 
-def test_a_cold_shutdown_tells_nothing_so_that_every_job_goes_back(started: Bench) -> None:
+def test_a_cold_shutdown_reports_nothing_so_that_every_job_goes_back(started: Bench) -> None:
     (request,) = started.submit("a")
     started.pool.terminate()
     assert request.told == []
@@ -184,7 +184,7 @@ def test_a_death_after_the_close_starts_no_process(started: Bench) -> None:
 # The event loop
 
 
-def test_a_reconnect_gives_the_pool_an_empty_loop_and_no_message_is_lost(started: Bench) -> None:
+def test_no_message_is_lost_when_a_reconnect_replaces_the_event_loop(started: Bench) -> None:
     (request,) = started.submit("a")
     old, started.hub = started.hub, Hub()
     old.close()
@@ -208,7 +208,7 @@ def test_a_process_that_reads_slowly_does_not_block_the_loop(started: Bench) -> 
     assert not started.process.channel.has_unsent
 
 
-def test_revoking_by_the_process_id_spares_the_neighbours(started: Bench) -> None:
+def test_terminating_by_process_id_does_nothing(started: Bench) -> None:
     (request,) = started.submit("a")
     started.pool.terminate_job(started.process.pid, 15)
     assert not started.process.is_killed
@@ -216,7 +216,7 @@ def test_revoking_by_the_process_id_spares_the_neighbours(started: Bench) -> Non
     assert request.job.state is JobState.SENT
 
 
-# What the state file says
+# The state file
 
 
 def test_a_worker_with_a_free_place_is_ready_and_a_full_one_busy(started: Bench) -> None:
@@ -243,7 +243,7 @@ def test_a_worker_is_unhealthy_long_before_its_silent_process_is_replaced(starte
     started.until(lambda: started.state == "READY")
 
 
-def test_a_worker_whose_model_cannot_be_served_says_so_beyond_its_end(bench: Bench) -> None:
+def test_the_state_of_a_worker_whose_model_cannot_be_served_outlives_it(bench: Bench) -> None:
     bench.scripts = [broken]
     with pytest.raises(WorkerShutdown):
         bench.pool.start()

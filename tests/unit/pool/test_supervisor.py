@@ -59,7 +59,7 @@ def test_a_process_is_ready_once_it_says_so(supervisor: Supervisor, heard: Heard
     assert heard.starts == 1
 
 
-def test_what_is_said_of_jobs_is_passed_on_in_order(supervisor: Supervisor, process: StubProcess, heard: Heard) -> None:
+def test_messages_about_jobs_are_passed_on_in_order(supervisor: Supervisor, process: StubProcess, heard: Heard) -> None:
     for serial in range(3):
         process.say(Done(serial, ()))
     supervisor.receive()
@@ -78,7 +78,7 @@ def test_a_process_without_heartbeats_is_unhealthy_and_then_killed(
     assert process.is_killed
 
 
-def test_a_parent_that_stood_still_forgives_the_silence_of_that_time(
+def test_missed_heartbeats_do_not_count_while_the_parent_itself_was_blocked(
     supervisor: Supervisor, process: StubProcess
 ) -> None:
     now = time.monotonic()
@@ -93,7 +93,7 @@ def test_a_parent_that_stood_still_forgives_the_silence_of_that_time(
     assert process.is_killed
 
 
-def test_a_death_is_heard_after_the_last_words(supervisor: Supervisor, process: StubProcess, heard: Heard) -> None:
+def test_a_death_is_handled_after_the_last_messages(supervisor: Supervisor, process: StubProcess, heard: Heard) -> None:
     process.say(Done(1, ()))
     process.die()
     supervisor.receive()
@@ -119,7 +119,7 @@ def test_a_process_that_was_ready_is_replaced_at_once() -> None:
     assert schedule.is_due(100.0)
 
 
-def test_a_process_that_dies_while_it_loads_is_replaced_later_and_later_and_then_no_more() -> None:
+def test_a_process_that_dies_while_it_loads_is_replaced_with_growing_delays_a_few_times() -> None:
     schedule = RestartSchedule(backoff_s=2.0)
     for delay in RESTART_DELAYS:
         assert schedule.died(100.0, was_ready=False)

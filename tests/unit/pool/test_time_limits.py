@@ -49,7 +49,7 @@ def test_a_job_over_a_limit_of_its_own_fails_alone_and_the_process_stays(started
     assert not process.is_killed
 
 
-def test_a_thread_that_overstays_the_workers_own_limit_has_the_process_replaced(started: Bench) -> None:
+def test_a_timed_out_job_that_runs_on_past_the_workers_limit_has_the_process_replaced(started: Bench) -> None:
     started.submit("slow", "b", timeout=30)
     old = started.process
     old.accept("slow", at=time.monotonic() - LIMIT_S + SHORTLY)
@@ -78,14 +78,14 @@ def test_a_limit_counts_from_the_start_and_not_from_the_queue(started: Bench) ->
     assert request.told == []
 
 
-def test_a_job_without_a_limit_runs_as_long_as_it_likes(started: Bench) -> None:
+def test_a_job_without_a_limit_never_times_out(started: Bench) -> None:
     (request,) = started.submit("a")
     started.process.accept("a", at=time.monotonic() - 1e6)
     started.settle()
     assert request.kinds == ["accepted"]
 
 
-def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(started: Bench) -> None:
+def test_a_process_without_heartbeats_is_replaced_and_its_job_runs_again(started: Bench) -> None:
     started.submit("a")
     old = started.process
     old.last_heartbeat -= HANG_S + 1
@@ -94,7 +94,7 @@ def test_a_process_without_a_sign_of_life_is_replaced_and_its_job_runs_again(sta
     assert started.process.ran == ["a"]
 
 
-def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
+def test_a_heartbeat_keeps_the_process_alive(started: Bench) -> None:
     process = started.process
     process.last_heartbeat -= HANG_S - 0.01
     process.say(Heartbeat({}, THREADS, THREADS, 0.0, 0.0))
@@ -102,7 +102,7 @@ def test_a_beat_is_a_sign_of_life(started: Bench) -> None:
     assert not process.is_killed
 
 
-def test_a_pool_that_stood_still_hears_first_which_jobs_have_ended_before_their_limits(started: Bench) -> None:
+def test_a_pool_that_was_blocked_handles_ends_of_jobs_before_their_time_limits(started: Bench) -> None:
     (request,) = started.submit("a", timeout=30)
     started.process.accept("a", at=time.monotonic() - 20)
     started.until(lambda: request.told)
@@ -115,7 +115,7 @@ def test_a_pool_that_stood_still_hears_first_which_jobs_have_ended_before_their_
     assert not started.process.is_killed
 
 
-def test_jobs_that_come_and_go_are_no_sign_of_life_of_the_engine(started: Bench) -> None:
+def test_messages_of_job_threads_do_not_count_as_heartbeats(started: Bench) -> None:
     started.submit("a")
     old = started.process
     old.last_heartbeat -= HANG_S - 0.05
