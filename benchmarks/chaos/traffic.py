@@ -22,6 +22,7 @@ from tasks.client import Client
 from tasks.errors import QueueFull
 from tasks.payloads import Complete
 from worker.models.fake import POISON
+from worker.queue.result_backend import TAKEN
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,10 @@ class Receiver(threading.Thread):
             return
         id = key.removeprefix(PREFIX)
         self.ended.add(id)
-        self._ledger.write(End(now(), id, meta["status"], hashlib.sha256(record).hexdigest()[:16], _code(meta)))
+        # When its message was taken last is written into an ended record: the end stays the same.
+        end = json.dumps({name: value for name, value in meta.items() if name != TAKEN}, sort_keys=True)
+        digest = hashlib.sha256(end.encode()).hexdigest()[:16]
+        self._ledger.write(End(now(), id, meta["status"], digest, _code(meta)))
 
 
 def _code(meta: dict[str, Any]) -> str:

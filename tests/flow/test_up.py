@@ -35,7 +35,14 @@ def started(arguments: tuple[str, ...], settings: Mapping[str, str], errors: IO[
     environment |= {f"IDEFICS_{name}": value for name, value in settings.items()}
     command = [sys.executable, "-m", "worker.demo.up", *arguments]
     return subprocess.Popen(
-        command, cwd=stack.CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        command,
+        cwd=stack.CHECKOUT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        # Where the tests run in the background, Ctrl-C is ignored, and a child would ignore it too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

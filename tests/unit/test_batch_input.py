@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from tasks import IdeficsError, batch, cli
 from tasks.batch_input import NotJsonLines, json_lines
+from tasks.cli import connection
 from tasks.testing import FakeClient
 
 TEXTS = ["a cat", "Größe ✓", "ਊ \u0a0a 猫", "\U0001f408"]
@@ -97,7 +98,7 @@ def test_the_command_refuses_it_before_it_reaches_for_a_broker(
     def no_client(*args: Any, **options: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(cli, "Client", no_client)
+    monkeypatch.setattr(connection, "Client", no_client)
     (tmp_path / "in").write_bytes(OTHERS[kind])
     outcome = CliRunner().invoke(cli.main, ["batch", str(tmp_path / "in"), str(tmp_path / "out")])
     assert (outcome.exit_code, outcome.stdout) == (1, "")
@@ -126,7 +127,7 @@ def test_a_bad_line_fails_no_file(content: bytes) -> None:
 
 def test_a_file_in_utf_16_is_answered_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = FakeClient()
-    monkeypatch.setattr(cli, "Client", lambda *args, **options: client)
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: client)
     lines = [
         json.dumps({"custom_id": f"r{n}", "task": "complete", "arguments": {"prompt": [f"猫{n}"]}}, ensure_ascii=False)
         for n in range(5)

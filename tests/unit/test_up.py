@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -116,7 +117,13 @@ def test_without_a_receiver_it_is_said_how_callbacks_come_to_this_machine() -> N
 
 def make(*arguments: str) -> str:
     command = ["make", *arguments]
-    return subprocess.run(command, cwd=stack.CHECKOUT, capture_output=True, text=True, check=True, timeout=30).stdout
+    # Not as a part of the `make test` that may run this.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    return subprocess.run(
+        command, cwd=stack.CHECKOUT, env=environment, capture_output=True, text=True, check=True, timeout=30
+    ).stdout
 
 
 def test_make_lists_every_target_with_a_line() -> None:
