@@ -1,4 +1,7 @@
-"""Decides after an attempt at a callback: delivered, another attempt, or failed. Pure except for the jitter."""
+"""Decides after an attempt at a callback: delivered, another attempt, or failed. Pure except for the jitter.
+
+The seconds between attempts are `IDEFICS_CALLBACK_SCHEDULE_S` (`config/settings.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A checkpoint's rules for one row, by transformers' own classes: what stock `generate` applies to that job alone."""
+"""Logits processors: a checkpoint's rules for one row, by transformers' own classes.
+
+They are what stock `generate` applies to that job alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The probabilities of labels: token sequences scored behind a prompt that is prefilled once."""
+"""The probabilities of labels: token sequences scored behind a prompt that is prefilled once.
+
+For families with a decoder of their own, from `continuous.py`; `stock_scoring.py` does the same for the others.
+"""
 
 from __future__ import annotations
 

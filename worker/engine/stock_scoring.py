@@ -1,4 +1,7 @@
-"""The log-likelihood of each label after a prompt, by transformers' own forward; the prompt is prefilled once."""
+"""The log-likelihood of each label after a prompt, by transformers' own forward; the prompt is prefilled once.
+
+For families without a decoder of their own, and for prompts without pictures.
+"""
 
 from __future__ import annotations
 

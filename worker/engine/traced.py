@@ -1,4 +1,4 @@
-"""A network's whole forward pass as one call into torch."""
+"""torch.jit.trace: a network's whole forward pass as one call into torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A checkpoint from a hub id or a folder: safetensors only, no remote code.
 
 Pickled weights and a repository's own modules are programs: neither is run, whatever a checkpoint's files ask for.
+`FAMILIES` names the families, and which have a fast path: a decoder of their own (`worker/engine/interfaces.py`).
 """
 
 from __future__ import annotations

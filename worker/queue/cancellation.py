@@ -1,7 +1,8 @@
 """Cancellation by a key in the results' database, for producers that may not write to Celery's control mailbox.
 
 The parent process looks for the keys of the jobs that it holds, and of those that wait in Redis for their time; the
-model process looks once before it starts a job.
+model process looks once before it starts a job. docs/architecture.md follows a cancellation to the engine's next
+step.
 """
 
 from __future__ import annotations

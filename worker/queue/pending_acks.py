@@ -1,6 +1,6 @@
 """Acks and requeues not yet sent to the broker.
 
-They outlive a channel that lost its connection: the next one sends them.
+They outlive a channel that lost its connection: the next one sends them (`worker/queue/qos.py`).
 """
 
 from __future__ import annotations

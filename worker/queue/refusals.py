@@ -1,4 +1,7 @@
-"""What becomes of a message that is no job: it ends as `invalid_request` under its id, else it is a dead letter."""
+"""What becomes of a message that is no job: it ends as `invalid_request` under its id, else it is a dead letter.
+
+What a message must be is checked in `worker/queue/envelope`, which `worker/queue/consumer.py` calls.
+"""
 
 from __future__ import annotations
 

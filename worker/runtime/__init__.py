@@ -1,0 +1,1 @@
+"""The process itself: cores, the interpreter's lock, its end."""
