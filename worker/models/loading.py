@@ -38,7 +38,7 @@ from worker.models import SetupFailed, checkpoint_folder
 from worker.models.checkpoint import inspect
 from worker.models.idefics1.adapter import IdeficsAdapter
 from worker.models.idefics1.decoder import IdeficsDecoder
-from worker.models.idefics2_3 import Idefics2And3Adapter
+from worker.models.idefics2_3.adapter import Idefics2And3Adapter
 
 logger = logging.getLogger(__name__)
 

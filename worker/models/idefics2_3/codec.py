@@ -1,30 +1,26 @@
-"""Idefics2 and Idefics3, including the first SmolVLM: a picture's features stand among the prompt's own tokens.
+"""Prompts of Idefics2, Idefics3 and SmolVLM, as their processors write them.
 
 A prompt is its texts, with pictures between them as the family's processor writes them. A checkpoint whose processor
 has the families' chat template (`User:<image>...<end_of_utterance>`, newline, `Assistant:`) gets turns of that form,
 behind the template's opening; any other one continues the guide's plain prompts.
-
-Both run through stock transformers, which encodes a picture for each job and beam that shows it, and pads all frames of
-a batch to the largest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import Idefics3Processor, PreTrainedModel, ProcessorMixin
+from transformers import Idefics3Processor, ProcessorMixin
 
 from tasks.errors import InvalidRequest
 from tasks.protocol import END_OF_UTTERANCE
 from worker.engine.interfaces import Parts
 from worker.engine.row import Picture, Tokens
-from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, configured_eos_ids
+from worker.models.tokenizer import FAKE, IMAGE, BaseCodec
 
 logger = logging.getLogger(__name__)
 
@@ -102,66 +98,6 @@ class Idefics2And3Codec(BaseCodec):
     def eos_ids(self, *, utterance: bool) -> frozenset[int]:
         """See interfaces.Codec. The end of an utterance ends these families' answers in any case."""
         return super().eos_ids(utterance=True)
-
-
-class Idefics2And3Adapter:
-    """One loaded checkpoint of either family."""
-
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-        self.model = model
-        self.codec = Idefics2And3Codec(processor, configured_eos_ids(model))
-
-    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """See interfaces.Runner: no picture is encoded ahead, and none is kept."""
-        then(0)
-
-    def help(self, within_s: float) -> bool:
-        """See interfaces.Runner."""
-        return False
-
-    def metrics(self) -> dict[str, int]:
-        """See interfaces.Model."""
-        return {}
-
-    def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """See stock.Adapter. `pixel_values` (rows, frames, channels, height, width) and `pixel_attention_mask` (rows,
-        frames, height, width) are left out if no prompt shows a picture."""
-        inputs = self.codec.padded(prompts)
-        if any(prompt.pictures for prompt in prompts):
-            inputs |= _pixel_inputs([_frames(prompt) for prompt in prompts])
-        return {name: value.to(self.model.device) for name, value in inputs.items()}
-
-    def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See stock.Adapter: the same."""
-        return inputs
-
-    def continuation_inputs(self, inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
-        """See stock_scoring.ForwardAdapter. The prompts' keys and values hold the pictures."""
-        return {}
-
-
-def _frames(prompt: Tokens) -> list[tuple[Tensor, Tensor]]:
-    """Each frame (channels, height, width) of a prompt's pictures, with its mask (height, width)."""
-    pictures = [picture for picture in prompt.pictures if isinstance(picture, Frames)]
-    return [frame for picture in pictures for frame in zip(picture.pixels, picture.mask, strict=True)]
-
-
-def _pixel_inputs(rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
-    """Rows of frames (channels, height, width) with masks (height, width) as a padded batch.
-
-    `pixel_values` are (rows, frames, channels, height, width), `pixel_attention_mask` (rows, frames, height, width).
-    The model skips frames of zeros.
-    """
-    frames = [pixels for row in rows for pixels, _ in row]
-    size = (max(len(row) for row in rows), *(max(frame.shape[n] for frame in frames) for n in range(3)))
-    values = torch.zeros(len(rows), *size)
-    masks = torch.zeros(len(rows), size[0], *size[2:], dtype=torch.bool)
-    for row, shown in enumerate(rows):
-        for place, (pixels, mask) in enumerate(shown):
-            _, height, width = pixels.shape
-            values[row, place, :, :height, :width] = pixels
-            masks[row, place, :height, :width] = mask
-    return {"pixel_values": values, "pixel_attention_mask": masks}
 
 
 def _template_opening(processor: ProcessorMixin) -> str | None:

@@ -1,0 +1,76 @@
+"""Idefics2 and Idefics3 through stock transformers.
+
+It encodes a picture for each job and beam that shows it, and pads all frames of a batch to the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from worker.engine.row import Picture, Tokens
+from worker.models.idefics2_3.codec import Frames, Idefics2And3Codec
+from worker.models.tokenizer import configured_eos_ids
+
+
+class Idefics2And3Adapter:
+    """One loaded checkpoint of either family."""
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        self.model = model
+        self.codec = Idefics2And3Codec(processor, configured_eos_ids(model))
+
+    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
+        """See interfaces.Runner: no picture is encoded ahead, and none is kept."""
+        then(0)
+
+    def help(self, within_s: float) -> bool:
+        """See interfaces.Runner."""
+        return False
+
+    def metrics(self) -> dict[str, int]:
+        """See interfaces.Model."""
+        return {}
+
+    def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
+        """See stock.Adapter. `pixel_values` (rows, frames, channels, height, width) and `pixel_attention_mask` (rows,
+        frames, height, width) are left out if no prompt shows a picture."""
+        inputs = self.codec.padded(prompts)
+        if any(prompt.pictures for prompt in prompts):
+            inputs |= _pixel_inputs([_frames(prompt) for prompt in prompts])
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
+
+    def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See stock.Adapter: the same."""
+        return inputs
+
+    def continuation_inputs(self, inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
+        """See stock_scoring.ForwardAdapter. The prompts' keys and values hold the pictures."""
+        return {}
+
+
+def _frames(prompt: Tokens) -> list[tuple[Tensor, Tensor]]:
+    """Each frame (channels, height, width) of a prompt's pictures, with its mask (height, width)."""
+    pictures = [picture for picture in prompt.pictures if isinstance(picture, Frames)]
+    return [frame for picture in pictures for frame in zip(picture.pixels, picture.mask, strict=True)]
+
+
+def _pixel_inputs(rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """Rows of frames (channels, height, width) with masks (height, width) as a padded batch.
+
+    `pixel_values` are (rows, frames, channels, height, width), `pixel_attention_mask` (rows, frames, height, width).
+    The model skips frames of zeros.
+    """
+    frames = [pixels for row in rows for pixels, _ in row]
+    size = (max(len(row) for row in rows), *(max(frame.shape[n] for frame in frames) for n in range(3)))
+    values = torch.zeros(len(rows), *size)
+    masks = torch.zeros(len(rows), size[0], *size[2:], dtype=torch.bool)
+    for row, shown in enumerate(rows):
+        for place, (pixels, mask) in enumerate(shown):
+            _, height, width = pixels.shape
+            values[row, place, :, :height, :width] = pixels
+            masks[row, place, :height, :width] = mask
+    return {"pixel_values": values, "pixel_attention_mask": masks}
