@@ -22,7 +22,7 @@ from benchmarks.measures import RESULTS
 from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
-from worker.models.idefics1.decoder import IdeficsDecoder, IdeficsPiece
+from worker.models.idefics1.decoder import IdeficsDecoder, IdeficsSegment
 
 ROWS = (1, 16, 64)
 PROMPT_TOKENS, STEPS = 64, 32
@@ -88,8 +88,8 @@ def our_step_s(model: IdeficsForVisionText2Text, rows: int, device: str, *, grap
     latents = model.config.perceiver_config.resampler_n_latents
     image = torch.randn(latents, model.config.vision_config.embed_dim, device=device, dtype=torch.bfloat16)
     decoder = SlotDecoder(IdeficsDecoder(model, IMAGE_ID), record=CudaGraphs() if graphs else None)
-    piece = IdeficsPiece([1, IMAGE_ID, *range(10, 8 + PROMPT_TOKENS)], [image], [1])
-    decoder.prefill([PendingPrompt(piece)] * rows)
+    segment = IdeficsSegment([1, IMAGE_ID, *range(10, 8 + PROMPT_TOKENS)], [image], [1])
+    decoder.prefill([PendingPrompt(segment)] * rows)
 
     def steps() -> None:
         for _ in range(STEPS):

@@ -26,7 +26,7 @@ from worker.demo import stack
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
 from worker.engine.row import Picture
-from worker.models.idefics1.decoder import IdeficsPiece
+from worker.models.idefics1.decoder import IdeficsSegment
 from worker.models.loading import load
 
 ROUNDS = 3
@@ -84,7 +84,7 @@ def _prompted(model: Any, images: torch.Tensor) -> SlotDecoder:
     decoder: SlotDecoder = model.decoder.empty_like(2**16)
     ids = [1, *[model.codec.image_id] * len(images), *[5] * (16 - len(images))]
     places = list(range(1, 1 + len(images)))
-    decoder.prefill([PendingPrompt(IdeficsPiece(ids, list(images), places)) for _ in range(ROWS)])
+    decoder.prefill([PendingPrompt(IdeficsSegment(ids, list(images), places)) for _ in range(ROWS)])
     return decoder
 
 

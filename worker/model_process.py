@@ -35,8 +35,8 @@ from worker.app import app
 from worker.delivery.recorder import TerminalState
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Model
-from worker.engine.pace import Pace
 from worker.engine.scheduler import Limits
+from worker.engine.throughput import Throughput
 from worker.jobs.answer_cache import AnswerCache, fingerprint
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunReturned
@@ -215,10 +215,10 @@ def _bare(info: ExceptionInfo) -> BaseException:
 
 
 class HeartbeatSender:
-    """Called at each of the engine's steps; tells the parent now and then that it was, and the pace."""
+    """Called at each of the engine's steps; tells the parent now and then that it was, and the throughput."""
 
-    def __init__(self, channel: BlockingChannel, model: Model, slots: int) -> None:
-        self.pace: Callable[[], Pace] = lambda: Pace(slots, slots, 0.0)
+    def __init__(self, channel: BlockingChannel, model: Model, max_rows: int) -> None:
+        self.throughput: Callable[[], Throughput] = lambda: Throughput(max_rows, max_rows, 0.0)
         self._channel = channel
         self._model = model
         self._sent_at = 0.0
@@ -228,10 +228,10 @@ class HeartbeatSender:
         since_s = time.monotonic() - self._sent_at
         if since_s < MIN_HEARTBEAT_S:
             return
-        pace = self.pace()
-        if since_s >= HEARTBEAT_S or pace.capacity != self._sent_capacity:
-            self._sent_at, self._sent_capacity = time.monotonic(), pace.capacity
-            self._channel.send(Heartbeat(self._model.metrics(), *pace))
+        throughput = self.throughput()
+        if since_s >= HEARTBEAT_S or throughput.capacity != self._sent_capacity:
+            self._sent_at, self._sent_capacity = time.monotonic(), throughput.capacity
+            self._channel.send(Heartbeat(self._model.metrics(), *throughput))
 
 
 def _service(settings: Settings, channel: BlockingChannel) -> Service:
@@ -245,7 +245,7 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     heartbeat = HeartbeatSender(channel, model, limits.rows)
     engine = Engine(model, limits, heartbeat, _prepare_engine)
     service = Service(settings, model.info, model.codec, engine, _answers(settings, folder), model.rules)
-    heartbeat.pace = lambda: service.pace
+    heartbeat.throughput = lambda: service.throughput
     engine.start()
     service.check_golden(folder)
     return service

@@ -130,7 +130,7 @@ def _shared(model: ContinuousModel, monkeypatch: pytest.MonkeyPatch) -> list[int
     stock_prefill = SlotDecoder.prefill
 
     def prefill(decoder: SlotDecoder, prompts: Sequence[PendingPrompt]) -> tuple[Sequence[int], Tensor]:
-        prefilled.append(sum(len(prompt.piece.ids) for prompt in prompts))
+        prefilled.append(sum(len(prompt.segment.ids) for prompt in prompts))
         return stock_prefill(decoder, prompts)
 
     monkeypatch.setattr(SlotDecoder, "prefill", prefill)

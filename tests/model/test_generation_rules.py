@@ -16,7 +16,7 @@ from tests.model.checkpoints import later_checkpoint, random_checkpoint
 from tests.model.conftest import noise
 from tests.model.jobs import mixed_jobs, parts_of, row_of
 from worker.engine.engine import Engine
-from worker.engine.generation import UNSUPPORTED
+from worker.engine.generation_rules import UNSUPPORTED
 from worker.engine.interfaces import Model
 from worker.engine.row import Row, Sampling, Tokens
 from worker.engine.scheduler import Limits
@@ -191,7 +191,7 @@ def test_another_way_to_decode_is_refused_at_load(tmp_path: Path, name: str) -> 
 
 def test_a_prompts_padding_is_no_part_of_a_rule() -> None:
     # Stock `generate` counts a batch's padding towards `min_length`: here a row's own tokens count.
-    from worker.engine.processors import RowRules
+    from worker.engine.logits_processors import RowRules
 
     row = Row(Tokens((5, 6, 7)), Sampling(9, eos_ids=frozenset({2})))
     rules = RowRules(row, {"min_length": 5}, torch.device("cpu"))

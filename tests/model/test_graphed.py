@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.cuda_graphs import MOST, Graphed, Step, bucket
+from worker.engine.cuda_graphs import MAX_GRAPHS, Graphed, Step, bucket
 
 
 class Recorder:
@@ -43,11 +43,11 @@ def test_caches_in_another_place_or_of_another_form_are_recorded_anew() -> None:
 
 
 def test_the_latest_shapes_are_kept() -> None:
-    record, caches = Recorder(), torch.zeros(MOST + 1, 1)
+    record, caches = Recorder(), torch.zeros(MAX_GRAPHS + 1, 1)
     run = Graphed(added, record)
     for cache in (*caches, caches[-1], caches[0]):
         run(torch.zeros(2, 1), [cache])
-    assert record.recorded == MOST + 2
+    assert record.recorded == MAX_GRAPHS + 2
 
 
 @pytest.mark.parametrize(("rows", "most"), [(1, 1), (2, 2), (3, 4), (33, 64), (64, 64)])

@@ -51,7 +51,7 @@ class Later:
     opening: str
 
     def parts(self, job: Job) -> Parts:
-        return parts_of(job, IMAGES, in_turns if self.model.codec.in_turns else build)
+        return parts_of(job, IMAGES, in_turns if self.model.codec.has_chat_template else build)
 
     def stock_inputs(self, parts: Parts) -> Mapping[str, torch.Tensor]:
         """One prompt as transformers' own processor reads it."""
@@ -160,7 +160,7 @@ def _log_likelihood(later: Later, parts: Parts, label: tuple[int, ...]) -> float
 
 
 def test_a_label_is_split_as_it_is_in_its_prompt_and_ends(later: Later) -> None:
-    tail = "<end_of_utterance>" if later.model.codec.in_turns else "\n"
+    tail = "<end_of_utterance>" if later.model.codec.has_chat_template else "\n"
     lead = [later.model.codec.picture(IMAGES["0.png"]), "Category:"]
     [label] = later.model.codec.encode_labels(lead, ["hot dog"])
     whole: Parts = [IMAGES["0.png"], f"Category: hot dog{tail}"]
@@ -208,7 +208,7 @@ def test_a_template_of_another_form_leaves_prompts_plain(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str
 ) -> None:
     folder = later_checkpoint(tmp_path / "checkpoint", "idefics3", template)
-    assert not load(Settings(model=str(folder))).codec.in_turns
+    assert not load(Settings(model=str(folder))).codec.has_chat_template
     assert "plain text" in caplog.text
 
 

@@ -57,7 +57,7 @@ def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def _parts(codec: Any, task: str, **arguments: Any) -> list[Any]:
     job = parse(task, arguments)
     picture = codec.picture(noise(0))
-    prompt = in_turns(job) if codec.in_turns else build(job)
+    prompt = in_turns(job) if codec.has_chat_template else build(job)
     return [picture if isinstance(part, ImageRef) else part for part in prompt]
 
 

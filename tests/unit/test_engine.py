@@ -705,9 +705,9 @@ def test_a_row_is_withdrawn_while_its_pictures_are_encoded() -> None:
 
 def test_an_engine_with_nothing_to_run_has_room_for_a_batch() -> None:
     with running(Recorder()) as engine:
-        assert engine.pace.capacity == LIMITS.rows
+        assert engine.throughput.capacity == LIMITS.rows
         text(submit(engine, row())[0])
-        eventually(lambda: engine.pace.capacity == LIMITS.rows)
+        eventually(lambda: engine.throughput.capacity == LIMITS.rows)
 
 
 def test_nobody_joins_a_batch_that_does_not_ask() -> None:
@@ -715,41 +715,41 @@ def test_nobody_joins_a_batch_that_does_not_ask() -> None:
     with running(gate) as engine:
         submit(engine, row())
         assert gate.entered.wait(SOON)
-        assert engine.pace.capacity == 1
-        eventually(lambda: 0.05 < engine.pace.closed_s < SOON)
+        assert engine.throughput.capacity == 1
+        eventually(lambda: 0.05 < engine.throughput.closed_s < SOON)
         gate.opened.set()
-        eventually(lambda: engine.pace.closed_s == 0)
+        eventually(lambda: engine.throughput.closed_s == 0)
 
 
 def test_a_batch_that_asks_has_room_for_others() -> None:
     with running(Joinable(step_s=0.01)) as engine:
         submit(engine, long := row(wanted=1_000))
-        eventually(lambda: engine.pace.capacity == LIMITS.rows)
-        assert engine.pace.closed_s == 0
+        eventually(lambda: engine.throughput.capacity == LIMITS.rows)
+        assert engine.throughput.closed_s == 0
         submit(engine, beams := row(wanted=1_000, beams=LIMITS.rows))
-        eventually(lambda: engine.pace.capacity == 1)
+        eventually(lambda: engine.throughput.capacity == 1)
         engine.cancel(long)
         engine.cancel(beams)
 
 
 def test_the_pace_is_that_of_the_last_rows_and_known_before_the_first_one_ends() -> None:
     with running(Joinable(step_s=0.01)) as engine:
-        assert engine.pace.job_s == 0
+        assert engine.throughput.job_s == 0
         submit(engine, long := row(wanted=1_000))
-        eventually(lambda: engine.pace.job_s > 0.1)
+        eventually(lambda: engine.throughput.job_s > 0.1)
         engine.cancel(long)
         for _ in range(40):
             text(submit(engine, row(wanted=1))[0])
-        eventually(lambda: engine.pace.job_s < 0.1)
+        eventually(lambda: engine.throughput.job_s < 0.1)
 
 
 def test_the_width_is_that_of_batches_that_others_wait_for() -> None:
     with running(Joinable(step_s=0.001)) as engine:
-        assert engine.pace.width == LIMITS.rows
+        assert engine.throughput.width == LIMITS.rows
         rows = submit(engine, *[row(wanted=50, beams=4) for _ in range(8)])
         for each in rows:
             text(each)
-        assert 2 <= engine.pace.width < LIMITS.rows
+        assert 2 <= engine.throughput.width < LIMITS.rows
 
 
 def eventually(holds: Callable[[], bool]) -> None:

@@ -22,7 +22,7 @@ from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRe
 from tasks.payloads import Job, parse
 from tasks.results import Result
 from worker.engine.engine import Engine
-from worker.engine.interfaces import Parts
+from worker.engine.interfaces import PromptContent
 from worker.engine.row import Picture, Tokens
 from worker.engine.scheduler import Limits
 from worker.images.decode import open_image
@@ -283,10 +283,10 @@ class Meddler(FakeCodec):
     def __init__(self, meddle: Callable[[], object]) -> None:
         self._meddle = meddle
 
-    def min_token_count(self, parts: Parts) -> int:
+    def min_token_count(self, parts: PromptContent) -> int:
         return 0
 
-    def prepare(self, parts: Parts) -> Tokens:
+    def prepare(self, parts: PromptContent) -> Tokens:
         self._meddle()
         return super().prepare(parts)
 

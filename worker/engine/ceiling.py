@@ -1,25 +1,25 @@
-"""How many rows fit on the device at once, learnt from batches that ran out of memory or did not: a pure count."""
+"""The number of rows that fit on the device at once, learnt from batches that ran out of memory or did not. Pure."""
 
 from __future__ import annotations
 
-#: Batches at the ceiling that must end well before it is raised, at first and at most. The number doubles each time
-#: that memory was short, so that a device without room for more pays for failed tries ever more rarely.
+#: Batches at the limit that must succeed before it is raised: the first number, and the largest. The number doubles
+#: each time that memory is short, so that a device without room for more fails ever more rarely.
 FIRST_PROOF, LONGEST_PROOF = 4, 64
 
 
 class Ceiling:
-    """A limit of rows: lowered when a batch runs out of memory, raised again as batches of that size end well.
+    """A limit of rows: lowered when a batch runs out of memory, raised again after batches of that size succeed.
 
-    Memory is often short for a passing reason: another program on the device, or one unusually long row. Rows are
-    counted in beams: one with four beams counts four.
+    Memory is often short for a passing reason, such as another program on the device or one very long row. A row with
+    four beams counts four.
     """
 
-    def __init__(self, most: int) -> None:
-        """`most`: the configured maximum, which holds until memory is short."""
-        self._most = most
+    def __init__(self, max_rows: int) -> None:
+        """`max_rows`: the configured maximum, which holds until memory is short."""
+        self._max_rows = max_rows
         self._proof = FIRST_PROOF
         self._proved = 0
-        self.rows = most
+        self.rows = max_rows
 
     def lower(self, failed: int) -> None:
         """Record that a batch of `failed` rows ran out of memory: half of them may fit."""
@@ -28,16 +28,15 @@ class Ceiling:
         self._proof = min(2 * self._proof, LONGEST_PROOF)
 
     def restore(self, rows: int) -> None:
-        """Set the limit back to `rows`: the row that was too large did not fit alone, so its failures say nothing of
-        others."""
+        """Set the limit back to `rows`. For a row that did not fit alone: its failures are no measure for others."""
         self.rows = rows
         self._proved = 0
 
     def ran_well(self, rows: int) -> None:
         """Record that a batch of `rows` rows had enough memory. A batch below the limit proves nothing."""
-        if self.rows == self._most or rows < self.rows:
+        if self.rows == self._max_rows or rows < self.rows:
             return
         self._proved += 1
         if self._proved >= self._proof:
-            self.rows = min(self._most, 2 * self.rows)
+            self.rows = min(self._max_rows, 2 * self.rows)
             self._proved = 0

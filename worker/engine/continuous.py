@@ -12,10 +12,10 @@ from torch import Tensor
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Admit, Decoder, Encode, PendingPrompt, SendHeartbeat
-from worker.engine.prefill import PREFILL_CHUNK_TOKENS, Pauses, PromptReader
+from worker.engine.logits_processors import RowRules
+from worker.engine.prefill import PREFILL_CHUNK_TOKENS, Pauses, PromptPrefiller
 from worker.engine.prefix_cache import PrefixCache
-from worker.engine.processors import RowRules
-from worker.engine.progress import Progress
+from worker.engine.progress import RowProgress
 from worker.engine.row import Output, Row
 from worker.engine.sampling import RowSampler
 from worker.engine.scoring import add_likelihoods, finish_scored, label_parts, overflow
@@ -33,7 +33,7 @@ NO_TOKEN = -1
 class _Running(NamedTuple):
     """A row that is continued. Without a sampler it is greedy."""
 
-    progress: Progress
+    progress: RowProgress
     sampler: RowSampler | None
     rules: RowRules | None
 
@@ -64,7 +64,7 @@ class ContinuousModel:
         #: For prefixes and labels, which are prefilled and not continued: running rows' slots need no room for them.
         self.scratch = self.decoder.empty_like(PREFILL_TOKENS + LABEL_TOKENS)
         prefixes = PrefixCache(prefix_cache_bytes, self.decoder.cache.position_bytes, decoder.spec.carry_bytes)
-        self._reader = PromptReader(self.scratch, prefixes, encode, chunk_tokens)
+        self._prefiller = PromptPrefiller(self.scratch, prefixes, encode, chunk_tokens)
         self.encode = encode
         self._label_tokens = label_tokens
         self._best = Traced(best)
@@ -92,7 +92,7 @@ class ContinuousModel:
 
     def metrics(self) -> dict[str, int]:
         """See interfaces.Model."""
-        return self.stock.metrics() | self._reader.metrics()
+        return self.stock.metrics() | self._prefiller.metrics()
 
     def _run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         self._join(rows, heartbeat, admit)
@@ -128,9 +128,9 @@ class ContinuousModel:
                 self._step()
 
     def _prefill(self, rows: Sequence[Row]) -> Pauses[None]:
-        prompts = yield from self._reader.pending(rows)
-        self._prefilling += [pair for pair in prompts if self._reader.is_long(pair[1])]
-        short = [pair for pair in prompts if not self._reader.is_long(pair[1])]
+        prompts = yield from self._prefiller.pending(rows)
+        self._prefilling += [pair for pair in prompts if self._prefiller.is_long(pair[1])]
+        short = [pair for pair in prompts if not self._prefiller.is_long(pair[1])]
         labeled = [pair for pair in short if pair[0].labels]
         continued = [pair for pair in short if not pair[0].labels]
         for number, group in enumerate((*_groups(labeled), *_groups(continued))):
@@ -154,8 +154,8 @@ class ContinuousModel:
         pair = min(self._prefilling, key=lambda pair: (pair[0].priority, pair[0].arrived))
         self._prefilling.remove(pair)
         row, prompt = pair
-        if self._reader.is_long(prompt):
-            self._prefilling.append((row, self._reader.prefill_chunk(prompt)))
+        if self._prefiller.is_long(prompt):
+            self._prefilling.append((row, self._prefiller.prefill_chunk(prompt)))
         elif row.labels:
             self._go_through(self._score_labels([row], [prompt]), heartbeat)
         else:
@@ -167,7 +167,7 @@ class ContinuousModel:
         for slot, row in zip(slots, rows, strict=True):
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
             rules = RowRules(row, self.rules.scores, self._forbidden.device) if self.rules.scores else None
-            self._running[slot] = _Running(Progress(row, self.codec.decode), sampler, rules)
+            self._running[slot] = _Running(RowProgress(row, self.codec.decode), sampler, rules)
         self._advance(logits, slots)
 
     def _score_labels(self, rows: Sequence[Row], prompts: Sequence[PendingPrompt]) -> Pauses[None]:
@@ -233,4 +233,4 @@ def _groups(prompts: Sequence[tuple[Row, PendingPrompt]]) -> Iterator[list[tuple
 def _width(pair: tuple[Row, PendingPrompt]) -> int:
     """Prompt tokens, or as many as cost what the longest label costs."""
     row, prompt = pair
-    return max(len(prompt.piece.ids), PREFILL_TOKENS // LABEL_TOKENS * max(map(len, row.labels), default=0))
+    return max(len(prompt.segment.ids), PREFILL_TOKENS // LABEL_TOKENS * max(map(len, row.labels), default=0))

@@ -15,7 +15,7 @@ from torch import Tensor
 Step = Callable[[], Tensor]
 
 #: Recorded shapes that are kept, the latest ones: rows by `bucket`, lengths by the caches' growth.
-MOST = 64
+MAX_GRAPHS = 64
 
 
 class Graphed:
@@ -39,7 +39,7 @@ class Graphed:
         found = self._graphs.get(key)
         if found is None:
             found = self._graphs[key] = self._recorded(numbers.clone(), caches)
-            if len(self._graphs) > MOST:
+            if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         place, replay = found

@@ -39,28 +39,28 @@ class SlotDecoder:
 
     def pending(self, tokens: Tokens, prefix: Prefix | None, features: Mapping[bytes, Tensor]) -> PendingPrompt:
         """The tokens behind a prefix, with the features of their pictures by key, as what is to be prefilled."""
-        return PendingPrompt(self.family.piece(tokens, features, prefix.carry if prefix else None), prefix)
+        return PendingPrompt(self.family.segment(tokens, features, prefix.carry if prefix else None), prefix)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[PendingPrompt]) -> tuple[Sequence[int], Tensor]:
         """Prefill prompts into free slots. Returns these in the prompts' order, and the logits (prompts, vocabulary) of
         the next tokens."""
-        pieces = [prompt.piece for prompt in prompts]
+        segments = [prompt.segment for prompt in prompts]
         # Rows without a carry stand in order behind all others, so that their caches are read where they are.
-        in_order = all(piece.carry is None for piece in pieces)
+        in_order = all(segment.carry is None for segment in segments)
         slots = self._take(prompts, at_end=in_order)
-        self_kv, extra = self._prompt_views(prompts, slots, max(len(piece.ids) for piece in pieces))
+        self_kv, extra = self._prompt_views(prompts, slots, max(len(segment.ids) for segment in segments))
         starts = [prompt.start for prompt in prompts]
         if not in_order:
-            return slots, self.family.prefill(pieces, starts, slots, self_kv, extra)
-        own = [view[slots[0] :] for view in self_kv]
-        return slots, self.family.prefill(pieces, starts, range(len(slots)), own, ())
+            return slots, self.family.prefill(segments, starts, slots, self_kv, extra)
+        row_views = [view[slots[0] :] for view in self_kv]
+        return slots, self.family.prefill(segments, starts, range(len(slots)), row_views, ())
 
     @torch.inference_mode()
     def prefill_prefix(self, prompt: PendingPrompt) -> Prefix:
         """Prefill a prompt's beginning, and keep a copy instead of a slot."""
         (slot,), _ = self.prefill([prompt])
-        prefix = self.cache.copy_prefix(slot, self.slots.lengths[slot], prompt.piece.carry)
+        prefix = self.cache.copy_prefix(slot, self.slots.lengths[slot], prompt.segment.carry)
         self.release([slot])
         return prefix
 
@@ -75,12 +75,12 @@ class SlotDecoder:
         """
         assert not len(self.slots), "a slot is in use"
         slots = self._take(prompts, at_end=True)
-        pieces = [prompt.piece for prompt in prompts]
-        tree = TokenTree.build([piece.ids for piece in pieces], continuations, self._device)
+        segments = [prompt.segment for prompt in prompts]
+        tree = TokenTree.build([segment.ids for segment in segments], continuations, self._device)
         assert tree, "a prompt has tokens"
         self_kv, extra = self._prompt_views(prompts, slots, tree.ids.shape[1])
         starts = [prompt.start for prompt in prompts]
-        scores = self.family.prefill_scored(pieces, starts, tree, firsts, self_kv, extra).tolist()
+        scores = self.family.prefill_scored(segments, starts, tree, firsts, self_kv, extra).tolist()
         behind = max(map(len, firsts))
         return (
             slots,
@@ -142,8 +142,8 @@ class SlotDecoder:
 
     def _take(self, prompts: Sequence[PendingPrompt], *, at_end: bool) -> list[int]:
         """Slots for prompts."""
-        lengths = [prompt.start + len(prompt.piece.ids) for prompt in prompts]
-        return self.slots.take(lengths, [prompt.piece.carry is not None for prompt in prompts], at_end=at_end)
+        lengths = [prompt.start + len(prompt.segment.ids) for prompt in prompts]
+        return self.slots.take(lengths, [prompt.segment.carry is not None for prompt in prompts], at_end=at_end)
 
     def _prompt_views(
         self, prompts: Sequence[PendingPrompt], slots: Sequence[int], length: int
@@ -153,7 +153,7 @@ class SlotDecoder:
         rows = len(self.slots)
         self_kv = self.cache.self_views(rows, max(prompt.start for prompt in prompts) + length, self.slots.longest)
         self._restore_prefixes(prompts, slots)
-        has_extra = any(prompt.piece.carry is not None for prompt in prompts)
+        has_extra = any(prompt.segment.carry is not None for prompt in prompts)
         return self_kv, self.cache.extra_views(rows) if has_extra else []
 
     def _restore_prefixes(self, prompts: Sequence[PendingPrompt], slots: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The engine's thread: forms batches of the rows that wait, has the runner run them, and resolves every row."""
+"""The engine thread: forms batches of waiting rows, runs them with the runner, and resolves every row."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from concurrent.futures import Future
 from tasks.errors import DeadlineExceeded, Internal, JobError, OutOfMemory
 from worker.engine.ceiling import Ceiling
 from worker.engine.interfaces import Runner, SendHeartbeat
-from worker.engine.pace import Pace, PaceMeter
 from worker.engine.row import Output, Row
 from worker.engine.scheduler import Limits, next_batch, should_wait
+from worker.engine.throughput import Throughput, ThroughputMeter
 
 logger = logging.getLogger(__name__)
 
-#: Seconds without a new row after which an idle engine starts: jobs sent together arrive within it.
+#: An idle engine starts after this many seconds without a new row. Jobs that are sent together arrive within it.
 ARRIVAL_GAP_S = 0.003
-#: Seconds that an idle engine waits for more rows at most.
+#: Maximum seconds that an idle engine waits for more rows.
 BATCHING_WINDOW_S = 0.02
-#: Seconds that a running batch may be held up, after the last row joined, for rows whose pictures are being encoded.
+#: Maximum seconds after the last join that a running batch waits for rows whose pictures are being encoded.
 JOIN_WAIT_S = 0.2
-#: Seconds that an engine with nothing to run may encode pictures at a time.
+#: Maximum seconds that an engine without rows encodes pictures at a time.
 HELP_S = 0.1
-#: Seconds after the last joining in which rows that wait join in groups only (see scheduler.JOINING_PART).
+#: For this many seconds after the last join, waiting rows join only in groups (see scheduler.JOINING_PART).
 GROUP_WAIT_S = 1.0
-#: Seconds between two heartbeats while there is nothing to do.
+#: Seconds between two heartbeats of an idle engine.
 IDLE_HEARTBEAT_S = 1.0
-#: Seconds that a row has waited before it is withdrawn for an idle worker: one that starts soon is not worth the move.
+#: A row is withdrawn for an idle worker only after this many seconds: moving a row that starts soon does not pay.
 WITHDRAWN_AFTER_S = 0.5
 
 
 class Engine:
-    """Runs rows that any thread submits; each gets an output or an error."""
+    """Runs rows from any thread. Each row gets an output or an error."""
 
     def __init__(
         self,
@@ -45,13 +45,13 @@ class Engine:
         heartbeat: SendHeartbeat = lambda: None,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """`prepare` is called in the engine's thread, before all else."""
+        """`prepare` is called first in the engine thread."""
         self._runner = runner
         self._ceiling = Ceiling(limits.rows)
         self._max_tokens = limits.tokens
         self._heartbeat = heartbeat
         self._prepare = prepare
-        self._meter = PaceMeter(limits.rows)
+        self._meter = ThroughputMeter(limits.rows)
         self._waiting: list[Row] = []
         self._changed = threading.Condition()
         #: Rows whose pictures are being encoded.
@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def limits(self) -> Limits:
-        """What may run at once now: fewer rows than at first where memory was short."""
+        """Current limits: the configured ones, with fewer rows after memory was short."""
         return Limits(self._ceiling.rows, self._max_tokens)
 
     def start(self) -> None:
@@ -70,7 +70,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the batch that it runs. Rows that wait fail."""
+        """End the thread after its current batch. Waiting rows fail with Internal."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -79,7 +79,7 @@ class Engine:
             row.fail(_stopped())
 
     def submit(self, row: Row) -> Future[Output]:
-        """A row's output. Its pictures are encoded first, while others run."""
+        """Queue a row and return its output. Its pictures are encoded first, while other rows run."""
         with self._changed:
             self._encoding[row] = None
         if row.tokens.pictures:
@@ -92,7 +92,7 @@ class Engine:
         row.cached_images = cached_images
         with self._changed:
             if row not in self._encoding:
-                # Withdrawn meanwhile.
+                # It was withdrawn meanwhile.
                 return
             del self._encoding[row]
             if self._stopping:
@@ -102,26 +102,26 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, row: Row) -> None:
-        """End a row at the next step, wherever it is. The finish reason of its output is then `canceled`."""
+        """End a row at the next step, waiting or running. The finish reason of its output is then `canceled`."""
         row.canceled = True
         with self._changed:
             self._changed.notify()
 
     @property
-    def pace(self) -> Pace:
-        """What runs, and how fast. Safe in any thread."""
-        return self._meter.pace
+    def throughput(self) -> Throughput:
+        """What the engine runs, and how fast. Thread-safe."""
+        return self._meter.throughput
 
-    def withdraw(self, rows: Sequence[Row], most: int) -> list[Row]:
-        """Remove up to `most` of these rows that have waited for WITHDRAWN_AFTER_S and not started.
+    def withdraw(self, rows: Sequence[Row], max_count: int) -> list[Row]:
+        """Remove and return up to `max_count` of these rows that have not started in WITHDRAWN_AFTER_S seconds.
 
-        The least urgent and latest go first. The caller fails them.
+        The least urgent rows go first, the latest of them before the others. The caller must fail them.
         """
         since = time.monotonic() - WITHDRAWN_AFTER_S
         with self._changed:
             unstarted = {*self._waiting, *self._encoding}
             late = [row for row in rows if row in unstarted and row.arrived < since and not row.canceled]
-            withdrawn = sorted(late, key=lambda row: (row.priority, row.arrived), reverse=True)[:most]
+            withdrawn = sorted(late, key=lambda row: (row.priority, row.arrived), reverse=True)[:max_count]
             taken = set(withdrawn)
             self._waiting = [row for row in self._waiting if row not in taken]
             for row in withdrawn:
@@ -138,7 +138,7 @@ class Engine:
                 self._meter.idle(self.limits.rows)
 
     def _first_batch(self) -> list[Row]:
-        """Wait for rows, helping the encoder meanwhile, and take those that are to run."""
+        """Wait for rows, help the encoder meanwhile, and take the rows of the next batch."""
         if self._waiting or not self._runner.help(HELP_S):
             with self._changed:
                 if not self._waiting:
@@ -147,7 +147,7 @@ class Engine:
         return self._take(())
 
     def _take(self, running: Sequence[Row]) -> list[Row]:
-        """Take the rows that are to start now, beside those that run, out of those that wait."""
+        """Remove and return the waiting rows that start now, beside the running ones."""
         if not self._waiting:
             return []
         now = time.monotonic()
@@ -164,25 +164,25 @@ class Engine:
         return batch
 
     def _await_batching_window(self) -> None:
-        """Wait for more rows as long as they keep arriving. The caller holds the lock."""
+        """Wait while more rows keep arriving. The caller must hold the lock."""
         end = time.monotonic() + BATCHING_WINDOW_S
         while 0 < len(self._waiting) < self.limits.rows and time.monotonic() < end:
             if not self._changed.wait(ARRIVAL_GAP_S):
                 return
 
     def _await_encoding(self, running: int) -> None:
-        """Hold a batch that is far from full up for rows whose pictures are being encoded."""
+        """Let a batch that is far from full wait for rows whose pictures are being encoded."""
         with self._changed:
             end = self._joined_at + JOIN_WAIT_S
             while time.monotonic() < end and should_wait(running, len(self._waiting), len(self._encoding), self.limits):
                 self._changed.wait(max(0.0, end - time.monotonic()))
 
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
-        """Run a batch, with the rows that join it, until each is done."""
+        """Run a batch and the rows that join it until each is done."""
         batch, widest = list(first), _beams(first)
-        # Whether others may join shows when the runner asks for them.
+        # The runner supports joining only if it calls `admit`.
         self._meter.is_joinable = False
-        self._update_pace(batch, free=0)
+        self._update_throughput(batch, free=0)
         self._joined_at = time.monotonic()
 
         def admit(running: Sequence[Row]) -> Sequence[Row]:
@@ -190,15 +190,15 @@ class Engine:
             nonlocal widest
             if joinable:
                 self._await_encoding(len(running))
-            # If no row runs any more, the next one starts a run of its own: it may be one of beams.
+            # Without a running row the next one starts a new run, since it may need beam search.
             joining = self._take(running) if joinable and running and not self._stopping else []
             if joining:
                 self._joined_at = time.monotonic()
                 self._ceiling.ran_well(widest)
                 widest = _beams([*running, *joining])
-            # Rows that are done need no recovery, and hold their pictures.
+            # Finished rows need no recovery, and would keep their pictures in memory.
             batch[:] = [*running, *joining]
-            self._update_pace(batch, free=self._free_rows(batch) if joinable else 0)
+            self._update_throughput(batch, free=self._free_rows(batch) if joinable else 0)
             return joining
 
         error: Exception = Internal("The model left this job without an answer: report it.")
@@ -213,15 +213,15 @@ class Engine:
         if unfinished:
             self._recover(batch, unfinished, error)
 
-    def _update_pace(self, batch: Sequence[Row], free: int) -> None:
+    def _update_throughput(self, batch: Sequence[Row], free: int) -> None:
         self._meter.update(batch, free, others_wait=bool(self._waiting))
 
     def _free_rows(self, batch: Sequence[Row]) -> int:
-        """Rows that could join a batch at once: none while others wait, since these could not join and come first."""
+        """Number of new rows that could join a batch at once: 0 while others wait, since those come first."""
         return 0 if self._waiting else max(0, self.limits.rows - _beams(batch))
 
     def _recover(self, batch: Sequence[Row], unfinished: list[Row], error: Exception) -> None:
-        """Run the unfinished rows of a failed batch again in halves; a row that failed alone gets the error."""
+        """Run the unfinished rows of a failed batch again in halves. A row that failed alone gets the error."""
         if len(batch) == 1:
             logger.error("A job failed alone; its caller gets the error.", exc_info=error)
             unfinished[0].fail(error if isinstance(error, JobError) else Internal(type(error).__name__))
@@ -236,19 +236,19 @@ class Engine:
         )  # fmt: skip
         for part in (unfinished[:half], unfinished[half:]):
             if part:
-                # Rows that join would be suspects too, and the culprit would never run alone.
+                # If rows joined, the row that causes the error would never run alone.
                 self._run(part, joinable=False)
         if any(isinstance(row.output.exception(), OutOfMemory) for row in unfinished):
             self._ceiling.restore(fitted)
 
 
 def _beams(rows: Sequence[Row]) -> int:
-    """Rows counted in beams."""
+    """Number of rows, each counted once for each of its beams."""
     return sum(row.sampling.num_beams for row in rows)
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Free what the frames of an error's tracebacks hold: where memory was short, the next try needs it."""
+    """Free the objects in the frames of an error's tracebacks: after a lack of memory the next try needs it."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -259,7 +259,7 @@ def _stopped() -> Internal:
 
 
 def _abort(row: Row) -> None:
-    """End a row that was canceled, or whose deadline has passed, before it started."""
+    """End a row that was canceled or passed its deadline before it started."""
     if row.canceled:
         row.finish(Output(ids=(), finish_reason="canceled"))
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tasks.results import ModelInfo
-from worker.engine.generation import GenerationRules
+from worker.engine.generation_rules import GenerationRules
 from worker.engine.row import Picture, Row, Tokens
 
 if TYPE_CHECKING:
@@ -17,63 +17,64 @@ if TYPE_CHECKING:
 
     from worker.engine.scoring import TokenTree
 
-#: A prompt's texts and pictures in reading order.
-Parts = Sequence[str | Picture]
-#: Called at each step: the engine is alive.
+#: A prompt's texts and pictures, in reading order.
+PromptContent = Sequence[str | Picture]
+#: Called at each step to show that the engine is alive.
 SendHeartbeat = Callable[[], None]
-#: Given the rows that run, returns those that join them now.
+#: Takes the running rows and returns the rows that join them now.
 Admit = Callable[[Sequence[Row]], Sequence[Row]]
 
 
 class Codec(Protocol):
-    """Turns prompts into a model's tokens and pixels, and tokens into text, without the model's weights. Safe in
-    threads."""
+    """Turns prompts into a model's tokens and pixels, and tokens into text. Needs no weights. Thread-safe."""
 
-    #: Whether prompts have the form of a chat: see worker.jobs.prompts.in_turns.
-    in_turns: bool
+    #: Whether prompts are written as chats, with worker.jobs.prompts.in_turns.
+    has_chat_template: bool
 
     def picture(self, image: Image) -> Picture:
-        """An RGB image as the model takes it."""
+        """Scale and normalise an RGB image for the model."""
 
-    def min_token_count(self, parts: Parts) -> int:
-        """A lower bound of a prompt's tokens, found without tokenizing it."""
+    def min_token_count(self, parts: PromptContent) -> int:
+        """A lower bound of a prompt's number of tokens, found without tokenizing it."""
 
-    def prepare(self, parts: Parts) -> Tokens:
-        """A prompt's tokens and pictures. Raises InvalidRequest."""
+    def prepare(self, parts: PromptContent) -> Tokens:
+        """Tokenize a prompt. Raises InvalidRequest, as for text that becomes a reserved token."""
 
-    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """The token ids that continue a prompt with each label and its end.
+    def encode_labels(self, lead: PromptContent, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        """The token ids of each label, with its end, as they continue a prompt.
 
-        `lead` are the prompt's last parts, from a picture on, or all: texts before a picture do not change how a text
-        behind it is tokenized. Raises InvalidRequest.
+        `lead`: the end of the prompt, from its last picture on, or the whole prompt. Texts before a picture do not
+        change how a text after it is tokenized. Raises InvalidRequest.
         """
 
     def eos_ids(self, *, utterance: bool) -> frozenset[int]:
-        """The tokens that end an answer; with `utterance`, that of the instruct form too."""
+        """The ids of the tokens that end an answer. `utterance`: include the instruct form's end of utterance."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """New tokens as text, special tokens left out."""
+        """Turn new tokens into text, without special tokens."""
 
 
 class Runner(Protocol):
     """Runs rows on a model."""
 
     def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """Encode pictures before their row runs, then call `then`, in any thread, with the number of those that were
-        known already. May be called in any thread."""
+        """Encode pictures before their row runs, then call `then` with the number of pictures that were cached.
+
+        Thread-safe. `then` may be called in any thread.
+        """
 
     def help(self, within_s: float) -> bool:
-        """Encode some of the pictures that wait, in the engine's thread, in about `within_s` seconds. False if nothing
-        was encoded. For an engine that has no row to run."""
+        """Encode waiting pictures in the engine's thread for about `within_s` seconds, while no row can run.
+
+        Returns False if nothing was encoded.
+        """
 
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
-        """Finish or fail each row as soon as its output is known, and call `heartbeat` at each step.
+        """Run rows to their end; finish or fail each row as soon as its output is known. For the engine's thread.
 
-        Called in the engine's thread.
-
-        A runner whose batches rows can join calls `admit` between its steps, and finishes the rows that join too.
-        Raises OutOfMemory if the rows were too many, or any error of the model: the engine runs unfinished rows again
-        in smaller batches, so that one row's error fails no other.
+        Call `heartbeat` at each step. A runner that supports joining also calls `admit` between steps, and runs the
+        rows that `admit` returns. Raises OutOfMemory if the batch was too large, or any error of the model. The engine
+        then runs the unfinished rows again in smaller batches, so that one row's error does not fail the others.
         """
 
 
@@ -87,18 +88,18 @@ class Model(Runner, Protocol):
     def codec(self) -> Codec: ...
 
     def metrics(self) -> dict[str, int]:
-        """Counters of its caches, for monitoring."""
+        """Counters of the model's caches, for monitoring."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """The keys and values of a group of layers."""
+    """Shape of the keys and values of a group of layers."""
 
     layers: int
     #: Key and value heads of a layer.
     heads: int
     head_size: int
-    #: Positions of each row; 0: one for each of its tokens.
+    #: Positions for each row; 0 means one for each of its tokens.
     width: int = 0
 
 
@@ -109,31 +110,33 @@ class CacheSpec:
     self_kv: KVSpec
     dtype: torch.dtype
     device: torch.device
-    #: Pools of fixed width, for rows whose piece has a `carry`: the keys and values that it is projected to.
+    #: Pools of fixed width for rows whose segment has a `carry`: the keys and values projected from the carry.
     extra: tuple[KVSpec, ...] = ()
-    #: Bytes of a piece's `carry` at most.
+    #: Maximum bytes of a segment's `carry`.
     carry_bytes: int = 0
 
 
-class Piece(Protocol):
+class PromptSegment(Protocol):
     """Consecutive tokens of a prompt, with the features of the pictures among them."""
 
     @property
     def ids(self) -> Sequence[int]:
-        """The tokens."""
+        """Token ids."""
 
     @property
     def carry(self) -> Tensor | None:
-        """What the tokens behind this piece need beside its keys and values. None: nothing, and the row has no content
-        in the extra pools."""
+        """What later tokens need beside this segment's keys and values, in any shape.
+
+        None: they need nothing more, and the row has no content in the extra pools.
+        """
 
     def split(self, length: int) -> tuple[Self, Self]:
-        """The first `length` tokens, and the rest."""
+        """Split into the first `length` tokens and the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A prompt's beginning, prefilled."""
+    """The prefilled beginning of a prompt."""
 
     #: Keys and values (heads, length, head size) of each layer in turn.
     tensors: tuple[Tensor, ...]
@@ -141,71 +144,77 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return int(self.tensors[0].shape[1])
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the keys, values and carry."""
         return sum(tensor.nbytes for tensor in self.tensors) + (0 if self.carry is None else self.carry.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class PendingPrompt:
-    """What is still to be prefilled of a prompt, and the prefix that it follows."""
+    """The part of a prompt that is not prefilled yet, and the prefix before it."""
 
-    piece: Piece
+    segment: PromptSegment
     prefix: Prefix | None = None
 
     @property
     def start(self) -> int:
-        """Tokens of the prefix."""
+        """Number of tokens of the prefix."""
         return self.prefix.length if self.prefix else 0
 
 
-#: The features of each distinct picture by its key, encoded where they are not known.
+#: Returns the features of each distinct picture by its key; encodes those that are not cached.
 Encode = Callable[[Iterable[Picture]], Mapping[bytes, "Tensor"]]
 
 
 class Decoder(Protocol):
-    """A family's text decoder as stateless functions of tensors. The engine keeps what they read and write.
+    """A family's text decoder as stateless functions of tensors. The engine owns the caches.
 
-    `self_kv` and `extra` are keys and values of each layer in turn, each (slots, heads, positions, head size), with
-    room for the new tokens: the functions store there. `extra` is empty where no row has content in the extra pools.
-    `step` and `branch` take tensors alone and look at no content, so that the engine can record them as graphs.
+    `self_kv` and `extra` hold the keys and values of each layer in turn, each (slots, heads, positions, head size),
+    with room for the new tokens, which the functions write. `extra` is empty if no row has content in the extra pools.
+    `step` and `branch` take only tensors and do not branch on their content, so the engine can record them as graphs.
     """
 
     spec: CacheSpec
-    #: `step(numbers, *self_kv, *extra)` appends a token to each row: logits (rows, vocabulary) of the next. `numbers`
-    #: (3, rows) are each row's token, how many stand before it, and whether it has content in the extra pools. Row n
-    #: has slot n.
+    #: `step(numbers, *self_kv, *extra)` appends a token to each row and returns the logits (rows, vocabulary) of the
+    #: next one. `numbers` (3, rows) holds each row's token, the number of tokens before it, and whether the row has
+    #: content in the extra pools. Row n is in slot n.
     step: Callable[..., Tensor]
-    #: `branch(ids, starts, targets, owner, depth, has_extra, *self_kv, *extra)` runs a TokenTree's tensors behind each
-    #: row: log-probabilities (rows, targets). `starts` and `has_extra` (rows,) as for `step`.
+    #: `branch(ids, starts, targets, owner, depth, has_extra, *self_kv, *extra)` runs the tensors of a TokenTree after
+    #: each row and returns log-probabilities (rows, targets). `starts` (rows,): tokens before; `has_extra` (rows,).
     branch: Callable[..., Tensor]
 
-    def piece(self, tokens: Tokens, features: Mapping[bytes, Tensor], carry: Tensor | None) -> Piece:
-        """Tokens with the features of their pictures, behind a piece with this carry."""
+    def segment(self, tokens: Tokens, features: Mapping[bytes, Tensor], carry: Tensor | None) -> PromptSegment:
+        """Combine tokens with the features of their pictures, by key, after a segment with this carry."""
 
     def prefill(
         self,
-        pieces: Sequence[Any],
+        segments: Sequence[Any],
         starts: Sequence[int],
         slots: Sequence[int],
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
-        """Store pieces (of `piece`) in `slots`, behind `starts` tokens each: logits (pieces, vocabulary) after the last
-        token of each. Where `extra` is empty, `slots` are all in order, and no piece has a carry."""
+        """Write the keys and values of segments into `slots`, after `starts` tokens each.
+
+        Returns the logits (segments, vocabulary) after each segment's last token. If `extra` is empty, `slots` are all
+        slots in order, and no segment has a carry.
+        """
 
     def prefill_scored(
         self,
-        pieces: Sequence[Any],
+        segments: Sequence[Any],
         starts: Sequence[int],
         tree: TokenTree,
         firsts: Sequence[Sequence[int]],
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
-        """Store pieces that all have a carry in the first slots, and score sequences behind them: log-probabilities
-        (rows, firsts and targets) of `firsts` after each piece, then of the tree's targets. The tree's ids begin with
-        the pieces'."""
+        """Prefill segments, which all have a carry, into the first slots, and score sequences after them.
+
+        Returns log-probabilities (rows, firsts and targets): of `firsts` after each segment, then of the tree's
+        targets. The tree's ids begin with the ids of the segments.
+        """

@@ -18,7 +18,7 @@ T = TypeVar("T")
 Pauses = Generator[None, None, T]
 
 
-class PromptReader:
+class PromptPrefiller:
     """Makes pending prompts of rows, on a decoder whose slots hold prefixes for a moment only."""
 
     def __init__(
@@ -51,11 +51,11 @@ class PromptReader:
 
     def is_long(self, prompt: PendingPrompt) -> bool:
         """Whether it is to be prefilled in chunks."""
-        return len(prompt.piece.ids) > self._chunk_tokens
+        return len(prompt.segment.ids) > self._chunk_tokens
 
     def prefill_chunk(self, prompt: PendingPrompt) -> PendingPrompt:
         """Prefill the first chunk of a long prompt. Returns what is left."""
-        chunk, rest = prompt.piece.split(self._chunk_tokens)
+        chunk, rest = prompt.segment.split(self._chunk_tokens)
         return PendingPrompt(rest, self._decoder.prefill_prefix(PendingPrompt(chunk, prompt.prefix)))
 
     def _prefix(self, tokens: Tokens, key: PrefixKey, keys: Sequence[PrefixKey]) -> Pauses[Prefix]:

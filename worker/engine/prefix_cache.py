@@ -56,7 +56,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int, token_bytes: int, carry_bytes: int = 0) -> None:
         """`token_bytes`: the keys and values of one token. `carry_bytes`: what a prefix with pictures carries beside
-        them (see interfaces.Piece)."""
+        them (see interfaces.PromptSegment)."""
         self._max_bytes = max_bytes
         self._token_bytes = token_bytes
         self._carry_bytes = carry_bytes

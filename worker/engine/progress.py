@@ -1,4 +1,4 @@
-"""A row's new tokens, and the rules by which it ends."""
+"""A row's new tokens, and the conditions that end it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from worker.engine.row import FinishReason, Output, Row
 Decode = Callable[[Sequence[int]], str]
 
 
-class Progress:
-    """Takes the tokens of one continued row, and finishes the row at the very step that ends it."""
+class RowProgress:
+    """Collects the new tokens of one continued row, and finishes the row at the step that ends it."""
 
     def __init__(self, row: Row, decode: Decode) -> None:
         self.row = row
@@ -28,7 +28,7 @@ class Progress:
         return self._new[-1]
 
     def take(self, token: int, now: float) -> None:
-        """Append the next token, at time.monotonic() `now`."""
+        """Append the next token. `now`: time.monotonic()."""
         if token in self.row.sampling.eos_ids:
             self.row.finish(Output(tuple(self._new), "stop"))
             return
@@ -45,5 +45,5 @@ class Progress:
 
 
 def has_stop(text: str, stop: Sequence[str]) -> bool:
-    """Whether a stop string is in a text."""
+    """Whether a text contains a stop string."""
     return any(word in text for word in stop)

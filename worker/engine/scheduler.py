@@ -1,4 +1,4 @@
-"""Which rows run together: pure functions of what waits."""
+"""Which rows run together: pure functions of the waiting and the running rows."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from worker.engine.row import Row
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What fits on the device at once: rows (a row with four beams counts four) and padded tokens."""
+    """What fits on the device at once: rows, where one with four beams counts four, and tokens with padding."""
 
     rows: int
     tokens: int
 
 
-#: While others run and more wait than fit, rows join in groups of at least one JOINING_PART-th of the limit: each group
-#: costs the running rows the time of a prefill.
+#: While others run and more wait than fit, rows join in groups of at least limit / JOINING_PART: each group delays the
+#: running rows by a prefill.
 JOINING_PART = 8
-#: A step of a few rows costs nearly what a step of a full batch costs. So a batch that is filled to less than FULL_PART
-#: waits for rows whose pictures are being encoded, unless it holds up more than HELD_UP running rows for each of them.
+#: A step of a few rows takes nearly as long as a step of a full batch. So a batch with less than FULL_PART of the limit
+#: waits for rows whose pictures are being encoded, unless this delays more than MAX_DELAYED running rows for each.
 FULL_PART = 0.75
-HELD_UP = 4
+MAX_DELAYED = 4
 
 
 def should_wait(running: int, waiting: int, encoding: int, limits: Limits) -> bool:
-    """Whether a batch should wait for more rows, given the numbers of those that run, that wait, and whose pictures are
-    being encoded."""
-    return encoding > 0 and running <= HELD_UP * (encoding + waiting) and running + waiting < FULL_PART * limits.rows
+    """Whether a batch should wait for more rows. `encoding`: the number of rows whose pictures are being encoded."""
+    return (
+        encoding > 0 and running <= MAX_DELAYED * (encoding + waiting) and running + waiting < FULL_PART * limits.rows
+    )
 
 
 def next_batch(
     waiting: Sequence[Row], limits: Limits, running: Sequence[Row] = (), *, in_groups: bool = True
 ) -> list[Row]:
-    """The rows to run next, of those that wait, or with `running` those that join them; few at a time only if
-    `in_groups` is False.
+    """Choose the waiting rows that form the next batch, or that join the `running` rows.
 
-    The first is the oldest of the most urgent priority, so that no row starves. With it go the rows that it can share
-    a batch with, those nearest to it in `max_steps` first: a batch lasts as long as its longest row. A row too large
-    for the limits runs alone.
+    The first one is the oldest of the most urgent priority, so that no row starves. Rows that can share its batch
+    follow, the nearest in `max_steps` first, since a batch lasts as long as its longest row. A row beyond the limits
+    runs alone. `in_groups`: join running rows only in groups (see JOINING_PART).
     """
     if not waiting:
         return []
@@ -62,17 +62,17 @@ def next_batch(
 
 
 def _may_join(first: Row, longest: int, limits: Limits, running: Sequence[Row]) -> bool:
-    """Whether the most urgent row may join. If not, no other row overtakes it: the batch drains, then it starts."""
+    """Whether the most urgent row may join. If not, none joins: the batch drains, then this row starts the next."""
     return _group(first) == _group(running[0]) and _fits(len(running) + 1, longest, first, limits)
 
 
 def _is_group(waiting: int, free: int, limits: Limits) -> bool:
-    """Whether enough rows can join at once, or all that wait."""
+    """Whether all waiting rows can join, or enough of them to be a group."""
     return free * JOINING_PART >= limits.rows or waiting <= free
 
 
 def _group(row: Row) -> Hashable:
-    """Rows of one group may share a batch: greedy, sampled and scored rows; beams with beams of the same kind."""
+    """A key that is equal for rows that may share a batch: all without beams; of those with beams, like ones."""
     sampling = row.sampling
     if sampling.num_beams == 1:
         return None
@@ -84,11 +84,11 @@ def _distance(row: Row, first: Row) -> tuple[int, int]:
 
 
 def _fits(rows: int, longest: int, like: Row, limits: Limits) -> bool:
-    """Whether `rows` rows like that one fit, the longest of `longest` tokens."""
+    """Whether this many rows fit, if the longest has `longest` tokens and each as many beams as `like`."""
     rows *= like.sampling.num_beams
     return rows <= limits.rows and rows * longest <= limits.tokens
 
 
 def _length(row: Row) -> int:
-    """Tokens of the prompt and the answer, at most."""
+    """Maximum tokens of the prompt and the answer together."""
     return len(row.tokens.ids) + row.max_steps

@@ -13,10 +13,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from tasks.errors import OutOfMemory
 from tasks.results import ModelInfo
-from worker.engine.generation import NO_RULES, GenerationRules
+from worker.engine.generation_rules import NO_RULES, GenerationRules
 from worker.engine.interfaces import Admit, Codec, SendHeartbeat
-from worker.engine.processors import BatchRules
-from worker.engine.progress import Decode, Progress, has_stop
+from worker.engine.logits_processors import BatchRules
+from worker.engine.progress import Decode, RowProgress, has_stop
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
@@ -133,7 +133,7 @@ class StockModel:
                 "bad_words_ids": [*self.codec.bad_words_ids, *self.rules.scores.get("bad_words_ids", [])],
             },
             logits_processor=LogitsProcessorList([Overflow(rows)]),
-            stopping_criteria=StoppingCriteriaList([AllInterrupted(rows, heartbeat)]),
+            stopping_criteria=StoppingCriteriaList([AllAborted(rows, heartbeat)]),
         )
         for row, sequence in zip(rows, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             if not row.is_done:
@@ -188,7 +188,7 @@ class RowStopping(StoppingCriteria):  # type: ignore[misc]
     """Ends each row by its own rules, and finishes it at that very step: it does not wait for its batch."""
 
     def __init__(self, rows: Sequence[Row], decode: Decode, heartbeat: SendHeartbeat) -> None:
-        self._progress = [Progress(row, decode) for row in rows]
+        self._progress = [RowProgress(row, decode) for row in rows]
         self._heartbeat = heartbeat
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
@@ -201,7 +201,7 @@ class RowStopping(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([progress.row.is_done for progress in self._progress], device=input_ids.device)
 
 
-class AllInterrupted(StoppingCriteria):  # type: ignore[misc]
+class AllAborted(StoppingCriteria):  # type: ignore[misc]
     """Ends a beam search once all its rows are aborted. Single rows cannot leave it."""
 
     def __init__(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.payloads import Classify, Job
 from tasks.results import ModelInfo, Result, Timing, Usage
-from worker.engine.generation import GenerationRules
+from worker.engine.generation_rules import GenerationRules
 from worker.engine.interfaces import Codec
 from worker.engine.row import Output, Row
 from worker.jobs.rows import truncation
@@ -21,7 +21,7 @@ class ResultBuilder:
         self._info = info
         self._codec = codec
         self._rules = rules
-        self._told = rules.told()
+        self._told = rules.abbreviated()
 
     def build(self, job: Job, row: Row, output: Output, timing: Timing) -> Result:
         text = _until_stop(self._codec.decode(output.ids), job.stop)

@@ -7,8 +7,8 @@ from typing import Any
 from config.settings import Settings
 from tasks.errors import InvalidRequest, PromptTooLong
 from tasks.payloads import Chat, Classify, Job
-from worker.engine.generation import GenerationRules
-from worker.engine.interfaces import Codec, Parts
+from worker.engine.generation_rules import GenerationRules
+from worker.engine.interfaces import Codec, PromptContent
 from worker.engine.row import Row, Sampling
 from worker.jobs.prompts import Prompt, build, ends_with_utterance, in_turns
 
@@ -26,7 +26,7 @@ class RowBuilder:
 
     def prompt(self, job: Job) -> Prompt:
         """The job's prompt in the model's form: texts and references to images."""
-        return in_turns(job) if self._codec.in_turns else build(job)
+        return in_turns(job) if self._codec.has_chat_template else build(job)
 
     def new_tokens(self, job: Job) -> int:
         """The tokens that the answer may have. Raises InvalidRequest for a job that asks for too many."""
@@ -39,7 +39,9 @@ class RowBuilder:
             raise InvalidRequest(f"max_new_tokens is {job.max_new_tokens}: this worker's maximum is {most}.")
         return job.max_new_tokens
 
-    def build(self, job: Job, parts: Parts, new_tokens: int, priority: int = 5, deadline: float | None = None) -> Row:
+    def build(
+        self, job: Job, parts: PromptContent, new_tokens: int, priority: int = 5, deadline: float | None = None
+    ) -> Row:
         """The row of a job whose prompt, with its pictures, is `parts`. Raises PromptTooLong or InvalidRequest."""
         least = self._codec.min_token_count(parts)
         if least > self._max_prompt_tokens:

@@ -16,10 +16,10 @@ from config.settings import Settings
 from tasks.errors import InvalidRequest, JobError, OutOfMemory
 from tasks.payloads import Job
 from tasks.results import ModelInfo, Result, Timing
-from worker.engine.generation import NO_RULES, GenerationRules
+from worker.engine.generation_rules import NO_RULES, GenerationRules
 from worker.engine.interfaces import Codec
-from worker.engine.pace import Pace
 from worker.engine.row import NotBegun, Output, Picture, Row
+from worker.engine.throughput import Throughput
 from worker.images.host_limits import HostLimitReached
 from worker.images.loader import ImageLoader
 from worker.jobs.answer_cache import AnswerCache
@@ -40,7 +40,7 @@ class EngineProtocol(Protocol):
         """End a row at the next step, wherever it is. Its output then says `canceled`."""
 
     @property
-    def pace(self) -> Pace:
+    def throughput(self) -> Throughput:
         """How many rows run, and how fast."""
 
     def withdraw(self, rows: Sequence[Row], most: int) -> list[Row]:
@@ -76,10 +76,10 @@ class Service:
         return self._info
 
     @property
-    def pace(self) -> Pace:
-        """The engine's pace, in jobs. Jobs that load images from the network take no place in it."""
-        pace = self._engine.pace
-        return pace._replace(capacity=pace.capacity + self._images.jobs_on_network)
+    def throughput(self) -> Throughput:
+        """The engine's throughput, in jobs. Jobs that load images from the network take no place in it."""
+        throughput = self._engine.throughput
+        return throughput._replace(capacity=throughput.capacity + self._images.jobs_on_network)
 
     def check_golden(self, folder: Path | None) -> None:
         """Check the model's answers before it serves. Raises SetupFailed."""

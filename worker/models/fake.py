@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from PIL.Image import Image
 
 from tasks.results import ModelInfo
-from worker.engine.generation import NO_RULES
-from worker.engine.interfaces import Admit, Parts, SendHeartbeat
+from worker.engine.generation_rules import NO_RULES
+from worker.engine.interfaces import Admit, PromptContent, SendHeartbeat
 from worker.engine.row import Output, Picture, Row, Tokens
 
 END = 0
@@ -31,21 +31,21 @@ def fake_model(name: str) -> FakeModel | None:
 class FakeCodec:
     """Tokens are characters."""
 
-    in_turns = False
+    has_chat_template = False
 
     def picture(self, image: Image) -> Picture:
         if image.getpixel((0, 0)) == POISON_COLOUR:
             os.kill(os.getpid(), signal.SIGSEGV)
         return Picture(hashlib.blake2b(image.tobytes(), digest_size=4).digest(), None)
 
-    def min_token_count(self, parts: Parts) -> int:
+    def min_token_count(self, parts: PromptContent) -> int:
         return sum(len(part) for part in parts if isinstance(part, str))
 
-    def prepare(self, parts: Parts) -> Tokens:
+    def prepare(self, parts: PromptContent) -> Tokens:
         texts = [part if isinstance(part, str) else f"<{part.key.hex()}>" for part in parts]
         return Tokens(ids=tuple(map(ord, "".join(texts))))
 
-    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
+    def encode_labels(self, lead: PromptContent, labels: Sequence[str]) -> list[tuple[int, ...]]:
         return [tuple(map(ord, label)) for label in labels]
 
     def eos_ids(self, *, utterance: bool) -> frozenset[int]:

@@ -31,7 +31,7 @@ from config.settings import Settings
 from tasks.results import ModelInfo
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import CudaGraphs
-from worker.engine.generation import NO_RULES, GenerationRules, generation_rules
+from worker.engine.generation_rules import NO_RULES, GenerationRules, generation_rules
 from worker.engine.interfaces import Model
 from worker.engine.stock import StockModel
 from worker.models import SetupFailed, checkpoint_folder

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.errors import InvalidRequest
 from tasks.protocol import END_OF_UTTERANCE
-from worker.engine.interfaces import Parts
+from worker.engine.interfaces import PromptContent
 from worker.engine.row import Picture, Tokens
 
 IMAGE = "<image>"
@@ -30,7 +30,7 @@ CACHED_CHARS = 8_000
 class BaseCodec:
     """The base of codecs: labels, ends of answers, padding, and texts that are refused. See interfaces.Codec."""
 
-    in_turns = False
+    has_chat_template = False
     #: Ends each label, so that `car` is not scored as the beginning of `cart`.
     label_end = "\n"
 
@@ -51,19 +51,19 @@ class BaseCodec:
         """See interfaces.Codec."""
         raise NotImplementedError
 
-    def min_token_count(self, parts: Parts) -> int:
+    def min_token_count(self, parts: PromptContent) -> int:
         """See interfaces.Codec."""
         return sum(len(part) for part in parts if isinstance(part, str)) // self._longest
 
-    def prepare(self, parts: Parts) -> Tokens:
+    def prepare(self, parts: PromptContent) -> Tokens:
         """See interfaces.Codec."""
         raise NotImplementedError
 
-    def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
+    def prompt_ids(self, parts: PromptContent) -> tuple[int, ...]:
         """A whole prompt's tokens, unchecked."""
         raise NotImplementedError
 
-    def lead_text(self, lead: Parts) -> str:
+    def lead_text(self, lead: PromptContent) -> str:
         """A prompt's last parts as text, as far as it matters for the tokens of a label behind them."""
         raise NotImplementedError
 
@@ -75,7 +75,7 @@ class BaseCodec:
     def _split(self, *texts: str) -> tuple[tuple[int, ...], ...]:
         return tuple(map(tuple, self.tokenizer(list(texts), add_special_tokens=False).input_ids))
 
-    def encode_labels(self, lead: Parts, labels: Sequence[str]) -> list[tuple[int, ...]]:
+    def encode_labels(self, lead: PromptContent, labels: Sequence[str]) -> list[tuple[int, ...]]:
         """See interfaces.Codec."""
         if not labels:
             return []
@@ -122,7 +122,7 @@ class BaseCodec:
             if token in text:
                 raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")
 
-    def refuse_smuggled(self, ids: Sequence[int], parts: Parts) -> None:
+    def refuse_smuggled(self, ids: Sequence[int], parts: PromptContent) -> None:
         """Raise InvalidRequest if a text of `parts`, tokenized to `ids`, became a special token without spelling it.
 
         A tokenizer normalises: it may drop invisible characters, fold others into ASCII, and join texts.
@@ -149,7 +149,7 @@ class BaseCodec:
 class _Shape:
     """A prompt's order of texts and pictures. Equal for prompts of the same texts, whatever their pictures."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: PromptContent) -> None:
         self.parts = parts
         self._key = tuple(part if isinstance(part, str) else _shape_of(part) for part in parts)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
 from worker.engine.encoder_cache import EncoderCache, EncoderThread
-from worker.engine.interfaces import Parts
+from worker.engine.interfaces import PromptContent
 from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.engine.traced import Traced
 from worker.models.image_processor import Pixels
@@ -40,7 +40,7 @@ class IdeficsCodec(BaseCodec):
         #: The token that stands for an image.
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
 
-    def prepare(self, parts: Parts) -> Tokens:
+    def prepare(self, parts: PromptContent) -> Tokens:
         """See interfaces.Codec."""
         for part in parts:
             if isinstance(part, str):
@@ -51,7 +51,7 @@ class IdeficsCodec(BaseCodec):
         spans = tuple(ImageSpan(number, place, 1) for number, place in enumerate(places))
         return Tokens(ids, tuple(part for part in parts if isinstance(part, Picture)), spans)
 
-    def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
+    def prompt_ids(self, parts: PromptContent) -> tuple[int, ...]:
         """See BaseCodec."""
         (ids,) = self.tokens_of(self.text(parts))
         return ids
@@ -60,11 +60,11 @@ class IdeficsCodec(BaseCodec):
         """See interfaces.Codec."""
         return self._pixels.picture(image)
 
-    def text(self, parts: Parts) -> str:
+    def text(self, parts: PromptContent) -> str:
         """The whole prompt as text."""
         return render_prompt(self.tokenizer.bos_token, parts)
 
-    def lead_text(self, lead: Parts) -> str:
+    def lead_text(self, lead: PromptContent) -> str:
         """See BaseCodec."""
         return self.text(lead)
 

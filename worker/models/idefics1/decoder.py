@@ -28,8 +28,8 @@ FEW = 24
 
 
 @dataclass(frozen=True, slots=True)
-class IdeficsPiece:
-    """See interfaces.Piece. Its carry is the last image, which the tokens behind it attend to."""
+class IdeficsSegment:
+    """See interfaces.PromptSegment. Its carry is the last image, which the tokens behind it attend to."""
 
     ids: Sequence[int]
     #: Features (width, size) of each image among the tokens.
@@ -43,11 +43,11 @@ class IdeficsPiece:
     def carry(self) -> Tensor | None:
         return self.images[-1] if self.images else self.image_before
 
-    def split(self, length: int) -> tuple[IdeficsPiece, IdeficsPiece]:
+    def split(self, length: int) -> tuple[IdeficsSegment, IdeficsSegment]:
         shown = bisect.bisect_left(self.places, length)
-        first = IdeficsPiece(self.ids[:length], self.images[:shown], self.places[:shown], self.image_before)
+        first = IdeficsSegment(self.ids[:length], self.images[:shown], self.places[:shown], self.image_before)
         places = [place - length for place in self.places[shown:]]
-        return first, IdeficsPiece(self.ids[length:], self.images[shown:], places, first.carry)
+        return first, IdeficsSegment(self.ids[length:], self.images[shown:], places, first.carry)
 
 
 class IdeficsDecoder:
@@ -57,7 +57,7 @@ class IdeficsDecoder:
         """`image_id`: the token that stands for an image."""
         self.spec = cache_spec(model)
         text = TextModel(model)
-        #: By whether nothing stands before the pieces, and whether they are short.
+        #: By whether nothing stands before the segments, and whether they are short.
         self._prefills = {
             (begins, is_short): Traced(Prefill(text, image_id, begins=begins, is_short=is_short))
             for begins, is_short in itertools.product((True, False), repeat=2)
@@ -69,32 +69,32 @@ class IdeficsDecoder:
         self.step: Callable[..., Tensor] = TextStep(text, is_short=True)
         self.branch: Callable[..., Tensor] = TreeAttention(text)
 
-    def piece(self, tokens: Tokens, features: Mapping[bytes, Tensor], carry: Tensor | None) -> IdeficsPiece:
+    def segment(self, tokens: Tokens, features: Mapping[bytes, Tensor], carry: Tensor | None) -> IdeficsSegment:
         """See interfaces.Decoder. `features` (width, size) by key."""
         images = [features[picture.key] for picture in tokens.pictures]
-        return IdeficsPiece(tokens.ids, images, [span.start for span in tokens.spans], carry)
+        return IdeficsSegment(tokens.ids, images, [span.start for span in tokens.spans], carry)
 
     def prefill(
         self,
-        pieces: Sequence[IdeficsPiece],
+        segments: Sequence[IdeficsSegment],
         starts: Sequence[int],
         slots: Sequence[int],
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
         """See interfaces.Decoder."""
-        length = max(len(piece.ids) for piece in pieces)
+        length = max(len(segment.ids) for segment in segments)
         # Padding on the right: no kept token attends to it, and the next tokens overwrite it.
-        ids = padded([piece.ids for piece in pieces], length, 0, self.spec.device)
-        numbers = self._numbers(pieces, starts, slots)
+        ids = padded([segment.ids for segment in segments], length, 0, self.spec.device)
+        numbers = self._numbers(segments, starts, slots)
         if not extra:
             return self._text_prefill(ids, *numbers[:2], *self_kv)
         prefill = self._prefills[not any(starts), length <= FEW]
-        return prefill(ids, *numbers, *self._image_tensors(pieces), *self_kv, *extra)
+        return prefill(ids, *numbers, *self._image_tensors(segments), *self_kv, *extra)
 
     def prefill_scored(
         self,
-        pieces: Sequence[IdeficsPiece],
+        segments: Sequence[IdeficsSegment],
         starts: Sequence[int],
         tree: TokenTree,
         firsts: Sequence[Sequence[int]],
@@ -103,33 +103,33 @@ class IdeficsDecoder:
     ) -> Tensor:
         """See interfaces.Decoder."""
         first = padded(firsts, max(map(len, firsts)), 0, self.spec.device)
-        numbers = self._numbers(pieces, starts, range(len(pieces)))
-        images = self._image_tensors(pieces)
+        numbers = self._numbers(segments, starts, range(len(segments)))
+        images = self._image_tensors(segments)
         score = self._scored_prefills[tree.ids.shape[1] <= FEW]
         return score(tree.ids, *numbers, *images, tree.owner, tree.depth, first, tree.targets, *self_kv, *extra)
 
     def _numbers(
-        self, pieces: Sequence[IdeficsPiece], starts: Sequence[int], slots: Sequence[int]
+        self, segments: Sequence[IdeficsSegment], starts: Sequence[int], slots: Sequence[int]
     ) -> tuple[Tensor, ...]:
-        """`starts`, the pieces' last tokens' places and `slots`, each (pieces,)."""
-        lasts = [len(piece.ids) - 1 for piece in pieces]
+        """`starts`, the segments' last tokens' places and `slots`, each (segments,)."""
+        lasts = [len(segment.ids) - 1 for segment in segments]
         # One tensor, since each that is made lets go of the interpreter and has to get it back.
         return torch.tensor([[*starts], lasts, [*slots]], device=self.spec.device).unbind()
 
-    def _image_tensors(self, pieces: Sequence[IdeficsPiece]) -> tuple[Tensor, ...]:
+    def _image_tensors(self, segments: Sequence[IdeficsSegment]) -> tuple[Tensor, ...]:
         """`images`, `shown`, `kept`, `no_image_before` and `first` of network.Prompts."""
         device = self.spec.device
         # Number 0, the image before, is left out where no token attends to it.
-        first = int(all(piece.image_before is None or piece.places[:1] == [0] for piece in pieces))
-        rows = [[piece.image_before, *piece.images][first:] for piece in pieces]
+        first = int(all(segment.image_before is None or segment.places[:1] == [0] for segment in segments))
+        rows = [[segment.image_before, *segment.images][first:] for segment in segments]
         distinct = {id(image): image for row in rows for image in row if image is not None}
         numbers = {key: number for number, key in enumerate(distinct)}
         shown = [[numbers.get(id(image), 0) for image in row] for row in rows]
         return (
             torch.stack(list(distinct.values())).to(device=device, dtype=self.spec.dtype),
             padded(shown, max(map(len, rows)), 0, device),
-            torch.tensor([numbers.get(id(piece.carry), 0) for piece in pieces], device=device),
-            torch.tensor([piece.image_before is None for piece in pieces], device=device),
+            torch.tensor([numbers.get(id(segment.carry), 0) for segment in segments], device=device),
+            torch.tensor([segment.image_before is None for segment in segments], device=device),
             torch.tensor(first, device=device),
         )
 

@@ -34,7 +34,7 @@ class _SelfAttention:
     #: (rows,): where the rows are not the slots in order.
     slots: Tensor | None = None
     #: (rows, any): the tokens whose states are asked for; None: all.
-    wanted: Tensor | None = None
+    selected: Tensor | None = None
     #: Nothing stands before them.
     only_new: bool = False
 
@@ -54,7 +54,7 @@ class _Network(torch.nn.Module):
         cross_attend: CrossAttend,
         attention: _SelfAttention,
     ) -> Tensor:
-        """The tokens' last states (rows, length, hidden), or those of the wanted ones (rows, wanted, hidden).
+        """The tokens' last states (rows, length, hidden), or those of the selected ones (rows, selected, hidden).
         `positions` (rows, length) are their places in the text."""
         text = self.text
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
@@ -66,8 +66,8 @@ class _Network(torch.nn.Module):
                 number = index // text.interval
                 states = cross_attend(text.blocks[number], states, cross_kv[number] if cross_kv else None)
             # The last layer's keys and values are stored for all tokens, but its states are asked of few.
-            wanted = attention.wanted if index == len(self_kv) - 1 else None
-            states = self._layer(layer, states, rotary, cache, attention, wanted)
+            selected = attention.selected if index == len(self_kv) - 1 else None
+            states = self._layer(layer, states, rotary, cache, attention, selected)
         return states
 
     def _layer(
@@ -77,18 +77,18 @@ class _Network(torch.nn.Module):
         rotary: KeysValues,
         cache: KeysValues,
         attention: _SelfAttention,
-        wanted: Tensor | None,
+        selected: Tensor | None,
     ) -> Tensor:
-        """A decoder layer: states (rows, length, hidden) to the same, or to those of `wanted` (rows, wanted)."""
+        """A decoder layer: states (rows, length, hidden) to the same, or to those of `selected` (rows, selected)."""
         query, key, value = layer.query_keys_values(states, rotary)
         slots = torch.arange(states.shape[0], device=states.device) if attention.slots is None else attention.slots
         for kept, new in zip(cache, (key, value), strict=True):
             # Not kept[slots, :, positions] = ...: recorded, that keeps the number of rows.
             kept.transpose(1, 2).index_put_((slots[:, None], attention.positions), new.transpose(1, 2))
         mask = attention.mask
-        if wanted is not None:
-            states, query = _picked(states, wanted), _picked(query.transpose(1, 2), wanted).transpose(1, 2)
-            mask = _picked(mask.transpose(1, 2), wanted).transpose(1, 2)
+        if selected is not None:
+            states, query = _picked(states, selected), _picked(query.transpose(1, 2), selected).transpose(1, 2)
+            mask = _picked(mask.transpose(1, 2), selected).transpose(1, 2)
         if attention.only_new:
             keys, values = key, value
         else:
@@ -202,7 +202,7 @@ class ScoredPrefill(_PromptNetwork):
         positions, starts = prompts.positions, prompts.starts
         mask = _tree_mask(starts, owner, depth, caches[0].shape[2])
         scored = prompts.lasts[:, None] + torch.arange(targets.shape[1] + 1, device=positions.device)
-        attention = _SelfAttention(positions, mask, wanted=scored.clamp(max=positions.shape[1] - 1))
+        attention = _SelfAttention(positions, mask, selected=scored.clamp(max=positions.shape[1] - 1))
         cross_attend = self.cross_attend_shown(prompts)
         states = self.states(prompts.ids, starts[:, None] + depth, caches, cross_attend, attention)
         likelihoods = self.text.logits(states).log_softmax(dim=-1)

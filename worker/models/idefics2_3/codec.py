@@ -18,7 +18,7 @@ from transformers import Idefics3Processor, ProcessorMixin
 
 from tasks.errors import InvalidRequest
 from tasks.protocol import END_OF_UTTERANCE
-from worker.engine.interfaces import Parts
+from worker.engine.interfaces import PromptContent
 from worker.engine.row import Picture, Tokens
 from worker.models.tokenizer import FAKE, IMAGE, BaseCodec
 
@@ -51,9 +51,9 @@ class Idefics2And3Codec(BaseCodec):
         self._expands = isinstance(processor, Idefics3Processor)
         self._tokenize = processor.tokenizer if self._expands else processor
         opening = _template_opening(processor)
-        self.in_turns = opening is not None
+        self.has_chat_template = opening is not None
         self._opening = opening or ""
-        self.label_end = END_OF_UTTERANCE if self.in_turns else "\n"
+        self.label_end = END_OF_UTTERANCE if self.has_chat_template else "\n"
 
     def picture(self, image: Image) -> Frames:
         """See interfaces.Codec."""
@@ -68,7 +68,7 @@ class Idefics2And3Codec(BaseCodec):
         key.update(mask.numpy().data)
         return Frames(key.digest(), pixels, mask, text)
 
-    def prepare(self, parts: Parts) -> Tokens:
+    def prepare(self, parts: PromptContent) -> Tokens:
         """See interfaces.Codec."""
         # Joined, since texts that follow one another could form a token together.
         self.refuse_reserved("".join(part if isinstance(part, str) else "\n" for part in parts))
@@ -77,7 +77,7 @@ class Idefics2And3Codec(BaseCodec):
         self.refuse_smuggled(ids, parts)
         return Tokens(ids, pictures)
 
-    def prompt_ids(self, parts: Parts) -> tuple[int, ...]:
+    def prompt_ids(self, parts: PromptContent) -> tuple[int, ...]:
         """See BaseCodec."""
         text = self._opening + "".join(part if isinstance(part, str) else part.text for part in parts)  # type: ignore[attr-defined]
         # A template may open with the token that the tokenizer would add.
@@ -91,7 +91,7 @@ class Idefics2And3Codec(BaseCodec):
             ) from None
         return tuple(ids)
 
-    def lead_text(self, lead: Parts) -> str:
+    def lead_text(self, lead: PromptContent) -> str:
         """See BaseCodec. A picture's last token stands for all of it: the whole would be tokenized for each label."""
         return "".join(part if isinstance(part, str) else FAKE for part in lead)
 

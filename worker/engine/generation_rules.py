@@ -1,7 +1,7 @@
-"""What a checkpoint's generation_config.json asks for beyond plain greedy decoding.
+"""Rules of a checkpoint's generation_config.json beyond plain greedy decoding.
 
-Stock `generate` reads that file silently. Here its rules apply on every path alike, and each result names the rules
-that applied to it.
+Stock `generate` applies that file silently. Here its rules apply on every path, and each result lists those that
+applied to it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Entries of a list that a result repeats.
-LONGEST_TOLD = 8
-#: Rules that change the next token's scores, with the values that change nothing.
+#: Results show a longer list as its length only.
+MAX_LIST_ENTRIES = 8
+#: Rules that change the next token's scores, each with its neutral values.
 SCORE_RULES: Mapping[str, tuple[Any, ...]] = {
     "sequence_bias": (None,),
     "encoder_repetition_penalty": (None, 1.0),
@@ -28,7 +28,7 @@ SCORE_RULES: Mapping[str, tuple[Any, ...]] = {
     "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
 }
-#: Defaults for sampled jobs that do not say otherwise.
+#: Defaults of sampled jobs.
 SAMPLING_RULES: Mapping[str, tuple[Any, ...]] = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -43,7 +43,7 @@ BEAM_RULES: Mapping[str, tuple[Any, ...]] = {
     "early_stopping": (None, False),
     "renormalize_logits": (None, False),
 }
-#: Other ways to decode. A checkpoint that is only right with one of them is not served.
+#: Other decoding methods. A checkpoint that asks for one of them is not served.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1, 1.0),
     "watermarking_config": (None,),
@@ -60,19 +60,19 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 class UnsupportedGeneration(ValueError):
-    """A generation_config.json asks for a way to decode that is not served: remove the keys that the message names."""
+    """A generation_config.json asks for a decoding method that is not served. The message names the keys to remove."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRules:
-    """A checkpoint's rules by transformers' names; those that change nothing are left out."""
+    """A checkpoint's rules under transformers' names, without neutral ones."""
 
     scores: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     beams: Mapping[str, Any] = field(default_factory=dict)
 
-    def told(self) -> GenerationRules:
-        """The same for results: a long list is replaced by its length."""
+    def abbreviated(self) -> GenerationRules:
+        """The rules for a result, with each long list replaced by its length."""
         return GenerationRules(*(
             {name: _brief(value) for name, value in rules.items()}
             for rules in (self.scores, self.sampling, self.beams)
@@ -80,7 +80,7 @@ class GenerationRules:
 
 
 def _brief(value: Any) -> Any:
-    return f"{len(value):,} entries" if isinstance(value, Sized) and len(value) > LONGEST_TOLD else value
+    return f"{len(value):,} entries" if isinstance(value, Sized) and len(value) > MAX_LIST_ENTRIES else value
 
 
 NO_RULES = GenerationRules()
@@ -95,7 +95,7 @@ def generation_rules(config: Mapping[str, Any]) -> GenerationRules:
         )
     scores = _set(config, SCORE_RULES)
     if "min_new_tokens" in scores:
-        # As in stock `generate`, where it takes the other's place.
+        # As in stock `generate`, which then ignores `min_length`.
         scores.pop("min_length", None)
     return GenerationRules(scores, _set(config, SAMPLING_RULES), _set(config, BEAM_RULES))
 

@@ -1,4 +1,4 @@
-"""How fast an engine runs its rows, measured as they end."""
+"""The throughput of an engine, measured when rows end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from worker.engine.row import Row
 
 #: Weight of the newest value in moving averages.
 NEWEST_WEIGHT = 0.1
-#: Seconds after the last row's end in which half of the measured time is forgotten.
+#: Seconds after the last row's end in which the weight of the measured time halves.
 HALF_LIFE_S = 5.0
 
 
-class Pace(NamedTuple):
+class Throughput(NamedTuple):
     """What an engine runs, and how fast."""
 
-    #: Rows that the model runs now or could start at once. More would wait for others to end.
+    #: Running rows, and rows more that could start at once.
     capacity: int
     #: Average number of rows that run at once while others wait.
     width: float
@@ -27,14 +27,14 @@ class Pace(NamedTuple):
     closed_s: float = 0.0
 
 
-class PaceMeter:
-    """Measures an engine's pace. The engine's thread updates it; `pace` may be read in any thread."""
+class ThroughputMeter:
+    """Measures an engine's throughput. Updated in the engine thread; `throughput` may be read in any thread."""
 
     def __init__(self, max_rows: int) -> None:
-        #: Whether rows may join those that run.
+        #: Whether rows may join the running ones.
         self.is_joinable = False
         self._running: Sequence[Row] = ()
-        #: Rows more that could start at once.
+        #: Additional rows that could start at once.
         self._free = max_rows
         self._width = float(max_rows)
         #: Moving average of the seconds that a row takes.
@@ -42,17 +42,18 @@ class PaceMeter:
         self._ended_at = float("-inf")
 
     @property
-    def pace(self) -> Pace:
+    def throughput(self) -> Throughput:
+        """The throughput now."""
         running, now = self._running, time.monotonic()
         age_s = now - sum(row.started for row in running) / len(running) if running else 0.0
-        # An old average says little of the jobs that come now.
+        # An old average is no good estimate for new jobs.
         usual_s = self._job_s * 2 ** ((self._ended_at - now) / HALF_LIFE_S)
         left_s = usual_s - age_s if usual_s > age_s else age_s
         closed_s = 0.0 if self.is_joinable or not running else left_s
-        return Pace(len(running) + self._free, self._width, max(usual_s, age_s), closed_s)
+        return Throughput(len(running) + self._free, self._width, max(usual_s, age_s), closed_s)
 
     def update(self, running: Sequence[Row], free: int, *, others_wait: bool) -> None:
-        """Record which rows run now, and how many more could start at once."""
+        """Record the running rows, the number of rows that could start at once, and whether others wait."""
         known = set(running)
         for row in self._running:
             if row not in known:
@@ -64,7 +65,7 @@ class PaceMeter:
             self._width = max(self._width, len(running))
 
     def idle(self, free: int) -> None:
-        """Record that no row runs any more."""
+        """Record that no row runs. `free`: the number of rows that could start at once."""
         for row in self._running:
             self._record_end(row)
         self._running, self._free = (), free

@@ -1,0 +1,90 @@
+"""Logits processors that apply a checkpoint's generation rules to each row of a batch.
+
+They are transformers' own, with the arguments that stock `generate` gives them for that row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from worker.engine.row import Row
+
+
+class RowRules:
+    """The rules of one row, applied to its tokens without padding, so that other rows have no influence."""
+
+    def __init__(self, row: Row, rules: Mapping[str, Any], device: torch.device) -> None:
+        self._ids = torch.tensor([row.tokens.ids], device=device)
+        eos_ids = torch.tensor(sorted(row.sampling.eos_ids), device=device)
+        limit = len(row.tokens.ids) + row.sampling.max_new_tokens
+        # SCORE_RULES has the order in which stock `generate` applies them.
+        self._processors = [_MAKERS[name](value, self._ids, eos_ids, limit) for name, value in rules.items()]
+
+    def apply(self, new: Sequence[int], scores: Tensor) -> Tensor:
+        """Apply the rules to the next token's scores (vocabulary), after the new tokens `new`; same shape."""
+        ids = torch.cat([self._ids, torch.tensor([new], dtype=self._ids.dtype, device=self._ids.device)], dim=1)
+        changed = scores[None]
+        for processor in self._processors:
+            changed = processor(ids, changed)
+        return changed[0]
+
+
+class BatchRules(LogitsProcessor):  # type: ignore[misc]
+    """The rules of each row of a batch, for stock `generate` with one beam."""
+
+    def __init__(self, rows: Sequence[Row], rules: Mapping[str, Any], device: torch.device, prompt_length: int) -> None:
+        """`prompt_length`: tokens of a prompt with its padding."""
+        self._rules = [RowRules(row, rules, device) for row in rows]
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Apply each row's rules to its scores (rows, vocabulary); `input_ids`: (rows, prompt length + new tokens)."""
+        new = input_ids[:, self._prompt_length :].tolist()
+        return torch.stack([rules.apply(ids, row) for rules, ids, row in zip(self._rules, new, scores, strict=True)])
+
+
+#: Arguments: the rule's value, the prompt's ids (1, length), the ids of the tokens that end the answer (any,), and the
+#: maximum tokens of prompt and answer.
+_Maker = Callable[[Any, Tensor, Tensor, int], LogitsProcessor]
+
+_MAKERS: Mapping[str, _Maker] = {
+    "sequence_bias": lambda value, ids, eos, limit: SequenceBiasLogitsProcessor(value),
+    "encoder_repetition_penalty": lambda value, ids, eos, limit: EncoderRepetitionPenaltyLogitsProcessor(value, ids),
+    "repetition_penalty": lambda value, ids, eos, limit: RepetitionPenaltyLogitsProcessor(value),
+    "no_repeat_ngram_size": lambda value, ids, eos, limit: NoRepeatNGramLogitsProcessor(value),
+    "encoder_no_repeat_ngram_size": lambda value, ids, eos, limit: EncoderNoRepeatNGramLogitsProcessor(value, ids),
+    "bad_words_ids": lambda value, ids, eos, limit: NoBadWordsLogitsProcessor(value, eos),
+    "min_length": lambda value, ids, eos, limit: MinLengthLogitsProcessor(value, eos, ids.device),
+    "min_new_tokens": lambda value, ids, eos, limit: MinNewTokensLengthLogitsProcessor(
+        ids.shape[1], value, eos, ids.device
+    ),
+    "forced_bos_token_id": lambda value, ids, eos, limit: ForcedBOSTokenLogitsProcessor(value),
+    "forced_eos_token_id": lambda value, ids, eos, limit: ForcedEOSTokenLogitsProcessor(limit, value, ids.device),
+    "exponential_decay_length_penalty": lambda value, ids, eos, limit: ExponentialDecayLengthPenalty(
+        value, eos, ids.shape[1]
+    ),
+    "suppress_tokens": lambda value, ids, eos, limit: SuppressTokensLogitsProcessor(value, ids.device),
+    "begin_suppress_tokens": lambda value, ids, eos, limit: SuppressTokensAtBeginLogitsProcessor(
+        value, ids.shape[1], ids.device
+    ),
+}
