@@ -56,7 +56,7 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         # One model process; the pool itself holds `job_threads` jobs.
         "worker_concurrency": 1,
         "worker_prefetch_multiplier": settings.job_threads,
-        # With IDEFICS_ATOMIC_TAKE=false jobs with a countdown wait in memory beside those: they must not starve the
+        # With IDEFICS_ATOMIC_RESERVE=false jobs with a countdown wait in memory beside those: they must not starve the
         # queue, nor be unbounded. Else they wait in Redis (worker/queue/due.py), and take no place in a worker.
         "worker_eta_task_limit": settings.job_threads + 10_000,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
@@ -89,7 +89,7 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
             "socket_timeout": 30,
             **results.options,
             **_named(global_keyprefix=settings.result_key_prefix),
-            # Job threads wait in their client (worker/queue/patience.py); the parent's event loop must not.
+            # Job threads wait in their client (worker/queue/redis_retry.py); the parent's event loop must not.
             "retry_policy": {"max_retries": 0},
         },
         "redis_socket_timeout": 30,

@@ -11,8 +11,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-Network = IPv4Network | IPv6Network
-
 
 def split(value: Any) -> Any:
     """The items of comma-separated text; any other value as it is."""
@@ -45,7 +43,7 @@ def holding_certificates(file: Path) -> Path:
 #: Comma-separated in the environment.
 CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)]
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65_535)], ...], NoDecode, BeforeValidator(split)]
-Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_networks)]
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_networks)]
 Seconds = Annotated[
     tuple[Annotated[float, Field(ge=0, le=604_800)], ...], NoDecode, BeforeValidator(split), Field(min_length=1)
 ]

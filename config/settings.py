@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     """Prefix of all keys in the results' Redis: your producers' `global_keyprefix` in
     result_backend_transport_options."""
 
-    atomic_take: bool = True
+    atomic_reserve: bool = True
     """Take jobs from Redis with one Lua script, and keep jobs with a countdown in Redis until they are due. False:
     kombu's own way, for brokers without scripts; a worker that dies while it takes a job then loses it, and jobs with a
     countdown fill its memory."""
@@ -208,9 +208,9 @@ class Settings(BaseSettings):
     """Retries of a job whose error may pass (unreachable image, lost worker, out of memory)."""
     retry_backoff_s: float = Field(default=2.0, ge=0)
     """Seconds before the first retry; doubled for each further one, with jitter."""
-    max_deliveries: int = Field(default=3, ge=2)
-    """Deliveries of a job that each ended with the death of the whole worker, after which it fails as worker_lost. The
-    last delivery runs alone, so that a job is not blamed for another one's crash."""
+    max_worker_deaths: int = Field(default=3, ge=2)
+    """Deaths of a whole worker during one job after which that job fails as worker_lost. Before the last one it runs
+    alone, so that a job is not blamed for another one's crash."""
     redis_wait_s: float = Field(default=300.0, gt=0)
     """Seconds that a running job waits for a Redis that is away or refuses writes (full, read-only, out of connections)
     before it returns to the queue. Result, links, retries and callback wait with it. This does not count as running
@@ -218,7 +218,7 @@ class Settings(BaseSettings):
     visibility_timeout_s: int = Field(default=3_600, ge=1)
     """Seconds after which the jobs of a worker that died are delivered again. A live worker renews its claim every
     quarter of this time, or every 10 s, so it may be short (60), but must exceed any pause of your network or Redis.
-    With atomic_take=false nothing is renewed: then it must exceed the longest job."""
+    With atomic_reserve=false nothing is renewed: then it must exceed the longest job."""
 
     failed_max: int = Field(default=10_000, ge=0)
     """Failed jobs kept with their payload, to be inspected and retried (`idefics-jobs failed`)."""
@@ -336,7 +336,11 @@ def _is_injected(name: str, value: str) -> bool:
 
 
 #: Old names of settings, without the prefix, and the fields that they set: read where the new name is not set.
-RENAMED = {"IMAGE_HOST_TURNS": "image_host_concurrency"}
+RENAMED = {
+    "ATOMIC_TAKE": "atomic_reserve",
+    "IMAGE_HOST_TURNS": "image_host_concurrency",
+    "MAX_DELIVERIES": "max_worker_deaths",
+}
 
 
 def load() -> Settings:

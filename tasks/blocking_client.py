@@ -17,10 +17,10 @@ from .outcomes import Outcome
 from .payloads import Job
 from .protocol import DEFAULT_PRIORITY, MAX_JOB_BYTES, QUEUE
 from .results import Result
+from .setup_check import setup_check_of
 from .stored_results import forget, read_outcomes
 from .submission import SubmitOptions, Submitter
 from .submitted_job import Status, SubmittedJob
-from .worker_options import setup_of
 
 
 class BlockingClient:
@@ -59,7 +59,7 @@ class BlockingClient:
         self.app = app if app is not None else self._app
         self._queue = queue
         self._capacity = Capacity(self._app, max_queued, max_memory)
-        self._setup = setup_of(self._app)
+        self._setup_check = setup_check_of(self._app)
         self._submitter = Submitter(
             self._app, queue, self._capacity, check_callbacks=check_callbacks, max_job_bytes=max_job_bytes
         )
@@ -150,7 +150,7 @@ class BlockingClient:
         One that was killed is listed for up to 15 seconds more. Raises BrokerUnavailable where the broker is away, and
         ConfigurationError where it is no Redis.
         """
-        return self._setup.workers(self._queue)
+        return self._setup_check.workers(self._queue)
 
     def failed(self) -> Iterator[FailedJob]:
         """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""

@@ -81,7 +81,7 @@ return 0
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class FailedBounds:
     """How much is kept."""
 
     jobs: int
@@ -130,7 +130,7 @@ class FailedJobs:
         self._redis: Any = app.backend.client
         self._keys = [results_prefix(app) + key for key in KEYS]
 
-    def keep(self, job: FailedJob, signature: dict[str, Any], bounds: Bounds) -> None:
+    def keep(self, job: FailedJob, signature: dict[str, Any], bounds: FailedBounds) -> None:
         """Put a job on the list. Raises ValueError for one that is larger than the whole list may be."""
         about = json.dumps(asdict(job)).encode()
         whole = kombu_json.dumps(signature).encode() if job.is_whole else b""

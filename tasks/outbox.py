@@ -24,7 +24,7 @@ from .outbox_scripts import AT_ONCE, BYTES, DELIVERED, DISABLED, FAILED, GIVEN_U
 from .redis_keys import DELIVERY, PENDING_DELIVERIES, broker_prefix
 
 #: A batched delivery is part of another one.
-State = Literal["pending", "delivered", "failed", "batched"]
+DeliveryState = Literal["pending", "delivered", "failed", "batched"]
 ENDED: dict[str, str] = {"delivered": DELIVERED, "failed": FAILED}
 STATES = ("pending", "failed", "delivered")
 
@@ -43,7 +43,7 @@ OVERHEAD_BYTES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class OutboxBounds:
     """How much may be pending; what is beyond is given up, the oldest first, and kept with the failed ones."""
 
     #: Bytes of one destination (a host and its port), and of all together.
@@ -75,7 +75,7 @@ class Delivery:
     url: str
     key_id: str
     body: str
-    state: State = "pending"
+    state: DeliveryState = "pending"
     attempts: int = 0
     #: What its last attempt met.
     note: str = ""
@@ -124,7 +124,7 @@ class Outbox:
     def __init__(
         self,
         client: redis.Redis,
-        bounds: Bounds | None = None,
+        bounds: OutboxBounds | None = None,
         tell: Callable[[str, int], None] | None = None,
         prefix: str = "",
     ) -> None:
@@ -132,7 +132,7 @@ class Outbox:
         # redis-py types each answer as an awaitable too.
         self._redis: Any = client
         self._prefix = prefix
-        self._bounds = bounds or Bounds()
+        self._bounds = bounds or OutboxBounds()
         self._tell = tell
         self._add = self._script(scripts.ADD)
         self._claim = self._script(scripts.CLAIM)

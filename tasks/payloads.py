@@ -2,7 +2,7 @@
 
 A payload's fields are its Celery task's keyword arguments, as JSON. Both sides check them with these classes:
 our client before it sends, the worker before it runs. A new task also needs its prompt (`worker/jobs/prompts.py`), a
-new field of sampling its place in a row (`worker/jobs/rows.py`).
+new field of sampling its place in a row (`worker/jobs/row_builder.py`).
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ DUE_IDS = RedisKey(
     "The ids of these jobs, each with its set, by the same times: so a canceled one is found. Permanent, as they are.",
 )
 REDELIVERIES = RedisKey(
-    "idefics:deliveries:{id}",
+    "idefics:redeliveries:{id}",
     "queues",
     "hash",
     "7 days beyond the visibility timeout",
@@ -190,7 +190,7 @@ LOAD = RedisKey(
     "5",
     ("worker",),
     ("worker",),
-    "The loads of a queue's workers, while one is busy (worker/queue/balance.py).",
+    "The loads of a queue's workers, while one is busy (worker/queue/load_balancing.py).",
 )
 WORKER_OPTIONS = RedisKey(
     "idefics:worker:options",

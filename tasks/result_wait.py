@@ -13,8 +13,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from .broker_errors import with_our_errors
 from .errors import JobTimeout
 from .outcomes import Outcome
+from .setup_check import setup_check_of
 from .stored_results import read_outcome
-from .worker_options import setup_of
 
 #: Seconds between two looks at a result: short at first, since most jobs end within a second; then an answer waits for
 #: a tenth of its time at most.
@@ -38,7 +38,7 @@ class ResultWait:
         self._queue = queue
         self._timeout = timeout
         self._pause_s = FIRST_PAUSE_S
-        self._setup = setup_of(app)
+        self._setup_check = setup_check_of(app)
         now = time.monotonic()
         self._end = math.inf if timeout is None else now + timeout
         self._answered_at = now
@@ -63,11 +63,11 @@ class ResultWait:
         if self._away is not None and (now >= self._end or now - self._answered_at > AWAY_S):
             raise self._away
         if now >= self._end:
-            why = self._setup.why_no_answer(self._queue)
+            why = self._setup_check.why_no_answer(self._queue)
             raise JobTimeout(f"Job {self._id} has no answer after {self._timeout} s, and goes on. {why}")
         if now - self._checked_at >= CHECK_S:
             self._checked_at = now
-            self._setup.check_reading()
+            self._setup_check.check_reading()
 
     def _outcome(self) -> Outcome | None:
         try:

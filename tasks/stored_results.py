@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from .errors import ConfigurationError, Internal, JobCanceled, from_exception
 from .outcomes import Outcome
 from .results import Result
-from .worker_options import unreadable
+from .setup_check import unreadable
 
 
 def readable_backend(app: Celery) -> Any:

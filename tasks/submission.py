@@ -19,8 +19,8 @@ from .idempotency import IdempotencyKeys
 from .payloads import Job, check_size
 from .protocol import HIDDEN, SUBMITTED_AT
 from .redis_keys import results_prefix
+from .setup_check import setup_check_of
 from .webhooks import check_public
-from .worker_options import setup_of
 
 
 class SubmitOptions(TypedDict, total=False):
@@ -73,7 +73,7 @@ class Submitter:
         self._capacity = capacity
         self._check_callbacks = check_callbacks
         self._max_job_bytes = max_job_bytes
-        self._setup = setup_of(app)
+        self._setup_check = setup_check_of(app)
 
     def submit(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
         """Queue a job, or find the one that has its idempotency key already."""
@@ -99,7 +99,7 @@ class Submitter:
     def _send(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
         queue = options.pop("queue", self._queue)
         self._capacity.take(queue)
-        self._setup.check_sending()
+        self._setup_check.check_sending()
         try:
             result = self._app.send_task(
                 job.task,

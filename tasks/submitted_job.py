@@ -18,8 +18,8 @@ from .protocol import CANCEL_TTL_S, QUEUE
 from .redis_keys import CANCELLATION, results_prefix
 from .result_wait import ResultWait
 from .results import Result
+from .setup_check import setup_check_of
 from .stored_results import readable_backend
-from .worker_options import setup_of
 
 Status = Literal["starting", "processing", "succeeded", "failed", "canceled"]
 
@@ -60,7 +60,7 @@ class SubmittedJob:
         """
         state = readable_backend(self._app).get_task_meta(self.id)["status"]
         if state == states.PENDING:
-            setup_of(self._app).check_reading()
+            setup_check_of(self._app).check_reading()
         return _STATUS.get(state, "processing")
 
     def result(self, timeout: float | None = None) -> Result:

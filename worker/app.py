@@ -14,18 +14,18 @@ from celery.signals import setup_logging, worker_init
 
 from config.celery import configuration, drop_overrides
 from config.settings import load
-from tasks.failed import Bounds
+from tasks.failed import FailedBounds
 from tasks.payloads import PAYLOADS
 from tasks.protocol import DEFAULT_PRIORITY
 from worker.jobs.task import JobApp, JobTask
 from worker.observability import log_setup
 from worker.pool import PoolExitInTime, SoftShutdown, refuse_other_pools
-from worker.queue.announced_options import AnnouncedOptions
-from worker.queue.balance import Balance
 from worker.queue.cancellation import Cancellations
 from worker.queue.dead_letters import keep_failures
+from worker.queue.load_balancing import LoadBalancing
 from worker.queue.refusals import Refusals
 from worker.queue.transport import use as use_transport
+from worker.queue.worker_registration import WorkerRegistration
 
 settings = load()
 
@@ -36,9 +36,9 @@ override_error = drop_overrides(os.environ, settings)
 def _app() -> JobApp:
     app = JobApp("idefics", settings, amqp="worker.queue.publisher:AMQP", set_as_current=False)
     app.conf.update(configuration(settings, settings.queue, DEFAULT_PRIORITY, PAYLOADS))
-    app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime, Balance, AnnouncedOptions])
-    failed_bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
-    use_transport(Refusals(app, failed_bounds), atomic=settings.atomic_take)
+    app.steps["worker"].update([SoftShutdown, Cancellations, PoolExitInTime, LoadBalancing, WorkerRegistration])
+    failed_bounds = FailedBounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
+    use_transport(Refusals(app, failed_bounds), atomic=settings.atomic_reserve)
     keep_failures(app, failed_bounds)
     _register_tasks(app)
     return app

@@ -1,8 +1,8 @@
 """The callbacks worker: `celery -A worker.callbacks worker`. Light: no torch, no model, no images.
 
-Celery starts and stops it, logs and answers pings; the work comes from the outbox (`tasks/outbox.py`), sorted sets in
-Redis, and is done by `worker/delivery/dispatcher.py`. No message is sent to the worker's queue: it would be a second,
-unordered copy of the same schedule, to be kept in step.
+Celery starts and stops it, logs and answers pings. Its work is in the outbox (`tasks/outbox.py`), sorted sets in Redis;
+`worker/delivery/callback_dispatcher.py` does it. The worker's queue stays empty: messages would be a second, unordered
+copy of the outbox's schedule that had to be kept in step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from config.celery import configuration, drop_overrides
 from config.settings import load
 from tasks.outbox import outbox_of
 from tasks.protocol import CALLBACK_QUEUE, DEFAULT_PRIORITY
-from worker.delivery.dispatcher import CallbackDispatcher
+from worker.delivery.callback_dispatcher import CallbackDispatcher
 from worker.observability import log_setup
-from worker.queue.servers import BrokerCheck
-from worker.runtime.exit_watchdog import ExitInTime, Held
+from worker.queue.redis_check import BrokerCheck
+from worker.runtime.exit_watchdog import ExitInTime, HeldWork
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +67,15 @@ class DispatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]
 class DispatcherExitInTime(ExitInTime):
     """The exit watchdog of this worker, which holds no messages: it waits for the attempts that run."""
 
-    def held(self, worker: Any) -> Held:
+    def held(self, worker: Any) -> HeldWork:
         step = next(step for step in worker.steps if isinstance(step, DispatcherStep))
-        return Held(is_running=step.is_busy, is_owed=False)
+        return HeldWork(is_running=step.is_busy, is_owed=False)
 
 
 def _app() -> Celery:
     app = Celery("idefics.callbacks", set_as_current=False)
+    # For the consumer.
+    app.settings = settings
     app.conf.update(configuration(settings, CALLBACK_QUEUE, DEFAULT_PRIORITY))
     # It runs no tasks: the dispatcher has threads of its own.
     app.conf.update(worker_pool="solo", worker_prefetch_multiplier=1)

@@ -37,7 +37,7 @@ READY_WITHIN_S = 15.0
 ALIVE_WITHIN_S = 300.0
 
 
-class State(Enum):
+class WorkerState(Enum):
     """What a worker does, and what to do about it."""
 
     STARTING = "The model loads, or Redis is not there yet: wait."
@@ -48,10 +48,10 @@ class State(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class HealthReport:
     """What a worker last said of itself."""
 
-    state: State
+    state: WorkerState
     reason: str
     #: Its node name.
     worker: str
@@ -69,19 +69,19 @@ class Report:
 
     @property
     def is_ready(self) -> bool:
-        return self.is_there and self.age_s <= READY_WITHIN_S and self.state in (State.READY, State.BUSY)
+        return self.is_there and self.age_s <= READY_WITHIN_S and self.state in (WorkerState.READY, WorkerState.BUSY)
 
     @property
     def is_alive(self) -> bool:
         """A restart from outside would not help: it is well, loads, or replaces its model process itself."""
-        return self.is_there and self.age_s <= ALIVE_WITHIN_S and self.state is not State.SETUP_FAILED
+        return self.is_there and self.age_s <= ALIVE_WITHIN_S and self.state is not WorkerState.SETUP_FAILED
 
     def __str__(self) -> str:
         state, reason = self.state, self.reason
-        if state is not State.SETUP_FAILED and not self.is_there:
-            state, reason = State.UNHEALTHY, "it is gone and did not end in order: start it again"
-        elif state is not State.SETUP_FAILED and self.age_s > READY_WITHIN_S:
-            state, reason = State.UNHEALTHY, f"silent for {self.age_s:.0f} s: the broker is away, or it hangs"
+        if state is not WorkerState.SETUP_FAILED and not self.is_there:
+            state, reason = WorkerState.UNHEALTHY, "it is gone and did not end in order: start it again"
+        elif state is not WorkerState.SETUP_FAILED and self.age_s > READY_WITHIN_S:
+            state, reason = WorkerState.UNHEALTHY, f"silent for {self.age_s:.0f} s: the broker is away, or it hangs"
         return f"{self.worker}: {state.name}{f' ({reason})' if reason else ''}. {state.value}"
 
 
@@ -123,23 +123,24 @@ class StateFile:
         self._path = path or folder() / f"{os.getpid()}.json"
         self._is_shared = path is None
         self._worker = worker
-        self._state: State | None = None
+        self._state: WorkerState | None = None
         self._written_at = 0.0
         self._fails = False
 
-    def show(self, state: State, reason: str = "") -> None:
+    def show(self, state: WorkerState, reason: str = "") -> None:
         """Write a state if it is new or its last writing old. Where that fails the worker goes on, and says so once.
 
         SETUP_FAILED is the last one.
         """
         now = time.monotonic()
-        if self._state is State.SETUP_FAILED or (state is self._state and now - self._written_at < RENEW_S):
+        if self._state is WorkerState.SETUP_FAILED or (state is self._state and now - self._written_at < RENEW_S):
             return
         is_first, self._state, self._written_at = self._state is None, state, now
         try:
             if is_first and self._is_shared:
                 _clean(self._path.parent)
-            self._write(Report(state, reason, self._worker, os.getpid(), _born(os.getpid()), broker=broker_here()))
+            pid = os.getpid()
+            self._write(HealthReport(state, reason, self._worker, pid, _born(pid), broker=broker_here()))
             self._fails = False
         except OSError as error:
             if not self._fails:
@@ -148,11 +149,11 @@ class StateFile:
 
     def remove(self) -> None:
         """An orderly end. What failed at its start stays to be read."""
-        if self._state is not State.SETUP_FAILED:
+        if self._state is not WorkerState.SETUP_FAILED:
             with contextlib.suppress(OSError):
                 self._path.unlink()
 
-    def _write(self, report: Report) -> None:
+    def _write(self, report: HealthReport) -> None:
         draft = self._path.with_suffix(f".{os.getpid()}.draft")
         draft.write_text(json.dumps({**asdict(report), "state": report.state.name}))
         draft.replace(self._path)
@@ -171,27 +172,27 @@ def _clean(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Report | None:
+def _read(path: Path) -> HealthReport | None:
     try:
         said = json.loads(path.read_text())
         age_s = max(0.0, time.time() - path.stat().st_mtime)
-        return Report(**{**said, "state": State[said["state"]], "age_s": age_s})
+        return HealthReport(**{**said, "state": WorkerState[said["state"]], "age_s": age_s})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def reports(path: Path | None, worker: str | None = None) -> list[Report]:
+def reports(path: Path | None, worker: str | None = None) -> list[HealthReport]:
     """What is known of a file's worker, or of this machine's, whatever their brokers."""
     paths: Iterable[Path] = [path] if path else folder().glob("*.json")
     return [report for report in map(_read, sorted(paths)) if report and worker in (None, report.worker)]
 
 
-def _told(found: list[Report]) -> list[Report]:
+def _told(found: list[HealthReport]) -> list[HealthReport]:
     """Those that are there, else those that were."""
     return [report for report in found if report.is_there] or found
 
 
-def _none(elsewhere: Iterable[Report]) -> str:
+def _none(elsewhere: Iterable[HealthReport]) -> str:
     """What is said where this environment's broker has no worker, and others may."""
     told = f"No worker of {broker_here()}: none runs here, or its {SETTING} is another."
     others = ", ".join(f"{report.worker} of {report.broker}" for report in elsewhere if report.is_there)

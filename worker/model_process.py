@@ -51,20 +51,20 @@ from worker.pool.wire import (
     Canceled,
     CannotServe,
     Done,
+    FinalMessage,
     GiveBack,
     Heartbeat,
-    Outcome,
     Raised,
     Ready,
     Returned,
-    Run,
+    RunJob,
     Started,
     Stop,
     Waited,
     Withdrawn,
 )
-from worker.queue import patience
-from worker.queue.patience import RedisAway
+from worker.queue import redis_retry
+from worker.queue.redis_retry import RedisAway
 from worker.queue.result_backend import digest_of
 from worker.runtime import gil
 from worker.runtime.cpu import all_cores, go_last, job_cores, leave_cores_to_the_engine
@@ -89,7 +89,7 @@ class JobThreads:
         self._channel = channel
         self._service = service
         self._settings = settings
-        self._queue: queue.SimpleQueue[Run] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[RunJob] = queue.SimpleQueue()
         #: Of the jobs that are queued or run, by serial number.
         self._ids: dict[int, str] = {}
         #: The serial number of the job that a thread runs.
@@ -98,7 +98,7 @@ class JobThreads:
     def serve(self) -> None:
         """Run jobs until the parent says stop or is gone."""
         gil.set_permits(len(job_cores(all_cores())))
-        patience.allow(self._settings.redis_wait_s, self._report_wait)
+        redis_retry.enable(self._settings.redis_wait_s, self._report_wait)
         for number in range(self._settings.job_threads):
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
         self._channel.send(Ready())
@@ -107,9 +107,9 @@ class JobThreads:
                 return
             self._obey(message)
 
-    def _obey(self, message: Run | Cancel | Abandon | GiveBack) -> None:
+    def _obey(self, message: RunJob | Cancel | Abandon | GiveBack) -> None:
         match message:
-            case Run(serial, arguments):
+            case RunJob(serial, arguments):
                 self._ids[serial] = arguments[1]
                 self._queue.put(message)
             case Cancel(serial):
@@ -153,14 +153,14 @@ class JobThreads:
             self._service.forget(self._ids.pop(job.serial))
             self._channel.send(outcome)
 
-    def _outcome(self, job: Run) -> Outcome:
+    def _outcome(self, job: RunJob) -> FinalMessage:
         if self._service.is_canceled(job.arguments[1]):
             return Canceled(job.serial)
         self._channel.send(Started(job.serial, time.monotonic()))
         return traced(job)
 
 
-def traced(job: Run) -> Outcome:
+def traced(job: RunJob) -> FinalMessage:
     """Run a job through Celery's tracer, in the calling thread. Raises nothing: a job thread serves many jobs."""
     name, id, request, *_ = job.arguments
     try:
@@ -181,7 +181,7 @@ def traced(job: Run) -> Outcome:
     return _reported(job.serial, outcome)
 
 
-def _reported(serial: int, outcome: tuple[Any, ...]) -> Outcome:
+def _reported(serial: int, outcome: tuple[Any, ...]) -> FinalMessage:
     """What the parent is told of the tracer's outcome."""
     failed, value, _ = outcome
     if failed:

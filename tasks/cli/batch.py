@@ -19,9 +19,9 @@ from redis.exceptions import RedisError
 
 from ..batch import PRIORITY, WINDOW, Batch, JobsLost
 from ..batch_input import NotJsonLines
-from .batch_files import Input, Output, Resume, open_output
+from .batch_files import BatchInput, BatchOutput, Resume, open_output
 from .console import CommandError, echo, echo_json
-from .progress import Progress
+from .progress import ProgressDisplay
 from .waiting import watched
 
 #: The exit code of what Ctrl-C ended.
@@ -85,7 +85,7 @@ def batch(
     """
     note = _note_beside(input, output, retry_failed)
     try:
-        lines = Input(input)
+        lines = BatchInput(input)
     except NotJsonLines as error:
         raise CommandError(str(error)) from None
     source = client()
@@ -114,9 +114,9 @@ def _summary(done: int, failed: int, is_stopped: bool, has_file: bool) -> str:
     return f"{told}: --retry-failed runs these again." if failed and has_file else f"{told}."
 
 
-def _run(source: Any, lines: Input, out: Output, note: Path | None, options: dict[str, Any]) -> bool:
+def _run(source: Any, lines: BatchInput, out: BatchOutput, note: Path | None, options: dict[str, Any]) -> bool:
     """Whether it was stopped before its end."""
-    resume, told = Resume(note, lines), Progress(len(out.done))
+    resume, told = Resume(note, lines), ProgressDisplay(len(out.done))
     try:
         with _Stop() as stop, watched(source, told.note):
             while not _carried_out(Batch(source, lines, **resume.options(out), **options), lines, out, told, stop):
@@ -145,7 +145,7 @@ def _note_beside(input: BinaryIO, output: str, retry_failed: bool) -> Path | Non
     return note
 
 
-def _carried_out(run: Batch, lines: Input, out: Output, told: Progress, stop: _Stop) -> bool:
+def _carried_out(run: Batch, lines: BatchInput, out: BatchOutput, told: ProgressDisplay, stop: _Stop) -> bool:
     """Whether it came to its end, or to the user's; False where jobs were lost and it must begin again."""
     try:
         for answers in run.turns():

@@ -28,7 +28,7 @@ if sys.platform != "win32":
 _BEGINNINGS = (b'{"custom_id": ', b'{"id": "batch_req_')
 
 
-class Output:
+class BatchOutput:
     """The answers, one a line. A file is kept from other runs by a lock; standard output holds nothing yet."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -99,15 +99,15 @@ def _foreign(number: int) -> CommandError:
 
 
 @contextlib.contextmanager
-def open_output(path: str, retry_failed: bool) -> Iterator[Output]:
+def open_output(path: str, retry_failed: bool) -> Iterator[BatchOutput]:
     if path == "-":
-        yield Output(sys.stdout.buffer)
+        yield BatchOutput(sys.stdout.buffer)
         return
     if retry_failed and Path(path).exists():
         with _opened(path) as file:
-            Output(file).without_failed(Path(path))
+            BatchOutput(file).without_failed(Path(path))
     with _opened(path) as file:
-        yield Output(file)
+        yield BatchOutput(file)
 
 
 def _opened(path: str) -> BinaryIO:
@@ -123,7 +123,7 @@ class Resume:
 
     _FORM = "{name} {sent:020} {digest}\n"
 
-    def __init__(self, path: Path | None, lines: Input) -> None:
+    def __init__(self, path: Path | None, lines: BatchInput) -> None:
         """None: nothing is kept."""
         self._path = path
         self._lines = lines
@@ -148,7 +148,7 @@ class Resume:
             note = self._FORM.format(name=self.name, sent=sent, digest=self._lines.digest)
             os.pwrite(self._file, note.encode(), 0)
 
-    def options(self, out: Output) -> dict[str, Any]:
+    def options(self, out: BatchOutput) -> dict[str, Any]:
         """What a Batch is told of earlier runs."""
         return {"name": self.name, "sent": self.sent, "done": out.done, "on_sent": self.note}
 
@@ -157,7 +157,7 @@ class Resume:
             self._path.unlink(missing_ok=True)
 
 
-class Input:
+class BatchInput:
     """The lines, and how much of them is read."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..batch import Batch
 from ..printable import escaped
-from .batch_files import Input, Output
+from .batch_files import BatchInput, BatchOutput
 from .console import echo, terminal
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LIVE_S, LOGGED_S = 0.5, 10.0
 
 
-class Progress:
+class ProgressDisplay:
     """Tells how far a batch is. Safe to share between threads."""
 
     def __init__(self, already: int) -> None:
@@ -31,7 +31,7 @@ class Progress:
         self._told_at = 0.0 if self._bar else self._started
         self._trouble = ""
 
-    def tell(self, out: Output, lines: Input, run: Batch) -> None:
+    def tell(self, out: BatchOutput, lines: BatchInput, run: Batch) -> None:
         now = time.monotonic()
         if now - self._told_at < (LIVE_S if self._bar else LOGGED_S) and run.trouble == self._trouble:
             return

@@ -207,6 +207,6 @@ def test_what_waits_in_redis_goes_to_a_worker_that_takes_as_stock_kombu_does(
         at = time.time() + 8
         job = producer.complete().apply_async(eta=datetime.fromtimestamp(at, UTC))
         eventually(lambda: waiting(server) == 1)
-    with stand(server, gallery, tmp_path / "second", MODEL="fake", ATOMIC_TAKE="false"):
+    with stand(server, gallery, tmp_path / "second", MODEL="fake", ATOMIC_RESERVE="false"):
         assert lateness(job, at) >= 0
     assert waiting(server) == 0

@@ -88,14 +88,14 @@ def test_a_job_that_kills_its_workers_fails_as_lost_and_its_neighbour_succeeds(
     poison = producer.show(gallery.held(bad), link_error=errback).apply_async()
     neighbour = producer.show(gallery.held(fine)).apply_async()
     for deaths in (1, 2):
-        with stand(server, gallery, tmp_path / "log", MAX_DELIVERIES="2") as stood:
+        with stand(server, gallery, tmp_path / "log", MAX_WORKER_DEATHS="2") as stood:
             eventually(lambda deaths=deaths: gallery.asked.count(bad) == deaths)
             gallery.await_requests(fine)
             stood.process.kill()
             stood.process.wait(PATIENCE_S)
         gallery.release(fine)
         let_the_visibility_timeout_pass(server)
-    with stand(server, gallery, tmp_path / "last", MAX_DELIVERIES="2") as stood:
+    with stand(server, gallery, tmp_path / "last", MAX_WORKER_DEATHS="2") as stood:
         error = poison.get(timeout=PATIENCE_S, propagate=False)
         assert neighbour.get(timeout=PATIENCE_S)["text"] == "llo"
         eventually(lambda: server.connect().exists("unacked_index") == 0)

@@ -95,7 +95,7 @@ def test_a_mixed_load_leaves_only_keys_of_the_table(server: stack.Broker, galler
     lasting = {key.pattern for _, has_ttl, kinds in found(server) for key in kinds if not has_ttl}
     assert lasting <= {key.pattern for key in (BINDING, PERMANENT_BINDING, BINDING_DEADLINES)}
     assert seen >= {
-        *("unacked", "unacked_index", "idefics:deliveries:{id}", "celery-task-meta-{id}", "idefics:key:{sha256}"),
+        *("unacked", "unacked_index", "idefics:redeliveries:{id}", "celery-task-meta-{id}", "idefics:key:{sha256}"),
         *("idefics:answer:{digest}", "idefics:failed", "idefics:failed:signatures", "idefics:cancel:{id}"),
         *("idefics:worker:options", "idefics:worker:results", "idefics:callbacks:delivery:{id}"),
         *("idefics:callbacks:delivered", "idefics:callbacks:failed", "idefics:callbacks:disabled"),

@@ -11,7 +11,7 @@ from celery import Celery
 
 from tasks import Client, Complete, ConfigurationError, InvalidRequest
 from tasks.redis_keys import RESULTS_FINGERPRINT, WORKER_OPTIONS, WORKERS
-from tasks.worker_options import SILENT_S
+from tasks.worker_registry import SILENT_S
 from tests.flow.conftest import PATIENCE_S, eventually
 from worker.demo import stack
 

@@ -82,10 +82,10 @@ def test_a_job_without_a_result_whose_worker_died_leaves_no_count_behind(
     broker = server.connect()
     with stand(server, gallery, tmp_path / "second", *worker_options(2), **settings):
         eventually(lambda: gallery.asked.count(shown) == 2)
-        assert broker.hgetall(f"idefics:deliveries:{job.id}") == {b"0": b"1", b"0:1": b"1"}
+        assert broker.hgetall(f"idefics:redeliveries:{job.id}") == {b"0": b"1", b"0:1": b"1"}
         gallery.release(shown)
         eventually(lambda: broker.hlen("unacked") == 0)
-        assert not broker.exists(f"idefics:deliveries:{job.id}")
+        assert not broker.exists(f"idefics:redeliveries:{job.id}")
 
 
 def forged(stood: Stand, text: str) -> str:
@@ -105,11 +105,11 @@ def test_a_job_that_says_that_it_came_back_runs_beside_the_others(
 ) -> None:
     shown = name()
     # Such that one death is enough for a suspicion.
-    with stand(server, gallery, tmp_path / "log", MAX_DELIVERIES="2") as stood:
+    with stand(server, gallery, tmp_path / "log", MAX_WORKER_DEATHS="2") as stood:
         held = producer.show(gallery.held(shown)).apply_async()
         gallery.await_requests(shown)
         liar = producer.app.AsyncResult(forged(stood, "Hello"))
         assert liar.get(timeout=5)["text"] == "llo"
         gallery.release(shown)
         assert held.get(timeout=PATIENCE_S)["text"] == "llo"
-    assert server.connect().keys("idefics:deliveries:*") + server.connect(1).keys("idefics:deliveries:*") == []
+    assert server.connect().keys("idefics:redeliveries:*") + server.connect(1).keys("idefics:redeliveries:*") == []

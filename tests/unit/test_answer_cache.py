@@ -27,7 +27,7 @@ from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling, Tokens
 from worker.engine.scheduler import Limits
 from worker.jobs.answer_cache import AnswerCache, digest, fingerprint
-from worker.jobs.runs import Canceled, JobContext
+from worker.jobs.runs import CancellationError, JobContext
 from worker.jobs.service import Service
 from worker.models.fake import FakeModel
 
@@ -250,7 +250,7 @@ def test_a_follower_that_is_canceled_or_late_ends_and_the_leader_goes_on(run: Ca
         late = pool.submit(run, text * 10, "late", max_new_tokens=40, deadline_s=0.2)
         time.sleep(0.1)
         run.cancel("canceled")  # type: ignore[attr-defined]
-        with pytest.raises(Canceled):
+        with pytest.raises(CancellationError):
             canceled.result(SOON)
         with pytest.raises(DeadlineExceeded):
             late.result(SOON)

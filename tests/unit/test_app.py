@@ -13,7 +13,7 @@ from tasks.payloads import PAYLOADS
 from tasks.testing import canned
 from worker.app import app
 from worker.engine.row import NotBegun
-from worker.jobs.runs import Canceled
+from worker.jobs.runs import CancellationError
 from worker.jobs.task import JobApp, RunCanceled, RunReturned
 
 ARGUMENTS = {"prompt": ["Hello"]}
@@ -58,7 +58,7 @@ def test_without_a_model_a_job_fails_as_internal() -> None:
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
-        (Canceled(), RunCanceled),
+        (CancellationError(), RunCanceled),
         (NotBegun(), RunReturned),
         (ImageInvalid("no picture"), ImageInvalid),
         (KeyError("x"), Internal),

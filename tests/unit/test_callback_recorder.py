@@ -23,7 +23,7 @@ from worker.delivery.recorder import CallbackRecorder
 from worker.demo import stack
 from worker.pool.request import JobRequest
 from worker.queue.result_backend import ASKED
-from worker.runtime.exceptions import exception_info
+from worker.runtime.exception_info import exception_info
 
 CALLBACK = {"url": "https://93.184.216.34/hook", "key_id": "main"}
 ARGUMENTS = {"prompt": ["Hello"], "callback": CALLBACK, "metadata": {"row": 7}}

@@ -1,4 +1,4 @@
-"""The lookout for cancellations: it finds, it never makes anybody wait, and it outlives an outage."""
+"""The poller for cancellations: it finds, it never makes anybody wait, and it outlives an outage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.redis_keys import CANCELLATION
-from worker.queue.cancellation import Lookout, canceled_among
+from worker.queue.cancellation import CancellationPoller, canceled_among
 
 SOON = 5.0
 
@@ -22,8 +22,8 @@ def eventually(holds: Callable[[], Any]) -> None:
         time.sleep(0.005)
 
 
-def lookout(look: Callable[[Iterable[str]], set[str]]) -> Lookout:
-    found = Lookout(look, pause_s=0.01)
+def poller(look: Callable[[Iterable[str]], set[str]]) -> CancellationPoller:
+    found = CancellationPoller(look, pause_s=0.01)
     found.start()
     return found
 
@@ -44,7 +44,7 @@ def test_the_keys_of_all_jobs_are_asked_for_at_once() -> None:
 
 
 def test_what_is_found_among_the_jobs_of_now_is_told() -> None:
-    watched = lookout(lambda ids: set(ids) & {"a", "z"})
+    watched = poller(lambda ids: set(ids) & {"a", "z"})
     eventually(lambda: watched.exchange(["a", "b"]) == {"a"})
     eventually(lambda: watched.exchange(["z"]) == {"z"})
 
@@ -57,7 +57,7 @@ def test_a_redis_that_hangs_keeps_nobody_waiting() -> None:
         goes_on.wait(SOON)
         return set(ids)
 
-    watched = lookout(look)
+    watched = poller(look)
     assert hangs.wait(SOON)
     began = time.monotonic()
     assert watched.exchange(["a"]) == set()
@@ -74,6 +74,6 @@ def test_an_outage_is_told_once_and_outlived(caplog: pytest.LogCaptureFixture) -
             raise ConnectionError("refused")
         return set(ids)
 
-    watched = lookout(look)
+    watched = poller(look)
     eventually(lambda: watched.exchange(["a"]) == {"a"})
     assert caplog.text.count("Cannot look for cancellations (refused)") == 1

@@ -18,7 +18,7 @@ from tasks.cli import connection, jobs, main
 from tasks.cli.queue import queue_state
 from tasks.redis_keys import CANCELLATION, DUE, SEPARATOR, UNACKED
 from tasks.testing import FakeClient, canned
-from tasks.worker_options import enter
+from tasks.worker_registry import register
 from worker.demo.stack import Broker
 
 CAPTION = Caption(image="https://example.com/a.jpg")
@@ -138,7 +138,7 @@ def test_queue_counts_what_waits_by_priority_what_is_held_and_who_works(
     redis.hset(UNACKED.named(), "tag", "message")
     client.app.amqp.queues.add("idefics")
     client.app.amqp.queues.select("idefics")
-    enter(client.app, "gpu0@here", redis)
+    register(client.app, "gpu0@here", redis)
     assert run("queue").stdout.splitlines() == [
         "waiting\t3",
         "waiting, priority 5\t2",

@@ -134,7 +134,7 @@ def told(trouble: str = "") -> tuple[Any, Any, Any]:
 
 
 def test_progress_is_plain_lines_where_no_person_looks(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = progress.Progress(0)
+    bar = progress.ProgressDisplay(0)
     bar.tell(*told())
     bar.tell(*told(f"full\n{MARKUP}"))
     bar.note(HOSTILE)
@@ -151,7 +151,7 @@ def test_progress_is_a_bar_on_a_terminal_and_leaves_standard_output_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    bar = progress.Progress(0)
+    bar = progress.ProgressDisplay(0)
     bar.tell(*told(f"full\n{MARKUP}"))
     bar.note("No worker takes from the queue.")
     bar.close()

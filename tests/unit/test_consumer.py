@@ -45,8 +45,8 @@ def consumer(monkeypatch: pytest.MonkeyPatch) -> Consumer:
     consumer = Consumer.__new__(Consumer)
     consumer.app, consumer.pool, consumer.hub = app, object(), None
     consumer.controller = SimpleNamespace(_quick_release=Mock())
-    consumer._deliveries = RedeliveryCounter(most=3)
-    consumer._deliveries.count_return = Mock()
+    consumer._redeliveries = RedeliveryCounter(most=3)
+    consumer._redeliveries.count_return = Mock()
     consumer._refusals = Mock()
     monkeypatch.setattr(app, "recorder", Mock())
     consumer.event_dispatcher, consumer.connection_errors, consumer.channel_errors = None, (OSError,), ()
@@ -91,8 +91,8 @@ def test_a_job_whose_end_cannot_be_stored_goes_back_a_few_times(consumer: Consum
     job = Job(TypeError(), ends=ValueError())
     consumer._hand_over(job)
     assert job.told == ["rejected, True"]
-    consumer._deliveries.count_return.assert_called_once_with(("job", 0))
-    consumer._deliveries.history = lambda key: History(returns=3, deaths=3)
+    consumer._redeliveries.count_return.assert_called_once_with(("job", 0))
+    consumer._redeliveries.history = lambda key: History(returns=3, deaths=3)
     consumer._hand_over(job)
     assert job.told == ["rejected, True", "rejected, False"]
     (id, error), _ = consumer._refusals.end.call_args
@@ -135,7 +135,7 @@ def handler(consumer: Consumer, monkeypatch: pytest.MonkeyPatch, error: Exceptio
         raise error
 
     consumer.task_consumer = SimpleNamespace(channel=SimpleNamespace())
-    monkeypatch.setattr("worker.queue.consumer.hold_until_due", lambda message: False)
+    monkeypatch.setattr("worker.queue.consumer.delay_until_due", lambda message: False)
     monkeypatch.setattr("celery.worker.consumer.Consumer.create_task_handler", lambda self, *_, **__: handle)
     return consumer.create_task_handler()
 

@@ -11,11 +11,13 @@ from celery.utils.objects import Bunch
 from celery.worker.consumer.mingle import Mingle
 from kombu.exceptions import OperationalError
 
+from config.settings import load
 from worker.queue.consumer import Consumer
 
 
 def _consumer(sync: Callable[[Any], None]) -> tuple[Consumer, Mingle]:
     app = Celery("mingles", broker="redis://nowhere:1/0", backend="cache+memory://", set_as_current=False)
+    app.settings = load()
     controller = Bunch(use_eventloop=False, semaphore=None)
     consumer = Consumer(lambda request: None, app=app, hostname="here", controller=controller)
     mingle = next(step for step in consumer.steps if isinstance(step, Mingle))

@@ -23,7 +23,7 @@ from kombu.transport.virtual import Message
 from kombu.utils.json import dumps
 
 from worker.queue import envelope
-from worker.queue.envelope import Envelope, Refused, checked, opened, readable
+from worker.queue.envelope import Envelope, MessageRefused, checked, opened, readable
 from worker.queue.envelope.headers import HEADERS as KNOWN
 from worker.queue.envelope.headers import OPTIONS
 
@@ -63,8 +63,8 @@ def read(raw: bytes, most: int = MOST) -> Envelope:
     return checked(Message(opened(raw, "idefics", most), channel=CHANNEL), most)
 
 
-def refusal(raw: bytes, most: int = MOST) -> Refused:
-    with pytest.raises(Refused) as raised:
+def refusal(raw: bytes, most: int = MOST) -> MessageRefused:
+    with pytest.raises(MessageRefused) as raised:
         read(raw, most)
     return raised.value
 

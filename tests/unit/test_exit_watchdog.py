@@ -6,13 +6,13 @@ import signal
 
 import pytest
 
-from worker.runtime.exit_watchdog import Held, Stop
+from worker.runtime.exit_watchdog import HeldWork, StopRequest
 
-RUNNING, QUIET = Held(is_running=True, is_owed=True), Held(is_running=False, is_owed=False)
+RUNNING, QUIET = HeldWork(is_running=True, is_owed=True), HeldWork(is_running=False, is_owed=False)
 
 
-def _stop(*, soft_s: float = 60.0, is_remapped: bool = False) -> Stop:
-    return Stop(soft_s, is_remapped=is_remapped)
+def _stop(*, soft_s: float = 60.0, is_remapped: bool = False) -> StopRequest:
+    return StopRequest(soft_s, is_remapped=is_remapped)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])

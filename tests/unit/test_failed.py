@@ -20,12 +20,12 @@ from tasks import Client, ImageUnreachable, InvalidRequest, JobError
 from tasks.cli.failed import Selection, age
 from tasks.cli.failed import failed as command
 from tasks.cli.redaction import redacted
-from tasks.failed import KEYS, Bounds, FailedJob, FailedJobs
+from tasks.failed import KEYS, FailedBounds, FailedJob, FailedJobs
 from tasks.protocol import CONTINUES, SUBMITTED_AT
 from worker.demo.stack import Broker
 from worker.queue.dead_letters import keep_failures
 
-WIDE = Bounds(jobs=100, bytes=1_000_000, ttl_s=86_400)
+WIDE = FailedBounds(jobs=100, bytes=1_000_000, ttl_s=86_400)
 URL = "https://example.com/a.jpg"
 
 
@@ -60,7 +60,7 @@ def signature(id: str, **options: Any) -> dict[str, Any]:
     }
 
 
-def keep(jobs: FailedJobs, *kept: FailedJob, bounds: Bounds = WIDE) -> None:
+def keep(jobs: FailedJobs, *kept: FailedJob, bounds: FailedBounds = WIDE) -> None:
     for one in kept:
         jobs.keep(one, signature(one.id), bounds)
 
@@ -93,25 +93,25 @@ def test_a_job_that_fails_again_is_one_entry(jobs: FailedJobs) -> None:
 
 
 def test_the_oldest_go_when_there_are_too_many(jobs: FailedJobs) -> None:
-    keep(jobs, *(job(str(n), age_s=10 - n) for n in range(5)), bounds=Bounds(3, 1_000_000, 3600))
+    keep(jobs, *(job(str(n), age_s=10 - n) for n in range(5)), bounds=FailedBounds(3, 1_000_000, 3600))
     assert ids(jobs) == ["2", "3", "4"]
 
 
 def test_the_oldest_go_when_all_are_too_large(jobs: FailedJobs) -> None:
     large = [job(str(n), age_s=10 - n, message="x" * 1000) for n in range(5)]
-    keep(jobs, *large, bounds=Bounds(100, 3000, 3600))
+    keep(jobs, *large, bounds=FailedBounds(100, 3000, 3600))
     assert ids(jobs) == ["3", "4"]
 
 
 def test_a_job_larger_than_the_whole_list_pushes_nothing_out(jobs: FailedJobs) -> None:
     keep(jobs, job("small"))
     with pytest.raises(ValueError, match="IDEFICS_FAILED_MAX_BYTES"):
-        keep(jobs, job("large", message="x" * 2000), bounds=Bounds(100, 1000, 3600))
+        keep(jobs, job("large", message="x" * 2000), bounds=FailedBounds(100, 1000, 3600))
     assert ids(jobs) == ["small"]
 
 
 def test_a_flood_of_invalid_requests_pushes_nothing_else_out(jobs: FailedJobs) -> None:
-    few = Bounds(4, 1_000_000, 3600)
+    few = FailedBounds(4, 1_000_000, 3600)
     keep(jobs, job("worthy", age_s=60), job("too", age_s=50), bounds=few)
     keep(jobs, *(job(str(n), code="invalid_request", age_s=40 - n) for n in range(20)), bounds=few)
     assert ids(jobs) == ["worthy", "too", "18", "19"]

@@ -15,7 +15,7 @@ import pytest
 
 from config import settings
 from worker import health
-from worker.health import ALIVE_WITHIN_S, READY_WITHIN_S, State, StateFile
+from worker.health import ALIVE_WITHIN_S, READY_WITHIN_S, StateFile, WorkerState
 
 Probe = Callable[..., tuple[int, str]]
 #: The default one's place.
@@ -55,7 +55,12 @@ def age(file: Path, seconds: float) -> None:
 
 
 def of_another(
-    folder: Path, pid: int, worker: str = "gone@here", state: State = State.READY, born: str = "5", broker: str = BROKER
+    folder: Path,
+    pid: int,
+    worker: str = "gone@here",
+    state: WorkerState = WorkerState.READY,
+    born: str = "5",
+    broker: str = BROKER,
 ) -> Path:
     """The file of another process; of one that is no more, unless it is `born` rightly: no pid is 2**22 or more."""
     folder.mkdir(exist_ok=True)
@@ -77,14 +82,16 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize(
     ("state", "ready", "alive"),
     [
-        (State.STARTING, 1, 0),
-        (State.READY, 0, 0),
-        (State.BUSY, 0, 0),
-        (State.UNHEALTHY, 1, 0),
-        (State.SETUP_FAILED, 1, 1),
+        (WorkerState.STARTING, 1, 0),
+        (WorkerState.READY, 0, 0),
+        (WorkerState.BUSY, 0, 0),
+        (WorkerState.UNHEALTHY, 1, 0),
+        (WorkerState.SETUP_FAILED, 1, 1),
     ],
 )
-def test_a_state_is_ready_or_alive_or_neither(file: Path, probe: Probe, state: State, ready: int, alive: int) -> None:
+def test_a_state_is_ready_or_alive_or_neither(
+    file: Path, probe: Probe, state: WorkerState, ready: int, alive: int
+) -> None:
     StateFile(file, "a@b").show(state, "why")
     assert probe("--ready", file=file) == (ready, f"a@b: {state.name} (why). {state.value}\n")
     assert probe(file=file)[0] == ready
@@ -92,7 +99,7 @@ def test_a_state_is_ready_or_alive_or_neither(file: Path, probe: Probe, state: S
 
 
 def test_a_silent_worker_is_unhealthy_and_soon_not_ready_and_late_not_alive(file: Path, probe: Probe) -> None:
-    StateFile(file, "a@b").show(State.READY)
+    StateFile(file, "a@b").show(WorkerState.READY)
     age(file, READY_WITHIN_S + 1)
     status, said = probe("--ready", file=file)
     assert status == 1
@@ -116,7 +123,7 @@ def test_another_process_under_the_same_pid_is_not_the_worker(shared: Path, prob
 
 
 def test_what_failed_at_its_start_is_still_told_when_the_process_is_gone(shared: Path, probe: Probe) -> None:
-    of_another(shared, 2**22, state=State.SETUP_FAILED)
+    of_another(shared, 2**22, state=WorkerState.SETUP_FAILED)
     status, said = probe("--ready")
     assert status == 1
     assert "SETUP_FAILED" in said
@@ -130,8 +137,8 @@ def test_without_a_worker_nothing_is_ready(shared: Path, probe: Probe) -> None:
 
 
 def test_workers_of_one_machine_do_not_clash(shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes]) -> None:
-    StateFile(None, "a@b").show(State.READY)
-    of_another(shared, sleeper.pid, "c@d", State.STARTING, health._born(sleeper.pid))
+    StateFile(None, "a@b").show(WorkerState.READY)
+    of_another(shared, sleeper.pid, "c@d", WorkerState.STARTING, health._born(sleeper.pid))
     status, said = probe()
     assert status == 1
     assert {line.split(":")[0] for line in said.splitlines()} == {"a@b", "c@d"}
@@ -148,9 +155,9 @@ def test_a_worker_of_another_broker_is_named_and_makes_nothing_ready(
     assert said.startswith("No worker of 127.0.0.1:6379/0: ")
     assert "c@d of 127.0.0.1:7101/0" in said
     monkeypatch.setenv("IDEFICS_BROKER_URL", "redis://:secret@localhost:7101")
-    assert probe() == (0, f"c@d: READY. {State.READY.value}\n")
+    assert probe() == (0, f"c@d: READY. {WorkerState.READY.value}\n")
     # This environment's own worker, beside it.
-    StateFile(None, "a@b").show(State.UNHEALTHY)
+    StateFile(None, "a@b").show(WorkerState.UNHEALTHY)
     assert probe()[0] == 1
     assert probe("--worker", "c@d")[0] == 0
 
@@ -158,15 +165,15 @@ def test_a_worker_of_another_broker_is_named_and_makes_nothing_ready(
 def test_a_worker_of_another_broker_takes_none_of_the_blame(
     shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes]
 ) -> None:
-    StateFile(None, "a@b").show(State.READY)
-    of_another(shared, sleeper.pid, "c@d", State.UNHEALTHY, health._born(sleeper.pid), "127.0.0.1:7101/0")
-    assert probe() == (0, f"a@b: READY. {State.READY.value}\n")
+    StateFile(None, "a@b").show(WorkerState.READY)
+    of_another(shared, sleeper.pid, "c@d", WorkerState.UNHEALTHY, health._born(sleeper.pid), "127.0.0.1:7101/0")
+    assert probe() == (0, f"a@b: READY. {WorkerState.READY.value}\n")
 
 
 def test_a_file_that_is_named_is_read_whatever_its_broker(
     file: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    StateFile(file, "a@b").show(State.READY)
+    StateFile(file, "a@b").show(WorkerState.READY)
     monkeypatch.setenv("IDEFICS_BROKER_URL", "redis://elsewhere/0")
     assert probe(file=file)[0] == 0
 
@@ -198,21 +205,21 @@ def test_the_brokers_default_is_the_settings() -> None:
 
 
 def test_a_dead_worker_is_not_asked_where_another_lives(shared: Path, probe: Probe) -> None:
-    StateFile(None, "a@b").show(State.READY)
+    StateFile(None, "a@b").show(WorkerState.READY)
     of_another(shared, 2**22)
-    assert probe() == (0, f"a@b: READY. {State.READY.value}\n")
+    assert probe() == (0, f"a@b: READY. {WorkerState.READY.value}\n")
 
 
 def test_a_new_worker_takes_the_files_of_killed_ones_away(shared: Path) -> None:
     gone = of_another(shared, 2**22)
     (shared / "junk.json").write_text("{")
-    StateFile(None, "a@b").show(State.STARTING)
+    StateFile(None, "a@b").show(WorkerState.STARTING)
     assert not gone.exists()
     assert [path.name for path in shared.iterdir()] == [f"{os.getpid()}.json"]
 
 
 def test_the_workers_folder_is_their_users_alone(shared: Path) -> None:
-    StateFile(None, "a@b").show(State.STARTING)
+    StateFile(None, "a@b").show(WorkerState.STARTING)
     assert shared.stat().st_mode & 0o777 == 0o700
 
 
@@ -223,18 +230,18 @@ def test_a_folder_that_another_user_made_is_not_touched(
     precious.mkdir()
     (precious / "data.json").write_text("{}")
     shared.symlink_to(precious)
-    StateFile(None, "w").show(State.READY)
+    StateFile(None, "w").show(WorkerState.READY)
     assert [path.name for path in precious.iterdir()] == ["data.json"]
     assert "own folder" in caplog.text
 
 
 def test_an_orderly_end_leaves_no_file_and_a_failed_start_its_reason(file: Path) -> None:
     ended, broken = StateFile(file, "a@b"), StateFile(file, "a@b")
-    ended.show(State.READY)
+    ended.show(WorkerState.READY)
     ended.remove()
     assert not file.exists()
-    broken.show(State.SETUP_FAILED, "no such model")
-    broken.show(State.STARTING)
+    broken.show(WorkerState.SETUP_FAILED, "no such model")
+    broken.show(WorkerState.STARTING)
     broken.remove()
     assert json.loads(file.read_text())["reason"] == "no such model"
 
@@ -245,13 +252,13 @@ def test_an_unchanged_state_is_written_again_after_a_second_and_a_new_one_at_onc
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     shown = StateFile(file, "a@b")
-    shown.show(State.READY, "1 jobs")
-    shown.show(State.READY, "2 jobs")
+    shown.show(WorkerState.READY, "1 jobs")
+    shown.show(WorkerState.READY, "2 jobs")
     assert "1 jobs" in file.read_text()
     now += health.RENEW_S
-    shown.show(State.READY, "3 jobs")
+    shown.show(WorkerState.READY, "3 jobs")
     assert "3 jobs" in file.read_text()
-    shown.show(State.BUSY, "4 jobs")
+    shown.show(WorkerState.BUSY, "4 jobs")
     assert "4 jobs" in file.read_text()
 
 
@@ -259,7 +266,7 @@ def test_a_place_that_cannot_be_written_is_told_once_and_the_worker_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shown = StateFile(tmp_path / "nowhere" / "state.json", "a@b")
-    for state in (State.STARTING, State.READY, State.BUSY):
+    for state in (WorkerState.STARTING, WorkerState.READY, WorkerState.BUSY):
         shown.show(state)
     assert len(caplog.records) == 1
     assert "IDEFICS_STATE_FILE" in caplog.text

@@ -19,8 +19,8 @@ from tasks.payloads import Job, parse
 from tasks.redis_keys import IDEMPOTENCY
 from tasks.testing import FakeClient, canned
 from worker.demo import stack
-from worker.jobs.idempotency import MAX_COUNTDOWN_S, MIN_COUNTDOWN_S, FirstStillRuns, first_answer
-from worker.jobs.runs import Canceled
+from worker.jobs.deduplication import MAX_COUNTDOWN_S, MIN_COUNTDOWN_S, FirstStillRuns, first_answer
+from worker.jobs.runs import CancellationError
 
 Make = Callable[..., Job]
 
@@ -259,7 +259,7 @@ def test_the_second_fails_as_the_first_did(make: Make, keys: IdempotencyKeys, ba
 
 def test_the_second_is_canceled_as_the_first_was(make: Make, keys: IdempotencyKeys, backend: Any, first: str) -> None:
     backend.store_result(first, JobCanceled("terminated"), "REVOKED")
-    with pytest.raises(Canceled):
+    with pytest.raises(CancellationError):
         first_answer(make(), "second", keys, backend)
 
 

@@ -10,8 +10,8 @@ import redis
 
 from tasks.redis_keys import LOAD
 from worker.demo import stack
-from worker.queue.balance import FRESH_S, INSIST_S, PATIENCE_S, Exchange, Patience, Report
-from worker.queue.load import Load, leaves_to_others, surplus
+from worker.queue.load_balancing import FRESH_S, MAX_LEAVE_S, TAKE_ALL_S, LeaveLimit, LoadExchange, LoadReport
+from worker.queue.load_estimates import Load, leaves_to_others, surplus
 
 INFINITE = float("inf")
 #: Sixteen jobs in 0.25 s, and in ten times as long.
@@ -101,20 +101,20 @@ def test_a_worker_whose_hung_model_has_not_run_a_job_is_no_reason_to_divide_by_z
     assert not leaves_to_others(SLOW, [Load(1, INFINITE, 3)], 1)
 
 
-# Patience
+# LeaveLimit
 
 
 def test_jobs_do_not_lie_in_the_queue_for_an_estimate() -> None:
-    patience = Patience()
+    patience = LeaveLimit()
     assert patience.bears(leaves=True, queued=1, job_s=0.1, now=0.0)
-    assert patience.bears(leaves=True, queued=1, job_s=0.1, now=PATIENCE_S)
-    assert not patience.bears(leaves=True, queued=1, job_s=0.1, now=PATIENCE_S + 0.1)
-    assert not patience.bears(leaves=True, queued=1, job_s=0.1, now=PATIENCE_S + INSIST_S)
-    assert patience.bears(leaves=True, queued=1, job_s=0.1, now=PATIENCE_S + INSIST_S + 0.2)
+    assert patience.bears(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S)
+    assert not patience.bears(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + 0.1)
+    assert not patience.bears(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + TAKE_ALL_S)
+    assert patience.bears(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + TAKE_ALL_S + 0.2)
 
 
 def test_a_queue_that_the_others_empty_tries_no_patience() -> None:
-    patience = Patience()
+    patience = LeaveLimit()
     for now in range(100):
         assert patience.bears(leaves=True, queued=now % 2, job_s=0.1, now=float(now))
 
@@ -129,12 +129,12 @@ def server(broker: stack.Broker) -> Iterator[redis.Redis]:
         yield server
 
 
-def report(load: Load, *, is_busy: bool = True) -> Report:
-    return Report(load, is_busy, {"jobs": ["jobs", "jobs-1"]})
+def report(load: Load, *, is_busy: bool = True) -> LoadReport:
+    return LoadReport(load, is_busy, {"jobs": ["jobs", "jobs-1"]})
 
 
 def test_workers_hear_of_each_other_and_of_the_queue(server: redis.Redis) -> None:
-    one, other = (Exchange(lambda: (server, "app:")) for _ in range(2))
+    one, other = (LoadExchange(lambda: (server, "app:")) for _ in range(2))
     server.lpush("app:jobs", "a", "b")
     server.lpush("app:jobs-1", "c")
     assert one.exchange(report(holding(SLOW, 7)))["jobs"].others == []
@@ -145,7 +145,7 @@ def test_workers_hear_of_each_other_and_of_the_queue(server: redis.Redis) -> Non
 
 
 def test_an_idle_fleet_writes_nothing(server: redis.Redis) -> None:
-    one, other = (Exchange(lambda: (server, "")) for _ in range(2))
+    one, other = (LoadExchange(lambda: (server, "")) for _ in range(2))
     for exchange in (one, other):
         exchange.exchange(report(FAST, is_busy=False))
     assert not server.exists(LOAD.named("jobs"))
@@ -155,7 +155,7 @@ def test_an_idle_fleet_writes_nothing(server: redis.Redis) -> None:
 
 
 def test_a_worker_that_falls_silent_counts_no_more(server: redis.Redis) -> None:
-    one, other = (Exchange(lambda: (server, "")) for _ in range(2))
+    one, other = (LoadExchange(lambda: (server, "")) for _ in range(2))
     one.exchange(report(FAST))
     time.sleep(FRESH_S + 0.1)
     assert other.exchange(report(SLOW))["jobs"].others == []
@@ -164,5 +164,5 @@ def test_a_worker_that_falls_silent_counts_no_more(server: redis.Redis) -> None:
 
 def test_what_is_not_of_a_worker_is_dropped(server: redis.Redis) -> None:
     server.hset(LOAD.named("jobs"), "stranger", "garbage")
-    assert Exchange(lambda: (server, "")).exchange(report(FAST))["jobs"].others == []
+    assert LoadExchange(lambda: (server, "")).exchange(report(FAST))["jobs"].others == []
     assert server.hkeys(LOAD.named("jobs")) != [b"stranger"]

@@ -17,11 +17,11 @@ from click.testing import CliRunner
 from config.settings import Settings
 from tasks import outbox as outboxes
 from tasks.cli import main
-from tasks.outbox import Bounds, Delivery, Outbox, batch_id, delivery_id
+from tasks.outbox import Delivery, Outbox, OutboxBounds, batch_id, delivery_id
 from tests.receiver import SECRET
-from worker.delivery import dispatcher
+from worker.delivery import callback_dispatcher
 from worker.delivery.batching import admit, group_by_target
-from worker.delivery.dispatcher import CallbackDispatcher
+from worker.delivery.callback_dispatcher import CallbackDispatcher
 from worker.delivery.retry import AttemptResult
 from worker.demo import stack
 
@@ -69,7 +69,7 @@ def test_a_job_that_was_delivered_is_not_recorded_again(outbox: Outbox) -> None:
 
 def test_two_outboxes_with_prefixes_share_nothing(outbox: Outbox, broker: stack.Broker) -> None:
     with broker.connect(7) as client:
-        mine = Outbox(client, Bounds(keep_s=60), prefix="mine:")
+        mine = Outbox(client, OutboxBounds(keep_s=60), prefix="mine:")
         for number in range(3):
             mine.add(delivery(number))
         assert (outbox.counts()["pending"], outbox.claim(10, 60)) == (0, [])
@@ -369,7 +369,7 @@ def test_410_disables_the_url(outbox: Outbox) -> None:
 
 
 def test_a_defect_loses_no_delivery(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "LEASE_MARGIN_S", 0.1)
+    monkeypatch.setattr(callback_dispatcher, "LEASE_MARGIN_S", 0.1)
     outbox.add(delivery())
     post = Answers(RuntimeError("a defect"))
     with dispatching(outbox, post, callback_timeout_s=0.1):
@@ -378,7 +378,7 @@ def test_a_defect_loses_no_delivery(outbox: Outbox, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_defect_at_each_attempt_ends_a_delivery(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "LEASE_MARGIN_S", 0.1)
+    monkeypatch.setattr(callback_dispatcher, "LEASE_MARGIN_S", 0.1)
     outbox.add(delivery())
     post = Answers(*[RuntimeError("a defect")] * 9)
     with dispatching(outbox, post, callback_timeout_s=0.1, callback_schedule_s=(0, 0.05, 0.05)):

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from config.settings import Settings
 from tasks import outbox as outboxes
 from tasks.cli import main
-from tasks.outbox import BYTES, HOSTS, SIZES, Bounds, Delivery, Outbox, Shares, size_of
+from tasks.outbox import BYTES, HOSTS, SIZES, Delivery, Outbox, OutboxBounds, Shares, size_of
 from tasks.redis_keys import DELIVERY, DELIVERY_AGES, OLDEST_DELIVERIES
 from tests.receiver import SECRET
 from tests.unit.test_outbox import KEEP_S, OK, Answers, counted, delivery, dispatching
@@ -43,7 +43,7 @@ def client(broker: stack.Broker) -> Iterator[Any]:
 
 def bounded(client: Any, *, host: int = 1_000, total: int = 1_000) -> Outbox:
     """One for so many deliveries of the tests'."""
-    return Outbox(client, Bounds(host * ONE + ONE // 2, total * ONE + ONE // 2, KEEP_S))
+    return Outbox(client, OutboxBounds(host * ONE + ONE // 2, total * ONE + ONE // 2, KEEP_S))
 
 
 def jobs(outbox: Outbox, state: str) -> list[str]:
@@ -64,7 +64,7 @@ def is_counted_right(client: Any, outbox: Outbox) -> bool:
 
 def test_what_one_host_has_beyond_its_bytes_is_given_up_the_oldest_first(client: Any) -> None:
     told: list[tuple[str, int]] = []
-    outbox = Outbox(client, Bounds(3 * ONE + 10, 2**28, KEEP_S), lambda *found: told.append(found))
+    outbox = Outbox(client, OutboxBounds(3 * ONE + 10, 2**28, KEEP_S), lambda *found: told.append(found))
     outbox.add(delivery(9, url="https://other.test/hook"))
     for number in range(5):
         assert outbox.add(delivery(number))

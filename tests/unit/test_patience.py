@@ -13,8 +13,8 @@ import redis
 from celery import Celery
 
 from worker.demo import stack
-from worker.queue import patience
-from worker.queue.patience import CONNECTIONS, PatientRedis, RedisAway, patiently
+from worker.queue import redis_retry
+from worker.queue.redis_retry import CONNECTIONS, RedisAway, RetryingRedis, with_retries
 from worker.runtime import gil
 
 AWAY = redis.ConnectionError("gone")
@@ -23,12 +23,12 @@ AWAY = redis.ConnectionError("gone")
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[float]]:
     """Let this process wait so many seconds; the list fills with the waits that it tells."""
-    monkeypatch.setattr(patience, "_waiting", patience._Waiting())
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(redis_retry, "_waiting", redis_retry._Waiting())
+    monkeypatch.setattr(redis_retry, "FIRST_PAUSE_S", 0.01)
 
     def allow(seconds: float) -> list[float]:
         told: list[float] = []
-        patience.allow(seconds, told.append)
+        redis_retry.enable(seconds, told.append)
         return told
 
     return allow
@@ -47,7 +47,7 @@ def failing(*errors: Exception) -> Callable[[], str]:
 
 def test_a_call_is_made_again_until_redis_is_back(waits: Callable[[float], list[float]]) -> None:
     told = waits(10)
-    assert patiently(failing(AWAY, redis.exceptions.OutOfMemoryError("full"), OSError(24, "fds"))) == "done"
+    assert with_retries(failing(AWAY, redis.exceptions.OutOfMemoryError("full"), OSError(24, "fds"))) == "done"
     assert len(told) == 3
     assert 0.02 < sum(told) < 1
 
@@ -55,26 +55,26 @@ def test_a_call_is_made_again_until_redis_is_back(waits: Callable[[float], list[
 def test_a_wait_ends_and_no_handler_of_errors_stops_it(waits: Callable[[float], list[float]]) -> None:
     waits(0.05)
     with pytest.raises(RedisAway) as raised:
-        patiently(failing(*[AWAY] * 1_000))
+        with_retries(failing(*[AWAY] * 1_000))
     assert not isinstance(raised.value, Exception)
 
 
 def test_a_defect_is_not_waited_for(waits: Callable[[float], list[float]]) -> None:
     told = waits(10)
     with pytest.raises(redis.ResponseError):
-        patiently(failing(redis.ResponseError("WRONGTYPE x")))
+        with_retries(failing(redis.ResponseError("WRONGTYPE x")))
     assert told == []
 
 
 def test_the_parent_process_does_not_wait() -> None:
     with pytest.raises(redis.ConnectionError):
-        patiently(failing(AWAY))
+        with_retries(failing(AWAY))
 
 
 def test_a_demoted_server_is_left_for_the_one_that_its_name_stands_for(waits: Callable[[float], list[float]]) -> None:
     waits(10)
     left: list[bool] = []
-    patiently(failing(redis.exceptions.ReadOnlyError("x"), AWAY), lambda: left.append(True))
+    with_retries(failing(redis.exceptions.ReadOnlyError("x"), AWAY), lambda: left.append(True))
     assert left == [True]
 
 
@@ -92,7 +92,7 @@ def test_a_thread_that_waits_lets_others_run(waits: Callable[[float], list[float
             return job()
 
     with ThreadPoolExecutor(9) as threads:
-        waiting = [threads.submit(work, lambda: patiently(call)) for _ in range(8)]
+        waiting = [threads.submit(work, lambda: with_retries(call)) for _ in range(8)]
         time.sleep(0.05)
         began = time.monotonic()
         threads.submit(work, lambda: None).result()
@@ -105,8 +105,8 @@ def test_a_thread_that_waits_lets_others_run(waits: Callable[[float], list[float
 
 
 @pytest.fixture
-def client(broker: stack.Broker) -> Iterator[PatientRedis]:
-    made = PatientRedis.from_url(broker.url, socket_timeout=5)
+def client(broker: stack.Broker) -> Iterator[RetryingRedis]:
+    made = RetryingRedis.from_url(broker.url, socket_timeout=5)
     with broker.connect() as server:
         server.flushall()
         yield made
@@ -115,7 +115,7 @@ def client(broker: stack.Broker) -> Iterator[PatientRedis]:
     made.close()
 
 
-def test_many_threads_share_few_connections(client: PatientRedis, broker: stack.Broker) -> None:
+def test_many_threads_share_few_connections(client: RetryingRedis, broker: stack.Broker) -> None:
     client.client_setname("ours")
     with broker.connect() as server, ThreadPoolExecutor(64) as threads:
         before = len(server.client_list())
@@ -127,7 +127,7 @@ def test_many_threads_share_few_connections(client: PatientRedis, broker: stack.
 
 @pytest.mark.parametrize("refusal", [("maxmemory", 1, 0), ("min-replicas-to-write", 1, 0)])
 def test_commands_pipelines_and_scripts_wait_for_a_server_that_refuses(
-    client: PatientRedis, broker: stack.Broker, waits: Callable[[float], list[float]], refusal: tuple[str, int, int]
+    client: RetryingRedis, broker: stack.Broker, waits: Callable[[float], list[float]], refusal: tuple[str, int, int]
 ) -> None:
     told = waits(20)
     name, refuses, accepts = refusal
@@ -160,7 +160,7 @@ def app(broker: stack.Broker) -> Iterator[Celery]:
 
 
 def test_a_message_waits_for_a_broker_that_refuses(
-    app: Celery, broker: stack.Broker, client: PatientRedis, waits: Callable[[float], list[float]]
+    app: Celery, broker: stack.Broker, client: RetryingRedis, waits: Callable[[float], list[float]]
 ) -> None:
     waits(20)
     with broker.connect() as server, ThreadPoolExecutor(8) as threads:
@@ -175,7 +175,7 @@ def test_a_message_waits_for_a_broker_that_refuses(
 
 
 def test_a_message_that_waits_for_too_long_sends_its_job_back(
-    app: Celery, broker: stack.Broker, client: PatientRedis, waits: Callable[[float], list[float]]
+    app: Celery, broker: stack.Broker, client: RetryingRedis, waits: Callable[[float], list[float]]
 ) -> None:
     waits(0.2)
     with broker.connect() as server, ThreadPoolExecutor(8) as threads:

@@ -7,27 +7,27 @@ from unittest.mock import Mock
 
 import pytest
 
-from tasks.failed import Bounds
-from worker.queue.envelope import Refused
+from tasks.failed import FailedBounds
+from worker.queue.envelope import MessageRefused
 from worker.queue.refusals import Refusals
 
 
 @pytest.fixture
 def refusals() -> Refusals:
-    return Refusals(Mock(), Bounds(1, 1, 1))
+    return Refusals(Mock(), FailedBounds(1, 1, 1))
 
 
 def test_the_log_names_the_job_that_fails_by_a_dropped_message(
     refusals: Refusals, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refusals(b"x" * 18_455, Refused("Send less.", "a\x1b[2Jb"))
+    refusals(b"x" * 18_455, MessageRefused("Send less.", "a\x1b[2Jb"))
     assert caplog.record_tuples == [
         ("worker.queue.refusals", logging.ERROR, "Message 'a\\x1b[2Jb' of 18455 bytes is dropped. Send less.")
     ]
 
 
 def test_the_same_message_that_is_refused_for_something_else_is_told_so(refusals: Refusals) -> None:
-    first, again, other = (refusals(b"x", Refused(why, "a")) for why in ("no", "no", "not that either"))
+    first, again, other = (refusals(b"x", MessageRefused(why, "a")) for why in ("no", "no", "not that either"))
     assert first == again != other
     assert other is not None
     assert other.begins

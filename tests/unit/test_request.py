@@ -14,7 +14,7 @@ from celery.worker.request import Request
 from tasks.errors import WorkerLost
 from worker.app import app
 from worker.pool.request import JobRequest
-from worker.runtime.exceptions import exception_info
+from worker.runtime.exception_info import exception_info
 
 
 @pytest.fixture

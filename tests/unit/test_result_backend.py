@@ -22,8 +22,8 @@ from tasks.failed import forget
 from tasks.protocol import CONTINUES
 from tasks.redis_keys import CANCELLATION
 from worker.demo import stack
-from worker.queue import patience
-from worker.queue.patience import PatientRedis
+from worker.queue import redis_retry
+from worker.queue.redis_retry import RetryingRedis
 from worker.queue.result_backend import ASKED, CANCELED, TAKEN, TAKEN_AT, Asked, ResultBackend, digest_of
 
 ENDS = ("SUCCESS", "FAILURE", "REVOKED")
@@ -195,9 +195,9 @@ def test_a_repeated_attempt_is_not_taken_for_another_run(
     backend: Any, id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The script has run, and the connection broke before it said so."""
-    once, attempts = PatientRedis._execute_once, []
+    once, attempts = RetryingRedis._execute_once, []
 
-    def breaking(self: PatientRedis, *args: Any) -> Any:
+    def breaking(self: RetryingRedis, *args: Any) -> Any:
         attempts.append(once(self, *args))
         if len(attempts) == 1:
             raise redis.ConnectionError("gone")
@@ -205,8 +205,8 @@ def test_a_repeated_attempt_is_not_taken_for_another_run(
 
     # The server knows the script.
     backend.start(Context(id=id), is_stored=False)
-    monkeypatch.setattr(patience._waiting, "longest_s", 10.0)
-    monkeypatch.setattr(PatientRedis, "_execute_once", breaking)
+    monkeypatch.setattr(redis_retry._waiting, "max_wait_s", 10.0)
+    monkeypatch.setattr(RetryingRedis, "_execute_once", breaking)
     request = Context(id=id, chord="a chord", errbacks=["an errback"])
     end(backend, id, "FAILURE", request)
     assert attempts == [None, None]

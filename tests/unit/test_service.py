@@ -30,7 +30,7 @@ from worker.images.host_limits import HostLimitReached
 from worker.images.loader import DOWNLOADS
 from worker.images.sources import SourceReader
 from worker.jobs.golden import TOLERANCES
-from worker.jobs.runs import Canceled, JobContext
+from worker.jobs.runs import CancellationError, JobContext
 from worker.jobs.service import Service
 from worker.models.fake import FakeCodec, FakeModel
 from worker.runtime import gil
@@ -300,7 +300,7 @@ def meddled(meddle: Callable[[], object]) -> FakeModel:
 def test_a_job_canceled_before_its_row_is_submitted_does_not_run(start: Start) -> None:
     model = meddled(lambda: service.cancel("job"))
     service = start(model)
-    with pytest.raises(Canceled):
+    with pytest.raises(CancellationError):
         service.run(complete("a"), CONTEXT)
     assert model.batches == []
 
@@ -323,7 +323,7 @@ def test_a_job_canceled_while_its_image_loads_is_not_even_tokenized(start: Start
         port = server.server_address[1]
         model = meddled(lambda: prepared.append(1))
         service = start(model, image_allow_networks="127.0.0.0/8", image_ports=(port,))
-        with pytest.raises(Canceled):
+        with pytest.raises(CancellationError):
             service.run(job("caption", image=f"http://127.0.0.1:{port}/a.png"), CONTEXT)
         server.shutdown()
     assert prepared == []
@@ -354,7 +354,7 @@ def test_a_job_canceled_while_it_runs_ends_with_its_text_so_far(start: Start) ->
     service = start(FakeModel(step_s=0.01))
     timer = threading.Timer(0.1, service.cancel, ["job"])
     timer.start()
-    with pytest.raises(Canceled) as canceled:
+    with pytest.raises(CancellationError) as canceled:
         service.run(complete("a" * 60, max_new_tokens=60), CONTEXT)
     partial = canceled.value.partial
     assert partial is not None
@@ -365,7 +365,7 @@ def test_a_job_canceled_while_it_runs_ends_with_its_text_so_far(start: Start) ->
 def test_a_run_that_is_abandoned_ends_and_another_of_its_job_does_not(start: Start) -> None:
     service = start(FakeModel(step_s=0.01))
     threading.Timer(0.1, service.abandon, ["job"]).start()
-    with pytest.raises(Canceled):
+    with pytest.raises(CancellationError):
         service.run(complete("a" * 60, max_new_tokens=60), CONTEXT)
     assert not service.is_canceled("job")
     assert service.run(complete("a", max_new_tokens=1), CONTEXT).text == "a"
@@ -380,7 +380,7 @@ def test_canceling_a_job_leaves_the_others_alone(start: Start) -> None:
     )
     other.start()
     threading.Timer(0.05, service.cancel, ["job"]).start()
-    with pytest.raises(Canceled):
+    with pytest.raises(CancellationError):
         service.run(complete("a" * 60, max_new_tokens=60), CONTEXT)
     other.join(SOON)
     assert texts == ["b" * 30]
@@ -391,7 +391,7 @@ def test_a_job_canceled_between_its_arrival_and_its_start_does_not_run(start: St
     service = start(model)
     assert service.cancel("job") is False
     assert service.is_canceled("job")
-    with pytest.raises(Canceled):
+    with pytest.raises(CancellationError):
         service.run(complete("a"), CONTEXT)
     assert model.batches == []
 
@@ -405,18 +405,18 @@ def test_a_canceled_job_that_is_forgotten_may_run_again(service: Service) -> Non
 def test_only_a_job_that_is_in_the_model_has_a_text_to_wait_for(start: Start) -> None:
     said: list[bool] = []
     service = start(meddled(lambda: said.append(service.cancel("job"))))
-    with pytest.raises(Canceled):
+    with pytest.raises(CancellationError):
         service.run(complete("a"), CONTEXT)
     slow = start(FakeModel(step_s=0.01))
     threading.Timer(0.1, lambda: said.append(slow.cancel("job"))).start()
-    with pytest.raises(Canceled):
+    with pytest.raises(CancellationError):
         slow.run(complete("a" * 60, max_new_tokens=60), CONTEXT)
     assert said == [True, False]
 
 
 def test_a_canceled_job_that_fails_is_canceled_and_not_tried_again(start: Start) -> None:
     service = start(meddled(lambda: service.cancel("job") and None), max_prompt_tokens=1)
-    with pytest.raises(Canceled):
+    with pytest.raises(CancellationError):
         service.run(complete("too long"), CONTEXT)
 
 

@@ -140,6 +140,11 @@ def test_an_old_name_sets_what_it_was_renamed_to(
     assert environment(**values).image_host_concurrency == expected
 
 
+def test_a_setting_of_the_reserve_and_of_redeliveries_is_read_under_its_old_name(environment: Environment) -> None:
+    assert environment(ATOMIC_TAKE="false").atomic_reserve is False
+    assert environment(MAX_DELIVERIES="5").max_worker_deaths == 5
+
+
 def test_a_new_name_goes_before_the_old_one(environment: Environment) -> None:
     assert environment(IMAGE_HOST_TURNS="3", IMAGE_HOST_CONCURRENCY="4").image_host_concurrency == 4
 
@@ -390,8 +395,8 @@ def test_what_a_full_server_refuses_is_tried_again(celery: dict[str, Any]) -> No
 
 
 def test_jobs_are_taken_in_one_step_unless_told_otherwise(environment: Environment) -> None:
-    assert environment().atomic_take is True
-    assert environment(ATOMIC_TAKE="false").atomic_take is False
+    assert environment().atomic_reserve is True
+    assert environment(ATOMIC_RESERVE="false").atomic_reserve is False
 
 
 def test_celery_reads_every_priority_in_order(celery: dict[str, Any]) -> None:

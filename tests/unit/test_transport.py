@@ -26,7 +26,7 @@ from worker.queue.envelope import checked
 from worker.queue.pending_acks import forget_pending_acks
 from worker.queue.poller import POLL_S, SWEEP_S
 from worker.queue.redeliveries import KEPT_S
-from worker.queue.take import MAX_HELD
+from worker.queue.reserve import MAX_DELAYED
 
 OURS, STOCK = "worker.queue.transport:Transport", "kombu.transport.redis:Transport"
 #: Seconds for what a broker does at once.
@@ -594,7 +594,7 @@ def test_a_full_server_is_emptied(start: Start, server: redis.Redis) -> None:
 
 def test_a_user_without_scripts_is_told_the_cure_at_the_start(start: Start, server: redis.Redis) -> None:
     server.execute_command("ACL", "SETUSER", "meek", "on", ">pw", "~*", "&*", "+@all", "-eval", "-evalsha")
-    with pytest.raises(ImproperlyConfigured, match=r"\+eval \+evalsha.*IDEFICS_ATOMIC_TAKE=false"):
+    with pytest.raises(ImproperlyConfigured, match=r"\+eval \+evalsha.*IDEFICS_ATOMIC_RESERVE=false"):
         start(user="meek:pw")
     assert start(user="meek:pw", kind=STOCK)
 
@@ -668,13 +668,13 @@ def test_due_messages_come_in_the_order_of_their_times_before_others_of_their_pr
 def test_what_is_due_comes_at_once_behind_any_number_of_messages_before_their_time(
     start: Start, server: redis.Redis
 ) -> None:
-    taker, number = start(), 10 * MAX_HELD
+    taker, number = start(), 10 * MAX_DELAYED
     for count in range(number):
         send_at(taker, str(count), time.time() + 3_600)
     send_at(taker, "now", time.time() - 1)
     server.config_resetstat()
     assert taker.take().decode() == "now"
-    assert server.info("commandstats")["cmdstat_evalsha"]["calls"] <= number / MAX_HELD + 2
+    assert server.info("commandstats")["cmdstat_evalsha"]["calls"] <= number / MAX_DELAYED + 2
     assert (held(server), waiting(server)) == ((0, 1, 1), number)
 
 
@@ -746,14 +746,14 @@ def test_times_of_other_forms_wait_in_redis_too(
         body, headers=headers, routing_key="jobs", declare=[Queue("jobs")]
     )
     (raw,) = server.lrange("mine:jobs", 0, -1)
-    assert due.hold_until_due(checked_message(taker))
+    assert due.delay_until_due(checked_message(taker))
     assert server.zrange("mine:idefics:due:mine:jobs", 0, -1) == [raw]
     assert server.hlen("mine:unacked") == server.zcard("mine:unacked_index") == 0
     server.zadd("mine:idefics:due:mine:jobs", {raw: 1})
     again = checked_message(taker)
     # It came when it was due, by the server's clock.
     taker.channel.taken_at = 4e9
-    assert not due.hold_until_due(again)
+    assert not due.delay_until_due(again)
     assert "eta" not in again.headers
     again.ack()
     assert server.hlen("mine:unacked") == 0
@@ -799,7 +799,7 @@ def test_a_message_that_is_held_takes_no_place_and_survives_a_broker_that_refuse
     send_at(taker, "a", 0, headers={"id": "a", "eta": SOON + "Z"})
     message = taker.take()
     with _refused(server, "-hdel"):
-        assert due.hold_until_due(message)
+        assert due.delay_until_due(message)
         assert (held(server), waiting(server)) == ((0, 1, 1), 0)
         taker.send("b", priority=0)
     assert taker.take().decode() == "b"
@@ -814,7 +814,7 @@ def test_a_job_that_has_ended_does_not_wait(start: Start, monkeypatch: pytest.Mo
         monkeypatch.setattr(due.worker_state, "revoked", {"a"})
     expires = {"expires": "2020-01-01T00:00:00+00:00"} if reason == "expired" else {}
     send_at(taker, "a", 0, headers={"id": "a", "eta": SOON + "Z", **expires})
-    assert not due.hold_until_due(taker.take())
+    assert not due.delay_until_due(taker.take())
 
 
 def test_a_worker_that_takes_as_stock_kombu_does_puts_them_back(start: Start, server: redis.Redis) -> None:
@@ -824,7 +824,7 @@ def test_a_worker_that_takes_as_stock_kombu_does_puts_them_back(start: Start, se
     taker.ask()
     eventually(lambda: waiting(server) > 0)
     stock = start(kind=STOCK)
-    assert not due.hold_until_due(Message(channel=stock.channel, headers={"id": "a", "eta": SOON}))
+    assert not due.delay_until_due(Message(channel=stock.channel, headers={"id": "a", "eta": SOON}))
     due.release(stock.channel, ["jobs"])
     assert waiting(server) == 0
     assert held(server)[0] + server.hlen("unacked") == due.RELEASED_AT_ONCE + 1
@@ -860,7 +860,7 @@ def score(server: redis.Redis, tag: str) -> float:
 
 
 def returns(server: redis.Redis, id: str, prefix: str = "") -> dict[bytes, bytes]:
-    return server.hgetall(f"{prefix}idefics:deliveries:{id}")
+    return server.hgetall(f"{prefix}idefics:redeliveries:{id}")
 
 
 def test_no_script_and_no_sweep_takes_a_clients_time(
@@ -952,7 +952,7 @@ def test_what_the_sweep_brings_back_is_counted_and_forgotten_with_its_end(
         server.zadd(f"{prefix}unacked_index", {message.delivery_tag: 1})
         taker.channel.qos.restore_visible(num=None, interval=1)
     assert returns(server, "a", prefix) == {b"2": b"2"}
-    assert 60 < server.ttl(f"{prefix}idefics:deliveries:a") <= 60 + KEPT_S
+    assert 60 < server.ttl(f"{prefix}idefics:redeliveries:a") <= 60 + KEPT_S
     taker.take().ack()
     assert returns(server, "a", prefix) == {}
 

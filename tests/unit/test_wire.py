@@ -20,21 +20,21 @@ from worker.pool.wire import (
     Cancel,
     Canceled,
     CannotServe,
-    Channel,
     Done,
     GiveBack,
     Heartbeat,
     Message,
+    NonBlockingChannel,
     Raised,
     Ready,
     Returned,
-    Run,
+    RunJob,
     Started,
     Stop,
     Waited,
     Withdrawn,
 )
-from worker.runtime.exceptions import exception_info
+from worker.runtime.exception_info import exception_info
 
 SOON = 5.0
 #: More than any socket's buffer.
@@ -48,7 +48,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def received(channel: Channel, number: int) -> list[Message]:
+def received(channel: NonBlockingChannel, number: int) -> list[Message]:
     """So many messages, as soon as they are there."""
     messages: list[Message] = []
     end = time.monotonic() + SOON
@@ -64,7 +64,7 @@ def framed(message: Message) -> bytes:
     """A message as it is on the wire."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        Channel(ours).send(message)
+        NonBlockingChannel(ours).send(message)
         return theirs.recv(1 << 16)
 
 
@@ -74,7 +74,7 @@ def framed(message: Message) -> bytes:
 @pytest.mark.parametrize(
     "message",
     [
-        Run(7, ("idefics.caption", "id", {"retries": None}, b"body")),
+        RunJob(7, ("idefics.caption", "id", {"retries": None}, b"body")),
         Cancel(7),
         Abandon(7),
         GiveBack(2, [7, 8]),
@@ -94,13 +94,13 @@ def framed(message: Message) -> bytes:
     ],
 )
 def test_a_message_arrives_as_it_was_sent(ends: tuple[socket.socket, socket.socket], message: Message) -> None:
-    ours, theirs = map(Channel, ends)
+    ours, theirs = map(NonBlockingChannel, ends)
     ours.send(message)
     assert theirs.receive() == ([message], False)
 
 
 def test_an_exception_arrives_with_its_class_and_arguments(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = map(Channel, ends)
+    ours, theirs = map(NonBlockingChannel, ends)
     ours.send(Raised(1, exception_info(ValueError("boom"))))
     [message], _ = theirs.receive()
     error = message.exception.exception
@@ -108,29 +108,29 @@ def test_an_exception_arrives_with_its_class_and_arguments(ends: tuple[socket.so
 
 
 def test_messages_arrive_in_order_however_many_come_at_once(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = map(Channel, ends)
+    ours, theirs = map(NonBlockingChannel, ends)
     for number in range(100):
         ours.send(Cancel(number))
     assert theirs.receive() == ([Cancel(number) for number in range(100)], False)
 
 
 def test_both_ends_send_at_the_same_time(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = map(Channel, ends)
-    ours.send(Run(0, (1,)))
+    ours, theirs = map(NonBlockingChannel, ends)
+    ours.send(RunJob(0, (1,)))
     theirs.send(Done(2, ()))
     assert ours.receive()[0] == [Done(2, ())]
-    assert theirs.receive()[0] == [Run(0, (1,))]
+    assert theirs.receive()[0] == [RunJob(0, (1,))]
 
 
 def test_nothing_has_arrived_and_nobody_waits(ends: tuple[socket.socket, socket.socket]) -> None:
-    assert Channel(ends[0]).receive() == ([], False)
+    assert NonBlockingChannel(ends[0]).receive() == ([], False)
 
 
 # Frames
 
 
 def test_a_message_in_single_bytes_arrives_once_it_is_whole(ends: tuple[socket.socket, socket.socket]) -> None:
-    channel, frame = Channel(ends[0]), framed(Done(1, ()))
+    channel, frame = NonBlockingChannel(ends[0]), framed(Done(1, ()))
     for byte in frame[:-1]:
         ends[1].send(bytes([byte]))
         assert channel.receive() == ([], False)
@@ -142,7 +142,7 @@ def test_a_message_in_single_bytes_arrives_once_it_is_whole(ends: tuple[socket.s
 def test_messages_cut_anywhere_arrive_whole(ends: tuple[socket.socket, socket.socket], seed: int) -> None:
     dice = random.Random(seed)
     messages = [Done(number, ("x" * dice.randrange(200),)) for number in range(20)]
-    stream, arrived, channel = b"".join(map(framed, messages)), [], Channel(ends[0])
+    stream, arrived, channel = b"".join(map(framed, messages)), [], NonBlockingChannel(ends[0])
     while stream:
         size = dice.randrange(1, 300)
         ends[1].send(stream[:size])
@@ -162,21 +162,21 @@ def test_a_frame_is_its_length_and_a_pickle() -> None:
 def test_a_message_that_the_socket_does_not_take_waits_without_blocking(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
-    channel = Channel(ends[0])
-    channel.send(Run(0, (BIG,)))
+    channel = NonBlockingChannel(ends[0])
+    channel.send(RunJob(0, (BIG,)))
     assert channel.has_unsent
 
 
 def test_a_big_message_arrives_bit_by_bit(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = map(Channel, ends)
-    ours.send(Run(0, (BIG,)))
-    ours.send(Run(0, ("next",)))
+    ours, theirs = map(NonBlockingChannel, ends)
+    ours.send(RunJob(0, (BIG,)))
+    ours.send(RunJob(0, ("next",)))
     messages: list[Message] = []
     end = time.monotonic() + SOON
     while len(messages) < 2 and time.monotonic() < end:
         ours.flush()
         messages += theirs.receive()[0]
-    assert messages == [Run(0, (BIG,)), Run(0, ("next",))]
+    assert messages == [RunJob(0, (BIG,)), RunJob(0, ("next",))]
     assert not ours.has_unsent
 
 
@@ -184,7 +184,7 @@ def test_a_big_message_arrives_bit_by_bit(ends: tuple[socket.socket, socket.sock
 
 
 def test_a_closed_peer_is_noticed_after_its_last_words(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = map(Channel, ends)
+    ours, theirs = map(NonBlockingChannel, ends)
     theirs.send(Done(1, ()))
     theirs.close()
     assert ours.receive() == ([Done(1, ())], True)
@@ -194,14 +194,14 @@ def test_a_closed_peer_is_noticed_after_its_last_words(ends: tuple[socket.socket
 def test_half_a_message_of_a_closed_peer_is_none(ends: tuple[socket.socket, socket.socket]) -> None:
     ends[1].send(framed(Done(1, ()))[:-1])
     ends[1].close()
-    assert Channel(ends[0]).receive() == ([], True)
+    assert NonBlockingChannel(ends[0]).receive() == ([], True)
 
 
 def test_sending_to_a_closed_peer_is_not_an_error(ends: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = map(Channel, ends)
+    ours, theirs = map(NonBlockingChannel, ends)
     theirs.close()
     ours.send(Stop())
-    ours.send(Run(0, (BIG,)))
+    ours.send(RunJob(0, (BIG,)))
     assert not ours.has_unsent, "else the event loop would try for ever"
 
 
@@ -215,28 +215,28 @@ def read_all(channel: BlockingChannel, into: list[Any]) -> threading.Thread:
 
 
 def test_the_blocking_end_reads_until_its_parent_is_gone(ends: tuple[socket.socket, socket.socket]) -> None:
-    parent, messages = Channel(ends[0]), []
+    parent, messages = NonBlockingChannel(ends[0]), []
     reader = read_all(BlockingChannel(ends[1]), messages)
-    parent.send(Run(0, (1,)))
+    parent.send(RunJob(0, (1,)))
     parent.send(Cancel(1))
     parent.close()
     reader.join(SOON)
-    assert messages == [Run(0, (1,)), Cancel(1)]
+    assert messages == [RunJob(0, (1,)), Cancel(1)]
 
 
 def test_the_blocking_end_reads_a_big_message(ends: tuple[socket.socket, socket.socket]) -> None:
-    parent, messages = Channel(ends[0]), []
+    parent, messages = NonBlockingChannel(ends[0]), []
     reader = read_all(BlockingChannel(ends[1]), messages)
-    parent.send(Run(0, (BIG,)))
+    parent.send(RunJob(0, (BIG,)))
     while parent.has_unsent:
         parent.flush()
     parent.close()
     reader.join(SOON)
-    assert messages == [Run(0, (BIG,))]
+    assert messages == [RunJob(0, (BIG,))]
 
 
 def test_many_threads_write_whole_messages(ends: tuple[socket.socket, socket.socket]) -> None:
-    parent, child = Channel(ends[0]), BlockingChannel(ends[1])
+    parent, child = NonBlockingChannel(ends[0]), BlockingChannel(ends[1])
 
     def write(thread: int) -> None:
         for number in range(20):

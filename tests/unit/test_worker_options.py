@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from tasks.worker_options import WorkerOptions, unreadable, unseen
+from tasks.setup_check import unreadable, unseen
+from tasks.worker_registry import WorkerOptions
 
 DEFAULT = WorkerOptions(("\x06\x16", ":"), tuple(range(10)), "", "", "here")
 

@@ -21,12 +21,12 @@ from pydantic import ValidationError
 from config.settings import Settings
 from tasks import webhooks
 from tasks.errors import InvalidRequest, from_exception
-from tasks.outbox import Bounds, Delivery, Outbox, connect, delivery_id
+from tasks.outbox import Delivery, Outbox, OutboxBounds, connect, delivery_id
 from tasks.payload_fields import checked_metadata
 from tasks.payloads import Callback
 from tasks.redis_keys import broker_prefix
-from worker.delivery.policy import check
-from worker.queue.patience import PatientRedis, patiently
+from worker.delivery.callback_policy import check
+from worker.queue.redis_retry import RetryingRedis, with_retries
 from worker.queue.result_backend import is_of_another
 
 logger = logging.getLogger(__name__)
@@ -137,12 +137,12 @@ class CallbackRecorder:
 
     def _connected(self) -> Outbox:
         if self._outbox is None:
-            bounds = Bounds(
+            bounds = OutboxBounds(
                 self._settings.callback_max_host_bytes,
                 self._settings.callback_max_pending_bytes,
                 self._settings.callback_keep_s,
             )
-            client = patiently(lambda: connect(self._app, PatientRedis))
+            client = with_retries(lambda: connect(self._app, RetryingRedis))
             outbox = Outbox(client, bounds, self._given_up.add, broker_prefix(self._app))
             with self._lock:
                 self._outbox = self._outbox or outbox

@@ -16,7 +16,7 @@ from standardwebhooks import Webhook
 
 from config.settings import Settings
 from tasks.outbox import Delivery
-from worker.delivery.policy import RESPONSE_BYTES, callback_policy, check_scheme
+from worker.delivery.callback_policy import RESPONSE_BYTES, callback_policy, check_scheme
 from worker.delivery.retry import AttemptResult
 from worker.net.deadline import Deadline
 from worker.net.guard import Guard, NoAddress

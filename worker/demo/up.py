@@ -31,7 +31,7 @@ from config.settings import DEFAULT_BROKER, PREFIX, Settings, load
 from tasks import Callback, Client, IdeficsError
 from tasks.errors import from_broker
 from tasks.redis_urls import results_beside
-from worker.delivery.policy import check
+from worker.delivery.callback_policy import check
 from worker.demo import stack
 
 PICTURES = stack.CHECKOUT / "examples" / "pictures"

@@ -65,7 +65,7 @@ class AnswerCache:
             if output is not None:
                 return _reused(row, output)
             if row.abort_reason(time.monotonic()):
-                # Canceled or late: the engine ends such a row as it ends any other.
+                # CancellationError or late: the engine ends such a row as it ends any other.
                 return compute(row)
 
     def _lead(self, key: str, mine: Future[Output | None], row: Row, compute: Compute) -> Output:

@@ -15,8 +15,8 @@ from worker.engine.interfaces import Codec
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.jobs.golden import Golden, GoldenQuestion, read_golden, tolerance
 from worker.jobs.prompts import ImageRef
-from worker.jobs.results import labels_of
-from worker.jobs.rows import RowBuilder
+from worker.jobs.result_builder import labels_of
+from worker.jobs.row_builder import RowBuilder
 from worker.models import SetupFailed
 
 NO_ANSWER = "The model computes no answer: its weights, their precision or this device is broken."

@@ -32,7 +32,7 @@ def _image(source: ImageSource) -> ImageRef:
 
 Prompt = list[str | ImageRef]
 #: What the user asks, and what is answered to it, as far as that is known.
-Exchange = tuple[Prompt, str | None]
+QuestionAnswer = tuple[Prompt, str | None]
 
 ANSWER_INSTRUCTION = "Instruction: Provide an answer to the question. Use the image to answer.\n"
 CLASSIFY_INSTRUCTION = (
@@ -108,20 +108,20 @@ def in_turns(job: Job) -> Prompt:
 
 @in_turns.register
 def _caption_in_turns(job: Caption) -> Prompt:
-    known: list[Exchange] = [([_image(each.image), job.instruction], each.text) for each in job.examples]
+    known: list[QuestionAnswer] = [([_image(each.image), job.instruction], each.text) for each in job.examples]
     return _turns([*known, ([_image(job.image), job.instruction], job.prompt)])
 
 
 @in_turns.register
 def _answer_in_turns(job: Answer) -> Prompt:
-    known: list[Exchange] = [([_image(each.image), each.question], each.answer) for each in job.examples]
+    known: list[QuestionAnswer] = [([_image(each.image), each.question], each.answer) for each in job.examples]
     return _turns([*known, ([_image(job.image), job.question], None)])
 
 
 @in_turns.register
 def _classify_in_turns(job: Classify) -> Prompt:
-    known: list[Exchange] = [([_image(each.image)], each.label) for each in job.examples]
-    exchanges: list[Exchange] = [*known, ([_image(job.image)], None)]
+    known: list[QuestionAnswer] = [([_image(each.image)], each.label) for each in job.examples]
+    exchanges: list[QuestionAnswer] = [*known, ([_image(job.image)], None)]
     (first, answer), *others = exchanges
     return _turns([([f" {CLASSIFY_INSTRUCTION.format(labels=job.spoken_labels)}", *first], answer), *others])
 
@@ -131,7 +131,7 @@ def _write_in_turns(job: Write) -> Prompt:
     return _turns([([*map(_image, job.images), job.instruction], job.lead)])
 
 
-def _turns(exchanges: Sequence[Exchange]) -> Prompt:
+def _turns(exchanges: Sequence[QuestionAnswer]) -> Prompt:
     """Questions with their answers; the last answer is left open."""
     prompt: Prompt = []
     for asked, answer in exchanges:

@@ -14,7 +14,7 @@ from tasks.results import Result
 from worker.engine.row import Row
 
 
-class Canceled(Exception):
+class CancellationError(Exception):
     """The job was canceled while it ran. `partial` is its result so far."""
 
     def __init__(self, partial: Result | None = None) -> None:
@@ -48,9 +48,9 @@ class Run:
         self.queued_s = 0.0 if submitted_at is None else max(0.0, time.time() - submitted_at)
 
     def check(self) -> None:
-        """Raise Canceled or DeadlineExceeded where the job need not go on."""
+        """Raise CancellationError or DeadlineExceeded where the job need not go on."""
         if self.is_canceled:
-            raise Canceled
+            raise CancellationError
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineExceeded(
                 "The job's deadline passed before its model could start: add workers or allow more time."

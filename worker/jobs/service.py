@@ -25,9 +25,9 @@ from worker.images.loader import ImageLoader
 from worker.jobs.answer_cache import AnswerCache
 from worker.jobs.golden_check import GoldenCheck
 from worker.jobs.prompts import ImageRef, Prompt
-from worker.jobs.results import ResultBuilder
-from worker.jobs.rows import RowBuilder
-from worker.jobs.runs import Canceled, JobContext, Run, RunRegistry, deadline_of
+from worker.jobs.result_builder import ResultBuilder
+from worker.jobs.row_builder import RowBuilder
+from worker.jobs.runs import CancellationError, JobContext, Run, RunRegistry, deadline_of
 from worker.runtime import gil
 
 
@@ -86,7 +86,7 @@ class Service:
         self._golden_check.run(folder)
 
     def run(self, job: Job, context: JobContext) -> Result:
-        """Answer a job. Raises a JobError, Canceled, HostLimitReached, or NotBegun where it was withdrawn."""
+        """Answer a job. Raises a JobError, CancellationError, HostLimitReached, or NotBegun where it was withdrawn."""
         run = Run(context, deadline_of(job, context))
         with self._runs.running(run):
             try:
@@ -97,7 +97,7 @@ class Service:
             except (JobError, HostLimitReached):
                 if run.is_canceled:
                     # Its failure is no longer of interest, and must not have it tried again.
-                    raise Canceled from None
+                    raise CancellationError from None
                 raise
 
     def cancel(self, id: str) -> bool:
@@ -154,7 +154,7 @@ class Service:
         )
         result = self._results.build(job, row, output, timing)
         if output.finish_reason == "canceled":
-            raise Canceled(result)
+            raise CancellationError(result)
         return result
 
     def _load_images(self, prompt: Prompt) -> list[str | Picture]:

@@ -21,12 +21,12 @@ from tasks.protocol import CONTINUES, HIDDEN, SUBMITTED_AT
 from tasks.redis_keys import results_prefix
 from tasks.results import Result
 from tasks.routing import priority_for
-from worker.delivery.policy import check as check_callback
+from worker.delivery.callback_policy import check as check_callback
 from worker.delivery.recorder import CallbackRecorder, TerminalState
 from worker.engine.row import NotBegun
 from worker.images.host_limits import HostLimitReached
-from worker.jobs.idempotency import FirstStillRuns, first_answer
-from worker.jobs.runs import Canceled, JobContext
+from worker.jobs.deduplication import FirstStillRuns, first_answer
+from worker.jobs.runs import CancellationError, JobContext
 from worker.jobs.service import Service
 from worker.observability import log_setup
 from worker.observability.redaction import without_values
@@ -107,7 +107,7 @@ class JobTask(Task):  # type: ignore[misc]
                     "that must not get the result before it is signature.si(...)."
                 )
             answer = self._answer(parse(self.name, arguments))
-        except Canceled as canceled:
+        except CancellationError as canceled:
             raise RunCanceled(canceled.partial) from canceled
         except NotBegun:
             raise RunReturned from None

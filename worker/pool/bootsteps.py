@@ -11,7 +11,7 @@ from celery.concurrency import get_implementation
 from kombu.common import ignore_errors
 
 from worker.pool.pool import InferencePool
-from worker.runtime.exit_watchdog import ExitInTime, Held
+from worker.runtime.exit_watchdog import ExitInTime, HeldWork
 
 
 def refuse_other_pools(worker: Any) -> None:
@@ -49,8 +49,8 @@ class SoftShutdown(bootsteps.StartStopStep):  # type: ignore[misc]
 class PoolExitInTime(ExitInTime):
     """The exit watchdog of a worker with our pool."""
 
-    def held(self, worker: Any) -> Held:
-        held: Held = worker.pool.held()
+    def held(self, worker: Any) -> HeldWork:
+        held: HeldWork = worker.pool.held()
         return held
 
     def abandon(self, worker: Any) -> None:

@@ -11,26 +11,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from worker.pool import quarantine
-from worker.pool.job import Job, JobState
+from worker.pool.job import JobState, PoolJob
 
 
 @dataclass(frozen=True, slots=True)
 class NotRunAgain:
     """Jobs that end with the model process."""
 
-    canceled: list[Job] = field(default_factory=list)
+    canceled: list[PoolJob] = field(default_factory=list)
     #: Each has killed its process often enough while it ran alone.
-    lost: list[Job] = field(default_factory=list)
+    lost: list[PoolJob] = field(default_factory=list)
 
 
 class Dispatcher:
     """The jobs that the pool holds, by serial number. It decides; its caller sends them and tells Celery."""
 
     def __init__(self) -> None:
-        self._jobs: dict[int, Job] = {}
-        self._by_id: dict[str, dict[int, Job]] = {}
+        self._jobs: dict[int, PoolJob] = {}
+        self._by_id: dict[str, dict[int, PoolJob]] = {}
         #: Groups of jobs that may have killed a process and are to run by themselves.
-        self._quarantine: deque[list[Job]] = deque()
+        self._quarantine: deque[list[PoolJob]] = deque()
         self._runs_quarantined = False
         #: Set at the shutdown: nothing more is admitted or sent.
         self.is_closed = False
@@ -40,30 +40,30 @@ class Dispatcher:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[PoolJob]:
         """A copy, for another thread and for callers that remove jobs meanwhile."""
         return iter(list(self._jobs.values()))
 
     def __contains__(self, serial: object) -> bool:
         return serial in self._jobs
 
-    def get(self, serial: int) -> Job | None:
+    def get(self, serial: int) -> PoolJob | None:
         return self._jobs.get(serial)
 
-    def with_id(self, id: str) -> list[Job]:
+    def with_id(self, id: str) -> list[PoolJob]:
         """The jobs under one id, in the order in which they came: retries, and different jobs of its producer."""
         return list(self._by_id.get(id, {}).values())
 
-    def same_as(self, job: Job) -> Job | None:
+    def same_as(self, job: PoolJob) -> PoolJob | None:
         """The job that a message of the same content stands for: the broker has delivered it again."""
         latest = next((other for other in reversed(self.with_id(job.id)) if other.key == job.key), None)
         return latest if latest is not None and latest.asks_as(job) else None
 
-    def add(self, job: Job) -> None:
+    def add(self, job: PoolJob) -> None:
         self._jobs[job.serial] = job
         self._by_id.setdefault(job.id, {})[job.serial] = job
 
-    def remove(self, job: Job) -> bool:
+    def remove(self, job: PoolJob) -> bool:
         """Whether it was held: a job's end counts once."""
         if self._jobs.pop(job.serial, None) is None:
             return False
@@ -73,12 +73,12 @@ class Dispatcher:
             del self._by_id[job.id]
         return True
 
-    def quarantine(self, job: Job) -> None:
+    def quarantine(self, job: PoolJob) -> None:
         """Have a job run alone, after those that are in quarantine already."""
         self._quarantine.append([job])
 
     @property
-    def in_flight(self) -> list[Job]:
+    def in_flight(self) -> list[PoolJob]:
         """Jobs that the model process has."""
         return [job for job in self._jobs.values() if job.state is not JobState.WAITING]
 
@@ -87,7 +87,7 @@ class Dispatcher:
         """True while a quarantined group runs or waits behind jobs in flight; nothing else may be dispatched."""
         return (self._runs_quarantined or bool(self._quarantine)) and bool(self.in_flight)
 
-    def next_jobs(self) -> list[Job]:
+    def next_jobs(self) -> list[PoolJob]:
         """The jobs to send now, in order."""
         if self.is_closed or self.is_isolated:
             return []
@@ -96,18 +96,18 @@ class Dispatcher:
         waiting = [job for job in self._jobs.values() if job.state is JobState.WAITING]
         return group or [job for job in waiting if self._is_first(job)]
 
-    def _is_first(self, job: Job) -> bool:
+    def _is_first(self, job: PoolJob) -> bool:
         """Of the jobs under its id: the model process knows jobs by their ids."""
         return next(iter(self._by_id[job.id])) == job.serial
 
-    def _next_group(self) -> list[Job]:
+    def _next_group(self) -> list[PoolJob]:
         while self._quarantine:
             group = [job for job in self._quarantine.popleft() if job.serial in self._jobs]
             if group:
                 return group
         return []
 
-    def may_send(self, job: Job) -> bool:
+    def may_send(self, job: PoolJob) -> bool:
         """Asked of each of `next_jobs`: while the ones before it are sent, a job may be sent or ended."""
         return job.state is JobState.WAITING and job.serial in self._jobs
 
@@ -127,7 +127,7 @@ class Dispatcher:
         return NotRunAgain(canceled)
 
 
-def _has_died_alone(job: Job) -> bool:
+def _has_died_alone(job: PoolJob) -> bool:
     """Count a death of the process with this job alone in it; whether it was one too many."""
     job.deaths += 1
     return job.deaths >= quarantine.MAX_DEATHS_ALONE

@@ -13,9 +13,9 @@ from kombu.serialization import loads
 
 from tasks.protocol import SUBMITTED_AT
 from worker.queue.result_backend import digest_of
-from worker.runtime.exceptions import exception_info
+from worker.runtime.exception_info import exception_info
 
-Callback = Callable[..., Any]
+RequestCallback = Callable[..., Any]
 
 
 class JobState(Enum):
@@ -27,12 +27,12 @@ class JobState(Enum):
 
 
 @dataclass(slots=True)
-class Callbacks:
+class RequestCallbacks:
     """Methods of Celery's request for a job, which tell it how the job goes."""
 
-    accept: Callback
-    success: Callback
-    failure: Callback
+    accept: RequestCallback
+    success: RequestCallback
+    failure: RequestCallback
 
     @property
     def owner(self) -> Any:
@@ -47,17 +47,17 @@ class Callbacks:
 
 
 @dataclass(eq=False, weakref_slot=True, slots=True)
-class Job:
+class PoolJob:
     """What `apply_async` returns. Celery holds it weakly and calls `terminate`; the pool holds it."""
 
     #: Names it in messages between the two processes.
     serial: int
     #: Those of Celery's fast_trace_task: name, id, request, body, content type, content encoding.
     trace_arguments: tuple[Any, ...]
-    callbacks: Callbacks
+    callbacks: RequestCallbacks
     #: Seconds from its start; None: no limit.
     hard_limit: float | None
-    cancel: Callable[[Job], None]
+    cancel: Callable[[PoolJob], None]
     state: JobState = JobState.WAITING
     accepted_at: float | None = None
     #: Seconds since then that it waited for Redis, which do not count.
@@ -86,7 +86,7 @@ class Job:
     def id(self) -> str:
         return str(self.trace_arguments[1])
 
-    def asks_as(self, other: Job) -> bool:
+    def asks_as(self, other: PoolJob) -> bool:
         """Whether both ask for the same: they are one message that came again, or one job that was sent twice."""
         (task, _, _, body, *_), (other_task, _, _, other_body, *_) = self.trace_arguments, other.trace_arguments
         return (task, body) == (other_task, other_body) or self._asked() == other._asked()

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from worker.pool.wire import Channel, FromModelProcess
+from worker.pool.wire import FromModelProcess, NonBlockingChannel
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ class ModelProcess:
                 # Celery's initializer then sets the task registry up as in a spawned process.
                 env={**os.environ, "FORKED_BY_MULTIPROCESSING": "1"},
             )
-        self.channel = Channel(ours)
+        self.channel = NonBlockingChannel(ours)
         self.is_ready = False
         self.started_at = self.last_heartbeat = time.monotonic()
         # epoll takes a descriptor once: reading and writing are watched on two.

@@ -8,14 +8,25 @@ from collections.abc import Callable
 from billiard.exceptions import Terminated
 
 from tasks.errors import Internal, WorkerLost
+from worker.pool.completion import JobCompletion
+from worker.pool.defects import log_defects
 from worker.pool.dispatcher import Dispatcher
-from worker.pool.guarded import guarded
-from worker.pool.job import Callbacks, Job, JobState, is_redelivered, sendable
+from worker.pool.job import JobState, PoolJob, RequestCallbacks, is_redelivered, sendable
 from worker.pool.load_sharing import LoadSharing
-from worker.pool.outcomes import Outcomes
 from worker.pool.supervisor import Supervisor
 from worker.pool.time_limits import TimeLimits
-from worker.pool.wire import Cancel, Canceled, Heartbeat, JobEnd, JobMessage, Returned, Run, Started, Waited, Withdrawn
+from worker.pool.wire import (
+    Cancel,
+    Canceled,
+    Heartbeat,
+    JobEnd,
+    JobMessage,
+    Returned,
+    RunJob,
+    Started,
+    Waited,
+    Withdrawn,
+)
 from worker.queue.redeliveries import RedeliveryCounter
 
 logger = logging.getLogger(__name__)
@@ -27,25 +38,25 @@ class JobLifecycle:
     def __init__(
         self,
         jobs: Dispatcher,
-        outcomes: Outcomes,
+        completion: JobCompletion,
         process: Supervisor,
         limits: TimeLimits,
         sharing: LoadSharing,
-        deliveries: RedeliveryCounter,
+        redeliveries: RedeliveryCounter,
         free_place: Callable[[], None],
     ) -> None:
         """`free_place`: lets the next job into the pool."""
         self._jobs = jobs
-        self._outcomes = outcomes
+        self._completion = completion
         self._process = process
         self._limits = limits
         self._sharing = sharing
-        self._deliveries = deliveries
+        self._redeliveries = redeliveries
         self._free_place = free_place
 
     # What Celery asks for
 
-    def admit(self, job: Job) -> Job:
+    def admit(self, job: PoolJob) -> PoolJob:
         """Take a job, and send it if it may run. Answers with the one that stands for it."""
         running = self._jobs.same_as(job)
         if running is not None:
@@ -62,7 +73,7 @@ class JobLifecycle:
             raise
         return job
 
-    def _adopt(self, running: Job, callbacks: Callbacks) -> None:
+    def _adopt(self, running: PoolJob, callbacks: RequestCallbacks) -> None:
         """The broker delivered a message again whose job still runs here: one run answers both."""
         older, newer = running.callbacks.request, callbacks.request
         running.callbacks = callbacks
@@ -74,28 +85,28 @@ class JobLifecycle:
             callbacks.accept(self._process.pid, running.accepted_at)
         self._free_place()
 
-    @guarded
-    def _weigh_history(self, job: Job) -> None:
+    @log_defects
+    def _weigh_history(self, job: PoolJob) -> None:
         """A worker that had this job may have died of it: then it runs alone, or not any more."""
-        history = self._deliveries.history(job.key)
+        history = self._redeliveries.history(job.key)
         job.returns, job.is_uncounted = history.returns, history.returns > 0
-        job.is_suspect = self._deliveries.is_suspect(history.deaths)
-        if self._deliveries.is_lost(history.deaths):
+        job.is_suspect = self._redeliveries.is_suspect(history.deaths)
+        if self._redeliveries.is_lost(history.deaths):
             why = f"{history.deaths} workers died with this job: look at their logs for the reason."
-            self._outcomes.fail(job, WorkerLost(why))
+            self._completion.fail(job, WorkerLost(why))
         elif job.is_suspect:
             self._jobs.quarantine(job)
 
-    @guarded
-    def cancel(self, job: Job) -> None:
+    @log_defects
+    def cancel(self, job: PoolJob) -> None:
         """End all jobs under the id of this one, which their producer took back."""
         for each in self._jobs.with_id(job.id):
             self._cancel_one(each)
 
-    def _cancel_one(self, job: Job) -> None:
+    def _cancel_one(self, job: PoolJob) -> None:
         job.canceled = True
         if job.state is JobState.WAITING:
-            self._outcomes.fail(job, Terminated("canceled"))
+            self._completion.fail(job, Terminated("canceled"))
             self.dispatch()
         elif self._process.pid is not None:
             self._process.send(Cancel(job.serial))
@@ -107,22 +118,22 @@ class JobLifecycle:
         if not self._process.is_ready:
             return
         jobs = self._jobs.next_jobs()
-        self._deliveries.mark_started([(job.key, job.returns) for job in jobs if job.is_uncounted])
+        self._redeliveries.mark_started([(job.key, job.returns) for job in jobs if job.is_uncounted])
         for job in jobs:
             # One that cannot be sent ends, and lets others in that are sent at once.
             if self._jobs.may_send(job):
                 job.is_uncounted = False
                 self._send(job)
 
-    def _send(self, job: Job) -> None:
+    def _send(self, job: PoolJob) -> None:
         try:
-            self._process.send(Run(job.serial, sendable(job.trace_arguments)))
+            self._process.send(RunJob(job.serial, sendable(job.trace_arguments)))
             job.state = JobState.SENT
         except Exception as defect:
             # Of this job: its neighbours are to run.
             logger.exception("A defect: job %s cannot be sent to the model process.", ascii(job.id))
             error = Internal(f"{type(defect).__name__} in the worker: its log has the traceback.")
-            self._outcomes.fail(job, error)
+            self._completion.fail(job, error)
 
     def enforce_limits(self, now: float) -> bool:
         """End what runs for too long; whether the process was killed for it."""
@@ -171,7 +182,7 @@ class JobLifecycle:
         self._limits.thread_ended(outcome.serial)
         job = self._jobs.get(outcome.serial)
         if job is not None:
-            self._outcomes.report(job, outcome)
+            self._completion.report(job, outcome)
         self.dispatch()
 
     def process_ended(self, status: int) -> None:
@@ -183,16 +194,16 @@ class JobLifecycle:
         logger.error("The model process ended with status %s; %d jobs run again.", status, len(self._jobs.in_flight))
         ended = self._jobs.after_death()
         for job in ended.canceled:
-            self._outcomes.fail(job, Terminated("canceled"))
+            self._completion.fail(job, Terminated("canceled"))
         for job in ended.lost:
-            self._outcomes.fail(job, WorkerLost())
+            self._completion.fail(job, WorkerLost())
 
     # The shutdown
 
-    @guarded
+    @log_defects
     def leave_unended(self) -> None:
         """The process was ended in order. What it had goes back to the queue, and was not started in vain."""
         jobs = self._jobs.in_flight
-        self._outcomes.unmark_started(jobs)
+        self._completion.unmark_started(jobs)
         for job in jobs:
             job.state = JobState.WAITING

@@ -7,13 +7,13 @@ import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from config.settings import Settings
+from worker.pool.completion import JobCompletion
+from worker.pool.defects import log_defects
 from worker.pool.dispatcher import Dispatcher
-from worker.pool.guarded import guarded
-from worker.pool.job import Job, JobState
-from worker.pool.outcomes import Outcomes
+from worker.pool.job import JobState, PoolJob
 from worker.pool.supervisor import Supervisor
 from worker.pool.wire import GiveBack, Heartbeat
-from worker.queue.load import Load
+from worker.queue.load_estimates import Load
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ class Withdrawals:
 
 
 class LoadSharing:
-    """Tells this worker's load, and gives jobs back when worker/queue/balance.py asks for it."""
+    """Tells this worker's load, and gives jobs back when worker/queue/load_balancing.py asks for it."""
 
-    def __init__(self, jobs: Dispatcher, outcomes: Outcomes, process: Supervisor, settings: Settings) -> None:
+    def __init__(self, jobs: Dispatcher, completion: JobCompletion, process: Supervisor, settings: Settings) -> None:
         self._jobs = jobs
-        self._outcomes = outcomes
+        self._completion = completion
         self._process = process
-        self._slots = settings.max_batch_size
+        self._max_batch_size = settings.max_batch_size
         #: Jobs that the pool takes.
         self._places = settings.job_threads
         self._pace = self._unknown_pace()
@@ -72,7 +72,7 @@ class LoadSharing:
         self._withdrawals = Withdrawals()
 
     def _unknown_pace(self) -> Heartbeat:
-        return Heartbeat({}, capacity=self._slots, width=self._slots, job_s=0.0, closed_s=0.0)
+        return Heartbeat({}, capacity=self._max_batch_size, width=self._max_batch_size, job_s=0.0, closed_s=0.0)
 
     def heard(self, heartbeat: Heartbeat) -> None:
         """The model process has told its pace."""
@@ -95,7 +95,7 @@ class LoadSharing:
         is_open = may_take and not self._jobs.is_closed
         return Load(self._pace.width, self._pace.job_s, unbegun, is_open, self._pace.closed_s)
 
-    @guarded
+    @log_defects
     def give_back(self, queue: str, most: int) -> None:
         """Put up to `most` jobs that have not begun back into this queue."""
         now = time.monotonic()
@@ -114,7 +114,7 @@ class LoadSharing:
         """The model process says which jobs have not begun and will return."""
         self._withdrawals.begin(serials, time.monotonic())
 
-    def returned(self, job: Job) -> None:
+    def returned(self, job: PoolJob) -> None:
         """One of them no longer runs."""
         self._withdrawals.returned([job.serial])
         self.hand_back(time.monotonic())
@@ -124,10 +124,10 @@ class LoadSharing:
         if not self._withdrawals.are_complete(self._jobs, now):
             return
         jobs = [job for job in map(self._jobs.get, self._withdrawals.end()) if job is not None]
-        self._outcomes.give_back(jobs)
+        self._completion.give_back(jobs)
         if jobs:
             logger.debug("%d jobs that had not begun are left to other workers.", len(jobs))
 
 
-def _may_go(job: Job, queue: str, now: float) -> bool:
+def _may_go(job: PoolJob, queue: str, now: float) -> bool:
     return job.queue == queue and not job.is_suspect and not job.canceled and now - job.taken_at > KEPT_S

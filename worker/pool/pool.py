@@ -1,6 +1,6 @@
 """Celery's pool API for one model process: jobs come in here, and the worker starts, asks and stops the pool here.
 
-The parts: `dispatcher` decides which jobs run, `lifecycle` takes them through, `outcomes` tells Celery of their ends,
+The parts: `dispatcher` decides which jobs run, `lifecycle` takes them through, `completion` tells Celery of their ends,
 `supervisor` keeps the model process alive, `time_limits` ends what runs for too long, and `load_sharing` leaves jobs to
 other workers.
 """
@@ -22,23 +22,23 @@ from kombu.asynchronous import get_event_loop
 from kombu.asynchronous.hub import Hub
 
 from config.settings import Settings
-from worker.health import State, StateFile
+from worker.health import StateFile, WorkerState
+from worker.pool.completion import JobCompletion
+from worker.pool.defects import log_defects
 from worker.pool.dispatcher import Dispatcher
-from worker.pool.guarded import guarded
-from worker.pool.job import Callback, Callbacks, Job, JobState
+from worker.pool.job import JobState, PoolJob, RequestCallback, RequestCallbacks
 from worker.pool.launch import ModelProcess
 from worker.pool.lifecycle import JobLifecycle
 from worker.pool.load_sharing import LoadSharing
-from worker.pool.outcomes import Outcomes
 from worker.pool.signals import DeferredSignals
 from worker.pool.state_report import StateReport
 from worker.pool.supervisor import LEAVE_S, Supervisor
 from worker.pool.time_limits import TimeLimits
-from worker.queue.load import Load
+from worker.queue.load_estimates import Load
 from worker.queue.pending_acks import has_pending_acks
 from worker.queue.redeliveries import RedeliveryCounter
-from worker.queue.servers import ServersCheck, servers
-from worker.runtime.exit_watchdog import Held
+from worker.queue.redis_check import RedisCheck, redis_pings
+from worker.runtime.exit_watchdog import HeldWork
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self,
         *args: Any,
         settings: Settings | None = None,
-        deliveries: RedeliveryCounter | None = None,
+        redeliveries: RedeliveryCounter | None = None,
         launch: Callable[[str], ModelProcess] = ModelProcess,
         **options: Any,
     ) -> None:
@@ -67,12 +67,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
         super().__init__(*args, **options)
         self._settings: Settings = settings or self.app.settings
         #: Shared with the consumer, which sets the channel at each connection.
-        self.deliveries = deliveries or RedeliveryCounter(most=self._settings.max_deliveries)
-        #: Set where other workers would end what is queued before this one could (worker/queue/balance.py).
+        self.redeliveries = redeliveries or RedeliveryCounter(most=self._settings.max_worker_deaths)
+        #: Set where other workers would end what is queued before this one could (worker/queue/load_balancing.py).
         self.leaves_to_others = False
         hostname = str(options.get("initargs", (None, "celery"))[1])
         self._state_file = StateFile(self._settings.state_file, hostname)
-        self._servers = ServersCheck(servers(self.app) if self.app else {})
+        self._redis_check = RedisCheck(redis_pings(self.app) if self.app else {})
         self._signals = DeferredSignals()
         self._serials = itertools.count()
         self._hub: Hub | None = None
@@ -82,14 +82,14 @@ class InferencePool(BasePool):  # type: ignore[misc]
     def _set_up_parts(self) -> None:
         settings, free_place = self._settings, self.options["semaphore"].release
         self._jobs = Dispatcher()
-        outcomes = Outcomes(self._jobs, self.deliveries, free_place)
-        self._limits = TimeLimits(self._jobs, outcomes, self._process, settings.time_limit_s)
-        self._sharing = LoadSharing(self._jobs, outcomes, self._process, settings)
+        completion = JobCompletion(self._jobs, self.redeliveries, free_place)
+        self._limits = TimeLimits(self._jobs, completion, self._process, settings.time_limit_s)
+        self._sharing = LoadSharing(self._jobs, completion, self._process, settings)
         self._lifecycle = JobLifecycle(
-            self._jobs, outcomes, self._process, self._limits, self._sharing, self.deliveries, free_place
+            self._jobs, completion, self._process, self._limits, self._sharing, self.redeliveries, free_place
         )
         self._process.listen(self._lifecycle)
-        self._report = StateReport(self._state_file, self._servers, self._process, self._jobs, settings.job_threads)
+        self._report = StateReport(self._state_file, self._redis_check, self._process, self._jobs, settings.job_threads)
 
     # Life cycle
 
@@ -97,14 +97,14 @@ class InferencePool(BasePool):  # type: ignore[misc]
         """Block until the model and both Redis answer. Raises WorkerShutdown where one of them cannot be used."""
         self.options["semaphore"].grow(self._settings.job_threads - self.limit)
         self._signals.install()
-        self._servers.start()
+        self._redis_check.start()
         try:
-            while not (self._process.is_ready and self._servers.have_answered):
+            while not (self._process.is_ready and self._redis_check.have_answered):
                 worker_state.maybe_shutdown()
                 self._wait(TICK_S)
         except BaseException:
             # Celery does not stop a pool whose start failed.
-            self._servers.stop()
+            self._redis_check.stop()
             self._leave()
             raise
 
@@ -153,34 +153,36 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._state_file.remove()
 
     def _stop_worker(self, why: str) -> None:
-        self._state_file.show(State.SETUP_FAILED, why)
+        self._state_file.show(WorkerState.SETUP_FAILED, why)
         worker_state.should_stop = EX_FAILURE
 
     # What the worker asks
 
     def on_apply(
         self,
-        target: Callback,
+        target: RequestCallback,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
         *,
-        callback: Callback,
-        error_callback: Callback,
-        accept_callback: Callback,
+        callback: RequestCallback,
+        error_callback: RequestCallback,
+        accept_callback: RequestCallback,
         timeout: float | None = None,
         **_: Any,
-    ) -> Job | None:
+    ) -> PoolJob | None:
         """Take a job, or None once closed: its message stays unacknowledged and goes back to the queue."""
         if self._jobs.is_closed:
             return None
-        callbacks = Callbacks(accept_callback, callback, error_callback)
-        return self._lifecycle.admit(Job(next(self._serials), tuple(args), callbacks, timeout, self._lifecycle.cancel))
+        callbacks = RequestCallbacks(accept_callback, callback, error_callback)
+        return self._lifecycle.admit(
+            PoolJob(next(self._serials), tuple(args), callbacks, timeout, self._lifecycle.cancel)
+        )
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Do nothing: the process holds all jobs. Celery then calls `terminate` of the job itself."""
 
     @property
-    def wants_jobs(self) -> bool:
+    def can_accept_jobs(self) -> bool:
         """Whether a job that came now would run here. If not it stays in the queue: another worker may be idle."""
         return self._can_begin and not self.leaves_to_others
 
@@ -201,11 +203,11 @@ class InferencePool(BasePool):  # type: ignore[misc]
         """Run the handlers of signals that have arrived, for code that blocks the event loop. Raises theirs."""
         self._signals.run()
 
-    def held(self) -> Held:
+    def held(self) -> HeldWork:
         """What the worker still has in hand. Called by the exit watchdog's thread."""
         jobs = list(self._jobs)
         is_owed = bool(jobs or worker_state.reserved_requests or worker_state.scheduled_requests or has_pending_acks())
-        return Held(any(job.state is not JobState.WAITING for job in jobs), is_owed)
+        return HeldWork(any(job.state is not JobState.WAITING for job in jobs), is_owed)
 
     def abandon(self) -> None:
         """Leave nothing behind: this process ends at once. Called by the exit watchdog's thread."""
@@ -232,15 +234,15 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._process.receive()
         self._tick()
 
-    @guarded
+    @log_defects
     def _tick(self) -> None:
         now = time.monotonic()
         # First: a job that has ended by now has kept its limit.
         self._process.hear(now)
         self._report.renew(now)
-        if self._servers.wrong and not self._process.has_given_up:
-            logger.critical("%s The worker stops.", self._servers.wrong)
-            self._process.give_up(self._servers.wrong)
+        if self._redis_check.wrong and not self._process.has_given_up:
+            logger.critical("%s The worker stops.", self._redis_check.wrong)
+            self._process.give_up(self._redis_check.wrong)
         if self._process.maintain(now):
             self._sharing.hand_back(now)
             if not self._lifecycle.enforce_limits(now):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kombu.asynchronous.hub import Hub
 
-from worker.pool.guarded import guarded
+from worker.pool.defects import log_defects
 from worker.pool.launch import ModelProcess
 from worker.pool.wire import ToModelProcess
 
@@ -41,7 +41,7 @@ class ProcessIO:
             self._is_writing = True
             self._hub.add_writer(process.write_fd, self._on_writable, process)
 
-    @guarded
+    @log_defects
     def _on_writable(self, process: ModelProcess) -> None:
         process.channel.flush()
         if not process.channel.has_unsent and self._hub is not None:

@@ -20,7 +20,7 @@ from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import JobError
 from tasks.protocol import HIDDEN
 from worker.delivery.recorder import TerminalState
-from worker.pool.job import Job
+from worker.pool.job import PoolJob
 from worker.queue.result_backend import asked_by, asked_of, taken_now
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class JobRequest(Request):  # type: ignore[misc]
         return dict(super().info(safe=True))
 
     @property
-    def _job(self) -> Job | None:
+    def _job(self) -> PoolJob | None:
         """The pool's job, while the pool holds it."""
         return self._apply_result and self._apply_result()  # type: ignore[no-any-return]
 

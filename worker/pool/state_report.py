@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from worker.health import State, StateFile
+from worker.health import StateFile, WorkerState
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.supervisor import Supervisor
-from worker.queue.servers import ServersCheck
+from worker.queue.redis_check import RedisCheck
 
 
 class StateReport:
     """Sums up the servers, the model process and the jobs."""
 
     def __init__(
-        self, file: StateFile, servers: ServersCheck, process: Supervisor, jobs: Dispatcher, places: int
+        self, file: StateFile, redis_check: RedisCheck, process: Supervisor, jobs: Dispatcher, places: int
     ) -> None:
         """`places`: jobs that the pool takes."""
         self._file = file
-        self._servers = servers
+        self._redis_check = redis_check
         self._process = process
         self._jobs = jobs
         self._places = places
@@ -25,11 +25,11 @@ class StateReport:
         """Write the state at time.monotonic() `now`, where it is new or was written a while ago."""
         self._file.show(*self._state(now))
 
-    def _state(self, now: float) -> tuple[State, str]:
-        if not self._servers.have_answered:
-            return State.STARTING, f"Redis is waited for. {self._servers.missing}"
+    def _state(self, now: float) -> tuple[WorkerState, str]:
+        if not self._redis_check.have_answered:
+            return WorkerState.STARTING, f"Redis is waited for. {self._redis_check.missing}"
         state, why = self._process.state(now)
-        if state is not State.READY:
+        if state is not WorkerState.READY:
             return state, why
         is_full = self._jobs.is_closed or len(self._jobs) >= self._places
-        return (State.BUSY if is_full else State.READY), f"{len(self._jobs)} jobs"
+        return (WorkerState.BUSY if is_full else WorkerState.READY), f"{len(self._jobs)} jobs"

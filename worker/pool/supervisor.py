@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from kombu.asynchronous.hub import Hub
 
 from config.settings import Settings
-from worker.health import State
-from worker.pool.guarded import guarded
+from worker.health import WorkerState
+from worker.pool.defects import log_defects
 from worker.pool.launch import ModelProcess
 from worker.pool.process_io import ProcessIO
 from worker.pool.wire import CannotServe, FromModelProcess, Heartbeat, JobMessage, Ready, Stop, ToModelProcess
@@ -132,17 +132,17 @@ class Supervisor:
     def has_given_up(self) -> bool:
         return self._restarts.is_over
 
-    def state(self, now: float) -> tuple[State, str]:
+    def state(self, now: float) -> tuple[WorkerState, str]:
         """The state for the worker's state file, and the reason for it."""
         process = self._process
         if process is not None and process.is_ready:
             if not self._is_silent(process, now):
-                return State.READY, ""
+                return WorkerState.READY, ""
             silent, limit = now - process.last_heartbeat, self._settings.hang_timeout_s
-            return State.UNHEALTHY, f"its model process is silent for {silent:.0f} s; at {limit:g} it is replaced"
+            return WorkerState.UNHEALTHY, f"its model process is silent for {silent:.0f} s; at {limit:g} it is replaced"
         if self._has_been_ready or self._restarts.failures:
-            return State.UNHEALTHY, "its model process died; the next one loads"
-        return State.STARTING, ""
+            return WorkerState.UNHEALTHY, "its model process died; the next one loads"
+        return WorkerState.STARTING, ""
 
     def _is_silent(self, process: ModelProcess, now: float) -> bool:
         return now - process.last_heartbeat > self._silent_s
@@ -214,7 +214,7 @@ class Supervisor:
             self._process.last_heartbeat = min(now, self._process.last_heartbeat + missed_s)
         self.receive()
 
-    @guarded
+    @log_defects
     def receive(self) -> None:
         """Handle the messages that have arrived, and then the process's death."""
         if self._process is None:
@@ -225,7 +225,7 @@ class Supervisor:
         if is_gone:
             self._on_death()
 
-    @guarded
+    @log_defects
     def _hear(self, message: FromModelProcess) -> None:
         assert self._process is not None
         assert self._listener is not None

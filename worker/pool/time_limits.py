@@ -7,9 +7,9 @@ import logging
 from celery.worker import state as worker_state
 
 from tasks.errors import DeadlineExceeded
+from worker.pool.completion import JobCompletion
 from worker.pool.dispatcher import Dispatcher
-from worker.pool.job import Job
-from worker.pool.outcomes import Outcomes
+from worker.pool.job import PoolJob
 from worker.pool.supervisor import Supervisor
 from worker.pool.wire import Abandon
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 class TimeLimits:
     """Ends jobs that run for too long."""
 
-    def __init__(self, jobs: Dispatcher, outcomes: Outcomes, process: Supervisor, worker_limit_s: float) -> None:
+    def __init__(self, jobs: Dispatcher, completion: JobCompletion, process: Supervisor, worker_limit_s: float) -> None:
         """`worker_limit_s`: seconds after which a job's thread counts as stuck, whatever limit the job itself has."""
         self._jobs = jobs
-        self._outcomes = outcomes
+        self._completion = completion
         self._process = process
         self._worker_limit_s = worker_limit_s
         #: Jobs that have failed by their limit while their threads run on: when they began, by serial number.
@@ -40,12 +40,12 @@ class TimeLimits:
             self._process.kill()
         return bool(stuck)
 
-    def _overdue(self, now: float) -> list[Job]:
+    def _overdue(self, now: float) -> list[PoolJob]:
         # In a cold shutdown Celery would acknowledge a failure and not store it: such a job comes again.
         return [] if worker_state.should_terminate else [job for job in self._jobs if job.is_overdue(now)]
 
-    def _time_out(self, job: Job) -> None:
-        self._outcomes.fail(
+    def _time_out(self, job: PoolJob) -> None:
+        self._completion.fail(
             job, DeadlineExceeded(f"The job ran for more than its limit of {job.hard_limit} s and was ended.")
         )
         self._timed_out_running[job.serial] = job.accepted_at or 0.0

@@ -26,7 +26,7 @@ _CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
-class Run:
+class RunJob:
     """Run a job."""
 
     serial: int
@@ -161,12 +161,12 @@ class Returned:
     serial: int
 
 
-ToModelProcess = Run | Cancel | Abandon | GiveBack | Stop
+ToModelProcess = RunJob | Cancel | Abandon | GiveBack | Stop
 JobEnd = Done | Raised | Broken | Away | Canceled
 #: What a job's thread says last.
-Outcome = JobEnd | Returned
+FinalMessage = JobEnd | Returned
 #: What the parent is told of jobs.
-JobMessage = Started | Waited | Withdrawn | Outcome
+JobMessage = Started | Waited | Withdrawn | FinalMessage
 FromModelProcess = Ready | CannotServe | Heartbeat | JobMessage
 Message = ToModelProcess | FromModelProcess
 
@@ -174,7 +174,7 @@ _CLASSES: tuple[type[Message], ...] = get_args(Message)
 _NUMBERS = {kind: number for number, kind in enumerate(_CLASSES)}
 
 
-class Channel:
+class NonBlockingChannel:
     """The parent's end: never blocks. What the socket does not take yet waits here."""
 
     def __init__(self, connection: socket.socket) -> None:

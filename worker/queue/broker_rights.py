@@ -11,7 +11,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from tasks.redis_keys import GUIDES_SEPARATOR, SEPARATOR, list_name
 from worker.queue.backoff import Backoff
-from worker.queue.take import RESERVE, reserve_request
+from worker.queue.reserve import RESERVE, reserve_request
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def check_may_reserve(client: Any, record_keys: tuple[str, str], prefix: str, ba
     except NoPermissionError as error:
         raise ImproperlyConfigured(
             f"The broker's user may not run scripts ({error}): add +eval +evalsha +rpop to its ACL, "
-            "or set IDEFICS_ATOMIC_TAKE=false and lose a job whenever a worker dies while it takes it."
+            "or set IDEFICS_ATOMIC_RESERVE=false and lose a job whenever a worker dies while it takes it."
         ) from error
     except ResponseError as error:
         backoff.complain(error)

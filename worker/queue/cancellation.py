@@ -26,11 +26,11 @@ from worker.queue.transport import Channel
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks.
-LOOK_S = 0.5
+POLL_INTERVAL_S = 0.5
 #: Jobs before their time that are ended in one go: each costs the event loop some milliseconds.
 MAX_AT_ONCE = 100
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 def canceled_among(ids: Iterable[str], backend: Any, prefix: str = "") -> set[str]:
@@ -40,28 +40,28 @@ def canceled_among(ids: Iterable[str], backend: Any, prefix: str = "") -> set[st
     return {id for id, value in zip(asked, found, strict=True) if value is not None}
 
 
-def canceled_before_their_time(jobs: DueJobs, backend: Any, prefix: str = "") -> set[DueJob]:
+def canceled_due_jobs(jobs: DueJobs, backend: Any, prefix: str = "") -> set[DueJob]:
     """Those in the next window that have a key, or that Celery's revocation has named. Raises RedisError."""
     window = jobs.window()
     canceled = canceled_among({job.id for job in window}, backend, prefix)
     return {job for job in window if job.id in canceled or job.id in worker_state.revoked}
 
 
-class Lookout(Generic[Found]):
+class CancellationPoller(Generic[T]):
     """Looks again and again, in a thread: the event loop must not wait for a Redis that is slow or away."""
 
-    def __init__(self, look: Callable[[Iterable[str]], set[Found]], pause_s: float = LOOK_S) -> None:
+    def __init__(self, look: Callable[[Iterable[str]], set[T]], pause_s: float = POLL_INTERVAL_S) -> None:
         self._look = look
         self._pause_s = pause_s
         self._ids: tuple[str, ...] = ()
-        self._found: set[Found] = set()
+        self._found: set[T] = set()
         self._is_blind = False
 
     def start(self) -> None:
         """For as long as the process lives: jobs are canceled while it shuts down, too."""
         threading.Thread(target=self._loop, name="cancellations", daemon=True).start()
 
-    def exchange(self, ids: Iterable[str] = ()) -> set[Found]:
+    def exchange(self, ids: Iterable[str] = ()) -> set[T]:
         """Look for these from now on; what the last look found."""
         self._ids = tuple(ids)
         found, self._found = self._found, set()
@@ -90,15 +90,15 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         #: Those that a key has revoked here. Celery forgets an id hours later, and it may be used again before.
         self._canceled: set[str] = set()
         backend, prefix = worker.app.backend, results_prefix(worker.app)
-        self._lookout = Lookout(lambda ids: canceled_among(ids, backend, prefix))
+        self._poller = CancellationPoller(lambda ids: canceled_among(ids, backend, prefix))
         jobs = DueJobs(lambda: (connect(worker.app), broker_prefix(worker.app)))
-        self._due_lookout = Lookout(lambda _: canceled_before_their_time(jobs, backend, prefix))
-        self._lookout.start()
-        self._due_lookout.start()
+        self._due_poller = CancellationPoller(lambda _: canceled_due_jobs(jobs, backend, prefix))
+        self._poller.start()
+        self._due_poller.start()
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
         """Called at every reconnect to the broker, with an empty event loop."""
-        hub.call_repeatedly(LOOK_S / 2, self._look)
+        hub.call_repeatedly(POLL_INTERVAL_S / 2, self._look)
 
     def _look(self) -> None:
         held = defaultdict(list)
@@ -107,7 +107,7 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         for id in self._canceled - held.keys():
             self._canceled.discard(id)
             worker_state.revoked.discard(id)
-        for id in self._lookout.exchange(id for id in held if id not in worker_state.revoked) & held.keys():
+        for id in self._poller.exchange(id for id in held if id not in worker_state.revoked) & held.keys():
             logger.info("Job %s is canceled by its key.", id)
             self._canceled.add(id)
             # For when it waits for its turn.
@@ -122,7 +122,7 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         channel = consumer and consumer.channel
         if not isinstance(channel, Channel):
             return
-        for job in itertools.islice(self._due_lookout.exchange(), MAX_AT_ONCE):
+        for job in itertools.islice(self._due_poller.exchange(), MAX_AT_ONCE):
             if job.id not in worker_state.revoked:
                 self._canceled.add(job.id)
                 worker_state.revoked.add(job.id)

@@ -16,20 +16,20 @@ from celery.worker import consumer
 from celery.worker.consumer.mingle import Mingle
 from kombu.exceptions import OperationalError
 
-from config.settings import load
+from config.settings import Settings
 from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import Internal, InvalidRequest, JobError
-from tasks.failed import Bounds
+from tasks.failed import FailedBounds
 from tasks.payloads import PAYLOADS
 from tasks.printable import escaped
 from worker.observability.redaction import without_values
 from worker.queue.dead_letters import keep_misrouted, misrouted
-from worker.queue.due import hold_until_due, release
-from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, checked, readable, usable_id
+from worker.queue.due import delay_until_due, release
+from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, checked, readable, usable_id
 from worker.queue.redeliveries import RedeliveryCounter
 from worker.queue.refusals import Refusals
 from worker.queue.result_backend import Asked, asked_by, taken_now, taken_text
-from worker.runtime.exceptions import exception_info
+from worker.runtime.exception_info import exception_info
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         # Whatever `--concurrency` says, which Celery multiplies: the pool's places are all that can be used.
-        settings = load()
+        settings: Settings = options["app"].settings
         super().__init__(*args, **{**options, "initial_prefetch_count": settings.job_threads})
-        self._bounds = Bounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
+        self._bounds = FailedBounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
         self._refusals = Refusals(self.app, self._bounds)
-        self._deliveries: RedeliveryCounter = getattr(self.pool, "deliveries", None) or RedeliveryCounter(
-            most=settings.max_deliveries
+        self._redeliveries: RedeliveryCounter = getattr(self.pool, "redeliveries", None) or RedeliveryCounter(
+            most=settings.max_worker_deaths
         )
         # What kombu raises where it has tried in vain to publish: such a connection is lost too.
         self.connection_errors: tuple[Any, ...] = (*self.connection_errors, OperationalError)
@@ -106,25 +106,25 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **options)
-        most = load().max_job_bytes
-        # Kombu's own channel (IDEFICS_ATOMIC_TAKE=false) does not ask; nor has another pool an answer.
-        self.task_consumer.channel.can_accept = lambda: getattr(self.pool, "wants_jobs", True)
+        most = self.app.settings.max_job_bytes
+        # Kombu's own channel (IDEFICS_ATOMIC_RESERVE=false) does not ask; nor has another pool an answer.
+        self.task_consumer.channel.can_accept = lambda: getattr(self.pool, "can_accept_jobs", True)
         self.task_consumer.channel.most_bytes = most
-        self._deliveries.channel = self.task_consumer.channel
-        if not load().atomic_take:
+        self._redeliveries.channel = self.task_consumer.channel
+        if not self.app.settings.atomic_reserve:
             release(self.task_consumer.channel, [queue.name for queue in self.task_consumer.queues])
 
         def on_task_received(message: Any) -> None:
             try:
                 envelope = checked(message, most)
-            except Refused as refused:
+            except MessageRefused as refused:
                 self._refuse(message, refused)
                 return
             message.headers, message.body, message.content_encoding = envelope.headers, envelope.body, "utf-8"
             # Decoded once, and kept no longer than the request needs it: it takes many times the body's memory.
             message._decoded_cache, message._raw = list(envelope.payload), None
             try:
-                if not hold_until_due(message):
+                if not delay_until_due(message):
                     handle(message)
             except (*self.connection_errors, *self.channel_errors):
                 raise
@@ -138,10 +138,10 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     # Messages that are no jobs
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        self._refuse(message, Refused(UNREADABLE, _id(message)))
+        self._refuse(message, MessageRefused(UNREADABLE, _id(message)))
 
     def on_unknown_message(self, body: Any, message: Any) -> None:
-        self._refuse(message, Refused(NO_TASK, _id(message)))
+        self._refuse(message, MessageRefused(NO_TASK, _id(message)))
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
         """Keep the message whole with the failed jobs, from where it can be sent on, and end its job."""
@@ -159,14 +159,14 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         message.reject_log_error(logger, self.connection_errors)
 
     def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
-        self._refuse(message, Refused(NO_ENVELOPE, _id(message)))
+        self._refuse(message, MessageRefused(NO_ENVELOPE, _id(message)))
 
-    def _refuse(self, message: Any, refused: Refused) -> None:
+    def _refuse(self, message: Any, refused: MessageRefused) -> None:
         """Drop a message, and end its job where it has an id."""
         try:
             asked = self._refusals(message.body if refused.id else _shown(message), refused, taken_text(message))
             if refused.id and asked:
-                task, arguments = readable(message, load().max_job_bytes)
+                task, arguments = readable(message, self.app.settings.max_job_bytes)
                 self._record_callback(refused.id, task, arguments, InvalidRequest(str(refused)), asked)
         except UNAVAILABLE as error:
             if self._comes_again(message, refused.id, error):
@@ -233,10 +233,10 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def _return(self, headers: dict[str, Any], reject: Callable[..., None], error: Exception) -> None:
         """Give a job back whose end could not be stored: for as long as Redis is away, else a few times."""
         id, key = headers["id"], (headers["id"], headers.get("retries") or 0)
-        if is_away(error) or not self._deliveries.is_lost(self._deliveries.history(key).deaths):
+        if is_away(error) or not self._redeliveries.is_lost(self._redeliveries.history(key).deaths):
             logger.error("Job %s goes back to the queue: %s", ascii(id), without_values(error))
             if not is_away(error):
-                self._deliveries.count_return(key)
+                self._redeliveries.count_return(key)
             reject(requeue=True)
             return
         logger.critical("Job %s came back too often; it fails as internal.", ascii(id))

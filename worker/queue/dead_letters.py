@@ -18,7 +18,7 @@ from celery.canvas import Signature
 from celery.signals import task_failure
 
 from tasks.errors import InvalidRequest, from_exception
-from tasks.failed import Bounds, FailedJob, FailedJobs
+from tasks.failed import FailedBounds, FailedJob, FailedJobs
 from tasks.protocol import SUBMITTED_AT
 from worker.queue.result_backend import asked_by, digest_of, is_of_another, taken_now
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_INVALID_CHARS = 200_000
 
 
-def keep_failures(app: Celery, bounds: Bounds) -> None:
+def keep_failures(app: Celery, bounds: FailedBounds) -> None:
     """From now on keep the failed jobs of an app's tasks."""
 
     def keep(sender: Task, task_id: str, exception: BaseException, args: Any, kwargs: Any, **_: Any) -> None:
@@ -70,7 +70,7 @@ def misrouted(message: Any, host: str) -> Context:
     return request
 
 
-def keep_misrouted(app: Celery, request: Context, bounds: Bounds, error: InvalidRequest) -> None:
+def keep_misrouted(app: Celery, request: Context, bounds: FailedBounds, error: InvalidRequest) -> None:
     """Keep a message for a task that is none of ours, so that it can be sent on to its own queue."""
     job = replace(failed_job(request.task, request, error), is_whole=True)
     options = {**request.as_execution_options(), "ignore_result": bool(request.ignore_result)}

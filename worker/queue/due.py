@@ -1,11 +1,11 @@
 """Due times: a job whose time has not come (Celery's `eta` and `countdown`) waits in Redis, not in a worker's memory.
 
 Stock Celery keeps such a job in the memory of the worker that took it: ten thousand of them fill a worker, which then
-takes no other job; a restart requeues them all, and each comes twice once its visibility timeout is over. Here the
-reserve script (worker/queue/take.py) moves a message that it meets before its time, byte for byte, into the sorted set
-`idefics:due:<list>`, scored by that time. Before it reads a list it takes from that list's set what is due by the
-server's clock: the job has waited in the queue already. So due jobs run in the order of their times, each before those
-of its priority that still wait in the queue.
+takes no other job; a restart requeues them all, and each is delivered twice once its visibility timeout is over. Here
+the reserve script (worker/queue/reserve.py) moves a message whose time has not come, byte for byte, into the sorted set
+`idefics:due:<list>`, scored by that time. Before it reads a list, it takes from that list's set the messages that are
+due by the server's clock: they have waited in the queue already. So due jobs run in the order of their times, each
+before the jobs of its priority that still wait in the queue.
 
 The script reads the time as Celery and kombu write it. Other forms reach the worker, which has the same done for them.
 
@@ -75,7 +75,7 @@ end
 #: Moves messages from `unacked` into their sets; those that are no longer in `unacked` stay where they are.
 #: KEYS: unacked, its index, the ids, then each message's set. ARGV: for each its tag, its time, the bytes that end its
 #: record behind the message, its id. HDEL comes first: a full server allows what follows a write that frees memory.
-HOLD = """
+DELAY = """
 for i = 4, #KEYS do
   local tag, time, ending, id = ARGV[4 * i - 15], ARGV[4 * i - 14], ARGV[4 * i - 13], ARGV[4 * i - 12]
   local record = redis.call('HGET', KEYS[1], tag)
@@ -160,20 +160,20 @@ def _due_job(member: bytes, score: float) -> DueJob:
     return DueJob(id, key, score)
 
 
-def hold_until_due(message: Message) -> bool:
+def delay_until_due(message: Message) -> bool:
     """Have Redis keep a checked message whose time has not come by the server's clock; False for one to run now.
 
     Call it while the message is being delivered. Kombu's own channel keeps nothing: there Celery does it.
     """
     headers, channel = message.headers, message.channel
-    if headers.get("eta") is None or not hasattr(channel, "hold"):
+    if headers.get("eta") is None or not hasattr(channel, "delay"):
         return False
     at = unix_seconds(headers["eta"])
     if at > channel.taken_at:
         # Celery ends a job that is revoked or has expired when it comes, even before its time.
         if headers["id"] in worker_state.revoked or unix_seconds(headers.get("expires")) < time.time():
             return False
-        channel.hold(message.delivery_tag, at, headers["id"])
+        channel.delay(message.delivery_tag, at, headers["id"])
         return True
     # This worker's own clock may be behind: Celery would wait for it.
     del headers["eta"]

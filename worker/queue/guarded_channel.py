@@ -14,10 +14,10 @@ from tasks.availability import is_away
 from tasks.routing import priority_for
 from worker.queue.backoff import Backoff
 from worker.queue.due import purge
-from worker.queue.envelope import Refused, opened
+from worker.queue.envelope import MessageRefused, opened
 from worker.queue.pending_acks import PendingAcks
-from worker.queue.sweep import OnRefused
-from worker.queue.take import Reserved
+from worker.queue.reserve import Reserved
+from worker.queue.visibility_timeout import OnRefused
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         """Raises Empty for what is no message."""
         try:
             message = opened(reserved.raw, reserved.queue, self.most_bytes)
-        except Refused as refused:
+        except MessageRefused as refused:
             try:
                 self._drop(reserved, refused)
             except Exception as error:
@@ -89,11 +89,11 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
             if not reserved.tag:
                 pass
             elif message["properties"]["delivery_info"].get("redelivered"):
-                self._drop(reserved, Refused("The worker has a defect: its log has the traceback."))
+                self._drop(reserved, MessageRefused("The worker has a defect: its log has the traceback."))
             else:
                 self.qos.reject(reserved.tag, requeue=True)
 
-    def _drop(self, reserved: Reserved, refused: Refused) -> None:
+    def _drop(self, reserved: Reserved, refused: MessageRefused) -> None:
         self.on_refused(reserved.raw, refused)
         if reserved.tag:
             self.qos.ack(reserved.tag)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from worker.queue.take import MAX_HELD
+from worker.queue.reserve import MAX_DELAYED
 
 #: Seconds within which jobs that end are acknowledged together. Jobs of a worker that dies before are delivered again,
 #: and found to have ended.
@@ -19,7 +19,7 @@ ACK_BATCH_WINDOW_S = 0.03
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class DelayedMessage:
     """A message that is to wait for its time."""
 
     #: The sorted set.
@@ -39,12 +39,12 @@ class Origin:
     ending: str
 
 
-class Broker(Protocol):
+class AckSender(Protocol):
     """What `flush` sends through. All raise Redis's errors."""
 
     def send_acks(self, acks: Mapping[str, str | None]) -> None: ...
     def send_hand_backs(self, origins: Mapping[str, Origin]) -> None: ...
-    def send_holds(self, holds: Mapping[str, Hold]) -> None: ...
+    def send_delayed(self, delayed: Mapping[str, DelayedMessage]) -> None: ...
     def send_requeue(self, tag: str, *, last: bool) -> None: ...
 
 
@@ -56,12 +56,12 @@ class PendingAcks:
         self.acks: dict[str, str | None] = {}
         #: Whether each goes to the end of its queue that is read last.
         self.requeues: dict[str, bool] = {}
-        self.holds: dict[str, Hold] = {}
+        self.delayed: dict[str, DelayedMessage] = {}
         #: Messages to be put back as they came, as if they had never been taken.
         self.hand_backs: dict[str, Origin] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.acks or self.requeues or self.holds or self.hand_backs)
+        return bool(self.acks or self.requeues or self.delayed or self.hand_backs)
 
     def ack(self, tag: str, redelivered_id: str | None = None) -> None:
         self.requeues.pop(tag, None)
@@ -69,23 +69,23 @@ class PendingAcks:
         self.acks[tag] = redelivered_id
 
     def requeue(self, tag: str, *, last: bool = False) -> None:
-        if tag not in self.acks and tag not in self.holds and tag not in self.hand_backs:
+        if tag not in self.acks and tag not in self.delayed and tag not in self.hand_backs:
             self.requeues[tag] = last
 
-    def flush(self, broker: Broker) -> None:
+    def flush(self, sender: AckSender) -> None:
         """Send everything. Raises where the broker refuses or is away; what was not sent stays pending."""
         if acks := dict(self.acks):
-            broker.send_acks(acks)
+            sender.send_acks(acks)
             _remove(acks, self.acks)
         if hand_backs := dict(self.hand_backs):
             # To send one twice does nothing.
-            broker.send_hand_backs(hand_backs)
+            sender.send_hand_backs(hand_backs)
             _remove(hand_backs, self.hand_backs)
-        while holds := dict(itertools.islice(self.holds.items(), MAX_HELD)):
-            broker.send_holds(holds)
-            _remove(holds, self.holds)
+        while delayed := dict(itertools.islice(self.delayed.items(), MAX_DELAYED)):
+            sender.send_delayed(delayed)
+            _remove(delayed, self.delayed)
         for tag, last in list(self.requeues.items()):
-            broker.send_requeue(tag, last=last)
+            sender.send_requeue(tag, last=last)
             self.requeues.pop(tag, None)
 
 

@@ -1,4 +1,4 @@
-"""For brokers that run no scripts (`IDEFICS_ATOMIC_TAKE=false`): kombu's transport, which counts redeliveries too."""
+"""Kombu's transport with counted redeliveries, for brokers that run no scripts (`IDEFICS_ATOMIC_RESERVE=false`)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from kombu.transport import redis as stock
 
 from tasks.redis_keys import REDELIVERIES
 from worker.queue.backoff import Backoff
-from worker.queue.sweep import OnRefused, SweepingQoS, log_refused, redelivered_id
+from worker.queue.visibility_timeout import OnRefused, RestoringQoS, log_refused, redelivered_id
 
 
-class PlainQoS(SweepingQoS):
+class PlainQoS(RestoringQoS):
     """Kombu's; a job's counted returns are deleted with its message."""
 
     def ack(self, delivery_tag: str) -> None:

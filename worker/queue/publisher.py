@@ -14,8 +14,8 @@ from celery.app import amqp
 from kombu import pools
 from kombu.exceptions import LimitExceeded, OperationalError
 
-from worker.queue import patience
-from worker.queue.patience import RedisAway, patiently
+from worker.queue import redis_retry
+from worker.queue.redis_retry import RedisAway, with_retries
 from worker.runtime import gil
 
 
@@ -26,15 +26,15 @@ class AMQP(amqp.AMQP):  # type: ignore[misc]
     def send_task_message(self) -> Callable[..., Any]:
         send = self._create_task_sender()
 
-        def send_patiently(producer: Any, name: str, message: Any, **options: Any) -> Any:
-            if not patience.is_allowed():
+        def send_with_retries(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            if not redis_retry.is_enabled():
                 return send(producer, name, message, **options)
             # Celery's own attempts are few, and kombu's pauses hold the interpreter's permit.
             options["retry"] = False
             call = functools.partial(send, producer, name, message, **options)
-            return patiently(call, functools.partial(_reconnect, producer))
+            return with_retries(call, functools.partial(_reconnect, producer))
 
-        return send_patiently
+        return send_with_retries
 
     _producer_pool: Any = None
     #: Celery makes `app.pool` while it walks over a dict of all of kombu's pools, which two threads at once break.
@@ -44,7 +44,7 @@ class AMQP(amqp.AMQP):  # type: ignore[misc]
     def producer_pool(self) -> Any:
         with self._pool_is_made:
             if self._producer_pool is None:
-                self._producer_pool = _Producers(self.app.pool, limit=self.app.pool.limit)
+                self._producer_pool = _ProducerPool(self.app.pool, limit=self.app.pool.limit)
             return self._producer_pool
 
 
@@ -78,7 +78,7 @@ def _reconnect(producer: Any) -> None:
         producer.channel.pool.disconnect(inuse_connections=False)
 
 
-class _Producers(pools.ProducerPool):  # type: ignore[misc]
+class _ProducerPool(pools.ProducerPool):  # type: ignore[misc]
     """Few producers for many threads: a thread that has to wait for one lets others run meanwhile."""
 
     def acquire(self, block: bool = False, timeout: float | None = None) -> Any:
@@ -89,8 +89,8 @@ class _Producers(pools.ProducerPool):  # type: ignore[misc]
                 raise
         with gil.released():
             try:
-                return super().acquire(block=True, timeout=patience.longest_s() or timeout)
+                return super().acquire(block=True, timeout=redis_retry.max_wait_s() or timeout)
             except LimitExceeded as error:
-                if not patience.is_allowed():
+                if not redis_retry.is_enabled():
                     raise
                 raise RedisAway("all producers wait for the broker") from error

@@ -10,9 +10,9 @@ from kombu.transport import virtual
 from redis.exceptions import ResponseError
 
 from tasks.redis_keys import DUE_IDS, REDELIVERIES
-from worker.queue.due import HOLD
-from worker.queue.pending_acks import ACK_BATCH_WINDOW_S, Hold, Origin
-from worker.queue.sweep import SweepingQoS, redelivered_id
+from worker.queue.due import DELAY
+from worker.queue.pending_acks import ACK_BATCH_WINDOW_S, DelayedMessage, Origin
+from worker.queue.visibility_timeout import RestoringQoS, redelivered_id
 
 #: Puts a message back to its list byte for byte. KEYS: unacked, its index, the list. ARGV: tag, the end of the record.
 #: Returns 0 where the record is of another form. The list's end is read next. Deleted first, for a full server.
@@ -42,7 +42,7 @@ return now
 """
 
 
-class QoS(SweepingQoS):
+class QoS(RestoringQoS):
     """Kombu's; acks and requeues are pending until the broker has them, and are sent in batches."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -81,9 +81,9 @@ class QoS(SweepingQoS):
         self._flush_soon()
         virtual.QoS.ack(self, tag)
 
-    def hold(self, tag: str, hold: Hold) -> None:
+    def delay(self, tag: str, delayed: DelayedMessage) -> None:
         """Have a message wait in Redis for its time."""
-        self.channel.pending_acks.holds[tag] = hold
+        self.channel.pending_acks.delayed[tag] = delayed
         self._flush_soon()
         virtual.QoS.ack(self, tag)
 
@@ -97,7 +97,7 @@ class QoS(SweepingQoS):
     def extend(self) -> None:
         """Tell the broker that this process lives and holds its messages."""
         pending = self.channel.pending_acks
-        tags = {*(self._delivered.keys() - self._dirty), *pending.acks, *pending.holds}
+        tags = {*(self._delivered.keys() - self._dirty), *pending.acks, *pending.delayed}
         with self.channel.conn_or_acquire() as redis:
             redis.execute_command("EVAL", EXTEND, 1, self.channel.record_keys[1], *tags)
 
@@ -131,7 +131,7 @@ class QoS(SweepingQoS):
         self._is_flush_scheduled = False
         self.flush_if_possible()
 
-    # What is sent: worker.queue.pending_acks.Broker
+    # What is sent: worker.queue.pending_acks.AckSender
 
     def send_acks(self, acks: Mapping[str, str | None]) -> None:
         """Delete messages, and the counted returns of redelivered jobs."""
@@ -153,12 +153,12 @@ class QoS(SweepingQoS):
             if not is_known:
                 self.restore_by_tag(tag)
 
-    def send_holds(self, holds: Mapping[str, Hold]) -> None:
+    def send_delayed(self, delayed: Mapping[str, DelayedMessage]) -> None:
         ids = self.channel.global_keyprefix + DUE_IDS.pattern
-        keys = [*self.channel.record_keys, ids, *(hold.key for hold in holds.values())]
-        arguments = [part for tag, hold in holds.items() for part in (tag, hold.at, hold.ending, hold.id)]
+        keys = [*self.channel.record_keys, ids, *(each.key for each in delayed.values())]
+        arguments = [part for tag, each in delayed.items() for part in (tag, each.at, each.ending, each.id)]
         with self.channel.conn_or_acquire() as client:
-            client.execute_command("EVAL", HOLD, len(keys), *keys, *arguments)
+            client.execute_command("EVAL", DELAY, len(keys), *keys, *arguments)
 
     def send_requeue(self, tag: str, *, last: bool) -> None:
         self.restore_by_tag(tag, leftmost=last)

@@ -1,14 +1,14 @@
 """Which jobs kill their workers: a record in Redis that outlives every process.
 
-A job whose whole worker died comes back after the visibility timeout, and would come back for ever if it is the cause.
-So each return by the sweep is counted, in the step that puts the job back (worker/queue/sweep.py): its holder died,
-froze or was cut off. A message that says that it was redelivered proves nothing, since anybody can write that; and
-what a worker requeues in order is no death.
+A job whose worker died is delivered again after the visibility timeout. A job that kills its workers would be delivered
+for ever. So each return of a job from a worker that died, froze or was cut off is counted, in the step that puts the
+job back (worker/queue/visibility_timeout.py). The message's own flag `redelivered` proves nothing, since any producer
+can set it; and a job that a worker requeues in order is not counted.
 
-The hash `idefics:deliveries:<id>` in the broker's database holds a job's returns, under the number of its retries: each
-retry is counted apart. A worker that dies also returns jobs that it had not begun. So a job that has come back is
+The hash `idefics:redeliveries:<id>` in the broker's database holds a job's returns, under the number of its retries:
+each retry is counted apart. A worker that dies also returns jobs that it had not begun. So a job that was returned is
 marked when it starts in a later delivery, before it is sent to the model process, under `<retries>:<return>`. A job
-that never came back costs nothing here.
+that was never returned has no record.
 
 One death returns all jobs in flight, so a count alone proves nothing: after two deaths a job runs alone, and its
 innocent neighbours end. Runs that the pool repeats after the death of the model process alone are not counted

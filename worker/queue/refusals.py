@@ -13,8 +13,8 @@ from celery import Celery
 from celery.utils.objects import Bunch
 
 from tasks.errors import InvalidRequest, JobError
-from tasks.failed import Bounds, FailedJob, FailedJobs
-from worker.queue.envelope import Refused, described
+from tasks.failed import FailedBounds, FailedJob, FailedJobs
+from worker.queue.envelope import MessageRefused, described
 from worker.queue.result_backend import Asked
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ class Refusals:
     """Called with each message that is dropped, before it is. Its links, chain and chord are not called: they may be
     what is wrong with it."""
 
-    def __init__(self, app: Celery, bounds: Bounds) -> None:
+    def __init__(self, app: Celery, bounds: FailedBounds) -> None:
         self._app = app
         self._bounds = bounds
 
-    def __call__(self, raw: bytes, refused: Refused, taken: str = "") -> Asked | None:
+    def __call__(self, raw: bytes, refused: MessageRefused, taken: str = "") -> Asked | None:
         """What the end is stored under, where there is an id. Raises what Redis does where neither can be stored."""
         logger.error("%s is dropped. %s", described(raw, refused), refused)
         if not refused.id:
@@ -49,7 +49,7 @@ class Refusals:
         request = Bunch(chord=None, errbacks=None, chain=None, task=None, delivery_info={}, id=id, asked=asked)
         self._app.backend.mark_as_failure(id, error, request=request)
 
-    def _keep(self, raw: bytes, refused: Refused) -> None:
+    def _keep(self, raw: bytes, refused: MessageRefused) -> None:
         job = FailedJob(
             # The same message is one entry, however often it comes.
             id=f"refused-{hashlib.sha256(raw).hexdigest()[:16]}",

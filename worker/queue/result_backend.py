@@ -41,7 +41,7 @@ from tasks.errors import Internal, JobError
 from tasks.protocol import CONTINUES
 from tasks.redis_keys import CANCELLATION, results_prefix
 from worker.observability.redaction import without_values
-from worker.queue.patience import PatientRedis
+from worker.queue.redis_retry import RetryingRedis
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +163,9 @@ def digest_of(task: str | None, args: Any, kwargs: Any) -> str:
 class FirstTerminalStateWins:
     """Mixin for Celery's Redis backends. Not for Redis Cluster: the script names two keys."""
 
-    def _get_client(self) -> type[PatientRedis]:
+    def _get_client(self) -> type[RetryingRedis]:
         """One client for all threads. One for each thread would be two hundred connections."""
-        return PatientRedis
+        return RetryingRedis
 
     def on_task_call(self: Any, producer: Any, task_id: str) -> None:
         """Does nothing: no worker waits for the links and retries that it sends.

@@ -1,7 +1,7 @@
 """Kombu's Redis transport with an atomic reserve: a message is in its queue or in `unacked`, never in between.
 
 Stock kombu takes a message with BRPOP and writes it to `unacked` afterwards: a worker that dies between the two loses
-it. Here one Lua script does both (worker/queue/take.py). It cannot block, so the event loop calls it every `POLL_S`
+it. Here one Lua script does both (worker/queue/reserve.py). It cannot block, so the event loop calls it every `POLL_S`
 seconds. Everything else is kombu's, its keys and their form too: stock consumers and producers may share the broker.
 
 Acks and requeues that the broker has not been sent are kept, and sent later (worker/queue/pending_acks.py).
@@ -27,12 +27,12 @@ from tasks.redis_keys import DUE, DUE_IDS
 from worker.queue.broker_rights import check_may_reserve, readable_separators
 from worker.queue.due import RESERVE_EARLY, DueJob
 from worker.queue.guarded_channel import GuardedChannel
-from worker.queue.pending_acks import Hold, pending_acks
+from worker.queue.pending_acks import DelayedMessage, pending_acks
 from worker.queue.plain_transport import PlainSentinelTransport, PlainTransport
 from worker.queue.poller import POLL_S, Poller
 from worker.queue.qos import QoS
-from worker.queue.sweep import OnRefused, log_refused
-from worker.queue.take import RESERVE, RESERVE_SHA, ReserveRequest, record_ending, reserve_request
+from worker.queue.reserve import RESERVE, RESERVE_SHA, ReserveRequest, record_ending, reserve_request
+from worker.queue.visibility_timeout import OnRefused, log_refused
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +97,12 @@ class Channel(GuardedChannel):
         """Whether messages were taken here that count as held until they are acknowledged."""
         return bool(self._record_endings)
 
-    def hold(self, tag: str, at: float, id: str) -> None:
+    def delay(self, tag: str, at: float, id: str) -> None:
         """Have the message that is being delivered, with this id, wait in Redis until a time, in unix seconds."""
         assert self._reserved is not None
         # Not all messages at one time: see worker/queue/due.py.
         at += random.random() / 1_000  # noqa: S311 - spread
-        self.qos.hold(tag, Hold(self._due_key(self._reserved.list), at, len(self._reserved.ending), id))
+        self.qos.delay(tag, DelayedMessage(self._due_key(self._reserved.list), at, len(self._reserved.ending), id))
 
     def _due_key(self, name: str) -> str:
         prefix: str = self.global_keyprefix

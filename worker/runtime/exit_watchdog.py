@@ -35,7 +35,7 @@ ANSWER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldWork:
     """What a worker has in hand."""
 
     #: Work that a stop waits for.
@@ -44,7 +44,7 @@ class Held:
     is_owed: bool
 
 
-class Stop:
+class StopRequest:
     """A stop as it was asked for, and when it is overdue. Pure: its caller says what time it is."""
 
     def __init__(self, soft_s: float, *, is_remapped: bool) -> None:
@@ -75,7 +75,7 @@ class Stop:
         if number != signal.SIGTERM or self._is_remapped:
             self.exit_code = EX_FAILURE
 
-    def see(self, held: Held, now: float) -> None:
+    def see(self, held: HeldWork, now: float) -> None:
         if held.is_running and self.is_asked:
             self._quiet_since = now
 
@@ -88,7 +88,7 @@ class ExitWatchdog(threading.Thread):
     """Ends the process. Started in the main thread, once."""
 
     def __init__(
-        self, stop: Stop, held: Callable[[], Held], answers: Callable[[], bool], abandon: Callable[[], None]
+        self, stop: StopRequest, held: Callable[[], HeldWork], answers: Callable[[], bool], abandon: Callable[[], None]
     ) -> None:
         """`answers`: whether the broker does. `abandon`: what must be done before the process is gone."""
         super().__init__(name="exit-watchdog", daemon=True)
@@ -181,13 +181,13 @@ class ExitInTime(bootsteps.StartStopStep):  # type: ignore[misc]
             return worker.app.connection_for_read(connect_timeout=ANSWER_S, transport_options=known)
 
         ExitWatchdog(
-            Stop(conf.worker_soft_shutdown_timeout, is_remapped=is_remapped),
+            StopRequest(conf.worker_soft_shutdown_timeout, is_remapped=is_remapped),
             held=lambda: self.held(worker),
             answers=lambda: answers_soon(connect),
             abandon=lambda: self.abandon(worker),
         ).watch()
 
-    def held(self, worker: Any) -> Held:
+    def held(self, worker: Any) -> HeldWork:
         raise NotImplementedError
 
     def abandon(self, worker: Any) -> None:

@@ -16,15 +16,15 @@ from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 
 from config.settings import Settings
 from worker.pool import pool as pool_module
-from worker.pool.job import Job
+from worker.pool.job import PoolJob
 from worker.pool.pool import InferencePool
 from worker.pool.wire import (
     CannotServe,
-    Channel,
     Done,
     FromModelProcess,
+    NonBlockingChannel,
     Ready,
-    Run,
+    RunJob,
     Started,
     ToModelProcess,
 )
@@ -44,7 +44,7 @@ class StubProcess:
 
     def __init__(self, pid: int) -> None:
         ours, theirs = socket.socketpair()
-        self.channel, self._theirs = Channel(ours), Channel(theirs)
+        self.channel, self._theirs = NonBlockingChannel(ours), NonBlockingChannel(theirs)
         self.write_fd = os.dup(ours.fileno())
         self.pid = pid
         self.is_ready = False
@@ -86,10 +86,10 @@ class StubProcess:
     @property
     def ran(self) -> list[str]:
         """Ids of the jobs that it was given, in order."""
-        return [message.arguments[1] for message in self.heard if isinstance(message, Run)]
+        return [message.arguments[1] for message in self.heard if isinstance(message, RunJob)]
 
     def serial(self, id: str) -> int:
-        runs = [message for message in self.heard if isinstance(message, Run)]
+        runs = [message for message in self.heard if isinstance(message, RunJob)]
         return next(message.serial for message in reversed(runs) if message.arguments[1] == id)
 
     def accept(self, id: str, at: float | None = None) -> None:
@@ -108,7 +108,7 @@ class Request:
     def __init__(self, id: str) -> None:
         self.id = id
         self.told: list[tuple[Any, ...]] = []
-        self.job: Job | None = None
+        self.job: PoolJob | None = None
 
     def on_accepted(self, pid: int, at: float) -> None:
         self.told.append(("accepted", pid, at))
@@ -183,7 +183,7 @@ class Bench:
             semaphore=self.semaphore,
             initargs=(None, "worker@here"),
             settings=settings,
-            deliveries=self.ledger,
+            redeliveries=self.ledger,
             launch=self.new_process,
         )
         self.hub = Hub()

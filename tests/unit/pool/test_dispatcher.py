@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from worker.pool.dispatcher import Dispatcher
-from worker.pool.job import Callbacks, Job, JobState
+from worker.pool.job import JobState, PoolJob, RequestCallbacks
 from worker.pool.quarantine import ALONE, MAX_DEATHS_ALONE
 
 
@@ -19,12 +19,12 @@ def dispatcher() -> Dispatcher:
 _serials = itertools.count()
 
 
-def job(id: str, body: bytes = b"[[], {}, {}]", retries: int = 0) -> Job:
+def job(id: str, body: bytes = b"[[], {}, {}]", retries: int = 0) -> PoolJob:
     arguments = ("idefics.caption", id, {"retries": retries}, body, "application/json", "utf-8")
-    return Job(next(_serials), arguments, Callbacks(max, max, max), hard_limit=None, cancel=lambda job: None)
+    return PoolJob(next(_serials), arguments, RequestCallbacks(max, max, max), hard_limit=None, cancel=lambda job: None)
 
 
-def held(dispatcher: Dispatcher, *ids: str) -> list[Job]:
+def held(dispatcher: Dispatcher, *ids: str) -> list[PoolJob]:
     """Jobs that wait."""
     jobs = [job(id) for id in ids]
     for each in jobs:

@@ -14,7 +14,7 @@ from tasks.errors import Internal, WorkerLost
 from tasks.protocol import SUBMITTED_AT
 from tests.unit.pool.bench import THREADS, Bench, loading
 from worker.pool import lifecycle
-from worker.pool.job import Callbacks, Job
+from worker.pool.job import PoolJob, RequestCallbacks
 from worker.pool.wire import (
     Away,
     Broken,
@@ -25,7 +25,7 @@ from worker.pool.wire import (
     Ready,
 )
 from worker.queue.redeliveries import History
-from worker.runtime.exceptions import exception_info
+from worker.runtime.exception_info import exception_info
 
 # Sent, accepted, done
 
@@ -120,7 +120,7 @@ def test_a_job_whose_redis_stayed_away_goes_back_to_the_queue_and_its_start_is_u
 
 
 def test_waiting_for_redis_does_not_count_towards_the_time_limit() -> None:
-    job = Job(0, ("name", "id", {}), Callbacks(max, max, max), hard_limit=2.0, cancel=lambda job: None)
+    job = PoolJob(0, ("name", "id", {}), RequestCallbacks(max, max, max), hard_limit=2.0, cancel=lambda job: None)
     job.accept(1, at=100.0)
     job.waited_s = 5.0
     assert not job.is_overdue(now=106.9)

@@ -15,20 +15,20 @@ from worker.pool.wire import (
     Returned,
     Withdrawn,
 )
-from worker.queue.load import LONGEST_S, Load
+from worker.queue.load_estimates import LONGEST_S, Load
 from worker.queue.redeliveries import History
 
 # Whether it wants jobs
 
 
 def test_a_pool_wants_no_jobs_until_its_next_process_is_ready(started: Bench) -> None:
-    started.until(lambda: started.pool.wants_jobs)
+    started.until(lambda: started.pool.can_accept_jobs)
     started.scripts.append(loading)
     started.process.die()
     started.until(lambda: len(started.processes) == 2)
-    assert not started.pool.wants_jobs
+    assert not started.pool.can_accept_jobs
     started.process.say(Ready())
-    started.until(lambda: started.pool.wants_jobs)
+    started.until(lambda: started.pool.can_accept_jobs)
 
 
 def test_a_pool_wants_no_jobs_while_suspects_run(started: Bench) -> None:
@@ -36,16 +36,16 @@ def test_a_pool_wants_no_jobs_while_suspects_run(started: Bench) -> None:
     started.die_and_restart()
     for ran in (["a"], ["a", "b"]):
         started.until(lambda ran=ran: started.process.ran == ran)
-        assert not started.pool.wants_jobs
+        assert not started.pool.can_accept_jobs
         started.process.finish(ran[-1])
-    started.until(lambda: started.pool.wants_jobs)
+    started.until(lambda: started.pool.can_accept_jobs)
 
 
 def test_a_pool_wants_no_jobs_while_its_process_is_silent(started: Bench) -> None:
     started.process.last_heartbeat -= 0.11 * HANG_S
-    assert not started.pool.wants_jobs
+    assert not started.pool.can_accept_jobs
     started.process.say(Heartbeat({}, THREADS, THREADS, 0.0, 0.0))
-    started.until(lambda: started.pool.wants_jobs)
+    started.until(lambda: started.pool.can_accept_jobs)
 
 
 # Jobs that go back for other workers
@@ -87,9 +87,9 @@ def test_a_full_pool_whose_places_wait_for_images_takes_nothing(started: Bench) 
 
 
 def test_a_pool_that_leaves_jobs_to_others_wants_none(started: Bench) -> None:
-    started.until(lambda: started.pool.wants_jobs)
+    started.until(lambda: started.pool.can_accept_jobs)
     started.pool.leaves_to_others = True
-    assert not started.pool.wants_jobs
+    assert not started.pool.can_accept_jobs
 
 
 def test_jobs_that_have_not_begun_go_back_together_the_latest_first(hoarding: Bench) -> None:

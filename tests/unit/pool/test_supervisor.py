@@ -8,7 +8,7 @@ import pytest
 
 from config.settings import Settings
 from tests.unit.pool.bench import StubProcess
-from worker.health import State
+from worker.health import WorkerState
 from worker.pool.supervisor import RESTART_DELAYS, RestartSchedule, Supervisor
 from worker.pool.wire import Done, Heartbeat, JobMessage, Ready
 
@@ -70,8 +70,8 @@ def test_a_process_without_heartbeats_is_unhealthy_and_then_killed(
     supervisor: Supervisor, process: StubProcess
 ) -> None:
     process.last_heartbeat = now = time.monotonic()
-    assert supervisor.state(now)[0] is State.READY
-    assert supervisor.state(now + HANG_S / 2)[0] is State.UNHEALTHY
+    assert supervisor.state(now)[0] is WorkerState.READY
+    assert supervisor.state(now + HANG_S / 2)[0] is WorkerState.UNHEALTHY
     supervisor.replace_if_hung(now + HANG_S / 2)
     assert not process.is_killed
     supervisor.replace_if_hung(now + HANG_S + 0.1)

@@ -1,7 +1,8 @@
 """A message of the queue: bytes from anybody become a checked envelope, or a refusal that tells the cure.
 
 `opened` reads the outer JSON, as kombu writes it. `checked` reads a job in it: headers, body and links, in the forms
-that Celery's own producers send. Both are pure, and raise nothing but Refused, RecursionError and MemoryError included.
+that Celery's own producers send. Both are pure. They raise only MessageRefused, even where the message makes Python
+raise RecursionError or MemoryError.
 
 What is checked here is not checked again: Celery's tracer, the pool and the engine compute with it.
 """
@@ -11,7 +12,7 @@ from worker.queue.envelope.fields import unix_seconds, usable_id
 from worker.queue.envelope.headers import RESERVED
 from worker.queue.envelope.job import Envelope, checked, readable
 from worker.queue.envelope.outer import given_back, opened, returned_job
-from worker.queue.envelope.refusal import NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, described
+from worker.queue.envelope.refusal import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, described
 
 __all__ = [
     "MAX_DELAY_S",
@@ -20,7 +21,7 @@ __all__ = [
     "RESERVED",
     "UNREADABLE",
     "Envelope",
-    "Refused",
+    "MessageRefused",
     "checked",
     "described",
     "given_back",

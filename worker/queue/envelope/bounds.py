@@ -9,7 +9,7 @@ from typing import Any
 
 from kombu.utils.json import object_hook
 
-from worker.queue.envelope.refusal import UNREADABLE, Refused, require
+from worker.queue.envelope.refusal import UNREADABLE, MessageRefused, require
 
 #: Characters of an id, and of the other texts in headers.
 MAX_ID_CHARS = 1_024
@@ -32,15 +32,15 @@ MAX_DECIMAL = 400
 
 
 def decoded(body: bytes) -> Any:
-    """A body's JSON, with the values that kombu gives a type. Raises Refused."""
+    """A body's JSON, with the values that kombu gives a type. Raises MessageRefused."""
     if marks(body) > MAX_MARKS:
-        raise Refused(f"The body has more than {MAX_VALUES:,} values: send fewer.")
+        raise MessageRefused(f"The body has more than {MAX_VALUES:,} values: send fewer.")
     try:
         payload = json.loads(body.decode(), object_hook=_typed)
-    except Refused:
+    except MessageRefused:
         raise
     except (ValueError, RecursionError):
-        raise Refused(UNREADABLE) from None
+        raise MessageRefused(UNREADABLE) from None
     why = f"The body has more than {MAX_VALUES:,} values, or is nested more than {BODY_DEPTH} deep: send less."
     require(is_within(payload, values=MAX_VALUES, depth=BODY_DEPTH), why)
     return payload
@@ -52,7 +52,7 @@ def marks(body: bytes) -> int:
 
 
 def _typed(value: dict[str, Any]) -> Any:
-    """A JSON object, or the date, number, UUID or bytes that kombu writes as one. Raises Refused."""
+    """A JSON object, or the date, number, UUID or bytes that kombu writes as one. Raises MessageRefused."""
     if value.keys() != {"__type__", "__value__"}:
         return value
     try:
@@ -60,7 +60,7 @@ def _typed(value: dict[str, Any]) -> Any:
         if isinstance(typed, Decimal) and _is_huge(typed):
             raise ValueError
     except Exception:
-        raise Refused("A value with a `__type__` cannot be read: send it as plain JSON.") from None
+        raise MessageRefused("A value with a `__type__` cannot be read: send it as plain JSON.") from None
     return typed
 
 

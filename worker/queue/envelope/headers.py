@@ -124,7 +124,7 @@ _RESERVED_STAMPS = (
 
 
 def checked_headers(headers: dict[str, Any]) -> dict[str, Any]:
-    """The headers that the worker reads, and the producer's own. Raises Refused."""
+    """The headers that the worker reads, and the producer's own. Raises MessageRefused."""
     require(is_plain(headers), "The headers are too large or nested too deep: put less into them.")
     known: dict[str, Any] = {}
     for name, value in headers.items():
@@ -144,7 +144,7 @@ def checked_headers(headers: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_properties(properties: dict[str, Any]) -> None:
-    """Raises Refused for a property of another form than Celery's."""
+    """Raises MessageRefused for a property of another form than Celery's."""
     require(is_plain(properties), "The properties are too large or nested too deep: put less into them.")
     for name, form in _PROPERTIES.items():
         value = properties.get(name)

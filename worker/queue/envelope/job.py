@@ -11,7 +11,7 @@ from worker.queue.envelope.bounds import MAX_MARKS, decoded, marks
 from worker.queue.envelope.fields import is_label, usable_id
 from worker.queue.envelope.headers import check_properties, checked_headers
 from worker.queue.envelope.links import check_embed
-from worker.queue.envelope.refusal import NO_BODY, NO_ENVELOPE, NO_TASK, UNREADABLE, Refused, require
+from worker.queue.envelope.refusal import NO_BODY, NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, require
 
 #: By the content type that a message has instead of JSON's.
 _SERIALIZERS = {
@@ -37,15 +37,15 @@ class Envelope:
 
 
 def checked(message: Any, most_bytes: int) -> Envelope:
-    """The job in one of kombu's messages. Raises Refused."""
+    """The job in one of kombu's messages. Raises MessageRefused."""
     ids = [usable_id(message.headers.get("id"))] if isinstance(message.headers, dict) else []
     try:
         return _checked(message, most_bytes, ids)
-    except Refused as refused:
+    except MessageRefused as refused:
         why = str(refused)
     except Exception:
         why = UNREADABLE
-    raise Refused(why, next(filter(None, ids), None) or _id_of_first_protocol(message))
+    raise MessageRefused(why, next(filter(None, ids), None) or _id_of_first_protocol(message))
 
 
 def _id_of_first_protocol(message: Any) -> str | None:
@@ -108,7 +108,7 @@ def _checked(message: Any, most_bytes: int, ids: list[str | None]) -> Envelope:
 def _check_content(kind: Any, encoding: Any) -> None:
     if kind != "application/json":
         name = _SERIALIZERS.get(kind, "another content type") if isinstance(kind, str) else "another content type"
-        raise Refused(f"{name} is not accepted: send application/json; in Celery set task_serializer='json'.")
+        raise MessageRefused(f"{name} is not accepted: send application/json; in Celery set task_serializer='json'.")
     # Python decodes with any codec that is named here, decompressors among them.
     is_known = encoding is None or (isinstance(encoding, str) and encoding.lower() in _ENCODINGS)
     require(is_known, "The content encoding is not accepted: send utf-8.")

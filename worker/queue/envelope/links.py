@@ -11,7 +11,7 @@ from typing import Any, cast
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
 from worker.queue.envelope.fields import is_flag, is_index, is_label
 from worker.queue.envelope.headers import NESTED, OPTIONS, is_names
-from worker.queue.envelope.refusal import NO_BODY, Refused, require, shown
+from worker.queue.envelope.refusal import NO_BODY, MessageRefused, require, shown
 
 #: Entries of a body beside the arguments.
 _EMBEDDED = {"callbacks", "errbacks", "chain", "chord"}
@@ -21,7 +21,7 @@ _CANVASES = {"chain": "celery.chain", "group": "celery.group", "chord": "celery.
 
 
 def check_embed(embed: Any) -> None:
-    """Raises Refused for links that the worker must not publish."""
+    """Raises MessageRefused for links that the worker must not publish."""
     # Celery lets these entries replace the headers, which have been checked.
     require(isinstance(embed, dict) and embed.keys() <= _EMBEDDED, NO_BODY)
     if any(value is not None for value in embed.values()):
@@ -47,7 +47,7 @@ def _signatures(options: dict[str, Any], lists: tuple[str, ...], singles: tuple[
 
 
 def _checked_signature(signature: Any) -> Iterator[Any]:
-    """The signatures that are nested in a signature. Raises Refused."""
+    """The signatures that are nested in a signature. Raises MessageRefused."""
     why = "A link is no signature: make it with app.signature(...)."
     require(isinstance(signature, dict) and signature.keys() <= _SIGNATURE, why)
     task, kind = signature.get("task"), signature.get("subtask_type")
@@ -70,7 +70,7 @@ def _checked_signature(signature: Any) -> Iterator[Any]:
 
 
 def _members(task: str, kind: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The signatures in a canvas. Raises Refused."""
+    """The signatures in a canvas. Raises MessageRefused."""
     why = "A link is a map, starmap, chunks or an unknown canvas: link a task, a chain, a group or a chord."
     require(isinstance(kind, str) and _CANVASES.get(kind) == task, why)
     if kind == "chord":
@@ -98,6 +98,6 @@ def _check_options(options: dict[str, Any]) -> None:
             continue
         form = OPTIONS.get(name)
         if form is None:
-            raise Refused(f"A link has the option {shown(name)}, which no link may have: leave it out.")
+            raise MessageRefused(f"A link has the option {shown(name)}, which no link may have: leave it out.")
         require(form.holds(value), f"A link's option {name} must be {form.words}.")
     require(own <= options.keys(), "A stamped header of a link has no stamp: stamp it.")

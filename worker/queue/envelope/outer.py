@@ -10,14 +10,14 @@ from kombu.utils.uuid import uuid
 
 from worker.queue.decompression import inflated
 from worker.queue.envelope.fields import is_count, is_text, usable_id
-from worker.queue.envelope.refusal import NO_BODY_TEXT, NO_ENVELOPE, Refused
+from worker.queue.envelope.refusal import NO_BODY_TEXT, NO_ENVELOPE, MessageRefused
 
 #: How kombu's messages begin.
 _BODY = b'{"body": "'
 
 
 def opened(raw: bytes, queue: str, most_bytes: int) -> dict[str, Any]:
-    """A message as kombu delivers it, its body decoded and no longer compressed. Raises Refused.
+    """A message as kombu delivers it, its body decoded and no longer compressed. Raises MessageRefused.
 
     Its delivery_info names `queue`, whatever its sender wrote there: retries go to it. A body that inflates to more
     than `most_bytes` is cut after one byte more.
@@ -26,10 +26,10 @@ def opened(raw: bytes, queue: str, most_bytes: int) -> dict[str, Any]:
     try:
         message = _outer(raw)
         return _delivered(message, queue, most_bytes)
-    except Refused as refused:
-        raise Refused(str(refused), refused.id or _known_id(message)) from None
+    except MessageRefused as refused:
+        raise MessageRefused(str(refused), refused.id or _known_id(message)) from None
     except Exception:
-        raise Refused(NO_ENVELOPE, _known_id(message)) from None
+        raise MessageRefused(NO_ENVELOPE, _known_id(message)) from None
 
 
 def _outer(raw: bytes) -> Any:
@@ -46,14 +46,14 @@ def _delivered(message: dict[str, Any], queue: str, most_bytes: int) -> dict[str
     headers = message.get("headers") or {}
     properties = message["properties"]
     if not isinstance(headers, dict) or not isinstance(properties, dict):
-        raise Refused(NO_ENVELOPE)
+        raise MessageRefused(NO_ENVELOPE)
     body, compression = _decoded_body(message["body"], properties.get("body_encoding")), headers.get("compression")
     if compression:
         headers = {name: value for name, value in headers.items() if name != "compression"}
         try:
             body = inflated(body, compression, most_bytes + 1)
         except ValueError as error:
-            raise Refused(str(error)) from None
+            raise MessageRefused(str(error)) from None
     tag = properties.get("delivery_tag")
     came = properties.get("delivery_info")
     is_again = headers.get("redelivered") is True or (isinstance(came, dict) and came.get("redelivered") is True)
@@ -75,15 +75,15 @@ def _decoded_body(body: Any, encoding: Any) -> bytes:
     if isinstance(body, str):
         body = body.encode()
     if not isinstance(body, bytes) or encoding not in (None, "base64", "utf-8"):
-        raise Refused(NO_BODY_TEXT)
+        raise MessageRefused(NO_BODY_TEXT)
     try:
         return base64.b64decode(body) if encoding == "base64" else body
     except ValueError:
-        raise Refused(NO_BODY_TEXT) from None
+        raise MessageRefused(NO_BODY_TEXT) from None
 
 
 def given_back(record: bytes) -> tuple[dict[str, Any], str, str]:
-    """A message that goes back to its queue, with its exchange and routing key. Raises Refused.
+    """A message that goes back to its queue, with its exchange and routing key. Raises MessageRefused.
 
     `record` is its entry in kombu's hash of messages that are not acknowledged.
     """
@@ -100,7 +100,7 @@ def given_back(record: bytes) -> tuple[dict[str, Any], str, str]:
             return message, exchange, routing_key
     except Exception:
         message = message if isinstance(message, dict) else None
-    raise Refused(NO_ENVELOPE, _known_id(message))
+    raise MessageRefused(NO_ENVELOPE, _known_id(message))
 
 
 def returned_job(message: dict[str, Any]) -> tuple[str, int] | None:

@@ -12,7 +12,7 @@ NO_BODY_TEXT = "The body cannot be read: send it in base64 with properties.body_
 NO_BODY = "The body is not [args, kwargs, links]: send a list of arguments and an object of keyword arguments."
 
 
-class Refused(Exception):
+class MessageRefused(Exception):
     """A message that is no job. The text tells its sender the cure and repeats nothing of the message."""
 
     def __init__(self, why: str, id: str | None = None) -> None:
@@ -22,9 +22,9 @@ class Refused(Exception):
 
 
 def require(holds: bool, why: str) -> None:
-    """Raises Refused where a rule does not hold."""
+    """Raises MessageRefused where a rule does not hold."""
     if not holds:
-        raise Refused(why)
+        raise MessageRefused(why)
 
 
 def shown(name: str) -> str:
@@ -32,6 +32,6 @@ def shown(name: str) -> str:
     return ascii(name[:40])
 
 
-def described(raw: bytes, refused: Refused) -> str:
+def described(raw: bytes, refused: MessageRefused) -> str:
     """A message that is dropped, for a line of the log: its failure is stored under the id."""
     return f"Message {refused.id!a} of {len(raw)} bytes" if refused.id else f"A message of {len(raw)} bytes"

@@ -1,19 +1,13 @@
-"""What the workers of a broker read, as they say in Redis: a client can then tell why its jobs would not be answered.
+"""Whether an app's options fit its workers': a client can then say why its jobs would not be answered.
 
-Workers renew two keys while they live, both without any prefix, since a client may have the wrong one:
-`idefics:worker:options` in the queues' Redis says what is read and, by a fingerprint, where results
-are; `idefics:worker:results` in the results' Redis repeats that fingerprint. Which workers take from a queue stands
-in a key for each queue, under the app's own prefix.
+The workers' options are in Redis (`tasks/worker_registry.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 import time
 import weakref
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from celery import Celery
@@ -24,83 +18,14 @@ from kombu.exceptions import OperationalError
 from redis import Redis, RedisError
 
 from .errors import ConfigurationError
-from .redis_keys import (
-    GUIDES_SEPARATOR,
-    RESULTS_FINGERPRINT,
-    SEPARATOR,
-    WORKER_OPTIONS,
-    WORKERS,
-    broker_prefix,
-    results_prefix,
-    separator,
-    steps,
-)
+from .redis_keys import RESULTS_FINGERPRINT, WORKER_OPTIONS, broker_prefix, results_prefix, separator, steps
+from .worker_registry import RENEW_S, SILENT_S, WorkerOptions, workers_key
 
-#: Seconds between two renewals, and that the keys outlive a worker.
-RENEW_S = 5.0
-TTL_S = 30
-#: Seconds without a renewal after which a worker is taken for gone. One that ends in order says so.
-SILENT_S = 3 * RENEW_S
-#: Seconds that a client misses the fingerprint before it believes that answers are elsewhere: a server that was emptied
-#: has it again by then.
+#: Seconds that a client misses the fingerprint before it concludes that results are elsewhere: a server that was
+#: emptied has the fingerprint again by then.
 CONFIRM_S = 2 * RENEW_S
-#: Seconds between two looks of a client.
-LOOK_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """What workers read and write."""
-
-    separators: tuple[str, ...]
-    steps: tuple[int, ...]
-    prefix: str
-    results_prefix: str
-    #: Of the results' place.
-    results: str
-
-    @staticmethod
-    def of(app: Celery) -> WorkerOptions:
-        """Of a worker's own app."""
-        separators = tuple(dict.fromkeys((separator(app), SEPARATOR, GUIDES_SEPARATOR)))
-        place = hashlib.sha256(str(app.conf.result_backend).encode()).hexdigest()[:16]
-        return WorkerOptions(separators, steps(app), broker_prefix(app), results_prefix(app), place)
-
-    def written(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def read(text: bytes | str) -> WorkerOptions:
-        said = json.loads(text)
-        return WorkerOptions(**{**said, "separators": tuple(said["separators"]), "steps": tuple(said["steps"])})
-
-
-def publish(app: Celery, options: WorkerOptions, broker: Redis) -> None:
-    """Renew the keys. Raises RedisError."""
-    app.backend.client.set(RESULTS_FINGERPRINT.named(), options.results, ex=TTL_S)
-    broker.set(WORKER_OPTIONS.named(), options.written(), ex=TTL_S)
-
-
-def enter(app: Celery, worker: str, broker: Redis) -> None:
-    """Say that a worker takes from its queues. Raises RedisError."""
-    now, _ = broker.time()
-    with broker.pipeline() as pipe:
-        for queue in app.amqp.queues.consume_from:
-            key = workers_key(app, queue)
-            pipe.zadd(key, {worker: now})
-            pipe.zremrangebyscore(key, "-inf", now - TTL_S)
-            pipe.expire(key, TTL_S)
-        pipe.execute()
-
-
-def leave(app: Celery, worker: str, broker: Redis) -> None:
-    """Say that a worker takes no more jobs. Raises RedisError."""
-    for queue in app.amqp.queues.consume_from:
-        broker.zrem(workers_key(app, queue), worker)
-
-
-def workers_key(app: Celery, queue: str) -> str:
-    return f"{broker_prefix(app)}{WORKERS.named(queue)}"
+#: Seconds for which a client keeps the workers' options that it has read.
+CACHE_S = 10.0
 
 
 def unseen(app: Celery, options: WorkerOptions) -> str | None:
@@ -141,13 +66,13 @@ def unreadable(backend: Any) -> str | None:
     return None
 
 
-class Setup:
+class SetupCheck:
     """Whether an app fits its workers, asked of Redis at times. Safe to share between threads."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._lock = threading.Lock()
-        self._looked_at = float("-inf")
+        self._read_at = float("-inf")
         self._options: WorkerOptions | None = None
         #: Since when the app's backend has not been where the workers write.
         self._elsewhere_since: float | None = None
@@ -197,7 +122,7 @@ class Setup:
         except OperationalError as error:
             return f"The broker cannot be reached ({error}): is it up, and its URL right?"
         with self._lock:
-            self._looked_at = float("-inf")
+            self._read_at = float("-inf")
         options = self._known()
         wrong = (unseen(self._app, options) or self._elsewhere(options)) if options else None
         return wrong or self._who_works(queue)
@@ -214,14 +139,14 @@ class Setup:
         return f"{who} from its queue: it waits for its turn, or runs."
 
     def _known(self) -> WorkerOptions | None:
-        """As the workers said within LOOK_S; None where none did, or where their broker is no Redis or is away."""
+        """As the workers said within CACHE_S; None where none did, or where their broker is no Redis or is away."""
         with self._lock:
-            if time.monotonic() - self._looked_at >= LOOK_S:
-                self._options = self._look()
-                self._looked_at = time.monotonic()
+            if time.monotonic() - self._read_at >= CACHE_S:
+                self._options = self._read()
+                self._read_at = time.monotonic()
             return self._options
 
-    def _look(self) -> WorkerOptions | None:
+    def _read(self) -> WorkerOptions | None:
         try:
             with self._app.connection_for_write() as connection:
                 if connection.transport.driver_type != "redis":
@@ -268,12 +193,12 @@ def _other_place(app: Celery) -> str:
     return f"This app looks for answers in {app.backend.as_uri()}, and the workers write them elsewhere: {cure}"
 
 
-_setups: weakref.WeakKeyDictionary[Celery, Setup] = weakref.WeakKeyDictionary()
+_checks: weakref.WeakKeyDictionary[Celery, SetupCheck] = weakref.WeakKeyDictionary()
 
 
-def setup_of(app: Celery) -> Setup:
+def setup_check_of(app: Celery) -> SetupCheck:
     """One for each app."""
-    return _setups.setdefault(app, Setup(app))
+    return _checks.setdefault(app, SetupCheck(app))
 
 
 def _is_same_database(app: Celery) -> bool:

@@ -11,16 +11,16 @@ from kombu.transport import redis as stock
 from kombu.utils.json import dumps
 
 from tasks.redis_keys import REDELIVERIES
-from worker.queue.envelope import NO_ENVELOPE, Refused, described, given_back, returned_job, usable_id
+from worker.queue.envelope import NO_ENVELOPE, MessageRefused, described, given_back, returned_job, usable_id
 from worker.queue.redeliveries import kept_s
 
 logger = logging.getLogger(__name__)
 
 #: Called with each message that is dropped because it cannot be read, before it is dropped.
-OnRefused = Callable[[bytes, Refused], object]
+OnRefused = Callable[[bytes, MessageRefused], object]
 
 
-def log_refused(raw: bytes, refused: Refused) -> None:
+def log_refused(raw: bytes, refused: MessageRefused) -> None:
     logger.critical("%s is dropped. %s", described(raw, refused), refused)
 
 
@@ -28,7 +28,7 @@ class _NotKept(Exception):
     """A message that is to be dropped could not be stored first."""
 
 
-class SweepingQoS(stock.QoS):  # type: ignore[misc]
+class RestoringQoS(stock.QoS):  # type: ignore[misc]
     """Kombu's; counts what comes back from silent holders, and survives records that cannot be read.
 
     Its channel has a `backoff` and `on_refused`.
@@ -70,11 +70,11 @@ class SweepingQoS(stock.QoS):  # type: ignore[misc]
         try:
             message, exchange, routing_key = given_back(record)
             raw = dumps(message)
-        except Refused as refused:
+        except MessageRefused as refused:
             self._keep_refused(record, refused)
             return {}
         except Exception:
-            self._keep_refused(record, Refused(NO_ENVELOPE))
+            self._keep_refused(record, MessageRefused(NO_ENVELOPE))
             return {}
         for queue in self.channel._lookup(exchange, routing_key):
             push(self.channel._q_for_pri(queue, self.priority_of(message)), raw)
@@ -87,7 +87,7 @@ class SweepingQoS(stock.QoS):  # type: ignore[misc]
             name = f"{self.channel.global_keyprefix}{REDELIVERIES.named(key[0])}"
             pipe.hincrby(name, str(key[1]), 1).expire(name, kept_s(self.channel))
 
-    def _keep_refused(self, record: bytes, refused: Refused) -> None:
+    def _keep_refused(self, record: bytes, refused: MessageRefused) -> None:
         """Raises _NotKept, upon which the record stays where it is: the next sweep finds it."""
         try:
             self.channel.on_refused(record, refused)

@@ -30,9 +30,9 @@ T = TypeVar("T")
 CONNECTIONS = 8
 
 #: Seconds before the second attempt, and at most between two.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0
 #: Seconds between two lines of the log about waiting.
-COMPLAIN_S = 30.0
+LOG_INTERVAL_S = 30.0
 
 
 class RedisAway(BaseException):
@@ -48,30 +48,30 @@ class _Waiting:
 
     def __init__(self) -> None:
         #: Seconds; 0: not at all.
-        self.longest_s = 0.0
+        self.max_wait_s = 0.0
         self.tell: Callable[[float], None] = lambda seconds: None
-        self.complained_at = float("-inf")
+        self.logged_at = float("-inf")
 
 
 _waiting = _Waiting()
 
 
-def allow(seconds: float, tell: Callable[[float], None]) -> None:
+def enable(seconds: float, tell: Callable[[float], None]) -> None:
     """From now on this process's threads wait. `tell` is called in the thread that waits, with the seconds so far."""
-    _waiting.longest_s = seconds
+    _waiting.max_wait_s = seconds
     _waiting.tell = tell
 
 
-def longest_s() -> float:
+def max_wait_s() -> float:
     """Seconds that a call waits; 0 in a process that does not wait."""
-    return _waiting.longest_s
+    return _waiting.max_wait_s
 
 
-def is_allowed() -> bool:
-    return _waiting.longest_s > 0
+def is_enabled() -> bool:
+    return _waiting.max_wait_s > 0
 
 
-def patiently(call: Callable[[], T], reconnect: Callable[[], None] | None = None) -> T:
+def with_retries(call: Callable[[], T], reconnect: Callable[[], None] | None = None) -> T:
     """Call Redis, and again while it is away. Raises RedisAway when IDEFICS_REDIS_WAIT_S is over, and defects at once.
 
     `reconnect` is called after a failover, where the host's name may stand for another server by now.
@@ -82,29 +82,29 @@ def patiently(call: Callable[[], T], reconnect: Callable[[], None] | None = None
         try:
             return call()
         except Exception as error:
-            if not is_allowed() or not is_away(error):
+            if not is_enabled() or not is_away(error):
                 raise
-            if time.monotonic() - started > _waiting.longest_s:
+            if time.monotonic() - started > _waiting.max_wait_s:
                 raise RedisAway(str(error)) from error
-            _complain(error)
+            _log(error)
             is_elsewhere = is_demoted(error)
         with gil.released():
             time.sleep(pause * random.uniform(0.7, 1.0))  # noqa: S311 - so that not all threads come back at once
         told, before = time.monotonic(), told
         _waiting.tell(told - before)
-        pause = min(2 * pause, LONGEST_PAUSE_S)
+        pause = min(2 * pause, MAX_PAUSE_S)
         if reconnect is not None and is_elsewhere:
             reconnect()
 
 
-def _complain(error: Exception) -> None:
+def _log(error: Exception) -> None:
     now = time.monotonic()
-    if now - _waiting.complained_at >= COMPLAIN_S:
-        _waiting.complained_at = now
+    if now - _waiting.logged_at >= LOG_INTERVAL_S:
+        _waiting.logged_at = now
         logger.error("Redis is away or refuses (%s): jobs wait for it.", error)
 
 
-class _Places:
+class _ConnectionLimit:
     """Few connections for many threads: a thread that has to wait for one lets others run meanwhile."""
 
     def __init__(self, count: int) -> None:
@@ -121,36 +121,36 @@ class _Places:
             self._free.release()
 
 
-class PatientRedis(redis.Redis):
+class RetryingRedis(redis.Redis):
     """A client for all job threads, which waits as they do. Every command of ours may be made twice."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._places = _Places(CONNECTIONS)
+        self._limit = _ConnectionLimit(CONNECTIONS)
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
-        return patiently(functools.partial(self._execute_once, args, options), self.reconnect)
+        return with_retries(functools.partial(self._execute_once, args, options), self.reconnect)
 
     def _execute_once(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        with self._places.one():
+        with self._limit.one():
             return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:
-        return _PatientPipeline(self, transaction, shard_hint)
+        return _RetryingPipeline(self, transaction, shard_hint)
 
     def reconnect(self) -> None:
         self.connection_pool.disconnect(inuse_connections=False)
 
     def once(self, call: Callable[[], T]) -> T:
         """Call with one of the connections."""
-        with self._places.one():
+        with self._limit.one():
             return call()
 
 
-class _PatientPipeline(Pipeline):
+class _RetryingPipeline(Pipeline):
     """Sends all of its commands again."""
 
-    def __init__(self, client: PatientRedis, transaction: bool, shard_hint: Any) -> None:
+    def __init__(self, client: RetryingRedis, transaction: bool, shard_hint: Any) -> None:
         super().__init__(client.connection_pool, client.response_callbacks, transaction, shard_hint)
         self._client = client
 
@@ -160,6 +160,6 @@ class _PatientPipeline(Pipeline):
         def execute() -> list[Any]:
             # The attempt before has taken them along.
             self.command_stack, self.scripts = list(commands), set(scripts)
-            return super(_PatientPipeline, self).execute(raise_on_error)
+            return super(_RetryingPipeline, self).execute(raise_on_error)
 
-        return patiently(functools.partial(self._client.once, execute), self._client.reconnect)
+        return with_retries(functools.partial(self._client.once, execute), self._client.reconnect)

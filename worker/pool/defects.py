@@ -1,4 +1,4 @@
-"""Callbacks of the event loop survive their defects."""
+"""A decorator for callbacks of the event loop: an exception is logged and does not end the loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def guarded(function: F) -> F:
+def log_defects(function: F) -> F:
     """Log an exception and return None: one that left a callback would end the worker's event loop."""
 
     @functools.wraps(function)

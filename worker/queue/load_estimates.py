@@ -17,7 +17,7 @@ SHORTEST_S, LONGEST_S = 0.001, 1e6
 class Load:
     """One worker's jobs and pace."""
 
-    #: Jobs that its model runs at once, and seconds that each takes; the slots, and 0, where that is not known yet.
+    #: Jobs that its model runs at once, and seconds that each takes; the maximum batch size, and 0, while unknown.
     width: float
     job_s: float
     #: Jobs that wait here for the end of others; below 0, how many more would begin at once.

@@ -6,8 +6,8 @@ before. So workers that share a queue tell each other their load, in the hash `i
 database: a field for each, by the server's clock, which is dropped once it is old; the key expires in seconds. Idle
 workers write only while another is busy.
 
-By that each decides for itself (worker/queue/load.py): whether it takes more, and what of its jobs that have not begun
-it puts back. A worker without others never does either.
+From these loads each worker decides for itself (worker/queue/load_estimates.py) whether it takes more jobs, and how
+many of its jobs that have not begun it puts back. The only worker of a queue does neither.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kombu.utils.uuid import uuid
 from redis import Redis
 
 from tasks.redis_keys import LOAD
-from worker.queue.load import Load, leaves_to_others, surplus
+from worker.queue.load_estimates import Load, leaves_to_others, surplus
 from worker.queue.transport import Channel
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ FRESH_S = 0.5
 REST_S = 2.0
 #: Seconds, in job times and at least, that jobs may lie in the queue while this worker leaves them to others; and for
 #: how long it then takes whatever there is.
-PATIENCE_JOBS, PATIENCE_S, INSIST_S = 2, 1.0, 5.0
+MAX_LEAVE_JOBS, MAX_LEAVE_S, TAKE_ALL_S = 2, 1.0, 5.0
 
 #: KEYS: the hash, the queue's lists. ARGV: this worker, its load, whether it is busy, milliseconds that a load holds.
 #: Returns how many jobs are queued, and the others' loads.
@@ -65,7 +65,7 @@ return reply
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class LoadReport:
     """A worker's state at time.monotonic() `at`."""
 
     load: Load
@@ -76,7 +76,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
+class QueueLoad:
     """What is known of one queue at time.monotonic() `at`."""
 
     queued: int
@@ -84,14 +84,14 @@ class Elsewhere:
     at: float = field(default_factory=time.monotonic)
 
 
-class Exchange:
+class LoadExchange:
     """Tells and hears loads in a thread: the event loop must not wait for a Redis that is slow or away."""
 
     def __init__(self, connect: Callable[[], tuple[Redis, str]]) -> None:
         """`connect`: a client, and what precedes all keys."""
-        self.report: Report | None = None
+        self.report: LoadReport | None = None
         #: By queue.
-        self.elsewhere: Mapping[str, Elsewhere] = {}
+        self.elsewhere: Mapping[str, QueueLoad] = {}
         self._connect = connect
         self._client: tuple[Redis, str] | None = None
         self._me = uuid()
@@ -116,7 +116,7 @@ class Exchange:
             self._client = None
             return REST_S
 
-    def exchange(self, report: Report) -> Mapping[str, Elsewhere]:
+    def exchange(self, report: LoadReport) -> Mapping[str, QueueLoad]:
         """Tell the load, and hear the others'. Raises what the client does."""
         self._client = self._client or self._connect()
         client, prefix = self._client
@@ -128,7 +128,7 @@ class Exchange:
                 pipe.eval(EXCHANGE, len(keys), *keys, self._me, told, is_busy, int(1000 * FRESH_S))
             replies = pipe.execute()
         return {
-            queue: Elsewhere(queued, [_load(each) for each in others])
+            queue: QueueLoad(queued, [_load(each) for each in others])
             for queue, (queued, *others) in zip(report.queues, replies, strict=True)
         }
 
@@ -138,7 +138,7 @@ def _load(told: bytes) -> Load:
     return Load(float(width), float(job_s), int(unbegun), is_open == b"1")
 
 
-class Patience:
+class LeaveLimit:
     """Others may not do what is expected of them: jobs do not lie in the queue for long because of that."""
 
     def __init__(self) -> None:
@@ -151,20 +151,20 @@ class Patience:
             self._since = float("inf")
         else:
             self._since = min(self._since, now)
-        if now - self._since > max(PATIENCE_S, PATIENCE_JOBS * job_s):
-            self._insists_until, self._since = now + INSIST_S, float("inf")
+        if now - self._since > max(MAX_LEAVE_S, MAX_LEAVE_JOBS * job_s):
+            self._insists_until, self._since = now + TAKE_ALL_S, float("inf")
         return leaves and now >= self._insists_until
 
 
-class Balance(bootsteps.StartStopStep):  # type: ignore[misc]
+class LoadBalancing(bootsteps.StartStopStep):  # type: ignore[misc]
     """The parent's part."""
 
     requires = ("celery.worker.components:Pool",)
 
     def start(self, worker: Any) -> None:
         self._worker = worker
-        self._patience = Patience()
-        self._exchange = Exchange(self._connect)
+        self._patience = LeaveLimit()
+        self._exchange = LoadExchange(self._connect)
         self._exchange.start()
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
@@ -182,7 +182,7 @@ class Balance(bootsteps.StartStopStep):  # type: ignore[misc]
         pool, consumer = self._worker.pool, self._worker.consumer.task_consumer
         channel = consumer and consumer.channel
         if not isinstance(channel, Channel):
-            # Kombu's own (IDEFICS_ATOMIC_TAKE=false) cannot put a message back as it came.
+            # Kombu's own (IDEFICS_ATOMIC_RESERVE=false) cannot put a message back as it came.
             return
         lists = {
             queue: [channel._q_for_pri(queue, step) for step in channel.priority_steps]
@@ -190,7 +190,7 @@ class Balance(bootsteps.StartStopStep):  # type: ignore[misc]
             for queue in set(channel.record_endings).intersection(channel.active_queues)
         }
         load: Load = pool.load
-        self._exchange.report = Report(load, load.unbegun > -load.width, lists)
+        self._exchange.report = LoadReport(load, load.unbegun > -load.width, lists)
         known = {queue: each for queue, each in self._exchange.elsewhere.items() if self._is_fresh(each)}
         pool.leaves_to_others = self._leaves(load, known, len(lists))
         for queue, each in known.items():
@@ -199,10 +199,10 @@ class Balance(bootsteps.StartStopStep):  # type: ignore[misc]
                 pool.give_back(queue, number)
 
     @staticmethod
-    def _is_fresh(each: Elsewhere) -> bool:
+    def _is_fresh(each: QueueLoad) -> bool:
         return time.monotonic() - each.at < FRESH_S
 
-    def _leaves(self, load: Load, known: Mapping[str, Elsewhere], queues: int) -> bool:
+    def _leaves(self, load: Load, known: Mapping[str, QueueLoad], queues: int) -> bool:
         leaves = len(known) == queues > 0 and all(
             leaves_to_others(load, each.others, each.queued) for each in known.values()
         )

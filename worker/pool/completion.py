@@ -14,23 +14,23 @@ from celery.worker import state as worker_state
 from tasks.availability import is_away
 from tasks.errors import Internal
 from worker.pool.dispatcher import Dispatcher
-from worker.pool.job import Job
+from worker.pool.job import PoolJob
 from worker.pool.wire import Away, Broken, Canceled, Done, JobEnd, Raised
 from worker.queue.redeliveries import RedeliveryCounter
 
 logger = logging.getLogger(__name__)
 
 
-class Outcomes:
+class JobCompletion:
     """Takes jobs out of the table as they end."""
 
-    def __init__(self, jobs: Dispatcher, deliveries: RedeliveryCounter, free_place: Callable[[], None]) -> None:
+    def __init__(self, jobs: Dispatcher, redeliveries: RedeliveryCounter, free_place: Callable[[], None]) -> None:
         """`free_place`: lets the next job into the pool."""
         self._jobs = jobs
-        self._deliveries = deliveries
+        self._redeliveries = redeliveries
         self._free_place = free_place
 
-    def report(self, job: Job, outcome: JobEnd) -> None:
+    def report(self, job: PoolJob, outcome: JobEnd) -> None:
         """Tell Celery what the model process said of a job's end."""
         match outcome:
             case Done():
@@ -53,21 +53,21 @@ class Outcomes:
             case _:
                 assert_never(outcome)
 
-    def fail(self, job: Job, error: BaseException) -> None:
+    def fail(self, job: PoolJob, error: BaseException) -> None:
         """End a job with an error, or with one of Celery's predicates."""
         self.end(job, functools.partial(job.fail, error))
 
-    def give_back(self, jobs: Sequence[Job]) -> None:
+    def give_back(self, jobs: Sequence[PoolJob]) -> None:
         """Put jobs that have not begun back into their queue, in this order: the last one is read next."""
         self.unmark_started(jobs)
         for job in jobs:
             self.end(job, job.give_back)
 
-    def unmark_started(self, jobs: Sequence[Job]) -> None:
+    def unmark_started(self, jobs: Sequence[PoolJob]) -> None:
         """What goes back in order was not started in vain."""
-        self._deliveries.unmark_started([(job.key, job.returns) for job in jobs if job.returns])
+        self._redeliveries.unmark_started([(job.key, job.returns) for job in jobs if job.returns])
 
-    def end(self, job: Job, tell: Callable[[], None]) -> None:
+    def end(self, job: PoolJob, tell: Callable[[], None]) -> None:
         """Have Celery told of a job's end and give its place to the next one, once."""
         if not self._jobs.remove(job):
             return
@@ -81,21 +81,21 @@ class Outcomes:
             if not self._jobs.is_closed:
                 self._free_place()
 
-    def _reject(self, job: Job, raised: Raised) -> None:
+    def _reject(self, job: PoolJob, raised: Raised) -> None:
         rejection = getattr(raised.exception.exception, "exc", raised.exception.exception)
         if getattr(rejection, "requeue", False) and not self._may_return(job):
             job.fail(Internal("The job came back too often: the worker's log says for what."))
         else:
             job.callbacks.failure(raised.exception)
 
-    def _give_up_telling(self, job: Job, error: Exception) -> None:
+    def _give_up_telling(self, job: PoolJob, error: Exception) -> None:
         """A defect would be there the next time too: its job comes again as often as one whose worker dies."""
         again = is_away(error) or self._may_return(job)
         what = "goes back to the queue" if again else "is dropped"
         logger.error("The outcome of job %s could not be told: it %s.", job.id, what, exc_info=error)
         job.fail(Reject("its outcome could not be stored", requeue=again))
 
-    def _may_return(self, job: Job) -> bool:
+    def _may_return(self, job: PoolJob) -> bool:
         """Count that a job goes back for another reason than Redis's absence; False where it did so too often."""
-        self._deliveries.count_return(job.key)
-        return not self._deliveries.is_lost(self._deliveries.history(job.key).deaths)
+        self._redeliveries.count_return(job.key)
+        return not self._redeliveries.is_lost(self._redeliveries.history(job.key).deaths)

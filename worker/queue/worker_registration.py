@@ -1,4 +1,4 @@
-"""Says in Redis what this worker reads, and from which queues, for clients (`tasks/worker_options.py`)."""
+"""Says in Redis what this worker reads, and from which queues, for clients (`tasks/worker_registry.py`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redis import RedisError
 
 from tasks.availability import is_away
 from tasks.outbox import connect
-from tasks.worker_options import RENEW_S, WorkerOptions, enter, leave, publish
+from tasks.worker_registry import RENEW_S, WorkerOptions, deregister, publish, register
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 LEAVE_S = 2.0
 
 
-class AnnouncedOptions(bootsteps.StartStopStep):  # type: ignore[misc]
+class WorkerRegistration(bootsteps.StartStopStep):  # type: ignore[misc]
     """Renews the keys in a thread, since the event loop must not wait for Redis. They expire after the worker's end, at
     which its own name is taken out.
     """
@@ -31,7 +31,7 @@ class AnnouncedOptions(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(worker, **options)
         self._is_ending = threading.Event()
         self._thread = threading.Thread(
-            target=self._renew, args=[worker.app, worker.hostname], daemon=True, name="announced-options"
+            target=self._renew, args=[worker.app, worker.hostname], daemon=True, name="worker-registration"
         )
 
     def start(self, worker: Any) -> None:
@@ -50,7 +50,7 @@ class AnnouncedOptions(bootsteps.StartStopStep):  # type: ignore[misc]
             try:
                 broker = broker or connect(app)
                 publish(app, options, broker)
-                enter(app, name, broker)
+                register(app, name, broker)
             except Exception as error:
                 if not told and not is_away(error):
                     logger.warning("What this worker reads cannot be said to clients: %s", error)
@@ -58,4 +58,4 @@ class AnnouncedOptions(bootsteps.StartStopStep):  # type: ignore[misc]
             self._is_ending.wait(RENEW_S)
         if broker is not None:
             with contextlib.suppress(RedisError):
-                leave(app, name, broker)
+                deregister(app, name, broker)

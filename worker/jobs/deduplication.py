@@ -14,7 +14,7 @@ from tasks.errors import from_exception
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import Job
 from tasks.results import ModelInfo, Result
-from worker.jobs.runs import Canceled
+from worker.jobs.runs import CancellationError
 
 #: Bounds in seconds of the countdown until the second job checks again; it grows with the first job's age.
 MIN_COUNTDOWN_S, MAX_COUNTDOWN_S = 1.0, 30.0
@@ -48,7 +48,7 @@ def first_answer(
     if meta["status"] == states.FAILURE:
         raise from_exception(meta["result"])
     if meta["status"] == states.REVOKED:
-        raise Canceled
+        raise CancellationError
     now = time.time()
     is_gone = meta["status"] == states.PENDING and claim.is_abandoned(now)
     if (is_gone or meta["status"] == states.SUCCESS) and keys.take_over(job, claim, id):

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two tries, and between two lines of the log about a server that is away.
 RETRY_S = 0.5
-COMPLAIN_S = 10.0
+LOG_INTERVAL_S = 10.0
 #: Seconds between two looks at what the servers have answered.
-LOOK_S = 0.05
+POLL_INTERVAL_S = 0.05
 
 _CURES = (
     ("db index", "the database's number is beyond the server's `databases`: use a lower one, or raise it there"),
@@ -65,14 +65,14 @@ def _chain(error: BaseException) -> list[BaseException]:
     return found
 
 
-class ServersCheck:
+class RedisCheck:
     """Asks each server in a thread of its own until it answers, or is found to be of no use. By any thread."""
 
-    def __init__(self, servers: Mapping[str, Callable[[], Any]]) -> None:
+    def __init__(self, pings: Mapping[str, Callable[[], Any]]) -> None:
         """By a server's name, a call that raises where it does not answer."""
-        self._calls = dict(servers)
+        self._calls = dict(pings)
         #: Of those that have not answered, why.
-        self._away = dict.fromkeys(servers, "it has not answered yet")
+        self._away = dict.fromkeys(pings, "it has not answered yet")
         self._wrong: dict[str, str] = {}
         self._is_over = False
 
@@ -98,7 +98,7 @@ class ServersCheck:
         return " ".join(f"{name}: {why}." for name, why in list(self._wrong.items()))
 
     def _ask(self, name: str) -> None:
-        complained_at = float("-inf")
+        logged_at = float("-inf")
         while not self._is_over:
             try:
                 self._calls[name]()
@@ -110,19 +110,19 @@ class ServersCheck:
                     self._wrong[name] = found
                     return
                 self._away[name] = str(error) or type(error).__name__
-            if time.monotonic() - complained_at > COMPLAIN_S:
-                complained_at = time.monotonic()
+            if time.monotonic() - logged_at > LOG_INTERVAL_S:
+                logged_at = time.monotonic()
                 logger.error("%s is not there (%s): the worker waits for it.", name, self._away[name])
             time.sleep(RETRY_S)
 
 
-def servers(app: Celery) -> dict[str, Callable[[], Any]]:
+def redis_pings(app: Celery) -> dict[str, Callable[[], Any]]:
     """An app's two servers, each with a call that has an answer of it. By threads."""
     results = f"The results' Redis, IDEFICS_RESULT_BACKEND ({app.backend.as_uri().rpartition('+')[2]})"
-    return {**broker(app), results: lambda: app.backend.client.ping()}
+    return {**broker_ping(app), results: lambda: app.backend.client.ping()}
 
 
-def broker(app: Celery) -> dict[str, Callable[[], Any]]:
+def broker_ping(app: Celery) -> dict[str, Callable[[], Any]]:
     """The first of them."""
 
     def ask_broker() -> None:
@@ -140,7 +140,7 @@ class BrokerCheck(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Raises WorkerShutdown."""
-        check = ServersCheck(broker(worker.app))
+        check = RedisCheck(broker_ping(worker.app))
         check.start()
         try:
             while not check.have_answered:
@@ -148,6 +148,6 @@ class BrokerCheck(bootsteps.StartStopStep):  # type: ignore[misc]
                     logger.critical("%s The worker stops.", check.wrong)
                     raise WorkerShutdown(EX_FAILURE)
                 worker_state.maybe_shutdown()
-                time.sleep(LOOK_S)
+                time.sleep(POLL_INTERVAL_S)
         finally:
             check.stop()

@@ -20,8 +20,8 @@ from worker.queue.envelope import MAX_DELAY_S
 
 #: Messages, and their bytes, that one call of the script moves to where they wait for their time: a script that runs
 #: for long blocks Redis.
-MAX_HELD = 100
-MAX_HELD_BYTES = 1_000_000
+MAX_DELAYED = 100
+MAX_DELAYED_BYTES = 1_000_000
 
 #: KEYS: unacked, its index, then the lists in order. ARGV: the tag, the prefix of a list's name in the name of its set
 #: of messages that wait for their time (worker/queue/due.py), the key of their ids, then for each list the end of its
@@ -66,7 +66,7 @@ for i = 3, #KEYS do
     end
     note(raw, due, score)
     met, bytes = met + 1, bytes + #raw
-    if met >= {MAX_HELD} or bytes >= {MAX_HELD_BYTES} then return {{-1, '', now}} end
+    if met >= {MAX_DELAYED} or bytes >= {MAX_DELAYED_BYTES} then return {{-1, '', now}} end
     raw = redis.call('RPOP', KEYS[i])
   end
   if raw then

@@ -10,7 +10,7 @@ from tasks.results import ModelInfo, Result, Timing, Usage
 from worker.engine.generation_rules import GenerationRules
 from worker.engine.interfaces import Codec
 from worker.engine.row import Output, Row
-from worker.jobs.rows import truncation
+from worker.jobs.row_builder import truncation
 
 
 class ResultBuilder:

@@ -1,0 +1,89 @@
+"""What workers tell about themselves in Redis: the options that they read messages by, and their queues.
+
+Workers renew two keys while they live. Neither has a prefix, since a client may have the wrong one:
+`idefics:worker:options` in the queues' Redis has the options and a fingerprint of the results' address;
+`idefics:worker:results` in the results' Redis repeats that fingerprint. The workers that take from a queue are in a key
+for each queue, under the app's own prefix. Clients check both (`tasks/setup_check.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from celery import Celery
+from redis import Redis
+
+from .redis_keys import (
+    GUIDES_SEPARATOR,
+    RESULTS_FINGERPRINT,
+    SEPARATOR,
+    WORKER_OPTIONS,
+    WORKERS,
+    broker_prefix,
+    results_prefix,
+    separator,
+    steps,
+)
+
+#: Seconds between two renewals, and of the keys' life without one.
+RENEW_S = 5.0
+TTL_S = 30
+#: Seconds without a renewal after which a worker counts as gone. One that ends in order deregisters.
+SILENT_S = 3 * RENEW_S
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """By which options workers read messages and write results."""
+
+    separators: tuple[str, ...]
+    steps: tuple[int, ...]
+    prefix: str
+    results_prefix: str
+    #: Fingerprint of the results' address.
+    results: str
+
+    @staticmethod
+    def of(app: Celery) -> WorkerOptions:
+        """Of a worker's own app."""
+        separators = tuple(dict.fromkeys((separator(app), SEPARATOR, GUIDES_SEPARATOR)))
+        place = hashlib.sha256(str(app.conf.result_backend).encode()).hexdigest()[:16]
+        return WorkerOptions(separators, steps(app), broker_prefix(app), results_prefix(app), place)
+
+    def written(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def read(text: bytes | str) -> WorkerOptions:
+        said = json.loads(text)
+        return WorkerOptions(**{**said, "separators": tuple(said["separators"]), "steps": tuple(said["steps"])})
+
+
+def publish(app: Celery, options: WorkerOptions, broker: Redis) -> None:
+    """Renew the keys. Raises RedisError."""
+    app.backend.client.set(RESULTS_FINGERPRINT.named(), options.results, ex=TTL_S)
+    broker.set(WORKER_OPTIONS.named(), options.written(), ex=TTL_S)
+
+
+def register(app: Celery, worker: str, broker: Redis) -> None:
+    """Enter a worker under its queues. Raises RedisError."""
+    now, _ = broker.time()
+    with broker.pipeline() as pipe:
+        for queue in app.amqp.queues.consume_from:
+            key = workers_key(app, queue)
+            pipe.zadd(key, {worker: now})
+            pipe.zremrangebyscore(key, "-inf", now - TTL_S)
+            pipe.expire(key, TTL_S)
+        pipe.execute()
+
+
+def deregister(app: Celery, worker: str, broker: Redis) -> None:
+    """Remove a worker from its queues: it takes no more jobs. Raises RedisError."""
+    for queue in app.amqp.queues.consume_from:
+        broker.zrem(workers_key(app, queue), worker)
+
+
+def workers_key(app: Celery, queue: str) -> str:
+    return f"{broker_prefix(app)}{WORKERS.named(queue)}"
