@@ -21,8 +21,8 @@ import pytest
 
 from tasks import Callback, Caption, Client, Complete, ImagePath
 from tests.conftest import SITE_SECRET, callback_settings
-from tests.flow.conftest import PATIENCE_S, eventually
-from tests.receiver import Receiver
+from tests.support.receiver import Receiver
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)

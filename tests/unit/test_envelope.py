@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import bz2
 import json
 import time
@@ -22,6 +21,7 @@ from kombu import Exchange, Producer
 from kombu.transport.virtual import Message
 from kombu.utils.json import dumps
 
+from tests.support.messages import ARGUMENTS, JOB, raw_message
 from worker.queue import envelope
 from worker.queue.envelope import Envelope, MessageRefused, checked, opened, readable
 from worker.queue.envelope.headers import HEADERS as KNOWN
@@ -30,8 +30,6 @@ from worker.queue.envelope.headers import OPTIONS
 MOST = 3_000_000
 #: Kombu asks it to decode bodies.
 CHANNEL = SimpleNamespace(decode_body=lambda body, encoding: body)
-JOB: dict[str, Any] = {"task": "idefics.complete", "id": "job", "retries": 0, "timelimit": [None, None]}
-ARGUMENTS: list[Any] = [[], {"prompt": ["Hello"]}, {}]
 LINK: dict[str, Any] = {
     "task": "shop.save",
     "args": [],
@@ -40,23 +38,6 @@ LINK: dict[str, Any] = {
     "subtask_type": None,
     "immutable": False,
 }
-
-
-def raw_message(
-    headers: Any = None, body: Any = None, properties: dict[str, Any] | None = None, **fields: Any
-) -> bytes:
-    """A message as it lies in Redis; `headers` and `properties` go over a good one's."""
-    text = body if isinstance(body, bytes) else json.dumps(ARGUMENTS if body is None else body).encode()
-    return json.dumps(
-        {
-            "body": base64.b64encode(text).decode(),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": headers if not isinstance(headers, dict | None) else {**JOB, **(headers or {})},
-            "properties": {"body_encoding": "base64", "delivery_tag": "tag", "priority": 5, **(properties or {})},
-            **fields,
-        }
-    ).encode()
 
 
 def read(raw: bytes, most: int = MOST) -> Envelope:
