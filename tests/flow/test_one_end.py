@@ -21,7 +21,7 @@ from tests.support.redis_servers import let_the_visibility_timeout_pass
 from tests.support.stand import Producer, Stand, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
-from worker.queue.cancellation import LOOK_S
+from worker.queue.cancellation import POLL_INTERVAL_S
 from worker.queue.result_backend import TAKEN
 
 pytestmark = pytest.mark.timeout(90)
@@ -270,7 +270,7 @@ def test_a_cancellation_ends_all_jobs_under_its_id_and_by_key_none_that_follows(
     held_up.gallery.release(*shown)
     if by == "key":
         # The worker's next look forgets the id.
-        time.sleep(2 * LOOK_S)
+        time.sleep(2 * POLL_INTERVAL_S)
         again(producer, id, "three")
         await_answer(producer, id, "ree")
 

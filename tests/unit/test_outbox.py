@@ -15,11 +15,10 @@ from click.testing import CliRunner
 
 from tasks import outbox as outboxes
 from tasks.cli import main
-from tasks.outbox import Delivery, Outbox, OutboxBounds, batch_id, delivery_id
+from tasks.outbox import Outbox, OutboxBounds, batch_id, delivery_id
 from tests.support.outbox import KEEP_S, Answers, counted, delivery, dispatching
 from worker.delivery import callback_dispatcher
 from worker.delivery.batching import admit, group_by_target
-from worker.delivery.callback_dispatcher import CallbackDispatcher
 from worker.delivery.retry import AttemptResult
 from worker.demo import stack
 
