@@ -122,6 +122,15 @@ def test_a_redis_that_is_there_is_used_and_left() -> None:
         assert server.connect().ping()
 
 
+def test_a_second_one_beside_the_first_is_refused_with_the_cure() -> None:
+    port = str(stack.free_port())
+    with up("--port", port, MODEL="fake"):
+        said = refused("--port", port, MODEL="fake")
+        assert re.search(r"already takes jobs from the queue 'idefics' .*make up PORT=7101", said)
+        client = Client(f"redis://localhost:{port}/0")
+        assert client.submit(Complete(prompt=["Hello"], max_new_tokens=3)).result(PATIENCE_S).text == "llo"
+
+
 def test_settings_of_the_environment_are_the_workers_and_what_goes_wrong_later_is_shown() -> None:
     with stack.broker("--requirepass", "secret") as server:
         url = f"redis://:secret@localhost:{server.port}/4"
