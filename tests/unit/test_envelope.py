@@ -93,6 +93,20 @@ def test_tracing_headers_of_the_field_are_taken() -> None:
     assert read(raw_message({"headers": inner, **inner, "x-datadog-trace-id": "1"})).headers["headers"] == inner
 
 
+@pytest.mark.parametrize("name", ["eta", "expires"])
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_moment_without_an_offset_is_utc_as_for_celerys_producers(name: str, protocol: int) -> None:
+    naive = datetime.fromtimestamp(time.time() + 60, UTC).replace(tzinfo=None, microsecond=0).isoformat()
+    body = {**JOB, "args": [], "kwargs": {}, name: naive}
+    job = read(raw_message({name: naive}) if protocol == 2 else raw_message([], body))
+    assert job.headers[name] == f"{naive}+00:00"
+
+
+@pytest.mark.parametrize("written", ["2030-12-31T23:59:59+02:00", "2030-12-31T23:59:59Z"])
+def test_a_moment_with_an_offset_stays_as_it_was_written(written: str) -> None:
+    assert read(raw_message({"expires": written})).headers["expires"] == written
+
+
 def test_what_celery_writes_over_anyway_is_left_out() -> None:
     assert read(raw_message({"hostname": "a", "delivery_info": {}, "chain": None})).headers == JOB
 
@@ -281,6 +295,8 @@ MESSAGES: dict[str, tuple[bytes, str]] = {
         raw_message(body=[[], {"seed": {"__type__": "decimal", "__value__": "1e999999999"}}, {}]),
         "plain JSON",
     ),
+    "keyword arguments alone": (raw_message(body=ARGUMENTS[1]), "[args, kwargs, links]"),
+    "an empty object": (raw_message(body={}), "[args, kwargs, links]"),
     "two parts": (raw_message(body=[[], {}]), "keyword arguments"),
     "no arguments": (raw_message(body=[None, None, None]), "keyword arguments"),
     "arguments that are an object": (raw_message(body=[{}, {}, {}]), "keyword arguments"),
@@ -316,9 +332,9 @@ def test_a_refused_header_is_told_what_it_must_be(name: str) -> None:
     [
         ({"idefics_submitted_at": 1_800_000_000_000}, "unix seconds, a number: not milliseconds"),
         ({"idefics_submitted_at": "2026-01-01T00:00:00+00:00"}, "unix seconds, a number"),
-        ({"expires": "tomorrow"}, "ISO 8601 with an offset"),
-        ({"expires": 1_800_000_000}, "ISO 8601 with an offset"),
-        ({"eta": 1_800_000_000}, "ISO 8601 with an offset"),
+        ({"expires": "tomorrow"}, "ISO 8601 in UTC or with an offset"),
+        ({"expires": 1_800_000_000}, "ISO 8601 in UTC or with an offset"),
+        ({"eta": 1_800_000_000}, "ISO 8601 in UTC or with an offset"),
         ({"timelimit": 60}, "[hard, soft], each a number of seconds or null"),
         ({"id": 7}, "a text of printable ASCII, 1 to 1,024 characters long"),
     ],

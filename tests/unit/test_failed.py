@@ -23,7 +23,7 @@ from tasks.cli.redaction import redacted
 from tasks.failed import KEYS, FailedBounds, FailedJob, FailedJobs
 from tasks.protocol import CONTINUES, SUBMITTED_AT
 from worker.demo.stack import Broker
-from worker.queue.dead_letters import keep_failures
+from worker.queue.dead_letters import keep_failures, unknown_task
 
 WIDE = FailedBounds(jobs=100, bytes=1_000_000, ttl_s=86_400)
 URL = "https://example.com/a.jpg"
@@ -58,6 +58,23 @@ def signature(id: str, **options: Any) -> dict[str, Any]:
         "subtask_type": None,
         "immutable": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("idefics.captions", "did you mean idefics.caption?"),
+        ("caption", "did you mean idefics.caption?"),
+        ("shop.save", "use one of idefics.caption, "),
+        ("shop.\x1b[2J" + "a" * 250, "use one of idefics.caption, "),
+    ],
+)
+def test_the_error_for_an_unknown_task_is_one_short_line_with_the_cure(name: str, cure: str) -> None:
+    told = unknown_task(name)
+    assert cure in told
+    assert "--queue" in told
+    assert told.isprintable()
+    assert len(told) < 400
 
 
 def keep(jobs: FailedJobs, *kept: FailedJob, bounds: FailedBounds = WIDE) -> None:

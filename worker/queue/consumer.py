@@ -20,10 +20,8 @@ from config.settings import Settings
 from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import Internal, InvalidRequest, JobError
 from tasks.failed import FailedBounds
-from tasks.payloads import PAYLOADS
-from tasks.printable import escaped
 from worker.observability.redaction import without_values
-from worker.queue.dead_letters import keep_misrouted, misrouted
+from worker.queue.dead_letters import keep_misrouted, misrouted, unknown_task
 from worker.queue.due import delay_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, checked, readable, usable_id
 from worker.queue.redeliveries import RedeliveryCounter
@@ -33,11 +31,6 @@ from worker.runtime.exception_info import exception_info
 
 logger = logging.getLogger(__name__)
 
-_MISROUTED = (
-    f"This queue's workers have no task {{task}}: use one of the six ({', '.join(PAYLOADS)}), or send a task of your "
-    "own to its own worker's queue (signature.set(queue=...)). The message is kept: `idefics-jobs failed retry ID "
-    "--queue NAME` sends it on."
-)
 #: Seconds that events wait for others. Celery publishes at every turn of its loop, which costs it more than the jobs.
 EVENTS_S = 0.25
 
@@ -145,7 +138,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
         """Keep the message whole with the failed jobs, from where it can be sent on, and end its job."""
-        why = InvalidRequest(_MISROUTED.format(task=escaped(message.headers["task"])))
+        why = InvalidRequest(unknown_task(message.headers["task"]))
         request = misrouted(message, self.hostname)
         logger.error("Message %s is kept with the failed jobs. %s", request.id, why)
         try:
