@@ -98,7 +98,7 @@ def test_what_we_compose_ourselves_keeps_its_lines() -> None:
 
 
 def test_the_probe_shows_a_reason_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert is_clean(health._on_one_line(f"gpu0@host: {HOSTILE}"))
+    assert is_clean(health.on_one_line(f"gpu0@host: {HOSTILE}"))
 
 
 # The terminal
