@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Unpack
 
-from .errors import InvalidRequest, JobCanceled, JobError, JobTimeout, NotFound
+from .errors import InvalidRequest, JobCanceled, JobError, NotFound
 from .failed import FailedJob
 from .idempotency import digest
 from .outcomes import Outcome
@@ -21,9 +21,9 @@ Answer = Callable[[Job], Result | str]
 
 
 class FakeJob:
-    """What FakeClient.submit returns: a SubmittedJob that has ended. One without an outcome waits for ever."""
+    """What FakeClient.submit returns: a SubmittedJob that is over."""
 
-    def __init__(self, outcome: Outcome | None, id: str | None = None) -> None:
+    def __init__(self, outcome: Outcome, id: str | None = None) -> None:
         self.id = id or str(uuid.uuid4())
         self.outcome = outcome
 
@@ -31,14 +31,12 @@ class FakeJob:
     def status(self) -> Status:
         if isinstance(self.outcome, Result):
             return "succeeded"
-        if self.outcome is None:
-            return "starting"
         return "canceled" if isinstance(self.outcome, JobCanceled) else "failed"
 
     def result(self, timeout: float | None = None) -> Result:
         if isinstance(self.outcome, Result):
             return self.outcome
-        raise self.outcome or JobTimeout(f"Job {self.id} has no answer: it was not submitted, or was forgotten.")
+        raise self.outcome
 
     async def aresult(self, timeout: float | None = None) -> Result:
         return self.result()
@@ -47,7 +45,7 @@ class FakeJob:
         return self.status
 
     def cancel(self) -> None:
-        """Do nothing: the job has ended."""
+        """Too late: the job is over."""
 
     async def acancel(self) -> None:
         self.cancel()
@@ -97,8 +95,7 @@ class FakeClient:
         """Always there."""
 
     def job(self, id: str) -> FakeJob:
-        """The job with this id. An unknown one waits, as the real client answers: Redis cannot tell them apart."""
-        return self._jobs.get(id) or FakeJob(None, id)
+        return self._jobs[id]
 
     def status(self, id: str) -> Status:
         return self.job(id).status
@@ -110,8 +107,7 @@ class FakeClient:
         self.job(id).cancel()
 
     def outcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
-        jobs = {id: self._jobs[id] for id in ids if id in self._jobs}
-        return {id: job.outcome for id, job in jobs.items() if job.outcome is not None}
+        return {id: self._jobs[id].outcome for id in ids if id in self._jobs}
 
     def forget(self, ids: Iterable[str]) -> None:
         for id in ids:

@@ -18,8 +18,7 @@ import pytest
 
 from tasks import Client, Complete
 from tasks.redis_keys import RESULTS_FINGERPRINT
-from tests.support.stand import Producer
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.flow.conftest import PATIENCE_S, Producer, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)

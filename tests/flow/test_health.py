@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.gallery import Gallery
-from tests.support.stand import SLOTS, Stand, stand
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.flow.conftest import PATIENCE_S, SLOTS, Stand, eventually, stand
+from tests.flow.gallery import Gallery
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

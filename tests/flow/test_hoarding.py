@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tasks import Client, Complete
-from tests.support.stand import Producer
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.flow.conftest import PATIENCE_S, Producer, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

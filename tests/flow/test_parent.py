@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.gallery import Gallery
-from tests.support.stand import Stand, stand
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
+from tests.flow.gallery import Gallery
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

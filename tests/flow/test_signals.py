@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.stand import Producer
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.flow.conftest import PATIENCE_S, Producer, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.gallery import Gallery
-from tests.support.stand import Producer, Stand, stand
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
+from tests.flow.gallery import Gallery
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)
