@@ -329,7 +329,7 @@ _INJECTED = tuple(
 )
 
 
-def _is_injected(name: str, value: str) -> bool:
+def is_injected(name: str, value: str) -> bool:
     """Whether a variable is an orchestrator's, about a service whose name begins like our settings."""
     rest = name[len(PREFIX) - 1 :]
     return any(ending.search(rest) and form.fullmatch(value) for ending, form in _INJECTED)
@@ -347,7 +347,7 @@ def load() -> Settings:
     """The settings of this environment. Raises ValueError for an unknown `IDEFICS_` name."""
     known = {PREFIX + name for name in (*map(str.upper, Settings.model_fields), *RENAMED)}
     others = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name not in known}
-    unknown = sorted(name for name, value in others.items() if not _is_injected(name, value))
+    unknown = sorted(name for name, value in others.items() if not is_injected(name, value))
     if unknown:
         raise ValueError(f"Unknown settings: {', '.join(unknown)}. `python -m config` lists all.")
     return Settings(**_renamed())

@@ -19,7 +19,7 @@ from redis import Redis, RedisError
 
 from .errors import ConfigurationError
 from .redis_keys import RESULTS_FINGERPRINT, WORKER_OPTIONS, broker_prefix, results_prefix, separator, steps
-from .worker_registry import RENEW_S, SILENT_S, WorkerOptions, workers_key
+from .worker_registry import RENEW_S, SILENT_S, WorkerOptions, no_worker, workers_key
 
 #: Seconds that a client misses the fingerprint before it concludes that results are elsewhere: a server that was
 #: emptied has the fingerprint again by then.
@@ -134,7 +134,7 @@ class SetupCheck:
             # Not for this user to ask, or another broker than Redis.
             return "Is a worker running on its queue?"
         if not count:
-            return f"No worker takes from the queue {queue!r}: is one running?"
+            return no_worker(queue)
         who = "1 worker takes" if count == 1 else f"{count} workers take"
         return f"{who} from its queue: it waits for its turn, or runs."
 

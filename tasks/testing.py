@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Unpack
 
-from .errors import InvalidRequest, JobCanceled, JobError, NotFound
+from .errors import InvalidRequest, JobCanceled, JobError, JobTimeout, NotFound
 from .failed import FailedJob
 from .idempotency import digest
 from .outcomes import Outcome
@@ -21,9 +21,9 @@ Answer = Callable[[Job], Result | str]
 
 
 class FakeJob:
-    """What FakeClient.submit returns: a SubmittedJob that is over."""
+    """What FakeClient.submit returns: a SubmittedJob that has ended. One without an outcome waits for ever."""
 
-    def __init__(self, outcome: Outcome, id: str | None = None) -> None:
+    def __init__(self, outcome: Outcome | None, id: str | None = None) -> None:
         self.id = id or str(uuid.uuid4())
         self.outcome = outcome
 
@@ -31,12 +31,14 @@ class FakeJob:
     def status(self) -> Status:
         if isinstance(self.outcome, Result):
             return "succeeded"
+        if self.outcome is None:
+            return "starting"
         return "canceled" if isinstance(self.outcome, JobCanceled) else "failed"
 
     def result(self, timeout: float | None = None) -> Result:
         if isinstance(self.outcome, Result):
             return self.outcome
-        raise self.outcome
+        raise self.outcome or JobTimeout(f"Job {self.id} has no answer: it was not submitted, or was forgotten.")
 
     async def aresult(self, timeout: float | None = None) -> Result:
         return self.result()
@@ -45,7 +47,7 @@ class FakeJob:
         return self.status
 
     def cancel(self) -> None:
-        """Too late: the job is over."""
+        """Do nothing: the job has ended."""
 
     async def acancel(self) -> None:
         self.cancel()
@@ -95,7 +97,8 @@ class FakeClient:
         """Always there."""
 
     def job(self, id: str) -> FakeJob:
-        return self._jobs[id]
+        """The job with this id. An unknown one waits, as the real client answers: Redis cannot tell them apart."""
+        return self._jobs.get(id) or FakeJob(None, id)
 
     def status(self, id: str) -> Status:
         return self.job(id).status
@@ -107,7 +110,8 @@ class FakeClient:
         self.job(id).cancel()
 
     def outcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
-        return {id: self._jobs[id].outcome for id in ids if id in self._jobs}
+        jobs = {id: self._jobs[id] for id in ids if id in self._jobs}
+        return {id: job.outcome for id, job in jobs.items() if job.outcome is not None}
 
     def forget(self, ids: Iterable[str]) -> None:
         for id in ids:

@@ -87,3 +87,8 @@ def deregister(app: Celery, worker: str, broker: Redis) -> None:
 
 def workers_key(app: Celery, queue: str) -> str:
     return f"{broker_prefix(app)}{WORKERS.named(queue)}"
+
+
+def no_worker(queue: str) -> str:
+    """What is to be said where jobs wait in a queue that no worker takes from."""
+    return f"No worker takes from the queue {queue!r}: is one running? A worker takes jobs once its model has loaded."

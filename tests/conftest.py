@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from tasks import Client
+from tests.support.web import Quiet, serving
 from worker.demo import stack
 
 PICTURES = stack.CHECKOUT / "worker" / "demo" / "pictures"
@@ -32,9 +32,8 @@ def fake_broker() -> Iterator[stack.Broker]:
         yield server
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """Not into the tests' output."""
+class _Files(Quiet, SimpleHTTPRequestHandler):
+    pass
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +48,8 @@ def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pictures_url(pictures_folder: Path) -> Iterator[str]:
     """A web server's address with the pictures of `pictures_folder`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(pictures_folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(functools.partial(_Files, directory=str(pictures_folder))) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 #: What signs callbacks of the demo worker, under the id `main`.

@@ -65,7 +65,7 @@ class HealthReport:
 
     @property
     def is_there(self) -> bool:
-        return _born(self.pid) == self.born
+        return born_at(self.pid) == self.born
 
     @property
     def is_ready(self) -> bool:
@@ -85,7 +85,8 @@ class HealthReport:
         return f"{self.worker}: {state.name}{f' ({reason})' if reason else ''}. {state.value}"
 
 
-def _born(pid: int) -> str:
+def born_at(pid: int) -> str:
+    """When a process started, in the kernel's ticks; empty where there is none. It tells processes of one pid apart."""
     try:
         # The name in parentheses may hold blanks.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -140,7 +141,7 @@ class StateFile:
             if is_first and self._is_shared:
                 _clean(self._path.parent)
             pid = os.getpid()
-            self._write(HealthReport(state, reason, self._worker, pid, _born(pid), broker=broker_here()))
+            self._write(HealthReport(state, reason, self._worker, pid, born_at(pid), broker=broker_here()))
             self._fails = False
         except OSError as error:
             if not self._fails:
@@ -199,7 +200,7 @@ def _none(elsewhere: Iterable[HealthReport]) -> str:
     return f"{told} Of other brokers, as IDEFICS_BROKER_URL would name them: {others}." if others else told
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     """Its reason may repeat what a checkpoint says. As `tasks.printable`, which would make the probe start slowly."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
@@ -218,7 +219,7 @@ def main() -> int:
     # A file that is named is that worker's, whatever its broker.
     found = _told([report for report in known if path or report.broker == broker_here()])
     lines = map(str, found) if found else [_none(known)]
-    sys.stdout.writelines(f"{_on_one_line(line)}\n" for line in lines)
+    sys.stdout.writelines(f"{on_one_line(line)}\n" for line in lines)
     is_good = found and all(report.is_alive if options.alive else report.is_ready for report in found)
     return 0 if is_good else 1
 

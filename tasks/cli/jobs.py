@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 import click
@@ -17,6 +17,7 @@ from ..outcomes import Outcome
 from ..payloads import PAYLOADS, parse
 from ..protocol import DEFAULT_PRIORITY
 from ..results import Result
+from ..worker_registry import no_worker
 from .console import away, echo, echo_error, echo_json, echo_rows, json_line_option, json_option
 from .fields import arguments
 from .redaction import redacted
@@ -108,7 +109,8 @@ def fail(error: Exception) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """How far a job is. Code, detail and message say why it failed, or what it is retried after."""
+    """How far a job is. Code, detail and message say why it failed, or what it is retried after; the message also says
+    where a queued job waits for a worker."""
 
     id: str
     #: queued (or unknown: Redis cannot tell), running, retrying, succeeded, failed or canceled.
@@ -131,7 +133,19 @@ def statuses(client: Any, ids: Iterable[str]) -> list[JobStatus]:
     # Before their outcomes: a job that ends between the two is shown as ended.
     found = {id: _of_job(client.job(id)) for id in ids}
     ended = client.outcomes(found)
-    return [_of_outcome(id, ended[id]) if id in ended else status for id, status in found.items()]
+    now = [_of_outcome(id, ended[id]) if id in ended else status for id, status in found.items()]
+    return _with_hint(client, now) if any(one.status == "queued" for one in now) else now
+
+
+def _with_hint(client: Any, found: list[JobStatus]) -> list[JobStatus]:
+    """The statuses; those of queued jobs with a message, if no worker takes from the client's queue."""
+    try:
+        if client.workers():
+            return found
+    except (IdeficsError, RedisError, OperationalError):
+        # Not for this user to know.
+        return found
+    return [replace(one, message=no_worker(client.queue)) if one.status == "queued" else one for one in found]
 
 
 def _of_job(job: Any) -> JobStatus:
@@ -161,8 +175,8 @@ def _with_error(id: str, status: str, error: JobError | None) -> JobStatus:
 def status(client: Any, ids: tuple[str, ...], as_json: bool) -> None:
     """Print how far jobs are: id, status, code, message.
 
-    The status is queued, running, retrying, succeeded, failed or canceled. An id that nobody has submitted is also
-    "queued". Code and message tell why a job failed, or why it is retried.
+    The status is queued, running, retrying, succeeded, failed or canceled. An id that was never submitted is also
+    "queued". Code and message say why a job failed, why it is retried, or that no worker takes from its queue.
 
     \b
     idefics-jobs status 8f14e45f-ceea-4672-a9b5-0a2f9d7c2c1f

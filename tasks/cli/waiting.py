@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import IdeficsError
+from ..worker_registry import no_worker
 from .console import echo
 
 #: Seconds between two looks for a worker.
@@ -36,5 +37,5 @@ def _watch(client: Any, tell: Callable[[str], None], is_over: threading.Event) -
             if not client.workers():
                 count = client.queued()
                 waiting = "1 job waits" if count == 1 else f"{count:,} jobs wait"
-                tell(f"{waiting}; no worker takes from the queue {client.queue!r}: is one running?")
+                tell(f"{waiting}. {no_worker(client.queue)}")
                 return

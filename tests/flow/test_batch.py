@@ -18,7 +18,8 @@ import pytest
 
 from tasks import Client, Complete
 from tasks.redis_keys import RESULTS_FINGERPRINT
-from tests.flow.conftest import PATIENCE_S, Producer, eventually
+from tests.support.stand import Producer
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)

@@ -9,7 +9,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +25,10 @@ from tasks import Callback, Client, Complete, InvalidRequest, Job, OutOfMemory
 from tasks.outbox import STATES, Delivery, Outbox, connect, delivery_id
 from tasks.webhooks import body
 from tests.flow import killer
-from tests.flow.conftest import PATIENCE_S, eventually
-from tests.flow.test_one_end import let_the_visibility_timeout_pass
-from tests.receiver import NEW_SECRET, SECRET, Call, Receiver
+from tests.support.receiver import NEW_SECRET, SECRET, Call, Receiver
+from tests.support.redis_servers import let_the_visibility_timeout_pass
+from tests.support.stand import callbacks_worker
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)
@@ -128,12 +129,6 @@ def callbacks_process(
 @pytest.fixture
 def shop(server: stack.Broker, receiver: Receiver) -> Shop:
     return Shop(server, receiver)
-
-
-def callbacks_worker(
-    server: stack.Broker, log: Path, settings: dict[str, str]
-) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    return stack.worker(server, settings=settings, log=log, app="worker.callbacks")
 
 
 # A job's end

@@ -12,7 +12,8 @@ from kombu.exceptions import OperationalError
 from tasks import Client, Complete, JobCanceled, SubmittedJob
 from tasks.protocol import CANCEL_TTL_S
 from tasks.redis_keys import CANCELLATION
-from tests.flow.conftest import PATIENCE_S, SLOTS, Stand, eventually
+from tests.support.stand import SLOTS, Stand
+from tests.support.waiting import PATIENCE_S, eventually
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -23,8 +23,9 @@ from celery.events import EventReceiver
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 
-from tests.flow.conftest import PATIENCE_S, SLOTS, Producer, Stand, eventually, stand
-from tests.flow.gallery import Gallery
+from tests.support.gallery import Gallery
+from tests.support.stand import SLOTS, Producer, Stand, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(60)

@@ -20,8 +20,9 @@ import redis
 import yaml
 
 from config.settings import PREFIX, Settings
-from tests.flow.conftest import PATIENCE_S, Producer, eventually
-from tests.guarded import MOUNT, as_user, make_secrets
+from tests.support.guarded import MOUNT, as_user, make_secrets
+from tests.support.stand import Producer
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

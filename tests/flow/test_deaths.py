@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from PIL import Image
 
 from tasks import Client, Complete, JobError, SubmittedJob
-from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
-from tests.flow.gallery import Gallery
+from tests.support.gallery import Gallery
+from tests.support.pictures import data_uri, png
+from tests.support.redis_servers import SeparateResults
+from tests.support.stand import Producer, Stand, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 from worker.models.fake import POISON, POISON_COLOUR
 
@@ -105,16 +104,10 @@ def test_two_poisonous_jobs_among_100_fail_as_worker_lost_and_98_succeed(stood: 
 def test_a_picture_whose_decoding_kills_the_process_costs_its_own_job_only(stood: Stand, client: Client) -> None:
     colours = [(number, 10, 200) for number in range(20)]
     colours[7] = POISON_COLOUR
-    jobs = client.submit_many(Complete(prompt=[shown(colour), "fine"], max_new_tokens=4) for colour in colours)
+    jobs = client.submit_many(Complete(prompt=[data_uri(png(colour)), "fine"], max_new_tokens=4) for colour in colours)
     assert [outcome(job) for job in jobs] == [
         "fine" if colour != POISON_COLOUR else "worker_lost" for colour in colours
     ]
-
-
-def shown(colour: tuple[int, int, int]) -> str:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def outcome(job: SubmittedJob) -> str:
@@ -144,20 +137,9 @@ def test_a_process_that_dies_while_it_loads_is_started_again_three_times_and_the
     assert "The model is ready" not in log.read_text()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Apart(stack.Broker):
-    """A broker whose results lie on a server of their own."""
-
-    results_server: stack.Broker
-
-    @property
-    def results(self) -> str:
-        return self.results_server.results
-
-
 def test_a_worker_that_dies_while_it_stores_a_failure_leaves_the_job_to_another(tmp_path: Path) -> None:
     with Gallery().open() as gallery, stack.broker() as queues, stack.broker() as results:
-        server = Apart(queues.port, process=queues.process, results_server=results)
+        server = SeparateResults(queues.port, process=queues.process, results_server=results)
         job = Producer(server).complete("-" * 200, 200, time_limit=2.0)
         with stand(server, gallery, tmp_path / "first", VISIBILITY_TIMEOUT_S="2") as first:
             outcome = job.apply_async()

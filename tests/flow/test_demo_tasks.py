@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import PICTURES
+from tests.support.pictures import data_uri
 from worker.demo.__main__ import Shown, pictures
 from worker.demo.sayings import (
     FORMS,
@@ -49,7 +49,7 @@ def jobs_about(shown: Shown, example: Shown) -> list[tuple[Job, str]]:
     fun_fact = FORMS["fun fact"]
     few_shot = [{"image": {"path": example.file}, "text": fun_fact(example.picture)}]
     question = "What is in this image?"
-    data = f"data:image/png;base64,{base64.b64encode((PICTURES / shown.file).read_bytes()).decode()}"
+    data = data_uri((PICTURES / shown.file).read_bytes())
     asked = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": question}]
     return [
         (("idefics.caption", {"image": image}), expected_caption(picture)),

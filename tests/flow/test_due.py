@@ -19,8 +19,9 @@ from celery import chord
 from celery.result import AsyncResult
 
 from tasks import Client
-from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
-from tests.flow.gallery import Gallery
+from tests.support.gallery import Gallery
+from tests.support.stand import Producer, Stand, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import pickle
 from collections.abc import Iterator
@@ -15,8 +14,10 @@ from celery.result import AsyncResult
 
 from benchmarks import envelopes
 from tasks.payloads import PAYLOADS
-from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
-from tests.flow.gallery import Gallery
+from tests.support.gallery import Gallery
+from tests.support.messages import task_message
+from tests.support.stand import Producer, Stand, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.app import app
 from worker.demo import stack
 
@@ -40,16 +41,8 @@ def message(
 ) -> dict[str, Any]:
     """A good message but for what is given. A body of None is a good one's; no id: a message of the first protocol."""
     arguments = [[], {"prompt": ["Hello"], "max_new_tokens": 3}, {}]
-    text = body if isinstance(body, bytes) else json.dumps(arguments if body is None else body).encode()
     named = {"task": task, "id": id, "lang": "py", "retries": 0, "timelimit": [None, None]} if id else {}
-    return {
-        "body": base64.b64encode(text).decode(),
-        "content-encoding": "utf-8",
-        "content-type": "application/json",
-        "headers": {**named, **(headers or {})},
-        "properties": {"body_encoding": "base64", "delivery_tag": uuid(), "priority": 0, "delivery_info": {}},
-        **fields,
-    }
+    return task_message({**named, **(headers or {})}, arguments if body is None else body, **fields)
 
 
 def error_of(producer: Producer, id: str) -> BaseException:

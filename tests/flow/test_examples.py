@@ -24,7 +24,8 @@ from fastapi.testclient import TestClient
 
 from tasks import Client, Complete
 from tests.conftest import SITE_SECRET, callback_settings
-from tests.flow.conftest import PATIENCE_S, eventually
+from tests.support.pictures import data_uri
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 EXAMPLES = stack.CHECKOUT / "examples"
@@ -173,10 +174,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
         yield client
 
 
-def data_uri(picture: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-
-
 def watched(api: TestClient, id: str) -> list[tuple[str, dict[str, Any]]]:
     """The events of a job to its end."""
     with api.stream("GET", f"/captions/{id}/events") as stream:
@@ -187,7 +184,7 @@ def watched(api: TestClient, id: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_a_fastapi_app_submits_polls_and_tells_progress(api: TestClient) -> None:
-    sent = api.post("/captions", json={"image": data_uri(EXAMPLES / "pictures" / "cat.png")})
+    sent = api.post("/captions", json={"image": data_uri((EXAMPLES / "pictures" / "cat.png").read_bytes())})
     assert sent.status_code == 202
     events = watched(api, sent.json()["id"])
     names = [name for name, _ in events]
@@ -200,7 +197,7 @@ def test_a_fastapi_app_answers_with_4xx_for_what_its_caller_can_mend(api: TestCl
     url = "https://a.example"
     for wrong in ({}, {"image": "cat.png"}, {"image": "ftp://a.example/b"}, {"image": url, "num_beams": 9}):
         assert api.post("/captions", json=wrong).status_code == 422
-    sent = api.post("/captions", json={"image": data_uri(broken)})
+    sent = api.post("/captions", json={"image": data_uri(broken.read_bytes())})
     name, body = watched(api, sent.json()["id"])[-1]
     assert (name, body["error"]["code"]) == ("failed", "image_invalid")
     read = api.get(f"/captions/{sent.json()['id']}")

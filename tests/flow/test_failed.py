@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,9 @@ from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 
 from tasks import Client
-from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
-from tests.flow.gallery import PNG, Gallery
+from tests.support.gallery import PNG, Gallery
+from tests.support.stand import Stand, command, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)
@@ -51,16 +50,6 @@ def codes(client: Client) -> dict[str, str]:
 
 def fails(job: AsyncResult) -> str:
     return str(job.get(timeout=PATIENCE_S, propagate=False).args[0])
-
-
-def command(server: stack.Broker, *words: str) -> str:
-    environment = {**os.environ, "IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
-    program = [sys.executable, "-m", *words]
-    done = subprocess.run(
-        program, cwd=stack.CHECKOUT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_job_whose_cause_was_repaired_goes_on_under_its_id_with_its_link_and_chain(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.flow.conftest import PATIENCE_S, SLOTS, Stand, eventually, stand
-from tests.flow.gallery import Gallery
+from tests.support.gallery import Gallery
+from tests.support.stand import SLOTS, Stand, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from tasks import Client, Complete
-from tests.flow.conftest import PATIENCE_S, Producer, eventually
+from tests.support.stand import Producer
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

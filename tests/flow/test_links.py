@@ -15,12 +15,12 @@ from celery import Celery, chain, chord, group
 from celery.canvas import Signature
 
 from tasks import Client
-from tests.flow.conftest import PATIENCE_S, stand
-from tests.flow.gallery import Gallery
 
 # Not the site itself: its shared tasks would be those of every app of this process.
 from tests.flow.site_settings import NOTES, RoutedSettings, Settings
-from tests.flow.test_failed import command
+from tests.support.gallery import Gallery
+from tests.support.stand import command, stand
+from tests.support.waiting import PATIENCE_S
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks import Caption, Client, Complete, ImageBlocked, PromptTooLong, WorkerLost
-from tests.flow.conftest import eventually
+from tests.support.waiting import eventually
 from worker.demo import stack
 from worker.models.fake import POISON
 

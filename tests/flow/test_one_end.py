@@ -13,14 +13,15 @@ import psutil
 import pytest
 from celery.canvas import Signature
 from celery.result import AsyncResult
-from kombu import Connection
 
 from tasks import Client, Complete, InvalidRequest
 from tasks.redis_keys import CANCELLATION
-from tests.flow.conftest import PATIENCE_S, Producer, Stand, eventually, stand
-from tests.flow.gallery import Gallery
+from tests.support.gallery import Gallery
+from tests.support.redis_servers import let_the_visibility_timeout_pass
+from tests.support.stand import Producer, Stand, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
-from worker.queue.cancellation import LOOK_S
+from worker.queue.cancellation import POLL_INTERVAL_S
 from worker.queue.result_backend import TAKEN
 
 pytestmark = pytest.mark.timeout(90)
@@ -33,13 +34,6 @@ def name() -> str:
 def processes(stood: Stand) -> list[psutil.Process]:
     parent = psutil.Process(stood.process.pid)
     return [parent, *parent.children(recursive=True)]
-
-
-def let_the_visibility_timeout_pass(server: stack.Broker) -> None:
-    """What every worker does for those that are silent, now instead of in an hour."""
-    options = {"visibility_timeout": 0, "priority_steps": list(range(10))}
-    with Connection(server.url, transport="worker.queue.transport:Transport", transport_options=options) as connection:
-        connection.default_channel.qos.restore_visible(num=100)
 
 
 def kept(server: stack.Broker, job: AsyncResult) -> dict[str, Any]:
@@ -276,7 +270,7 @@ def test_a_cancellation_ends_all_jobs_under_its_id_and_by_key_none_that_follows(
     held_up.gallery.release(*shown)
     if by == "key":
         # The worker's next look forgets the id.
-        time.sleep(2 * LOOK_S)
+        time.sleep(2 * POLL_INTERVAL_S)
         again(producer, id, "three")
         await_answer(producer, id, "ree")
 

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import redis
 from celery.result import AsyncResult
 from kombu import Connection
 
-from tests.flow.conftest import PATIENCE_S, Producer, eventually
+from tests.support.redis_servers import RestartableServer
+from tests.support.stand import Producer
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)
@@ -29,53 +29,15 @@ FREEZES = int(os.environ.get("FREEZES", "3"))
 FAULT_S = float(os.environ.get("FAULT_S", "2"))
 
 
-class Server:
-    """A Redis server that keeps what it accepted in a file, and can be ended and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, stack.free_port()
-        self.start()
-
-    def start(self) -> None:
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
-        options += ["--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [stack.server_binary(), *options], stdout=log, stderr=log, preexec_fn=_bear_full_disks
-            )
-        eventually(self._answers)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def limit_disk(self, size: int) -> None:
-        """Bytes of its largest file: a disk that is full refuses as this does."""
-        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-    def broker(self) -> stack.Broker:
-        return stack.Broker(self.port, process=self.process)
-
-    def _answers(self) -> bool:
-        try:
-            return bool(self.broker().connect().ping())
-        except redis.ConnectionError:
-            return False
-
-
-def _bear_full_disks() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("data"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestartableServer]:
+    server = RestartableServer(tmp_path_factory.mktemp("data"))
     yield server
     server.kill()
 
 
 @pytest.fixture(scope="module")
-def worker(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+def worker(server: RestartableServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
     log = tmp_path_factory.mktemp("worker") / "log"
     settings = {"MODEL": "fake:0.02", "PREFETCH": "4", "VISIBILITY_TIMEOUT_S": "3600"}
     with stack.worker(server.broker(), settings=settings, log=log) as process:
@@ -83,7 +45,7 @@ def worker(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture
-def jobs(server: Server, worker: subprocess.Popen[bytes]) -> Iterator[list[AsyncResult]]:
+def jobs(server: RestartableServer, worker: subprocess.Popen[bytes]) -> Iterator[list[AsyncResult]]:
     """Half of them run or wait in the worker, when the fault comes; after the test all have their answers."""
     producer = Producer(server.broker())
     jobs = [producer.complete(f"word-{number}", tokens=10).apply_async() for number in range(30)]
@@ -118,13 +80,13 @@ def _lost_by_a_frozen_worker(broker: stack.Broker, transport: str) -> int:
         return 1 - client.llen("jobs") - client.hlen("unacked")
 
 
-def test_a_worker_goes_on_after_a_restart_of_redis(server: Server, jobs: list[AsyncResult]) -> None:
+def test_a_worker_goes_on_after_a_restart_of_redis(server: RestartableServer, jobs: list[AsyncResult]) -> None:
     server.kill()
     time.sleep(0.5)
     server.start()
 
 
-def test_a_worker_goes_on_after_its_connections_drop(server: Server, jobs: list[AsyncResult]) -> None:
+def test_a_worker_goes_on_after_its_connections_drop(server: RestartableServer, jobs: list[AsyncResult]) -> None:
     with server.broker().connect() as client:
         for _ in range(3):
             client.client_kill_filter(_type="normal", skipme=True)
@@ -132,20 +94,20 @@ def test_a_worker_goes_on_after_its_connections_drop(server: Server, jobs: list[
             time.sleep(0.3)
 
 
-def test_a_worker_waits_for_a_redis_that_hangs(server: Server, jobs: list[AsyncResult]) -> None:
+def test_a_worker_waits_for_a_redis_that_hangs(server: RestartableServer, jobs: list[AsyncResult]) -> None:
     server.process.send_signal(signal.SIGSTOP)
     time.sleep(FAULT_S)
     server.process.send_signal(signal.SIGCONT)
 
 
-def test_results_wait_for_a_redis_that_is_full(server: Server, jobs: list[AsyncResult]) -> None:
+def test_results_wait_for_a_redis_that_is_full(server: RestartableServer, jobs: list[AsyncResult]) -> None:
     with server.broker().connect() as client:
         client.config_set("maxmemory", 1)
         time.sleep(FAULT_S)
         client.config_set("maxmemory", 0)
 
 
-def test_results_wait_for_a_redis_whose_disk_is_full(server: Server, jobs: list[AsyncResult]) -> None:
+def test_results_wait_for_a_redis_whose_disk_is_full(server: RestartableServer, jobs: list[AsyncResult]) -> None:
     server.limit_disk(1)
     with server.broker().connect() as client:
         eventually(lambda: client.info("persistence")["aof_last_write_status"] == "err")

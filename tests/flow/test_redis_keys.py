@@ -14,10 +14,11 @@ from celery.exceptions import TimeoutError as CeleryTimeoutError
 
 from tasks import Callback, Client, Complete
 from tasks.redis_keys import BINDING, BINDING_DEADLINES, CANCELLATION, PERMANENT_BINDING, REDIS_KEYS, RedisKey
-from tests.flow.conftest import PATIENCE_S, Producer, eventually, stand
-from tests.flow.gallery import Gallery
-from tests.flow.test_one_end import let_the_visibility_timeout_pass
-from tests.receiver import SECRET, Receiver
+from tests.support.gallery import Gallery
+from tests.support.receiver import SECRET, Receiver
+from tests.support.redis_servers import let_the_visibility_timeout_pass
+from tests.support.stand import Producer, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(180)

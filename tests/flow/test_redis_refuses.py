@@ -18,9 +18,9 @@ import redis
 from celery import chord, group
 from celery.result import AsyncResult
 
-from tests.flow.conftest import PATIENCE_S, Producer, eventually
-from tests.flow.test_deaths import Apart
-from tests.flow.test_redis_faults import Server
+from tests.support.redis_servers import RestartableServer, SeparateResults
+from tests.support.stand import Producer
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)
@@ -37,7 +37,7 @@ MOST_CONNECTIONS = 32
 class Site:
     """A worker with as many job threads as by default, its queues and its results."""
 
-    queues: Server
+    queues: RestartableServer
     results: stack.Broker
     worker: subprocess.Popen[bytes]
     producer: Producer
@@ -55,9 +55,9 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    queues = Server(tmp_path_factory.mktemp("data"))
+    queues = RestartableServer(tmp_path_factory.mktemp("data"))
     with stack.broker() as results:
-        server = Apart(queues.port, process=queues.process, results_server=results)
+        server = SeparateResults(queues.port, process=queues.process, results_server=results)
         settings = {"MODEL": "fake:0.02", "PREFETCH": "192", "RETRY_BACKOFF_S": "0.1", "IMAGE_TIMEOUT_S": "2"}
         settings |= {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(stack.free_port())}
         log = tmp_path_factory.mktemp("worker") / "log"

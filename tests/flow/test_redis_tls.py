@@ -14,8 +14,8 @@ import redis
 from kombu.exceptions import OperationalError
 
 from tasks import Client, Complete
-from tests.flow.conftest import PATIENCE_S, eventually
-from tests.guarded import binaries, environment, has_tls, make_secrets, tls_proxy
+from tests.support.guarded import binaries, environment, has_tls, make_secrets, tls_proxy
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)

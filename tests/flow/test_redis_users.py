@@ -17,9 +17,9 @@ from tasks import Client, Complete, InvalidRequest, JobCanceled, batch
 from tasks.cli.queue import queue_state
 from tasks.failed import FailedJobs
 from tasks.outbox import Delivery, Outbox, delivery_id
-from tests.flow.conftest import PATIENCE_S, Producer, eventually
-from tests.flow.test_callbacks import callbacks_worker
-from tests.guarded import as_user, binaries, make_secrets
+from tests.support.guarded import as_user, binaries, make_secrets
+from tests.support.stand import Producer, callbacks_worker
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)

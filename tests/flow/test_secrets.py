@@ -13,9 +13,11 @@ import pytest
 from celery import uuid
 from celery.result import AsyncResult
 
-from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
-from tests.flow.events import Events
-from tests.flow.gallery import Gallery
+from tests.support.events import Events
+from tests.support.gallery import Gallery
+from tests.support.messages import task_message
+from tests.support.stand import Stand, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)
@@ -111,15 +113,8 @@ def message(
     """A task's message as it lies in Redis, with some of it exchanged."""
     task = {"lang": "py", "task": "idefics.complete", "id": uuid(), "retries": 0, "timelimit": [None, None]}
     delivery = {"exchange": "", "routing_key": "idefics"}
-    plain = {"delivery_tag": uuid(), "delivery_info": delivery, "body_encoding": "base64", "priority": 0}
-    return {
-        "body": base64.b64encode(body.encode()).decode(),
-        "content-encoding": "utf-8",
-        "content-type": "application/json",
-        "headers": {**task, **(headers or {})},
-        "properties": {**plain, **(properties or {})},
-        **fields,
-    }
+    plain = {"delivery_info": delivery, **(properties or {})}
+    return task_message({**task, **(headers or {})}, body.encode(), plain, **fields)
 
 
 def bomb(compression: str, body: bytes) -> dict[str, Any]:

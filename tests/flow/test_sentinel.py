@@ -17,7 +17,7 @@ import redis
 from redis.sentinel import Sentinel
 
 from tasks import Client, Complete
-from tests.flow.conftest import eventually
+from tests.support.waiting import eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(180)

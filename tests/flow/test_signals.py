@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flow.conftest import PATIENCE_S, Producer, eventually
+from tests.support.stand import Producer
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

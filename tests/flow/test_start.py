@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tasks import Client, Complete
-from tests.flow.conftest import PATIENCE_S, eventually
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import random
 from collections.abc import Iterator
 
 import pytest
-from PIL import Image
 
 from tasks import Caption, Classify, Client, Complete, Job, JobError, SubmittedJob
 from tasks.redis_keys import ANSWER
-from tests.flow.conftest import PATIENCE_S, Stand, eventually, stand
-from tests.flow.events import Events
-from tests.flow.gallery import Gallery
+from tests.support.events import Events
+from tests.support.gallery import Gallery
+from tests.support.pictures import data_uri, png
+from tests.support.stand import Stand, stand
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(90)
@@ -38,14 +37,12 @@ def stood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
 
 
 def picture(red: int) -> str:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (red, 90, 90)).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(png((red, 90, 90)))
 
 
 def broken(marker: str) -> str:
     """A picture by its first bytes only."""
-    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + marker.encode()).decode()
+    return data_uri(b"\x89PNG\r\n\x1a\n" + marker.encode())
 
 
 def jobs(marker: str, number: int, gallery: Gallery) -> list[tuple[str, Job]]:

@@ -12,7 +12,7 @@ from celery import Celery
 from tasks import Client, Complete, ConfigurationError, InvalidRequest
 from tasks.redis_keys import RESULTS_FINGERPRINT, WORKER_OPTIONS, WORKERS
 from tasks.worker_registry import SILENT_S
-from tests.flow.conftest import PATIENCE_S, eventually
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 OPTIONS_KEY, RESULTS_KEY = WORKER_OPTIONS.named(), RESULTS_FINGERPRINT.named()

@@ -21,8 +21,8 @@ import pytest
 
 from tasks import Callback, Caption, Client, Complete, ImagePath
 from tests.conftest import SITE_SECRET, callback_settings
-from tests.flow.conftest import PATIENCE_S, eventually
-from tests.receiver import Receiver
+from tests.support.receiver import Receiver
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)
@@ -120,6 +120,15 @@ def test_a_redis_that_is_there_is_used_and_left() -> None:
             assert "duck" in job.result(timeout=60).text
             assert running.interrupted() == 0
         assert server.connect().ping()
+
+
+def test_a_second_one_beside_the_first_is_refused_with_the_cure() -> None:
+    port = str(stack.free_port())
+    with up("--port", port, MODEL="fake"):
+        said = refused("--port", port, MODEL="fake")
+        assert re.search(r"already takes jobs from the queue 'idefics' .*make up PORT=7101", said)
+        client = Client(f"redis://localhost:{port}/0")
+        assert client.submit(Complete(prompt=["Hello"], max_new_tokens=3)).result(PATIENCE_S).text == "llo"
 
 
 def test_settings_of_the_environment_are_the_workers_and_what_goes_wrong_later_is_shown() -> None:

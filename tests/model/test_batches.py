@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tasks import Answer, Caption, CaptionExample, ImagePath, Job
 from tasks.errors import Internal, OutOfMemory
-from tests.model.conftest import Served
+from tests.model.conftest import Served, noise
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of, stock_ids
 from worker.engine import prefix_cache
 from worker.engine.continuous import ContinuousModel
@@ -404,18 +404,15 @@ def _log_likelihood(served: Served, row: Row, label: tuple[int, ...]) -> float:
 
 
 def test_an_image_that_several_jobs_show_is_encoded_once(served: Served) -> None:
-    encoded: list[int] = []
-    adapter = served.model.stock.adapter
-    cache = type(adapter._features)(lambda pictures: encoded.append(len(pictures)) or adapter._encode(pictures), 2**30)  # type: ignore[attr-defined, func-returns-value]
-    previous, adapter._features = adapter._features, cache  # type: ignore[attr-defined]
-    try:
-        names = sorted(served.images)[:2]
-        parts = [[served.images[names[n % 2]], "Say"] for n in range(6)]
-        rows = [Row(prepared(served.model, prompt), Sampling(2)) for prompt in parts]
-        served.model.run(rows, _nothing, _nobody)
-    finally:
-        adapter._features = previous  # type: ignore[attr-defined]
-    assert sum(encoded) == 2
+    def encoded() -> int:
+        return served.model.stock.adapter.metrics()["feature_misses"]
+
+    before = encoded()
+    # No other test shows these.
+    new = noise(1_001), noise(1_002)
+    rows = [Row(prepared(served.model, [new[n % 2], "Say"]), Sampling(2)) for n in range(6)]
+    served.model.run(rows, _nothing, _nobody)
+    assert encoded() - before == 2
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch(served: Served) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from tasks.payloads import parse
 from tests.model.checkpoints import TEMPLATE, later_checkpoint
 from tests.model.conftest import noise
 from tests.model.jobs import Parts, generated, mixed_jobs, parts_of, prepared, row_of
+from tests.support.pictures import data_uri, encoded
 from worker.engine.engine import Engine
 from worker.engine.row import Row, Sampling
 from worker.engine.scheduler import Limits
@@ -251,7 +250,7 @@ def _service(later: Later) -> Iterator[Service]:
 
 
 def _tasks() -> dict[str, dict[str, Any]]:
-    image, other = _uri(IMAGES["0.png"]), _uri(IMAGES["1.png"])
+    image, other = (data_uri(encoded(IMAGES[name])) for name in ("0.png", "1.png"))
     return {
         "caption": {"image": image, "examples": [{"image": other, "text": "A dog."}]},
         "answer": {"image": image, "question": "What is it?"},
@@ -260,9 +259,3 @@ def _tasks() -> dict[str, dict[str, Any]]:
         "complete": {"prompt": ["User:", image, "Hello<end_of_utterance>\nAssistant:"]},
         "chat": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]},
     }
-
-
-def _uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -330,7 +330,7 @@ def test_offline_what_is_not_in_the_cache_is_refused_at_once(hub_cache: Path, na
 def test_a_model_that_fits_on_the_first_gpu_is_not_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
     room = {0: 10**9, 1: 10**9, "cpu": 10**9}
     monkeypatch.setattr(accelerate, "get_max_memory", lambda *_: dict(room))
-    model, chosen = IdeficsForVisionText2Text.from_pretrained(DEMO), loading._device_map(Settings())
+    model, chosen = IdeficsForVisionText2Text.from_pretrained(DEMO), loading.device_map_of(Settings())
     assert chosen != "auto", "which spreads it over all"
 
     def placed() -> set[Any]:
@@ -339,4 +339,4 @@ def test_a_model_that_fits_on_the_first_gpu_is_not_spread_over_all(monkeypatch: 
     assert placed() == {0}
     room[0] = 4 * 10**6
     assert placed() == {0, 1}
-    assert loading._device_map(Settings(device_map="cuda:1")) == "cuda:1"
+    assert loading.device_map_of(Settings(device_map="cuda:1")) == "cuda:1"

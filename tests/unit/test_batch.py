@@ -23,6 +23,7 @@ from tasks.batch_lines import Fingerprints, read_line
 from tasks.cli import connection, main, waiting
 from tasks.cli.progress import progress
 from tasks.testing import FakeClient
+from tasks.worker_registry import no_worker
 
 
 def ours(number: int, prompt: str = "Hello") -> str:
@@ -227,7 +228,7 @@ def test_a_batch_that_no_worker_takes_from_says_so(
     client.is_open = False
     outcome = command(folder)
     assert outcome.exit_code == 0, outcome.output
-    assert outcome.stderr.count("2 jobs wait; no worker takes from the queue 'idefics': is one running?\n") == 1
+    assert outcome.stderr.count(f"2 jobs wait. {no_worker('idefics')}\n") == 1
 
 
 def written(folder: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from config.settings import Settings
 from tasks.availability import UNAVAILABLE
 from tasks.errors import DeadlineExceeded, ImageInvalid
 from tasks.outbox import Delivery, Outbox
-from tests.receiver import SECRET
+from tests.support.receiver import SECRET
 from worker.delivery.recorder import CallbackRecorder
 from worker.demo import stack
 from worker.pool.request import JobRequest

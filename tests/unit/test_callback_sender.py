@@ -16,7 +16,7 @@ from config.settings import Settings
 from tasks.errors import InvalidRequest
 from tasks.outbox import Delivery
 from tasks.payloads import Callback
-from tests.receiver import NEW_SECRET, SECRET, Receiver
+from tests.support.receiver import NEW_SECRET, SECRET, Receiver
 from worker.delivery.callback_policy import check
 from worker.delivery.retry import AttemptResult, decide
 from worker.delivery.sender import MAX_RETRY_AFTER_S, Sender, retry_after_s

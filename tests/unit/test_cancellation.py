@@ -5,21 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import pytest
 
 from tasks.redis_keys import CANCELLATION
+from tests.support.waiting import eventually
 from worker.queue.cancellation import CancellationPoller, canceled_among
 
 SOON = 5.0
-
-
-def eventually(holds: Callable[[], Any]) -> None:
-    end = time.monotonic() + SOON
-    while not holds():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.005)
 
 
 def poller(look: Callable[[Iterable[str]], set[str]]) -> CancellationPoller:

@@ -33,6 +33,7 @@ from tasks import (
 from tasks.cli import connection, main, waiting
 from tasks.cli.fields import arguments, data_uri
 from tasks.testing import FakeClient, FakeJob, canned
+from tasks.worker_registry import no_worker
 
 URL = "https://example.com/a.jpg"
 AWAY = (
@@ -276,7 +277,7 @@ class Idle(Recorder):
 def test_a_wait_that_no_worker_ends_says_so_once(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "Client", lambda *args, **options: Idle())
     monkeypatch.setattr(waiting, "LOOK_S", 0.01)
-    told = "3 jobs wait; no worker takes from the queue 'idefics': is one running?\n"
+    told = f"3 jobs wait. {no_worker('idefics')}\n"
     assert run(*command).stderr == f"{told}timeout: No answer.\n"
 
 

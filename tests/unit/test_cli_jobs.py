@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,13 @@ from click.testing import CliRunner
 from click.testing import Result as Outcome
 from redis.exceptions import NoPermissionError
 
-from tasks import Caption, Client, ImageUnreachable, WorkerLost
+from tasks import Caption, Client, ImageUnreachable, JobTimeout, WorkerLost
 from tasks.cli import connection, jobs, main
 from tasks.cli.queue import queue_state
+from tasks.errors import NotPermitted
 from tasks.redis_keys import CANCELLATION, DUE, SEPARATOR, UNACKED
 from tasks.testing import FakeClient, canned
-from tasks.worker_registry import register
+from tasks.worker_registry import no_worker, register
 from worker.demo.stack import Broker
 
 CAPTION = Caption(image="https://example.com/a.jpg")
@@ -79,6 +81,35 @@ def test_status_is_plain_lines_without_secrets(stored: Client, run: Callable[...
         "success\tsucceeded\t-\t-",
         "failure\tfailed\tworker_lost\tIt was lost.",
     ]
+
+
+def test_status_of_a_queued_job_says_that_no_worker_takes_it(client: Client, run: Callable[..., Outcome]) -> None:
+    job = client.submit(CAPTION)
+    assert run("status", job.id).stdout == f"{job.id}\tqueued\t-\t{no_worker('idefics')}\n"
+    assert json_lines(run("status", job.id, "--json"))[0]["message"] == no_worker("idefics")
+    assert json_lines(run("--queue", "other", "status", job.id, "--json"))[0]["message"] == no_worker("other")
+
+
+def test_status_of_a_queued_job_is_plain_while_a_worker_takes_jobs(
+    client: Client, run: Callable[..., Outcome], broker: Broker
+) -> None:
+    client.app.amqp.queues.add("idefics")
+    client.app.amqp.queues.select("idefics")
+    register(client.app, "gpu0@here", broker.connect(0))
+    assert run("status", client.submit(CAPTION).id).stdout.endswith("\tqueued\t-\t-\n")
+
+
+def test_status_is_told_to_a_user_who_may_not_ask_for_workers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> list[str]:
+        raise NotPermitted("no")
+
+    monkeypatch.setattr(client, "workers", refuse)
+    assert jobs.statuses(client, ["unknown"]) == [jobs.JobStatus("unknown", "queued")]
+
+
+def test_a_wait_without_a_worker_says_so_when_its_time_is_over(client: Client) -> None:
+    with pytest.raises(JobTimeout, match=re.escape(no_worker("idefics"))):
+        client.submit(CAPTION).result(timeout=0.2)
 
 
 def test_a_repeated_id_is_shown_once(stored: Client, run: Callable[..., Outcome]) -> None:

@@ -78,7 +78,7 @@ def received(client: Client, queue: str | None = None) -> list[Message]:
     messages = []
     with client.app.connection_for_read() as connection:
         channel = connection.default_channel
-        while message := channel.basic_get(queue or client._queue):
+        while message := channel.basic_get(queue or client.queue):
             message.accept = {"application/json"}
             message.ack()
             messages.append(message)
@@ -110,9 +110,9 @@ def test_a_job_is_its_tasks_name_and_its_arguments_as_json(client: Client) -> No
 
 
 def test_a_job_goes_to_the_workers_queue_unless_told_otherwise(client: Client) -> None:
-    client.submit(JOB, queue=f"{client._queue}.slow")
+    client.submit(JOB, queue=f"{client.queue}.slow")
     assert received(client) == []
-    assert only(client, f"{client._queue}.slow").headers["task"] == "idefics.caption"
+    assert only(client, f"{client.queue}.slow").headers["task"] == "idefics.caption"
     Client(app=client.app).submit(JOB)
     assert only(client, QUEUE).delivery_info["routing_key"] == QUEUE == "idefics"
 

@@ -13,7 +13,7 @@ from kombu.transport.virtual import Message
 import tasks
 from tasks.errors import PUBLIC_MODULE
 from tasks.payloads import parse
-from tests.unit.test_envelope import raw_message
+from tests.support.messages import raw_message
 from worker.queue.envelope import Envelope, checked, opened
 
 #: Of each public module of `idefics_jobs`; "" is the package itself. Names are only ever added.

@@ -18,7 +18,7 @@ import pytest
 from tasks.batch_lines import Fingerprints
 from tasks.cli import console, main, progress
 from tasks.cli.failed import failed
-from tests.unit.test_printable import HOSTILE, is_clean
+from tests.support.hostile_text import HOSTILE, is_clean
 from worker.demo.stack import CHECKOUT
 
 MARKUP = "[red]not markup[/red] [link=https://example.com]x[/link] :smile: [bold"

@@ -45,9 +45,9 @@ def consumer(monkeypatch: pytest.MonkeyPatch) -> Consumer:
     consumer = Consumer.__new__(Consumer)
     consumer.app, consumer.pool, consumer.hub = app, object(), None
     consumer.controller = SimpleNamespace(_quick_release=Mock())
-    consumer._redeliveries = RedeliveryCounter(most=3)
-    consumer._redeliveries.count_return = Mock()
-    consumer._refusals = Mock()
+    consumer.redeliveries = RedeliveryCounter(most=3)
+    consumer.redeliveries.count_return = Mock()
+    consumer.refusals = Mock()
     monkeypatch.setattr(app, "recorder", Mock())
     consumer.event_dispatcher, consumer.connection_errors, consumer.channel_errors = None, (OSError,), ()
     return consumer
@@ -64,38 +64,38 @@ def test_a_job_that_cannot_be_handed_over_ends_as_internal_and_frees_its_place(
     consumer: Consumer, defect: Exception
 ) -> None:
     job = Job(defect)
-    consumer._hand_over(job)
+    consumer.hand_over(job)
     assert [type(told) for told in job.told] == [Internal]
     assert released(consumer) == 1
 
 
 def test_a_job_that_is_handed_over_keeps_its_place(consumer: Consumer) -> None:
     job = Job(None)
-    consumer._hand_over(job)
+    consumer.hand_over(job)
     assert (job.told, released(consumer)) == ([], 0)
 
 
 def test_a_job_that_was_taken_back_frees_its_place(consumer: Consumer) -> None:
     job = Job(TaskRevokedError())
-    consumer._hand_over(job)
+    consumer.hand_over(job)
     assert (job.told, released(consumer)) == ([], 1)
 
 
 def test_a_job_goes_back_for_want_of_redis(consumer: Consumer) -> None:
     job = Job(RedisConnectionError())
-    consumer._hand_over(job)
+    consumer.hand_over(job)
     assert (job.told, released(consumer)) == (["rejected, True"], 1)
 
 
 def test_a_job_whose_end_cannot_be_stored_goes_back_a_few_times(consumer: Consumer) -> None:
     job = Job(TypeError(), ends=ValueError())
-    consumer._hand_over(job)
+    consumer.hand_over(job)
     assert job.told == ["rejected, True"]
-    consumer._redeliveries.count_return.assert_called_once_with(("job", 0))
-    consumer._redeliveries.history = lambda key: History(returns=3, deaths=3)
-    consumer._hand_over(job)
+    consumer.redeliveries.count_return.assert_called_once_with(("job", 0))
+    consumer.redeliveries.history = lambda key: History(returns=3, deaths=3)
+    consumer.hand_over(job)
     assert job.told == ["rejected, True", "rejected, False"]
-    (id, error), _ = consumer._refusals.end.call_args
+    (id, error), _ = consumer.refusals.end.call_args
     assert (id, type(error)) == ("job", Internal)
     assert released(consumer) == 2
 
@@ -103,7 +103,7 @@ def test_a_job_whose_end_cannot_be_stored_goes_back_a_few_times(consumer: Consum
 def test_places_are_freed_one_after_the_other(consumer: Consumer) -> None:
     # Each in the other would be too deep for Python.
     consumer.hub = Mock()
-    consumer._hand_over(Job(TypeError()))
+    consumer.hand_over(Job(TypeError()))
     assert released(consumer) == 0
     consumer.hub.call_soon.assert_called_once_with(consumer.controller._quick_release)
 
@@ -148,7 +148,7 @@ def test_a_defect_while_a_job_is_taken_in_is_not_its_producers(
     assert ended == [("job", Internal, "g")]
     sent.reject_log_error.assert_called_once()
     assert not sent.reject_log_error.call_args.kwargs.get("requeue")
-    consumer._refusals.assert_not_called()
+    consumer.refusals.assert_not_called()
 
 
 def test_a_lost_connection_is_celerys_to_bear(

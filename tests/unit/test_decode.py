@@ -21,6 +21,7 @@ import pytest
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError, features
 
 from tasks.errors import ImageInvalid, ImageTooLarge, JobError, OutOfMemory
+from tests.support.pictures import encoded
 from worker.images.containers import MAX_JUNK, MAX_PARTS
 from worker.images.decode import DEFAULT_LIMITS, ImageLimits, open_image
 
@@ -37,12 +38,6 @@ def picture(size: tuple[int, int] = SIZE) -> Image.Image:
         left, top = (corner % 2) * (width - width // 3), (corner // 2) * (height - height // 3)
         image.paste(colour, (left, top, left + width // 3, top + height // 3))
     return image
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:

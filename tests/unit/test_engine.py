@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import pytest
 
 from tasks.errors import DeadlineExceeded, ImageInvalid, Internal, OutOfMemory
-from tests.unit.rows import row
+from tests.support.rows import row
+from tests.support.waiting import eventually
 from worker.engine import engine as engines
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Admit, Runner, SendHeartbeat
@@ -750,10 +751,3 @@ def test_the_width_is_that_of_batches_that_others_wait_for() -> None:
         for each in rows:
             text(each)
         assert 2 <= engine.throughput.width < LIMITS.rows
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + SOON
-    while not holds():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.005)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import bz2
 import json
 import time
@@ -22,6 +21,7 @@ from kombu import Exchange, Producer
 from kombu.transport.virtual import Message
 from kombu.utils.json import dumps
 
+from tests.support.messages import ARGUMENTS, JOB, raw_message
 from worker.queue import envelope
 from worker.queue.envelope import Envelope, MessageRefused, checked, opened, readable
 from worker.queue.envelope.headers import HEADERS as KNOWN
@@ -30,8 +30,6 @@ from worker.queue.envelope.headers import OPTIONS
 MOST = 3_000_000
 #: Kombu asks it to decode bodies.
 CHANNEL = SimpleNamespace(decode_body=lambda body, encoding: body)
-JOB: dict[str, Any] = {"task": "idefics.complete", "id": "job", "retries": 0, "timelimit": [None, None]}
-ARGUMENTS: list[Any] = [[], {"prompt": ["Hello"]}, {}]
 LINK: dict[str, Any] = {
     "task": "shop.save",
     "args": [],
@@ -40,23 +38,6 @@ LINK: dict[str, Any] = {
     "subtask_type": None,
     "immutable": False,
 }
-
-
-def raw_message(
-    headers: Any = None, body: Any = None, properties: dict[str, Any] | None = None, **fields: Any
-) -> bytes:
-    """A message as it lies in Redis; `headers` and `properties` go over a good one's."""
-    text = body if isinstance(body, bytes) else json.dumps(ARGUMENTS if body is None else body).encode()
-    return json.dumps(
-        {
-            "body": base64.b64encode(text).decode(),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": headers if not isinstance(headers, dict | None) else {**JOB, **(headers or {})},
-            "properties": {"body_encoding": "base64", "delivery_tag": "tag", "priority": 5, **(properties or {})},
-            **fields,
-        }
-    ).encode()
 
 
 def read(raw: bytes, most: int = MOST) -> Envelope:
@@ -110,6 +91,20 @@ def test_tracing_headers_of_the_field_are_taken() -> None:
     # Sentry puts all headers into a header once more.
     inner = {"sentry-trace": "a-b-1", "baggage": "x=1", "idefics_submitted_at": 1.5}
     assert read(raw_message({"headers": inner, **inner, "x-datadog-trace-id": "1"})).headers["headers"] == inner
+
+
+@pytest.mark.parametrize("name", ["eta", "expires"])
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_moment_without_an_offset_is_utc_as_for_celerys_producers(name: str, protocol: int) -> None:
+    naive = datetime.fromtimestamp(time.time() + 60, UTC).replace(tzinfo=None, microsecond=0).isoformat()
+    body = {**JOB, "args": [], "kwargs": {}, name: naive}
+    job = read(raw_message({name: naive}) if protocol == 2 else raw_message([], body))
+    assert job.headers[name] == f"{naive}+00:00"
+
+
+@pytest.mark.parametrize("written", ["2030-12-31T23:59:59+02:00", "2030-12-31T23:59:59Z"])
+def test_a_moment_with_an_offset_stays_as_it_was_written(written: str) -> None:
+    assert read(raw_message({"expires": written})).headers["expires"] == written
 
 
 def test_what_celery_writes_over_anyway_is_left_out() -> None:
@@ -300,6 +295,8 @@ MESSAGES: dict[str, tuple[bytes, str]] = {
         raw_message(body=[[], {"seed": {"__type__": "decimal", "__value__": "1e999999999"}}, {}]),
         "plain JSON",
     ),
+    "keyword arguments alone": (raw_message(body=ARGUMENTS[1]), "[args, kwargs, links]"),
+    "an empty object": (raw_message(body={}), "[args, kwargs, links]"),
     "two parts": (raw_message(body=[[], {}]), "keyword arguments"),
     "no arguments": (raw_message(body=[None, None, None]), "keyword arguments"),
     "arguments that are an object": (raw_message(body=[{}, {}, {}]), "keyword arguments"),
@@ -335,9 +332,9 @@ def test_a_refused_header_is_told_what_it_must_be(name: str) -> None:
     [
         ({"idefics_submitted_at": 1_800_000_000_000}, "unix seconds, a number: not milliseconds"),
         ({"idefics_submitted_at": "2026-01-01T00:00:00+00:00"}, "unix seconds, a number"),
-        ({"expires": "tomorrow"}, "ISO 8601 with an offset"),
-        ({"expires": 1_800_000_000}, "ISO 8601 with an offset"),
-        ({"eta": 1_800_000_000}, "ISO 8601 with an offset"),
+        ({"expires": "tomorrow"}, "ISO 8601 in UTC or with an offset"),
+        ({"expires": 1_800_000_000}, "ISO 8601 in UTC or with an offset"),
+        ({"eta": 1_800_000_000}, "ISO 8601 in UTC or with an offset"),
         ({"timelimit": 60}, "[hard, soft], each a number of seconds or null"),
         ({"id": 7}, "a text of printable ASCII, 1 to 1,024 characters long"),
     ],

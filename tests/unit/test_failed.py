@@ -23,7 +23,7 @@ from tasks.cli.redaction import redacted
 from tasks.failed import KEYS, FailedBounds, FailedJob, FailedJobs
 from tasks.protocol import CONTINUES, SUBMITTED_AT
 from worker.demo.stack import Broker
-from worker.queue.dead_letters import keep_failures
+from worker.queue.dead_letters import keep_failures, unknown_task
 
 WIDE = FailedBounds(jobs=100, bytes=1_000_000, ttl_s=86_400)
 URL = "https://example.com/a.jpg"
@@ -58,6 +58,23 @@ def signature(id: str, **options: Any) -> dict[str, Any]:
         "subtask_type": None,
         "immutable": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("idefics.captions", "did you mean idefics.caption?"),
+        ("caption", "did you mean idefics.caption?"),
+        ("shop.save", "use one of idefics.caption, "),
+        ("shop.\x1b[2J" + "a" * 250, "use one of idefics.caption, "),
+    ],
+)
+def test_the_error_for_an_unknown_task_is_one_short_line_with_the_cure(name: str, cure: str) -> None:
+    told = unknown_task(name)
+    assert cure in told
+    assert "--queue" in told
+    assert told.isprintable()
+    assert len(told) < 400
 
 
 def keep(jobs: FailedJobs, *kept: FailedJob, bounds: FailedBounds = WIDE) -> None:
@@ -288,31 +305,31 @@ def test_a_job_is_sent_again_as_it_was(client: Client, jobs: FailedJobs, broker:
     assert list(client.failed()) == []
 
 
-def test_a_job_that_cannot_be_sent_stays(jobs: FailedJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_cannot_be_sent_stays(client: Client, jobs: FailedJobs, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(jobs, job("a"))
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("no broker")
 
-    monkeypatch.setattr(jobs._app, "send_task", refuse)
+    monkeypatch.setattr(client.app, "send_task", refuse)
     signature = jobs.signature("a")
     signature["options"]["chain"] = [{"task": "shop.next", "options": {"task_id": "b"}}]
     monkeypatch.setattr(jobs, "signature", {"a": signature}.__getitem__)
     for id in "ab":
-        jobs._app.backend.store_result(id, ValueError("x"), states.FAILURE)
+        client.app.backend.store_result(id, ValueError("x"), states.FAILURE)
     with pytest.raises(ConnectionError):
         jobs.retry(jobs.get("a"))
     assert ids(jobs) == ["a"]
     for id in "ab":
-        assert jobs._app.backend.get_task_meta(id, cache=False)["status"] == states.FAILURE
+        assert client.app.backend.get_task_meta(id, cache=False)["status"] == states.FAILURE
 
 
 def test_a_job_that_fails_again_before_it_has_left_the_list_stays(
-    jobs: FailedJobs, monkeypatch: pytest.MonkeyPatch
+    client: Client, jobs: FailedJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, again = job("a", age_s=60), job("a")
     keep(jobs, first)
-    monkeypatch.setattr(jobs._app, "send_task", lambda *_, **__: keep(jobs, again))
+    monkeypatch.setattr(client.app, "send_task", lambda *_, **__: keep(jobs, again))
     jobs.retry(first)
     assert list(jobs) == [again]
 

@@ -138,7 +138,7 @@ def test_without_a_worker_nothing_is_ready(shared: Path, probe: Probe) -> None:
 
 def test_workers_of_one_machine_do_not_clash(shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes]) -> None:
     StateFile(None, "a@b").show(WorkerState.READY)
-    of_another(shared, sleeper.pid, "c@d", WorkerState.STARTING, health._born(sleeper.pid))
+    of_another(shared, sleeper.pid, "c@d", WorkerState.STARTING, health.born_at(sleeper.pid))
     status, said = probe()
     assert status == 1
     assert {line.split(":")[0] for line in said.splitlines()} == {"a@b", "c@d"}
@@ -149,7 +149,7 @@ def test_workers_of_one_machine_do_not_clash(shared: Path, probe: Probe, sleeper
 def test_a_worker_of_another_broker_is_named_and_makes_nothing_ready(
     shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_another(shared, sleeper.pid, "c@d", born=health._born(sleeper.pid), broker="127.0.0.1:7101/0")
+    of_another(shared, sleeper.pid, "c@d", born=health.born_at(sleeper.pid), broker="127.0.0.1:7101/0")
     status, said = probe()
     assert status == 1
     assert said.startswith("No worker of 127.0.0.1:6379/0: ")
@@ -166,7 +166,7 @@ def test_a_worker_of_another_broker_takes_none_of_the_blame(
     shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes]
 ) -> None:
     StateFile(None, "a@b").show(WorkerState.READY)
-    of_another(shared, sleeper.pid, "c@d", WorkerState.UNHEALTHY, health._born(sleeper.pid), "127.0.0.1:7101/0")
+    of_another(shared, sleeper.pid, "c@d", WorkerState.UNHEALTHY, health.born_at(sleeper.pid), "127.0.0.1:7101/0")
     assert probe() == (0, f"a@b: READY. {WorkerState.READY.value}\n")
 
 

@@ -27,13 +27,12 @@ def test_a_fast_host_never_exceeds_its_limit_and_no_job_is_sent_back() -> None:
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(download, range(60)))
     assert most == 2
-    assert hosts._hosts == {}
+    assert hosts.known_hosts == 0
 
 
 def test_a_job_that_would_wait_long_is_sent_back_at_once_with_a_countdown_and_other_hosts_are_not_delayed() -> None:
-    hosts = HostLimiter(1)
+    hosts = HostLimiter(1, download_s=5.0)
     with hosts.acquire("slow.test"):
-        hosts._hosts["slow.test"].usual_s = 5.0
         started = time.monotonic()
         countdowns = []
         for _ in range(3):
@@ -51,7 +50,7 @@ def test_waiting_threads_are_bounded() -> None:
     with ThreadPoolExecutor(2) as threads:
         with hosts.acquire("quick.test"):
             later = [threads.submit(lambda: hosts.acquire("quick.test").__enter__()) for _ in range(2)]
-            while hosts._hosts["quick.test"].waiting < 2:
+            while hosts.in_use < 3:
                 time.sleep(0.01)
             with pytest.raises(HostLimitReached), hosts.acquire("quick.test"):
                 pass
@@ -59,9 +58,8 @@ def test_waiting_threads_are_bounded() -> None:
 
 
 def test_a_countdown_is_bounded() -> None:
-    hosts = HostLimiter(1)
+    hosts = HostLimiter(1, download_s=1_000.0)
     with hosts.acquire("slow.test"):
-        hosts._hosts["slow.test"].usual_s = 1_000.0
         for _ in range(5):
             with pytest.raises(HostLimitReached) as busy, hosts.acquire("slow.test"):
                 pass
@@ -69,10 +67,9 @@ def test_a_countdown_is_bounded() -> None:
 
 
 def test_a_caller_may_choose_to_wait_for_a_slow_host() -> None:
-    hosts = HostLimiter(1)
+    hosts = HostLimiter(1, download_s=9.0)
     with ThreadPoolExecutor(1) as threads:
         with hosts.acquire("slow.test"):
-            hosts._hosts["slow.test"].usual_s = 9.0
             later = threads.submit(lambda: hosts.acquire("slow.test", wait_s=5).__enter__())
             time.sleep(0.05)
             assert not later.done()

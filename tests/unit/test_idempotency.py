@@ -51,7 +51,7 @@ def client(broker: stack.Broker) -> Iterator[Client]:
 def queued(client: Client, broker: stack.Broker) -> list[str]:
     """Ids of the jobs in the client's own queue."""
     return [
-        json.loads(message)["headers"]["id"] for message in broker.connect().lrange(f"{client._queue}\x06\x165", 0, -1)
+        json.loads(message)["headers"]["id"] for message in broker.connect().lrange(f"{client.queue}\x06\x165", 0, -1)
     ]
 
 
@@ -190,7 +190,7 @@ def test_a_producer_that_dies_before_it_sends_does_not_block_its_key(
 def test_a_job_whose_answer_was_forgotten_is_sent_again(
     make: Make, client: Client, backend: Any, broker: stack.Broker
 ) -> None:
-    keys = IdempotencyKeys(broker.connect(1), 60, client._queue)
+    keys = IdempotencyKeys(broker.connect(1), 60, client.queue)
     id = client.submit(make()).id
     for times in (1, 2):
         assert first_answer(make(), id, keys, backend) is None

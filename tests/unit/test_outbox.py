@@ -6,7 +6,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,20 +13,16 @@ import pytest
 import redis
 from click.testing import CliRunner
 
-from config.settings import Settings
 from tasks import outbox as outboxes
 from tasks.cli import main
-from tasks.outbox import Delivery, Outbox, OutboxBounds, batch_id, delivery_id
-from tests.receiver import SECRET
+from tasks.outbox import Outbox, OutboxBounds, batch_id, delivery_id
+from tests.support.outbox import KEEP_S, Answers, counted, delivery, dispatching
 from worker.delivery import callback_dispatcher
 from worker.delivery.batching import admit, group_by_target
-from worker.delivery.callback_dispatcher import CallbackDispatcher
 from worker.delivery.retry import AttemptResult
 from worker.demo import stack
 
-OK = AttemptResult(204, "status 204")
 DOWN = AttemptResult(503, "status 503")
-KEEP_S = 1_000
 #: What bounds the pending ones.
 COUNTED = ("bytes", "sizes", "oldest", "ages:shop.test")
 
@@ -38,12 +33,6 @@ def outbox(broker: stack.Broker) -> Iterator[Outbox]:
         client.flushdb()
         yield Outbox(client)
         client.flushdb()
-
-
-def delivery(number: int = 1, url: str = "https://shop.test/hook", **fields: Any) -> Delivery:
-    id = delivery_id(f"job-{number}", "job.succeeded")
-    body = json.dumps({"type": "job.succeeded", "data": {"id": f"job-{number}"}})
-    return replace(Delivery(id, f"job-{number}", "job.succeeded", url, "main", body), **fields)
 
 
 def claimed(outbox: Outbox, limit: int = 10) -> list[str]:
@@ -302,42 +291,6 @@ def test_no_more_is_admitted_than_threads_and_hosts_allow() -> None:
 
 
 # The dispatcher
-
-
-class Answers:
-    """A `post` that returns or raises these, then returns 204."""
-
-    def __init__(self, *answers: AttemptResult | Exception) -> None:
-        self._answers = list(answers)
-        self.posted: list[Delivery] = []
-
-    def __call__(self, delivery: Delivery) -> AttemptResult:
-        self.posted.append(delivery)
-        answer = self._answers.pop(0) if self._answers else OK
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-@contextmanager
-def dispatching(
-    outbox: Outbox, post: Callable[[Delivery], AttemptResult], **given: Any
-) -> Iterator[CallbackDispatcher]:
-    chosen = {"callback_schedule_s": (0, 0.05, 0.05), "callback_timeout_s": 1.0, **given}
-    running = CallbackDispatcher(outbox, Settings(callback_keys=f"main={SECRET}", **chosen), post)
-    running.start()
-    try:
-        yield running
-    finally:
-        running.stop()
-
-
-def counted(outbox: Outbox, **counts: int) -> None:
-    """Wait for these numbers."""
-    end = time.monotonic() + 10
-    while {state: outbox.counts()[state] for state in counts} != counts:
-        assert time.monotonic() < end, outbox.counts()
-        time.sleep(0.02)
 
 
 def test_a_due_delivery_is_attempted_until_it_is_accepted(outbox: Outbox) -> None:

@@ -21,8 +21,8 @@ from tasks import outbox as outboxes
 from tasks.cli import main
 from tasks.outbox import BYTES, HOSTS, SIZES, Delivery, Outbox, OutboxBounds, Shares, size_of
 from tasks.redis_keys import DELIVERY, DELIVERY_AGES, OLDEST_DELIVERIES
-from tests.receiver import SECRET
-from tests.unit.test_outbox import KEEP_S, OK, Answers, counted, delivery, dispatching
+from tests.support.outbox import KEEP_S, OK, Answers, counted, delivery, dispatching
+from tests.support.receiver import SECRET
 from worker.delivery import known_hosts
 from worker.delivery.batching import admit
 from worker.delivery.known_hosts import KnownHosts

@@ -28,19 +28,18 @@ from tasks import (
     Write,
 )
 from tasks import payloads as payloads_module
+from tests.support import pictures
 from worker.images.decode import open_image
 
 URL = "https://example.com/a.jpg"
 
 
 def encoded(form: str = "PNG", size: tuple[int, int] = (40, 20), mode: str = "RGB", **options: Any) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.linear_gradient("L").resize(size).convert(mode).save(file, form, **options)
-    return file.getvalue()
+    return pictures.encoded(PIL.Image.linear_gradient("L").resize(size).convert(mode), form, **options)
 
 
 PNG = encoded()
-PNG_URI = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+PNG_URI = pictures.data_uri(PNG)
 
 
 def decoded(uri: str) -> bytes:
@@ -193,8 +192,7 @@ def test_a_scaled_picture_stands_upright_and_keeps_its_transparency() -> None:
     exif[0x0112] = 6
     turned = decoded(Image.from_bytes(encoded("JPEG", (400, 200), exif=exif), max_side=100))
     assert open_image(turned).size == (50, 100)
-    clear = io.BytesIO()
-    PIL.Image.new("RGBA", (200, 200), (255, 0, 0, 0)).save(clear, "PNG")
+    clear = io.BytesIO(pictures.encoded(PIL.Image.new("RGBA", (200, 200), (255, 0, 0, 0))))
     assert open_image(decoded(Image.from_bytes(clear.getvalue(), max_side=50))).getpixel((5, 5)) == (255, 255, 255)
 
 

@@ -17,22 +17,10 @@ from tasks.cli.deliveries import row
 from tasks.failed import FailedJob, FailedJobs
 from tasks.outbox import Delivery
 from tasks.printable import escaped, escaped_json
+from tests.support.hostile_text import FORGED, HOSTILE, MARKS, is_clean
 from worker import health
 from worker.demo import stack
 from worker.observability.log_lines import LineFormatter, Lines
-
-#: A line that a record might be, and what moves the cursor, reorders text or hides in it.
-FORGED = "2026-01-02 03:04:05,678 CRITICAL [1] worker.app: forged"
-MARKS = [
-    "\n", "\r", "\t", "\0", "\x07", "\b", "\x0b", "\x0c", "\x1b[2J", "\x1c", "\x7f", "\x85", "\x9b2J", "\xad",
-    "\u061c", "\u200b", "\u200e", "\u200f", "\u2028", "\u2029", "\u202a", "\u202e", "\u2066", "\u2069", "\ufeff",
-    "\ud800", "\udfff", "\U000e0041",
-]  # fmt: skip
-HOSTILE = "".join(f"a{mark}{FORGED}" for mark in MARKS)
-
-
-def is_clean(text: str) -> bool:
-    return all(char.isprintable() for char in text)
 
 
 @pytest.mark.parametrize("mark", MARKS, ids=ascii)
@@ -110,7 +98,7 @@ def test_what_we_compose_ourselves_keeps_its_lines() -> None:
 
 
 def test_the_probe_shows_a_reason_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert is_clean(health._on_one_line(f"gpu0@host: {HOSTILE}"))
+    assert is_clean(health.on_one_line(f"gpu0@host: {HOSTILE}"))
 
 
 # The terminal

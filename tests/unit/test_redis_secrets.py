@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guarded import USERS, environment, make_secrets, password
+from tests.support.guarded import USERS, environment, make_secrets, password
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tasks.payload_fields import NEAR_GREEDY
-from tests.unit.rows import row
+from tests.support.rows import row
 from worker.engine.row import Row, Sampling
 from worker.engine.sampling import RowSampler, RowSampling
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.unit.rows import row
+from tests.support.rows import row
 from worker.engine.row import Row
 from worker.engine.scheduler import Limits, next_batch, should_wait
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from config.settings import Settings
 from tasks.errors import DeadlineExceeded, ImageBlocked, ImageInvalid, InvalidRequest, OutOfMemory, PromptTooLong
 from tasks.payloads import Job, parse
 from tasks.results import Result
+from tests.support.pictures import data_uri, png
+from tests.support.web import Quiet, serving
 from worker.engine.engine import Engine
 from worker.engine.interfaces import PromptContent
 from worker.engine.row import Picture, Tokens
@@ -40,16 +40,6 @@ Start = Callable[..., Service]
 #: Seconds that a test waits for what takes milliseconds.
 SOON = 5.0
 CONTEXT = JobContext(id="job")
-
-
-def png(colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 3), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def data_uri(colour: str = "red") -> str:
-    return f"data:image/png;base64,{base64.b64encode(png(colour)).decode()}"
 
 
 def job(task: str, **arguments: Any) -> Job:
@@ -105,14 +95,14 @@ def test_the_default_number_of_tokens_is_never_above_the_maximum(start: Start) -
 
 def test_an_image_becomes_part_of_the_prompt(service: Service) -> None:
     def answer(colour: str) -> str:
-        return service.run(job("caption", image=data_uri(colour), max_new_tokens=10), CONTEXT).text
+        return service.run(job("caption", image=data_uri(png(colour)), max_new_tokens=10), CONTEXT).text
 
     assert answer("red") == answer("red") != answer("blue")
 
 
 def test_several_images_keep_their_order(service: Service) -> None:
     def answer(*colours: str) -> str:
-        images = [data_uri(colour) for colour in colours]
+        images = [data_uri(png(colour)) for colour in colours]
         return service.run(job("complete", prompt=images, max_new_tokens=60), CONTEXT).text
 
     assert answer("red", "blue", "green") != answer("green", "blue", "red")
@@ -120,7 +110,7 @@ def test_several_images_keep_their_order(service: Service) -> None:
 
 
 def test_classify_answers_with_a_label_and_a_probability_for_each(service: Service) -> None:
-    result = service.run(job("classify", image=data_uri(), labels=["food", "animal"]), CONTEXT)
+    result = service.run(job("classify", image=data_uri(png()), labels=["food", "animal"]), CONTEXT)
     assert (result.text, result.label, result.scores) == ("food", "food", {"food": 1.0, "animal": 0.0})
     assert result.finish_reason == "stop"
 
@@ -147,7 +137,7 @@ def test_a_result_is_json(service: Service) -> None:
 
 
 def test_no_time_is_negative(service: Service) -> None:
-    timing = service.run(job("caption", image=data_uri(), prompt="A"), CONTEXT).timing
+    timing = service.run(job("caption", image=data_uri(png()), prompt="A"), CONTEXT).timing
     assert all(seconds >= 0 for seconds in timing.model_dump().values())
 
 
@@ -187,7 +177,7 @@ def test_more_images_than_the_worker_takes_are_refused_before_any_is_fetched(sta
 
 
 def test_as_many_images_as_the_worker_takes_are_taken(start: Start) -> None:
-    assert start(max_images=2).run(job("write", images=[data_uri()] * 2), CONTEXT).text
+    assert start(max_images=2).run(job("write", images=[data_uri(png())] * 2), CONTEXT).text
 
 
 def test_a_prompt_with_too_many_tokens_is_refused_with_its_cure(start: Start) -> None:
@@ -198,17 +188,17 @@ def test_a_prompt_with_too_many_tokens_is_refused_with_its_cure(start: Start) ->
 
 
 def test_labels_come_back_as_they_were_sent(service: Service) -> None:
-    result = service.run(job("classify", image=data_uri(), labels=[" food ", "animal"]), CONTEXT)
+    result = service.run(job("classify", image=data_uri(png()), labels=[" food ", "animal"]), CONTEXT)
     assert (result.text, result.label, result.scores) == (" food ", " food ", {" food ": 1.0, "animal": 0.0})
 
 
 def test_the_longest_label_counts_as_part_of_the_prompt(start: Start) -> None:
-    image = job("classify", image=data_uri(), labels=["a", "b"])
+    image = job("classify", image=data_uri(png()), labels=["a", "b"])
     length = start().run(image, CONTEXT).usage.prompt_tokens
     service = start(max_prompt_tokens=length + 1)
     assert service.run(image, CONTEXT)
     with pytest.raises(PromptTooLong):
-        service.run(job("classify", image=data_uri(), labels=["a" * 200, "b"]), CONTEXT)
+        service.run(job("classify", image=data_uri(png()), labels=["a" * 200, "b"]), CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -223,13 +213,13 @@ def test_an_image_that_cannot_be_had_fails_its_job(service: Service, image: Any,
     with pytest.raises(error):
         service.run(job("caption", image=image), CONTEXT)
     with pytest.raises(error):
-        service.run(job("write", images=[data_uri(), image]), CONTEXT)
+        service.run(job("write", images=[data_uri(png()), image]), CONTEXT)
 
 
 def test_a_path_is_read_below_the_image_root(start: Start, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     result = start(image_root=tmp_path).run(job("caption", image={"path": "a.png"}), CONTEXT)
-    assert result.text == start().run(job("caption", image=data_uri()), CONTEXT).text
+    assert result.text == start().run(job("caption", image=data_uri(png())), CONTEXT).text
 
 
 def test_jobs_that_share_a_large_picture_do_not_wait_for_one_anothers_permit(
@@ -247,7 +237,7 @@ def test_jobs_that_share_a_large_picture_do_not_wait_for_one_anothers_permit(
 
     def run(number: int) -> str:
         with gil.held():
-            return service.run(job("caption", image=data_uri(), max_new_tokens=4), JobContext(id=str(number))).text
+            return service.run(job("caption", image=data_uri(png()), max_new_tokens=4), JobContext(id=str(number))).text
 
     with ThreadPoolExecutor(4) as threads:
         running = [threads.submit(run, number) for number in range(4)]
@@ -269,7 +259,7 @@ def test_hosts_that_hang_leave_threads_to_jobs_that_load_nothing_from_the_networ
         ended = wait(hostile, 3).done
         assert [type(future.exception()) for future in ended] == [HostLimitReached] * 3
         for number in range(4):
-            local = job("complete", prompt=[data_uri(), "door"], max_new_tokens=4)
+            local = job("complete", prompt=[data_uri(png()), "door"], max_new_tokens=4)
             assert service.run(local, JobContext(id=f"local-{number}")).text == "door"
         assert sum(not future.done() for future in hostile) == 2
 
@@ -308,28 +298,22 @@ def test_a_job_canceled_before_its_row_is_submitted_does_not_run(start: Start) -
 def test_a_job_canceled_while_its_image_loads_is_not_even_tokenized(start: Start) -> None:
     prepared: list[int] = []
 
-    class Server(BaseHTTPRequestHandler):
+    class Pictures(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             service.cancel("job")
             self.send_response(200)
             self.end_headers()
             self.wfile.write(png())
 
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        port = server.server_address[1]
+    with serving(Pictures) as port:
         model = meddled(lambda: prepared.append(1))
         service = start(model, image_allow_networks="127.0.0.0/8", image_ports=(port,))
         with pytest.raises(CancellationError):
             service.run(job("caption", image=f"http://127.0.0.1:{port}/a.png"), CONTEXT)
-        server.shutdown()
     assert prepared == []
 
 
-@pytest.mark.parametrize(("url", "at_once"), [(data_uri(), 1), ("http://a.test/{}", DOWNLOADS)])
+@pytest.mark.parametrize(("url", "at_once"), [(data_uri(png()), 1), ("http://a.test/{}", DOWNLOADS)])
 def test_the_files_of_a_jobs_images_are_not_all_held_at_once(
     start: Start, url: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,7 +496,7 @@ def test_too_little_memory_for_a_job_is_out_of_memory(start: Start) -> None:
     model = FakeModel()
     model.codec = Large()
     service = start(model)
-    for arguments in ({"images": [data_uri()]}, {"images": [data_uri()] * 3}):
+    for arguments in ({"images": [data_uri(png())]}, {"images": [data_uri(png())] * 3}):
         with pytest.raises(OutOfMemory):
             service.run(job("write", **arguments), CONTEXT)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import socket
 import traceback
@@ -14,6 +13,7 @@ import pytest
 
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, JobError
 from tasks.payload_fields import ImagePath, ImageSource
+from tests.support.pictures import data_uri
 from tests.unit.web.servers import BODY, LEAVES_S, MAX_BYTES, open_files, within
 from worker.images.fetch import FetchPolicy
 from worker.images.sources import SourceReader, decode_data_uri, read_below
@@ -21,14 +21,10 @@ from worker.images.sources import SourceReader, decode_data_uri, read_below
 SECRET = "s3cr3t-token"
 
 
-def _data_uri(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 1000])
 def test_a_data_uri_is_decoded(size: int) -> None:
-    assert decode_data_uri(_data_uri(BODY[:size]), MAX_BYTES) == BODY[:size]
-    assert decode_data_uri(_data_uri(BODY[:size]).replace("data:image", "DATA:Image"), MAX_BYTES) == BODY[:size]
+    assert decode_data_uri(data_uri(BODY[:size]), MAX_BYTES) == BODY[:size]
+    assert decode_data_uri(data_uri(BODY[:size]).replace("data:image", "DATA:Image"), MAX_BYTES) == BODY[:size]
 
 
 @pytest.mark.parametrize(
@@ -82,10 +78,10 @@ def test_loose_base64_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 3])
 def test_a_data_uri_beyond_the_cap_is_refused_before_it_is_decoded(spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(decode_data_uri(_data_uri(b"x" * (100 + spare)), 100 + spare)) == 100 + spare
+    assert len(decode_data_uri(data_uri(b"x" * (100 + spare)), 100 + spare)) == 100 + spare
     monkeypatch.setattr("binascii.a2b_base64", None)
     with pytest.raises(ImageTooLarge):
-        decode_data_uri(_data_uri(b"x" * (101 + spare)), 100 + spare)
+        decode_data_uri(data_uri(b"x" * (101 + spare)), 100 + spare)
 
 
 # Paths
@@ -213,7 +209,7 @@ def test_no_descriptor_stays_open_after_paths(root: Path) -> None:
 
 def test_a_reader_tells_data_from_paths(root: Path) -> None:
     reader = SourceReader(FetchPolicy(root=root))
-    assert reader.read(_data_uri(BODY)) == reader.read("DATA" + _data_uri(BODY)[4:]) == BODY
+    assert reader.read(data_uri(BODY)) == reader.read("DATA" + data_uri(BODY)[4:]) == BODY
     assert reader.read(ImagePath(path="a/b.jpg")) == BODY
     with pytest.raises(ImageBlocked, match="URL"):
         reader.read("file:///etc/passwd")

@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from tasks import Caption, Classify, Client, ImageBlocked, Job, JobCanceled, Result, SubmittedJob
+from tasks import Caption, Classify, Client, ImageBlocked, Job, JobCanceled, JobTimeout, Result, SubmittedJob
 from tasks.testing import FakeClient, FakeJob, canned
 
 URL = "https://example.com/a.jpg"
@@ -90,6 +90,18 @@ def test_a_job_is_found_again_by_its_id() -> None:
     assert one.id != two.id
     assert client.job(two.id) is two
     assert client.result(one.id, timeout=1).text == "one"
+
+
+def test_an_unknown_or_forgotten_job_waits_as_with_the_real_client() -> None:
+    client = FakeClient()
+    job = client.submit(ONE)
+    client.forget([job.id])
+    for id in (job.id, "unknown"):
+        assert client.status(id) == "starting"
+        assert client.outcomes([id]) == {}
+        client.cancel(id)
+        with pytest.raises(JobTimeout, match=id):
+            client.result(id, timeout=1)
 
 
 def test_a_failed_job_is_listed_and_can_be_tried_again() -> None:

@@ -19,6 +19,7 @@ from kombu import transport as kombu_transport
 from kombu.message import Message
 
 from tasks.redis_keys import DUE_IDS
+from tests.support.waiting import eventually
 from worker.demo import stack
 from worker.queue import due, transport
 from worker.queue.due import ETA, DueJobs
@@ -110,13 +111,6 @@ def start(broker: stack.Broker, server: redis.Redis) -> Iterator[Start]:
     yield start
     for taker in started:
         taker.connection.release()
-
-
-def eventually(holds: Callable[[], Any]) -> None:
-    end = time.monotonic() + SOON_S
-    while not holds():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
 
 
 def held(server: redis.Redis) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from config.settings import Settings
 from worker.demo import stack
-from worker.demo.up import broker_url, callback_settings, ready, startable_port
+from worker.demo.up import broker_url, callback_settings, check_workers, own_node_name, ready, startable_port
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -52,6 +52,19 @@ def test_a_port_and_a_variable_that_disagree_are_refused(named: str) -> None:
 )
 def test_a_broker_is_started_where_its_url_would_find_it(url: str, port: int | None) -> None:
     assert startable_port(url) == port
+
+
+def test_a_worker_of_this_machine_is_not_joined() -> None:
+    with pytest.raises(stack.StartFailed, match=r"'idefics' of this Redis: another `make up`.*make up PORT=7101"):
+        check_workers(["gpu0@far", own_node_name()], "idefics")
+
+
+def test_workers_elsewhere_are_named_and_joined() -> None:
+    assert (
+        check_workers(["gpu0@far", "gpu1@far"], "idefics")
+        == "Jobs are shared with the workers that already run: gpu0@far, gpu1@far."
+    )
+    assert check_workers([], "idefics") == ""
 
 
 def test_a_receiver_is_all_that_callbacks_may_go_to() -> None:

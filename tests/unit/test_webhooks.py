@@ -24,7 +24,7 @@ from tasks.webhooks import (
     shortened,
     verify,
 )
-from tests.receiver import NEW_SECRET, SECRET
+from tests.support.receiver import NEW_SECRET, SECRET
 from worker.delivery.sender import signed
 
 MOMENT = "2026-01-02T03:04:05+00:00"

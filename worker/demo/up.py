@@ -1,7 +1,8 @@
 """`make up`: a broker and a worker with the bundled model, until Ctrl-C. For a first hour with the project.
 
-Where a Redis answers already, the worker uses that one. Where there are secrets for callbacks, a callbacks worker runs
-too. Both have this environment's settings.
+If a Redis server answers on the port already, the worker uses it, unless a worker of this machine already takes jobs
+there: then `make up` ends and says so. If there are secrets for callbacks, a callbacks worker runs too. Both have the
+settings of this environment.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+from celery.utils.nodenames import default_nodename
 from redis import RedisError
 
 from config.settings import DEFAULT_BROKER, PREFIX, Settings, load
 from tasks import Callback, Client, IdeficsError
 from tasks.errors import from_broker
+from tasks.protocol import QUEUE
 from tasks.redis_urls import results_beside
 from worker.delivery.callback_policy import check
 from worker.demo import stack
@@ -190,15 +193,37 @@ def _is_listening(port: int) -> bool:
     return True
 
 
-def check_answers(place: Place) -> None:
-    """Raises StartFailed, with the cure, where the queues' or the results' Redis cannot be used."""
+def own_node_name() -> str:
+    """The name that Celery gives to a worker of this machine that is started without one."""
+    return str(default_nodename(None))
+
+
+def check_workers(names: Sequence[str], queue: str) -> str:
+    """A line about the workers that already take from a queue; empty if there are none.
+
+    Raises StartFailed if one of them has the name that ours would have: Celery needs a name for each.
+    """
+    ours = own_node_name()
+    if ours in names:
+        raise stack.StartFailed(
+            f"A worker of this machine, {ours}, already takes jobs from the queue {queue!r} of this Redis: another "
+            "`make up`, or a worker that you started. Use that one, or start a broker and a worker on a free port: "
+            "make up PORT=7101. (A worker that was killed is listed for 15 s more.)"
+        )
+    return f"Jobs are shared with the workers that already run: {', '.join(names)}." if names else ""
+
+
+def check_answers(place: Place, queue: str = QUEUE) -> list[str]:
+    """The names of the workers that take from a queue. Raises StartFailed, with the cure, if the Redis server of the
+    queues or of the results cannot be used."""
     try:
-        client = Client(place.url, result_backend=place.results)
+        client = Client(place.url, result_backend=place.results, queue=queue)
         options = {"socket_timeout": ANSWER_S, "socket_connect_timeout": ANSWER_S}
         client.app.conf.broker_transport_options = {**client.app.conf.broker_transport_options, **options}
         client.app.conf.redis_socket_timeout = ANSWER_S
         client.ping()
         client.app.backend.client.ping()
+        return client.workers()
     except (IdeficsError, RedisError) as error:
         raise stack.StartFailed(
             f"{from_broker(error)} Correct IDEFICS_BROKER_URL or IDEFICS_RESULT_BACKEND, with a password where it asks "
@@ -226,10 +251,12 @@ def start(settings: Settings, folder: Path, started: contextlib.ExitStack) -> di
     """What runs, by its name."""
     place = Place(settings.broker_url.get_secret_value(), settings.result_backend.get_secret_value())
     broker = started.enter_context(broker_at(place.url))
-    check_answers(place)
+    others = check_answers(place, settings.queue)
     if broker is None:
         port = _port_here(place.url)
         print(f"Using the Redis that answers {f'on port {port}' if port else 'at IDEFICS_BROKER_URL'}.", flush=True)
+    if shared := check_workers(others, settings.queue):
+        print(shared, flush=True)
     passed = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
     apps = {"worker": "worker.app"}
     if settings.callback_keys:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Batches at the limit that must succeed before it is raised: the first number, and the largest. The number doubles
-#: each time that memory is short, so that a device without room for more fails ever more rarely.
+#: each time that memory is short, so that a device without room for more fails less and less often.
 FIRST_PROOF, LONGEST_PROOF = 4, 64
 
 
@@ -28,7 +28,7 @@ class Ceiling:
         self._proof = min(2 * self._proof, LONGEST_PROOF)
 
     def restore(self, rows: int) -> None:
-        """Set the limit back to `rows`. For a row that did not fit alone: its failures are no measure for others."""
+        """Set the limit back to `rows`. For a row that did not fit alone: others may still fit."""
         self.rows = rows
         self._proved = 0
 

@@ -22,16 +22,16 @@ from worker.engine.scoring import add_likelihoods, finish_scored, label_parts, o
 from worker.engine.stock import StockModel, memory_errors
 from worker.engine.traced import Traced
 
-#: Prompt tokens, padding included, that are prefilled at once: more would hold up the running rows, and need memory.
+#: Maximum prompt tokens, with padding, in one prefill: more would delay the running rows and need more memory.
 PREFILL_TOKENS = 4096
-#: Tokens of labels that are scored at once: each needs the logits of the whole vocabulary.
+#: Maximum label tokens scored at once: each needs the logits of the whole vocabulary.
 LABEL_TOKENS = 2048
-#: Stands for a row's next token where its logits are not numbers.
+#: The next token of a row whose logits are NaN.
 NO_TOKEN = -1
 
 
 class _Running(NamedTuple):
-    """A row that is continued. Without a sampler it is greedy."""
+    """A row that is continued: greedily if it has no sampler."""
 
     progress: RowProgress
     sampler: RowSampler | None
@@ -39,9 +39,9 @@ class _Running(NamedTuple):
 
 
 class ContinuousModel:
-    """A checkpoint on its family's decoder, token for token what stock `generate` says in float32.
+    """A checkpoint on its family's decoder. In float32, each token is the one of stock `generate`.
 
-    Beams, and labels behind prompts without pictures, run through stock `generate`.
+    Stock `generate` itself runs beams, and labels after prompts without pictures.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ContinuousModel:
         self.info, self.rules, self.codec = stock.info, stock.rules, stock.codec
         self.prefetch, self.help = stock.prefetch, stock.help
         self.decoder = SlotDecoder(decoder, stock.max_tokens, record)
-        #: For prefixes and labels, which are prefilled and not continued: running rows' slots need no room for them.
+        #: Slots for prefixes and scored rows, which are not continued and need no slot among the running rows.
         self.scratch = self.decoder.empty_like(PREFILL_TOKENS + LABEL_TOKENS)
         prefixes = PrefixCache(prefix_cache_bytes, self.decoder.cache.position_bytes, decoder.spec.carry_bytes)
         self._prefiller = PromptPrefiller(self.scratch, prefixes, encode, chunk_tokens)
@@ -71,12 +71,12 @@ class ContinuousModel:
         self._forbidden = torch.tensor(stock.codec.bad_words_ids, device=decoder.spec.device).flatten()
         #: By slot of the decoder.
         self._running: dict[int, _Running] = {}
-        #: Rows whose prompt is prefilled in chunks, with what is still to be prefilled.
+        #: Rows whose prompt is prefilled in chunks, with the rest of it.
         self._prefilling: list[tuple[Row, PendingPrompt]] = []
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
-        """See interfaces.Runner."""
+        """Run rows and those that join them: see interfaces.Runner. Rows with beams run through stock `generate`."""
         if rows[0].sampling.num_beams > 1:
             self.stock.run(rows, heartbeat, admit)
             return
@@ -91,7 +91,7 @@ class ContinuousModel:
             raise
 
     def metrics(self) -> dict[str, int]:
-        """See interfaces.Model."""
+        """Counters of the encoder cache and the prefix cache."""
         return self.stock.metrics() | self._prefiller.metrics()
 
     def _run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
@@ -115,7 +115,7 @@ class ContinuousModel:
         self._advance(self.decoder.step(tokens), slots)
 
     def _join(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
-        """Prefill rows' prompts, with a step of the others between two parts of the work."""
+        """Prefill the prompts of rows, with a step of the running rows between two parts of the work."""
         textual = [row for row in rows if row.labels and not row.tokens.pictures]
         if textual:
             self.stock.run(textual, heartbeat, admit)
@@ -142,7 +142,7 @@ class ContinuousModel:
                 self._begin(*zip(*group, strict=True))
 
     def _prefill_a_chunk(self, heartbeat: SendHeartbeat) -> None:
-        """Prefill a chunk of the most urgent long prompt: the running rows wait for one chunk between two steps."""
+        """Prefill one chunk of the most urgent long prompt."""
         now = time.monotonic()
         for row, _ in self._prefilling:
             reason = row.abort_reason(now)
@@ -162,7 +162,7 @@ class ContinuousModel:
             self._begin([row], [prompt])
 
     def _begin(self, rows: Sequence[Row], prompts: Sequence[PendingPrompt]) -> None:
-        """Prefill the prompts of rows that are continued: from now on they run."""
+        """Prefill the prompts of rows that are continued, and add the rows to the running ones."""
         slots, logits = self.decoder.prefill(prompts)
         for slot, row in zip(slots, rows, strict=True):
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
@@ -171,7 +171,7 @@ class ContinuousModel:
         self._advance(logits, slots)
 
     def _score_labels(self, rows: Sequence[Row], prompts: Sequence[PendingPrompt]) -> Pauses[None]:
-        """Score the first labels with the prompts, the others after them."""
+        """Prefill prompts together with their first labels, then score the other labels."""
         part, *others = label_parts(rows, self._label_tokens)
         firsts = [[label[0] for label in row.labels] for row in rows]
         slots, scores, behind = self.scratch.prefill_scored(prompts, firsts, [row.labels[part] for row in rows])
@@ -185,25 +185,25 @@ class ContinuousModel:
             self.scratch.clear()
 
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
-        """Give the rows in `slots` their next tokens by `logits` (slots, vocabulary), and free the slots of those that
-        are over."""
+        """Give the rows in `slots` their next tokens by `logits` (slots, vocabulary), and free the slots of rows that
+        are done."""
         now, tokens = time.monotonic(), self._best(logits, self._forbidden).tolist()
         running = [(place, slot, self._running[slot]) for place, slot in enumerate(slots) if slot in self._running]
         for place, slot, run in running:
             if tokens[place] == NO_TOKEN:
                 run.progress.row.fail(overflow())
-                # What stands there would spoil the next row's sums, although that row does not attend to it.
+                # NaN would spoil the sums of the next row in this slot, although that row does not attend to it.
                 self.decoder.cache.zero_slot(slot)
                 continue
             run.progress.take(_next_token(run, tokens[place], logits[place]), now)
-        over = [slot for _, slot, run in running if run.progress.row.is_done]
-        for slot in over:
+        done = [slot for _, slot, run in running if run.progress.row.is_done]
+        for slot in done:
             del self._running[slot]
-        self.decoder.release(over)
+        self.decoder.release(done)
 
 
 def _next_token(run: _Running, likeliest: int, logits: Tensor) -> int:
-    """A row's next token, given the one that greedy decoding without rules takes and its logits (vocabulary)."""
+    """A row's next token by its logits (vocabulary). `likeliest`: the greedy choice without the checkpoint's rules."""
     if run.rules is None and run.sampler is None:
         return likeliest
     scores = run.rules.apply(run.progress.new, logits) if run.rules else logits
@@ -211,15 +211,16 @@ def _next_token(run: _Running, likeliest: int, logits: Tensor) -> int:
 
 
 def best(logits: Tensor, forbidden: Tensor) -> Tensor:
-    """The most likely token (rows,) of each row of `logits` (rows, vocabulary), NO_TOKEN where these are not numbers.
-    The tokens `forbidden` (any,) are set to -inf in place."""
+    """The most likely token (rows,) of each row of `logits` (rows, vocabulary); NO_TOKEN for a row with NaN.
+
+    Sets the logits of the tokens `forbidden` (any,) to -inf in place.
+    """
     chances, tokens = logits.index_fill_(1, forbidden, -torch.inf).max(dim=-1)
     return torch.where(chances.isnan(), NO_TOKEN, tokens)
 
 
 def _groups(prompts: Sequence[tuple[Row, PendingPrompt]]) -> Iterator[list[tuple[Row, PendingPrompt]]]:
-    """Prompts of like length together, as many as PREFILL_TOKENS and LABEL_TOKENS allow with their padding, one at
-    least."""
+    """Group prompts of similar length, within PREFILL_TOKENS and LABEL_TOKENS with padding; one prompt at least."""
     group: list[tuple[Row, PendingPrompt]] = []
     for row, prompt in sorted(prompts, key=_width):
         if group and (len(group) + 1) * _width((row, prompt)) > PREFILL_TOKENS:
@@ -231,6 +232,6 @@ def _groups(prompts: Sequence[tuple[Row, PendingPrompt]]) -> Iterator[list[tuple
 
 
 def _width(pair: tuple[Row, PendingPrompt]) -> int:
-    """Prompt tokens, or as many as cost what the longest label costs."""
+    """Tokens of the prompt, or of a prompt that costs what the row's longest label costs."""
     row, prompt = pair
     return max(len(prompt.segment.ids), PREFILL_TOKENS // LABEL_TOKENS * max(map(len, row.labels), default=0))

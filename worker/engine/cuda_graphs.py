@@ -1,6 +1,6 @@
-"""A decode step on a GPU as one launch: recorded once for each shape, then replayed.
+"""CUDA graphs of decode steps: recorded once for each shape, then replayed with one launch.
 
-A step is hundreds of small kernels: launching them one by one takes the CPU longer than the GPU computes.
+A step is hundreds of small kernels. Launching them one by one takes the CPU longer than the GPU takes to run them.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-#: A step whose arguments stand in fixed places in memory.
+#: A step whose arguments have fixed addresses in memory.
 Step = Callable[[], Tensor]
 
-#: Recorded shapes that are kept, the latest ones: rows by `bucket`, lengths by the caches' growth.
+#: Maximum graphs that are kept, the least recently used are dropped. Rows are rounded up by `bucket`, lengths by
+#: kv_cache.grown, so that there are few shapes.
 MAX_GRAPHS = 64
 
 
 class Graphed:
-    """Runs a function of a few numbers for each row, and of caches that it reads and writes, as a recorded graph.
+    """Runs a function of a small tensor and of caches, which it reads and writes, as a recorded graph.
 
-    A graph holds addresses, not tensors: it is replayed only where the caches are the same memory, and keeps none of
-    them alive. CUDA graphs as `torch.cuda.graph` records them. For one thread.
+    A graph holds addresses, not tensors: it is replayed only if the caches are at the same addresses, and does not keep
+    them alive. Not thread-safe.
     """
 
     def __init__(self, function: Callable[..., Tensor], record: Callable[[Step], Step]) -> None:
-        """`function` takes the numbers (kinds, rows) and the caches. `record` makes a step replayable."""
+        """`function` takes the numbers (kinds, rows) and the caches. `record` turns a step into a replayable one."""
         self._function = function
         self._record = record
         #: By shape and address: the tensor that the numbers are copied to, and the recorded step.
         self._graphs: OrderedDict[Hashable, tuple[Tensor, Step]] = OrderedDict()
 
     def __call__(self, numbers: Tensor, caches: Sequence[Tensor]) -> Tensor:
-        """The function's result, whose content holds until the next call. `numbers` are (kinds, rows); `caches` of any
-        shape."""
+        """The function's result, valid until the next call. `numbers`: (kinds, rows); `caches`: any shapes."""
         key = numbers.shape, *((cache.data_ptr(), cache.shape, cache.stride()) for cache in caches)
         found = self._graphs.get(key)
         if found is None:
@@ -51,7 +51,7 @@ class Graphed:
 
 
 class CudaGraphs:
-    """Records steps that never run at the same time on one GPU, so that they share a memory pool."""
+    """Records steps as CUDA graphs. They share a memory pool, so they must not run at the same time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -60,12 +60,12 @@ class CudaGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Libraries allocate and choose at their first calls, which cannot be recorded.
+            # Libraries allocate memory and choose algorithms in their first calls, which cannot be recorded.
             for _ in range(2):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # The encoder's thread uses the GPU meanwhile.
+        # The encoder thread may use the GPU at the same time.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = step()
 
@@ -77,5 +77,5 @@ class CudaGraphs:
 
 
 def bucket(rows: int) -> int:
-    """The next power of two, so that there are few shapes to record."""
+    """The number of rows rounded up to a power of two, so that few shapes are recorded."""
     return 1 << (rows - 1).bit_length()

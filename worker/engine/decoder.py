@@ -1,4 +1,4 @@
-"""A family's decoder on a cache of slots, so that rows join and leave a batch at any step."""
+"""A family's decoder with a cache of slots, so that rows can join and leave a batch at any step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from worker.engine.traced import Traced
 
 
 class SlotDecoder:
-    """Prefills prompts into slots, appends a token to every slot at a time, and scores continuations of the slots."""
+    """Prefills prompts into slots, appends one token to every slot per step, and scores continuations of slots."""
 
     def __init__(self, decoder: Decoder, max_kept: int = 2**16, record: Callable[[Step], Step] | None = None) -> None:
-        """`max_kept`: see kv_cache.KVPool. `record`: see cuda_graphs.Graphed; None: steps are not recorded."""
+        """`max_kept`: see kv_cache.KVPool. `record`: see cuda_graphs.Graphed; None runs steps without recording."""
         self.slots = SlotTable()
         self.cache = SlotCache(decoder.spec, max_kept)
         self.family = decoder
@@ -32,21 +32,23 @@ class SlotDecoder:
         self._branch = Traced(decoder.branch)
 
     def empty_like(self, max_kept: int) -> SlotDecoder:
-        """The same decoder with slots of its own. `max_kept`: see kv_cache.KVPool."""
+        """The same decoder with an empty cache of its own. `max_kept`: see kv_cache.KVPool."""
         other = copy.copy(self)
         other.slots, other.cache = SlotTable(), self.cache.empty_like(max_kept)
         return other
 
     def pending(self, tokens: Tokens, prefix: Prefix | None, features: Mapping[bytes, Tensor]) -> PendingPrompt:
-        """The tokens behind a prefix, with the features of their pictures by key, as what is to be prefilled."""
+        """A pending prompt of the tokens after a prefix. `features`: those of their pictures, by key, in any shape."""
         return PendingPrompt(self.family.segment(tokens, features, prefix.carry if prefix else None), prefix)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[PendingPrompt]) -> tuple[Sequence[int], Tensor]:
-        """Prefill prompts into free slots. Returns these in the prompts' order, and the logits (prompts, vocabulary) of
-        the next tokens."""
+        """Prefill prompts into free slots.
+
+        Returns the slots in the prompts' order, and the logits (prompts, vocabulary) of the next tokens.
+        """
         segments = [prompt.segment for prompt in prompts]
-        # Rows without a carry stand in order behind all others, so that their caches are read where they are.
+        # Rows without a carry get the last slots in order, so that views of the caches need no copy.
         in_order = all(segment.carry is None for segment in segments)
         slots = self._take(prompts, at_end=in_order)
         self_kv, extra = self._prompt_views(prompts, slots, max(len(segment.ids) for segment in segments))
@@ -58,7 +60,7 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def prefill_prefix(self, prompt: PendingPrompt) -> Prefix:
-        """Prefill a prompt's beginning, and keep a copy instead of a slot."""
+        """Prefill the beginning of a prompt, copy it, and free its slot."""
         (slot,), _ = self.prefill([prompt])
         prefix = self.cache.copy_prefix(slot, self.slots.lengths[slot], prompt.segment.carry)
         self.release([slot])
@@ -90,13 +92,13 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each slot; free slots take any. Logits (slots, vocabulary) of the next tokens."""
+        """Append one token to each slot and return the logits (slots, vocabulary) of the next. Free slots take any."""
         rows, length = len(self.slots), self.slots.longest + 1
         if self._graphed:
-            # Few shapes are recorded: rows that are too many are free ones.
+            # Rounded up, so that few shapes are recorded; the additional rows are free slots.
             rows, length = bucket(rows), grown(length)
         free = [0] * (rows - len(self.slots))
-        # One tensor, since each that is made lets go of the interpreter and has to get it back.
+        # One tensor, since making each one releases and reacquires the interpreter lock.
         numbers = self._tensor([[*tokens, *free], [*self.slots.lengths, *free], [*self.slots.has_extra, *free]])
         views = self._views(rows, length)
         logits = self._graphed(numbers, views) if self._graphed else self._step(numbers, *views)
@@ -105,10 +107,10 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def score_continuations(self, continuations: Continuations) -> list[list[list[float]]]:
-        """Log-probabilities of the tokens of continuations of each slot, whose content stays.
+        """Log-probabilities of continuations of each slot. The slots' content is not changed.
 
-        `continuations[slot]` are token sequences that each follow the slot's prompt. For each sequence, the result has
-        one number for each token but the first, whose probability is known from the prompt.
+        `continuations[slot]` are token sequences, each of which follows the slot's prompt. The result has, for each
+        sequence, a number for each token except the first, whose probability the prompt's prefill gave.
         """
         tree = TokenTree.build([()] * len(continuations), continuations, self._device)
         if tree is None:
@@ -119,14 +121,14 @@ class SlotDecoder:
         return [by_sequence(row, sequences) for row, sequences in zip(scores, continuations, strict=True)]
 
     def release(self, slots: Sequence[int]) -> None:
-        """Free slots, and memory beyond what is kept unused once none is in use."""
+        """Free slots. Once none is in use, also free memory beyond `max_kept`."""
         self.slots.release(slots)
         if not len(self.slots):
             self.cache.shrink()
 
     @torch.inference_mode()
     def compact(self) -> list[Move]:
-        """Move the last rows to free slots, if there are many among those in use. Returns the moves."""
+        """Move the last rows to free slots if many slots are free. Returns the moves."""
         rows, has_extra = len(self.slots), any(self.slots.has_extra)
         moves = self.slots.compact()
         if moves:
@@ -136,20 +138,22 @@ class SlotDecoder:
         return moves
 
     def clear(self) -> None:
-        """Free all slots and their memory, after a failure on the way."""
+        """Free all slots and their memory, after a failure."""
         self.slots.clear()
         self.cache.clear()
 
     def _take(self, prompts: Sequence[PendingPrompt], *, at_end: bool) -> list[int]:
-        """Slots for prompts."""
+        """Take slots for prompts."""
         lengths = [prompt.start + len(prompt.segment.ids) for prompt in prompts]
         return self.slots.take(lengths, [prompt.segment.carry is not None for prompt in prompts], at_end=at_end)
 
     def _prompt_views(
         self, prompts: Sequence[PendingPrompt], slots: Sequence[int], length: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of both kinds of pools, each (slots, heads, positions, head size), with the prompts' prefixes in their
-        slots and room for `length` tokens behind them."""
+        """Views of the self K/V pool and the extra pools, each (slots, heads, positions, head size).
+
+        The prompts' prefixes are in their slots, with room for `length` tokens after them.
+        """
         rows = len(self.slots)
         self_kv = self.cache.self_views(rows, max(prompt.start for prompt in prompts) + length, self.slots.longest)
         self._restore_prefixes(prompts, slots)
@@ -157,7 +161,7 @@ class SlotDecoder:
         return self_kv, self.cache.extra_views(rows) if has_extra else []
 
     def _restore_prefixes(self, prompts: Sequence[PendingPrompt], slots: Sequence[int]) -> None:
-        """Copy the prompts' prefixes into their slots, each distinct one at once."""
+        """Copy the prompts' prefixes into their slots, each distinct prefix in one call."""
         places: dict[int, list[int]] = {}
         prefixes = {id(prompt.prefix): prompt.prefix for prompt in prompts if prompt.prefix}
         for slot, prompt in zip(slots, prompts, strict=True):
@@ -166,8 +170,8 @@ class SlotDecoder:
             self.cache.restore_prefix(prefix, places[key])
 
     def _views(self, rows: int, length: int) -> list[Tensor]:
-        """What `rows` slots attend to, each (slots, heads, positions, head size): `length` positions of their own, and
-        the extra pools if a row has content there."""
+        """Views of the first `rows` slots, each (slots, heads, positions, head size): `length` positions of the self
+        K/V pool, and the extra pools if a row has content there."""
         views = self.cache.self_views(rows, length, self.slots.longest)
         return views + self.cache.extra_views(rows) if any(self.slots.has_extra) else views
 

@@ -1,4 +1,4 @@
-"""Image features by content: a picture that several jobs show is encoded once, and before its job's turn."""
+"""A cache of image features by content, and the thread that encodes pictures before their rows run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from worker.engine.row import Picture
 
 logger = logging.getLogger(__name__)
 
-#: Pictures that are encoded at once: larger chunks are no faster and need more memory.
+#: Maximum pictures encoded at once: larger chunks are not faster and need more memory.
 CHUNK = 8
 #: Weight of the newest value in the moving average of the time between two pictures.
 NEWEST_WEIGHT = 0.1
-#: A longer time between two pictures counts as this long, in seconds.
+#: Maximum seconds between two pictures that enter the average; a longer time counts as this.
 MAX_GAP_S = 1.0
 
 
 class EncoderCache:
-    """Least-recently-used features, bounded in bytes. Safe in threads; it encodes in the caller's."""
+    """An LRU cache of features, bounded in bytes. Thread-safe; encodes in the caller's thread."""
 
     def __init__(self, encode: Callable[[Sequence[Picture]], Sequence[Tensor]], max_bytes: int) -> None:
-        """`encode` gives the features of each of CHUNK pictures at most, in any shape."""
+        """`encode` returns the features of each of up to CHUNK pictures, in any shape."""
         self._encode = encode
         self._max_bytes = max_bytes
         self._bytes = 0
@@ -41,7 +41,7 @@ class EncoderCache:
         return picture.key in self._features
 
     def get(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
-        """The features of each distinct picture by its key; those that are not kept are encoded."""
+        """The features of each distinct picture by its key, in the shape of `encode`. Encodes those not cached."""
         wanted = {picture.key: picture for picture in pictures}
         with self._lock:
             found = {key: self._features[key] for key in wanted if key in self._features}
@@ -54,16 +54,16 @@ class EncoderCache:
         return found
 
     def metrics(self) -> dict[str, int]:
-        """Pictures that were known, pictures that were encoded, and bytes kept."""
+        """Cache hits, cache misses, and bytes of the cached features."""
         return {"feature_hits": self._hits, "feature_misses": self._misses, "feature_bytes": self._bytes}
 
     @torch.inference_mode()
     def _encoded(self, pictures: Sequence[Picture]) -> dict[bytes, Tensor]:
-        """Features by key, encoded in chunks."""
+        """Encode pictures in chunks. Returns their features by key, in the shape of `encode`."""
         found: dict[bytes, Tensor] = {}
         for start in range(0, len(pictures), CHUNK):
             chunk = pictures[start : start + CHUNK]
-            # Cloned: a view would keep the whole chunk alive.
+            # Cloned, since a view would keep the whole chunk in memory.
             found |= {picture.key: feature.clone() for picture, feature in zip(chunk, self._encode(chunk), strict=True)}
         return found
 
@@ -78,7 +78,7 @@ class EncoderCache:
 
 
 class CountdownLatch:
-    """Calls `then` once `count_down` was called `count` times."""
+    """Calls `then` when `count_down` has been called `count` times. Thread-safe."""
 
     def __init__(self, count: int, then: Callable[[], None]) -> None:
         self._left = count
@@ -86,16 +86,17 @@ class CountdownLatch:
         self._lock = threading.Lock()
 
     def count_down(self) -> None:
+        """Count one call; the last one calls `then`."""
         with self._lock:
             self._left -= 1
-            is_over = not self._left
-        if is_over:
+            is_last = not self._left
+        if is_last:
             self._then()
 
 
 class AdaptiveBatchWindow:
-    """How long a chunk waits for its next picture: twice the usual time between two pictures, but not at all if that
-    time is longer than a chunk takes to encode. Times are those of time.monotonic(), in seconds."""
+    """How long a chunk waits for its next picture: twice the mean time between two pictures, or 0 if that mean is
+    longer than a chunk takes to encode. Times are time.monotonic(), in seconds."""
 
     def __init__(self) -> None:
         #: Seconds that the last chunk took to encode.
@@ -104,53 +105,55 @@ class AdaptiveBatchWindow:
         self._arrived_at = float("-inf")
 
     def record_arrival(self, now: float) -> None:
-        """Record the arrival of a picture at `now`; updates the mean time between two."""
+        """Record the arrival of a picture at `now`; updates the mean time between two pictures."""
         gap_s = min(now - self._arrived_at, MAX_GAP_S)
         self._gap_s += (gap_s - self._gap_s) * NEWEST_WEIGHT
         self._arrived_at = now
 
     def wait_s(self, begun: float, now: float) -> float:
-        """Seconds from `now` that a chunk, whose first picture was there at `begun`, waits for its next one."""
+        """Seconds from `now` that a chunk waits for its next picture. `begun`: when it got its first picture."""
         if self._gap_s >= self.encoding_s:
             return 0.0
         return max(0.0, min(2 * self._gap_s, begun + self.encoding_s - now))
 
 
 class EncoderThread:
-    """A thread that encodes pictures before their jobs' turn, while the engine's thread decodes for others.
+    """A thread that encodes pictures before their rows run, while the engine thread decodes other rows.
 
-    On a CPU the two share its cores, and an engine with nothing to run may help; on a GPU their kernels follow one
-    another, and the encoder's launches do not hold the decoder's up.
+    On a CPU the two threads share the cores, and an engine without rows may help. On a GPU their kernels alternate, and
+    launching the encoder's kernels does not delay the decoder.
     """
 
     def __init__(self, cache: EncoderCache) -> None:
         self._cache = cache
         self._queue: queue.SimpleQueue[Picture] = queue.SimpleQueue()
-        #: By key of a picture that waits or is being encoded: what waits for it.
+        #: By key of each picture that waits or is being encoded: the latches that wait for it.
         self._latches: dict[bytes, list[CountdownLatch]] = {}
         self._lock = threading.Lock()
         self._window = AdaptiveBatchWindow()
-        #: Seconds that a picture of the last chunk took.
+        #: Seconds for each picture of the last chunk.
         self._picture_s = float("inf")
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
     def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """Call `then` once pictures are encoded, here or in the encoder's thread.
+        """Encode pictures, then call `then` with the number of pictures that were not encoded for this call.
 
-        Its argument is the number of those that were not encoded for this call: known, shown twice, or encoded for an
-        earlier call.
+        A picture is not encoded if it is cached, occurs twice, or is being encoded for an earlier call. `then` is
+        called in the caller's thread if all pictures are cached, otherwise in the thread that encodes the last one.
         """
         missing = {picture.key: picture for picture in pictures if picture not in self._cache}
         encoded = 0
-        # One more, for the loop itself: `then` needs the final count.
+        # One more than the pictures, for the loop itself, since `then` needs the final count.
         latch = CountdownLatch(len(missing) + 1, lambda: then(len(pictures) - encoded))
         for picture in missing.values():
             encoded += self._enqueue(picture, latch)
         latch.count_down()
 
     def help(self, within_s: float) -> bool:
-        """If a chunk of pictures or more waits, encode half of it, as many as take about `within_s` seconds at most.
-        False if nothing was encoded."""
+        """If a chunk or more waits, encode up to half of the waiting pictures for about `within_s` seconds.
+
+        Returns False if nothing was encoded.
+        """
         waiting = self._queue.qsize()
         count = min(CHUNK, waiting // 2, int(within_s / self._picture_s))
         if waiting < CHUNK or count < 1:
@@ -163,7 +166,7 @@ class EncoderThread:
         return bool(chunk)
 
     def _enqueue(self, picture: Picture, latch: CountdownLatch) -> bool:
-        """Count the latch down once the picture is encoded. False if that was under way already."""
+        """Queue a picture; count the latch down once it is encoded. Returns False if it was queued already."""
         with self._lock:
             latches = self._latches.get(picture.key)
             if latches is not None:
@@ -179,7 +182,7 @@ class EncoderThread:
             self._encode(self._chunk())
 
     def _chunk(self) -> list[Picture]:
-        """Pictures that wait, and those that arrive while it pays to wait for them."""
+        """The waiting pictures, and those that arrive within the batch window."""
         chunk = [self._queue.get()]
         begun = time.monotonic()
         with contextlib.suppress(queue.Empty):
@@ -194,7 +197,7 @@ class EncoderThread:
             self._window.encoding_s = time.monotonic() - started
             self._picture_s = self._window.encoding_s / len(chunk)
         except Exception:
-            # The engine will need these features, try again, and knows what to do about a lack of memory.
+            # The engine encodes them again when it needs them, and handles a lack of memory.
             logger.warning("Encoding %d images ahead failed; the engine tries again.", len(chunk), exc_info=True)
         for picture in chunk:
             with self._lock:

@@ -1,4 +1,4 @@
-"""What the engine asks of a model, and what a family of models brings. Nothing here imports torch."""
+"""Protocols between the engine and the families of models. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class KVSpec:
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """What a decoder keeps for each row."""
+    """The caches of a decoder, for each row."""
 
     self_kv: KVSpec
     dtype: torch.dtype
@@ -125,9 +125,9 @@ class PromptSegment(Protocol):
 
     @property
     def carry(self) -> Tensor | None:
-        """What later tokens need beside this segment's keys and values, in any shape.
+        """A tensor of any shape that later tokens need in addition to this segment's keys and values.
 
-        None: they need nothing more, and the row has no content in the extra pools.
+        None: they need no more, and the row has no content in the extra pools.
         """
 
     def split(self, length: int) -> tuple[Self, Self]:

@@ -1,4 +1,4 @@
-"""The keys and values of a batch's rows, in slots that are preallocated and grow in steps."""
+"""The keys and values of a batch's rows, in preallocated slots that grow in steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.engine.interfaces import CacheSpec, KVSpec, Prefix
 from worker.engine.slots import Move
 from worker.engine.traced import Traced
 
-#: Positions that a pool grows by: often enough to be small, seldom enough for its copies not to count.
+#: Positions that a pool grows by: few enough to waste little memory, enough to make its copies rare.
 GROWTH = 64
 
 
@@ -22,10 +22,10 @@ def grown(positions: int) -> int:
 
 
 class KVPool:
-    """Keys and values (slots, heads, capacity, head size) of each of a group of layers."""
+    """Keys and values (slots, heads, capacity, head size) of each layer in a group of layers."""
 
     def __init__(self, spec: KVSpec, dtype: torch.dtype, device: torch.device, max_kept: int) -> None:
-        """`max_kept`: positions that are kept unused, of all slots together."""
+        """`max_kept`: maximum unused positions that stay allocated, of all slots together."""
         self._spec = spec
         self._max_kept = max_kept
         self._empty = torch.zeros(0, spec.heads, 0, spec.head_size, dtype=dtype, device=device)
@@ -43,20 +43,20 @@ class KVPool:
         return 2 * self._spec.layers * self._spec.heads * self._spec.head_size * self._empty.element_size()
 
     def reserve(self, slots: int, capacity: int) -> None:
-        """Make room for `slots` slots of `capacity` positions each. What those hold stays."""
+        """Make room for `slots` slots of `capacity` positions each, and keep their content."""
         held_slots, _, held_capacity, _ = self.tensors[0].shape
         if slots <= held_slots and capacity <= held_capacity:
             return
         rows, room = max(slots, held_slots), grown(max(capacity, held_capacity))
         if rows * room > self._max_kept:
-            # Many short rows and a long one need not have come at the same time.
+            # The most rows and the longest row may have occurred at different times: shrink to the present need.
             rows, room = slots, grown(capacity)
         for index, tensor in enumerate(self.tensors):
-            # One after the other, so that only one stands twice.
+            # One after the other, so that only one tensor exists twice at a time.
             self.tensors[index] = self._resized(tensor, rows, room)
 
     def _resized(self, old: Tensor, rows: int, room: int) -> Tensor:
-        """`old` (slots, heads, capacity, head size) as (rows, heads, room, head size), cut or filled up with zeros."""
+        """A copy of `old` (slots, heads, capacity, head size) as (rows, heads, room, head size), cut or zero-filled."""
         new = old.new_zeros(rows, old.shape[1], room, old.shape[3])
         both = new[: old.shape[0], :, : old.shape[2]]
         both.copy_(old[: both.shape[0], :, : both.shape[2]])
@@ -72,7 +72,7 @@ class KVPool:
             tensor[slot : slot + 1].zero_()
 
     def shrink(self) -> None:
-        """Free the memory, if it is more than is kept unused. For a pool without rows."""
+        """Free the memory if it has more than `max_kept` positions. For a pool without rows."""
         if self.positions > self._max_kept:
             self.clear()
 
@@ -126,7 +126,7 @@ class SlotCache:
         return views
 
     def zero_slot(self, slot: int) -> None:
-        """Overwrite what a slot holds with zeros: NaN would spoil sums even where it is masked."""
+        """Overwrite a slot's content with zeros. NaN would spoil sums even where it is masked."""
         for pool in self._pools:
             pool.zero_slot(slot)
 
@@ -136,16 +136,16 @@ class SlotCache:
         self._move(sources, targets, *views)
 
     def restore_prefix(self, prefix: Prefix, slots: Sequence[int]) -> None:
-        """Copy a prefix into slots, which have room for it."""
+        """Copy a prefix into slots, which must have room for it."""
         places = torch.tensor(slots, device=self._spec.device)
         self._restore(places, *self.self_kv.tensors, *prefix.tensors)
 
     def copy_prefix(self, slot: int, length: int, carry: Tensor | None) -> Prefix:
-        """A copy of a slot's first `length` positions."""
+        """Copy a slot's first `length` positions. `carry`: that of the copied tokens."""
         return Prefix(tuple(tensor[slot, :, :length].clone() for tensor in self.self_kv.tensors), carry)
 
     def shrink(self) -> None:
-        """Free the memory of pools that hold more than is kept unused. For a cache without rows."""
+        """Free the memory of each pool with more than `max_kept` positions. For a cache without rows."""
         for pool in self._pools:
             pool.shrink()
 
@@ -156,15 +156,21 @@ class SlotCache:
 
 
 def move(sources: Tensor, targets: Tensor, *tensors: Tensor) -> Tensor:
-    """In each of `tensors` (slots, ...), copy the slots `sources` (moves,) to the slots `targets` (moves,)."""
+    """In each of `tensors` (slots, ...), copy the slots `sources` (moves,) to the slots `targets` (moves,).
+
+    Returns `targets`, since a traced function must return a tensor.
+    """
     for tensor in tensors:
         tensor.index_copy_(0, targets, tensor.index_select(0, sources))
     return targets
 
 
 def restore(slots: Tensor, *tensors: Tensor) -> Tensor:
-    """Copy one prefix into slots (any,). The first half of `tensors` are caches (slots, heads, positions, head size),
-    the second half what they get (heads, length, head size)."""
+    """Copy one prefix into `slots` (any,) and return `slots`.
+
+    The first half of `tensors` are caches (slots, heads, positions, head size), the second half the prefix's content
+    for each of them (heads, length, head size).
+    """
     half = len(tensors) // 2
     for cache, prefix in zip(tensors[:half], tensors[half:], strict=True):
         whole = prefix.expand(slots.shape[0], *prefix.shape)

@@ -1,6 +1,6 @@
 """Logits processors that apply a checkpoint's generation rules to each row of a batch.
 
-They are transformers' own, with the arguments that stock `generate` gives them for that row alone.
+The processors are transformers' own, with the arguments that stock `generate` gives them for that row alone.
 """
 
 from __future__ import annotations

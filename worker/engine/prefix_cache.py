@@ -1,4 +1,4 @@
-"""Prefixes that prompts share, prefilled once: few-shot examples, instructions. Found by content, bounded in bytes."""
+"""A cache of prefixes that prompts share, such as few-shot examples. Found by content, bounded in bytes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from dataclasses import dataclass
 from worker.engine.interfaces import Prefix
 from worker.engine.row import Tokens
 
-#: Tokens. What is shorter is prefilled as fast as it is copied: a prefix, or a picture that would end one.
+#: Minimum tokens of a prefix, or of a picture that ends one: prefilling fewer is as fast as copying them.
 MIN_TOKENS = 16
-#: Keys of past prompts that are remembered, to know a prefix that comes again.
+#: Maximum keys of past prompts that are kept, to recognise a prefix that recurs.
 MAX_RECENT_KEYS = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixKey:
-    """A place in a prompt where a prefix may end, by the content before it: next to a picture, since what differs
-    between jobs is mostly the last picture, or what is asked about one."""
+    """A position in a prompt where a prefix may end, with a hash of the content before it.
+
+    Such positions are next to pictures: jobs differ mostly in the last picture, or in the question about a picture.
+    """
 
     key: bytes
-    #: Tokens before it.
+    #: Number of tokens before the position.
     length: int
-    #: Pictures before it.
+    #: Number of pictures before the position.
     images: int
 
 
 def prefix_keys(tokens: Tokens) -> list[PrefixKey]:
-    """The places in a prompt where a prefix is worth keeping, the longest first: before each picture, and behind one of
-    many tokens."""
+    """The positions in a prompt where a prefix is worth keeping, the longest first: before each picture, and after each
+    picture of at least MIN_TOKENS tokens."""
     found: list[PrefixKey] = []
     content = hashlib.blake2b(digest_size=16)
     start = 0
@@ -40,7 +42,7 @@ def prefix_keys(tokens: Tokens) -> list[PrefixKey]:
         nonlocal start
         content.update(array("q", tokens.ids[start:place]).tobytes())
         start = place
-        # At least one token is left: its logits are what the prompt is prefilled for.
+        # At least one token must be left after a prefix, since prefill computes the logits of the last token.
         if is_worth and MIN_TOKENS <= place < len(tokens.ids):
             found.append(PrefixKey(content.digest(), place, images))
 
@@ -55,8 +57,8 @@ class PrefixCache:
     """Least-recently-used prefixes. Used by the engine's thread only."""
 
     def __init__(self, max_bytes: int, token_bytes: int, carry_bytes: int = 0) -> None:
-        """`token_bytes`: the keys and values of one token. `carry_bytes`: what a prefix with pictures carries beside
-        them (see interfaces.PromptSegment)."""
+        """`token_bytes`: of one token's keys and values. `carry_bytes`: of the carry of a prefix with pictures (see
+        interfaces.PromptSegment)."""
         self._max_bytes = max_bytes
         self._token_bytes = token_bytes
         self._carry_bytes = carry_bytes
@@ -66,7 +68,7 @@ class PrefixCache:
         self._recent_keys: OrderedDict[bytes, None] = OrderedDict()
 
     def longest(self, keys: Sequence[PrefixKey]) -> tuple[PrefixKey, Prefix] | None:
-        """The longest kept prefix of a prompt with these keys, which `prefix_keys` made."""
+        """The longest cached prefix of a prompt. `keys`: its `prefix_keys`."""
         for key in keys:
             prefix = self._kept.get(key.key)
             if prefix is not None:
@@ -76,10 +78,10 @@ class PrefixCache:
         return None
 
     def worth_keeping(self, batch: Sequence[Sequence[PrefixKey]]) -> list[tuple[int, PrefixKey]]:
-        """Prefixes to prefill on their own, each with the index of a prompt of the batch that begins so.
+        """Choose prefixes to prefill and keep, each with the index of a prompt of the batch that begins with it.
 
-        For each prompt, the longest that several prompts of the batch share or that came before, if it is not kept. All
-        fit in the cache together. To be called once for each batch.
+        For each prompt this is the longest prefix that several prompts of the batch share or that an earlier batch had,
+        unless it is cached. All of them fit in the cache together. Call this once for each batch.
         """
         shared = Counter(key.key for keys in batch for key in keys)
         found: dict[bytes, tuple[int, PrefixKey]] = {}
@@ -98,15 +100,15 @@ class PrefixCache:
         return list(found.values())
 
     def _size(self, key: PrefixKey) -> int:
-        """Bytes that its prefix will take."""
+        """Bytes of the prefix that ends at a key."""
         return key.length * self._token_bytes + (self._carry_bytes if key.images else 0)
 
     def metrics(self) -> dict[str, int]:
-        """Prefixes that were not prefilled again, those kept, and their bytes."""
+        """Cache hits, number of cached prefixes, and their bytes."""
         return {"prefix_hits": self._hits, "prefixes": len(self._kept), "prefix_bytes": self._bytes}
 
     def keep(self, key: PrefixKey, prefix: Prefix) -> None:
-        """Keep a prefix, and drop the least recently used ones beyond the cache's bytes."""
+        """Add a prefix, and evict the least recently used ones beyond `max_bytes`."""
         self._kept[key.key] = prefix
         self._bytes += prefix.nbytes
         while self._bytes > self._max_bytes:

@@ -19,13 +19,13 @@ class NotBegun(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a row is continued. Temperature 0 is greedy. `eos_ids` are the tokens that end it."""
+    """How a row is continued. Temperature 0 is greedy. `eos_ids`: the tokens that end the row."""
 
     max_new_tokens: int
     num_beams: int = 1
     temperature: float = 0.0
     top_p: float | None = None
-    #: Truncation of the distribution as in transformers' sampling, by its names; None truncates nothing.
+    #: Truncations of the distribution, as in transformers' sampling; None does not truncate.
     top_k: int | None = None
     min_p: float | None = None
     typical_p: float | None = None
@@ -38,7 +38,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image as the vision tower takes it: float pixels (channels, height, width)."""
+    """One image as the vision encoder takes it: float pixels (channels, height, width)."""
 
     #: Hash of the content: equal pictures have equal keys.
     key: bytes
@@ -47,47 +47,48 @@ class Picture:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the pixels."""
         return 0 if self.pixels is None else self.pixels.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where a picture stands among a prompt's tokens."""
+    """The position of a picture among a prompt's tokens."""
 
-    #: Its number among the prompt's pictures.
+    #: Index of the picture in the prompt.
     image: int
-    #: Its first token's place, and how many tokens it takes.
+    #: Position of the picture's first token, and its number of tokens.
     start: int
     length: int
 
     @property
     def end(self) -> int:
-        """The place behind its last token."""
+        """The position after the picture's last token."""
         return self.start + self.length
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A prompt's token ids, and its pictures in the order of their tokens."""
+    """A prompt's token ids, and its pictures in order."""
 
     ids: tuple[int, ...]
     pictures: tuple[Picture, ...] = ()
-    #: Each picture's place, in order; may be left out for a model without a decoder of ours.
+    #: Each picture's position, in order. May be empty for a family without a fast path.
     spans: tuple[ImageSpan, ...] = ()
 
     def until(self, length: int) -> Tokens:
-        """The first `length` tokens, which cut no picture."""
+        """The first `length` tokens. `length` must not be within a picture."""
         images = self._images(length)
         return Tokens(self.ids[:length], self.pictures[:images], self.spans[:images])
 
     def behind(self, length: int) -> Tokens:
-        """The tokens behind the first `length`, which cut no picture."""
+        """The tokens after the first `length`. `length` must not be within a picture."""
         images = self._images(length)
         spans = (ImageSpan(span.image - images, span.start - length, span.length) for span in self.spans[images:])
         return Tokens(self.ids[length:], self.pictures[images:], tuple(spans))
 
     def _images(self, length: int) -> int:
-        """Pictures among the first `length` tokens."""
+        """Number of pictures in the first `length` tokens."""
         return sum(span.end <= length for span in self.spans)
 
 
@@ -98,22 +99,22 @@ class Output:
     #: New tokens, without the one that ended the row.
     ids: tuple[int, ...]
     finish_reason: FinishReason
-    #: Of the row's labels, in their order.
+    #: Probabilities of the row's labels, in order.
     probabilities: tuple[float, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A job in the engine. With `labels`, the token ids of each, it is scored and not continued."""
+    """A job in the engine. A row with `labels`, the token ids of each, is scored and not continued."""
 
     tokens: Tokens
     sampling: Sampling
     labels: tuple[tuple[int, ...], ...] = ()
     priority: int = 5
-    #: time.monotonic() at which the row ends with the tokens that it has.
+    #: time.monotonic() at which the row ends with the tokens so far.
     deadline: float | None = None
     canceled: bool = False
-    #: Pictures that were not encoded for this row.
+    #: Number of pictures whose features were cached.
     cached_images: int = 0
     #: time.monotonic(); `started` is 0.0 until the row runs.
     arrived: float = field(default_factory=time.monotonic)
@@ -122,15 +123,16 @@ class Row:
 
     @property
     def is_done(self) -> bool:
+        """Whether the row has its output or error."""
         return self.output.done()
 
     @property
     def max_steps(self) -> int:
-        """Decode steps that the row may take."""
+        """Maximum decode steps of the row."""
         return 0 if self.labels else self.sampling.max_new_tokens
 
     def abort_reason(self, now: float) -> FinishReason | None:
-        """Why the row should end at time.monotonic() `now` before the model ends it; None if it should not."""
+        """Why the row should end before the model ends it; None if it should go on. `now`: time.monotonic()."""
         if self.canceled:
             return "canceled"
         return "deadline" if self.deadline is not None and now >= self.deadline else None

@@ -1,4 +1,4 @@
-"""Sampling that depends on a row's seed alone, not on the other rows of its batch."""
+"""Sampling that depends only on a row's seed, not on the other rows of its batch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from worker.engine.row import Row, Sampling
 
 
 class RowSampling(LogitsProcessor):  # type: ignore[misc]
-    """Turns the greedy choice of stock `generate` into sampling, for the rows that ask for it.
+    """Turns the greedy choice of stock `generate` into sampling, for the rows with a temperature.
 
-    By the Gumbel-max trick, the largest of log-probabilities plus Gumbel noise is a sample of the distribution
-    (Gumbel 1954; Maddison et al., "A* Sampling", 2014). So sampled and greedy rows share a batch, and each sampled row
-    draws its noise from a generator of its own.
+    Gumbel-max trick: the largest of log-probabilities plus Gumbel noise is a sample of the distribution (Gumbel 1954;
+    Maddison et al., "A* Sampling", 2014). So sampled and greedy rows share a batch, and each sampled row has its own
+    random generator.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -35,7 +35,7 @@ class RowSampling(LogitsProcessor):  # type: ignore[misc]
         }
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (rows, vocabulary), perturbed in place, after `input_ids` (rows, length)."""
+        """Perturb scores (rows, vocabulary) in place and return them. `input_ids`: (rows, length)."""
         for index, sampler in self._samplers.items():
             scores[index] = sampler.perturb(scores[index])
         return scores
@@ -46,13 +46,13 @@ class RowSampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._warpers = [TemperatureLogitsWarper(sampling.temperature), *_cuts(sampling)]
-        # On the CPU, so that a seed means the same on every device.
+        # On the CPU, so that a seed gives the same noise on every device.
         self._generator = torch.Generator()
         self._generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
 
     def perturb(self, scores: Tensor) -> Tensor:
-        """Scores (vocabulary) as scores (vocabulary) whose largest is the sample."""
-        # Shifted so that the largest is 0: a low temperature would take larger ones out of range or precision.
+        """Perturb scores (vocabulary) so that the largest is the sample; same shape."""
+        # Shifted so that the largest is 0: with a low temperature, large scores would overflow or lose precision.
         warped = scores[None].float() - scores.max().float()
         for warper in self._warpers:
             warped = warper(None, warped)
@@ -62,7 +62,7 @@ class RowSampler:
 
 
 def _cuts(sampling: Sampling) -> Iterator[LogitsProcessor]:
-    """Processors that leave unlikely tokens out, in the order of stock `generate`."""
+    """Processors that truncate the distribution, in the order of stock `generate`."""
     if sampling.top_k:
         yield TopKLogitsWarper(sampling.top_k)
     if sampling.top_p is not None and sampling.top_p < 1.0:

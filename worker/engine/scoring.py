@@ -1,6 +1,6 @@
-"""The probabilities of labels: token sequences scored behind a prompt that is prefilled once.
+"""The probabilities of labels: token sequences scored after a prompt that is prefilled once.
 
-For families with a decoder of their own, from `continuous.py`; `stock_scoring.py` does the same for the others.
+`continuous.py` uses this for families with a fast path; `stock_scoring.py` is for the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tasks.errors import Internal
 from worker.engine.row import Output, Row
 from worker.engine.tensors import padded
 
-#: Owners of tokens that belong to no sequence: the prompt's, and padding.
+#: Owner of the prompt's tokens, and of padding.
 PROMPT, PADDING = -1, -2
 
 #: For each row, the token sequences that may follow its prompt.
@@ -25,26 +25,26 @@ Continuations = Sequence[Sequence[Sequence[int]]]
 
 
 class TokenTree(NamedTuple):
-    """Several token sequences side by side behind each row's prompt, run as one sequence.
+    """Several token sequences side by side after each row's prompt, run as one sequence.
 
-    Tree attention (Miao et al., "SpecInfer", 2023): each token attends to the prompt and to its own sequence, so the
-    prompt's keys and values stand once for all of them.
+    Tree attention (Miao et al., "SpecInfer", 2023): each token attends to the prompt and to its own sequence only, so
+    that all sequences share the prompt's keys and values.
     """
 
-    #: (rows, length): what is still to be prefilled of the prompt, then each sequence without its last token.
+    #: (rows, length): the tokens of the prompt that are not prefilled yet, then each sequence without its last token.
     ids: Tensor
-    #: (rows, length): the number of the sequence that a token belongs to, PROMPT or PADDING.
+    #: (rows, length): the index of the token's sequence, PROMPT or PADDING.
     owner: Tensor
-    #: (rows, length): a token's place behind what is already prefilled.
+    #: (rows, length): a token's position after the prefilled tokens.
     depth: Tensor
-    #: (rows, targets): each sequence without its first token: what follows the tokens of `ids`.
+    #: (rows, targets): each sequence without its first token, which are the tokens to score.
     targets: Tensor
 
     @classmethod
     def build(
         cls, prompts: Sequence[Sequence[int]], continuations: Continuations, device: torch.device
     ) -> TokenTree | None:
-        """`prompts`: what is still to be prefilled of each. None if there is no token to run."""
+        """`prompts`: the tokens of each that are not prefilled yet. Returns None if there is no token to run."""
         rows = list(zip(prompts, continuations, strict=True))
         ids = [[*prompt, *(token for sequence in row for token in sequence[:-1])] for prompt, row in rows]
         owners = [
@@ -68,13 +68,13 @@ class TokenTree(NamedTuple):
 
 
 def by_sequence(numbers: Sequence[float], sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-    """A row's numbers, one for each target, sequence by sequence."""
+    """Split a row's numbers, one for each target, by sequence."""
     rest = iter(numbers)
     return [list(itertools.islice(rest, len(sequence) - 1)) for sequence in sequences]
 
 
 def label_parts(rows: Sequence[Row], max_tokens: int) -> Iterator[slice]:
-    """Slices of the rows' labels, each of about `max_tokens` tokens at most for all the rows together."""
+    """Slices of the rows' labels, each with at most about `max_tokens` tokens in all rows together."""
     most = max(len(row.labels) for row in rows)
     longest = max(len(label) for row in rows for label in row.labels)
     size = max(1, max_tokens // (len(rows) * longest))
@@ -84,7 +84,7 @@ def label_parts(rows: Sequence[Row], max_tokens: int) -> Iterator[slice]:
 def add_likelihoods(
     scores: Sequence[list[float]], part: slice, likelihoods: Sequence[Sequence[Sequence[float]]]
 ) -> None:
-    """Add the log-probabilities of tokens to the scores of the labels of a part, in place."""
+    """Add the log-probabilities of tokens to the scores of the labels in a slice, in place."""
     for row, labels in zip(scores, likelihoods, strict=True):
         for number, tokens in enumerate(labels, start=part.start):
             row[number] += sum(tokens)
@@ -96,7 +96,7 @@ def finish_scored(rows: Sequence[Row], likelihoods: Sequence[Sequence[float]]) -
         if any(map(math.isnan, scores)):
             row.fail(overflow())
             continue
-        # Not torch: for a few numbers, its calls cost more than they compute.
+        # Without torch, whose calls take longer for a few numbers.
         best = max(scores)
         parts = [math.exp(score - best) for score in scores]
         total = math.fsum(parts)
@@ -104,4 +104,5 @@ def finish_scored(rows: Sequence[Row], likelihoods: Sequence[Sequence[float]]) -
 
 
 def overflow() -> Internal:
+    """The error of a row whose logits are NaN."""
     return Internal("The model's numbers overflow on this job: load it with IDEFICS_DTYPE=bfloat16 or float32.")

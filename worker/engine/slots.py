@@ -1,25 +1,25 @@
-"""Which slots of a batch's caches are in use: bookkeeping without tensors."""
+"""The slots of a batch's caches that are in use: bookkeeping without tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: Compaction starts once more than one slot in this many is free before the last one in use. A free slot costs a step
-#: what a row costs it; moving a row costs more, and new rows mostly fill the gaps.
+#: Compaction starts when more than one in GAPS_PART slots is free before the last one in use. In a step a free slot
+#: costs as much as a row; moving a row costs more than that, and new rows mostly fill the gaps.
 GAPS_PART = 4
 
-#: From slot to slot.
+#: Source slot, target slot.
 Move = tuple[int, int]
 
 
 class SlotTable:
-    """The rows of a batch by slot, up to the last slot in use.
+    """The rows of a batch by slot, up to the last slot in use. A slot is free if its length is 0.
 
-    A slot is free if its length is 0. The same object serves one set of caches (see kv_cache.SlotCache).
+    Each kv_cache.SlotCache has one table.
     """
 
     def __init__(self) -> None:
-        #: By slot: tokens whose keys and values it holds.
+        #: By slot: number of tokens whose keys and values it holds.
         self.lengths: list[int] = []
         #: By slot: whether the row has content in the extra pools (see interfaces.CacheSpec).
         self.has_extra: list[bool] = []
@@ -29,7 +29,7 @@ class SlotTable:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row; 0 if there is none."""
+        """Number of tokens of the longest row; 0 without rows."""
         return max(self.lengths, default=0)
 
     @property
@@ -38,7 +38,7 @@ class SlotTable:
         return [slot for slot, length in enumerate(self.lengths) if not length]
 
     def take(self, lengths: Sequence[int], has_extra: Sequence[bool], *, at_end: bool) -> list[int]:
-        """Put rows into free slots and return these, in the rows' order; `at_end` leaves gaps as they are."""
+        """Put rows into free slots and return the slots in the rows' order. `at_end`: use no gaps."""
         gaps = [] if at_end else self.gaps[: len(lengths)]
         new = len(lengths) - len(gaps)
         slots = [*gaps, *range(len(self), len(self) + new)]
@@ -49,7 +49,7 @@ class SlotTable:
         return slots
 
     def advance(self) -> None:
-        """Every row has one token more."""
+        """Record one more token for each row."""
         self.lengths = [length and length + 1 for length in self.lengths]
 
     def release(self, slots: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class SlotTable:
             self.has_extra.pop()
 
     def compact(self) -> list[Move]:
-        """If too many slots are free, give the last rows the slots of the gaps; their caches are to be moved likewise.
+        """If many slots are free, move the last rows into gaps. The caller makes the same moves in the caches.
 
         No slot is the source of one move and the target of another.
         """

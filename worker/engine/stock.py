@@ -1,4 +1,4 @@
-"""Rows through transformers' own `generate`: the path for every family, one batch at a time."""
+"""Runs rows through transformers' own `generate`: works for every family, one batch at a time."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
 from worker.engine.stock_scoring import ForwardAdapter, label_log_likelihoods
 
-#: What a plain RuntimeError of torch says when a CPU, or a GPU's matrix library, had no memory.
+#: Messages of torch's plain RuntimeErrors for a lack of memory on a CPU or in a GPU's matrix library.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class StockCodec(Codec, Protocol):
-    """A codec whose prompts stock `generate` continues."""
+    """A codec for prompts that stock `generate` continues."""
 
-    #: Token sequences that no answer may hold.
+    #: Token sequences that answers must not contain.
     bad_words_ids: list[list[int]]
 
 
 class Adapter(ForwardAdapter, Protocol):
-    """What a family adds to transformers' common interface: for an example, see worker.models.idefics1.adapter."""
+    """A family's additions to transformers' common interface. Example: worker.models.idefics1.adapter."""
 
     @property
     def codec(self) -> StockCodec: ...
 
     def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """As that of interfaces.Runner."""
+        """Encode pictures, then call `then`, as interfaces.Runner.prefetch does."""
 
     def help(self, within_s: float) -> bool:
-        """As that of interfaces.Runner."""
+        """Encode waiting pictures, as interfaces.Runner.help does."""
 
     def metrics(self) -> dict[str, int]:
-        """As that of interfaces.Model."""
+        """Counters of the family's caches."""
 
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Arguments of `generate` for a batch, padded on the left: `input_ids` and `attention_mask` (rows, length), and
-        the family's own."""
+        """Arguments of `generate` for left-padded prompts: `input_ids` and `attention_mask` (rows, length), and the
+        family's own."""
 
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same as arguments of the model's forward."""
+        """Turn arguments of `generate`, as of `inputs`, into arguments of the model's forward, of the same shapes."""
 
 
 class StockModel:
-    """A checkpoint run by stock `generate`. In float32 each row's tokens are those that it gets alone."""
+    """A checkpoint run by stock `generate`. In float32 a row's tokens do not depend on the other rows."""
 
     def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int, rules: GenerationRules = NO_RULES) -> None:
-        """`max_tokens`: tokens whose keys and values label scoring holds at a time, beside the prompts'. `rules`: the
-        checkpoint's, which its own generation config no longer holds."""
+        """`max_tokens`: maximum tokens whose keys and values label scoring holds, without those of the prompts.
+        `rules`: the checkpoint's, removed from the model's own generation config."""
         self.info = info
         self.rules = rules
         self.codec = adapter.codec
@@ -72,7 +72,7 @@ class StockModel:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
-        """Run rows of one number of beams, and rows with labels, as interfaces.Runner says. No row joins them."""
+        """Run rows with labels, and rows with one number of beams: see interfaces.Runner. Never calls `admit`."""
         with memory_errors():
             self._run(rows, heartbeat)
 
@@ -114,7 +114,7 @@ class StockModel:
         return [BatchRules(rows, self.rules.scores, ids.device, ids.shape[1])] if self.rules.scores else []
 
     def _search(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
-        # The rules see a prompt's padding, and beams of different prompts share no state: each prompt alone.
+        # With rules, each prompt runs alone: transformers would apply them to the padding of a batch.
         for part in [[row] for row in rows] if self.rules.scores else [rows]:
             self._search_together(part, heartbeat)
 
@@ -142,7 +142,7 @@ class StockModel:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raise OutOfMemory in place of the errors by which torch says that memory is short."""
+    """Turn torch's errors for a lack of memory into OutOfMemory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -158,12 +158,12 @@ def _is_of_memory(error: Exception) -> bool:
 
 
 def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:
-    """The output of a row whose best beam has these new tokens, and padding behind their end."""
+    """The output of a row. `sequence`: the new tokens of its best beam, with padding after their end."""
     end = next((n for n, token in enumerate(sequence) if token in row.sampling.eos_ids), None)
     ids = tuple(sequence[:end])
     reason: FinishReason = "length" if end is None else "stop"
     if has_stop(decode(ids), row.sampling.stop):
-        # A greedy row ends with the token that completes the stop string: so does this one.
+        # As for greedy rows, the token that completes the stop string is the last.
         ids = next(ids[:n] for n in range(1, len(ids) + 1) if has_stop(decode(ids[:n]), row.sampling.stop))
         reason = "stop_sequence"
     return Output(ids, row.abort_reason(time.monotonic()) or reason)
@@ -176,7 +176,7 @@ class Overflow(LogitsProcessor):  # type: ignore[misc]
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (rows times beams, vocabulary), unchanged."""
+        """Return scores (rows times beams, vocabulary) unchanged. `input_ids`: (rows times beams, length)."""
         are_bad = scores.isnan().view(len(self._rows), -1).any(dim=1).tolist()
         for row, is_bad in zip(self._rows, are_bad, strict=True):
             if is_bad and not row.is_done:
@@ -185,14 +185,14 @@ class Overflow(LogitsProcessor):  # type: ignore[misc]
 
 
 class RowStopping(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row by its own rules, and finishes it at that very step: it does not wait for its batch."""
+    """Ends each row by its own conditions, and finishes it at that step, without waiting for its batch."""
 
     def __init__(self, rows: Sequence[Row], decode: Decode, heartbeat: SendHeartbeat) -> None:
         self._progress = [RowProgress(row, decode) for row in rows]
         self._heartbeat = heartbeat
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        """Which rows are done (rows,), given all tokens (rows, length)."""
+        """Which rows are done (rows,). `input_ids`: all tokens (rows, length)."""
         self._heartbeat()
         now = time.monotonic()
         for progress, token in zip(self._progress, input_ids[:, -1].tolist(), strict=True):
@@ -202,15 +202,15 @@ class RowStopping(StoppingCriteria):  # type: ignore[misc]
 
 
 class AllAborted(StoppingCriteria):  # type: ignore[misc]
-    """Ends a beam search once all its rows are aborted. Single rows cannot leave it."""
+    """Ends a beam search once all its rows are aborted, since single rows cannot leave it."""
 
     def __init__(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         self._rows = rows
         self._heartbeat = heartbeat
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        """Whether the beams are done (rows times beams,): all or none."""
+        """Whether the beams are done (rows times beams,), all or none. `input_ids`: (rows times beams, length)."""
         self._heartbeat()
         now = time.monotonic()
-        over = all(row.is_done or row.abort_reason(now) for row in self._rows)
-        return torch.full((input_ids.shape[0],), over, device=input_ids.device)
+        is_done = all(row.is_done or row.abort_reason(now) for row in self._rows)
+        return torch.full((input_ids.shape[0],), is_done, device=input_ids.device)

@@ -1,6 +1,6 @@
-"""The log-likelihood of each label after a prompt, by transformers' own forward; the prompt is prefilled once.
+"""The log-likelihood of each label after a prompt, by transformers' own forward. The prompt is prefilled once.
 
-For families without a decoder of their own, and for prompts without pictures.
+For families without a fast path, and for prompts without pictures.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ Labels = Sequence[Sequence[int]]
 
 
 class ForwardAdapter(Protocol):
-    """What a family adds to the forward of its model."""
+    """The part of a family's adapter that its model's forward needs."""
 
     model: PreTrainedModel
 
     def continuation_inputs(self, inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
-        """The family's own forward arguments for `length` tokens behind the prompts number `rows` (any,), whose own
-        arguments are `inputs`. What the prompts' keys and values hold is left out."""
+        """The family's own forward arguments for `length` tokens after the prompts with indices `rows` (any,).
+
+        `inputs` are the arguments of all prompts (rows, ...). The result has no content that the prompts' keys and
+        values hold already.
+        """
 
 
 @torch.inference_mode()
@@ -36,11 +39,11 @@ def label_log_likelihoods(
     max_tokens: int,
     heartbeat: Callable[[], None],
 ) -> list[list[float]]:
-    """The sum of the log-probabilities of each label's tokens, for each of a batch of prompts.
+    """The log-likelihood of each label for each prompt of a batch: the sum of its tokens' log-probabilities.
 
     `inputs` are the model's forward arguments for left-padded prompts: `input_ids` and `attention_mask` (rows, length),
-    and the family's own. `labels[row]` are the token ids of the row's labels. Beside the prompts', keys and values of
-    about `max_tokens` tokens at most are held at a time.
+    and the family's own. `labels[row]` are the token ids of the row's labels. `max_tokens`: about the maximum tokens
+    whose keys and values are held at a time, without those of the prompts.
     """
     positions = _positions(inputs["attention_mask"])
     prompt = adapter.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
@@ -72,8 +75,11 @@ def _rest(
     chunk: Sequence[tuple[int, int]],
     labels: Sequence[Labels],
 ) -> list[float]:
-    """Log-likelihoods of labels without their first tokens. `chunk` names the labels by row and number; `inputs` (rows,
-    ...) and `cache` (rows, heads, length, head size) are those of all prompts."""
+    """Log-likelihoods of labels without their first tokens.
+
+    `chunk`: the labels, by row and number. `inputs` (rows, ...) and `cache` (rows, heads, length, head size) are those
+    of all prompts.
+    """
     device = inputs["input_ids"].device
     rows = torch.tensor([row for row, _ in chunk], device=device)
     ids = [torch.tensor(labels[row][n], device=device) for row, n in chunk]
@@ -91,12 +97,12 @@ def _rest(
 
 
 def _positions(mask: Tensor) -> Tensor:
-    """Position ids (rows, length) for a mask (rows, length), as `generate` counts them: without padding on the left."""
+    """Position ids (rows, length) for a mask (rows, length). As in `generate`, left padding has no positions."""
     return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 1)
 
 
 def _selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """The keys and values of `rows` (any,). A layer that grows gets new tensors, so the prompts' stay as they are."""
+    """A copy with the keys and values of `rows` (any,). Growing it does not change the prompts' cache."""
     selected = copy.copy(cache)
     selected.layers = [copy.copy(layer) for layer in cache.layers]
     selected.batch_select_indices(rows)

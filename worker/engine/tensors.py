@@ -9,5 +9,5 @@ from torch import Tensor
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch.device) -> Tensor:
-    """Rows of any lengths as one tensor (rows, length) of integers, filled up on the right."""
+    """One integer tensor (rows, length) of rows of any lengths, padded with `fill` on the right."""
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)

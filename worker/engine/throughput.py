@@ -15,7 +15,7 @@ HALF_LIFE_S = 5.0
 
 
 class Throughput(NamedTuple):
-    """What an engine runs, and how fast."""
+    """The number of rows that an engine runs, and the time that they take."""
 
     #: Running rows, and rows more that could start at once.
     capacity: int
@@ -46,7 +46,7 @@ class ThroughputMeter:
         """The throughput now."""
         running, now = self._running, time.monotonic()
         age_s = now - sum(row.started for row in running) / len(running) if running else 0.0
-        # An old average is no good estimate for new jobs.
+        # An old average is a poor estimate for new jobs.
         usual_s = self._job_s * 2 ** ((self._ended_at - now) / HALF_LIFE_S)
         left_s = usual_s - age_s if usual_s > age_s else age_s
         closed_s = 0.0 if self.is_joinable or not running else left_s

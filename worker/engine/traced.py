@@ -1,4 +1,4 @@
-"""torch.jit.trace: a network's whole forward pass as one call into torch."""
+"""A network's whole forward pass as one call into torch, by torch.jit.trace."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-#: Shapes of the first argument for which a graph's first result is compared with the function's; then it is trusted.
+#: For this many shapes of the first argument, a graph's first result is compared with the function's.
 CHECKED_SHAPES = 8
 
 
 class Traced:
-    """Runs a function of tensors as a recorded graph, if that gives the same result, bit for bit.
+    """Runs a function of tensors as a recorded graph, if the graph gives the same result bit for bit.
 
-    In Python, every operation of a network releases the interpreter and has to get it back from dozens of threads; a
-    graph does so once, and spends a fifth less time between operations. It is recorded by `torch.jit.trace` at the
-    first call, and compared with the function at each new shape of the first argument. Threads may share it: if two
-    record at once, either graph will do.
+    In Python, each operation of a network releases the interpreter lock and competes for it with dozens of threads. A
+    graph does so once, and spends a fifth less time between operations. `torch.jit.trace` records it at the first call;
+    at new shapes of the first argument it is compared with the function. Thread-safe: if two threads record at once,
+    either graph may be used.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
-        """`function` takes tensors of any shapes and may write to them. Its control flow must not depend on content."""
+        """`function` takes tensors of any shapes and may write to them. Its control flow must not depend on values."""
         self._function = function
         #: By number of arguments.
         self._graphs: dict[int, Callable[..., Tensor]] = {}
         self._checked: dict[int, set[torch.Size]] = {}
 
     def __call__(self, *arguments: Tensor) -> Tensor:
+        """The function's result, for tensors of the shapes that it takes."""
         graph = self._graphs.get(len(arguments))
         if graph is None:
             graph = self._graphs[len(arguments)] = self._record(arguments)
@@ -49,12 +50,12 @@ class Traced:
                 warnings.simplefilter("ignore")
                 graph = torch.jit.trace(self._function, copies, check_trace=False)  # type: ignore[no-untyped-call]
         except Exception:
-            # Of many kinds, since quantized and distributed layers do things of their own.
-            logger.debug("A network cannot be recorded.", exc_info=True)
+            # Of any type: quantized and distributed layers raise their own errors.
+            logger.debug("A network cannot be recorded; it runs operation by operation.", exc_info=True)
             return self._function
 
         def run(*arguments: Tensor) -> Tensor:
-            # Without fusing: fused operations round differently.
+            # Fused operations would round differently.
             with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 result: Tensor = graph(*arguments)
             return result
@@ -62,7 +63,7 @@ class Traced:
         return run
 
     def _compared(self, graph: Callable[..., Tensor], arguments: Sequence[Tensor]) -> Tensor:
-        """The function's result. If the graph's is another, the function is used from now on."""
+        """The function's result. If the graph's result differs, the function replaces the graph from now on."""
         copies = [argument.clone() for argument in arguments]
         result = self._function(*arguments)
         try:
@@ -70,6 +71,6 @@ class Traced:
         except RuntimeError:
             agree = False
         if not agree:
-            logger.info("Recorded, this network would answer otherwise: it runs operation by operation.")
+            logger.info("The recorded network gives another result; it runs operation by operation.")
             self._graphs[len(arguments)] = self._function
         return result

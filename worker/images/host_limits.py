@@ -32,12 +32,12 @@ class HostLimitReached(Exception):
 
 @dataclass(slots=True)
 class _Host:
+    #: Moving average of the seconds that a download takes.
+    usual_s: float
     #: When each running download began (time.monotonic()).
     began: list[float] = field(default_factory=list)
     #: Threads that wait for a slot.
     waiting: int = 0
-    #: Moving average of the seconds that a download takes.
-    usual_s: float = DEFAULT_DOWNLOAD_S
     #: When the last job that was sent back is to return (time.monotonic()).
     booked_until: float = 0.0
 
@@ -49,10 +49,14 @@ class _Host:
 class HostLimiter:
     """Bounds the downloads at once from each host. Thread-safe."""
 
-    def __init__(self, host_concurrency: int, max_waiting: int | None = None) -> None:
-        """`host_concurrency`: downloads at once from one host. `max_waiting`: threads that may wait for one host."""
+    def __init__(
+        self, host_concurrency: int, max_waiting: int | None = None, download_s: float = DEFAULT_DOWNLOAD_S
+    ) -> None:
+        """`host_concurrency`: downloads at once from one host. `max_waiting`: threads that may wait for one host.
+        `download_s`: seconds that a download takes from a host of which nothing is known."""
         self._host_concurrency = host_concurrency
         self._max_waiting = max_waiting
+        self._download_s = download_s
         self._hosts: dict[str, _Host] = {}
         self._changed = threading.Condition()
 
@@ -61,6 +65,12 @@ class HostLimiter:
         """Slots that are held or waited for, at all hosts."""
         with self._changed:
             return sum(len(host.began) + host.waiting for host in self._hosts.values())
+
+    @property
+    def known_hosts(self) -> int:
+        """Hosts that are remembered: those in use, and those to which jobs return."""
+        with self._changed:
+            return len(self._hosts)
 
     @contextmanager
     def acquire(self, name: str, wait_s: float | None = None) -> Iterator[None]:
@@ -76,7 +86,7 @@ class HostLimiter:
 
     def _begin(self, name: str, wait_s: float | None) -> float:
         with self._changed:
-            host = self._hosts.setdefault(name, _Host())
+            host = self._hosts.setdefault(name, _Host(self._download_s))
             now = time.monotonic()
             if len(host.began) >= self._host_concurrency:
                 if wait_s is None and not self._is_free_soon(host, now):

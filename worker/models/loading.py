@@ -87,7 +87,7 @@ def _load(settings: Settings, source: str, pinned: dict[str, Any]) -> Model:
         **pinned,
         use_safetensors=True,
         dtype=_dtype(settings),
-        device_map=_device_map(settings),
+        device_map=device_map_of(settings),
         quantization_config=_quantization(settings),
     )
     rules = _taken_rules(model)
@@ -153,7 +153,8 @@ def _taken_rules(model: PreTrainedModel) -> GenerationRules:
     return rules
 
 
-def _device_map(settings: Settings) -> str:
+def device_map_of(settings: Settings) -> str:
+    """What transformers is told of the devices: a device's name, or how to share the layers out."""
     # transformers' `auto` spreads a model over all GPUs that it sees, even one that the first has room for.
     return "sequential" if settings.device_map == "auto" else settings.device_map
 

@@ -20,10 +20,8 @@ from config.settings import Settings
 from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import Internal, InvalidRequest, JobError
 from tasks.failed import FailedBounds
-from tasks.payloads import PAYLOADS
-from tasks.printable import escaped
 from worker.observability.redaction import without_values
-from worker.queue.dead_letters import keep_misrouted, misrouted
+from worker.queue.dead_letters import keep_misrouted, misrouted, unknown_task
 from worker.queue.due import delay_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, checked, readable, usable_id
 from worker.queue.redeliveries import RedeliveryCounter
@@ -33,11 +31,6 @@ from worker.runtime.exception_info import exception_info
 
 logger = logging.getLogger(__name__)
 
-_MISROUTED = (
-    f"This queue's workers have no task {{task}}: use one of the six ({', '.join(PAYLOADS)}), or send a task of your "
-    "own to its own worker's queue (signature.set(queue=...)). The message is kept: `idefics-jobs failed retry ID "
-    "--queue NAME` sends it on."
-)
 #: Seconds that events wait for others. Celery publishes at every turn of its loop, which costs it more than the jobs.
 EVENTS_S = 0.25
 
@@ -52,8 +45,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         settings: Settings = options["app"].settings
         super().__init__(*args, **{**options, "initial_prefetch_count": settings.job_threads})
         self._bounds = FailedBounds(settings.failed_max, settings.failed_max_bytes, settings.failed_ttl_s)
-        self._refusals = Refusals(self.app, self._bounds)
-        self._redeliveries: RedeliveryCounter = getattr(self.pool, "redeliveries", None) or RedeliveryCounter(
+        self.refusals = Refusals(self.app, self._bounds)
+        self.redeliveries: RedeliveryCounter = getattr(self.pool, "redeliveries", None) or RedeliveryCounter(
             most=settings.max_worker_deaths
         )
         # What kombu raises where it has tried in vain to publish: such a connection is lost too.
@@ -63,7 +56,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
                 step.sync = functools.partial(self._mingle, step.sync)
         if self.controller is not None:
             # Celery's keeps a job's place for ever where handing the job over fails.
-            self.controller._process_task = self._hand_over
+            self.controller._process_task = self.hand_over
 
     def _mingle(self, sync: Callable[[Any], None], consumer: Any) -> None:
         """Hear of the other workers' revocations; a connection that drops meanwhile ends Celery's worker."""
@@ -110,7 +103,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         # Kombu's own channel (IDEFICS_ATOMIC_RESERVE=false) does not ask; nor has another pool an answer.
         self.task_consumer.channel.can_accept = lambda: getattr(self.pool, "can_accept_jobs", True)
         self.task_consumer.channel.most_bytes = most
-        self._redeliveries.channel = self.task_consumer.channel
+        self.redeliveries.channel = self.task_consumer.channel
         if not self.app.settings.atomic_reserve:
             release(self.task_consumer.channel, [queue.name for queue in self.task_consumer.queues])
 
@@ -145,7 +138,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
         """Keep the message whole with the failed jobs, from where it can be sent on, and end its job."""
-        why = InvalidRequest(_MISROUTED.format(task=escaped(message.headers["task"])))
+        why = InvalidRequest(unknown_task(message.headers["task"]))
         request = misrouted(message, self.hostname)
         logger.error("Message %s is kept with the failed jobs. %s", request.id, why)
         try:
@@ -164,7 +157,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def _refuse(self, message: Any, refused: MessageRefused) -> None:
         """Drop a message, and end its job where it has an id."""
         try:
-            asked = self._refusals(message.body if refused.id else _shown(message), refused, taken_text(message))
+            asked = self.refusals(message.body if refused.id else _shown(message), refused, taken_text(message))
             if refused.id and asked:
                 task, arguments = readable(message, self.app.settings.max_job_bytes)
                 self._record_callback(refused.id, task, arguments, InvalidRequest(str(refused)), asked)
@@ -208,7 +201,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         except Exception as again:
             self._return(headers, functools.partial(message.reject_log_error, logger, self.connection_errors), again)
 
-    def _hand_over(self, request: Any) -> None:
+    def hand_over(self, request: Any) -> None:
         """Give the pool a job that has its place. Whatever fails, the place is free again."""
         try:
             request.execute_using_pool(self.pool)
@@ -233,15 +226,15 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
     def _return(self, headers: dict[str, Any], reject: Callable[..., None], error: Exception) -> None:
         """Give a job back whose end could not be stored: for as long as Redis is away, else a few times."""
         id, key = headers["id"], (headers["id"], headers.get("retries") or 0)
-        if is_away(error) or not self._redeliveries.is_lost(self._redeliveries.history(key).deaths):
+        if is_away(error) or not self.redeliveries.is_lost(self.redeliveries.history(key).deaths):
             logger.error("Job %s goes back to the queue: %s", ascii(id), without_values(error))
             if not is_away(error):
-                self._redeliveries.count_return(key)
+                self.redeliveries.count_return(key)
             reject(requeue=True)
             return
         logger.critical("Job %s came back too often; it fails as internal.", ascii(id))
         try:
-            self._refusals.end(id, _internal(error))
+            self.refusals.end(id, _internal(error))
         except Exception as away:
             logger.critical("Its end cannot be stored: %s", without_values(away))
         reject(requeue=False)

@@ -7,6 +7,7 @@ kept by the parent with all that it takes to send it on.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import time
 from dataclasses import replace
@@ -19,6 +20,8 @@ from celery.signals import task_failure
 
 from tasks.errors import InvalidRequest, from_exception
 from tasks.failed import FailedBounds, FailedJob, FailedJobs
+from tasks.payloads import PAYLOADS
+from tasks.printable import escaped
 from tasks.protocol import SUBMITTED_AT
 from worker.queue.result_backend import asked_by, digest_of, is_of_another, taken_now
 
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Characters that an invalid request's payload may have to be kept: writing a megabyte costs as much as ten jobs.
 MAX_INVALID_CHARS = 200_000
+#: Characters of an unknown task's name in the error that its sender reads.
+MAX_SHOWN_CHARS = 80
 
 
 def keep_failures(app: Celery, bounds: FailedBounds) -> None:
@@ -58,6 +63,19 @@ def failed_job(task: str, request: Context, error: BaseException) -> FailedJob:
         submitted_at=request.get(SUBMITTED_AT),
         failed_at=time.time(),
         is_whole=ours.code != InvalidRequest.code or not _is_longer((request.args, request.kwargs), MAX_INVALID_CHARS),
+    )
+
+
+def unknown_task(name: str) -> str:
+    """The error for the sender of a message for a task that is none of ours, with the likely correction."""
+    likely = difflib.get_close_matches(name, PAYLOADS, 1)
+    if likely:
+        cure = f"did you mean {likely[0]}?"
+    else:
+        cure = f"use one of {', '.join(PAYLOADS)}, or send it to its own worker's queue."
+    return (
+        f"This queue's workers have no task {escaped(name[:MAX_SHOWN_CHARS])}: {cure} "
+        "`idefics-jobs failed retry ID --queue NAME` sends the message on."
     )
 
 

@@ -99,6 +99,15 @@ def unix_seconds(value: Any) -> float:
         return math.nan
 
 
+def with_offset(value: Any) -> Any:
+    """A moment that Celery wrote, with an offset where it has none: as Celery's producers, we read it as UTC then.
+
+    Celery's worker would compare an expiry without an offset to its own local time.
+    """
+    moment = maybe_iso8601(value)
+    return value if moment.tzinfo is not None else maybe_make_aware(moment).isoformat()
+
+
 def is_queue(value: Any) -> bool:
     return isinstance(value, str) and bool(_QUEUE.fullmatch(value)) and not is_no_queue(value)
 

@@ -22,7 +22,7 @@ def one_of(*values: Any) -> Form:
     return Form(fields.is_one_of(*values), f"one of {', '.join(map(str, values))}")
 
 
-_ISO = 'ISO 8601 with an offset, for example "2030-12-31T23:59:59+00:00"'
+_ISO = 'ISO 8601 in UTC or with an offset, for example "2030-12-31T23:59:59+00:00"'
 _DAYS = MAX_DELAY_S // 86_400
 
 ID = Form(fields.is_id, f"a text of printable ASCII, 1 to {MAX_ID_CHARS:,} characters long")

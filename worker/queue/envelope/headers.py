@@ -9,7 +9,7 @@ from celery.app.task import Context
 from tasks.protocol import CONTINUES, SUBMITTED_AT
 from worker.queue.envelope import forms
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
-from worker.queue.envelope.fields import is_label
+from worker.queue.envelope.fields import is_label, with_offset
 from worker.queue.envelope.forms import Form
 from worker.queue.envelope.refusal import require, shown
 
@@ -59,6 +59,7 @@ HEADERS: dict[str, Form] = {
     CONTINUES: forms.FLAG,
 }
 
+_MOMENTS = (forms.DUE_TIME, forms.MOMENT)
 #: What Celery overwrites, and what only its first protocol has.
 _IGNORED = {"hostname", "correlation_id", "reply_to", "delivery_info", "properties", "args", "kwargs", "utc", "taskset"}
 
@@ -136,7 +137,7 @@ def checked_headers(headers: dict[str, Any]) -> dict[str, Any]:
                 known[name] = value
         elif value is not None or name in ("task", "id"):
             require(form.holds(value), f"The header {name} must be {form.words}.")
-            known[name] = value
+            known[name] = with_offset(value) if form in _MOMENTS and value is not None else value
     require("id" in known, "The message has no id: send the header id, a new UUID for each job.")
     stamps = known.get("stamps") or {}
     require(stamps.keys() >= set(known.get("stamped_headers") or ()), "A stamped header has no stamp: stamp it.")

@@ -21,6 +21,8 @@ _SERIALIZERS = {
 }
 #: `binary` is what kombu calls a body that it need not decode.
 _ENCODINGS = {"utf-8", "utf8", "ascii", "us-ascii", "binary"}
+#: Of these entries a body in the first protocol has at least one.
+_FIRST_PARTS = {"task", "id", "args", "kwargs"}
 #: Entries of a body in the first protocol that are headers in the second, under the same names.
 _FIRST_HEADERS = ("task", "id", "group", "eta", "expires", "retries", "timelimit", "root_id", "parent_id", "shadow")
 
@@ -88,7 +90,9 @@ def _checked(message: Any, most_bytes: int, ids: list[str | None]) -> Envelope:
     _check_content(message.content_type, message.content_encoding)
     payload = decoded(body)
     if isinstance(payload, dict):
-        # Celery's first protocol says in the body what the second says in headers. Some producers mix both.
+        # Celery's first protocol says in the body what the second says in headers. Some producers mix both. Keyword
+        # arguments alone are neither: read as the first protocol, such a body would have no arguments.
+        require(not payload.keys().isdisjoint(_FIRST_PARTS), NO_BODY)
         ids.append(usable_id(payload.get("id")))
         headers, parts = _of_first_protocol(headers, payload)
         # The values that kombu gives a type to stay as they are written.

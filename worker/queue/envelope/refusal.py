@@ -9,7 +9,10 @@ NO_ENVELOPE = (
 UNREADABLE = "The message cannot be decoded: send JSON, as Celery's serializer 'json' does."
 NO_TASK = "The message names no task: send the header task, for example idefics.caption."
 NO_BODY_TEXT = "The body cannot be read: send it in base64 with properties.body_encoding base64, or as JSON without."
-NO_BODY = "The body is not [args, kwargs, links]: send a list of arguments and an object of keyword arguments."
+NO_BODY = (
+    "The body is not [args, kwargs, links]: send a list of arguments, an object of keyword arguments and an object of "
+    'links, for example [[], {"image": "https://..."}, {}].'
+)
 
 
 class MessageRefused(Exception):

@@ -6,14 +6,17 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
-from benchmarks.chaos.pictures import PNG
+from tests.support.pictures import png
+from tests.support.web import Quiet, serving
+
+PNG = png("teal")
 
 #: Seconds between two header lines while a picture is held: the worker gives up a silent server.
 DRIP_S = 0.5
 #: Seconds until a test that forgot to release a picture fails.
-PATIENCE_S = 40.0
+MOST_HELD_S = 40.0
 
 
 class Gallery:
@@ -24,11 +27,7 @@ class Gallery:
         self._held: dict[str, threading.Event] = {}
         self._broken: Counter[str] = Counter()
         self._changed = threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-
-    @property
-    def port(self) -> int:
-        return self._server.server_port
+        self.port = 0
 
     def picture(self, name: str) -> str:
         """The URL of a picture that is there at once."""
@@ -57,7 +56,7 @@ class Gallery:
 
     def await_release(self, name: str, drip: Callable[[], None]) -> None:
         event = self._held.get(name)
-        for _ in range(int(PATIENCE_S / DRIP_S)):
+        for _ in range(int(MOST_HELD_S / DRIP_S)):
             if event is None or event.wait(DRIP_S):
                 return
             drip()
@@ -72,18 +71,15 @@ class Gallery:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Gallery]:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.release()
-            self._server.shutdown()
-            self._server.server_close()
+        with serving(_handler(self)) as self.port:
+            try:
+                yield self
+            finally:
+                self.release()
 
 
 def _handler(gallery: Gallery) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             name = self.path.strip("/")
             if gallery.note(name):
@@ -104,8 +100,5 @@ def _handler(gallery: Gallery) -> type[BaseHTTPRequestHandler]:
         def _drip(self) -> None:
             self.send_header("X-Patience", "please")
             self.flush_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
 
     return Handler

@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery
 from redis.exceptions import RedisError
 
-from tests.flow.conftest import PATIENCE_S
+from tests.support.waiting import PATIENCE_S
 
 
 class Events:

@@ -1,0 +1,134 @@
+"""The rows that wait for the engine: their pictures are being encoded, or they are ready to run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from tasks.errors import DeadlineExceeded, Internal
+from worker.engine.row import Output, Row
+from worker.engine.scheduler import Limits, next_batch, should_wait
+
+#: An idle engine starts after this many seconds without a new row. Jobs that are sent together arrive within it.
+ARRIVAL_GAP_S = 0.003
+#: Maximum seconds that an idle engine waits for more rows.
+BATCHING_WINDOW_S = 0.02
+#: A row is withdrawn for an idle worker only after this many seconds: moving a row that starts soon does not pay.
+WITHDRAWN_AFTER_S = 0.5
+
+
+class RowQueue:
+    """Waiting rows. Any thread may add, cancel and withdraw them; the engine thread waits for them and takes them."""
+
+    def __init__(self) -> None:
+        self._ready: list[Row] = []
+        #: Rows whose pictures are being encoded.
+        self._encoding: dict[Row, None] = {}
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row is ready to run."""
+        return not self._ready
+
+    def add(self, row: Row) -> None:
+        """Add a row whose pictures are still to be encoded."""
+        with self._changed:
+            self._encoding[row] = None
+
+    def mark_ready(self, row: Row, cached_images: int = 0) -> None:
+        """Make an added row ready to run, unless it was withdrawn. `cached_images`: see Row."""
+        row.cached_images = cached_images
+        with self._changed:
+            if row not in self._encoding:
+                return
+            del self._encoding[row]
+            if self._is_closed:
+                row.fail(_stopped())
+            else:
+                self._ready.append(row)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Wake the engine thread, so that it takes rows again."""
+        with self._changed:
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Fail rows that become ready from now on, and wake the engine thread."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def fail_all(self) -> None:
+        """Fail the ready rows. Call this when the engine thread has ended."""
+        for row in self._ready:
+            row.fail(_stopped())
+
+    def withdraw(self, rows: Sequence[Row], max_count: int) -> list[Row]:
+        """See Engine.withdraw."""
+        since = time.monotonic() - WITHDRAWN_AFTER_S
+        with self._changed:
+            unstarted = {*self._ready, *self._encoding}
+            late = [row for row in rows if row in unstarted and row.arrived < since and not row.canceled]
+            withdrawn = sorted(late, key=lambda row: (row.priority, row.arrived), reverse=True)[:max_count]
+            self._remove(withdrawn)
+            for row in withdrawn:
+                self._encoding.pop(row, None)
+        return withdrawn
+
+    def take(self, limits: Limits, running: Sequence[Row], *, in_groups: bool) -> list[Row]:
+        """Remove and return the rows that start now, beside the running ones: see scheduler.next_batch.
+
+        Ends ready rows that were canceled or passed their deadline.
+        """
+        if not self._ready:
+            return []
+        now = time.monotonic()
+        with self._changed:
+            aborted = [row for row in self._ready if row.abort_reason(now)]
+            self._remove(aborted)
+            batch = next_batch(self._ready, limits, running, in_groups=in_groups)
+            self._remove(batch)
+        for row in aborted:
+            _abort(row)
+        for row in batch:
+            row.started = row.started or now
+        return batch
+
+    def await_rows(self, max_rows: int, timeout_s: float) -> None:
+        """Wait up to `timeout_s` seconds for a row, then while more rows keep arriving, up to `max_rows`."""
+        with self._changed:
+            if self._ready or self._is_closed:
+                return
+            self._changed.wait(timeout_s)
+            end = time.monotonic() + BATCHING_WINDOW_S
+            while 0 < len(self._ready) < max_rows and time.monotonic() < end:
+                if not self._changed.wait(ARRIVAL_GAP_S):
+                    return
+
+    def await_encoding(self, running: int, limits: Limits, end: float) -> None:
+        """Let a batch of `running` rows that is far from full wait until time.monotonic() `end` for rows whose pictures
+        are being encoded: see scheduler.should_wait."""
+        with self._changed:
+            while time.monotonic() < end and should_wait(running, len(self._ready), len(self._encoding), limits):
+                self._changed.wait(max(0.0, end - time.monotonic()))
+
+    def _remove(self, rows: Sequence[Row]) -> None:
+        """Remove ready rows. The caller must hold the lock."""
+        removed = set(rows)
+        self._ready = [row for row in self._ready if row not in removed]
+
+
+def _stopped() -> Internal:
+    return Internal("The worker stopped before this job ran: send it again.")
+
+
+def _abort(row: Row) -> None:
+    """End a row that was canceled or passed its deadline before it started."""
+    if row.canceled:
+        row.finish(Output(ids=(), finish_reason="canceled"))
+    else:
+        row.fail(DeadlineExceeded("The job's deadline passed before it started: add workers or allow more time."))
