@@ -89,8 +89,9 @@ class Settings(BaseSettings):
     """Jobs that the model runs at the same time."""
     max_batch_tokens: int = Field(default=65_536, ge=1)
     """Tokens in the batch, prompts, answers and padding together: the bound on its memory."""
-    max_prompt_tokens: int = Field(default=2048, ge=1)
-    """Tokens in a prompt. A longer one is refused, since truncating could remove images."""
+    max_prompt_tokens: int = Field(default=0, ge=0)
+    """Tokens in a prompt. A longer one is refused, since truncating could remove images. 0: what the model reads (its
+    `max_position_embeddings`), at most max_batch_tokens."""
     max_new_tokens: int = Field(default=512, ge=1)
     """New tokens that one job may ask for. A job that asks for more is refused."""
     default_new_tokens: int = Field(default=64, ge=1)

@@ -44,7 +44,7 @@ def random_checkpoint(folder: Path, *, use_resampler: bool, seed: int = 0) -> Pa
     tokenizer = _tokenizer(folder)
     torch.manual_seed(seed)
     model = IdeficsForVisionText2Text(_config(len(tokenizer), use_resampler)).eval()
-    _randomize(model)
+    randomize(model)
     model.save_pretrained(folder)
     image_processor = IdeficsImageProcessor(image_size=SIDE)
     IdeficsProcessor(image_processor, tokenizer, image_size=SIDE).save_pretrained(folder)
@@ -57,7 +57,7 @@ def later_checkpoint(folder: Path, family: str, template: str | None) -> Path:
     torch.manual_seed(0)
     model, processor = (_idefics2 if family == "idefics2" else _idefics3)(tokenizer)
     processor.chat_template = template
-    _randomize(model.eval())
+    randomize(model.eval())
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -129,7 +129,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _randomize(model: PreTrainedModel) -> None:
+def randomize(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             # Wide enough that greedy answers differ from prompt to prompt.

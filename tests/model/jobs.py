@@ -13,7 +13,7 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.interfaces import Model
 from worker.engine.row import Row, Sampling, Tokens
 from worker.engine.stock import StockModel
-from worker.jobs.prompts import ImageRef, Prompt, build, ends_with_utterance
+from worker.jobs.prompts import ImageRef, Prompt, build
 
 Parts = list[str | Image.Image]
 
@@ -63,7 +63,7 @@ def row_of(model: Model, job: Job, parts: Parts) -> Row:
     sampling = Sampling(
         max_new_tokens=job.max_new_tokens or 20,
         num_beams=job.num_beams,
-        eos_ids=model.codec.eos_ids(utterance=ends_with_utterance(job)),
+        eos_ids=model.codec.eos_ids,
     )
     return Row(prepared(model, parts), sampling)
 
@@ -89,7 +89,7 @@ def stock_ids(model: Model, processor: object, job: Job, parts: Parts) -> list[i
 @torch.inference_mode()
 def generated(model: Model, processor: object, job: Job, inputs: Mapping[str, torch.Tensor]) -> list[int]:
     """What stock `generate` says to a processor's inputs for one job, up to its end."""
-    ends = model.codec.eos_ids(utterance=ends_with_utterance(job))
+    ends = model.codec.eos_ids
     ids = (
         stock_of(model)
         .adapter.model.generate(

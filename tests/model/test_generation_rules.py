@@ -133,7 +133,7 @@ def test_bad_words_of_several_tokens_are_never_said(tmp_path: Path) -> None:
     plain = model_of(checkpoint(tmp_path / "plain idefics", "idefics", {}))
 
     def said(model: Model) -> list[int]:
-        row = Row(model.codec.prepare(["This is"]), Sampling(12, eos_ids=model.codec.eos_ids(utterance=False)))
+        row = Row(model.codec.prepare(["This is"]), Sampling(12, eos_ids=model.codec.eos_ids))
         model.run([row], lambda: None, lambda running: ())
         return list(row.output.result().ids)
 

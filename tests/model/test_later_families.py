@@ -117,7 +117,7 @@ def test_answers_depend_on_the_picture(later: Later) -> None:
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_row_whose_numbers_overflow_fails_alone(later: Later, beams: int) -> None:
-    ends = later.model.codec.eos_ids(utterance=False)
+    ends = later.model.codec.eos_ids
 
     def rows() -> list[Row]:
         parts = ([image, "Say"] for image in IMAGES.values())

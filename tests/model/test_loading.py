@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import IdeficsForVisionText2Text
 from transformers.integrations import accelerate
@@ -245,7 +246,7 @@ def test_no_error_while_loading_is_another_than_setup_failed(error: BaseExceptio
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", fail)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(SetupFailed, match="Cannot load demo"):
         load(Settings(model="demo"))
 
@@ -317,6 +318,21 @@ def test_an_unpinned_model_is_named_with_the_commit_that_pins_it(
     model = load(Settings(model="some/model", model_revision="main", offline=True))
     assert model.info.revision == COMMIT
     assert f"IDEFICS_MODEL_REVISION, now {COMMIT}" in caplog.text
+
+
+def test_a_repository_without_safetensors_is_refused_and_no_bots_pull_request_is_taken(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.modeling_utils, "auto_conversion", lambda *_, **__: pytest.fail("was taken"))
+    # As online, where transformers would ask the bot.
+    monkeypatch.setattr(transformers.modeling_utils, "is_offline_mode", lambda: False)
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    (hub_cache / "models--some--model" / "snapshots" / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(SetupFailed, match=r"neither model\.safetensors nor .* IDEFICS_MODEL_REVISION"):
+        load(Settings(model="some/model", model_revision="main", offline=True))
+    monkeypatch.setattr(loading, "require_safetensors", lambda *_, **__: None)
+    with pytest.raises(SetupFailed, match="Cannot load"):
+        load(Settings(model="some/model", model_revision="main", offline=True))
 
 
 @pytest.mark.parametrize("named", [{"model": "some/other"}, {"model": "some/model", "model_revision": "f" * 40}])

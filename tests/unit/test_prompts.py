@@ -10,7 +10,7 @@ from tasks.errors import JobError
 from tasks.payload_fields import ImagePath
 from tasks.payloads import parse
 from tasks.protocol import END_OF_UTTERANCE
-from worker.jobs.prompts import ImageRef, Prompt, build, ends_with_utterance, in_turns
+from worker.jobs.prompts import ImageRef, Prompt, build, in_turns, without_ends
 
 EIFFEL = "https://images.unsplash.com/photo-1543349689-9a4d426bee8e?ixlib=rb-4.0.3&auto=format&fit=crop&w=3501&q=80"
 LIBERTY = "https://images.unsplash.com/photo-1524099163253-32b7f0256868?ixlib=rb-4.0.3&auto=format&fit=crop&w=3387&q=80"
@@ -342,24 +342,20 @@ def test_in_turns_a_list_and_a_chat_stay_what_they_are() -> None:
     assert turns("complete", prompt=["Hello", EIFFEL]) == prompt("complete", prompt=["Hello", EIFFEL])
 
 
+def test_in_turns_a_system_message_has_its_own() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, user(IDEFIX, "Who is this?")]
+    assert as_written(turns("chat", messages=messages)) == (
+        "System: Be brief.<end_of_utterance>\nUser:<image>Who is this?<end_of_utterance>\nAssistant:"
+    )
+
+
+def test_a_model_without_ends_of_utterances_reads_turns_that_end_with_their_lines() -> None:
+    messages = [user("Who is this?", IDEFIX), assistant("A dog."), user("Really?")]
+    assert as_written(without_ends(prompt("chat", messages=messages))) == (
+        "User: Who is this?<image>\nAssistant: A dog.\nUser: Really?\nAssistant:"
+    )
+
+
 def as_written(parts: Prompt) -> str:
     """The text that the later families make of a list."""
     return "".join(part if isinstance(part, str) else "<image>" for part in parts)
-
-
-# ends
-
-
-@pytest.mark.parametrize(
-    ("task", "arguments", "ends"),
-    [
-        ("chat", {"messages": [{"role": "user", "content": "Hello"}]}, True),
-        ("complete", {"prompt": [f"User: Hello{END_OF_UTTERANCE}", "\nAssistant:"]}, True),
-        ("complete", {"prompt": ["Hello"]}, False),
-        ("caption", {"image": EIFFEL}, False),
-    ],
-)
-def test_an_utterances_end_ends_the_answer_where_the_prompt_has_utterances(
-    task: str, arguments: dict[str, Any], ends: bool
-) -> None:
-    assert ends_with_utterance(parse(f"idefics.{task}", arguments)) is ends

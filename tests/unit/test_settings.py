@@ -214,7 +214,7 @@ def test_other_programs_names_are_left_alone(environment: Environment, monkeypat
         ("MAX_BATCH_SIZE", "0"),
         ("MAX_BATCH_SIZE", "many"),
         ("MAX_BATCH_TOKENS", "0"),
-        ("MAX_PROMPT_TOKENS", "0"),
+        ("MAX_PROMPT_TOKENS", "-1"),
         ("MAX_NEW_TOKENS", "-1"),
         ("MAX_IMAGES", "0"),
         ("PREFETCH", "-1"),

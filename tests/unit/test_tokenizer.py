@@ -8,21 +8,24 @@ from typing import Any
 import pytest
 
 from worker.models import tokenizer
-from worker.models.tokenizer import BaseCodec
+from worker.models.tokenizer import BaseCodec, TextModel
 
 
 class Letters:
     """A tokenizer whose tokens are letters."""
 
     all_special_tokens = ("<image>",)
-    bos_token_id = eos_token_id = unk_token_id = None
+    bos_token = bos_token_id = eos_token_id = pad_token_id = unk_token_id = None
 
     def __init__(self) -> None:
         self.asked = 0
         self.added_tokens_decoder: dict[int, Any] = {}
 
-    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
-        return [-1 for _ in tokens]
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+        return -1 if isinstance(tokens, str) else [-1 for _ in tokens]
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
 
     def get_vocab(self) -> dict[str, int]:
         return {"a": 0}
@@ -44,7 +47,7 @@ def letters() -> Letters:
 
 @pytest.fixture
 def codec(letters: Letters) -> Plain:
-    made = Plain(letters, eos_ids=[0])  # type: ignore[arg-type]
+    made = Plain(letters, TextModel((0,), 1_000_000, 100))  # type: ignore[arg-type]
     letters.asked = 0
     return made
 

@@ -30,6 +30,12 @@ class Codec(Protocol):
 
     #: Whether prompts are written as chats, with worker.jobs.prompts.in_turns.
     has_chat_template: bool
+    #: Whether `<end_of_utterance>` is a token of the model.
+    has_end_of_utterance: bool
+    #: Positions of the model, for a prompt and its answer.
+    context_tokens: int
+    #: The ids of the tokens that end an answer, that of `<end_of_utterance>` among them.
+    eos_ids: frozenset[int]
 
     def picture(self, image: Image) -> Picture:
         """Scale and normalise an RGB image for the model."""
@@ -46,9 +52,6 @@ class Codec(Protocol):
         `lead`: the end of the prompt, from its last picture on, or the whole prompt. Texts before a picture do not
         change how a text after it is tokenized. Raises InvalidRequest.
         """
-
-    def eos_ids(self, *, utterance: bool) -> frozenset[int]:
-        """The ids of the tokens that end an answer. `utterance`: include the instruct form's end of utterance."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn new tokens into text, without special tokens."""

@@ -103,7 +103,7 @@ class StockModel:
             do_sample=False,
             num_beams=1,
             max_new_tokens=max(row.max_steps for row in rows),
-            eos_token_id=sorted(self.codec.eos_ids(utterance=False)),
+            eos_token_id=sorted(self.codec.eos_ids),
             bad_words_ids=self.codec.bad_words_ids,
             logits_processor=LogitsProcessorList([Overflow(rows), *self._batch_rules(rows, inputs), RowSampling(rows)]),
             stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.codec.decode, heartbeat)]),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+
+from PIL import Image
 
 from tasks.errors import Internal, JobError
 from tasks.payload_fields import ImagePath
@@ -19,6 +22,8 @@ from worker.jobs.result_builder import labels_of
 from worker.jobs.row_builder import RowBuilder
 from worker.models import SetupFailed
 
+#: Pixels of the picture that is shown to a checkpoint without golden questions.
+SAMPLE_SIZE = (640, 480)
 NO_ANSWER = "The model computes no answer: its weights, their precision or this device is broken."
 
 
@@ -40,15 +45,15 @@ class GoldenCheck:
         self._submit = submit
 
     def run(self, folder: Path | None) -> None:
-        """Ask the golden questions of a checkpoint's folder. Without any, ask for an answer to a plain prompt.
+        """Ask the golden questions of a checkpoint's folder. Without any, ask for any answer about a picture.
 
         Raises SetupFailed where an answer is wrong or missing: such a model must not serve.
         """
         try:
             golden = read_golden(folder) if folder else None
-            if golden is None:
+            if golden is None or not golden.pictures:
                 self._check_any_answer()
-            else:
+            if golden is not None:
                 self._check_answers(golden)
         except Internal as error:
             raise SetupFailed(f"{NO_ANSWER} {error}") from error
@@ -91,11 +96,19 @@ class GoldenCheck:
         return self._rows.build(job, parts, self._rows.new_tokens(job))
 
     def _check_any_answer(self) -> None:
-        """Without golden questions: the model says something, and its logits are numbers."""
-        parts = ["This is"]
-        job = parse("idefics.complete", {"prompt": parts, "max_new_tokens": 4})
+        """Without golden questions: the model says something about a picture, and its logits are numbers."""
+        text = "This is"
+        parts = (self._open_picture(sample_picture()), text)
+        job = parse("idefics.complete", {"prompt": [text], "max_new_tokens": 4})
         said = self._submit(self._rows.build(job, parts, 4)).result()
         scored = Row(self._codec.prepare(parts), Sampling(1), labels=tuple(self._codec.encode_labels(parts, ["a"])))
         probabilities = self._submit(scored).result().probabilities
         if not said.ids or not all(map(math.isfinite, probabilities)):
             raise SetupFailed(NO_ANSWER)
+
+
+def sample_picture() -> bytes:
+    """A picture of a photograph's usual shape, as a PNG file."""
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize(SAMPLE_SIZE).convert("RGB").save(file, "PNG")
+    return file.getvalue()

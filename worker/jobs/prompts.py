@@ -99,11 +99,25 @@ def _chat(job: Chat) -> Prompt:
     return [*prompt, "\nAssistant:"]
 
 
+def without_ends(prompt: Prompt) -> Prompt:
+    """A chat's prompt for a model without a token for the end of an utterance: each turn ends with its line."""
+    return [part.replace(END_OF_UTTERANCE, "") if isinstance(part, str) else part for part in prompt]
+
+
 @singledispatch
 def in_turns(job: Job) -> Prompt:
     """The prompt for a checkpoint that was tuned on a chat template: the user asks, and a known start of the answer
-    opens the assistant's turn. A list to complete and a chat are as in `build`."""
+    opens the assistant's turn. A list to complete is as in `build`."""
     return build(job)
+
+
+@in_turns.register
+def _chat_in_turns(job: Chat) -> Prompt:
+    """As in `build`, but system messages have turns of their own."""
+    prompt: Prompt = []
+    for message in cast(Sequence[ChatMessage], job.messages):
+        prompt += _turn(message, "", first=not prompt)
+    return [*prompt, "\nAssistant:"]
 
 
 @in_turns.register
@@ -158,10 +172,3 @@ def _parts(message: ChatMessage) -> Prompt:
     if isinstance(message.content, str):
         return [message.content]
     return [part.text if isinstance(part, ChatTextPart) else _image(part.image_url.url) for part in message.content]
-
-
-def ends_with_utterance(job: Job) -> bool:
-    """True where `<end_of_utterance>` ends the answer: chats, and lists that use that token themselves."""
-    if isinstance(job, Complete):
-        return any(END_OF_UTTERANCE in part for part in build(job) if isinstance(part, str))
-    return isinstance(job, Chat)

@@ -10,7 +10,7 @@ from tasks.payloads import Chat, Classify, Job
 from worker.engine.generation_rules import GenerationRules
 from worker.engine.interfaces import Codec, PromptContent
 from worker.engine.row import Row, Sampling
-from worker.jobs.prompts import Prompt, build, ends_with_utterance, in_turns
+from worker.jobs.prompts import Prompt, build, in_turns, without_ends
 
 
 class RowBuilder:
@@ -18,7 +18,7 @@ class RowBuilder:
 
     def __init__(self, settings: Settings, codec: Codec, rules: GenerationRules) -> None:
         """`rules`: the checkpoint's generation parameters."""
-        self._max_prompt_tokens = settings.max_prompt_tokens
+        self._max_prompt_tokens, self._cure = _prompt_bound(settings, codec.context_tokens)
         self._max_new_tokens = settings.max_new_tokens
         self._default_new_tokens = settings.default_new_tokens
         self._codec = codec
@@ -26,7 +26,8 @@ class RowBuilder:
 
     def prompt(self, job: Job) -> Prompt:
         """The job's prompt in the model's form: texts and references to images."""
-        return in_turns(job) if self._codec.has_chat_template else build(job)
+        prompt = in_turns(job) if self._codec.has_chat_template else build(job)
+        return without_ends(prompt) if isinstance(job, Chat) and not self._codec.has_end_of_utterance else prompt
 
     def new_tokens(self, job: Job) -> int:
         """The tokens that the answer may have. Raises InvalidRequest for a job that asks for too many."""
@@ -63,14 +64,22 @@ class RowBuilder:
             **truncation(job, self._rules),
             seed=job.seed,
             stop=tuple(job.stop),
-            eos_ids=self._codec.eos_ids(utterance=ends_with_utterance(job)),
+            eos_ids=self._codec.eos_ids,
         )
 
     def _too_long(self, count: str) -> PromptTooLong:
         return PromptTooLong(
-            f"The prompt has {count} tokens and this worker takes {self._max_prompt_tokens}: "
-            "shorten it or raise IDEFICS_MAX_PROMPT_TOKENS."
+            f"The prompt has {count} tokens and this worker takes {self._max_prompt_tokens}: {self._cure}."
         )
+
+
+def _prompt_bound(settings: Settings, context_tokens: int) -> tuple[int, str]:
+    """The tokens that a prompt may have, and how to send one with more."""
+    if settings.max_prompt_tokens:
+        return settings.max_prompt_tokens, "shorten it or raise IDEFICS_MAX_PROMPT_TOKENS"
+    if settings.max_batch_tokens < context_tokens:
+        return settings.max_batch_tokens, "shorten it or raise IDEFICS_MAX_BATCH_TOKENS"
+    return context_tokens, "shorten it or send fewer images, since the model reads no more"
 
 
 def truncation(job: Job, rules: GenerationRules) -> dict[str, Any]:

@@ -21,7 +21,7 @@ MAX_JSON_BYTES = 16_000_000
 
 CONFIGS = ("config.json", "generation_config.json")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json")
-WEIGHTS = "model.safetensors.index.json"
+WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
 #: Files whose presence makes transformers load another repository, or weights that are no plain safetensors.
 REFUSED_FILES = ("adapter_config.json", "audio_tokenizer_config.json")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
@@ -73,14 +73,15 @@ REFUSED_KEYS = frozenset(
     }
 )
 
-_IDEFICS = r"[Ii]defics\w*"
+_FAMILY = r"([Ii]defics|[Ss]mol[Vv][Ll][Mm])\w*"
 #: Allowed values of keys that name a class or a type, which transformers would import.
 NAMES = {
-    "model_type": re.compile(rf"{_IDEFICS}|mistral|llama|siglip\w*"),
-    "processor_class": re.compile(_IDEFICS),
-    "image_processor_type": re.compile(_IDEFICS),
-    "feature_extractor_type": re.compile(_IDEFICS),
-    "video_processor_type": re.compile(_IDEFICS),
+    # Published configs carry along the name that the text part had in training, `vllama3`; nothing reads it.
+    "model_type": re.compile(rf"{_FAMILY}|mistral|llama|vllama\d*|siglip\w*"),
+    "processor_class": re.compile(_FAMILY),
+    "image_processor_type": re.compile(_FAMILY),
+    "feature_extractor_type": re.compile(_FAMILY),
+    "video_processor_type": re.compile(_FAMILY),
     "tokenizer_class": re.compile(r"(Llama|PreTrained|GPT2|CodeLlama)Tokenizer(Fast)?|TokenizersBackend"),
     "dtype": re.compile(r"(torch\.)?(float(16|32|64)|bfloat16|auto)"),
     "torch_dtype": re.compile(r"(torch\.)?(float(16|32|64)|bfloat16|auto)"),
@@ -98,19 +99,37 @@ def inspect(source: str, **pinned: Any) -> dict[str, Any]:
 
     `source`: a folder or a hub id; `pinned`: arguments of transformers' from_pretrained.
     """
-    pinned = {name: value for name, value in pinned.items() if name != "trust_remote_code"}
-
-    def found(name: str) -> Path | None:
-        path = cached_file(source, name, **pinned, _raise_exceptions_for_missing_entries=False)
-        return Path(path) if path else None
-
-    contents = {name: content for name in (*CONFIGS, *PROCESSORS, WEIGHTS) if (content := _content(name, found))}
+    found = _finder(source, pinned)
+    contents = {name: content for name in (*CONFIGS, *PROCESSORS, SHARDS) if (content := _content(name, found))}
     _check_files(source, found)
     for name, content in contents.items():
         check(name, content)
     if "config.json" not in contents:
         raise OSError("it has no config.json.")
     return contents["config.json"]
+
+
+def require_safetensors(source: str, **pinned: Any) -> None:
+    """Raise SetupFailed for a checkpoint without weights in safetensors. Arguments as for `inspect`.
+
+    Weights that are not in the hub's cache are downloaded."""
+    found = _finder(source, pinned)
+    if found(SHARDS) is None and found(WEIGHTS) is None:
+        raise SetupFailed(
+            f"The checkpoint has neither {WEIGHTS} nor {SHARDS}, and no other form of weights is loaded: set "
+            "IDEFICS_MODEL_REVISION to a commit that has one, or save the model anew with transformers."
+        )
+
+
+def _finder(source: str, pinned: Mapping[str, Any]) -> Found:
+    """What finds a checkpoint's file by name, and loads it from the hub."""
+    named = {name: value for name, value in pinned.items() if name != "trust_remote_code"}
+
+    def found(name: str) -> Path | None:
+        path = cached_file(source, name, **named, _raise_exceptions_for_missing_entries=False)
+        return Path(path) if path else None
+
+    return found
 
 
 def _content(name: str, found: Found) -> dict[str, Any] | None:
@@ -139,7 +158,7 @@ def _check_files(source: str, found: Found) -> None:
 
 def check(name: str, content: Mapping[str, Any]) -> None:
     """Raises SetupFailed where a JSON file's content asks for what is refused. Pure."""
-    if name == WEIGHTS:
+    if name == SHARDS:
         _check_weights(content)
         return
     for place, key, value in _entries(content):
@@ -163,7 +182,7 @@ def _check_weights(content: Mapping[str, Any]) -> None:
     files = content.get("weight_map")
     names = files.values() if isinstance(files, dict) else [None]
     if not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
-        raise SetupFailed(f"The checkpoint's {WEIGHTS} names other files than safetensors beside itself: correct it.")
+        raise SetupFailed(f"The checkpoint's {SHARDS} names other files than safetensors beside itself: correct it.")
 
 
 def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

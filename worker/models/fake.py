@@ -32,6 +32,9 @@ class FakeCodec:
     """Tokens are characters."""
 
     has_chat_template = False
+    has_end_of_utterance = True
+    context_tokens = 2048
+    eos_ids = frozenset({END})
 
     def picture(self, image: Image) -> Picture:
         if image.getpixel((0, 0)) == POISON_COLOUR:
@@ -47,9 +50,6 @@ class FakeCodec:
 
     def encode_labels(self, lead: PromptContent, labels: Sequence[str]) -> list[tuple[int, ...]]:
         return [tuple(map(ord, label)) for label in labels]
-
-    def eos_ids(self, *, utterance: bool) -> frozenset[int]:
-        return frozenset({END})
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))

@@ -7,6 +7,7 @@ Pickled weights and a repository's own modules are programs: neither is run, wha
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,14 +18,19 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
-    AutoProcessor,
+    AutoImageProcessor,
+    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     Idefics2ForConditionalGeneration,
+    Idefics2Processor,
     Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     IdeficsForVisionText2Text,
+    IdeficsProcessor,
     PreTrainedModel,
     ProcessorMixin,
+    SmolVLMForConditionalGeneration,
 )
 
 from config.settings import Settings
@@ -35,7 +41,7 @@ from worker.engine.generation_rules import NO_RULES, GenerationRules, generation
 from worker.engine.interfaces import Model
 from worker.engine.stock import StockModel
 from worker.models import SetupFailed, checkpoint_folder
-from worker.models.checkpoint import inspect
+from worker.models.checkpoint import inspect, require_safetensors
 from worker.models.idefics1.adapter import IdeficsAdapter
 from worker.models.idefics1.decoder import IdeficsDecoder
 from worker.models.idefics2_3.adapter import Idefics2And3Adapter
@@ -73,6 +79,8 @@ def load(settings: Settings) -> Model:
 
 
 def _load(settings: Settings, source: str, pinned: dict[str, Any]) -> Model:
+    # Without it transformers takes the weights of a bot's pull request for a repository that has no safetensors.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     content = inspect(source, **pinned)
     family = FAMILIES.get(str(content.get("model_type")))
     if family is None:
@@ -80,7 +88,8 @@ def _load(settings: Settings, source: str, pinned: dict[str, Any]) -> Model:
             f"{settings.model} is of the family {content.get('model_type')!r}: served are {', '.join(FAMILIES)}."
         )
     config = AutoConfig.from_pretrained(source, **pinned)  # nosec B615 - pinned as the operator says
-    processor = AutoProcessor.from_pretrained(source, **pinned)  # nosec B615
+    processor = _processor(family.processor, source, pinned)
+    require_safetensors(source, **pinned)
     model = family.network.from_pretrained(  # nosec B615
         source,
         config=config,
@@ -97,6 +106,16 @@ def _load(settings: Settings, source: str, pinned: dict[str, Any]) -> Model:
     if rules != NO_RULES:
         logger.info("The generation_config.json of %s applies: %s.", settings.model, asdict(rules))
     return family.serve(model.eval(), processor, _info(settings, model), settings, rules)
+
+
+def _processor(kind: type[ProcessorMixin], source: str, pinned: dict[str, Any]) -> ProcessorMixin:
+    """The family's processor, with pixels as Pillow makes them, since torchvision makes others.
+
+    SmolVLM2's own processor also reads videos, for which it needs torchvision: the one for pictures is loaded."""
+    named, _ = kind.get_processor_dict(source, **pinned)
+    images = AutoImageProcessor.from_pretrained(source, **pinned, backend="pil")  # nosec B615
+    tokenizer = AutoTokenizer.from_pretrained(source, **pinned)  # nosec B615
+    return kind.from_args_and_dict([images, tokenizer], named)
 
 
 def _told(error: BaseException) -> str:
@@ -132,13 +151,15 @@ class Family(NamedTuple):
     """How the checkpoints of a `model_type` are loaded and run."""
 
     network: type[PreTrainedModel]
+    processor: type[ProcessorMixin]
     serve: Callable[[PreTrainedModel, ProcessorMixin, ModelInfo, Settings, GenerationRules], Model]
 
 
 FAMILIES = {
-    "idefics": Family(IdeficsForVisionText2Text, _on_own_decoder),
-    "idefics2": Family(Idefics2ForConditionalGeneration, _on_stock_generate),
-    "idefics3": Family(Idefics3ForConditionalGeneration, _on_stock_generate),
+    "idefics": Family(IdeficsForVisionText2Text, IdeficsProcessor, _on_own_decoder),
+    "idefics2": Family(Idefics2ForConditionalGeneration, Idefics2Processor, _on_stock_generate),
+    "idefics3": Family(Idefics3ForConditionalGeneration, Idefics3Processor, _on_stock_generate),
+    "smolvlm": Family(SmolVLMForConditionalGeneration, Idefics3Processor, _on_stock_generate),
 }
 
 

@@ -6,6 +6,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL.Image import Image
@@ -16,6 +17,7 @@ from tasks.errors import InvalidRequest
 from tasks.protocol import END_OF_UTTERANCE
 from worker.engine.interfaces import PromptContent
 from worker.engine.row import Picture, Tokens
+from worker.models import SetupFailed
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
@@ -27,6 +29,27 @@ CACHED_TEXTS = 128
 CACHED_CHARS = 8_000
 
 
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """What a codec must know of the model that reads its tokens."""
+
+    #: The tokens that end a text, as the checkpoint says.
+    eos_ids: tuple[int, ...]
+    #: Tokens of the embedding. A larger id would be an index error: on a GPU one that no later batch survives.
+    vocabulary: int
+    #: Positions of a prompt and its answer.
+    context: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> TextModel:
+        """That of a loaded checkpoint."""
+        configured = model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        text = model.config.get_text_config()
+        vocabulary = text.vocab_size + getattr(text, "additional_vocab_size", 0)
+        return cls(tuple(id for id in ids if id is not None), vocabulary, text.max_position_embeddings)
+
+
 class BaseCodec:
     """The base of codecs: labels, ends of answers, padding, and texts that are refused. See interfaces.Codec."""
 
@@ -34,10 +57,17 @@ class BaseCodec:
     #: Ends each label, so that `car` is not scored as the beginning of `cart`.
     label_end = "\n"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> None:
-        """`eos_ids`: the tokens that end a text, as the checkpoint says."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: TextModel) -> None:
+        """Raises SetupFailed where the model has no embedding of a token that prompts need."""
         self.tokenizer = tokenizer
-        self._eos_ids = eos_ids
+        self.context_tokens = model.context
+        self._model = model
+        utterance_end = self._known(tokenizer.get_added_vocab().get(END_OF_UTTERANCE))
+        self.has_end_of_utterance = utterance_end is not None
+        ends = (utterance_end, *map(self._known, model.eos_ids))
+        self.eos_ids = frozenset(id for id in ends if id is not None)
+        self._pad = self._known(tokenizer.pad_token_id) or 0
+        self._require_known([tokenizer.bos_token, IMAGE, FAKE])
         self._known_ids = functools.lru_cache(CACHED_TEXTS)(self._split)
         #: Characters of the longest token.
         self._longest = max(map(len, tokenizer.get_vocab()))
@@ -84,6 +114,7 @@ class BaseCodec:
         encoded = [self._behind(before, ids, label) for ids, label in zip(after, labels, strict=True)]
         end = (self.tokenizer.convert_tokens_to_ids(self.label_end),) if self.label_end == END_OF_UTTERANCE else ()
         for ids in encoded:
+            self._refuse_unknown(ids)
             self._refuse_others(ids, end)
         return encoded
 
@@ -94,13 +125,6 @@ class BaseCodec:
         (alone,) = self.tokens_of(f"{label}{self.label_end}")
         return alone
 
-    def eos_ids(self, *, utterance: bool) -> frozenset[int]:
-        """See interfaces.Codec."""
-        known = self.tokenizer.get_added_vocab()
-        if utterance and END_OF_UTTERANCE in known:
-            return frozenset((*self._eos_ids, known[END_OF_UTTERANCE]))
-        return frozenset(self._eos_ids)
-
     def decode(self, ids: Sequence[int]) -> str:
         """See interfaces.Codec."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -108,8 +132,7 @@ class BaseCodec:
     def padded(self, prompts: Collection[Tokens]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` (prompts, length) of prompts padded on the left."""
         length = max(len(prompt.ids) for prompt in prompts)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.full((len(prompts), length), int(pad if pad is not None else 0))
+        ids = torch.full((len(prompts), length), self._pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt.ids) :] = torch.tensor(prompt.ids)
@@ -123,12 +146,33 @@ class BaseCodec:
                 raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")
 
     def refuse_smuggled(self, ids: Sequence[int], parts: PromptContent) -> None:
-        """Raise InvalidRequest if a text of `parts`, tokenized to `ids`, became a special token without spelling it.
+        """Raise InvalidRequest if a text of `parts`, tokenized to `ids`, became a special token without spelling it, or
+        a token that the model does not know.
 
         A tokenizer normalises: it may drop invisible characters, fold others into ASCII, and join texts.
         """
+        self._refuse_unknown(ids)
         plain = [_plainest(part) if isinstance(part, str) else part for part in parts]
         self._refuse_others(ids, self._markers(_Shape(plain)))
+
+    def _known(self, id: int | None) -> int | None:
+        """A token's id if the model has an embedding of it."""
+        return id if id is not None and id < self._model.vocabulary else None
+
+    def _require_known(self, tokens: Sequence[str | None]) -> None:
+        for token in tokens:
+            id = self.tokenizer.convert_tokens_to_ids(token) if token else None
+            if id is not None and self._known(id) is None:
+                raise SetupFailed(
+                    f"The checkpoint's tokenizer has {token} as its token {id:,}, and its model has "
+                    f"{self._model.vocabulary:,} tokens: correct vocab_size in config.json, or the tokenizer."
+                )
+
+    def _refuse_unknown(self, ids: Sequence[int]) -> None:
+        largest = max(ids, default=0)
+        if self._known(largest) is None:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise InvalidRequest(f"The text holds {token}, a token that this model does not know: remove it.")
 
     def _markers_of(self, shape: _Shape) -> tuple[int, ...]:
         return self._special(self.prompt_ids(shape.parts))
@@ -185,10 +229,3 @@ def _ids_that_texts_never_have(tokenizer: PreTrainedTokenizerBase, special: Coll
     ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
     # The unknown token stands for unknown characters, unless the checkpoint uses it as another special token too.
     return ids - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
-
-
-def configured_eos_ids(model: PreTrainedModel) -> list[int]:
-    """The tokens that end a text, by a checkpoint's generation config."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return [id for id in ids if id is not None]

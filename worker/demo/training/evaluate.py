@@ -24,7 +24,7 @@ from worker.demo.training import art
 from worker.demo.training.pool import sprite
 from worker.demo.training.tokens import ADDITIONAL_TOKENS
 from worker.demo.world import HELD_OUT_STYLE, TRAIN_STYLES, any_picture, compose
-from worker.jobs.prompts import build, ends_with_utterance
+from worker.jobs.prompts import build
 
 DEMO = Path(__file__).parents[1]
 CHECKPOINT = DEMO / "checkpoint"
@@ -64,9 +64,7 @@ class Speaker:
     def say(self, cases: Sequence[Case]) -> list[str]:
         """What the model generates, greedily, without outer blanks; a final end of utterance is left out."""
         inputs = self.processor(text=[case.prompt() for case in cases], add_end_of_utterance_token=False)
-        ends = [self.processor.tokenizer.eos_token_id]
-        if all(ends_with_utterance(case.dialogue.job) for case in cases):
-            ends.append(self._utterance_id)
+        ends = [self.processor.tokenizer.eos_token_id, self._utterance_id]
         generated = self.model.generate(
             **inputs,
             max_new_tokens=MAX_NEW_TOKENS,
@@ -119,12 +117,10 @@ def is_right(case: Case, said: str) -> bool:
 
 
 def said_by(speaker: Speaker, cases: Sequence[Case]) -> Iterator[tuple[Case, str]]:
-    """Every case with what the model says to it, chats apart from the rest, alike lengths together."""
-    ordered = sorted(cases, key=lambda case: (ends_with_utterance(case.dialogue.job), len(case.prompt())))
-    while ordered:
-        chats = ends_with_utterance(ordered[0].dialogue.job)
-        batch = [case for case in ordered[:SET_SIZE] if ends_with_utterance(case.dialogue.job) == chats]
-        ordered = ordered[len(batch) :]
+    """Every case with what the model says to it, alike lengths together."""
+    ordered = sorted(cases, key=lambda case: len(case.prompt()))
+    for start in range(0, len(ordered), SET_SIZE):
+        batch = ordered[start : start + SET_SIZE]
         yield from zip(batch, speaker.say(batch), strict=True)
 
 

@@ -14,7 +14,7 @@ from worker.engine.interfaces import PromptContent
 from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.engine.traced import Traced
 from worker.models.image_processor import Pixels
-from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, configured_eos_ids
+from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, TextModel
 
 
 def render_prompt(bos: str, parts: Sequence[object]) -> str:
@@ -33,9 +33,9 @@ def render_prompt(bos: str, parts: Sequence[object]) -> str:
 class IdeficsCodec(BaseCodec):
     """A checkpoint's prompts, token for token those of transformers' IdeficsProcessor."""
 
-    def __init__(self, processor: IdeficsProcessor, eos_ids: Sequence[int]) -> None:
-        """`eos_ids`: see BaseCodec."""
-        super().__init__(processor.tokenizer, eos_ids)
+    def __init__(self, processor: IdeficsProcessor, model: TextModel) -> None:
+        """Raises SetupFailed: see BaseCodec."""
+        super().__init__(processor.tokenizer, model)
         self._pixels = Pixels(processor.image_processor)
         #: The token that stands for an image.
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
@@ -90,7 +90,7 @@ class IdeficsAdapter:
         self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor, feature_cache_bytes: int = 2**29
     ) -> None:
         self.model = model
-        self.codec = IdeficsCodec(processor, configured_eos_ids(model))
+        self.codec = IdeficsCodec(processor, TextModel.of(model))
         self._encoder = Traced(_ImageEncoder(model))
         self._features = EncoderCache(self._encode, feature_cache_bytes)
         self._encoder_thread = EncoderThread(self._features)

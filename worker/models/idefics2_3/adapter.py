@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from worker.engine.row import Picture, Tokens
 from worker.models.idefics2_3.codec import Frames, Idefics2And3Codec
-from worker.models.tokenizer import configured_eos_ids
+from worker.models.tokenizer import TextModel
 
 
 class Idefics2And3Adapter:
@@ -21,7 +21,7 @@ class Idefics2And3Adapter:
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         self.model = model
-        self.codec = Idefics2And3Codec(processor, configured_eos_ids(model))
+        self.codec = Idefics2And3Codec(processor, TextModel.of(model))
 
     def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
         """See interfaces.Runner: no picture is encoded ahead, and none is kept."""

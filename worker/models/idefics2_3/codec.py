@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL.Image import Image
@@ -20,7 +19,7 @@ from tasks.errors import InvalidRequest
 from tasks.protocol import END_OF_UTTERANCE
 from worker.engine.interfaces import PromptContent
 from worker.engine.row import Picture, Tokens
-from worker.models.tokenizer import FAKE, IMAGE, BaseCodec
+from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, TextModel
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +42,23 @@ class Frames(Picture):
 class Idefics2And3Codec(BaseCodec):
     """The prompts of a checkpoint of either family."""
 
-    def __init__(self, processor: ProcessorMixin, eos_ids: Sequence[int]) -> None:
-        """`eos_ids`: see BaseCodec."""
-        super().__init__(processor.tokenizer, eos_ids)
+    def __init__(self, processor: ProcessorMixin, model: TextModel) -> None:
+        """Raises SetupFailed: see BaseCodec."""
+        super().__init__(processor.tokenizer, model)
         self._processor = processor
         # Only in Idefics3 a picture's tokens depend on its size: Idefics2's processor expands each `<image>` itself.
         self._expands = isinstance(processor, Idefics3Processor)
         self._tokenize = processor.tokenizer if self._expands else processor
-        opening = _template_opening(processor)
+        opening = _template_opening(processor) if self.has_end_of_utterance else None
         self.has_chat_template = opening is not None
         self._opening = opening or ""
         self.label_end = END_OF_UTTERANCE if self.has_chat_template else "\n"
 
     def picture(self, image: Image) -> Frames:
         """See interfaces.Codec."""
+        if image.height == 1 and not self._expands:
+            # Idefics2's processor cuts it into halves, and divides by their height.
+            image = image.resize((image.width, 2))
         keywords = {"return_row_col_info": True} if self._expands else {}
         made = self._processor.image_processor([[image]], return_tensors="pt", **keywords)
         text = self._processor.replace_image_token(made, image_idx=0) if self._expands else IMAGE
@@ -95,20 +97,19 @@ class Idefics2And3Codec(BaseCodec):
         """See BaseCodec. A picture's last token stands for all of it: the whole would be tokenized for each label."""
         return "".join(part if isinstance(part, str) else FAKE for part in lead)
 
-    def eos_ids(self, *, utterance: bool) -> frozenset[int]:
-        """See interfaces.Codec. The end of an utterance ends these families' answers in any case."""
-        return super().eos_ids(utterance=True)
-
 
 def _template_opening(processor: ProcessorMixin) -> str | None:
     """What the chat template writes before the first turn. None without a template of the families' form."""
-    if not processor.chat_template:
+    template = None if processor.chat_template else processor.tokenizer.chat_template
+    if not processor.chat_template and not template:
         return None
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
     said = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
     question = f"User:{IMAGE}Q{END_OF_UTTERANCE}\nAssistant:"
     try:
-        written = processor.apply_chat_template([asked, said, asked], add_generation_prompt=True)
+        written = processor.apply_chat_template(
+            [asked, said, asked], chat_template=template, add_generation_prompt=True
+        )
     except Exception as error:
         # A template is the checkpoint's own, and may raise any error.
         written = repr(error)
