@@ -1,6 +1,6 @@
-# The worker. For a GPU, pip's default torch wheel is the CUDA build, and it brings CUDA's libraries with it: the host
-# needs NVIDIA's driver and container toolkit only. Without a GPU, TORCH_INDEX_URL takes the index with PyTorch's CPU
-# wheels, which are much smaller (a +cpu version is newer to pip than the same without).
+# The worker's image. For a GPU, pip's default torch wheel is the CUDA build and contains CUDA's libraries: the host
+# only needs NVIDIA's driver and container toolkit. Without a GPU, set TORCH_INDEX_URL to the index with PyTorch's CPU
+# wheels, which are much smaller (pip takes a +cpu version as newer than the same version without it).
 ARG PYTHON_VERSION=3.12
 FROM python:${PYTHON_VERSION}-slim
 
@@ -11,7 +11,7 @@ ARG EXTRA=worker
 ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    # The root file system may be read-only: what libraries keep goes here.
+    # The root file system may be read-only: libraries keep their caches here.
     HF_HOME=/cache/huggingface \
     TRITON_CACHE_DIR=/cache/triton
 
@@ -20,7 +20,7 @@ RUN useradd --create-home --uid 10001 worker \
 
 WORKDIR /app
 
-# torch first, in a layer of its own: it is large and seldom changes.
+# torch first, in a layer of its own, since it is large and rarely changes.
 COPY constraints.txt ./
 RUN [ "$EXTRA" != worker ] \
     || pip install --constraint constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
@@ -29,7 +29,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY tasks ./tasks
 RUN pip install --constraint constraints.txt ".[$EXTRA]"
 
-# The worker runs from here; only its client, `tasks`, is installed.
+# The worker runs from this folder; only the client, `tasks`, is installed.
 COPY config ./config
 COPY worker ./worker
 
