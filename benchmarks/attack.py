@@ -1,8 +1,8 @@
 """Good jobs beside an attack: `python -m benchmarks.attack [--save attack] [KIND ...]`.
 
-One hostile job comes for each four good ones, mixed: whoever sends a fifth of the jobs may have a fifth of the worker,
-so good jobs should keep 80 % of the rate that they have alone. The time runs from the first job until the last good
-one's answer is stored; hostile jobs go on, are tried again and come back meanwhile as they do in production.
+One hostile job is mixed in for each four good ones. A fifth of the jobs may use a fifth of the worker, so the good jobs
+should keep 80 % of their throughput. The time runs from the first job until the last good job's answer is stored;
+hostile jobs run, are retried and return to the queue meanwhile, as in production.
 """
 
 from __future__ import annotations

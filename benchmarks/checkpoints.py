@@ -1,4 +1,4 @@
-"""The shipped checkpoint, and one of middle size with random weights, built on the fly."""
+"""The bundled checkpoint, and a mid-size one with random weights, made when it is needed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Our worker against what a user would take instead, on one machine, in turns. `make bench`.
+"""Our worker compared with the alternatives that a user has, alternately on one machine. `make bench`.
 
 Every round gives each contender the same number of new jobs; figures are medians over rounds, ratios are of the same
-round. Texts must agree with the first contender's, or the comparison is void.
+round. All texts must be equal to the first contender's, or the comparison fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who is compared: each small, on the same checkpoint, with the same torch threads, warm and idle until its turn."""
+"""The contenders: on the same checkpoint, with the same number of torch threads, warm, and idle between their runs."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def await_results(results: redis.Redis, ids: Sequence[str]) -> list[Any]:
 
 @dataclass
 class Http:
-    """A server that is asked for everything at once. It stands still until its turn, since idle ones poll."""
+    """A server that gets all requests at once. It is suspended between its runs, since an idle server polls."""
 
     name: str
     port: int

@@ -1,6 +1,6 @@
 """Every file of Pillow's own tests, crash corpus included, through the image opener: `python -m benchmarks.corpus`.
 
-They come with Pillow's source distribution (47 MB), which pip fetches.
+They are part of Pillow's source distribution (47 MB), which pip downloads.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def files(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def opened(archive: Path) -> dict[str, Any]:
-    """What became of each file. Raises whatever is neither of the two errors that an image may end in."""
+    """The outcome of each file. Raises any error other than the two that an image may have."""
     ends: defaultdict[str, Counter[str]] = defaultdict(Counter)
     times: list[float] = []
     # A process of its own: one that a file kills is told from the campaign, and its memory is the opener's.

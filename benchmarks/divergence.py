@@ -1,8 +1,8 @@
-"""How often company in the batch changes an answer, by precision: each job is run alone, then all together.
+"""How often the other jobs in a batch change an answer, by precision: each job runs alone, then all run together.
 
-Sums of a batch are computed in another order than those of a single row, so the last bits of a token's score differ. In
-float32 that changes an answer only where the two best tokens are all but equal; with fewer bits it happens more often.
-No answer is wrong for it: both are what the model says, in its precision.
+Sums in a batch are computed in another order than those of a single row, so the last bits of a token's score differ. In
+float32 that changes an answer only if the two best tokens are almost equal; with fewer bits it happens more often.
+Both answers are right in that precision.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ COMPANY = 32
 
 
 def answers(model: Model, settings: Settings, jobs: Sequence[Job], rows: int) -> list[Result]:
-    """The jobs' answers, with so many rows at once."""
+    """The jobs' answers, with at most this number of rows at once."""
     engine = Engine(model, Limits(rows, settings.max_batch_tokens))
     engine.start()
     service = Service(settings, model.info, model.codec, engine, rules=model.rules)
@@ -65,7 +65,7 @@ def tokens_before_divergence(model: Model, alone: Result, together: Result) -> t
 
 
 def measure(folder: Path, precision: str, count: int) -> dict[str, Any]:
-    """Rates over so many jobs of each workload."""
+    """Rates over this number of jobs of each workload."""
     # It says for each product that it converts its inputs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="idefics-divergence-") as pictures:

@@ -1,8 +1,8 @@
 """Whole Celery messages, broken at every level: `python -m benchmarks.envelopes --save envelopes`.
 
-They are written into a real worker's queue as they are. After each batch the worker answers a plain job, each message
-with an id of its own has ended, nothing is left in the queue or unacknowledged, and the memory of the worker's parent
-process is bounded.
+They are written into a real worker's queue without checks. After each batch the worker must answer a plain job, each
+message with an id of its own must have ended, no message may be left in the queue or unacknowledged, and the memory of
+the worker's parent process must be bounded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Broken images and payloads by the thousand: `python -m benchmarks.fuzz [--save fuzz] [images] [payloads]`.
 
-None may end in anything but an answer or an error that tells the sender what to mend.
+Each must end in an answer, or in an error that says what to correct.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def with_checksums(data: bytes) -> bytes:
 
 
 def images(count: int = IMAGES) -> dict[str, Any]:
-    """Raises whatever is neither of the two errors that an image may end in."""
+    """Raises any error other than the two that an image may have."""
     chance, pictures = random.Random(1), seeds()
     ends: Counter[str] = Counter()
     times: list[float] = []

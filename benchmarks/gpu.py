@@ -1,9 +1,9 @@
 """The engine on a GPU: idefics-9b's shape with random weights in bf16. `python -m benchmarks.gpu --save gpu`.
 
-Milliseconds of a decode step at 1, 16 and 64 rows, launched as it comes and as recorded CUDA graphs, beside the time
-that the card needs to read the weights once (the floor) and beside a step of stock `generate` in the same process;
-images a second of the vision tower and resampler.
-`--tiny --device cpu` runs the same code where there is no GPU, for its own test.
+Milliseconds of a decode step at 1, 16 and 64 rows, launched directly and as recorded CUDA graphs, compared with the
+time that the GPU needs to read the weights once (the lower bound) and with a step of stock `generate` in the same
+process; images a second of the vision tower and resampler.
+`--tiny --device cpu` runs the same code without a GPU, for its own test.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Jobs in a slow worker while others are idle: `python -m benchmarks.hoarding [--save hoarding] [NAME ...]`.
 
-Three workers share a broker, and one is ten times slower. The time runs from the moment that all may take jobs until
-the last one has ended. The ideal is the best that can be done with whole batches, each of which takes what it takes in
+Three workers share a broker, and one is ten times slower. The time runs from the moment when all may take jobs until
+the last job has ended. The ideal time is the shortest possible with whole batches, if each batch takes as long as in
 that worker alone.
 
-`alone` is one worker's throughput, in turns with that of another checkout of this project (BENCH_AGAINST): it
-is not to change.
+`alone` is one worker's throughput, alternating with that of another checkout of this project (BENCH_AGAINST); it
+should be the same.
 """
 
 from __future__ import annotations

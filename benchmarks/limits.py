@@ -1,4 +1,4 @@
-"""What a worker costs and keeps beside its throughput: `python -m benchmarks.limits [--save limits] [NAME ...]`."""
+"""A worker's overhead, latency and memory: `python -m benchmarks.limits [--save limits] [NAME ...]`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from worker.models.loading import load
 ROUNDS = 3
 #: Rows of a decode step.
 ROWS = 16
-#: Seconds that a picture takes to come.
+#: Seconds that a download takes.
 DOWNLOAD_S = 0.2
 
 

@@ -10,7 +10,7 @@ from benchmarks.stock import Request, Stock
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]
-    """One batch of up to 32, as they come within 20 ms."""
+    """Batches of up to 32 requests that arrive within 20 ms."""
 
     def setup(self, device: str) -> None:
         self._stock = Stock(os.environ["BENCH_CHECKPOINT"], os.environ["BENCH_ROOT"], int(os.environ["BENCH_THREADS"]))

@@ -1,4 +1,4 @@
-"""Measures by name, one after the other, whose figures stand in one file."""
+"""Runs named measurements one after the other and writes their figures to one file."""
 
 from __future__ import annotations
 

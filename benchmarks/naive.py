@@ -1,4 +1,4 @@
-"""What a user would write first: a Celery task that calls `generate` once. `celery -A benchmarks.naive worker`."""
+"""The simplest solution: a Celery task that calls `generate` once. `celery -A benchmarks.naive worker`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ratios of `benchmarks/results` as a picture for the docs: `python -m benchmarks.plot`."""
+"""Plots the ratios in `benchmarks/results` for the docs: `python -m benchmarks.plot`."""
 
 from __future__ import annotations
 

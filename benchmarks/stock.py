@@ -1,4 +1,4 @@
-"""Stock transformers, as a user would write it: the engine of every contender but ours."""
+"""Stock transformers, as a user would write it: the engine of all contenders except ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The jobs that contenders are given, as payloads of ours."""
+"""The jobs that the contenders run, as our payloads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOISE_EDGE = 16
 
 
 class PictureBook:
-    """Pictures that all differ, made as they are asked for: no cache knows one from an earlier round."""
+    """Pictures that all differ, made on demand, so that no cache has one from an earlier round."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

@@ -1,5 +1,5 @@
-"""The campaign: jobs, while everything under them is killed, frozen and cut off. `make chaos`.
+"""The chaos campaign: jobs run while processes and connections are killed, frozen and cut off. `make chaos`.
 
-Who sends jobs, who runs them and who reads their answers each write a ledger to disk. Afterwards the ledgers must
-agree: each job that the broker accepted has ended, once.
+The sender of the jobs, the workers and the reader of the answers each write a ledger to disk. Afterwards the ledgers
+must agree: each job that the broker accepted has ended exactly once.
 """

@@ -1,4 +1,4 @@
-"""`make chaos`: a campaign, its figures, and exit status 1 where anything was lost or ended twice."""
+"""`make chaos`: runs a campaign and prints its figures; the exit status is 1 if a job was lost or ended twice."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from benchmarks.chaos.campaign import PAUSE_S, run, say
 from benchmarks.chaos.checker import figures, problems
 
 RESULTS = Path(__file__).parents[1] / "results" / "chaos.json"
-#: Jobs named of each problem.
+#: Jobs that are named for each problem.
 NAMED = 10
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.chaos", description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
-    parser.add_argument("--faults", type=int, default=85, help="beside the poison jobs")
+    parser.add_argument("--faults", type=int, default=85, help="without the poison jobs")
     parser.add_argument("--pause", type=float, default=PAUSE_S, help="seconds between two faults, on average")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", action="store_true", help=f"write the figures to {RESULTS.name}")

@@ -14,24 +14,24 @@ from benchmarks.chaos.ledger import Ledger, Strike, now
 from benchmarks.chaos.site import WORKERS, Site, await_true, open_site
 from benchmarks.chaos.traffic import Producer, Receiver, plan
 
-#: Seconds between two strikes, on average. More often, and jobs of low priority wait behind the backlog for minutes.
+#: Seconds between two faults, on average. With fewer, jobs of low priority wait for minutes behind the backlog.
 PAUSE_S = 7.0
-#: Seconds for a struck worker to be ready again before it is struck.
+#: Seconds for an affected worker to be ready again before the next fault.
 READY_S = 15.0
-#: Seconds without any job's end after which the rest is taken for lost.
+#: Seconds without the end of a job after which the remaining ones count as lost.
 SILENCE_S = 60.0
 #: Seconds for the last messages to be acknowledged after the last job has ended.
 SETTLE_S = 40.0
-#: Seconds that a struck worker is waited for, on average.
+#: Seconds of waiting for an affected worker, on average.
 AWAIT_S = 0.5
-#: Jobs of which one is poison.
+#: One job in this many is poison.
 PER_POISON = 1_000
 
 
 def run(
     jobs: int, faults: int, seed: int, folder: Path, pause_s: float = PAUSE_S, longest_s: float = math.inf
 ) -> Ledgers:
-    """Send so many jobs evenly while so many faults strike, and wait until all is quiet.
+    """Send `jobs` jobs evenly while `faults` faults happen, and wait until all jobs have ended.
 
     Between two strikes are about `pause_s` seconds; none lasts longer than `longest_s`.
     """

@@ -1,4 +1,4 @@
-"""The ledgers compared, purely: what is wrong with them, and the figures of the campaign."""
+"""Compares the ledgers: problems, and the figures of the campaign. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from benchmarks.chaos.ledger import Accepted, Call, End, Step, Strike, read
 
-#: Steps after which a worker holds a job.
+#: After these steps a worker holds a job.
 HELD = ("received", "started")
 
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """What is left in Redis: messages, and keys that would stay for ever."""
+    """What is left in Redis: messages, and keys without a time to live."""
 
     queued: int = 0
     unacked: int = 0
@@ -186,7 +186,7 @@ def _summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent do not exceed."""
+    """The smallest value that this percentage of the values does not exceed."""
     if not values:
         return 0.0
     return round(sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)], 2)

@@ -1,4 +1,4 @@
-"""What can go wrong, and the seeded order in which it does."""
+"""The kinds of faults, and their order by a seed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import redis
 from benchmarks.chaos.site import VISIBILITY_S, Site, Worker, await_true
 from worker.demo import stack
 
-#: Of the strikes on a worker, so many hit one that may still be starting.
+#: The part of the faults of a worker that may hit it while it is still starting.
 UNREADY = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One strike: its kind, which worker, how long it lasts, and the pause after it, in seconds."""
+    """One fault: its kind, the worker, its duration, and the pause after it, in seconds."""
 
     kind: str
     worker: int

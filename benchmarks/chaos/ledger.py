@@ -1,4 +1,4 @@
-"""Ledgers: lines of JSON in files that outlive whoever writes them."""
+"""Ledgers: lines of JSON in files, which outlive the processes that write them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-#: What the processes that write ledgers read from their environment.
+#: Environment variables of the processes that write ledgers.
 WORKER = "CHAOS_WORKER"
 STEPS = "CHAOS_STEPS"
 CALLS = "CHAOS_CALLS"
@@ -19,7 +19,7 @@ VISIBILITY_S = "CHAOS_VISIBILITY_S"
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The producer's: the broker has the job. `at` is everywhere in unix seconds."""
+    """Written by the producer: the broker has accepted the job. `at` is always in unix seconds."""
 
     at: float
     id: str
@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The receiver's: a terminal state that it read or was told of. Each reading is one."""
+    """Written by the receiver: a terminal state that it has read. One entry for each time it was read."""
 
     at: float
     id: str

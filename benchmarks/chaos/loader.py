@@ -1,6 +1,6 @@
-"""The workers' ledger, without a word of it in the worker: Celery takes its loader from CELERY_LOADER.
+"""Writes the workers' ledger without any change of the worker: Celery takes its loader from CELERY_LOADER.
 
-It is imported by both of a worker's processes, and by the one that runs the links (notes.py).
+Both of a worker's processes import it, and so does the one that runs the links (notes.py).
 """
 
 from __future__ import annotations

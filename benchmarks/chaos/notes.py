@@ -1,4 +1,4 @@
-"""The receiver's Celery app, as a web backend has one: its worker runs the links and errbacks, and notes them."""
+"""The receiver's Celery app, like that of a web backend: its worker runs the links and errbacks and records them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from celery import Celery
 from benchmarks.chaos.ledger import BROKER, CALLS, VISIBILITY_S, Call, Ledger, now
 from worker.queue.transport import use
 
-# With kombu's own transport a link is lost whose BRPOP the broker's death cuts off.
+# With kombu's own transport a link is lost if the broker dies during its BRPOP.
 use()
 app = Celery("notes", broker=os.environ[BROKER])
 app.conf.update(
@@ -20,7 +20,7 @@ app.conf.update(
     broker_connection_max_retries=None,
     broker_channel_error_retry=True,
     worker_cancel_long_running_tasks_on_connection_loss=False,
-    # The smallest of all apps on a broker holds for all; so does a lock that one leaves behind.
+    # The shortest timeout of all apps on a broker applies to all of them; so does a lock that one of them leaves.
     broker_transport_options={"visibility_timeout": int(os.environ[VISIBILITY_S]), "unacked_mutex_expire": 1},
 )
 

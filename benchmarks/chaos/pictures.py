@@ -1,4 +1,4 @@
-"""An image server that can be slow, or dead."""
+"""An image server that can be slow, or drop connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TCP proxy between workers and their broker, which can cut connections off and hold their bytes back."""
+"""A TCP proxy between workers and their broker, which can reset connections and stop forwarding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 
 CHUNK = 1 << 16
-#: On: no time to linger. Closing such a socket resets its connection.
+#: SO_LINGER with a time of 0: closing such a socket resets its connection.
 AT_ONCE = struct.pack("ii", 1, 0)
 
 

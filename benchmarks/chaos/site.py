@@ -1,6 +1,6 @@
-"""What is struck: a broker that keeps what it accepted, two workers behind a proxy, an image server.
+"""The site that faults happen to: a persistent broker, two workers behind a proxy, an image server.
 
-Whatever ends is started again at once, as a supervisor of processes does.
+A process that ends is started again at once, as a process supervisor does.
 """
 
 from __future__ import annotations

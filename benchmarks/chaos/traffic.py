@@ -1,4 +1,4 @@
-"""Who sends the jobs, and who reads their ends: each in a thread, with a ledger."""
+"""The producer of the jobs and the receiver of their results: each in a thread, with a ledger."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from worker.queue.result_backend import TAKEN
 logger = logging.getLogger(__name__)
 
 PREFIX = "celery-task-meta-"
-#: Seconds between two readings of all jobs that have not ended.
+#: Seconds between two reads of all jobs that have not ended.
 READ_S = 0.5
 
 

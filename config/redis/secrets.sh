@@ -1,12 +1,12 @@
 #!/bin/sh
 # The secrets of a Redis and its users: `sh config/redis/secrets.sh [FOLDER [HOST...]]`, with openssl.
 #
-# In FOLDER (secrets) it makes a folder for the server, `redis`, and one for each user, which their containers mount at
-# /run/idefics: a certificate by an authority of our own, and `env` with the URLs and the user's password. HOST (redis)
-# are the names and addresses that the server is called by; the URLs have the first.
+# In FOLDER (default: secrets) it makes a folder for the server, `redis`, and one for each user. Their containers mount
+# them at /run/idefics. Each has a certificate by an authority of our own, and `env` with the URLs and the user's
+# password. HOST (default: redis) are the server's names and addresses; the URLs contain the first.
 #
-# What is there stays. To renew a certificate or a password, delete it (tls.crt, password), run this again, and restart
-# the server and whoever uses it. A redis/users.acl changes with its template, and is written anew each time.
+# Existing files are kept. To renew a certificate or a password, delete it (tls.crt, password), run this again, and
+# restart the server and its clients. redis/users.acl is made from its template each time.
 set -eu
 umask 077
 

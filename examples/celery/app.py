@@ -1,4 +1,4 @@
-"""A plain Celery app that uses the models by the names of their tasks: it needs `celery[redis]` and nothing of ours.
+"""A plain Celery app that uses the models by the names of their tasks: it needs only `celery[redis]`.
 
 Beside `make up`, in two shells:
 
@@ -25,8 +25,8 @@ app = Celery(
 )
 # Celery on Redis has four priorities by default; the models' workers read all ten.
 app.conf.broker_transport_options = {"priority_steps": list(range(10))}
-#: 0 is first and 9 last; what names none is at 0 and overtakes the others. Celery's `task_default_priority` is for this
-#: app's own tasks alone.
+#: 0 is first and 9 last. A job without a priority has 0 and overtakes the others. Celery's `task_default_priority`
+#: applies to this app's own tasks only.
 USUAL = 5
 
 
@@ -35,7 +35,7 @@ USUAL = 5
 
 @app.task(name="gallery.save")
 def save(answer, title):
-    """Keep a text. `answer` is the result of the task before."""
+    """Save a text. `answer` is the result of the task before."""
     with SAVED.open("a") as file:
         file.write(json.dumps({"title": title, "text": answer["text"].strip()}) + "\n")
     return answer["text"].strip()
@@ -49,7 +49,7 @@ def page(answers, titles):
 
 @app.task(name="gallery.report")
 def report(id):
-    """Keep why a job failed: the arguments of its exception are a stable code, what to do, and often a detail."""
+    """Save a job's error: its arguments are a stable code, a sentence that says what to do, and often a detail."""
     code, message, *_ = app.AsyncResult(id).result.args
     with SAVED.open("a") as file:
         file.write(json.dumps({"title": code, "text": message}) + "\n")
@@ -59,7 +59,7 @@ def report(id):
 
 
 def picture(name):
-    """A file as a `data:` URI. An http(s) URL that the workers can reach is shorter."""
+    """A file as a `data:` URI. If the workers can reach an http(s) URL of it, use that."""
     return "data:image/png;base64," + base64.b64encode((PICTURES / name).read_bytes()).decode()
 
 
@@ -93,7 +93,7 @@ def describe(name):
 
 
 def gallery(names):
-    """Caption all pictures at once, in batches as the workers see fit; then one task of ours with all texts."""
+    """Caption all pictures at once (the workers batch them), then run one task of this app with all texts."""
     return chord(caption(picture(name)) for name in names)(page.s(names))
 
 
@@ -105,14 +105,14 @@ def later(name):
 
 
 def ranked(name):
-    """A job that a user waits for, and one of a nightly run: the first is taken first where both wait."""
+    """An urgent job and one of a nightly run: if both wait, the urgent one is taken first."""
     nightly = caption(picture(name)).apply_async(priority=9)
     urgent = caption(picture(name)).apply_async(priority=0)
     return urgent, nightly
 
 
 def compare(name, queues=("idefics", "idefics.large")):
-    """The same job for two models that share the broker, each with a queue and a worker of its own:
+    """The same job for two models that share the broker, each with its own queue and worker:
 
     IDEFICS_QUEUE=idefics.large IDEFICS_MODEL=HuggingFaceM4/idefics-9b celery -A worker.app worker --hostname large@%h
     """
@@ -120,7 +120,7 @@ def compare(name, queues=("idefics", "idefics.large")):
 
 
 def fails():
-    """No picture: the job fails, and `report` hears of it."""
+    """A job that fails, since its image is broken; `report` is called."""
     return caption("data:image/png;base64,bm90aGluZw==").apply_async(link_error=report.s())
 
 

@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from idefics_jobs import Caption, Client, IdeficsError, JobCanceled, JobError
 from pydantic import BaseModel, Field
 
-#: Seconds that one stream of events lasts at most: an id that does not exist is `starting` for ever.
+#: Longest duration of a stream of events in seconds, since an id that does not exist stays `starting` for ever.
 MAX_STREAM_S = 300
 ENDS = ("succeeded", "failed", "canceled")
 
@@ -32,17 +32,17 @@ client = Client(
 
 
 class NewCaption(BaseModel, extra="forbid"):
-    """The fields that visitors may set: as the body, Caption itself would also take `callback`, `num_beams`, and a path
-    for its image."""
+    """The fields that visitors may set. If the body were a Caption, it would also accept `callback`, `num_beams`, and a
+    path as its image."""
 
-    #: http(s) or data:, as Caption checks. A file of a form is an UploadFile, for which FastAPI needs python-multipart.
+    #: http(s) or data:, which Caption checks. For a form's file use an UploadFile; FastAPI then needs python-multipart.
     image: str
     prompt: str | None = Field(default=None, max_length=500)
 
 
 @api.exception_handler(IdeficsError)
 async def refuse(request: Request, error: IdeficsError) -> JSONResponse:
-    """Every error of the client, a failed job's too: 4xx where the caller can mend it, 503 where it may pass."""
+    """Handles all errors of the client and of failed jobs: 4xx if the caller can correct them, 503 if temporary."""
     status, body = error.response()
     return JSONResponse(body, status)
 
@@ -56,7 +56,7 @@ async def create(asked: NewCaption) -> dict[str, str]:
 @api.get("/captions/{id}")
 async def read(id: str) -> dict[str, str | None]:
     status = await client.astatus(id)
-    # Raises what the job failed with.
+    # Raises the job's error.
     text = (await client.aresult(id)).text.strip() if status in ENDS else None
     return {"status": status, "text": text}
 
@@ -72,7 +72,7 @@ async def watch(id: str) -> StreamingResponse:
 
 
 async def events(id: str) -> AsyncIterator[str]:
-    """An event for each change: how many jobs wait in the queue, or at the end the text or the error."""
+    """An event for each change: the number of jobs that wait in the queue, and finally the text or the error."""
     told, end = "", time.monotonic() + MAX_STREAM_S
     try:
         while time.monotonic() < end:
@@ -83,7 +83,7 @@ async def events(id: str) -> AsyncIterator[str]:
                 return
             await asyncio.sleep(0.1)
     except IdeficsError as error:
-        # The answer has begun, with 200: its status cannot change any more.
+        # The response has begun with 200, and its status cannot change any more.
         yield event("error", error.response()[1])
 
 

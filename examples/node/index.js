@@ -11,7 +11,7 @@ const results = process.env.RESULT_BACKEND || "redis://localhost:6379/1";
 const client = celery.createClient(broker, results, "idefics\u0006\u00165");
 
 async function ask(task, args) {
-  // Nobody holds the promise with which applyAsync sends: while Redis is away, its rejection would end the process.
+  // applyAsync drops the promise with which it sends: while Redis is away, its rejection would end the process.
   try {
     await client.isReady();
   } catch (error) {
@@ -30,12 +30,12 @@ async function ask(task, args) {
 function failure(error) {
   const [first, second, detail] = error.exc_message || [];
   if (error.exc_type === "TaskRevokedError") {
-    // "terminated" or "revoked", with the result so far where there is one, or "expired".
+    // "terminated" or "revoked", with the result so far if there is one, or "expired".
     const code = first === "expired" ? "expired" : "canceled";
     return failed(code, `The job was ${code} before its end.`, { partial: second });
   }
   if (error.exc_type) {
-    // A stable code, what to do, and where there is more to say what exactly it was.
+    // A stable code, a sentence that says what to do, and sometimes the exact cause.
     return failed(first, second, { detail });
   }
   return error.message === "TIMEOUT" ? failed("timeout", "No answer within 60 s: does a worker run?") : error;
@@ -61,7 +61,7 @@ if (require.main === module) {
     .then(() => client.disconnect())
     .catch((error) => {
       console.error(`${error.code}: ${error.message}`);
-      // Not disconnect(), which waits for a Redis that is away.
+      // Not disconnect(), which would wait while Redis is away.
       process.exit(1);
     });
 }

@@ -1,4 +1,4 @@
-"""A producer without Celery and without a Redis client: what one in PHP or Go writes. README.md has the protocol.
+"""A producer without Celery and a Redis client, as it could be written in PHP or Go. README.md describes the protocol.
 
 Beside `make up`:
 
@@ -40,7 +40,7 @@ class Redis:
 
 
 def message(task, arguments, id, priority=5):
-    """A job in Celery's protocol 2, as kombu lays it into Redis."""
+    """A job in Celery's protocol 2, as kombu writes it to Redis."""
     body = json.dumps([[], arguments, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
     return {
         "body": base64.b64encode(body.encode()).decode(),

@@ -1,6 +1,6 @@
 """A broker and a worker on this machine alone, for the demo, the tests and the benchmarks.
 
-Both die with the process that started them, whatever ends it.
+Both end with the process that started them, even if that is killed.
 """
 
 from __future__ import annotations

@@ -22,6 +22,6 @@ CELERY_RESULT_BACKEND = os.environ.get("RESULT_BACKEND", "redis://localhost:6379
 # Celery on Redis has four priorities by default; the models' workers read all ten.
 CELERY_BROKER_TRANSPORT_OPTIONS = {"priority_steps": list(range(10))}
 
-# Where the workers post how a job ended. Empty: a link into this site's own Celery worker instead.
+# The URL that callbacks are posted to. Empty: a link to this site's own Celery worker is used instead.
 CALLBACK_URL = os.environ.get("CALLBACK_URL", "")
 CALLBACK_SECRET = os.environ.get("CALLBACK_SECRET", "")

@@ -14,6 +14,6 @@ def save_text(result, id):
 
 @shared_task
 def save_error(id):
-    # What visitors may be told: the error's own text is for you, and may name hosts and settings.
+    # A text for visitors: the error's own text is for you, and may name hosts and settings.
     _, body = from_exception(app.AsyncResult(id).result).response()
     Picture.objects.get(pk=id).failed(body["error"]["message"])

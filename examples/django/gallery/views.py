@@ -10,7 +10,7 @@ from .celery import app
 from .models import Picture
 from .tasks import save_error, save_text
 
-# On a desk, callbacks go to this machine by http, which the client else refuses.
+# In development, callbacks go to this machine over http, which the client refuses by default.
 client = Client(app=app, check_callbacks=not settings.DEBUG)
 CALLBACK = Callback(url=settings.CALLBACK_URL, key_id="main") if settings.CALLBACK_URL else None
 
@@ -24,7 +24,7 @@ def upload(request):
     picture = Picture(name=file.name)
     try:
         caption = Caption(image=file, callback=CALLBACK)
-        # The row before the job: its text may come before `submit` returns.
+        # Saved before the job is sent, since the text may come before `submit` returns.
         picture.save()
         submit(caption, str(picture.pk))
     except IdeficsError as error:
@@ -47,7 +47,7 @@ def show(request, id):
 @csrf_exempt  # the signature says who sent it
 @require_POST
 def callback(request):
-    """How jobs ended. It may come more than once, so the same event twice must leave the same row."""
+    """Receives jobs' outcomes. An event may arrive more than once, so the second time must leave the row unchanged."""
     if not settings.CALLBACK_SECRET:
         raise Http404
     try:
