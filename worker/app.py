@@ -29,7 +29,7 @@ from worker.queue.worker_registration import WorkerRegistration
 
 settings = load()
 
-#: Why the worker may not start: a variable of Celery's names another server than our settings do. None if none does.
+#: Why the worker may not start: one of Celery's variables names another server than our settings. None otherwise.
 override_error = drop_overrides(os.environ, settings)
 
 
@@ -49,7 +49,7 @@ def _register_tasks(app: JobApp) -> None:
     for name, payload in PAYLOADS.items():
         attributes = {"name": name, "__doc__": payload.__doc__, "Request": "worker.pool.request:JobRequest"}
         app.register_task(type(payload.__name__, (JobTask,), attributes)())
-    # Celery's built-in tasks do what a message says: run any task, end any job.
+    # Celery's built-in tasks would let a message run any task or end any job.
     for name in set(app.tasks) - PAYLOADS.keys():
         app.tasks.pop(name)
 
@@ -64,7 +64,7 @@ def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
 def _refuse_other_setups(sender: Any, **_: Any) -> None:
-    # The process may have another app's worker: Celery's signals are for all of them.
+    # Celery's signals are sent for all apps of a process.
     if sender.app is app:
         if override_error:
             sys.exit(override_error)

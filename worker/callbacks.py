@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 settings = load()
 
-#: Why the worker may not start: a variable of Celery's names another server than our settings do. None if none does.
+#: Why the worker may not start: one of Celery's variables names another server than our settings. None otherwise.
 override_error = drop_overrides(os.environ, settings)
 
 
@@ -65,11 +65,11 @@ class DispatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 class DispatcherExitInTime(ExitInTime):
-    """The exit watchdog of this worker, which holds no messages: it waits for the attempts that run."""
+    """The exit watchdog of this worker, which holds no messages: it waits for running attempts."""
 
     def held(self, worker: Any) -> HeldWork:
         step = next(step for step in worker.steps if isinstance(step, DispatcherStep))
-        return HeldWork(is_running=step.is_busy, is_owed=False)
+        return HeldWork(is_running=step.is_busy, has_messages=False)
 
 
 def _app() -> Celery:
@@ -77,10 +77,10 @@ def _app() -> Celery:
     # For the consumer.
     app.settings = settings
     app.conf.update(configuration(settings, CALLBACK_QUEUE, DEFAULT_PRIORITY))
-    # It runs no tasks: the dispatcher has threads of its own.
+    # It runs no tasks; the dispatcher has its own threads.
     app.conf.update(worker_pool="solo", worker_prefetch_multiplier=1)
-    # Its Redis user may reach neither the GPU workers' mailbox nor the messages that they hold: it has a mailbox of its
-    # own, and does not look for messages to redeliver.
+    # Its Redis user may access neither the GPU workers' mailbox nor the messages that they hold: it has its own
+    # mailbox, and does not redeliver messages.
     app.conf.control_exchange = "idefics.callbacks"
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "ack_emulation": False}
     app.steps["worker"].update([BrokerCheck, DispatcherStep, DispatcherExitInTime])
@@ -97,6 +97,6 @@ def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
 def _refuse_overrides(sender: Any, **_: Any) -> None:
-    # The process may have another app's worker: Celery's signals are for all of them.
+    # Celery's signals are sent for all apps of a process.
     if sender.app is app and override_error:
         sys.exit(override_error)

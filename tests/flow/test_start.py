@@ -58,7 +58,7 @@ def test_a_redis_that_is_not_there_yet_is_named_and_waited_for(
 
 def test_sigterm_ends_a_start_that_waits_for_redis(broker: stack.Broker, tmp_path: Path) -> None:
     with _worker(tmp_path, broker.url, f"redis://127.0.0.1:{stack.free_port()}/1") as process:
-        eventually(lambda: "is not there" in (tmp_path / "log").read_text())
+        eventually(lambda: "does not answer" in (tmp_path / "log").read_text())
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_S)

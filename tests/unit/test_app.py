@@ -51,7 +51,7 @@ def test_a_task_returns_what_the_service_answers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_a_model_a_job_fails_as_internal() -> None:
-    with pytest.raises(Internal, match="holds no model"):
+    with pytest.raises(Internal, match="has no model"):
         app.tasks["idefics.complete"].run(**ARGUMENTS)
 
 

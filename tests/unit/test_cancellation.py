@@ -69,4 +69,4 @@ def test_an_outage_is_told_once_and_outlived(caplog: pytest.LogCaptureFixture) -
 
     watched = poller(look)
     eventually(lambda: watched.exchange(["a"]) == {"a"})
-    assert caplog.text.count("Cannot look for cancellations (refused)") == 1
+    assert caplog.text.count("Cancellations cannot be polled (refused)") == 1

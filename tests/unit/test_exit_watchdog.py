@@ -8,7 +8,7 @@ import pytest
 
 from worker.runtime.exit_watchdog import HeldWork, StopRequest
 
-RUNNING, QUIET = HeldWork(is_running=True, is_owed=True), HeldWork(is_running=False, is_owed=False)
+RUNNING, QUIET = HeldWork(is_running=True, has_messages=True), HeldWork(is_running=False, has_messages=False)
 
 
 def _stop(*, soft_s: float = 60.0, is_remapped: bool = False) -> StopRequest:

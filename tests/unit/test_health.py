@@ -114,7 +114,7 @@ def test_a_worker_that_was_killed_is_unhealthy(shared: Path, probe: Probe) -> No
     for kind in ("--ready", "--alive"):
         status, said = probe(kind)
         assert status == 1
-        assert said.startswith("gone@here: UNHEALTHY (it is gone")
+        assert said.startswith("gone@here: UNHEALTHY (it was killed")
 
 
 def test_another_process_under_the_same_pid_is_not_the_worker(shared: Path, probe: Probe) -> None:

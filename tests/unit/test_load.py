@@ -105,18 +105,18 @@ def test_a_worker_whose_hung_model_has_not_run_a_job_is_no_reason_to_divide_by_z
 
 
 def test_jobs_do_not_lie_in_the_queue_for_an_estimate() -> None:
-    patience = LeaveLimit()
-    assert patience.bears(leaves=True, queued=1, job_s=0.1, now=0.0)
-    assert patience.bears(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S)
-    assert not patience.bears(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + 0.1)
-    assert not patience.bears(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + TAKE_ALL_S)
-    assert patience.bears(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + TAKE_ALL_S + 0.2)
+    limit = LeaveLimit()
+    assert limit.still_leaves(leaves=True, queued=1, job_s=0.1, now=0.0)
+    assert limit.still_leaves(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S)
+    assert not limit.still_leaves(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + 0.1)
+    assert not limit.still_leaves(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + TAKE_ALL_S)
+    assert limit.still_leaves(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + TAKE_ALL_S + 0.2)
 
 
 def test_a_queue_that_the_others_empty_tries_no_patience() -> None:
-    patience = LeaveLimit()
+    limit = LeaveLimit()
     for now in range(100):
-        assert patience.bears(leaves=True, queued=now % 2, job_s=0.1, now=float(now))
+        assert limit.still_leaves(leaves=True, queued=now % 2, job_s=0.1, now=float(now))
 
 
 # What is told

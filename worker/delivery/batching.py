@@ -65,7 +65,7 @@ def admit(
 
 
 def batch_of(members: Sequence[Delivery], now: datetime) -> Delivery:
-    """One delivery that replaces its members, under an id made of theirs."""
+    """One delivery that replaces its members, with an id made of their ids."""
     first = members[0]
     body = batch_body(now.isoformat(), [(member.id, member.body) for member in members])
     id = batch_id(member.id for member in members)

@@ -136,12 +136,12 @@ class CallbackDispatcher:
         self._threads.submit(self._attempt, delivery)
 
     def _batched(self, members: list[Delivery]) -> Delivery | None:
-        """Replace members by their batch in the outbox; None if another worker has claimed one of them by now."""
+        """Replace members by their batch in the outbox; None if another worker has claimed one of them meanwhile."""
         batch = batch_of(members, datetime.now(UTC))
         return batch if self._outbox.batch(batch, members, self._lease_s, self._keep_s) else None
 
     def _attempt(self, delivery: Delivery) -> None:
-        """Attempt and settle a delivery, in a thread of its own. Raises nothing."""
+        """Attempt and settle a delivery, in its own thread. Raises nothing."""
         try:
             if self._outbox.is_disabled(delivery.url):
                 self._outbox.end(delivery, "failed", "its URL is disabled since it answered 410", self._keep_s)

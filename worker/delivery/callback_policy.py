@@ -26,7 +26,7 @@ CACHED_LOOKUPS = 1_024
 def check(callback: Callback, settings: Settings, *, look_up: bool = True) -> None:
     """Raise InvalidRequest for a callback that the operator's policy forbids, as far as is known now.
 
-    The connection is checked again when it is made: a name may have another address by then.
+    Each attempt is checked again when it connects: the name may have another address then.
     """
     if callback.key_id not in settings.callback_keys:
         raise InvalidRequest(

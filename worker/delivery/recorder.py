@@ -109,7 +109,7 @@ class CallbackRecorder:
         body = webhooks.body(
             event, ended_at or datetime.now(UTC).isoformat(), job_data(id, task, arguments, state, value)
         )
-        # Jobs with the same id may end several times: each end has a delivery of its own.
+        # Jobs with the same id may end several times: each end has its own delivery.
         key = delivery_id(id, event, asked, ended_at or "")
         delivery = Delivery(key, id, event, callback.url, callback.key_id, body)
         self._connected().add(delivery, self._settings.callback_batch_window_s)

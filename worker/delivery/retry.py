@@ -35,7 +35,7 @@ class RetryDecision:
     state: Literal["delivered", "again", "failed"]
     #: Seconds to the next attempt, if there is one.
     wait_s: float = 0.0
-    #: True where no other delivery to the URL is to be attempted.
+    #: True if other deliveries to the URL must not be attempted either.
     disables_url: bool = False
 
 

@@ -1,8 +1,8 @@
 """A cache of answers: identical jobs that run at the same time share one row, and a finished answer is kept in Redis.
 
-Only for answers that the model would repeat: greedy, beams, labels, or with a seed. Identical means the same pixels,
-token ids, labels, sampling, stop strings and model, whatever tasks and URLs they came from. Redis keeps the tokens,
-under `idefics:answer:<digest>`; text, usage, timing and metadata are computed for each job.
+Only for answers that the model would repeat: greedy, with beams, labels or a seed. Identical means the same pixels,
+token ids, labels, sampling, stop strings and model; tasks and URLs may differ. Redis keeps the tokens, under
+`idefics:answer:<digest>`; text, usage, timing and metadata are computed for each job.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Compute = Callable[[Row], Output]
 
 
 class AnswerCache:
-    """Shares answers among identical jobs (single flight). Thread-safe. While Redis is away, it computes."""
+    """Shares answers among identical jobs (single flight). Without Redis every job is computed. Thread-safe."""
 
     def __init__(self, redis: Redis, ttl_s: int, weights: str = "", prefix: str = "") -> None:
         """`weights` is the checkpoint's `fingerprint`, since an id and revision may get other weights later.
@@ -46,12 +46,12 @@ class AnswerCache:
         self._redis = redis
         self._ttl_s = ttl_s
         self._prefix = prefix + ANSWER.prefix + weights
-        #: By digest, the rows that run. Each resolves to its output, or None where there is none to share.
+        #: Running rows by digest. Each resolves to its output, or to None if that must not be shared.
         self._running: dict[str, Future[Output | None]] = {}
         self._lock = threading.Lock()
 
     def output(self, row: Row, model: ModelInfo, compute: Compute) -> Output:
-        """The output of a row: that of an identical one, running or kept, else what `compute` gives."""
+        """The output of an identical row, running or kept; otherwise the output of `compute`."""
         key = digest(row, model)
         if key is None:
             return compute(row)
@@ -132,7 +132,7 @@ def _identity(path: Path) -> tuple[str | int, ...]:
 
 
 def digest(row: Row, model: ModelInfo) -> str | None:
-    """Hash of everything that an answer depends on; None where it also depends on chance."""
+    """Hash of everything that an answer depends on; None if it also depends on chance."""
     sampling = row.sampling
     if sampling.temperature > 0 and sampling.seed is None:
         return None
@@ -147,7 +147,7 @@ def digest(row: Row, model: ModelInfo) -> str | None:
 
 
 def _follow(running: Future[Output | None], row: Row) -> Output | None:
-    """Wait for the other row's output; None where it has none to share, or `row` is interrupted first."""
+    """Wait for the other row's output; None if it has none to share, or if `row` is interrupted first."""
     while not row.abort_reason(time.monotonic()):
         if wait([running], POLL_INTERVAL_S).done:
             return running.result()
@@ -155,7 +155,7 @@ def _follow(running: Future[Output | None], row: Row) -> Output | None:
 
 
 def _reused(row: Row, output: Output) -> Output:
-    """Account for a shared output: all of the row's time was waiting, and none of its images was encoded."""
+    """Account for a shared output: the row only waited, and its images were not encoded."""
     row.started = time.monotonic()
     row.cached_images = len(row.tokens.pictures)
     return output

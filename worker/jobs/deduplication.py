@@ -1,6 +1,6 @@
-"""Idempotency keys, on the worker's side: the second job with a key gets the first one's answer.
+"""Deduplication by idempotency keys, in the worker: the second job with a key gets the first one's answer.
 
-Our own client does not send a second job. Other producers do, under a new id: such a job comes here.
+Our own client does not send a second job with a key. Other producers do, under a new id.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIN_COUNTDOWN_S, MAX_COUNTDOWN_S = 1.0, 30.0
 
 
 class FirstStillRuns(Exception):
-    """The first job with this key has not ended: the second is to check again after `countdown` seconds."""
+    """The first job with this key has not ended: the second one must check again after `countdown` seconds."""
 
     def __init__(self, countdown: float) -> None:
         super().__init__(countdown)
@@ -31,10 +31,10 @@ class FirstStillRuns(Exception):
 def first_answer(
     job: Job, id: str, keys: IdempotencyKeys, backend: Any, model: ModelInfo | None = None
 ) -> Result | None:
-    """The answer of the first job with this key; None where this job is the first, or takes its place, and is to run.
+    """The answer of the first job with this key; None if this job must run, as the first one or in its place.
 
-    It takes the first one's place where that was lost, or answered by another model than `model`. Raises InvalidRequest
-    where the first one had another payload, FirstStillRuns, or the error that the first one ended with.
+    It takes the first one's place if that was lost, or was answered by another model than `model`. Raises
+    InvalidRequest if the first one had another payload, FirstStillRuns, or the error that the first one ended with.
     """
     claim = keys.claim(job, id, is_sent=True)
     if claim.id == id:

@@ -1,11 +1,11 @@
-"""Golden questions: what a checkpoint's golden.json asks before the model serves, and which answers are right.
+"""Golden questions: a checkpoint's golden.json has questions to ask before the model serves, with the right answers.
 
     {"image": "golden.png", "task": "idefics.answer", "arguments": {"question": "What is this?"}, "text": "A cat.",
      "more": [{"task": "idefics.classify", "arguments": {"labels": ["cat", "dog"]}, "scores": {"cat": 1, "dog": 0}}]}
 
-A text must match word for word. Probabilities must match within a tolerance that depends on the precision: they show a
-change of the weights that does not change a short answer. Images are files beside golden.json; a task that takes one
-image and names none shows `image`.
+A text must match word for word. Probabilities must match within a tolerance that depends on the precision: they reveal
+a change of the weights that does not change a short answer. Images are files beside golden.json; a task with one image
+that names no file uses `image`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from worker.images.sources import read_below
 from worker.jobs.prompts import ImageRef, build
 from worker.models import SetupFailed
 
-#: Bytes of golden.json, and of each picture.
+#: Bytes of golden.json and of each picture.
 MAX_BYTES = 20_000_000
-#: Questions: each costs its time at every start.
+#: Questions: each delays every start.
 MAX_QUESTIONS = 100
 #: How far a label's probability may be off, by quantization or dtype. The bundled checkpoint's are off by 0.000001 in
 #: float32, 0.007 in bfloat16, 0.014 in 8-bit and 0.07 in 4-bit (`python -m worker.demo.golden`).
@@ -43,7 +43,7 @@ class GoldenQuestion:
     scores: Mapping[str, float] | None
 
     def fault(self, text: str, scores: Mapping[str, float], tolerance: float) -> str | None:
-        """Describe what is wrong with an answer; None where it is right."""
+        """Describe what is wrong with an answer; None if it is right."""
         if self.text is not None and text.strip() != self.text.strip():
             return f"the model says {text!r} where {self.text!r} is right"
         for label, right in (self.scores or {}).items():
@@ -61,14 +61,14 @@ class Golden:
 
 
 def tolerance(info: ModelInfo) -> float:
-    """How far off a probability may be, by the precision that the model is loaded in."""
+    """How far off a probability may be, by the precision of the loaded model."""
     return TOLERANCES.get(info.quantization or info.dtype, max(TOLERANCES.values()))
 
 
 def read_golden(folder: Path) -> Golden | None:
-    """Read a checkpoint's golden questions; None where it has none. Raises SetupFailed or a JobError.
+    """Read a checkpoint's golden questions; None without any. Raises SetupFailed or a JobError.
 
-    The checkpoint may not be trusted: its file may name files beside itself only.
+    The checkpoint is not trusted: its file may only name files beside itself.
     """
     if not os.path.lexists(folder / "golden.json"):
         return None

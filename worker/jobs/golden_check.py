@@ -1,4 +1,4 @@
-"""The check of a model before it serves: golden questions have their right answers, or any question has an answer."""
+"""The check of a model before it serves: it answers its golden questions rightly, or any question at all."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class GoldenCheck:
         except SetupFailed:
             raise
         except Exception as error:
-            # Of a checkpoint that loads but does not fit together: to start again would not help.
+            # The checkpoint loads, but its parts do not fit together: a restart would not help.
             raise SetupFailed(
                 f"The checkpoint cannot be asked ({type(error).__name__}: {error}): correct it."
             ) from error
 
     def _check_answers(self, golden: Golden) -> None:
         pictures = {name: self._open_picture(data) for name, data in golden.pictures.items()}
-        # All at once: they share a batch, as jobs do.
+        # All at once, so that they share a batch as jobs do.
         outputs = [self._submit(self._row(question.job, pictures)) for question in golden.questions]
         found = [
             self._fault(question, output.result()) for question, output in zip(golden.questions, outputs, strict=True)
@@ -96,7 +96,7 @@ class GoldenCheck:
         return self._rows.build(job, parts, self._rows.new_tokens(job))
 
     def _check_any_answer(self) -> None:
-        """Without golden questions: the model says something about a picture, and its logits are numbers."""
+        """Without golden questions, check that the model says something about a picture, with finite logits."""
         text = "This is"
         parts = (self._open_picture(sample_picture()), text)
         job = parse("idefics.complete", {"prompt": [text], "max_new_tokens": 4})

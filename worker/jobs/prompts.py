@@ -1,7 +1,7 @@
 """A job as its interleaved prompt: strings and images, in the forms of the published IDEFICS guide.
 
-The guide is transformers' `docs/source/en/tasks/idefics.md` (the instruct form is the model card's of
-`HuggingFaceM4/idefics-9b-instruct`); an answer here is the answer there. Pure.
+The guide is transformers' `docs/source/en/tasks/idefics.md`; the instruct form is from the model card of
+`HuggingFaceM4/idefics-9b-instruct`. So the answers are the same as with the guide's code. Pure.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tasks.protocol import END_OF_UTTERANCE
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image's place in a prompt, and where its bytes are."""
+    """An image's place in a prompt, with the source of its bytes."""
 
     source: CheckedImage
 
 
 def _image(source: ImageSource) -> ImageRef:
-    """An image of a payload: its checks have made it a text or a path."""
+    """A reference to a payload's image, which the payload's checks have made a text or a path."""
     return ImageRef(cast(CheckedImage, source))
 
 
 Prompt = list[str | ImageRef]
-#: What the user asks, and what is answered to it, as far as that is known.
+#: The user's question and the assistant's answer; None for the answer to be generated.
 QuestionAnswer = tuple[Prompt, str | None]
 
 ANSWER_INSTRUCTION = "Instruction: Provide an answer to the question. Use the image to answer.\n"
@@ -53,7 +53,7 @@ def _caption(job: Caption) -> Prompt:
     prompt: Prompt = []
     for example in job.examples:
         prompt += ["User:", _image(example.image), f"{job.instruction}\nAssistant: {example.text}\n"]
-    # In one piece with what precedes it: the processor strips each text's blanks.
+    # In one text with what precedes it, since the processor strips each text.
     lead = "" if job.prompt is None else f" {job.prompt}"
     return [*prompt, "User:", _image(job.image), f"{job.instruction}\nAssistant:{lead}"]
 
@@ -91,7 +91,7 @@ def _chat(job: Chat) -> Prompt:
     preface = ""
     for message in cast(Sequence[ChatMessage], job.messages):
         if message.role == "system":
-            # The instruct form knows two speakers: what a system message says opens the next turn.
+            # The instruct form has two speakers only: a system message is put before the next one.
             preface += "".join(f"{text}\n" for text in _parts(message) if isinstance(text, str))
             continue
         prompt += _turn(message, preface, first=not prompt)
@@ -106,8 +106,8 @@ def without_ends(prompt: Prompt) -> Prompt:
 
 @singledispatch
 def in_turns(job: Job) -> Prompt:
-    """The prompt for a checkpoint that was tuned on a chat template: the user asks, and a known start of the answer
-    opens the assistant's turn. A list to complete is as in `build`."""
+    """The prompt for a checkpoint that was tuned on a chat template: the user asks, and the assistant's message begins
+    with the known start of the answer. Prompts to complete are as in `build`."""
     return build(job)
 
 

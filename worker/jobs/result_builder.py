@@ -17,7 +17,7 @@ class ResultBuilder:
     """Builds the results of jobs on one model. Used from many threads at once."""
 
     def __init__(self, info: ModelInfo, codec: Codec, rules: GenerationRules) -> None:
-        """`rules`: the checkpoint's generation parameters, which each result names as far as they applied to it."""
+        """`rules`: the checkpoint's generation parameters; each result lists those that applied to it."""
         self._info = info
         self._codec = codec
         self._rules = rules
@@ -46,7 +46,7 @@ class ResultBuilder:
         )
 
     def _generation(self, job: Job) -> dict[str, Any]:
-        """The generation parameters, by their names in transformers, that applied; none for plain greedy decoding."""
+        """The generation parameters that applied, by their names in transformers; none for plain greedy decoding."""
         if labels_of(job):
             return {}
         if job.num_beams > 1:

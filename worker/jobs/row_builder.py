@@ -30,7 +30,7 @@ class RowBuilder:
         return without_ends(prompt) if isinstance(job, Chat) and not self._codec.has_end_of_utterance else prompt
 
     def new_tokens(self, job: Job) -> int:
-        """The tokens that the answer may have. Raises InvalidRequest for a job that asks for too many."""
+        """The maximum number of new tokens. Raises InvalidRequest for a job that asks for too many."""
         most = self._max_new_tokens
         if isinstance(job, Chat) and job.max_completion_tokens is not None:
             return min(job.max_completion_tokens, most)
@@ -46,11 +46,11 @@ class RowBuilder:
         """The row of a job whose prompt, with its pictures, is `parts`. Raises PromptTooLong or InvalidRequest."""
         least = self._codec.min_token_count(parts)
         if least > self._max_prompt_tokens:
-            # Splitting 200,000 characters into tokens takes a quarter of a second, during which no other thread runs.
+            # Tokenizing 200,000 characters takes a quarter of a second, during which other threads cannot run.
             raise self._too_long(f"at least {least}")
         tokens = self._codec.prepare(parts)
         labels = self._codec.encode_labels(parts[-2:], job.spoken_labels if isinstance(job, Classify) else [])
-        # The longest label counts too: it stands in the same window.
+        # The longest label counts too: it is in the same context window.
         length = len(tokens.ids) + max(map(len, labels), default=0)
         if length > self._max_prompt_tokens:
             raise self._too_long(str(length))
@@ -83,6 +83,6 @@ def _prompt_bound(settings: Settings, context_tokens: int) -> tuple[int, str]:
 
 
 def truncation(job: Job, rules: GenerationRules) -> dict[str, Any]:
-    """The parameters that leave unlikely tokens out of a sampled job: its own, else the checkpoint's."""
+    """The parameters that exclude unlikely tokens from sampling: the job's own, else the checkpoint's."""
     asked = {name: value for name in ("top_k", "top_p") if (value := getattr(job, name)) is not None}
     return {**rules.sampling, **asked} if job.temperature > 0 else {}

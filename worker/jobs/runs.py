@@ -1,4 +1,4 @@
-"""Runs of jobs that are under way, and which of them are to end."""
+"""The runs of jobs that are under way, and their cancellation."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class CancellationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """What is known of a job beside its payload."""
+    """A job's properties beside its payload."""
 
     id: str
     priority: int = 5
     #: Unix seconds.
     submitted_at: float | None = None
-    #: Seconds from now after which the job ends with the text that it has.
+    #: Seconds from now after which the job ends with the text so far.
     soft_limit_s: float | None = None
 
 
@@ -38,17 +38,17 @@ class Run:
     """One run of a job, as other threads see it."""
 
     def __init__(self, context: JobContext, deadline: float | None) -> None:
-        """`deadline`: time.monotonic() at which the job ends with what it has."""
+        """`deadline`: time.monotonic() at which the job ends with the text so far."""
         self.context = context
         self.deadline = deadline
-        #: None until its images have been loaded.
+        #: None until its images are loaded.
         self.row: Row | None = None
         self.is_canceled = False
         submitted_at = context.submitted_at
         self.queued_s = 0.0 if submitted_at is None else max(0.0, time.time() - submitted_at)
 
     def check(self) -> None:
-        """Raise CancellationError or DeadlineExceeded where the job need not go on."""
+        """Raise CancellationError or DeadlineExceeded if the job must not go on."""
         if self.is_canceled:
             raise CancellationError
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -67,7 +67,7 @@ class RunRegistry:
 
     @contextlib.contextmanager
     def running(self, run: Run) -> Iterator[None]:
-        """Register a run for the time of the block; it is canceled where its job is."""
+        """Register a run during the block. It is canceled at once if its job is."""
         id = run.context.id
         with self._lock:
             self._runs[id] = run
@@ -76,23 +76,23 @@ class RunRegistry:
             yield
         finally:
             with self._lock:
-                # Another job may have begun under the id since this one passed its limit.
+                # Another job with this id may have begun since this one passed its limit.
                 if self._runs.get(id) is run:
                     del self._runs[id]
 
     def attach(self, run: Run, row: Row) -> None:
-        """Give a run its row, which is canceled where the run is."""
+        """Give a run its row. The row is canceled if the run is."""
         with self._lock:
             run.row = row
             row.canceled = run.is_canceled
 
     def cancel(self, id: str) -> None:
-        """Mark a job as canceled: its next run ends before it starts. `abandon` ends the present one."""
+        """Mark a job as canceled: its next run ends before it starts. `abandon` ends the current run."""
         with self._lock:
             self._canceled.add(id)
 
     def abandon(self, id: str) -> Run | None:
-        """Mark a job's present run as canceled, if there is one; another run of the job may follow."""
+        """Mark a job's current run as canceled, if there is one; another run of the job may follow."""
         with self._lock:
             run = self._runs.get(id)
             if run is not None:
@@ -100,7 +100,7 @@ class RunRegistry:
         return run
 
     def of(self, ids: Sequence[str]) -> list[Run]:
-        """The present runs of those of these jobs that have one."""
+        """The current runs of these jobs."""
         with self._lock:
             return [self._runs[id] for id in ids if id in self._runs]
 
@@ -108,12 +108,12 @@ class RunRegistry:
         return id in self._canceled
 
     def forget(self, id: str) -> None:
-        """The job has ended: one that comes with its id is another one."""
+        """The job has ended: a later one with its id is a new job."""
         self._canceled.discard(id)
 
 
 def deadline_of(job: Job, context: JobContext) -> float | None:
-    """The time.monotonic() at which the job ends with what it has; None for never."""
+    """The time.monotonic() at which the job ends with the text so far; None for never."""
     limits = []
     if job.deadline_s is not None:
         submitted = time.time() if context.submitted_at is None else context.submitted_at

@@ -1,6 +1,6 @@
 """One job from its payload to its result, in a thread of the model process.
 
-The thread loads the job's images, hands the engine a row and waits: so downloads overlap with compute.
+The thread loads the job's images, submits a row to the engine and waits. So downloads overlap with computing.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class EngineProtocol(Protocol):
     def submit(self, row: Row) -> Future[Output]: ...
 
     def cancel(self, row: Row) -> None:
-        """End a row at the next step, wherever it is. Its output then says `canceled`."""
+        """End a row at the next step, in any state. Its output then says `canceled`."""
 
     @property
     def throughput(self) -> Throughput:
-        """How many rows run, and how fast."""
+        """The number and speed of running rows."""
 
     def withdraw(self, rows: Sequence[Row], most: int) -> list[Row]:
-        """Take rows out that have not begun; the caller fails them."""
+        """Remove rows that have not begun; the caller fails them."""
 
 
 class Service:
@@ -59,7 +59,7 @@ class Service:
         answers: AnswerCache | None = None,
         rules: GenerationRules = NO_RULES,
     ) -> None:
-        """`rules`: the checkpoint's generation parameters, which each result names as far as they applied to it."""
+        """`rules`: the checkpoint's generation parameters; each result lists those that applied to it."""
         self._info = info
         self._max_images = settings.max_images
         self._engine = engine
@@ -92,22 +92,22 @@ class Service:
             try:
                 return self._answer(job, run)
             except MemoryError:
-                # The process may go on: what was to be allocated was not.
+                # The allocation failed, so the process can go on.
                 raise OutOfMemory from None
             except (JobError, HostLimitReached):
                 if run.is_canceled:
-                    # Its failure is no longer of interest, and must not have it tried again.
+                    # A canceled job must not be retried for its error.
                     raise CancellationError from None
                 raise
 
     def cancel(self, id: str) -> bool:
-        """End a job: before it starts, or at its next step. True where it still loads images, so has no text."""
+        """End a job: before it starts, or at its next step. True if it still loads images, so has no text."""
         self._runs.cancel(id)
         run = self.abandon(id)
         return run is not None and run.row is None
 
     def abandon(self, id: str) -> Run | None:
-        """End a job's present run, if there is one, at its next step. Another run of that job may follow."""
+        """End a job's current run, if there is one, at its next step. Another run of the job may follow."""
         run = self._runs.abandon(id)
         if run is not None and run.row is not None:
             self._engine.cancel(run.row)
@@ -117,14 +117,14 @@ class Service:
         return self._runs.is_canceled(id)
 
     def forget(self, id: str) -> None:
-        """The job has ended: one that comes with its id is another one."""
+        """The job has ended: a later one with its id is a new job."""
         self._runs.forget(id)
 
     @contextlib.contextmanager
     def withdrawn(self, ids: Sequence[str], most: int) -> Iterator[list[str]]:
-        """Withdraw at most `most` of these jobs from the engine, of those that have not begun.
+        """Withdraw up to `most` of these jobs that have not begun from the engine.
 
-        Gives their ids; after the block their runs end by NotBegun.
+        Yields their ids; after the block their runs end with NotBegun.
         """
         by_row = {run.row: run.context.id for run in self._runs.of(ids) if run.row is not None}
         rows = self._engine.withdraw(list(by_row), most)

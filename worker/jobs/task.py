@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class JobApp(OneProducerEach):
-    """A Celery app with what its tasks need."""
+    """A Celery app with the objects that its tasks need."""
 
     settings: Settings
     #: Records the callbacks of jobs that have ended, in both processes.
@@ -51,7 +51,7 @@ class JobApp(OneProducerEach):
         self.recorder = CallbackRecorder(self, settings)
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
-        """Celery's, with a priority that the receiver reads: a producer's own worker reads four of the ten."""
+        """Celery's, with a priority that the receiver reads: a producer's own worker reads only four of the ten."""
         if "priority" in options:
             options["priority"] = priority_for(name, options["priority"])
         return super().send_task(name, *args, **options)
@@ -61,7 +61,7 @@ class RunCanceled(Ignore):  # type: ignore[misc]
     """Ends a run whose job was canceled. The parent process revokes the job and stores its result so far."""
 
     def __init__(self, partial: Result | None = None) -> None:
-        # Not among the arguments: those are logged.
+        # Not an argument of the exception: arguments are logged.
         super().__init__()
         self.partial = partial.model_dump(mode="json") if partial else None
 
@@ -75,11 +75,11 @@ class RunDropped(Ignore):  # type: ignore[misc]
 
 
 class JobTask(Task):  # type: ignore[misc]
-    """Base class of the six tasks. A task's name says which payload its keyword arguments are."""
+    """Base class of the six tasks. A task's name determines the payload class of its keyword arguments."""
 
     abstract = True
     app: JobApp
-    # Logs and events tell that a job succeeded, but not its answer.
+    # Logs and events must not contain answers.
     resultrepr_maxsize = 0
     # Errors of these classes are logged in one line at INFO: they concern the producer, who reads them in the result.
     throws = log_setup.EXPECTED
@@ -89,12 +89,12 @@ class JobTask(Task):  # type: ignore[misc]
         return super().apply_async(*args, **{**HIDDEN, **options})
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Store that the job runs. Raises RunCanceled or RunDropped where it must not."""
+        """Store that the job runs. Raises RunCanceled or RunDropped if it must not run."""
         state = self.backend.start(self.request, is_stored=not self._ignores_result)
         if state == CANCELED:
             raise RunCanceled
         if state is not None:
-            # The run that stored it may have died before it did what follows.
+            # The run that stored it may have died before its side effects.
             self.backend.replay_side_effects(self.request)
             self._drop_run(state)
 
@@ -114,7 +114,7 @@ class JobTask(Task):  # type: ignore[misc]
         except TaskPredicate:
             raise
         except JobError as error:
-            # Without the frames that it passed: Celery takes a millisecond to copy one, and they say nothing.
+            # Without its traceback, which is of no use and takes Celery a millisecond for each frame to copy.
             raise error.with_traceback(None) from None
         except Exception as error:
             logger.error("Job %s hit a defect; it fails as internal: %s", self.request.id, without_values(error))
@@ -148,7 +148,7 @@ class JobTask(Task):  # type: ignore[misc]
     def _compute(self, job: Job) -> Result:
         service = self.app.service
         if service is None:
-            raise Internal("This process holds no model: start the worker with `celery -A worker.app worker`.")
+            raise Internal("This process has no model: start the worker with `celery -A worker.app worker`.")
         try:
             return service.run(job, self._context())
         except HostLimitReached as wait:
@@ -170,7 +170,7 @@ class JobTask(Task):  # type: ignore[misc]
         )
 
     def _drop_if_ended(self) -> None:
-        """Raise RunDropped where another run of the job has ended: this worker may have been frozen or cut off."""
+        """Raise RunDropped if another run of the job has ended: this worker may have been frozen or cut off."""
         state = self.backend.terminal_state(self.request.id, asked_of(self.request))
         if state is not None:
             self._drop_run(state)

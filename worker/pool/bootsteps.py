@@ -1,4 +1,4 @@
-"""The pool's parts in the start and the end of Celery's worker."""
+"""The pool's bootsteps, and the check of the pool, at the start and end of Celery's worker."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from worker.runtime.exit_watchdog import ExitInTime, HeldWork
 
 
 def refuse_other_pools(worker: Any) -> None:
-    """End the start of a worker whose pool `-P` selects: it would hold no model and ignore all limits.
+    """End the start of a worker with another pool (`-P`), which would have no model and ignore all limits.
 
-    Before Celery makes that pool, which may have processes by then.
+    To be called before Celery creates that pool, which may start processes.
     """
     pool = get_implementation(worker.pool_cls)
     if not issubclass(pool, InferencePool):
@@ -31,7 +31,7 @@ def refuse_other_pools(worker: Any) -> None:
 
 
 class SoftShutdown(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Celery's soft shutdown sleeps out its whole time; ours is over when the last running job is."""
+    """Celery's soft shutdown always sleeps for its whole timeout; this one ends with the last running job."""
 
     requires = ("celery.worker.components:Pool",)
 
@@ -40,7 +40,7 @@ class SoftShutdown(bootsteps.StartStopStep):  # type: ignore[misc]
         worker.wait_for_soft_shutdown = functools.partial(self._shut_down, worker, timeout)
 
     def _shut_down(self, worker: Any, timeout: float) -> None:
-        # First of all: jobs that come meanwhile are for others, and would wait here.
+        # First stop consuming: jobs that arrive meanwhile would only wait here.
         if worker.consumer.task_consumer:
             ignore_errors(worker.consumer, worker.consumer.task_consumer.cancel)
         worker.pool.drain(timeout)

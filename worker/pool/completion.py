@@ -1,4 +1,4 @@
-"""How jobs end: Celery is told once of each, and its place is given to the next job."""
+"""How jobs end: each is reported to Celery once, and its place is given to the next job."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class JobCompletion:
-    """Takes jobs out of the table as they end."""
+    """Removes jobs from the table when they end."""
 
     def __init__(self, jobs: Dispatcher, redeliveries: RedeliveryCounter, free_place: Callable[[], None]) -> None:
-        """`free_place`: lets the next job into the pool."""
+        """`free_place` lets the next job into the pool."""
         self._jobs = jobs
         self._redeliveries = redeliveries
         self._free_place = free_place
 
     def report(self, job: PoolJob, outcome: JobEnd) -> None:
-        """Tell Celery what the model process said of a job's end."""
+        """Report a job's end, of which the model process has sent a message."""
         match outcome:
             case Done():
                 # Its result, failure or retry is stored: Celery acknowledges.
@@ -39,16 +39,16 @@ class JobCompletion:
             case Raised():
                 self.end(job, lambda: self._reject(job, outcome))
             case Broken(_, message):
-                # In a cold shutdown Celery would acknowledge a failure and not store it.
+                # In a cold shutdown Celery would acknowledge a failure without storing it.
                 is_cold = worker_state.should_terminate
                 self.fail(job, Reject(message, requeue=True) if is_cold else Internal(message))
             case Away():
-                # No fault of the job's.
+                # Not the job's fault, so its start is not counted.
                 self.unmark_started([job])
                 self.fail(job, Reject("Redis is away", requeue=True))
             case Canceled(_, partial):
                 job.partial = partial
-                # Celery would acknowledge an Ignore; Terminated leaves that to its revocation.
+                # Celery would acknowledge an Ignore; with Terminated the revocation acknowledges.
                 self.fail(job, Terminated("canceled"))
             case _:
                 assert_never(outcome)
@@ -64,19 +64,19 @@ class JobCompletion:
             self.end(job, job.give_back)
 
     def unmark_started(self, jobs: Sequence[PoolJob]) -> None:
-        """What goes back in order was not started in vain."""
+        """Forget the starts of jobs that are requeued in order."""
         self._redeliveries.unmark_started([(job.key, job.returns) for job in jobs if job.returns])
 
-    def end(self, job: PoolJob, tell: Callable[[], None]) -> None:
-        """Have Celery told of a job's end and give its place to the next one, once."""
+    def end(self, job: PoolJob, notify: Callable[[], None]) -> None:
+        """Report a job's end by `notify` and free its place, once."""
         if not self._jobs.remove(job):
             return
         try:
-            tell()
+            notify()
         except MemoryError:
             raise
         except Exception as error:
-            self._give_up_telling(job, error)
+            self._fail_to_notify(job, error)
         finally:
             if not self._jobs.is_closed:
                 self._free_place()
@@ -84,18 +84,18 @@ class JobCompletion:
     def _reject(self, job: PoolJob, raised: Raised) -> None:
         rejection = getattr(raised.exception.exception, "exc", raised.exception.exception)
         if getattr(rejection, "requeue", False) and not self._may_return(job):
-            job.fail(Internal("The job came back too often: the worker's log says for what."))
+            job.fail(Internal("The job was requeued too often: the worker's log has the reason."))
         else:
             job.callbacks.failure(raised.exception)
 
-    def _give_up_telling(self, job: PoolJob, error: Exception) -> None:
-        """A defect would be there the next time too: its job comes again as often as one whose worker dies."""
+    def _fail_to_notify(self, job: PoolJob, error: Exception) -> None:
+        """Requeue a job whose end could not be reported: after a defect only as often as one whose worker dies."""
         again = is_away(error) or self._may_return(job)
         what = "goes back to the queue" if again else "is dropped"
-        logger.error("The outcome of job %s could not be told: it %s.", job.id, what, exc_info=error)
+        logger.error("The end of job %s could not be reported: it %s.", job.id, what, exc_info=error)
         job.fail(Reject("its outcome could not be stored", requeue=again))
 
     def _may_return(self, job: PoolJob) -> bool:
-        """Count that a job goes back for another reason than Redis's absence; False where it did so too often."""
+        """Count a requeue for another reason than Redis's absence. False if there were too many."""
         self._redeliveries.count_return(job.key)
         return not self._redeliveries.is_lost(self._redeliveries.history(job.key).deaths)

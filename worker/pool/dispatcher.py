@@ -1,7 +1,7 @@
 """Which jobs may run now: pure decisions over the table of the pool's jobs.
 
-All that wait run at once, but jobs under one id one after the other. After a death of the model process the jobs that
-were in flight run first, in the groups of `worker/pool/quarantine.py`, each group with nothing beside it.
+All waiting jobs may run, except that jobs with the same id run one after the other. After a death of the model process
+the jobs that were in flight run first, in the groups of `worker/pool/quarantine.py`, each group alone.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from worker.pool.job import JobState, PoolJob
 
 @dataclass(frozen=True, slots=True)
 class NotRunAgain:
-    """Jobs that end with the model process."""
+    """Jobs that do not run again after a death of the model process."""
 
     canceled: list[PoolJob] = field(default_factory=list)
-    #: Each has killed its process often enough while it ran alone.
+    #: Jobs that killed their process too often while they ran alone.
     lost: list[PoolJob] = field(default_factory=list)
 
 
 class Dispatcher:
-    """The jobs that the pool holds, by serial number. It decides; its caller sends them and tells Celery."""
+    """The table of the pool's jobs, by serial number. It decides; its caller sends jobs and reports to Celery."""
 
     def __init__(self) -> None:
         self._jobs: dict[int, PoolJob] = {}
         self._by_id: dict[str, dict[int, PoolJob]] = {}
-        #: Groups of jobs that may have killed a process and are to run by themselves.
+        #: Groups of jobs that may have killed a process; each group runs alone.
         self._quarantine: deque[list[PoolJob]] = deque()
         self._runs_quarantined = False
-        #: Set at the shutdown: nothing more is admitted or sent.
+        #: Set at the shutdown: no more jobs are admitted or sent.
         self.is_closed = False
-        #: Set before the process is killed for a job that has failed by now: the others have not killed it.
+        #: Set before the process is killed because of a job that has failed already: the other jobs are not suspects.
         self.culprit_is_known = False
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     def __iter__(self) -> Iterator[PoolJob]:
-        """A copy, for another thread and for callers that remove jobs meanwhile."""
+        """Iterate over a copy, for other threads and for callers that remove jobs meanwhile."""
         return iter(list(self._jobs.values()))
 
     def __contains__(self, serial: object) -> bool:
@@ -51,20 +51,20 @@ class Dispatcher:
         return self._jobs.get(serial)
 
     def with_id(self, id: str) -> list[PoolJob]:
-        """The jobs under one id, in the order in which they came: retries, and different jobs of its producer."""
+        """The jobs with one id, in the order of their arrival: retries, and other jobs that reuse the id."""
         return list(self._by_id.get(id, {}).values())
 
     def same_as(self, job: PoolJob) -> PoolJob | None:
-        """The job that a message of the same content stands for: the broker has delivered it again."""
+        """The held job with the same id and content, if there is one: the broker has delivered its message again."""
         latest = next((other for other in reversed(self.with_id(job.id)) if other.key == job.key), None)
-        return latest if latest is not None and latest.asks_as(job) else None
+        return latest if latest is not None and latest.is_same_as(job) else None
 
     def add(self, job: PoolJob) -> None:
         self._jobs[job.serial] = job
         self._by_id.setdefault(job.id, {})[job.serial] = job
 
     def remove(self, job: PoolJob) -> bool:
-        """Whether it was held: a job's end counts once."""
+        """Remove a job. False if it was not in the table: a job ends once."""
         if self._jobs.pop(job.serial, None) is None:
             return False
         namesakes = self._by_id[job.id]
@@ -74,7 +74,7 @@ class Dispatcher:
         return True
 
     def quarantine(self, job: PoolJob) -> None:
-        """Have a job run alone, after those that are in quarantine already."""
+        """Have a job run alone, after the jobs that are in quarantine already."""
         self._quarantine.append([job])
 
     @property
@@ -97,7 +97,7 @@ class Dispatcher:
         return group or [job for job in waiting if self._is_first(job)]
 
     def _is_first(self, job: PoolJob) -> bool:
-        """Of the jobs under its id: the model process knows jobs by their ids."""
+        """Whether it is the first of the jobs with its id: the model process identifies jobs by id."""
         return next(iter(self._by_id[job.id])) == job.serial
 
     def _next_group(self) -> list[PoolJob]:
@@ -108,11 +108,11 @@ class Dispatcher:
         return []
 
     def may_send(self, job: PoolJob) -> bool:
-        """Asked of each of `next_jobs`: while the ones before it are sent, a job may be sent or ended."""
+        """Whether one of `next_jobs` may still be sent: it may have ended while the jobs before it were sent."""
         return job.state is JobState.WAITING and job.serial in self._jobs
 
     def after_death(self) -> NotRunAgain:
-        """Have the jobs in flight run again, apart where one of them may have killed the process."""
+        """Plan that the jobs in flight run again, in quarantine if one of them may have killed the process."""
         suspects = self.in_flight
         is_known, self.culprit_is_known = self.culprit_is_known, False
         canceled = [job for job in suspects if job.canceled]
@@ -128,6 +128,6 @@ class Dispatcher:
 
 
 def _has_died_alone(job: PoolJob) -> bool:
-    """Count a death of the process with this job alone in it; whether it was one too many."""
+    """Count a death of the process while only this job ran; whether that was one too many."""
     job.deaths += 1
     return job.deaths >= quarantine.MAX_DEATHS_ALONE

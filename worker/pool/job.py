@@ -19,16 +19,16 @@ RequestCallback = Callable[..., Any]
 
 
 class JobState(Enum):
-    #: In the parent process.
+    #: It is in the parent process.
     WAITING = "waiting"
-    #: To the model process, where it waits for a thread.
+    #: It was sent to the model process, where it waits for a thread.
     SENT = "sent"
     RUNNING = "running"
 
 
 @dataclass(slots=True)
 class RequestCallbacks:
-    """Methods of Celery's request for a job, which tell it how the job goes."""
+    """Methods of Celery's request for a job, called when the job starts and ends."""
 
     accept: RequestCallback
     success: RequestCallback
@@ -36,7 +36,7 @@ class RequestCallbacks:
 
     @property
     def owner(self) -> Any:
-        """The object whose methods they are."""
+        """The object that they are methods of."""
         return getattr(self.failure, "__self__", None)
 
     @property
@@ -48,9 +48,9 @@ class RequestCallbacks:
 
 @dataclass(eq=False, weakref_slot=True, slots=True)
 class PoolJob:
-    """What `apply_async` returns. Celery holds it weakly and calls `terminate`; the pool holds it."""
+    """A job that the pool holds; the result of `apply_async`. Celery has a weak reference and calls `terminate`."""
 
-    #: Names it in messages between the two processes.
+    #: Identifies it in messages between the two processes.
     serial: int
     #: Those of Celery's fast_trace_task: name, id, request, body, content type, content encoding.
     trace_arguments: tuple[Any, ...]
@@ -60,18 +60,18 @@ class PoolJob:
     cancel: Callable[[PoolJob], None]
     state: JobState = JobState.WAITING
     accepted_at: float | None = None
-    #: Seconds since then that it waited for Redis, which do not count.
+    #: Seconds since then that it waited for Redis, which do not count as running.
     waited_s: float = 0.0
     canceled: bool = False
     #: A canceled job's result so far, as JSON.
     partial: dict[str, Any] | None = None
-    #: Deaths of the model process with only this job in it.
+    #: Deaths of the model process while only this job ran.
     deaths: int = 0
-    #: A process died with it, so this pool runs it in quarantine and gives it to no other worker.
+    #: A process died while it ran: it runs in quarantine, and is not returned for other workers.
     is_suspect: bool = False
     #: time.monotonic() when it was admitted.
     taken_at: float = field(default_factory=time.monotonic)
-    #: How often it came back from lost workers, and whether its start must still be marked as one of those deliveries
+    #: How often it was returned from lost workers, and whether its start must still be recorded
     #: (worker/queue/redeliveries.py).
     returns: int = 0
     is_uncounted: bool = False
@@ -86,8 +86,8 @@ class PoolJob:
     def id(self) -> str:
         return str(self.trace_arguments[1])
 
-    def asks_as(self, other: PoolJob) -> bool:
-        """Whether both ask for the same: they are one message that came again, or one job that was sent twice."""
+    def is_same_as(self, other: PoolJob) -> bool:
+        """Whether both have the same task and arguments: one message delivered again, or one job sent twice."""
         (task, _, _, body, *_), (other_task, _, _, other_body, *_) = self.trace_arguments, other.trace_arguments
         return (task, body) == (other_task, other_body) or self._asked() == other._asked()
 
@@ -98,7 +98,7 @@ class PoolJob:
 
     @property
     def queue(self) -> str:
-        """The queue that it came from, as its producer named it."""
+        """The name of the queue that it came from."""
         return str((self.trace_arguments[2].get("delivery_info") or {}).get("routing_key"))
 
     def is_overdue(self, now: float) -> bool:
@@ -110,7 +110,7 @@ class PoolJob:
         )
 
     def accept(self, pid: int, at: float) -> None:
-        """Note that it runs, and tell Celery the first time: a run after a death of the process is not told."""
+        """Note that it runs. Celery is notified of the first run only, not of one after a death of the process."""
         self.state = JobState.RUNNING
         if self.accepted_at is None:
             self.callbacks.accept(pid, at)
@@ -120,11 +120,11 @@ class PoolJob:
         self.callbacks.failure(exception_info(error))
 
     def give_back(self) -> None:
-        """Put its message back into its queue, as it came."""
+        """Put its message back into its queue, unchanged."""
         self.callbacks.owner.give_back()
 
     def run_again(self) -> None:
-        """Have it wait again, marked as redelivered so that a success stored before the death is kept."""
+        """Have it wait again, marked as redelivered, so that a result stored before the death is kept."""
         self.state = JobState.WAITING
         self.is_suspect = True
         name, id, request, *rest = self.trace_arguments
@@ -137,12 +137,12 @@ class PoolJob:
 
 
 def is_redelivered(trace_arguments: tuple[Any, ...]) -> bool:
-    """Whether the broker says that a worker had the job before: another one, or this one on an earlier connection."""
+    """Whether the broker says that the job was delivered before, to any worker."""
     return bool((trace_arguments[2].get("delivery_info") or {}).get("redelivered"))
 
 
 def sendable(trace_arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """fast_trace_task's arguments without the second copy of the payload, and with a time of submission."""
+    """fast_trace_task's arguments without the second copy of the payload, and with the time of submission."""
     name, id, request, *rest = trace_arguments
     lean = {key: value for key, value in request.items() if key not in ("args", "kwargs")}
     lean.setdefault(SUBMITTED_AT, time.time())

@@ -30,7 +30,7 @@ class ModelProcess:
         self.channel = NonBlockingChannel(ours)
         self.is_ready = False
         self.started_at = self.last_heartbeat = time.monotonic()
-        # epoll takes a descriptor once: reading and writing are watched on two.
+        # An epoll object takes a descriptor once: reading and writing are watched through two descriptors.
         self.write_fd = os.dup(ours.fileno())
 
     @property
@@ -38,14 +38,14 @@ class ModelProcess:
         return self._popen.pid
 
     def receive(self) -> tuple[list[FromModelProcess], bool]:
-        """Messages that have arrived, and whether the process is gone."""
+        """Messages that have arrived, and whether the process has ended."""
         return self.channel.receive()
 
     def kill(self) -> None:
         self._popen.kill()
 
     def end(self, grace_s: float = 0.0) -> int:
-        """Wait so long for it to leave by itself, then kill it. Its exit status."""
+        """Wait up to `grace_s` seconds for it to exit, then kill it. Returns its exit status."""
         try:
             return self._popen.wait(grace_s)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""A job's way through the pool: admitted, sent, started, ended; canceled, or run again after a death."""
+"""A job's states in the pool: admitted, sent, started, ended; or canceled, or run again after a death."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class JobLifecycle:
-    """Does with jobs what Celery asks for, what the model process says, and what the dispatcher decides."""
+    """Handles Celery's requests, the model process's messages and the dispatcher's decisions."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class JobLifecycle:
         redeliveries: RedeliveryCounter,
         free_place: Callable[[], None],
     ) -> None:
-        """`free_place`: lets the next job into the pool."""
+        """`free_place` lets the next job into the pool."""
         self._jobs = jobs
         self._completion = completion
         self._process = process
@@ -54,10 +54,10 @@ class JobLifecycle:
         self._redeliveries = redeliveries
         self._free_place = free_place
 
-    # What Celery asks for
+    # Celery's requests
 
     def admit(self, job: PoolJob) -> PoolJob:
-        """Take a job, and send it if it may run. Answers with the one that stands for it."""
+        """Take a job, and send it if it may run. Returns the job already held where the message was delivered again."""
         running = self._jobs.same_as(job)
         if running is not None:
             self._adopt(running, job.callbacks)
@@ -68,18 +68,18 @@ class JobLifecycle:
                 self._weigh_history(job)
             self.dispatch()
         except BaseException:
-            # It was not admitted: the caller gives its place to another.
+            # It was not admitted: the caller frees its place.
             self._jobs.remove(job)
             raise
         return job
 
     def _adopt(self, running: PoolJob, callbacks: RequestCallbacks) -> None:
-        """The broker delivered a message again whose job still runs here: one run answers both."""
+        """Take over a message that was delivered again while its job runs here: one run serves both."""
         older, newer = running.callbacks.request, callbacks.request
         running.callbacks = callbacks
         if older is not None and newer is not None and older.message.delivery_tag != newer.message.delivery_tag:
-            # The newer message stands for both; the older one would count as prefetched for ever. (Kombu's own
-            # transport may deliver one again under its tag.)
+            # The newer message is used; unacknowledged, the older one would count as prefetched for ever. (Kombu's own
+            # transport may deliver a message again under its tag.)
             older.acknowledge()
         if running.accepted_at is not None and self._process.pid is not None:
             callbacks.accept(self._process.pid, running.accepted_at)
@@ -87,7 +87,7 @@ class JobLifecycle:
 
     @log_defects
     def _weigh_history(self, job: PoolJob) -> None:
-        """A worker that had this job may have died of it: then it runs alone, or not any more."""
+        """Have a job run alone, or fail, if workers died while they had it."""
         history = self._redeliveries.history(job.key)
         job.returns, job.is_uncounted = history.returns, history.returns > 0
         job.is_suspect = self._redeliveries.is_suspect(history.deaths)
@@ -99,7 +99,7 @@ class JobLifecycle:
 
     @log_defects
     def cancel(self, job: PoolJob) -> None:
-        """End all jobs under the id of this one, which their producer took back."""
+        """End all jobs with the id of this one, which their producer canceled."""
         for each in self._jobs.with_id(job.id):
             self._cancel_one(each)
 
@@ -111,7 +111,7 @@ class JobLifecycle:
         elif self._process.pid is not None:
             self._process.send(Cancel(job.serial))
 
-    # What the dispatcher decides
+    # The dispatcher's decisions
 
     def dispatch(self) -> None:
         """Send the jobs that may run now."""
@@ -120,7 +120,7 @@ class JobLifecycle:
         jobs = self._jobs.next_jobs()
         self._redeliveries.mark_started([(job.key, job.returns) for job in jobs if job.is_uncounted])
         for job in jobs:
-            # One that cannot be sent ends, and lets others in that are sent at once.
+            # A job that cannot be sent ends, which may admit and send other jobs meanwhile.
             if self._jobs.may_send(job):
                 job.is_uncounted = False
                 self._send(job)
@@ -130,20 +130,20 @@ class JobLifecycle:
             self._process.send(RunJob(job.serial, sendable(job.trace_arguments)))
             job.state = JobState.SENT
         except Exception as defect:
-            # Of this job: its neighbours are to run.
+            # The other jobs must run.
             logger.exception("A defect: job %s cannot be sent to the model process.", ascii(job.id))
             error = Internal(f"{type(defect).__name__} in the worker: its log has the traceback.")
             self._completion.fail(job, error)
 
     def enforce_limits(self, now: float) -> bool:
-        """End what runs for too long; whether the process was killed for it."""
+        """End jobs over their time limits. Returns whether the process was killed for one."""
         is_stuck = self._limits.enforce(now)
         if not is_stuck:
-            # What waited for the end of another job under its id.
+            # Jobs may have waited for the end of another job with their id.
             self.dispatch()
         return is_stuck
 
-    # What the model process says
+    # The model process's messages
 
     def process_started(self) -> None:
         self._sharing.process_started()
@@ -186,7 +186,7 @@ class JobLifecycle:
         self.dispatch()
 
     def process_ended(self, status: int) -> None:
-        """What was in flight runs again, once the next process is ready."""
+        """Have the jobs in flight run again once the next process is ready."""
         self._sharing.process_ended()
         self._limits.process_ended()
         if self._jobs.is_closed:
@@ -202,7 +202,7 @@ class JobLifecycle:
 
     @log_defects
     def leave_unended(self) -> None:
-        """The process was ended in order. What it had goes back to the queue, and was not started in vain."""
+        """The process ended in order: its jobs return to the queue, and their starts are not counted."""
         jobs = self._jobs.in_flight
         self._completion.unmark_started(jobs)
         for job in jobs:

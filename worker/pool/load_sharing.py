@@ -1,4 +1,4 @@
-"""Load sharing between workers: this worker's load, and jobs that go back to the queue for the others."""
+"""The pool's part in load balancing: this worker's load, and jobs that return to the queue for other workers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from worker.queue.load_estimates import Load
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a job has been here before it may go back.
+#: Seconds that a job must have been here before it may return.
 KEPT_S = 0.5
-#: Seconds that jobs which go back together wait for the last of them.
+#: Seconds that jobs which return together wait for the last of them.
 TOGETHER_S = 0.3
 NEVER = float("inf")
 
 
 class Withdrawals:
-    """Jobs that go back to their queue together, so that they keep their order. Serial numbers, pure."""
+    """Jobs that return to their queue together, so that they keep their order; by serial numbers. Pure."""
 
     def __init__(self) -> None:
         self._awaited: set[int] = set()
@@ -42,22 +42,22 @@ class Withdrawals:
         self._since = now
 
     def returned(self, serials: Iterable[int]) -> None:
-        """These no longer run."""
+        """These jobs no longer run."""
         self._returned.update(serials)
 
     def are_complete(self, held: Container[int], now: float) -> bool:
-        """Whether all have returned that are still held, or the others take too long."""
+        """Whether all jobs that are still held have returned, or the missing ones take too long."""
         missing = [serial for serial in self._awaited if serial in held and serial not in self._returned]
         return self.are_awaited and (not missing or now - self._since > TOGETHER_S)
 
     def end(self) -> list[int]:
-        """Those that have returned, the latest first."""
+        """The jobs that have returned, the latest first."""
         returned, self._returned, self._awaited = self._returned, set(), set()
         return sorted(returned, reverse=True)
 
 
 class LoadSharing:
-    """Tells this worker's load, and gives jobs back when worker/queue/load_balancing.py asks for it."""
+    """Computes this worker's load, and returns jobs when worker/queue/load_balancing.py asks for it."""
 
     def __init__(self, jobs: Dispatcher, completion: JobCompletion, process: Supervisor, settings: Settings) -> None:
         self._jobs = jobs
@@ -67,7 +67,7 @@ class LoadSharing:
         #: Jobs that the pool takes.
         self._places = settings.job_threads
         self._pace = self._unknown_pace()
-        #: The model's counters, as its process last told them.
+        #: The model's counters, from its process's last heartbeat.
         self.metrics: Mapping[str, int] = {}
         self._withdrawals = Withdrawals()
 
@@ -75,7 +75,7 @@ class LoadSharing:
         return Heartbeat({}, capacity=self._max_batch_size, width=self._max_batch_size, job_s=0.0, closed_s=0.0)
 
     def heard(self, heartbeat: Heartbeat) -> None:
-        """The model process has told its pace."""
+        """Take the pace and the counters of a heartbeat."""
         self._pace = heartbeat
         self.metrics = heartbeat.metrics
 
@@ -86,11 +86,11 @@ class LoadSharing:
         self._withdrawals.end()
 
     def load(self, *, can_begin: bool) -> Load:
-        """This worker's load. `can_begin`: whether a job that came now would run."""
+        """This worker's load. `can_begin`: whether a job that arrived now would run."""
         if not can_begin:
             return Load(1, NEVER, len(self._jobs), is_open=False)
         unbegun = len(self._jobs) - self._pace.capacity
-        # Image hosts that hang may hold all places of a worker with nothing to run.
+        # If image hosts hang, jobs may hold all places of a worker although its model is idle.
         may_take = unbegun >= 0 or len(self._jobs) < self._places
         is_open = may_take and not self._jobs.is_closed
         return Load(self._pace.width, self._pace.job_s, unbegun, is_open, self._pace.closed_s)
@@ -101,7 +101,7 @@ class LoadSharing:
         now = time.monotonic()
         if self._withdrawals.are_awaited:
             return
-        jobs = [job for job in self._jobs if _may_go(job, queue, now)]
+        jobs = [job for job in self._jobs if _may_return(job, queue, now)]
         waiting = [job.serial for job in jobs if job.state is JobState.WAITING][-most:]
         if waiting:
             self._withdrawals.begin(waiting, now)
@@ -111,16 +111,16 @@ class LoadSharing:
             self._process.send(GiveBack(most, [job.serial for job in jobs]))
 
     def withdrawn(self, serials: Sequence[int]) -> None:
-        """The model process says which jobs have not begun and will return."""
+        """Note which jobs have not begun and will return, as the model process says."""
         self._withdrawals.begin(serials, time.monotonic())
 
     def returned(self, job: PoolJob) -> None:
-        """One of them no longer runs."""
+        """A withdrawn job no longer runs."""
         self._withdrawals.returned([job.serial])
         self.hand_back(time.monotonic())
 
     def hand_back(self, now: float) -> None:
-        """Put the jobs that have returned into their queue once all have, the first of them last: it is read next."""
+        """Once all have returned, put the jobs back into their queue, the first of them last: it is read next."""
         if not self._withdrawals.are_complete(self._jobs, now):
             return
         jobs = [job for job in map(self._jobs.get, self._withdrawals.end()) if job is not None]
@@ -129,5 +129,5 @@ class LoadSharing:
             logger.debug("%d jobs that had not begun are left to other workers.", len(jobs))
 
 
-def _may_go(job: PoolJob, queue: str, now: float) -> bool:
+def _may_return(job: PoolJob, queue: str, now: float) -> bool:
     return job.queue == queue and not job.is_suspect and not job.canceled and now - job.taken_at > KEPT_S

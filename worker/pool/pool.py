@@ -1,8 +1,8 @@
-"""Celery's pool API for one model process: jobs come in here, and the worker starts, asks and stops the pool here.
+"""Celery's pool API for one model process: the worker starts, feeds, inspects and stops the pool here.
 
-The parts: `dispatcher` decides which jobs run, `lifecycle` takes them through, `completion` tells Celery of their ends,
-`supervisor` keeps the model process alive, `time_limits` ends what runs for too long, and `load_sharing` leaves jobs to
-other workers.
+The parts: `dispatcher` decides which jobs run, `lifecycle` moves them through their states, `completion` reports their
+ends to Celery, `supervisor` keeps the model process alive, `time_limits` ends jobs that run for too long, and
+`load_sharing` returns jobs for other workers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from worker.runtime.exit_watchdog import HeldWork
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at limits and heartbeats.
+#: Seconds between two checks of limits and heartbeats.
 TICK_S = 0.1
 
 
@@ -63,12 +63,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
         launch: Callable[[str], ModelProcess] = ModelProcess,
         **options: Any,
     ) -> None:
-        """`args` and `options` are Celery's, the others for tests. `launch` starts a model process for a node name."""
+        """`args` and `options` are Celery's, the others are for tests. `launch` starts a model process for a node."""
         super().__init__(*args, **options)
         self._settings: Settings = settings or self.app.settings
         #: Shared with the consumer, which sets the channel at each connection.
         self.redeliveries = redeliveries or RedeliveryCounter(most=self._settings.max_worker_deaths)
-        #: Set where other workers would end what is queued before this one could (worker/queue/load_balancing.py).
+        #: Set while other workers would end the queued jobs before this one could (worker/queue/load_balancing.py).
         self.leaves_to_others = False
         hostname = str(options.get("initargs", (None, "celery"))[1])
         self._state_file = StateFile(self._settings.state_file, hostname)
@@ -109,7 +109,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             raise
 
     def register_with_event_loop(self, hub: Hub) -> None:
-        """Read and tick on this event loop. Celery calls it at every reconnect to the broker, with an empty one."""
+        """Use this event loop. Celery calls it with an empty loop at every reconnect to the broker."""
         self._hub = hub
         hub.add_reader(self._signals.fileno(), self._signals.run)
         self._process.watch(hub)
@@ -120,13 +120,13 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._process.close()
 
     def on_stop(self) -> None:
-        """Warm shutdown: jobs that run end, jobs that wait go back to the queue."""
+        """Warm shutdown: running jobs end, waiting jobs return to the queue."""
         # In a cold shutdown the jobs have been told to end.
         self.drain(LEAVE_S if worker_state.should_terminate else float("inf"))
         self._leave(LEAVE_S)
 
     def drain(self, timeout: float = float("inf")) -> None:
-        """Take no more jobs, and wait up to `timeout` seconds for those that run."""
+        """Take no more jobs, and wait up to `timeout` seconds for the running ones."""
         self._close_and_unwatch()
         end = time.monotonic() + timeout
         while self._process.is_ready and self._jobs.in_flight and time.monotonic() < end:
@@ -139,7 +139,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._leave()
 
     def _close_and_unwatch(self) -> None:
-        """Take no more jobs; from here on `_wait` reads, in place of the event loop."""
+        """Take no more jobs; from here on `_wait` reads instead of the event loop."""
         self.on_close()
         self._process.unwatch()
         if self._hub is not None:
@@ -156,7 +156,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         self._state_file.show(WorkerState.SETUP_FAILED, why)
         worker_state.should_stop = EX_FAILURE
 
-    # What the worker asks
+    # Jobs, and the worker's questions
 
     def on_apply(
         self,
@@ -170,7 +170,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         timeout: float | None = None,
         **_: Any,
     ) -> PoolJob | None:
-        """Take a job, or None once closed: its message stays unacknowledged and goes back to the queue."""
+        """Take a job. None once closed: its message stays unacknowledged and returns to the queue."""
         if self._jobs.is_closed:
             return None
         callbacks = RequestCallbacks(accept_callback, callback, error_callback)
@@ -179,16 +179,16 @@ class InferencePool(BasePool):  # type: ignore[misc]
         )
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
-        """Do nothing: the process holds all jobs. Celery then calls `terminate` of the job itself."""
+        """Do nothing: the process holds all jobs. Celery then calls `terminate` of the job."""
 
     @property
     def can_accept_jobs(self) -> bool:
-        """Whether a job that came now would run here. If not it stays in the queue: another worker may be idle."""
+        """Whether a job that came now would run here. Otherwise it stays in the queue: another worker may be idle."""
         return self._can_begin and not self.leaves_to_others
 
     @property
     def load(self) -> Load:
-        """This worker's load, told to the other workers and compared with theirs."""
+        """This worker's load, for comparison with other workers."""
         return self._sharing.load(can_begin=self._can_begin)
 
     @property
@@ -196,21 +196,21 @@ class InferencePool(BasePool):  # type: ignore[misc]
         return self._process.can_answer(time.monotonic()) and not self._jobs.is_isolated
 
     def give_back(self, queue: str, most: int) -> None:
-        """Put up to `most` jobs that have not begun back into this queue: other workers would end them sooner."""
+        """Put up to `most` jobs that have not begun back into this queue, for other workers."""
         self._sharing.give_back(queue, most)
 
     def run_signals(self) -> None:
-        """Run the handlers of signals that have arrived, for code that blocks the event loop. Raises theirs."""
+        """Run the handlers of pending signals, for code that blocks the event loop. Raises what they raise."""
         self._signals.run()
 
     def held(self) -> HeldWork:
-        """What the worker still has in hand. Called by the exit watchdog's thread."""
+        """The work that is not done. Called by the exit watchdog's thread."""
         jobs = list(self._jobs)
-        is_owed = bool(jobs or worker_state.reserved_requests or worker_state.scheduled_requests or has_pending_acks())
-        return HeldWork(any(job.state is not JobState.WAITING for job in jobs), is_owed)
+        has_messages = jobs or worker_state.reserved_requests or worker_state.scheduled_requests or has_pending_acks()
+        return HeldWork(any(job.state is not JobState.WAITING for job in jobs), bool(has_messages))
 
     def abandon(self) -> None:
-        """Leave nothing behind: this process ends at once. Called by the exit watchdog's thread."""
+        """Kill the model process and remove the state file, before this process ends. Called by the exit watchdog."""
         self._process.kill()
         self._state_file.remove()
 
@@ -237,7 +237,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @log_defects
     def _tick(self) -> None:
         now = time.monotonic()
-        # First: a job that has ended by now has kept its limit.
+        # Messages first: a job whose end has arrived has kept its limit.
         self._process.hear(now)
         self._report.renew(now)
         if self._redis_check.wrong and not self._process.has_given_up:
@@ -250,7 +250,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
 
 def _run_timers(hub: Hub | None) -> None:
-    """Of Celery's event loop, which no longer turns."""
+    """Run the due timers of Celery's event loop, which no longer runs itself."""
     if hub is not None:
         hub.fire_timers()
         _run_ready_callbacks(hub)

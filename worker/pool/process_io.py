@@ -12,7 +12,7 @@ from worker.pool.wire import ToModelProcess
 
 
 class ProcessIO:
-    """Has the event loop read when a process has said something, and write what its socket did not take at once."""
+    """Has the event loop read a process's messages, and write what its socket did not take at once."""
 
     def __init__(self, on_readable: Callable[[], None]) -> None:
         self._on_readable = on_readable
@@ -20,7 +20,7 @@ class ProcessIO:
         self._is_writing = False
 
     def use(self, hub: Hub | None) -> None:
-        """From now on this loop, which watches nothing yet; or none."""
+        """Use this event loop, which watches nothing yet; None for none."""
         self._hub = hub
         self._is_writing = False
 
@@ -35,7 +35,7 @@ class ProcessIO:
         self._is_writing = False
 
     def send(self, process: ModelProcess, message: ToModelProcess) -> None:
-        """Without blocking. With no event loop, the caller flushes the channel."""
+        """Send without blocking. Without an event loop, the caller flushes the channel."""
         process.channel.send(message)
         if self._hub is not None and process.channel.has_unsent and not self._is_writing:
             self._is_writing = True

@@ -1,8 +1,8 @@
 """Groups in which jobs run again after the model process died: a pure plan.
 
 One of the jobs in flight may have killed it. They run again in groups of about the square root of their number; eight
-or fewer run one by one. Few deaths find the culprit, and the other jobs succeed. (64 in flight of which one kills: 4
-deaths. Halving would take 6, and running all one by one would give up batching for the whole queue.)
+or fewer run one by one. So few deaths find the culprit, and the other jobs succeed. (With one culprit among 64 jobs it
+takes 4 deaths. Halving would take 6, and running all of them one by one would stop batching.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 #: Up to this many suspects run one by one.
 ALONE = 8
-#: Deaths of the process with only this job in it, after which the job fails.
+#: Deaths of the process while only this job runs, after which the job fails.
 MAX_DEATHS_ALONE = 2
 
 

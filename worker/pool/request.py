@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class JobRequest(Request):  # type: ignore[misc]
-    """A request that is revoked only once its job has ended: then its partial result is known, and is stored with it.
+    """A request that is revoked only once its job has ended: its partial result is stored with the revocation.
 
-    What ends here (a revocation, an expiry, a failure that the pool gives) is stored, its callback recorded, and
-    its message acknowledged, in this order. The model process records the callbacks of all other jobs.
+    Revocations, expiries and failures that the pool reports end here. The model process records the callbacks of all
+    other jobs.
     """
 
-    #: Set where the job ends in this process.
+    #: Set if the job ends in this process.
     _terminal_state: TerminalState | None = None
     _defers_acknowledgement = False
     _owes_acknowledgement = False
@@ -43,7 +43,7 @@ class JobRequest(Request):  # type: ignore[misc]
         self._delivery_info.update(taken_now(message))
         self._argsrepr, self._kwargsrepr = HIDDEN.values()
         self.request_dict.update(HIDDEN)
-        # The decoded payload takes many times the memory of the body, from which it can be decoded again.
+        # The decoded payload takes many times the memory of the body, so it is decoded again when needed.
         self._args = self._kwargs = self._Request__payload = None
         for name in ("args", "kwargs"):
             self.request_dict.pop(name, None)
@@ -69,7 +69,7 @@ class JobRequest(Request):  # type: ignore[misc]
         return Context({**self.request_dict, "args": args, "kwargs": kwargs, **embed})
 
     def _ending_context(self) -> Context:
-        """The context to store a job's end with: an end counts even if the job has never begun."""
+        """The context to store a job's end with. A job that never began is a new submission."""
         context = self._context
         context.asked = asked_by(context, begins=self.time_start is None)
         return context
@@ -87,13 +87,13 @@ class JobRequest(Request):  # type: ignore[misc]
         """End the job, for `revoke(terminate=True)`. Celery's own stores the end before the job has ended."""
         job = self._job
         if job is None:
-            # It waits for a place in the pool, and is revoked when it gets one.
+            # The job waits for a place in the pool; it is revoked when it gets one.
             super().terminate(pool, signal)
         else:
             job.terminate(signal)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        """Store a failure, then acknowledge. Celery acknowledges a lost job first: a kill in between loses its end."""
+        """Store a failure, then acknowledge. Celery acknowledges a lost job first; a kill in between loses its end."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, JobError) and not return_ok:
             self._terminal_state = states.FAILURE, error
@@ -107,7 +107,7 @@ class JobRequest(Request):  # type: ignore[misc]
             self.acknowledge()
 
     def give_back(self) -> None:
-        """Put the message back as if it had never been taken. A rejected one would come back marked as redelivered."""
+        """Put the message back as if it had never been taken. A rejected one would be marked as redelivered."""
         task_ready(self)
         self.acknowledged = True
         self.send_event("task-rejected", requeue=True)
@@ -139,12 +139,12 @@ class JobRequest(Request):  # type: ignore[misc]
         return True
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """Celery's own, except that the stored error carries the partial result."""
+        """Celery's, except that the stored error carries the partial result."""
         task_ready(self)
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         self._store_revocation(reason)
         if expired:
-            # Celery would revoke what comes under this id later, too.
+            # Otherwise Celery would also revoke later jobs with this id.
             worker_state.revoked.discard(self.id)
         self._terminal_state = states.REVOKED, None
         self.acknowledge()

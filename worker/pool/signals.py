@@ -1,9 +1,9 @@
 """Celery's shutdown handlers, run from the loop instead of from the signal.
 
-Celery's handler for a cold shutdown cancels requests and sends events inside the signal handler: where the signal
-struck while the event dispatcher held its lock, the worker deadlocks (it did 2 of 3 times when tried). So a signal
-only writes its number to a pipe, and the reader of the pipe runs the handler: the event loop, the pool where there is
-none, or the consumer while it reconnects. If none of them does so in time, the exit watchdog ends the process.
+Celery's handler for a cold shutdown cancels requests and sends events inside the signal handler. If the signal arrives
+while the event dispatcher holds its lock, the worker deadlocks (2 of 3 times in a test). So a signal only writes its
+number to a pipe, and the reader of the pipe runs the handler: the event loop, the pool without one, or the consumer
+while it reconnects. If they do not run it in time, the exit watchdog ends the process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DeferredSignals:
                 signal.signal(number, self._note)
 
     def restore(self) -> None:
-        """Put Celery's handlers back, except where a handler has installed another one meanwhile."""
+        """Put Celery's handlers back, unless a handler has installed another one meanwhile."""
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)

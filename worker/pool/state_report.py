@@ -1,4 +1,4 @@
-"""What the worker's state file says, for the probe (worker/health.py)."""
+"""Computes the state in the worker's state file, for the probe (worker/health.py)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from worker.queue.redis_check import RedisCheck
 
 
 class StateReport:
-    """Sums up the servers, the model process and the jobs."""
+    """Combines the states of the servers, the model process and the jobs."""
 
     def __init__(
         self, file: StateFile, redis_check: RedisCheck, process: Supervisor, jobs: Dispatcher, places: int
     ) -> None:
-        """`places`: jobs that the pool takes."""
+        """`places`: the number of jobs that the pool takes."""
         self._file = file
         self._redis_check = redis_check
         self._process = process
@@ -22,12 +22,12 @@ class StateReport:
         self._places = places
 
     def renew(self, now: float) -> None:
-        """Write the state at time.monotonic() `now`, where it is new or was written a while ago."""
+        """Write the state at time.monotonic() `now`, if it is new or was written a while ago."""
         self._file.show(*self._state(now))
 
     def _state(self, now: float) -> tuple[WorkerState, str]:
         if not self._redis_check.have_answered:
-            return WorkerState.STARTING, f"Redis is waited for. {self._redis_check.missing}"
+            return WorkerState.STARTING, f"The worker waits for Redis. {self._redis_check.missing}"
         state, why = self._process.state(now)
         if state is not WorkerState.READY:
             return state, why

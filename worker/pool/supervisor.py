@@ -18,13 +18,13 @@ from worker.pool.wire import CannotServe, FromModelProcess, Heartbeat, JobMessag
 
 logger = logging.getLogger(__name__)
 
-#: The part of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy, and seconds that it may be
-#: silent anyway: an idle one sends a heartbeat each second.
+#: The share of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy, and the least seconds for that:
+#: an idle process sends a heartbeat each second.
 UNHEALTHY_PART = 0.1
 SILENT_S = 2.0
-#: One for each time that a process which dies while it loads is started again: how many `restart_backoff_s` later.
+#: Delays of the restarts after a process died while loading, in units of `restart_backoff_s`.
 RESTART_DELAYS = (1, 4, 16)
-#: Seconds that a process has to end by itself.
+#: Seconds that a process gets to exit by itself.
 LEAVE_S = 5.0
 HUNG = "The model process sent no heartbeat: it is replaced and its jobs run again."
 LOADS_TOO_LONG = (
@@ -32,19 +32,19 @@ LOADS_TOO_LONG = (
     "or the disk is slow, or fill the hub's cache first."
 )
 DIED_LOADING = (
-    "The model process died %d times while loading: its last words are above; a status of -9 without any is the "
-    "kernel's, for want of memory. The worker stops."
+    "The model process died %d times while loading: its output is above. A status of -9 without output means that the "
+    "kernel killed it because memory ran out. The worker stops."
 )
 NEVER = float("inf")
 
 
 class RestartSchedule:
-    """When the next process is to start. Pure: its caller says what time it is."""
+    """When the next process starts. Pure: its caller passes the time."""
 
     def __init__(self, backoff_s: float) -> None:
         self._backoff_s = backoff_s
         self._start_at = 0.0
-        #: In a row, of processes that died while they loaded.
+        #: Consecutive deaths while loading.
         self.failures = 0
 
     @property
@@ -58,7 +58,7 @@ class RestartSchedule:
         self.failures = 0
 
     def died(self, now: float, *, was_ready: bool) -> bool:
-        """Plan the next start: at once after a process that was ready. False where there have been too many."""
+        """Plan the next start: at once after a process that was ready. False after too many failures."""
         if self.is_over:
             return True
         if was_ready:
@@ -71,12 +71,12 @@ class RestartSchedule:
         return True
 
     def end(self) -> None:
-        """No process is started any more."""
+        """Start no more processes."""
         self._start_at = NEVER
 
 
 class Listener(Protocol):
-    """Told of the model process."""
+    """Receives the model process's events."""
 
     def process_started(self) -> None:
         """The model is ready."""
@@ -84,7 +84,7 @@ class Listener(Protocol):
     def heard(self, message: Heartbeat | JobMessage) -> None: ...
 
     def process_ended(self, status: int) -> None:
-        """It died, or was killed because it hung."""
+        """The process died, or was killed because it hung."""
 
 
 class Supervisor:
@@ -97,10 +97,10 @@ class Supervisor:
         give_up: Callable[[str], None],
         launch: Callable[[str], ModelProcess] = ModelProcess,
     ) -> None:
-        """`give_up` stops the worker, for the reason given. `launch` starts a process for a node name."""
+        """`give_up` stops the worker with a reason. `launch` starts a process for a node."""
         self._settings = settings
         self._hostname = hostname
-        self._tell_give_up = give_up
+        self._on_give_up = give_up
         self._launch = launch
         self._listener: Listener | None = None
         self._process: ModelProcess | None = None
@@ -111,7 +111,7 @@ class Supervisor:
         self._io = ProcessIO(self.receive)
 
     def listen(self, listener: Listener) -> None:
-        """Set who is told of the process, before the first one starts."""
+        """Set the receiver of events, before the first process starts."""
         self._listener = listener
 
     # State
@@ -125,7 +125,7 @@ class Supervisor:
         return self._process is not None and self._process.is_ready
 
     def can_answer(self, now: float) -> bool:
-        """Whether it is ready and its heartbeats come."""
+        """Whether the process is ready and sends heartbeats."""
         return self._process is not None and self._process.is_ready and not self._is_silent(self._process, now)
 
     @property
@@ -154,7 +154,7 @@ class Supervisor:
     # Start and end
 
     def maintain(self, now: float) -> bool:
-        """Send what the process did not take yet, or start one if that is due. Returns whether there was one."""
+        """Flush the process's channel, or start a process if one is due. Returns whether there was one."""
         if self._process is not None:
             self._process.channel.flush()
             return True
@@ -202,13 +202,14 @@ class Supervisor:
     def give_up(self, why: str) -> None:
         """Start no more processes, and have the worker stop: the model cannot be served."""
         self._restarts.end()
-        self._tell_give_up(why)
+        self._on_give_up(why)
 
     # Messages
 
     def hear(self, now: float) -> None:
-        """Receive, after forgiving a silence that this process itself has caused."""
-        # A broker that hangs blocks this process, and a paused container both: the heartbeats of that time were missed.
+        """Receive, after allowing for a pause of this process itself."""
+        # A broker that hangs blocks this process, a paused container both: heartbeats of that time do not count as
+        # missed.
         missed_s, self._heard_at = now - self._heard_at, now
         if missed_s > self._silent_s and self._process is not None:
             self._process.last_heartbeat = min(now, self._process.last_heartbeat + missed_s)
@@ -237,7 +238,8 @@ class Supervisor:
                 logger.critical("The model cannot be served: %s The worker stops.", reason)
                 self.give_up(reason)
             case Heartbeat():
-                # From the engine's thread. Messages of job threads do not count: they go on while an engine is stuck.
+                # Sent by the engine's thread. Job threads' messages do not count: they continue while the engine is
+                # stuck.
                 self._process.last_heartbeat = time.monotonic()
                 self._listener.heard(message)
             case _:
@@ -259,7 +261,7 @@ class Supervisor:
         self._listener.process_ended(status)
         if not self._is_closed and not self._restarts.died(time.monotonic(), was_ready=was_ready):
             logger.critical(DIED_LOADING, self._restarts.failures + 1)
-            self.give_up("its process died each time while loading: look at the log")
+            self.give_up("its process died each time while loading: see the log")
 
     # The event loop
 
@@ -276,13 +278,13 @@ class Supervisor:
         self._io.use(None)
 
     def descriptors(self) -> tuple[list[Any], list[Any]]:
-        """Those to be read, and to be written, for `select`."""
+        """The objects to wait for with `select`: to be read, and to be written."""
         if self._process is None:
             return [], []
         channel = self._process.channel
         return [channel], [channel] if channel.has_unsent else []
 
     def send(self, message: ToModelProcess) -> None:
-        """Send to the process, which must be there."""
+        """Send to the process. There must be one."""
         assert self._process is not None
         self._io.send(self._process, message)

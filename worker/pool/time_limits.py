@@ -1,4 +1,4 @@
-"""Time limits: a job over its own fails alone, and a thread that does not end has the model process replaced."""
+"""Time limits: a job over its own limit fails alone; if its thread does not end, the model process is replaced."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class TimeLimits:
     """Ends jobs that run for too long."""
 
     def __init__(self, jobs: Dispatcher, completion: JobCompletion, process: Supervisor, worker_limit_s: float) -> None:
-        """`worker_limit_s`: seconds after which a job's thread counts as stuck, whatever limit the job itself has."""
+        """`worker_limit_s`: seconds after which a job's thread counts as stuck, independent of the job's own limit."""
         self._jobs = jobs
         self._completion = completion
         self._process = process
         self._worker_limit_s = worker_limit_s
-        #: Jobs that have failed by their limit while their threads run on: when they began, by serial number.
+        #: Start times of jobs that failed by their limits while their threads still run, by serial number.
         self._timed_out_running: dict[int, float] = {}
 
     def enforce(self, now: float) -> bool:
-        """End the jobs that are over their limits, and the process where a thread is stuck; whether that was so."""
+        """End the jobs over their limits, and the process if a thread is stuck. Returns whether one was stuck."""
         for job in self._overdue(now):
             self._time_out(job)
-        # Not at the job's own limit: a producer must not have the model loaded again for that.
+        # Not at the job's own limit: a producer must not cause the model to be loaded again.
         stuck = [began for began in self._timed_out_running.values() if now - began > self._worker_limit_s]
         if stuck:
             logger.warning("%d jobs passed IDEFICS_TIME_LIMIT_S: the model process is replaced.", len(stuck))
@@ -41,7 +41,7 @@ class TimeLimits:
         return bool(stuck)
 
     def _overdue(self, now: float) -> list[PoolJob]:
-        # In a cold shutdown Celery would acknowledge a failure and not store it: such a job comes again.
+        # In a cold shutdown Celery would acknowledge a failure without storing it: such a job is redelivered instead.
         return [] if worker_state.should_terminate else [job for job in self._jobs if job.is_overdue(now)]
 
     def _time_out(self, job: PoolJob) -> None:

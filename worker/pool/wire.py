@@ -20,7 +20,7 @@ from billiard.einfo import ExceptionInfo
 _LENGTH = struct.Struct("!I")
 _CHUNK = 1 << 18
 
-# A job is known by its serial number, which the parent gives it.
+# A job is identified by its serial number, which the parent gives it.
 
 # From the parent to the model process
 
@@ -36,14 +36,14 @@ class RunJob:
 
 @dataclass(frozen=True)
 class Cancel:
-    """End a job that its producer took back: before it begins, or at the next step."""
+    """End a canceled job: before it begins, or at the next step."""
 
     serial: int
 
 
 @dataclass(frozen=True)
 class Abandon:
-    """End the run of a job that has failed by its time limit: its outcome no longer counts."""
+    """End the run of a job that has failed by its time limit: its result no longer counts."""
 
     serial: int
 
@@ -82,13 +82,13 @@ class Heartbeat:
 
     #: The model's counters.
     metrics: Mapping[str, int]
-    #: Jobs that could be under way at once; those beyond wait for the end of others.
+    #: Jobs that could be under way at once; further jobs wait for the end of others.
     capacity: int
     #: Jobs that run at once while others wait.
     width: float
-    #: Seconds that a job takes once it has begun; 0 where none has.
+    #: Seconds that a job takes once it has begun; 0 before the first job.
     job_s: float
-    #: Seconds that no job may join those that run.
+    #: Seconds until further jobs may join the running ones.
     closed_s: float
 
 
@@ -102,7 +102,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Waited:
-    """The job waited so many seconds for Redis, which do not count towards its time limit."""
+    """The job waited for Redis. These seconds do not count towards its time limit."""
 
     serial: int
     seconds: float
@@ -118,7 +118,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Raised:
-    """The task ended with what Celery's tracer does not store: a rejection."""
+    """The task ended with a rejection, which Celery's tracer does not store."""
 
     serial: int
     exception: ExceptionInfo
@@ -126,7 +126,7 @@ class Raised:
 
 @dataclass(frozen=True)
 class Broken:
-    """The task ended outside of Celery's tracer by a defect."""
+    """The task ended with a defect outside of Celery's tracer."""
 
     serial: int
     message: str
@@ -149,23 +149,23 @@ class Canceled:
 
 @dataclass(frozen=True)
 class Withdrawn:
-    """These jobs have not begun and will be returned, each with a message of its own."""
+    """These jobs have not begun and will be returned, each by a message `Returned`."""
 
     serials: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Returned:
-    """The thread of a withdrawn job has ended: the job may go back to its queue."""
+    """The thread of a withdrawn job has ended: the job may return to its queue."""
 
     serial: int
 
 
 ToModelProcess = RunJob | Cancel | Abandon | GiveBack | Stop
 JobEnd = Done | Raised | Broken | Away | Canceled
-#: What a job's thread says last.
+#: The last message of a job's thread.
 FinalMessage = JobEnd | Returned
-#: What the parent is told of jobs.
+#: Messages to the parent about jobs.
 JobMessage = Started | Waited | Withdrawn | FinalMessage
 FromModelProcess = Ready | CannotServe | Heartbeat | JobMessage
 Message = ToModelProcess | FromModelProcess
@@ -175,7 +175,7 @@ _NUMBERS = {kind: number for number, kind in enumerate(_CLASSES)}
 
 
 class NonBlockingChannel:
-    """The parent's end: never blocks. What the socket does not take yet waits here."""
+    """The parent's end, which never blocks: it keeps what the socket does not take yet."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -195,7 +195,7 @@ class NonBlockingChannel:
         self.flush()
 
     def flush(self) -> None:
-        """Hand over as much as fits. An end that is gone is for `receive` to notice."""
+        """Send as much as the socket takes. `receive` notices if the other end is gone."""
         try:
             while self._outgoing:
                 first = self._outgoing[0]
@@ -203,7 +203,8 @@ class NonBlockingChannel:
                 if sent == len(first):
                     self._outgoing.popleft()
                 else:
-                    # Not cut off a buffer: megabytes would be moved each time that the socket takes some more.
+                    # A view, not a shortened buffer: megabytes would be copied each time that the socket takes some
+                    # more.
                     self._outgoing[0] = first[sent:]
         except BlockingIOError:
             return
@@ -249,16 +250,16 @@ class BlockingChannel:
 
 
 def _packed(message: Message) -> list[bytes]:
-    # Its class as a number: pickling and reading an instance takes three times as long.
+    # The class is sent as a number: pickling and unpickling an instance takes three times as long.
     numbered = (_NUMBERS[type(message)], *vars(message).values())
     body = pickle.dumps(numbered, protocol=pickle.HIGHEST_PROTOCOL)
     length = _LENGTH.pack(len(body))
-    # Megabytes are not copied for it.
+    # Megabytes are not copied just to prepend the length.
     return [length, body] if len(body) > _CHUNK else [length + body]
 
 
 def _unpacked(incoming: bytearray) -> Iterator[Any]:
-    """The whole messages at the buffer's start, taken out of it."""
+    """Remove and return the complete messages at the buffer's start."""
     start = 0
     try:
         while len(incoming) >= start + _LENGTH.size:

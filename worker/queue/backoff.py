@@ -1,4 +1,4 @@
-"""When a broker that refused is asked again, and how often the log says that it refuses."""
+"""The pause after a broker refused a request, and how often refusals are logged."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ class Backoff:
         now = time.monotonic()
         if now - self._complained_at >= COMPLAINT_INTERVAL_S:
             self._complained_at = now
-            logger.error("The broker refuses or is away (%s): it is asked again.", error)
+            logger.error("The broker refuses or is away (%s): the worker tries again.", error)

@@ -1,4 +1,4 @@
-"""What the broker's user may do, asked when a channel starts to consume."""
+"""The rights of the broker's user, checked when a channel starts to consume."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Cancellation by a key in the results' database, for producers that may not write to Celery's control mailbox.
 
-The parent process looks for the keys of the jobs that it holds, and of those that wait in Redis for their time; the
-model process looks once before it starts a job. docs/architecture.md follows a cancellation to the engine's next
-step.
+The parent process polls for the keys of the jobs that it holds and of the jobs that wait in Redis for their time; the
+model process checks once before it starts a job. docs/architecture.md follows a cancellation to the engine's next step.
 """
 
 from __future__ import annotations
@@ -25,44 +24,44 @@ from worker.queue.transport import Channel
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks.
+#: Seconds between two polls.
 POLL_INTERVAL_S = 0.5
-#: Jobs before their time that are ended in one go: each costs the event loop some milliseconds.
+#: Jobs before their time that are ended in one iteration: each costs the event loop some milliseconds.
 MAX_AT_ONCE = 100
 
 T = TypeVar("T")
 
 
 def canceled_among(ids: Iterable[str], backend: Any, prefix: str = "") -> set[str]:
-    """The jobs that have a key, which begins with `prefix`. Raises RedisError."""
-    asked = list(ids)
-    found = backend.client.mget([prefix + CANCELLATION.named(id) for id in asked]) if asked else []
-    return {id for id, value in zip(asked, found, strict=True) if value is not None}
+    """The jobs among these that are canceled by a key. `prefix` stands before all keys. Raises RedisError."""
+    wanted = list(ids)
+    found = backend.client.mget([prefix + CANCELLATION.named(id) for id in wanted]) if wanted else []
+    return {id for id, value in zip(wanted, found, strict=True) if value is not None}
 
 
 def canceled_due_jobs(jobs: DueJobs, backend: Any, prefix: str = "") -> set[DueJob]:
-    """Those in the next window that have a key, or that Celery's revocation has named. Raises RedisError."""
+    """The jobs in the next window that are canceled by a key or by Celery's revocation. Raises RedisError."""
     window = jobs.window()
     canceled = canceled_among({job.id for job in window}, backend, prefix)
     return {job for job in window if job.id in canceled or job.id in worker_state.revoked}
 
 
 class CancellationPoller(Generic[T]):
-    """Looks again and again, in a thread: the event loop must not wait for a Redis that is slow or away."""
+    """Polls in a thread: the event loop must not wait for a Redis that is slow or away."""
 
-    def __init__(self, look: Callable[[Iterable[str]], set[T]], pause_s: float = POLL_INTERVAL_S) -> None:
-        self._look = look
+    def __init__(self, find: Callable[[Iterable[str]], set[T]], pause_s: float = POLL_INTERVAL_S) -> None:
+        self._find = find
         self._pause_s = pause_s
         self._ids: tuple[str, ...] = ()
         self._found: set[T] = set()
-        self._is_blind = False
+        self._fails = False
 
     def start(self) -> None:
-        """For as long as the process lives: jobs are canceled while it shuts down, too."""
+        """Start polling, until the process ends: jobs are canceled while it shuts down, too."""
         threading.Thread(target=self._loop, name="cancellations", daemon=True).start()
 
     def exchange(self, ids: Iterable[str] = ()) -> set[T]:
-        """Look for these from now on; what the last look found."""
+        """Poll for these ids from now on; returns what the last poll found."""
         self._ids = tuple(ids)
         found, self._found = self._found, set()
         return found
@@ -71,23 +70,24 @@ class CancellationPoller(Generic[T]):
         while True:
             time.sleep(self._pause_s)
             try:
-                self._found = self._look(self._ids)
-                self._is_blind = False
+                self._found = self._find(self._ids)
+                self._fails = False
             except Exception as error:
-                if not self._is_blind:
-                    logger.warning("Cannot look for cancellations (%s); jobs go on until Redis answers.", error)
-                self._is_blind = True
+                if not self._fails:
+                    logger.warning("Cancellations cannot be polled (%s); jobs go on until Redis answers.", error)
+                self._fails = True
 
 
 class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
-    """The parent's part: ends the jobs that it holds as Celery's revocation does."""
+    """Ends canceled jobs that the parent process holds, as Celery's revocation does."""
 
     requires = ("celery.worker.components:Pool",)
 
     def start(self, worker: Any) -> None:
         self._worker = worker
         self._pool = worker.pool
-        #: Those that a key has revoked here. Celery forgets an id hours later, and it may be used again before.
+        #: Ids that were revoked here because of a key. Celery forgets a revoked id after hours; it may be used again
+        #: before.
         self._canceled: set[str] = set()
         backend, prefix = worker.app.backend, results_prefix(worker.app)
         self._poller = CancellationPoller(lambda ids: canceled_among(ids, backend, prefix))
@@ -98,9 +98,9 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
         """Called at every reconnect to the broker, with an empty event loop."""
-        hub.call_repeatedly(POLL_INTERVAL_S / 2, self._look)
+        hub.call_repeatedly(POLL_INTERVAL_S / 2, self._end_canceled)
 
-    def _look(self) -> None:
+    def _end_canceled(self) -> None:
         held = defaultdict(list)
         for request in worker_state.reserved_requests:
             held[request.id].append(request)
@@ -110,14 +110,14 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         for id in self._poller.exchange(id for id in held if id not in worker_state.revoked) & held.keys():
             logger.info("Job %s is canceled by its key.", id)
             self._canceled.add(id)
-            # For when it waits for its turn.
+            # For a request that still waits for a place in the pool.
             worker_state.revoked.add(id)
             for request in held[id]:
                 request.terminate(self._pool)
         self._end_due()
 
     def _end_due(self) -> None:
-        """Take canceled jobs that wait for their time: Celery ends what is revoked as it comes."""
+        """Deliver canceled jobs before their time: Celery ends a revoked job when it is delivered."""
         consumer = self._worker.consumer.task_consumer
         channel = consumer and consumer.channel
         if not isinstance(channel, Channel):

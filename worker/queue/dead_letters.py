@@ -1,8 +1,8 @@
-"""Keeps every job that ended in FAILURE, whole, on the list that `tasks/failed.py` reads.
+"""Dead letters: every job that ended in FAILURE is kept whole, on the list that `tasks/failed.py` reads.
 
-Celery says `task_failure` where a job fails: in the model process as a rule, in the parent where that process was lost
-or the job overran its hard limit. Both import this. A message for a task of somebody else's, which cannot run here, is
-kept by the parent with all that it takes to send it on.
+Celery sends its signal `task_failure` in the process where a job fails: usually in the model process; in the parent if
+that process was lost or the job overran its hard limit. Both import this module. A message for another app's task,
+which cannot run here, is kept by the parent with everything that is needed to send it on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from worker.queue.result_backend import asked_by, digest_of, is_of_another, take
 
 logger = logging.getLogger(__name__)
 
-#: Characters that an invalid request's payload may have to be kept: writing a megabyte costs as much as ten jobs.
+#: Characters up to which an invalid request's payload is kept: writing a megabyte costs as much as ten jobs.
 MAX_INVALID_CHARS = 200_000
 #: Characters of an unknown task's name in the error that its sender reads.
 MAX_SHOWN_CHARS = 80
@@ -40,7 +40,7 @@ def keep_failures(app: Celery, bounds: FailedBounds) -> None:
         if sender.app is not app:
             return
         try:
-            if not _has_other_end(app, sender.name, task_id, args, kwargs):
+            if not _ended_otherwise(app, sender.name, task_id, args, kwargs):
                 request = _request(sender, task_id, args, kwargs)
                 job = failed_job(sender.name, request, exception)
                 FailedJobs(app).keep(job, dict(sender.signature_from_request(request, retries=0)), bounds)
@@ -67,7 +67,7 @@ def failed_job(task: str, request: Context, error: BaseException) -> FailedJob:
 
 
 def unknown_task(name: str) -> str:
-    """The error for the sender of a message for a task that is none of ours, with the likely correction."""
+    """The error for the sender of a message for an unknown task, with the likely correction."""
     likely = difflib.get_close_matches(name, PAYLOADS, 1)
     if likely:
         cure = f"did you mean {likely[0]}?"
@@ -80,7 +80,7 @@ def unknown_task(name: str) -> str:
 
 
 def misrouted(message: Any, host: str) -> Context:
-    """The request in a checked message for a task that is none of ours."""
+    """The request in a checked message for an unknown task."""
     args, kwargs, links = message.payload
     own = {"args": args, "kwargs": kwargs, "properties": message.properties, "hostname": host}
     request = Context({**message.headers, **links, **own, "delivery_info": taken_now(message)})
@@ -89,7 +89,7 @@ def misrouted(message: Any, host: str) -> Context:
 
 
 def keep_misrouted(app: Celery, request: Context, bounds: FailedBounds, error: InvalidRequest) -> None:
-    """Keep a message for a task that is none of ours, so that it can be sent on to its own queue."""
+    """Keep a message for an unknown task, so that it can be sent on to its own queue."""
     job = replace(failed_job(request.task, request, error), is_whole=True)
     options = {**request.as_execution_options(), "ignore_result": bool(request.ignore_result)}
     priority = (request.properties or {}).get("priority")
@@ -101,7 +101,7 @@ def keep_misrouted(app: Celery, request: Context, bounds: FailedBounds, error: I
 
 
 def _is_longer(value: Any, most: int) -> bool:
-    """Whether a value of JSON has more characters and entries than that, looking at no more of them."""
+    """Whether a JSON value has more than `most` characters and entries. Stops reading at the first excess."""
     rest = [value]
     while rest and most >= 0:
         each = rest.pop()
@@ -111,14 +111,14 @@ def _is_longer(value: Any, most: int) -> bool:
     return most < 0
 
 
-def _has_other_end(app: Celery, task: str, id: str, args: Any, kwargs: Any) -> bool:
-    """Another run of the same job ended first: its producer reads an answer, or that it was taken back."""
+def _ended_otherwise(app: Celery, task: str, id: str, args: Any, kwargs: Any) -> bool:
+    """Whether another run of the same job ended first, with a result or canceled."""
     record = app.backend.get_task_meta(id, cache=False)
     is_other = record["status"] in states.READY_STATES - {states.FAILURE}
     return is_other and not is_of_another(record, digest_of(task, args, kwargs))
 
 
 def _request(task: Task, id: str, args: Any, kwargs: Any) -> Context:
-    """The failed job's. Celery gives none with a rejection in the parent: its links are lost then, its payload not."""
+    """The failed job's request. For a rejection in the parent one is made from the payload, without links."""
     request = task.request
     return request if request.id == id else Context(id=id, args=args, kwargs=kwargs)

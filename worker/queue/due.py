@@ -7,15 +7,15 @@ the reserve script (worker/queue/reserve.py) moves a message whose time has not 
 due by the server's clock: they have waited in the queue already. So due jobs run in the order of their times, each
 before the jobs of its priority that still wait in the queue.
 
-The script reads the time as Celery and kombu write it. Other forms reach the worker, which has the same done for them.
+The script reads the time as Celery and kombu write it. A message with another form of it reaches the worker, which then
+moves it into the sorted set.
 
-Cancellations know a job by its id. So the sorted set `idefics:due-ids` has `<id>\\n<set>` for each of these jobs, with
-the score by which its message is found: up to a millisecond is added to each time, lest thousands have the same one.
-A worker reads some ids at a time, and takes the jobs that are canceled out of their sets
-(worker/queue/cancellation.py).
+A cancellation names a job's id. So the sorted set `idefics:due-ids` has `<id>\\n<set>` for each of these jobs, with the
+score by which its message is found. Up to a millisecond is added to each time, so that few messages have the same
+score. A worker reads some ids at a time, and removes canceled jobs from their sets (worker/queue/cancellation.py).
 
-The sets have no time to live: they hold jobs, as the queue's lists do, and an eviction policy for keys with one would
-lose them. Redis removes a set with its last member.
+The sets have no time to live: they hold jobs, as the queue's lists do, and a server may evict keys that have one. Redis
+removes a set with its last member.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from worker.queue.envelope import unix_seconds
 
 #: Ids that a worker reads at a time.
 WINDOW = 5_000
-#: Messages with the very same score that are looked through for one of them, and their bytes.
+#: Messages with the same score that are searched for one id, and their bytes.
 MAX_SAME, MAX_SAME_BYTES = 200, 8_000_000
-#: Seconds after a job's time until its id is deleted, if it is still there: a worker without this code took the job.
+#: Seconds after a job's time until its id is deleted, if a worker without this code took the job and left the id.
 STALE_ID_S = 86_400
 
-#: Messages that leave a set in one step where the worker takes as stock kombu does.
+#: Messages that leave a set in one step, for a worker with kombu's own channel.
 RELEASED_AT_ONCE = 100
 
-#: For scripts: the unix seconds of a message's `eta`, nil where it has none of the usual form. Quotes within strings
-#: are escaped, so nothing but a member of that name is found. It stands behind the body, which may have megabytes.
-#: Someone who hides one elsewhere has his own job wait.
+#: For scripts: the unix seconds of a message's `eta`; nil without one in the usual form. Quotes within strings are
+#: escaped, so only a member of that name is found. It stands after the body, which may have megabytes. A producer that
+#: hides one elsewhere delays only its own job.
 ETA = """
 local function eta(raw)
   local last = string.sub(raw, -8192)
@@ -64,7 +64,7 @@ local function eta(raw)
 end
 """
 
-#: For scripts: the id in a message, nil where it is written in no usual way. Kombu writes it as a property, too.
+#: For scripts: the id in a message; nil without one in the usual form. Kombu writes it as a property, too.
 ID = """
 local function id_of(raw)
   local last = string.sub(raw, -8192)
@@ -96,7 +96,7 @@ return #KEYS - 3
 """
 
 #: Takes a message out of its set before its time. KEYS: unacked, its index, the ids, the set. ARGV: the tag, its score,
-#: its id, the end of its record. Returns the message and the server's time; nil where it is not there any more.
+#: its id, the end of its record. Returns the message and the server's time; nil if it has left the set.
 RESERVE_EARLY = f"""
 {ID}
 local time = redis.call('TIME')
@@ -130,22 +130,22 @@ class DueJob:
     """A job that waits for its time."""
 
     id: str
-    #: Its set.
+    #: The set that it is in.
     key: str
     score: float
 
 
 class DueJobs:
-    """All jobs that wait for their time, some at a time, one window after the other. Used by one thread."""
+    """All jobs that wait for their time, read in windows, one after the other. Used by one thread."""
 
     def __init__(self, connect: Callable[[], tuple[Redis, str]]) -> None:
-        """`connect`: a client, and what precedes all keys."""
+        """`connect` returns a client and the prefix of all keys."""
         self._connect = connect
         self._client: tuple[Redis, str] | None = None
         self._start = 0
 
     def window(self) -> list[DueJob]:
-        """Raises what the client does."""
+        """The next window of jobs. Raises what the client raises."""
         self._client = self._client or self._connect()
         client, prefix = self._client
         if self._start == 0:
@@ -161,16 +161,16 @@ def _due_job(member: bytes, score: float) -> DueJob:
 
 
 def delay_until_due(message: Message) -> bool:
-    """Have Redis keep a checked message whose time has not come by the server's clock; False for one to run now.
+    """Have Redis keep a checked message until its time, by the server's clock. False for a message to run now.
 
-    Call it while the message is being delivered. Kombu's own channel keeps nothing: there Celery does it.
+    To be called while the message is being delivered. With kombu's own channel Celery delays the message itself.
     """
     headers, channel = message.headers, message.channel
     if headers.get("eta") is None or not hasattr(channel, "delay"):
         return False
     at = unix_seconds(headers["eta"])
     if at > channel.taken_at:
-        # Celery ends a job that is revoked or has expired when it comes, even before its time.
+        # Celery ends a revoked or expired job when it is delivered, even before its time.
         if headers["id"] in worker_state.revoked or unix_seconds(headers.get("expires")) < time.time():
             return False
         channel.delay(message.delivery_tag, at, headers["id"])
@@ -181,7 +181,7 @@ def delay_until_due(message: Message) -> bool:
 
 
 def release(channel: Any, queues: Iterable[str]) -> None:
-    """Put all messages of some queues back to their lists, due or not: for a worker whose channel is kombu's own."""
+    """Put all delayed messages of some queues back into their lists: for a worker with kombu's own channel."""
     client, prefix = Redis(connection_pool=channel.pool), channel.global_keyprefix
     keys = _sets(channel, queues)
     for key, name in keys.items():
@@ -194,7 +194,7 @@ def release(channel: Any, queues: Iterable[str]) -> None:
 
 
 def purge(channel: Any, queue: str) -> int:
-    """Delete a queue's jobs that wait for their time; how many there were."""
+    """Delete a queue's jobs that wait for their time. Returns their number."""
     client, prefix = Redis(connection_pool=channel.pool), channel.global_keyprefix
     keys = _sets(channel, [queue])
     with client.pipeline() as pipe:

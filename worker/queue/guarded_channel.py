@@ -1,4 +1,4 @@
-"""Kombu's channel, for messages that anybody may send and for servers that are full."""
+"""Kombu's channel for untrusted messages and full servers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedChannel(stock.Channel):  # type: ignore[misc]
-    """Kombu's; no message ends the process, and no refusal of a full server does."""
+    """Kombu's. Neither a message nor a refusal of a full server ends the process."""
 
     pending_acks: PendingAcks
 
     def __init__(self, connection: Any, **options: Any) -> None:
-        #: How far a compressed body is inflated.
+        #: Bytes up to which a compressed body is inflated.
         self.most_bytes = 32_000_000
         self.backoff = Backoff()
         self.on_refused: OnRefused = connection.on_refused
@@ -39,7 +39,7 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         try:
             super().__init__(connection, **options)
         except ResponseError as error:
-            # Such a server refuses even PING. As a connection error it is tried again, with growing pauses.
+            # A full server may refuse even PING. As a connection error it is retried, with growing pauses.
             if is_away(error):
                 raise RedisConnectionError(str(error)) from error
             raise
@@ -58,14 +58,14 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         return self._command_client
 
     def _opened(self, reserved: Reserved) -> dict[str, Any]:
-        """Raises Empty for what is no message."""
+        """The message. Raises Empty for one that is refused."""
         try:
             message = opened(reserved.raw, reserved.queue, self.most_bytes)
         except MessageRefused as refused:
             try:
                 self._drop(reserved, refused)
             except Exception as error:
-                # It is not dropped before its refusal is stored.
+                # A message is dropped only once its refusal is stored.
                 self.backoff.complain(error)
                 if reserved.tag:
                     self.pending_acks.requeue(reserved.tag, last=True)
@@ -75,7 +75,7 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         return message
 
     def _deliver_reserved(self, reserved: Reserved) -> None:
-        """Give a message to its queue's consumer. Raises Empty for what is no message."""
+        """Give a message to its queue's consumer. Raises Empty for one that is refused."""
         self._reserved, self.taken_at = reserved, reserved.at
         message = self._opened(reserved)
         self._queue_cycle.rotate(reserved.queue)
@@ -84,8 +84,8 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         except self.connection_errors:
             raise
         except Exception:
-            # A defect of the worker is not its sender's fault. A second one with the same message would loop.
-            logger.exception("A defect while a message of queue %s was taken in.", reserved.queue)
+            # Our own defect, not the sender's fault. The message is requeued once; a second time would loop.
+            logger.exception("A defect while a message of queue %s was delivered.", reserved.queue)
             if not reserved.tag:
                 pass
             elif message["properties"]["delivery_info"].get("redelivered"):
@@ -105,11 +105,11 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         except (Empty, ResponseError, *self.connection_errors):
             raise
         except Exception as error:
-            logger.error("What came on a channel of Redis cannot be read (%s); it is dropped.", type(error).__name__)
+            logger.error("A message on a Redis channel cannot be read (%s); it is dropped.", type(error).__name__)
             raise Empty from None
 
     def _get_message_priority(self, message: Any, *args: Any, **options: Any) -> int:
-        """Kombu's. The messages of other apps' dead workers come back through here, too."""
+        """Kombu's, with our bounds. The messages of other apps' dead workers are returned through here, too."""
         priority: int = super()._get_message_priority(message, *args, **options)
         headers = message.get("headers")
         task = headers.get("task") if isinstance(headers, dict) else None
@@ -122,7 +122,7 @@ class GuardedChannel(stock.Channel):  # type: ignore[misc]
         try:
             super()._queue_bind(*args)
         except ResponseError as error:
-            # A worker that starts beside a full server has to empty it, and needs no binding for that.
+            # A worker that starts while the server is full can consume, and so empty it, without a binding.
             if not is_away(error):
                 raise
             self.backoff.complain(error)

@@ -1,10 +1,10 @@
-"""Jobs that would end late in a slow worker go to the others.
+"""Load balancing: jobs that would end late in a slow worker go to the other workers of its queue.
 
-A worker takes jobs ahead, so that its batches are full and images load meanwhile. At the end of a bulk, a slow worker
-would keep what it has taken ahead while the others are idle, and begin jobs that the others would have ended long
-before. So workers that share a queue tell each other their load, in the hash `idefics:load:<queue>` of the broker's
-database: a field for each, by the server's clock, which is dropped once it is old; the key expires in seconds. Idle
-workers write only while another is busy.
+A worker prefetches jobs, so that its batches are full and images load meanwhile. At the end of a bulk, a slow worker
+would keep its prefetched jobs while the others are idle, although they would end these jobs long before. So workers
+that share a queue exchange their loads in the hash `idefics:load:<queue>` of the broker's database. It has a field for
+each worker, with a time of the server's clock; old fields are deleted, and the key expires in seconds. Idle workers
+write only while another worker is busy.
 
 From these loads each worker decides for itself (worker/queue/load_estimates.py) whether it takes more jobs, and how
 many of its jobs that have not begun it puts back. The only worker of a queue does neither.
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two exchanges.
 PERIOD_S = 0.05
-#: Seconds that a report of the event loop, or what others tell, holds.
+#: Seconds for which a report of the event loop, or a load of another worker, counts.
 FRESH_S = 0.5
-#: Seconds without exchanges after Redis refused one.
+#: Seconds without exchanges after one failed.
 REST_S = 2.0
-#: Seconds, in job times and at least, that jobs may lie in the queue while this worker leaves them to others; and for
-#: how long it then takes whatever there is.
+#: How long jobs may wait in the queue while this worker leaves them to others, in job times and in seconds; the greater
+#: one counts. Then it takes all jobs for TAKE_ALL_S seconds.
 MAX_LEAVE_JOBS, MAX_LEAVE_S, TAKE_ALL_S = 2, 1.0, 5.0
 
-#: KEYS: the hash, the queue's lists. ARGV: this worker, its load, whether it is busy, milliseconds that a load holds.
+#: KEYS: the hash, the queue's lists. ARGV: this worker, its load, whether it is busy, milliseconds that a load counts.
 #: Returns how many jobs are queued, and the others' loads.
 EXCHANGE = """
 local time = redis.call('TIME')
@@ -70,14 +70,14 @@ class LoadReport:
 
     load: Load
     is_busy: bool
-    #: Of each queue that it takes from, its lists.
+    #: By each queue that it takes from, the queue's lists.
     queues: Mapping[str, Sequence[str]]
     at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """What is known of one queue at time.monotonic() `at`."""
+    """One queue's jobs and its other workers' loads, at time.monotonic() `at`."""
 
     queued: int
     others: Sequence[Load]
@@ -85,13 +85,13 @@ class QueueLoad:
 
 
 class LoadExchange:
-    """Tells and hears loads in a thread: the event loop must not wait for a Redis that is slow or away."""
+    """Exchanges loads in a thread: the event loop must not wait for a Redis that is slow or away."""
 
     def __init__(self, connect: Callable[[], tuple[Redis, str]]) -> None:
-        """`connect`: a client, and what precedes all keys."""
+        """`connect` returns a client and the prefix of all keys."""
         self.report: LoadReport | None = None
         #: By queue.
-        self.elsewhere: Mapping[str, QueueLoad] = {}
+        self.queue_loads: Mapping[str, QueueLoad] = {}
         self._connect = connect
         self._client: tuple[Redis, str] | None = None
         self._me = uuid()
@@ -106,9 +106,9 @@ class LoadExchange:
     def _pause(self) -> float:
         report = self.report
         try:
-            # An event loop that is held up would begin no job.
+            # While the event loop is blocked, this worker begins no jobs: it must not attract any.
             if report is not None and time.monotonic() - report.at < FRESH_S:
-                self.elsewhere = self.exchange(report)
+                self.queue_loads = self.exchange(report)
             return PERIOD_S
         except Exception as error:
             # Each worker then keeps what it has.
@@ -117,7 +117,7 @@ class LoadExchange:
             return REST_S
 
     def exchange(self, report: LoadReport) -> Mapping[str, QueueLoad]:
-        """Tell the load, and hear the others'. Raises what the client does."""
+        """Write this worker's load, and read the others'. Raises what the client raises."""
         self._client = self._client or self._connect()
         client, prefix = self._client
         load, is_busy = report.load, int(report.is_busy)
@@ -139,31 +139,31 @@ def _load(told: bytes) -> Load:
 
 
 class LeaveLimit:
-    """Others may not do what is expected of them: jobs do not lie in the queue for long because of that."""
+    """Limits how long jobs stay in the queue because this worker leaves them to others, which may never take them."""
 
     def __init__(self) -> None:
         self._since = float("inf")
-        self._insists_until = float("-inf")
+        self._takes_all_until = float("-inf")
 
-    def bears(self, *, leaves: bool, queued: int, job_s: float, now: float) -> bool:
-        """Whether jobs are still to be left to others."""
+    def still_leaves(self, *, leaves: bool, queued: int, job_s: float, now: float) -> bool:
+        """Whether this worker still leaves jobs to others. `leaves`: whether it would by the loads."""
         if not leaves or not queued:
             self._since = float("inf")
         else:
             self._since = min(self._since, now)
         if now - self._since > max(MAX_LEAVE_S, MAX_LEAVE_JOBS * job_s):
-            self._insists_until, self._since = now + TAKE_ALL_S, float("inf")
-        return leaves and now >= self._insists_until
+            self._takes_all_until, self._since = now + TAKE_ALL_S, float("inf")
+        return leaves and now >= self._takes_all_until
 
 
 class LoadBalancing(bootsteps.StartStopStep):  # type: ignore[misc]
-    """The parent's part."""
+    """Compares the loads in the parent's event loop, and has the pool leave or return jobs."""
 
     requires = ("celery.worker.components:Pool",)
 
     def start(self, worker: Any) -> None:
         self._worker = worker
-        self._patience = LeaveLimit()
+        self._leave_limit = LeaveLimit()
         self._exchange = LoadExchange(self._connect)
         self._exchange.start()
 
@@ -172,7 +172,7 @@ class LoadBalancing(bootsteps.StartStopStep):  # type: ignore[misc]
         hub.call_repeatedly(PERIOD_S, self._balance)
 
     def _connect(self) -> tuple[Redis, str]:
-        # Kept: its pool lives as long.
+        # A reference is kept, since the client uses its pool.
         self._connection = self._worker.app.connection_for_write()
         channel = self._connection.default_channel
         # Not the channel's own client, which puts the prefix before the keys of some commands.
@@ -186,12 +186,12 @@ class LoadBalancing(bootsteps.StartStopStep):  # type: ignore[misc]
             return
         lists = {
             queue: [channel._q_for_pri(queue, step) for step in channel.priority_steps]
-            # A queue that is not consumed any more is not drained here.
+            # Not those of a queue that is no longer consumed: its jobs do not come here.
             for queue in set(channel.record_endings).intersection(channel.active_queues)
         }
         load: Load = pool.load
         self._exchange.report = LoadReport(load, load.unbegun > -load.width, lists)
-        known = {queue: each for queue, each in self._exchange.elsewhere.items() if self._is_fresh(each)}
+        known = {queue: each for queue, each in self._exchange.queue_loads.items() if self._is_fresh(each)}
         pool.leaves_to_others = self._leaves(load, known, len(lists))
         for queue, each in known.items():
             number = surplus(load, each.others, each.queued)
@@ -207,4 +207,4 @@ class LoadBalancing(bootsteps.StartStopStep):  # type: ignore[misc]
             leaves_to_others(load, each.others, each.queued) for each in known.values()
         )
         queued = sum(each.queued for each in known.values())
-        return self._patience.bears(leaves=leaves, queued=queued, job_s=load.job_s, now=time.monotonic())
+        return self._leave_limit.still_leaves(leaves=leaves, queued=queued, job_s=load.job_s, now=time.monotonic())

@@ -1,15 +1,15 @@
-"""Whether a job ends sooner here or in another worker: pure estimates from what workers tell of themselves."""
+"""Whether a job ends sooner here or in another worker: pure estimates from the loads of all workers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Seconds, and a part, by which the others must be faster: nothing is to idle for an estimate's error.
+#: The others must be faster by these seconds and by this share: an estimate's error must not leave a worker idle.
 SLACK_S, SLACK_PART = 0.1, 0.1
-#: Seconds by which jobs that go back must end sooner.
+#: Seconds by which jobs must end sooner elsewhere to go back.
 WORTH_S = 0.25
-#: Seconds of a job, where estimates say less or more.
+#: Bounds of the estimated seconds of a job.
 SHORTEST_S, LONGEST_S = 0.001, 1e6
 
 
@@ -20,11 +20,11 @@ class Load:
     #: Jobs that its model runs at once, and seconds that each takes; the maximum batch size, and 0, while unknown.
     width: float
     job_s: float
-    #: Jobs that wait here for the end of others; below 0, how many more would begin at once.
+    #: Jobs that wait here for the end of others; negative: how many more could begin at once.
     unbegun: int
-    #: Whether it takes what is in the queue.
+    #: Whether it takes jobs from the queue.
     is_open: bool = True
-    #: Seconds until a job that waits can begin at all, where the batch that runs takes none.
+    #: Seconds until the running batch lets further jobs join.
     closed_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -36,13 +36,13 @@ class Load:
         return max(1.0, self.width) / max(SHORTEST_S, self.job_s)
 
     def ends_in_s(self, more: int = 0) -> float:
-        """Seconds until the last of its jobs ends, were there so many more."""
+        """Seconds until the last of its jobs ends, if it had `more` further jobs."""
         waiting = self.unbegun + more
         return (self.closed_s + waiting / self.rate if waiting > 0 else 0.0) + self.job_s
 
 
 def leaves_to_others(mine: Load, others: Sequence[Load], queued: int) -> bool:
-    """Whether the others are through with all that is queued before one more job would end here."""
+    """Whether the others would finish all queued jobs before one more job would end here."""
     takers = [each for each in others if each.is_open]
     if not takers:
         return False
@@ -50,7 +50,7 @@ def leaves_to_others(mine: Load, others: Sequence[Load], queued: int) -> bool:
 
 
 def surplus(mine: Load, others: Sequence[Load], queued: int) -> int:
-    """How many jobs that have not begun here would better go back: so many that all end at about the same time."""
+    """How many jobs that have not begun here should go back, so that all workers end at about the same time."""
     takers = [each for each in others if each.is_open]
     if not takers or mine.unbegun <= 0:
         return 0
@@ -68,5 +68,5 @@ def _drained_in_s(takers: Sequence[Load], queued: int) -> float:
 
 
 def _ahead(takers: Sequence[Load], queued: int) -> int:
-    """Jobs that wait for places; below 0, places that are free."""
+    """Jobs that wait for a place in the takers; negative: free places."""
     return queued + sum(each.unbegun for each in takers)

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 from worker.queue.reserve import MAX_DELAYED
 
-#: Seconds within which jobs that end are acknowledged together. Jobs of a worker that dies before are delivered again,
-#: and found to have ended.
+#: Seconds within which jobs that end are acknowledged together. If the worker dies before that, its jobs are delivered
+#: again and found to have ended.
 ACK_BATCH_WINDOW_S = 0.03
 
 
 @dataclass(frozen=True, slots=True)
 class DelayedMessage:
-    """A message that is to wait for its time."""
+    """A message that waits for its time."""
 
     #: The sorted set.
     key: str
@@ -57,7 +57,7 @@ class PendingAcks:
         #: Whether each goes to the end of its queue that is read last.
         self.requeues: dict[str, bool] = {}
         self.delayed: dict[str, DelayedMessage] = {}
-        #: Messages to be put back as they came, as if they had never been taken.
+        #: Messages that are put back unchanged, as if they had never been taken.
         self.hand_backs: dict[str, Origin] = {}
 
     def __bool__(self) -> bool:

@@ -1,4 +1,4 @@
-"""Kombu's poller, which says in time that messages are held before it sweeps for those of silent holders."""
+"""Kombu's poller, which renews the claims on held messages before it sweeps for those of silent workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SWEEP_S = 0.5
 
 
 class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
-    """Kombu's, with waits that are short enough for the next reserve."""
+    """Kombu's, with waits short enough for the next reserve."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
         stood_still = now - self._extended_at
         self.extend()
         if any(stood_still > channel.visibility_timeout / 2 for channel in self._holders):
-            # The broker hung, or this process: other workers, too, must first say that they are there.
+            # The broker or this process hung: the other workers, too, must first be able to renew their claims.
             return None
         return super().maybe_restore_messages()
 
     def on_poll_init(self, poller: Any) -> None:
-        # Kombu looks for lost messages here: after an outage, before others could say that they hold theirs.
+        # Kombu would sweep here: after an outage, before the other workers could renew their claims.
         self.poller = poller
         self._extended_at = time.monotonic()
 

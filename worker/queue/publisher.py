@@ -20,7 +20,7 @@ from worker.runtime import gil
 
 
 class AMQP(amqp.AMQP):  # type: ignore[misc]
-    """Celery's, through which all of its messages go, with the patience of the process."""
+    """Celery's, through which all of its messages go. Waits while the broker is away, if the process may wait."""
 
     @cached_property
     def send_task_message(self) -> Callable[..., Any]:
@@ -29,7 +29,7 @@ class AMQP(amqp.AMQP):  # type: ignore[misc]
         def send_with_retries(producer: Any, name: str, message: Any, **options: Any) -> Any:
             if not redis_retry.is_enabled():
                 return send(producer, name, message, **options)
-            # Celery's own attempts are few, and kombu's pauses hold the interpreter's permit.
+            # Celery makes few attempts, and the thread would hold its GIL permit during kombu's pauses.
             options["retry"] = False
             call = functools.partial(send, producer, name, message, **options)
             return with_retries(call, functools.partial(_reconnect, producer))
@@ -37,7 +37,7 @@ class AMQP(amqp.AMQP):  # type: ignore[misc]
         return send_with_retries
 
     _producer_pool: Any = None
-    #: Celery makes `app.pool` while it walks over a dict of all of kombu's pools, which two threads at once break.
+    #: Celery creates `app.pool` while it iterates over a dict of all of kombu's pools, which is not thread-safe.
     _pool_is_made = threading.Lock()
 
     @property

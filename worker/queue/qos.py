@@ -30,7 +30,8 @@ end
 redis.call('ZREM', KEYS[2], ARGV[1])
 return 1
 """
-#: Says that messages are still held. KEYS: the index. ARGV: their tags. What has gone back to its queue stays there.
+#: Renews the claims on held messages. KEYS: the index. ARGV: their tags. A message that has returned to its queue stays
+#: there.
 #: A full server allows what follows a write that frees memory.
 EXTEND = """
 local time = redis.call('TIME')
@@ -69,7 +70,7 @@ class QoS(RestoringQoS):
         virtual.QoS.ack(self, delivery_tag)
 
     def hand_back(self, message: Any) -> None:
-        """Put a message back where it came from, to be read next. It is not marked as redelivered: it was not begun."""
+        """Put a message back where it came from, to be read next, and not marked as redelivered."""
         tag, channel = message.delivery_tag, self.channel
         queue = message.delivery_info.get("routing_key")
         if queue in channel.record_endings:
@@ -95,7 +96,7 @@ class QoS(RestoringQoS):
         self.flush_if_possible()
 
     def extend(self) -> None:
-        """Tell the broker that this process lives and holds its messages."""
+        """Renew this process's claims on its messages."""
         pending = self.channel.pending_acks
         tags = {*(self._delivered.keys() - self._dirty), *pending.acks, *pending.delayed}
         with self.channel.conn_or_acquire() as redis:
@@ -104,12 +105,12 @@ class QoS(RestoringQoS):
     # When to send
 
     def flush_unless_scheduled(self) -> None:
-        """Raises where the broker refuses or is away."""
+        """Flush, unless a flush is scheduled. Raises where the broker refuses or is away."""
         if not self._is_flush_scheduled:
             self.channel.pending_acks.flush(self)
 
     def flush_if_possible(self) -> None:
-        """Leaves what the broker refuses for later."""
+        """Flush; what the broker refuses stays pending."""
         channel = self.channel
         if channel.closed and channel.connection is None:
             return
@@ -119,7 +120,7 @@ class QoS(RestoringQoS):
             channel.backoff.complain(error)
 
     def _flush_soon(self) -> None:
-        """Together with jobs that end within ACK_BATCH_WINDOW_S, where there is an event loop."""
+        """Flush after ACK_BATCH_WINDOW_S, together with jobs that end until then; at once without an event loop."""
         hub = get_event_loop()
         if hub is None:
             self.flush_if_possible()

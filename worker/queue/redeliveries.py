@@ -1,4 +1,4 @@
-"""Which jobs kill their workers: a record in Redis that outlives every process.
+"""Which jobs kill their workers: a record in Redis that outlives the processes.
 
 A job whose worker died is delivered again after the visibility timeout. A job that kills its workers would be delivered
 for ever. So each return of a job from a worker that died, froze or was cut off is counted, in the step that puts the
@@ -10,8 +10,8 @@ each retry is counted apart. A worker that dies also returns jobs that it had no
 marked when it starts in a later delivery, before it is sent to the model process, under `<retries>:<return>`. A job
 that was never returned has no record.
 
-One death returns all jobs in flight, so a count alone proves nothing: after two deaths a job runs alone, and its
-innocent neighbours end. Runs that the pool repeats after the death of the model process alone are not counted
+One death returns all jobs in flight, so a count alone proves nothing: after two deaths a job runs alone, and the other
+jobs end. Runs that the pool repeats after the death of the model process alone are not counted
 (worker/pool/quarantine.py). The key is deleted when the job's message is acknowledged, or expires.
 """
 
@@ -41,11 +41,11 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What is known of a job's earlier deliveries."""
+    """A job's earlier deliveries, as far as they are known."""
 
-    #: Deliveries that did not end.
+    #: Deliveries after which the job was returned.
     returns: int = 0
-    #: Those in which it had been started, as far as is known. In the first one it counts as started.
+    #: Those of them in which it had started. In the first one it counts as started.
     deaths: int = 0
 
 
@@ -64,7 +64,7 @@ class RedeliveryCounter:
         try:
             record = self._client().hgetall(self._name(id))
         except Exception as error:
-            logger.warning("The deliveries of job %s are unknown (%s): it runs.", ascii(id), error)
+            logger.warning("The redeliveries of job %s are unknown (%s): it runs.", ascii(id), error)
             return History()
         returns = int(record.get(str(retries).encode(), 0))
         started = sum(f"{retries}:{number}".encode() in record for number in range(1, returns))
@@ -75,7 +75,7 @@ class RedeliveryCounter:
         return deaths >= self._most
 
     def is_suspect(self, deaths: int) -> bool:
-        """Whether a job must run alone. It always does before it is given up."""
+        """Whether a job must run alone. Every job does so before it is given up."""
         return deaths >= min(ALONE_AFTER, self._most - 1)
 
     def mark_started(self, jobs: Iterable[tuple[Key, int]]) -> None:
@@ -102,7 +102,7 @@ class RedeliveryCounter:
                     pipe.expire(name, kept_s(self.channel))
                 pipe.execute()
         except Exception as error:
-            logger.warning("The deliveries of jobs are not counted: %s", error)
+            logger.warning("Redeliveries are not counted: %s", error)
 
     def _name(self, id: str) -> str:
         return self.channel.global_keyprefix + REDELIVERIES.named(id) if self.channel is not None else ""

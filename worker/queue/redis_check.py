@@ -1,7 +1,7 @@
-"""Whether both Redis answer, looked at before a worker says that it is ready.
+"""Whether both Redis servers can be used, checked before a worker is ready.
 
-A server that is merely away is waited for. One that will never do (no such database, no such user, no TLS) ends the
-start, with the cure: else each job would be tried for minutes, and its worker would not stop meanwhile.
+The worker waits for a server that is away. A server that can never be used (no such database, no such user, no TLS)
+ends the start, with the cure: otherwise each job would retry for minutes, and its worker would not stop meanwhile.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tasks.availability import is_away
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two tries, and between two lines of the log about a server that is away.
+#: Seconds between two attempts, and between two log lines about a server that is away.
 RETRY_S = 0.5
 LOG_INTERVAL_S = 10.0
-#: Seconds between two looks at what the servers have answered.
+#: Seconds between two polls of the check's state.
 POLL_INTERVAL_S = 0.05
 
 _CURES = (
@@ -41,7 +41,7 @@ _CURES = (
 
 
 def cure(error: BaseException) -> str | None:
-    """What to correct, for an answer that stays the same however long one waits; None for a server that is away."""
+    """What to correct, for an error that waiting does not cure; None for a server that is away."""
     for cause in _chain(error):
         said = str(cause)
         known = next((cure for sign, cure in _CURES if sign in said.lower()), None)
@@ -66,12 +66,12 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 class RedisCheck:
-    """Asks each server in a thread of its own until it answers, or is found to be of no use. By any thread."""
+    """Pings each server in its own thread until it answers or is found unusable. Thread-safe."""
 
     def __init__(self, pings: Mapping[str, Callable[[], Any]]) -> None:
-        """By a server's name, a call that raises where it does not answer."""
+        """`pings`: by a server's name, a call that raises where it does not answer."""
         self._calls = dict(pings)
-        #: Of those that have not answered, why.
+        #: Why servers have not answered, by their names.
         self._away = dict.fromkeys(pings, "it has not answered yet")
         self._wrong: dict[str, str] = {}
         self._is_over = False
@@ -89,12 +89,12 @@ class RedisCheck:
 
     @property
     def missing(self) -> str:
-        """Which servers are waited for, and why."""
+        """Which servers have not answered, and why."""
         return "; ".join(f"{name}: {why}" for name, why in list(self._away.items()))
 
     @property
     def wrong(self) -> str:
-        """Why there is nothing to wait for; empty where there may be."""
+        """Which servers can never be used, and why; empty without one."""
         return " ".join(f"{name}: {why}." for name, why in list(self._wrong.items()))
 
     def _ask(self, name: str) -> None:
@@ -112,29 +112,29 @@ class RedisCheck:
                 self._away[name] = str(error) or type(error).__name__
             if time.monotonic() - logged_at > LOG_INTERVAL_S:
                 logged_at = time.monotonic()
-                logger.error("%s is not there (%s): the worker waits for it.", name, self._away[name])
+                logger.error("%s does not answer (%s): the worker waits for it.", name, self._away[name])
             time.sleep(RETRY_S)
 
 
 def redis_pings(app: Celery) -> dict[str, Callable[[], Any]]:
-    """An app's two servers, each with a call that has an answer of it. By threads."""
+    """A ping of each of an app's two servers, by the server's name. Thread-safe."""
     results = f"The results' Redis, IDEFICS_RESULT_BACKEND ({app.backend.as_uri().rpartition('+')[2]})"
     return {**broker_ping(app), results: lambda: app.backend.client.ping()}
 
 
 def broker_ping(app: Celery) -> dict[str, Callable[[], Any]]:
-    """The first of them."""
+    """A ping of an app's broker, by the server's name."""
 
     def ask_broker() -> None:
         with app.connection_for_write() as connection:
-            # A channel's first word is PING.
+            # A channel's first command is PING.
             connection.connect()
 
     return {f"The queues' Redis, IDEFICS_BROKER_URL ({app.connection_for_write().as_uri()})": ask_broker}
 
 
 class BrokerCheck(bootsteps.StartStopStep):  # type: ignore[misc]
-    """For a worker that needs the queues' Redis alone: its start waits for it, and ends where it cannot be used."""
+    """For a worker that needs the broker only: its start waits for the broker, and fails if that cannot be used."""
 
     requires = ("celery.worker.components:Pool",)
 

@@ -1,8 +1,8 @@
-"""Waiting for a Redis that is away or refuses, in the model process: nothing that a job owes is lost meanwhile.
+"""Retries of calls to a Redis that is away or refuses, in the model process.
 
-A job thread waits, with pauses, for as long as IDEFICS_REDIS_WAIT_S allows; then its message goes back to the queue.
-This holds for whatever a job reads, stores or publishes. In the parent process nothing waits, since its event loop must
-hear signals: there the error is raised at once, and the job goes back.
+A job thread retries, with pauses, for up to IDEFICS_REDIS_WAIT_S; then its message returns to the queue. This applies
+to everything that a job reads, stores or publishes, so nothing of it is lost. The parent process never waits, since its
+event loop must handle signals: there the error is raised at once, and the job returns to the queue.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ T = TypeVar("T")
 #: Connections to the results' Redis, and as many to the broker for callbacks, that all job threads share.
 CONNECTIONS = 8
 
-#: Seconds before the second attempt, and at most between two.
+#: Seconds before the second attempt, and at most between two attempts.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0
-#: Seconds between two lines of the log about waiting.
+#: Seconds between two log lines about waiting.
 LOG_INTERVAL_S = 30.0
 
 
 class RedisAway(BaseException):
-    """Redis stayed away for longer than a job waits: its message goes back to the queue.
+    """Redis stayed away for longer than a job waits: the job's message returns to the queue.
 
-    No Exception: on its way to the job's thread it passes code of Celery's that would end the job, its chord or its
-    retry for any Exception.
+    Not an Exception: it passes through code of Celery's that would end the job, its chord or its retry for any
+    Exception.
     """
 
 
 class _Waiting:
-    """How this process waits."""
+    """Whether and for how long this process waits."""
 
     def __init__(self) -> None:
-        #: Seconds; 0: not at all.
+        #: Seconds; 0: it does not wait.
         self.max_wait_s = 0.0
-        self.tell: Callable[[float], None] = lambda seconds: None
+        self.on_wait: Callable[[float], None] = lambda seconds: None
         self.logged_at = float("-inf")
 
 
 _waiting = _Waiting()
 
 
-def enable(seconds: float, tell: Callable[[float], None]) -> None:
-    """From now on this process's threads wait. `tell` is called in the thread that waits, with the seconds so far."""
+def enable(seconds: float, on_wait: Callable[[float], None]) -> None:
+    """Let this process's threads wait. `on_wait` is called in a waiting thread with the seconds since its last call."""
     _waiting.max_wait_s = seconds
-    _waiting.tell = tell
+    _waiting.on_wait = on_wait
 
 
 def max_wait_s() -> float:
-    """Seconds that a call waits; 0 in a process that does not wait."""
+    """Seconds that a call may wait; 0 in a process that does not wait."""
     return _waiting.max_wait_s
 
 
@@ -72,12 +72,12 @@ def is_enabled() -> bool:
 
 
 def with_retries(call: Callable[[], T], reconnect: Callable[[], None] | None = None) -> T:
-    """Call Redis, and again while it is away. Raises RedisAway when IDEFICS_REDIS_WAIT_S is over, and defects at once.
+    """Call Redis, repeatedly while it is away. Raises RedisAway after IDEFICS_REDIS_WAIT_S, and other errors at once.
 
-    `reconnect` is called after a failover, where the host's name may stand for another server by now.
+    `reconnect` is called after a failover, since the host's name may then lead to another server.
     """
     started = time.monotonic()
-    told, pause = started, FIRST_PAUSE_S
+    waited_until, pause = started, FIRST_PAUSE_S
     while True:
         try:
             return call()
@@ -89,9 +89,9 @@ def with_retries(call: Callable[[], T], reconnect: Callable[[], None] | None = N
             _log(error)
             is_elsewhere = is_demoted(error)
         with gil.released():
-            time.sleep(pause * random.uniform(0.7, 1.0))  # noqa: S311 - so that not all threads come back at once
-        told, before = time.monotonic(), told
-        _waiting.tell(told - before)
+            time.sleep(pause * random.uniform(0.7, 1.0))  # noqa: S311 - spreads the threads' attempts
+        waited_until, before = time.monotonic(), waited_until
+        _waiting.on_wait(waited_until - before)
         pause = min(2 * pause, MAX_PAUSE_S)
         if reconnect is not None and is_elsewhere:
             reconnect()
@@ -105,7 +105,7 @@ def _log(error: Exception) -> None:
 
 
 class _ConnectionLimit:
-    """Few connections for many threads: a thread that has to wait for one lets others run meanwhile."""
+    """Limits the connections in use. A thread that waits for one releases its GIL permit meanwhile."""
 
     def __init__(self, count: int) -> None:
         self._free = threading.Semaphore(count)
@@ -122,7 +122,7 @@ class _ConnectionLimit:
 
 
 class RetryingRedis(redis.Redis):
-    """A client for all job threads, which waits as they do. Every command of ours may be made twice."""
+    """A client for all job threads, which retries. All our commands may be sent twice."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -142,13 +142,13 @@ class RetryingRedis(redis.Redis):
         self.connection_pool.disconnect(inuse_connections=False)
 
     def once(self, call: Callable[[], T]) -> T:
-        """Call with one of the connections."""
+        """Make a call that uses one connection, without retries."""
         with self._limit.one():
             return call()
 
 
 class _RetryingPipeline(Pipeline):
-    """Sends all of its commands again."""
+    """A pipeline that is retried as a whole."""
 
     def __init__(self, client: RetryingRedis, transaction: bool, shard_hint: Any) -> None:
         super().__init__(client.connection_pool, client.response_callbacks, transaction, shard_hint)
@@ -158,7 +158,7 @@ class _RetryingPipeline(Pipeline):
         commands, scripts = list(self.command_stack), set(self.scripts)
 
         def execute() -> list[Any]:
-            # The attempt before has taken them along.
+            # An attempt empties both.
             self.command_stack, self.scripts = list(commands), set(scripts)
             return super(_RetryingPipeline, self).execute(raise_on_error)
 

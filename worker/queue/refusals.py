@@ -1,6 +1,6 @@
-"""What becomes of a message that is no job: it ends as `invalid_request` under its id, else it is a dead letter.
+"""Refused messages: one with an id ends as `invalid_request` under it, others become dead letters.
 
-What a message must be is checked in `worker/queue/envelope`, which `worker/queue/consumer.py` calls.
+`worker/queue/envelope` checks messages; `worker/queue/consumer.py` calls it.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ KEPT_BYTES = 2_000
 
 
 class Refusals:
-    """Called with each message that is dropped, before it is. Its links, chain and chord are not called: they may be
-    what is wrong with it."""
+    """Called with each message before it is dropped. Its links, chain and chord are not called: they may be the reason
+    for the refusal."""
 
     def __init__(self, app: Celery, bounds: FailedBounds) -> None:
         self._app = app
         self._bounds = bounds
 
     def __call__(self, raw: bytes, refused: MessageRefused, taken: str = "") -> Asked | None:
-        """What the end is stored under, where there is an id. Raises what Redis does where neither can be stored."""
+        """Store the refusal. Returns what it was stored for, if the message has an id. Raises Redis's errors."""
         logger.error("%s is dropped. %s", described(raw, refused), refused)
         if not refused.id:
             self._keep(raw, refused)
             return None
-        # No submission has this digest, so that a correct one under the same id runs. What is wrong counts too: it may
-        # stand in the headers.
+        # No submission has this digest, so a correct message under the same id still runs. The reason is hashed too,
+        # since it may be in the headers, which `raw` does not include.
         digest = hashlib.blake2b(raw + str(refused).encode(), digest_size=16).hexdigest()
         asked = Asked(f"refused{digest}", begins=True, taken=taken)
         self.end(refused.id, InvalidRequest(str(refused)), asked)
         return asked
 
     def end(self, id: str, error: JobError, asked: Asked | None = None) -> None:
-        """Store a job's failure, and nothing that follows from it."""
+        """Store a job's failure without its links, chain and chord."""
         request = Bunch(chord=None, errbacks=None, chain=None, task=None, delivery_info={}, id=id, asked=asked)
         self._app.backend.mark_as_failure(id, error, request=request)
 
     def _keep(self, raw: bytes, refused: MessageRefused) -> None:
         job = FailedJob(
-            # The same message is one entry, however often it comes.
+            # The same message has one entry, even if it is delivered several times.
             id=f"refused-{hashlib.sha256(raw).hexdigest()[:16]}",
             task="unknown",
             code=InvalidRequest.code,

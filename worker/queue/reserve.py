@@ -1,7 +1,7 @@
 """The atomic reserve (reliable fetch): one Lua script moves a message from its queue's list into `unacked`.
 
-A worker that dies at any moment leaves the message in one of the two. Here are the script, its request and the meaning
-of its reply, without I/O; worker/queue/transport.py sends and reads them.
+If a worker dies, the message is always in one of the two. This module has the script, its request and its reply,
+without I/O; worker/queue/transport.py sends the one and reads the other.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from tasks.redis_keys import DUE, DUE_IDS, list_name
 from worker.queue.due import ETA, ID
 from worker.queue.envelope import MAX_DELAY_S
 
-#: Messages, and their bytes, that one call of the script moves to where they wait for their time: a script that runs
-#: for long blocks Redis.
+#: Messages before their time, and their bytes, that one call of the script moves: a long script blocks Redis.
 MAX_DELAYED = 100
 MAX_DELAYED_BYTES = 1_000_000
 
 #: KEYS: unacked, its index, then the lists in order. ARGV: the tag, the prefix of a list's name in the name of its set
 #: of messages that wait for their time (worker/queue/due.py), the key of their ids, then for each list the end of its
 #: messages' records; empty for a list without acknowledgements. Returns the list's number, the message and the server's
-#: time; number -1 where it has moved so many messages before their time that it must be called again.
+#: time; number -1 if it moved that many messages before their time and must be called again.
 #: RPOP or ZREM comes first: a full server allows what follows a write that frees memory. Lua does not roll back.
 #: All times are the server's: a worker's clock may be hours ahead.
 RESERVE = f"""

@@ -1,22 +1,23 @@
 """Celery's Redis result backend, in which the first terminal state of a job wins.
 
-A job can run twice at once: its worker froze for longer than the visibility timeout, or was cut off, and another one
-took the job. Celery's backend checks and then writes, and protects a success only: the two runs can store different
-ends. This one checks and writes in one Lua script. Producers keep Celery's plain backend: keys and contents are the
-same.
+A job can run twice at once: its worker froze or was cut off for longer than the visibility timeout, and another worker
+took the job. Celery's backend checks before it writes, and protects successes only: two runs can store different
+states. This backend checks and writes in one Lua script. Producers keep Celery's plain backend: keys and contents are
+the same.
 
-The later run does not store its state, count its part of a chord, call its errbacks or fail its chain and, where it
-learns of the first end in time (`terminal_state`), does not send its links. Links are sent twice at worst: by two runs
-that end within the milliseconds between that check and the write. Errbacks are called at most once: Celery stores a
-failure before it calls them, so a worker that is killed in between loses them.
+The later run does not store its state, count its part of a chord, call its errbacks or fail its chain. If it learns of
+the first terminal state in time (`terminal_state`), it does not send its links either. In the worst case links are sent
+twice, by two runs that end within the milliseconds between that check and the write. Errbacks are called at most once:
+Celery stores a failure before it calls them, so a worker that is killed in between loses them.
 
-A task id may be used again, for another task or other arguments. Each record holds a digest of what was asked. A run
-that begins with another digest is a new submission, and the old end is deleted in the same step; with the same digest
-it is a run of the same job. Records without a digest (of older workers, and those that Celery writes for the rest of a
-failed chain) count as the same job's. To run a job again under its id, delete its end first: `tasks.failed.forget`.
+A task id may be used again, for another task or other arguments. Each record holds a digest of the submission, that is
+of its task and arguments. A run that begins with another digest is a new submission, and the old terminal state is
+deleted in the same step; with the same digest it is a run of the same job. Records without a digest (of older workers,
+and those that Celery writes for the rest of a failed chain) count as the same job's. To run a job again under its id,
+delete its terminal state first: `tasks.failed.forget`.
 
-Two submissions may be in flight under one id. The record belongs to the one that was taken from the queue last, which
-workers may start first: so it also holds the time of the take. The other one runs too, with its links, chord, errbacks
+Two submissions may be in flight under one id. The record belongs to the one that was taken from the queue last, even if
+it starts first: so the record also holds the time of the take. The other one runs too, with its links, chord, errbacks
 and callback; only its states are not stored. A retry is a part of its submission, and never takes the record over.
 """
 
@@ -61,7 +62,7 @@ ASKED, TAKEN = "idefics_asked", "idefics_taken"
 #: A record begins with the state, then these. These bytes hold them; the answer behind them may have megabytes.
 _HEAD_BYTES = 160
 _HEAD = re.compile(rb'\s*{\s*"status"\s*:\s*"(\w+)"(?:\s*,\s*"idefics_asked"\s*:\s*"(\w+)")?')
-#: Seconds. A take that is later by more was timed by another clock: the broker's name led to another server.
+#: Seconds. Times of takes that differ by more come from two servers' clocks: the broker's name led to another one.
 _SAME_CLOCK_S = 3_600
 
 #: KEYS: the job's record, its cancellation. ARGV: the record, its seconds to live (0: for ever), `start` or `end` where
@@ -118,7 +119,7 @@ return false
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request asks for, as its attribute `asked`. A header of the message cannot forge this class."""
+    """The submission that a request belongs to, as its attribute `asked`. A header cannot forge this class."""
 
     digest: str
     #: True where a submission begins with what is stored next: an end of another submission is deleted.
@@ -133,12 +134,12 @@ def taken_now(message: Any) -> dict[str, float | None]:
 
 
 def taken_text(message: Any) -> str:
-    """The same as a record has it."""
+    """The same, as text for a record."""
     return _as_text(taken_now(message)[TAKEN_AT])
 
 
 def asked_by(request: Any, *, begins: bool = False) -> Asked:
-    """What a checked request asks for."""
+    """The submission that a checked request belongs to."""
     # A retry, or a job that a worker sent back, continues the submission that its first run began.
     begins = begins and not request.get("retries") and not request.get(CONTINUES)
     digest = digest_of(request.get("task"), request.args, request.kwargs)
@@ -164,13 +165,13 @@ class FirstTerminalStateWins:
     """Mixin for Celery's Redis backends. Not for Redis Cluster: the script names two keys."""
 
     def _get_client(self) -> type[RetryingRedis]:
-        """One client for all threads. One for each thread would be two hundred connections."""
+        """One client for all threads: one for each thread would open two hundred connections."""
         return RetryingRedis
 
     def on_task_call(self: Any, producer: Any, task_id: str) -> None:
-        """Does nothing: no worker waits for the links and retries that it sends.
+        """Do nothing: a worker does not wait for the links and retries that it sends.
 
-        Celery's would subscribe to each result, and nothing would read what arrives.
+        Celery's would subscribe to each result, and the messages would never be read.
         """
 
     def store_result(
@@ -187,7 +188,7 @@ class FirstTerminalStateWins:
 
     def _on_not_stored(self: Any, task_id: str, kept: str, state: str, request: Any) -> None:
         if kept == SUPERSEDED:
-            # Its links, errbacks, chain and chord are its own, and follow its own end.
+            # Its own links, errbacks, chain and chord follow its own end.
             logger.info("Job %s was followed by another one under its id: its %s is not stored.", task_id, state)
             return
         logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept, state)
@@ -195,12 +196,12 @@ class FirstTerminalStateWins:
             # The other run calls what follows.
             request.chain = request.errbacks = None
             if request.chord:
-                # That run may have died right after it stored its end, or was a revocation, which knows of no chord.
+                # That run may have died right after it stored its end, or was a revocation, which ignores chords.
                 self.replay_side_effects(request)
             request.chord = None
 
     def start(self: Any, request: Any, *, is_stored: bool) -> str | None:
-        """Store that a job runs, unless it must not: then return CANCELED or its terminal state; else None."""
+        """Store that a job runs. Returns CANCELED or its terminal state if it must not run, otherwise None."""
         value = {"pid": os.getpid(), "hostname": request.hostname}
         begun = asked_by(request, begins=True)
         request.asked = replace(begun, begins=False)
@@ -237,7 +238,7 @@ class FirstTerminalStateWins:
         return self.client.register_script(_STORE)
 
     def terminal_state(self: Any, task_id: str, asked: Asked | None = None) -> str | None:
-        """SUCCESS, FAILURE or REVOKED; None for a job that has not ended, or only another submission than `asked` has.
+        """SUCCESS, FAILURE or REVOKED; None if the job has not ended, or only another submission than `asked` has.
 
         Reads the start of the record, not the answer.
         """
@@ -246,7 +247,7 @@ class FirstTerminalStateWins:
         except ResponseError as error:
             if is_away(error):
                 raise
-            # A value of another type is no job's record.
+            # A value of another type is not a job's record.
             head = b""
         found = _HEAD.match(head)
         state = found[1].decode() if found else states.PENDING
@@ -254,14 +255,14 @@ class FirstTerminalStateWins:
         return state if state in states.READY_STATES and not is_other else None
 
     def mark_as_failure(self: Any, task_id: str, exc: BaseException, *args: Any, **options: Any) -> None:
-        """Celery's; an error from around a job's task becomes one with a code, `internal`."""
+        """Celery's. An unexpected exception becomes a JobError with the code `internal`."""
         if options.get("request") is not None and not isinstance(exc, JobError):
             logger.error("Job %s hit a defect; it fails as internal: %s", ascii(task_id), without_values(exc))
             exc = Internal(f"{type(exc).__name__} in the worker: its log has the traceback.")
         super().mark_as_failure(task_id, exc, *args, **options)  # type: ignore[misc]
 
     def on_chord_part_return(self: Any, request: Any, state: str, result: Any, **options: Any) -> None:
-        """Celery's; a defect ends the job's part of the chord, not the job."""
+        """Celery's. An error of the chord's keys ends the job's part of the chord, not the job."""
         try:
             super().on_chord_part_return(request, state, result, **options)  # type: ignore[misc]
         except RedisError as error:
@@ -283,7 +284,7 @@ class FirstTerminalStateWins:
 
 
 def asked_of(request: Any) -> Asked:
-    """What a request asks for; without a digest for one that Celery made up, for the rest of a chain."""
+    """The submission that a request belongs to; without a digest for one that Celery made for the rest of a chain."""
     asked = getattr(request, "asked", None)
     return asked if isinstance(asked, Asked) else Asked("")
 

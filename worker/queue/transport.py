@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a reply is stale: its message may have been given to another worker meanwhile.
 STALE_REPLY_S = 5.0
-#: A worker says again that it holds its messages after a quarter of the visibility timeout, between these seconds.
+#: A worker renews its claims on messages after a quarter of the visibility timeout, within these bounds in seconds.
 MIN_EXTEND_S, MAX_EXTEND_S = 0.25, 10.0
 
 
@@ -94,11 +94,11 @@ class Channel(GuardedChannel):
 
     @property
     def acknowledges(self) -> bool:
-        """Whether messages were taken here that count as held until they are acknowledged."""
+        """Whether this channel consumes queues with acknowledgements."""
         return bool(self._record_endings)
 
     def delay(self, tag: str, at: float, id: str) -> None:
-        """Have the message that is being delivered, with this id, wait in Redis until a time, in unix seconds."""
+        """Have the message that is being delivered wait in Redis until `at`, in unix seconds."""
         assert self._reserved is not None
         # Not all messages at one time: see worker/queue/due.py.
         at += random.random() / 1_000  # noqa: S311 - spread
@@ -109,7 +109,7 @@ class Channel(GuardedChannel):
         return prefix + DUE.named(prefix + name)
 
     def deliver_early(self, job: DueJob) -> None:
-        """Deliver a job of a queue that is read here before its time, unless another worker has it by now."""
+        """Deliver a job of a consumed queue before its time, unless another worker has taken it."""
         queues = set(self._record_endings).intersection(self.active_queues)
         request = reserve_request(queues, self.priority_steps, self._separators, self._record_endings)
         numbers = {self._due_key(name): number for number, name in enumerate(request.lists)}
@@ -146,7 +146,7 @@ class Channel(GuardedChannel):
 
     def close(self) -> None:
         if self._in_poll:
-            # Its message would find its consumer gone.
+            # A reserve is in flight, and its message would no longer find a consumer.
             assert self._request is not None
             tag = self._request.tag
             with contextlib.suppress(Empty, *self.connection_errors):
@@ -168,7 +168,7 @@ class Channel(GuardedChannel):
             if not self._record_endings or self.can_accept():
                 self._send_request()
         except ResponseError as error:
-            # To a pending ack, or to the connection's health check, PING.
+            # Redis refused a pending ack, or PING, the connection's health check.
             self._in_poll = self._request = None
             self.backoff.refused(error)
 
@@ -186,7 +186,7 @@ class Channel(GuardedChannel):
     def _brpop_read(self, **options: Any) -> bool:
         request = self._request
         if request is None:
-            # Nothing is expected: the server closed an idle connection. The next reserve opens another.
+            # No reply is expected: the server closed an idle connection. The next reserve opens another.
             self.client.connection.disconnect()
             raise Empty
         reply = self._read_reply(**options)
@@ -215,7 +215,7 @@ class Channel(GuardedChannel):
             raise
         except ResponseError as error:
             if is_demoted(error):
-                # Its name may stand for another server by now.
+                # After a failover the host's name may lead to another server.
                 self.client.connection.disconnect()
             self.backoff.refused(error)
             raise Empty from None
@@ -251,7 +251,7 @@ class SentinelChannel(Channel, stock.SentinelChannel):  # type: ignore[misc]
 
     @staticmethod
     def broker_identity(connection: Any) -> str:
-        # Whichever of its sentinels is asked now, they lead to one broker.
+        # All sentinels lead to the same broker, so the current one does not matter.
         return ";".join(sorted(connection.alt)) or Channel.broker_identity(connection)
 
 
@@ -274,7 +274,7 @@ class Transport(stock.Transport):  # type: ignore[misc]
 
 
 def _wake() -> None:
-    """Does nothing: it wakes the event loop, which reserves each time it wakes."""
+    """Do nothing: the call wakes the event loop, which then sends a reserve."""
 
 
 class SentinelTransport(Transport, stock.SentinelTransport):  # type: ignore[misc]

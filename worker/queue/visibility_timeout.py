@@ -16,7 +16,7 @@ from worker.queue.redeliveries import kept_s
 
 logger = logging.getLogger(__name__)
 
-#: Called with each message that is dropped because it cannot be read, before it is dropped.
+#: Called with each unreadable message before it is dropped.
 OnRefused = Callable[[bytes, MessageRefused], object]
 
 
@@ -25,17 +25,17 @@ def log_refused(raw: bytes, refused: MessageRefused) -> None:
 
 
 class _NotKept(Exception):
-    """A message that is to be dropped could not be stored first."""
+    """An unreadable message could not be stored, so it must not be dropped."""
 
 
 class RestoringQoS(stock.QoS):  # type: ignore[misc]
-    """Kombu's; counts what comes back from silent holders, and survives records that cannot be read.
+    """Kombu's. Counts messages that return from silent workers, and survives unreadable records.
 
     Its channel has a `backoff` and `on_refused`.
     """
 
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
-        """Kombu's, by the server's clock. What comes back here had a holder that died, froze or was cut off."""
+        """Kombu's, by the server's clock. The workers of these messages died, froze or were cut off."""
         self._vrestore_count += 1
         if (self._vrestore_count - 1) % (interval or 1):
             return
@@ -51,7 +51,7 @@ class RestoringQoS(stock.QoS):  # type: ignore[misc]
                 self.restore_by_tag(tag, redis, is_lost=True)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False, *, is_lost: bool = False) -> None:
-        """Put a message back to its queue. Kombu's own drops an unreadable record, or fails in each worker."""
+        """Put a message back to its queue. Kombu's own drops an unreadable record, or fails in every worker."""
 
         def restore(pipe: Any) -> None:
             record = pipe.hget(self.unacked_key, tag)
@@ -66,7 +66,7 @@ class RestoringQoS(stock.QoS):  # type: ignore[misc]
             redis.transaction(restore, self.unacked_key)
 
     def _put_back(self, record: bytes, push: Callable[[str, str], Any]) -> dict[str, Any]:
-        """The message of a record, which is pushed to its queue; empty where it was refused."""
+        """Push the message of a record to its queue, and return it; empty where it was refused."""
         try:
             message, exchange, routing_key = given_back(record)
             raw = dumps(message)
@@ -88,7 +88,7 @@ class RestoringQoS(stock.QoS):  # type: ignore[misc]
             pipe.hincrby(name, str(key[1]), 1).expire(name, kept_s(self.channel))
 
     def _keep_refused(self, record: bytes, refused: MessageRefused) -> None:
-        """Raises _NotKept, upon which the record stays where it is: the next sweep finds it."""
+        """Raises _NotKept if that fails: then the record stays where it is, and the next sweep finds it."""
         try:
             self.channel.on_refused(record, refused)
         except Exception as error:
@@ -99,7 +99,7 @@ class RestoringQoS(stock.QoS):  # type: ignore[misc]
         try:
             return int(self.channel._get_message_priority(message, reverse=False))
         except ArithmeticError:
-            # Of an infinite one.
+            # The message's priority is infinite.
             return int(self.channel.default_priority)
 
 

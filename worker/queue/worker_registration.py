@@ -1,4 +1,4 @@
-"""Says in Redis what this worker reads, and from which queues, for clients (`tasks/worker_registry.py`)."""
+"""Registers this worker in Redis, with its queues and options, for clients (`tasks/worker_registry.py`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tasks.worker_registry import RENEW_S, WorkerOptions, deregister, publish, r
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that the worker's end waits until Redis knows of it.
+#: Seconds that the worker's end waits for its deregistration.
 LEAVE_S = 2.0
 
 
 class WorkerRegistration(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Renews the keys in a thread, since the event loop must not wait for Redis. They expire after the worker's end, at
-    which its own name is taken out.
+    """Renews the keys in a thread, since the event loop must not wait for Redis.
+
+    At the worker's end its name is removed; the keys expire later.
     """
 
     requires = ("celery.worker.components:Pool",)
@@ -45,16 +46,16 @@ class WorkerRegistration(bootsteps.StartStopStep):  # type: ignore[misc]
     terminate = stop
 
     def _renew(self, app: Any, name: str) -> None:
-        options, broker, told = WorkerOptions.of(app), None, False
+        options, broker, is_logged = WorkerOptions.of(app), None, False
         while not self._is_ending.is_set():
             try:
                 broker = broker or connect(app)
                 publish(app, options, broker)
                 register(app, name, broker)
             except Exception as error:
-                if not told and not is_away(error):
-                    logger.warning("What this worker reads cannot be said to clients: %s", error)
-                    told = True
+                if not is_logged and not is_away(error):
+                    logger.warning("This worker cannot be registered for clients: %s", error)
+                    is_logged = True
             self._is_ending.wait(RENEW_S)
         if broker is not None:
             with contextlib.suppress(RedisError):

@@ -11,9 +11,9 @@ import sys
 import threading
 from collections.abc import Collection
 
-#: Niceness of the engine where it shares its cores with the job threads: it gets a tenth of their share while all want
-#: one. A step costs nearly the same for few rows as for many, so fewer, later steps do the same work. On two cores 15
-#: makes 7 to 10 % more jobs a second than 0; 10 as many as 15, and 5 a little fewer.
+#: Niceness of the engine where it shares its cores with the job threads: under load it gets a tenth of a job thread's
+#: share. A step costs nearly the same for few rows as for many, so fewer, later steps do the same work. On two cores a
+#: niceness of 15 gave 7 to 10 % more jobs a second than 0; 10 as many as 15, and 5 slightly fewer.
 ENGINE_NICENESS = 10
 
 
@@ -25,8 +25,8 @@ def all_cores() -> Collection[int]:
 def job_cores(cores: Collection[int]) -> list[int]:
     """The cores for job threads: all but the first two, which the engine and the encoder keep; of few, the last half.
 
-    Job threads share the interpreter. On two cores it passed between both, and the engine found neither free: with one
-    core for them it was 12 % more jobs a second, and each job took 8 % less time.
+    Job threads share the interpreter, so together they use one core at a time. On two cores they moved between both and
+    disturbed the engine on each; with one core for them, 12 % more jobs ran a second, and each took 8 % less time.
     """
     return sorted(cores)[min(2, len(cores) // 2) :]
 

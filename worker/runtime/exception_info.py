@@ -1,4 +1,4 @@
-"""Errors in the form in which Celery's requests take them."""
+"""Exceptions in the form that Celery's requests take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from billiard.einfo import ExceptionInfo
 
 
 def exception_info(error: BaseException) -> ExceptionInfo:
-    """An error with the traceback of this call, for `Request.on_failure`."""
+    """Billiard's ExceptionInfo of an exception, for `Request.on_failure`."""
     try:
         raise error
     except type(error):

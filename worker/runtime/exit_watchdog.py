@@ -1,10 +1,10 @@
-"""An end in time for a worker that is asked to stop, whatever Redis does.
+"""The exit watchdog ends a worker in time when it is asked to stop, even if Redis does not answer.
 
-Celery stops in its main thread, which may wait there for a Redis that is frozen, loads or cannot be reached: for 30
-seconds in each of several calls. A thread beside it hears the same signals, by the descriptor that Python's own signal
-handler writes to, and ends the process where the main thread has not. What is given up then: acknowledgements that the
-broker did not hear, and messages that the worker held. They come back after the visibility timeout, and jobs that have
-ended are found to have ended.
+Celery stops in its main thread, which may wait there for a Redis that is frozen, loads its data or cannot be reached:
+30 seconds in each of several calls. The watchdog's thread receives the same signals, through the descriptor that
+Python's signal handler writes to, and ends the process if the main thread does not. Then acknowledgements that the
+broker did not receive, and messages that the worker held, are given up: they are delivered again after the visibility
+timeout, and jobs that had ended are found to have ended.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from kombu import Connection
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for the main thread to end by itself once nothing runs any more.
+#: Seconds for the main thread to end by itself once no job runs.
 GRACE_S = 1.2
-#: ... and where the broker answers, and is to be told of messages: a slow machine may have thousands to give back.
+#: The same if the broker answers and messages must be returned to it: a slow machine may have thousands.
 OWED_S = 15.0
-#: Seconds between two looks at what runs, and for the broker's answer.
+#: Seconds between two checks of the running work, and for the broker's answer.
 TICK_S = 0.1
 ANSWER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class HeldWork:
-    """What a worker has in hand."""
+    """The work that a worker has not finished."""
 
-    #: Work that a stop waits for.
+    #: Whether work runs that a stop waits for.
     is_running: bool
-    #: Messages that the broker would be told about.
-    is_owed: bool
+    #: Whether messages must be acknowledged or returned to the broker.
+    has_messages: bool
 
 
 class StopRequest:
-    """A stop as it was asked for, and when it is overdue. Pure: its caller says what time it is."""
+    """Which stop was requested, and when it is overdue. Pure: its caller passes the time."""
 
     def __init__(self, soft_s: float, *, is_remapped: bool) -> None:
-        """`soft_s`: seconds that a cold stop waits for what runs. `is_remapped`: SIGTERM means what SIGQUIT does."""
+        """`soft_s`: seconds that a cold stop waits for running work. `is_remapped`: SIGTERM means SIGQUIT."""
         self._soft_s = soft_s
         self._is_remapped = is_remapped
         self._interrupts = 0
         self._quiet_since = float("inf")
-        #: When a cold stop waits no longer.
+        #: When a cold stop stops waiting.
         self._ends_at = float("inf")
         self.exit_code = EX_OK
 
@@ -69,7 +69,7 @@ class StopRequest:
         if not self.is_asked:
             self._quiet_since = now
         if is_cold:
-            # Asked for twice, it waits no longer.
+            # Requested twice, it waits no longer.
             wait_s = self._soft_s if self._ends_at == float("inf") else 0.0
             self._ends_at = min(self._ends_at, now + wait_s)
         if number != signal.SIGTERM or self._is_remapped:
@@ -80,7 +80,7 @@ class StopRequest:
             self._quiet_since = now
 
     def overdue_s(self, now: float) -> float:
-        """Seconds since nothing is waited for; negative before."""
+        """Seconds since the stop has nothing left to wait for; negative before that."""
         return now - min(self._quiet_since, self._ends_at)
 
 
@@ -90,7 +90,7 @@ class ExitWatchdog(threading.Thread):
     def __init__(
         self, stop: StopRequest, held: Callable[[], HeldWork], answers: Callable[[], bool], abandon: Callable[[], None]
     ) -> None:
-        """`answers`: whether the broker does. `abandon`: what must be done before the process is gone."""
+        """`answers`: whether the broker answers. `abandon` is called before the process ends."""
         super().__init__(name="exit-watchdog", daemon=True)
         self._stop_asked = stop
         self._held = held
@@ -100,7 +100,7 @@ class ExitWatchdog(threading.Thread):
         os.set_blocking(self._read_fd, True)
 
     def watch(self) -> None:
-        # Written to by Python's handler in C, whatever the main thread waits for.
+        # Python's handler in C writes to it even while the main thread is blocked.
         signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         self.start()
 
@@ -125,9 +125,9 @@ class ExitWatchdog(threading.Thread):
         held = self._held()
         self._stop_asked.see(held, now)
         overdue_s = self._stop_asked.overdue_s(now)
-        if overdue_s >= OWED_S or not held.is_owed:
+        if overdue_s >= OWED_S or not held.has_messages:
             return overdue_s >= GRACE_S
-        # Asked so early that a broker which does not answer costs no time beyond that.
+        # Asked early enough that a broker which does not answer delays nothing.
         return overdue_s >= GRACE_S - 2 * ANSWER_S and not self._answers()
 
     def _end(self) -> NoReturn:
@@ -144,7 +144,7 @@ class ExitWatchdog(threading.Thread):
 
 
 def answers_soon(connect: Callable[[], Connection]) -> bool:
-    """Whether a broker answers within ANSWER_S. In a thread of its own: a name service may take longer."""
+    """Whether a broker answers within ANSWER_S. Asked in another thread: the name service may take longer."""
     found: list[bool] = []
     asking = threading.Thread(target=lambda: found.append(_answers(connect)), daemon=True, name="asks-the-broker")
     asking.start()
@@ -156,7 +156,7 @@ def _answers(connect: Callable[[], Connection]) -> bool:
     try:
         connection = connect()
         try:
-            # Its constructor sends PING.
+            # A channel's constructor sends PING.
             connection.channel().close()
             return True
         finally:
@@ -166,7 +166,7 @@ def _answers(connect: Callable[[], Connection]) -> bool:
 
 
 class ExitInTime(bootsteps.StartStopStep):  # type: ignore[misc]
-    """The watchdog's place in Celery's worker. A subclass says what is held, and what to leave in order."""
+    """The watchdog's bootstep. A subclass says what is held, and what to do before the end."""
 
     requires = ("celery.worker.components:Pool",)
 
@@ -191,4 +191,4 @@ class ExitInTime(bootsteps.StartStopStep):  # type: ignore[misc]
         raise NotImplementedError
 
     def abandon(self, worker: Any) -> None:
-        """Nothing is left behind by a worker without processes and files of its own."""
+        """Do nothing: a worker without processes and files leaves nothing behind."""

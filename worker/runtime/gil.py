@@ -1,8 +1,8 @@
 """Permits to run Python: a semaphore that keeps most job threads off the interpreter's lock (GIL).
 
-Python runs one thread at a time and switches whenever that one waits or calls into C. With a hundred job threads each
-such moment is a switch to another of them, and the engine's thread finds the interpreter taken. So job threads run
-Python only while they hold a permit, and release it while they wait.
+Python runs one thread at a time, and switches threads when the running one waits or calls into C. With a hundred job
+threads it nearly always switches to another job thread, and the engine's thread has to wait. So job threads run Python
+only while they hold a permit, and release it while they wait.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-#: Seconds after which a thread runs without a permit: the holder may wait for a server, or for that very thread.
+#: Seconds after which a thread runs without a permit: the holder may be waiting for a server, or for this thread.
 MAX_WAIT_S = 1.0
 
-# Of the process, as its GIL is.
+# One for the process, as the GIL.
 _permits = threading.Semaphore(1)
 _thread = threading.local()
 

@@ -1,4 +1,4 @@
-"""A message of the queue: bytes from anybody become a checked envelope, or a refusal that tells the cure.
+"""A message of the queue: untrusted bytes become a checked envelope, or a refusal with the cure.
 
 `opened` reads the outer JSON, as kombu writes it. `checked` reads a job in it: headers, body and links, in the forms
 that Celery's own producers send. Both are pure. They raise only MessageRefused, even where the message makes Python

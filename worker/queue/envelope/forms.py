@@ -1,4 +1,4 @@
-"""The forms that values of headers, properties and options must have: how each is checked, and how it is told."""
+"""The forms that values of headers, properties and options must have: each with its check and its wording."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ UNIX_SECONDS = Form(fields.is_seconds, "unix seconds, a number: not milliseconds
 SECONDS = Form(fields.is_seconds, "seconds, a number from 0 on")
 DELAY = Form(fields.is_delay, f"seconds, a number of at most {_DAYS} days")
 LIMITS = Form(fields.is_limits, "[hard, soft], each a number of seconds or null")
-QUEUE = Form(fields.is_queue, "a plain queue of yours")
-EXCHANGE = Form(fields.is_exchange, "the exchange of a plain queue of yours, or empty")
+QUEUE = Form(fields.is_queue, "one of your own plain queues")
+EXCHANGE = Form(fields.is_exchange, "the exchange of one of your own plain queues, or empty")
 RETRY_POLICY = Form(fields.is_retry_policy, "Celery's retry_policy, its numbers from 0 to 100")

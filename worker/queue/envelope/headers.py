@@ -1,4 +1,4 @@
-"""What headers and properties a message may have, and what options a signature: the tables, and the headers' check."""
+"""Tables of a message's headers and properties and of a signature's options, and the check of the headers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def is_names(value: Any) -> bool:
 
 
 def is_custom(value: Any) -> bool:
-    """Whether these are a producer's own headers: none has the name of one of Celery's."""
+    """Whether these are a producer's own headers, without a name of Celery's."""
     return isinstance(value, dict) and all(is_label(name) and name not in RESERVED for name in value)
 
 
-_NAMES = Form(is_names, f"a list of at most {MAX_LINKS} names, none of them Celery's own")
-_CUSTOM = Form(is_custom, "an object whose names are none of Celery's own")
+_NAMES = Form(is_names, f"a list of at most {MAX_LINKS} names, without Celery's own")
+_CUSTOM = Form(is_custom, "an object without Celery's own names")
 
 #: Celery's own headers. All but the first two may be null.
 HEADERS: dict[str, Form] = {
@@ -60,7 +60,7 @@ HEADERS: dict[str, Form] = {
 }
 
 _MOMENTS = (forms.DUE_TIME, forms.MOMENT)
-#: What Celery overwrites, and what only its first protocol has.
+#: Headers that Celery overwrites, or that only its first protocol has.
 _IGNORED = {"hostname", "correlation_id", "reply_to", "delivery_info", "properties", "args", "kwargs", "utc", "taskset"}
 
 _PROPERTIES: dict[str, Form] = {

@@ -51,7 +51,7 @@ def checked(message: Any, most_bytes: int) -> Envelope:
 
 
 def _id_of_first_protocol(message: Any) -> str | None:
-    """The id of a first-protocol message that was refused before its body was decoded; None where there is none."""
+    """The id of a first-protocol message that was refused before its body was decoded; None without one."""
     body, headers = message.body, message.headers
     if not isinstance(body, bytes) or not isinstance(headers, dict) or "id" in headers or marks(body) > MAX_MARKS:
         return None
@@ -65,7 +65,7 @@ def _id_of_first_protocol(message: Any) -> str | None:
 def readable(message: Any, most_bytes: int) -> tuple[str, dict[str, Any]]:
     """The task and the keyword arguments of a message that `checked` refuses, as far as they can be read.
 
-    Of such arguments only a callback is of use: those without one are not read.
+    Only the callback in these arguments is needed: arguments without one are not read.
     """
     headers, body = message.headers if isinstance(message.headers, dict) else {}, message.body
     task, arguments = headers.get("task"), None

@@ -48,7 +48,7 @@ def _signatures(options: dict[str, Any], lists: tuple[str, ...], singles: tuple[
 
 def _checked_signature(signature: Any) -> Iterator[Any]:
     """The signatures that are nested in a signature. Raises MessageRefused."""
-    why = "A link is no signature: make it with app.signature(...)."
+    why = "A link is not a signature: make it with app.signature(...)."
     require(isinstance(signature, dict) and signature.keys() <= _SIGNATURE, why)
     task, kind = signature.get("task"), signature.get("subtask_type")
     args, kwargs, options = (signature.get(name) for name in ("args", "kwargs", "options"))
@@ -65,7 +65,9 @@ def _checked_signature(signature: Any) -> Iterator[Any]:
     if kind:
         yield from _members(task, kind, kwargs)
     else:
-        built_in = "A link names one of Celery's built-in tasks, which no worker runs for others: link a task of yours."
+        built_in = (
+            "A link names one of Celery's built-in tasks, which no worker runs for others: link a task of your own."
+        )
         require(not task.startswith("celery."), built_in)
 
 

@@ -19,7 +19,7 @@ _BODY = b'{"body": "'
 def opened(raw: bytes, queue: str, most_bytes: int) -> dict[str, Any]:
     """A message as kombu delivers it, its body decoded and no longer compressed. Raises MessageRefused.
 
-    Its delivery_info names `queue`, whatever its sender wrote there: retries go to it. A body that inflates to more
+    Its delivery_info is replaced by one that names `queue`, to which retries go. A body that inflates to more
     than `most_bytes` is cut after one byte more.
     """
     message: Any = None

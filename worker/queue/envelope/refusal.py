@@ -1,4 +1,4 @@
-"""Refusals: why a message is no job, and what its sender can do. Their texts repeat nothing of the message."""
+"""Refusals: why a message is not a job, and what its sender can do. Their texts repeat nothing of the message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_BODY = (
 
 
 class MessageRefused(Exception):
-    """A message that is no job. The text tells its sender the cure and repeats nothing of the message."""
+    """A message is not a job. The text has the cure for its sender, and repeats nothing of the message."""
 
     def __init__(self, why: str, id: str | None = None) -> None:
         super().__init__(why)
