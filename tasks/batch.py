@@ -6,7 +6,7 @@ with open("in.jsonl", "rb") as lines:
         ...
 ```
 
-`idefics-jobs batch` is the same for files, and goes on where it was stopped.
+`idefics-jobs batch` is the same for files, and resumes an interrupted batch (`tasks/cli/batch.py`).
 """
 
 from __future__ import annotations

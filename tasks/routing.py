@@ -1,4 +1,7 @@
-"""Where Celery's messages go: our six tasks to our queue, all others as a stock Celery app would send them."""
+"""The queue of each message: our six tasks go to our queue, all others as a stock Celery app would send them.
+
+The Redis list of a queue's priority is named in `tasks/redis_keys.py` (`list_name`).
+"""
 
 from __future__ import annotations
 

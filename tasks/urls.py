@@ -1,4 +1,7 @@
-"""Which URLs are plain: read alike by every parser, and naming a host and no user. Pure; the workers check the same."""
+"""Refuses URLs that parsers read differently, that name no host, or that name a user. Pure; used by client and worker.
+
+Which addresses are allowed is decided by the worker, in `worker/net/policy.py`.
+"""
 
 from __future__ import annotations
 

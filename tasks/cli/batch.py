@@ -1,9 +1,9 @@
-"""`idefics-jobs batch`: a JSONL file in, a JSONL file out, and on again after any interruption.
+"""`idefics-jobs batch`: reads a JSONL file of jobs and writes a JSONL file of answers; resumes after an interruption.
 
-The output is the record of what is done: a line stands there, whole, before its result is forgotten in Redis. Beside
-it, while the batch is unfinished, lies `OUTPUT.resume` with the batch's name, which its jobs' ids are made from, the
-number of the last line whose job was sent, and a digest of the lines up to there. Whoever goes on asks for the results
-of these first.
+The output is the record of what is done: a whole line is written there before its result is deleted from Redis. While
+the batch is unfinished, `OUTPUT.resume` beside it holds the batch's name, from which its jobs' ids are made, the number
+of the last line whose job was sent, and a digest of the lines up to there. The next run asks for the results of these
+jobs first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two files of a batch, and the note beside the output by which an unfinished batch continues."""
+"""The input and output of a batch, and the file `OUTPUT.resume` by which an unfinished batch is resumed."""
 
 from __future__ import annotations
 

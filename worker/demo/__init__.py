@@ -1,1 +1,1 @@
-"""A small IDEFICS of our own: what the service runs when no model is named."""
+"""The bundled model, its demo, and a broker and worker on this machine (`stack.py`, `up.py`)."""

@@ -1,4 +1,7 @@
-"""The number of rows that fit on the device at once, learnt from batches that ran out of memory or did not. Pure."""
+"""The number of rows that fit on the device at once, learnt from batches that ran out of memory or did not. Pure.
+
+`Engine._recover` (`engine.py`) runs a batch that ran out of memory again, in halves.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Which hosts, addresses and ports a connection may go to. Pure: nothing here opens one."""
+"""Decides which URLs, hosts, addresses and ports a connection may go to. Pure: nothing here opens one.
+
+`worker/images/fetch.py` applies it to images, `worker/delivery/callback_policy.py` to callbacks. What needs no setting
+is refused by the client already (`tasks/urls.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""InferencePool: Celery's pool for one model process with many jobs in flight."""
+"""InferencePool: Celery's pool for one model process with many jobs in flight.
+
+`pool.py` is Celery's interface, `dispatcher.py` decides which job may run, `supervisor.py` restarts the model process,
+`quarantine.py` plans what runs again after it died, `time_limits.py` ends jobs that run too long, `request.py` stores
+outcomes and acknowledges, `bootsteps.py` has the soft shutdown.
+"""
 
 from __future__ import annotations
 

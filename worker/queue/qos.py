@@ -1,4 +1,7 @@
-"""Acknowledgements of messages that were recorded when they were taken, for brokers that refuse or are away."""
+"""Acknowledges and requeues messages. Those that Redis refuses, or that come while it is away, are sent again later.
+
+They are kept in `pending_acks.py` until then. `reserve.py` recorded the messages in `unacked` when it took them.
+"""
 
 from __future__ import annotations
 
