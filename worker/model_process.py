@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
-import torch
 from billiard import einfo
 from billiard.einfo import ExceptionInfo
 from billiard.process import current_process
@@ -238,8 +237,6 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     """Load the model, start its engine, and check its golden answer. Raises SetupFailed."""
     # Job threads tokenize in parallel already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
-    torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
     model, folder = _load(settings)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
     heartbeat = HeartbeatSender(channel, model, limits.rows)
@@ -252,7 +249,9 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
 
 
 def _prepare_engine() -> None:
-    if not torch.accelerator.is_available():
+    # It is loaded with the model, if that is not the fake one.
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.accelerator.is_available():
         go_last()
 
 
@@ -266,10 +265,13 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
         os.environ["HF_HUB_OFFLINE"] = "1"
     # In a log, each state of a progress bar would be a line.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    # Imported here: transformers takes seconds to import, and the fake model does not need it.
+    # Imported here: these take seconds to import, and the fake model does not need them.
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
+    torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
     from worker.models import checkpoint_folder
     from worker.models.loading import load
 

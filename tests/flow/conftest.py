@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.gallery import Gallery
-from tests.support.stand import Producer, Stand, stand
+from tests.support.stand import Producer, Stand, plain_stand
 from tests.support.waiting import PATIENCE_S
 from worker.demo import stack
 
@@ -51,5 +51,5 @@ def gallery() -> Iterator[Gallery]:
 def held_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     """A worker of its own, started without a flag, whose jobs the test holds up."""
     log = tmp_path_factory.mktemp("held") / "log"
-    with Gallery().open() as gallery, stack.broker() as server, stand(server, gallery, log) as stood:
+    with Gallery().open() as gallery, stack.broker() as server, plain_stand(server, gallery, log) as stood:
         yield stood

@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import PICTURES
 from tests.support.pictures import data_uri
+from tests.support.stand import Producer
+from tests.support.waiting import PATIENCE_S
 from worker.demo.__main__ import Shown, pictures
 from worker.demo.sayings import (
     FORMS,
@@ -61,6 +63,18 @@ def jobs_about(shown: Shown, example: Shown) -> list[tuple[Job, str]]:
         (("idefics.complete", {"prompt": [data, "This is an image of"]}), prompted_caption(picture)),
         (("idefics.chat", {"messages": [{"role": "user", "content": asked}]}), expected_reply(picture, question)),
     ]
+
+
+def test_the_parent_never_loads_torch_and_the_model_process_does(demo_broker: Broker) -> None:
+    worker = Producer(demo_broker)
+    answer = worker.app.signature("idefics.complete", kwargs={"prompt": ["Hello"]}, queue="idefics").delay()
+    assert answer.get(timeout=PATIENCE_S)
+    assert not loaded_libraries(worker.stats()["pid"], "torch")
+    assert loaded_libraries(worker.model_process(), "libtorch")
+
+
+def loaded_libraries(pid: int, name: str) -> list[str]:
+    return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if name in line]
 
 
 def test_all_six_tasks_answer_rightly_on_the_shipped_pictures(demo_broker: Broker) -> None:

@@ -109,9 +109,10 @@ def test_jobs_run_on_time(stood: Stand) -> None:
 def test_a_job_runs_on_time_after_its_worker_was_ended(
     server: stack.Broker, producer: Producer, gallery: Gallery, tmp_path: Path, end: signal.Signals
 ) -> None:
+    began = time.time()
     with stand(server, gallery, tmp_path / "first", MODEL="fake") as first:
-        # Time for two workers to start.
-        at = time.time() + 20
+        # Time for the first worker to end and the second one to start.
+        at = time.time() + 4 + 2 * (time.time() - began)
         job = producer.complete().apply_async(eta=datetime.fromtimestamp(at, UTC))
         eventually(lambda: waiting(server) == 1)
         first.process.send_signal(end)
@@ -204,8 +205,10 @@ def test_a_first_protocol_producers_job_waits_too(stood: Stand) -> None:
 def test_what_waits_in_redis_goes_to_a_worker_that_takes_as_stock_kombu_does(
     server: stack.Broker, producer: Producer, gallery: Gallery, tmp_path: Path
 ) -> None:
+    began = time.time()
     with stand(server, gallery, tmp_path / "first", MODEL="fake"):
-        at = time.time() + 8
+        # Time for the second worker to start.
+        at = time.time() + 1 + 1.5 * (time.time() - began)
         job = producer.complete().apply_async(eta=datetime.fromtimestamp(at, UTC))
         eventually(lambda: waiting(server) == 1)
     with stand(server, gallery, tmp_path / "second", MODEL="fake", ATOMIC_RESERVE="false"):

@@ -87,7 +87,17 @@ class Stand:
 
 @contextmanager
 def stand(server: stack.Broker, gallery: Gallery, log: Path, *arguments: str, **settings: str) -> Iterator[Stand]:
-    """A worker that may read the gallery, with few slots, and a model of 20 ms a token."""
+    """A worker that may read the gallery, with few slots, and a model of 20 ms a token.
+
+    It does not wait a second for other workers' answers at its start.
+    """
+    with plain_stand(server, gallery, log, "--without-mingle", *arguments, **settings) as stood:
+        yield stood
+
+
+@contextmanager
+def plain_stand(server: stack.Broker, gallery: Gallery, log: Path, *arguments: str, **settings: str) -> Iterator[Stand]:
+    """A `stand` whose worker is started with these arguments alone."""
     chosen: Mapping[str, str] = {
         "MODEL": "fake:0.02",
         "PREFETCH": str(SLOTS),
