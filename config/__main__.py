@@ -11,7 +11,7 @@ from config.settings import PREFIX, Settings, load
 
 
 def lines(settings: Settings) -> list[str]:
-    """One `IDEFICS_NAME=value` a setting."""
+    """One line `IDEFICS_NAME=value` for each setting."""
     return [f"{PREFIX}{name.upper()}={shown(getattr(settings, name))}" for name in Settings.model_fields]
 
 

@@ -1,4 +1,4 @@
-"""Celery's configuration for a serious deployment, from our settings."""
+"""Celery's configuration, made from our settings, for both kinds of workers."""
 
 from __future__ import annotations
 
@@ -9,45 +9,42 @@ from kombu import Exchange, Queue
 
 from config.settings import PREFIX, Settings
 
-#: Seconds for a connection to be made: a host that drops what is sent to it is given up.
+#: Seconds for a connection to be made: a host that drops all packets is given up then.
 CONNECT_TIMEOUT_S = 5.0
-#: Celery's variables, and the setting of ours that each would override.
+#: Celery's environment variables, and the setting of ours that each of them would override.
 _OVERRIDES = {
     "CELERY_BROKER_URL": "BROKER_URL",
     "CELERY_BROKER_READ_URL": "BROKER_URL",
     "CELERY_BROKER_WRITE_URL": "BROKER_URL",
     "CELERY_RESULT_BACKEND": "RESULT_BACKEND",
 }
-#: Connections that publish at once.
+#: Connections that publish at the same time.
 BROKER_POOL = 4
 
 
 def configuration(settings: Settings, queue: str, default_priority: int, tasks: Iterable[str] = ()) -> dict[str, Any]:
-    """Celery's settings for a worker of `queue`, where its own `tasks` are sent.
-
-    Where one is not Celery's default, the line says what it is for.
-    """
+    """Celery's settings for a worker of `queue`, to which its own `tasks` are sent."""
     sweep_s = max(1, min(10, settings.visibility_timeout_s // 4))
     broker, results = settings.broker, settings.results
     return {
         "broker_url": broker.url,
         "result_backend": _first_terminal_state_wins(results.url),
-        # JSON only: a pickle from a queue is code.
+        # JSON only: unpickling a message would run its code.
         "task_serializer": "json",
         "result_serializer": "json",
         "accept_content": ["json"],
         "result_accept_content": ["json"],
-        # What a worker reads that is told no other queue. As a producer's Celery declares it.
+        # The worker's queue unless -Q names another one; declared as a producer's Celery does.
         "task_queues": [Queue(queue, Exchange(queue, type="direct"), routing_key=queue)],
         "task_routes": {name: {"queue": queue} for name in tasks},
-        # Links, errbacks, chains and chords' bodies are the producers' tasks, for the workers of their own apps.
+        # For links, errbacks, chains and chords' bodies: tasks of the producers, run by the workers of their own apps.
         "task_default_queue": settings.default_queue,
         "task_create_missing_queues": True,
         "task_default_priority": default_priority,
-        # A job leaves the queue when its result is stored, not when a worker has seen it.
+        # A message is acknowledged after its result is stored, not when a worker receives it.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
-        # Our own backend does, by what was asked and not by the id alone.
+        # Our result backend does this, by the job's task and arguments and not by its id alone.
         "worker_deduplicate_successful_tasks": False,
         "task_time_limit": settings.time_limit_s,
         "task_soft_time_limit": settings.soft_time_limit_s,
@@ -56,8 +53,8 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         # One model process; the pool itself holds `job_threads` jobs.
         "worker_concurrency": 1,
         "worker_prefetch_multiplier": settings.job_threads,
-        # With IDEFICS_ATOMIC_RESERVE=false jobs with a countdown wait in memory beside those: they must not starve the
-        # queue, nor be unbounded. Else they wait in Redis (worker/queue/due.py), and take no place in a worker.
+        # With IDEFICS_ATOMIC_RESERVE=false jobs with a countdown wait in the worker's memory: they must neither block
+        # the others nor be unbounded. Otherwise they wait in Redis (worker/queue/due.py).
         "worker_eta_task_limit": settings.job_threads + 10_000,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_soft_shutdown_timeout": settings.soft_shutdown_timeout_s,
@@ -65,9 +62,9 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
         "worker_send_task_events": True,
         "worker_hijack_root_logger": False,
         "broker_connection_retry_on_startup": True,
-        # What a full server or a full disk refuses is tried again over a new connection; else the worker would exit.
+        # If a full server or a full disk refuses a command, connect again; without this the worker would exit.
         "broker_channel_error_retry": True,
-        # Job threads share these few: each is a connection or two.
+        # All job threads share these; each is one or two connections.
         "broker_pool_limit": BROKER_POOL,
         "broker_transport_options": {
             "visibility_timeout": settings.visibility_timeout_s,
@@ -79,24 +76,24 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
             **broker.keepalive,
             **broker.options,
             "health_check_interval": 25,
-            # Seconds between two looks for jobs whose visibility timeout is over.
+            # Seconds between two sweeps for jobs whose visibility timeout is over.
             "unacked_restore_interval": sweep_s,
             "unacked_restore_throttle": 1,
-            # Seconds after which that look's lock is free: kombu's 300 when a worker died, or was cut off, with it.
+            # Seconds after which the sweep's lock expires, if a worker died or was cut off while it held it.
             "unacked_mutex_expire": sweep_s,
         },
         "result_backend_transport_options": {
             "socket_timeout": 30,
             **results.options,
             **_named(global_keyprefix=settings.result_key_prefix),
-            # Job threads wait in their client (worker/queue/redis_retry.py); the parent's event loop must not.
+            # Job threads wait in their own Redis client (worker/queue/redis_retry.py); the event loop must not wait.
             "retry_policy": {"max_retries": 0},
         },
         "redis_socket_timeout": 30,
         "redis_socket_connect_timeout": CONNECT_TIMEOUT_S,
         "redis_socket_keepalive": bool(results.keepalive),
         "redis_backend_health_check_interval": 25,
-        # Results are stored by many job threads at once.
+        # Many job threads store results at the same time.
         "result_backend_thread_safe": True,
         "result_expires": settings.result_ttl_s,
         "result_extended": True,
@@ -104,18 +101,18 @@ def configuration(settings: Settings, queue: str, default_priority: int, tasks: 
 
 
 def drop_overrides(environment: MutableMapping[str, str], settings: Settings) -> str | None:
-    """Take out of the environment what Celery would put before our settings, where it says the same.
+    """Remove variables from the environment that would override our settings, if they have the same value.
 
-    Celery's command line makes CELERY_BROKER_URL of BROKER_URL and -b, and CELERY_RESULT_BACKEND of RESULT_BACKEND:
-    variables that a site's own Celery often has. Returns what to correct where one says something else.
+    Celery's command line sets CELERY_BROKER_URL from BROKER_URL and -b, and CELERY_RESULT_BACKEND from RESULT_BACKEND:
+    variables that a site's own Celery often has. Returns what to correct if one has another value, else None.
     """
     ours = {"BROKER_URL": settings.broker_url, "RESULT_BACKEND": settings.result_backend}
     for name, value in environment.items():
         kind = _OVERRIDES.get(name)
         if kind and value != ours[kind].get_secret_value():
             return (
-                f"{name} is set and is another server than {PREFIX}{kind}: a worker of this project follows "
-                f"{PREFIX}{kind} alone. Set that one, and start without {kind}, {name} and -b."
+                f"{name} is set to another server than {PREFIX}{kind}: a worker of this project uses "
+                f"{PREFIX}{kind} only. Set that one, and start without {kind}, {name} and -b."
             )
     for name in _OVERRIDES:
         environment.pop(name, None)
@@ -126,10 +123,10 @@ def _first_terminal_state_wins(url: str) -> str:
     """The URL of our own backend (worker/queue/result_backend.py) on the same Redis. Producers use Celery's."""
     if url.startswith("sentinel://"):
         return f"worker.queue.result_backend:SentinelResultBackend+{url}"
-    # kombu's name for a socket, which Celery's backend calls by its second half.
+    # kombu calls a socket redis+socket://, Celery's backend socket://.
     return f"worker.queue.result_backend:ResultBackend+{url.removeprefix('redis+')}"
 
 
 def _named(**options: str) -> dict[str, str]:
-    """Those that are set: kombu takes an empty one for one too."""
+    """The options that are not empty: kombu would use an empty one."""
     return {name: value for name, value in options.items() if value}

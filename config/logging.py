@@ -1,4 +1,4 @@
-"""Log lines for both processes of a worker: time, level, process, message."""
+"""Logging for both processes of a worker: destination, level, quiet libraries. The format is the caller's."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import logging
 import sys
 from logging.handlers import WatchedFileHandler
 
-#: Libraries that log each request or warn of what we have decided. Celery's pool logs jobs' arguments at DEBUG.
+#: Libraries that log each request, or warn about our own choices. Celery's pool logs jobs' arguments at DEBUG.
 QUIET = ("PIL", "httpx", "filelock", "accelerate", "bitsandbytes", "celery.pool", "celery.redirected")
 
 
 def configure(level: str, formatter: logging.Formatter, file: str | None = None) -> logging.Handler:
-    """Send everything from `level` on to standard error, or to a file, which may be rotated. The handler."""
+    """Log records from `level` on go to standard error, or to a file, which may be rotated. Returns the handler."""
     handler = WatchedFileHandler(file) if file else logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     root = logging.getLogger()

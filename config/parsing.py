@@ -32,7 +32,7 @@ def is_secret(text: str) -> bool:
 
 
 def holding_certificates(file: Path) -> Path:
-    """The same file. Raises ValueError if it holds no readable certificates."""
+    """Return the file itself. Raises ValueError if it has no readable certificates."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=file)
     except OSError:

