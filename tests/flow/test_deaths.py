@@ -84,10 +84,13 @@ def test_a_worker_without_a_model_process_leaves_jobs_in_the_queue(stood: Stand,
     loadings = stood.log.read_text().count("Loading")
     os.kill(stood.producer.model_process(), signal.SIGKILL)
     eventually(lambda: stood.log.read_text().count("Loading") > loadings)
+    (loading,) = psutil.Process(stood.process.pid).children()
+    loading.suspend()
     jobs = client.submit_many(map(complete, "abc"))
-    # For ten times as long as a job lies in an idle worker's queue; the next process needs longer still.
+    # For ten times as long as a job lies in an idle worker's queue.
     time.sleep(0.3)
     assert stood.producer.queued() == 3
+    loading.resume()
     assert [job.result(timeout=PATIENCE_S).text for job in jobs] == ["a", "b", "c"]
 
 

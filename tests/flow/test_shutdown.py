@@ -93,12 +93,11 @@ def test_a_container_stop_loses_nothing_and_duplicates_nothing(
     monkeypatch.setenv("REMAP_SIGTERM", "SIGQUIT")
     logs = tmp_path / "first", tmp_path / "second"
     fast = {"MODEL": "fake:0.005"}
-    name = ("--without-mingle", "--hostname")
-    with stand(server, gallery, logs[0], *name, "first@%h", SOFT_SHUTDOWN_TIMEOUT_S="1", **fast) as first:
+    with stand(server, gallery, logs[0], "--hostname", "first@%h", SOFT_SHUTDOWN_TIMEOUT_S="1", **fast) as first:
         # These three do not end in time.
         accepted = held_jobs(first)
         gallery.release(NAMES[-1])
-        with stand(server, gallery, logs[1], *name, "second@%h", **fast):
+        with stand(server, gallery, logs[1], "--hostname", "second@%h", **fast):
             accepted += [producer.complete("Hello" * 8, tokens=1 + number % 40).apply_async() for number in range(80)]
             eventually(lambda: len(successes(logs[0])) > 1 and successes(logs[1]))
             first.process.send_signal(signal.SIGTERM)

@@ -121,7 +121,9 @@ def _worker_settings(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT], ids=["SIGTERM", "SIGQUIT"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_idle_worker_ends_at_once(server: Server, tmp_path: Path, fault: str, number: int) -> None:
-    with stack.worker(server.broker, settings=_worker_settings(tmp_path), log=tmp_path / "log") as process:
+    with stack.worker(
+        server.broker, "--without-mingle", settings=_worker_settings(tmp_path), log=tmp_path / "log"
+    ) as process:
         children = _children(process.pid)
         FAULTS[fault](server)
         # In Celery's first tries to connect again, or in a wait for an answer.
@@ -135,7 +137,7 @@ def test_an_idle_worker_ends_at_once(server: Server, tmp_path: Path, fault: str,
 @pytest.mark.parametrize("fault", ["gone", "frozen"])
 def test_sigquit_ends_a_busy_worker_within_its_timeout(server: Server, tmp_path: Path, fault: str) -> None:
     settings = {**_worker_settings(tmp_path), "MODEL": "fake:0.5", "SOFT_SHUTDOWN_TIMEOUT_S": "2"}
-    with stack.worker(server.broker, settings=settings, log=tmp_path / "log") as process:
+    with stack.worker(server.broker, "--without-mingle", settings=settings, log=tmp_path / "log") as process:
         job = Producer(server.broker).complete(tokens=200).apply_async()
         eventually(lambda: job.state == "STARTED")
         FAULTS[fault](server)
@@ -145,7 +147,7 @@ def test_sigquit_ends_a_busy_worker_within_its_timeout(server: Server, tmp_path:
 
 def test_sigterm_waits_for_a_running_job_and_its_answer_is_kept(server: Server, tmp_path: Path) -> None:
     settings = {**_worker_settings(tmp_path), "MODEL": "fake:0.1"}
-    with stack.worker(server.broker, settings=settings, log=tmp_path / "log") as process:
+    with stack.worker(server.broker, "--without-mingle", settings=settings, log=tmp_path / "log") as process:
         job = Producer(server.broker).complete("a long answer", tokens=50).apply_async()
         eventually(lambda: job.state == "STARTED")
         server.kill()
@@ -163,7 +165,7 @@ def test_sigterm_waits_for_a_running_job_and_its_answer_is_kept(server: Server, 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_idle_callbacks_worker_ends_at_once(server: Server, tmp_path: Path, fault: str, number: int) -> None:
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker"]
+    command = [sys.executable, "-m", "celery", "-A", "worker.callbacks", "worker", "--without-mingle"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
     environment |= {"IDEFICS_BROKER_URL": server.broker.url, "IDEFICS_RESULT_BACKEND": server.broker.results}
     with stack.started(command, log=log, environment=environment) as process:

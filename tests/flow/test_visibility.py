@@ -32,7 +32,7 @@ def name() -> str:
 
 
 def worker_options(number: int) -> tuple[str, ...]:
-    return ("--without-mingle", "--hostname", f"w{number}@%h")
+    return ("--hostname", f"w{number}@%h")
 
 
 def test_a_worker_whose_clock_is_hours_ahead_takes_no_job_from_another(
