@@ -12,7 +12,7 @@ from benchmarks.chaos.faults import KINDS
 
 
 @pytest.mark.timeout(420)
-def test_no_job_is_lost_or_ends_twice_whatever_dies(tmp_path: Path) -> None:
+def test_no_job_is_lost_or_ends_twice_when_any_part_dies(tmp_path: Path) -> None:
     ledgers = run(jobs=800, faults=len(KINDS), seed=1, folder=tmp_path, pause_s=2.5, longest_s=3.0)
     assert problems(ledgers) == {}
     found = figures(ledgers)

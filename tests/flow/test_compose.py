@@ -203,7 +203,7 @@ def test_the_example_sets_the_model_alone() -> None:
     ]
 
 
-def test_whatever_the_compose_file_reads_is_in_the_example() -> None:
+def test_every_variable_of_the_compose_file_is_in_the_example() -> None:
     read = re.findall(r"\$\{(\w+)", (CHECKOUT / "docker-compose.yml").read_text())
     assert set(read) <= {name for name, _, _ in _example()}
 

@@ -129,7 +129,7 @@ def test_a_job_that_expires_before_its_time_does_not_run(stood: Stand) -> None:
 
 
 @pytest.mark.parametrize("by", ["revoke", "Client.cancel"])
-def test_a_job_that_is_taken_back_before_its_time_does_not_run(stood: Stand, by: str) -> None:
+def test_a_job_canceled_before_its_time_does_not_run(stood: Stand, by: str) -> None:
     job = stood.producer.complete().apply_async(countdown=1.5)
     eventually(lambda: waiting(stood.producer.server) > 0)
     if by == "revoke":
@@ -142,9 +142,7 @@ def test_a_job_that_is_taken_back_before_its_time_does_not_run(stood: Stand, by:
 
 @pytest.mark.parametrize("by", ["key", "revoke", "Client.cancel"])
 @pytest.mark.parametrize("protocol", [1, 2])
-def test_a_job_that_is_taken_back_hours_before_its_time_is_told_so_at_once(
-    stood: Stand, by: str, protocol: int
-) -> None:
+def test_a_job_canceled_hours_before_its_time_ends_at_once(stood: Stand, by: str, protocol: int) -> None:
     server = stood.producer.server
     producer = Producer(server)
     producer.app.conf.task_protocol = protocol
@@ -202,7 +200,7 @@ def test_a_first_protocol_producers_job_waits_too(stood: Stand) -> None:
     assert 0 <= lateness(job, at) < LATE_S
 
 
-def test_what_waits_in_redis_goes_to_a_worker_that_takes_as_stock_kombu_does(
+def test_due_jobs_go_to_a_worker_with_kombus_own_transport(
     server: stack.Broker, producer: Producer, gallery: Gallery, tmp_path: Path
 ) -> None:
     began = time.time()

@@ -117,7 +117,7 @@ def test_a_job_of_the_first_protocol_runs(stood: Stand, queues: redis.Redis) -> 
     assert AsyncResult(id, app=stood.producer.app).get(timeout=PATIENCE_S)["text"] == "llo"
 
 
-def test_no_number_of_deep_headers_takes_a_place_for_ever(stood: Stand, queues: redis.Redis) -> None:
+def test_messages_with_deep_headers_take_no_place_forever(stood: Stand, queues: redis.Redis) -> None:
     ids = [uuid() for _ in range(190)]
     queues.lpush("idefics", *(json.dumps(message(id, None, {"a": nested(480)})) for id in ids))
     for id in ids:
@@ -145,7 +145,7 @@ def test_one_message_kills_no_worker_and_is_kept(stood: Stand, queues: redis.Red
     assert all(about["id"].startswith("refused-") and about["message"].isprintable() for about in kept)
 
 
-def test_a_record_that_nobody_can_read_kills_no_worker(stood: Stand, queues: redis.Redis) -> None:
+def test_an_unreadable_record_kills_no_worker(stood: Stand, queues: redis.Redis) -> None:
     for number, record in enumerate([b"[" * 5_000, b"garbage", b'[{"body": ""}, "", "idefics"]']):
         queues.hset("unacked", f"broken-{number}", record)
         queues.zadd("unacked_index", {f"broken-{number}": 1})
@@ -162,7 +162,7 @@ def test_garbage_in_the_mailbox_and_among_events_kills_no_worker(stood: Stand, q
     assert stood.producer.stats()
 
 
-def test_one_id_that_is_no_text_fails_nobody_elses_jobs(stood: Stand, queues: redis.Redis) -> None:
+def test_an_id_that_is_no_text_fails_no_other_job(stood: Stand, queues: redis.Redis) -> None:
     # What was delivered before is counted under its id.
     again = {"body_encoding": "base64", "delivery_info": {"redelivered": True}}
     queues.lpush("idefics", json.dumps({**message("\ud800"), "properties": {**again, "delivery_tag": "tag"}}))
@@ -209,7 +209,7 @@ def test_chords_count_their_parts_without_the_built_in_tasks(stood: Stand) -> No
 # --- Fuzzed ---
 
 
-def test_no_fuzzed_envelope_is_more_than_the_worker_bears() -> None:
+def test_no_fuzzed_envelope_kills_the_worker() -> None:
     found = envelopes.campaign(400, 200)
     assert found["tried"] == 400
     assert {"success", "invalid_request"} <= found["ends"].keys()

@@ -116,7 +116,7 @@ def test_a_job_over_its_hard_limit_is_kept_with_its_link(stood: Stand, client: C
     assert client.result(link, PATIENCE_S).text == "ked"
 
 
-def test_a_job_that_succeeds_or_is_taken_back_is_not_kept(stood: Stand, client: Client) -> None:
+def test_a_job_that_succeeds_or_is_canceled_is_not_kept(stood: Stand, client: Client) -> None:
     fine = stood.producer.complete().apply_async()
     taken = stood.producer.complete(tokens=500).apply_async()
     eventually(lambda: taken.state == "STARTED")

@@ -163,7 +163,7 @@ def test_a_redelivered_message_under_a_used_id_runs(producer: Producer) -> None:
 
 
 @pytest.mark.parametrize("refused", [{"shadow": 7}, {"task": "idefics.captoin"}, {"task": "idefics.complete", "x": 1}])
-def test_a_refused_message_blocks_no_later_job_under_its_id_and_is_told_under_a_used_one(
+def test_a_refused_message_fails_under_its_id_and_blocks_no_later_job(
     producer: Producer, refused: dict[str, Any]
 ) -> None:
     id, job = name(), producer.app.AsyncResult
@@ -182,7 +182,7 @@ def test_a_refused_message_blocks_no_later_job_under_its_id_and_is_told_under_a_
     refuse()
 
 
-def test_a_job_that_expires_under_a_used_id_is_told(producer: Producer) -> None:
+def test_a_job_that_expires_under_a_used_id_is_revoked(producer: Producer) -> None:
     id = name()
     again(producer, id, "one")
     await_answer(producer, id, "one")
@@ -276,7 +276,7 @@ def test_a_cancellation_ends_all_jobs_under_its_id_and_by_key_none_that_follows(
 
 
 @pytest.mark.parametrize("released", [(0, 1), (1, 0)])
-def test_of_two_payloads_that_two_workers_run_under_one_id_the_later_ones_end_is_kept(
+def test_of_two_payloads_running_under_one_id_the_later_ones_result_is_kept(
     server: stack.Broker, gallery: Gallery, tmp_path: Path, released: tuple[int, int]
 ) -> None:
     shown, links, id = [name(), name()], [name(), name()], name()
@@ -322,7 +322,7 @@ def send(producer: Producer, arguments: dict[str, Any], **options: Any) -> Async
     return producer.app.send_task("idefics.complete", kwargs=arguments, queue="idefics", **options)
 
 
-def test_a_second_job_waits_for_the_first_ones_answer_without_running(held_up: Stand) -> None:
+def test_a_job_with_a_used_key_waits_for_the_first_ones_answer_without_running(held_up: Stand) -> None:
     shown, key = name(), name()
     picture = {"image": held_up.gallery.held(shown)}
     first = send(held_up.producer, keyed(key, picture, metadata={"row": 1}))  # type: ignore[arg-type]
@@ -336,7 +336,7 @@ def test_a_second_job_waits_for_the_first_ones_answer_without_running(held_up: S
     assert second.retries == 0
 
 
-def test_a_second_jobs_deadline_passes_while_it_waits(held_up: Stand) -> None:
+def test_a_job_with_a_used_key_may_reach_its_deadline_while_it_waits(held_up: Stand) -> None:
     shown, key = name(), name()
     job = keyed(key, {"image": held_up.gallery.held(shown)}, deadline_s=1.5)  # type: ignore[arg-type]
     # The first one takes its time to load its image: its deadline is looked at afterwards.
@@ -348,7 +348,7 @@ def test_a_second_jobs_deadline_passes_while_it_waits(held_up: Stand) -> None:
     assert "idempotency_key" in error.args[1]
 
 
-def test_a_second_job_with_another_payload_is_refused(producer: Producer) -> None:
+def test_a_job_with_a_used_key_and_another_payload_is_refused(producer: Producer) -> None:
     key = name()
     assert send(producer, keyed(key)).get(timeout=PATIENCE_S)["text"] == "llo"
     error = send(producer, keyed(key, "Goodbye")).get(timeout=PATIENCE_S, propagate=False)
@@ -369,7 +369,7 @@ def test_a_message_that_was_sent_twice_is_answered_once(held_up: Stand) -> None:
     assert producer.server.connect().llen(links) == 1
 
 
-def test_a_message_that_comes_again_and_again_while_its_job_runs_takes_no_place(held_up: Stand) -> None:
+def test_a_message_redelivered_while_its_job_runs_takes_no_place(held_up: Stand) -> None:
     producer, shown, id = held_up.producer, name(), name()
     with producer.server.connect() as server:
         job = producer.show(held_up.gallery.held(shown)).apply_async(task_id=id)

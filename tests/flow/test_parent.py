@@ -39,7 +39,7 @@ def stood(server: stack.Broker, gallery: Gallery, tmp_path: Path) -> Iterator[St
         yield stood
 
 
-def test_whatever_its_concurrency_a_worker_takes_as_many_jobs_as_it_has_places_for(
+def test_a_worker_takes_as_many_jobs_as_it_has_places_for_at_any_concurrency(
     server: stack.Broker, gallery: Gallery, tmp_path: Path
 ) -> None:
     with stand(server, gallery, tmp_path / "log", "--concurrency", "4", PREFETCH="6") as stood:

@@ -136,7 +136,7 @@ FAULTS = [full, without_replicas, read_only, out_of_connections, out_of_descript
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_nothing_that_a_job_owes_is_lost(site: Site, fault: Callable[[Site], Any]) -> None:
+def test_no_result_link_or_ack_of_a_job_is_lost(site: Site, fault: Callable[[Site], Any]) -> None:
     producer, tag = site.producer, f"{fault.__name__}-{time.monotonic()}"
 
     def keep(name: str) -> Any:

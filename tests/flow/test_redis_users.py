@@ -183,14 +183,14 @@ def test_a_producer_cannot_forge_or_follow_others_answers(guarded: Guarded) -> N
 
 
 @pytest.mark.parametrize("user", ["producer", "worker", "callbacks", "monitor"])
-def test_nobody_administers_the_server(guarded: Guarded, user: str) -> None:
+def test_no_user_administers_the_server(guarded: Guarded, user: str) -> None:
     redis = guarded[user].connect()
     for command in ("FLUSHALL", "CONFIG GET dir", "SHUTDOWN", "ACL LIST", "KEYS *", "SCAN 0", "SAVE"):
         _refused(redis.execute_command, *command.split())
     _refused(redis.replicaof, "127.0.0.1", 1)
 
 
-def test_who_is_no_user_is_refused(guarded: Guarded) -> None:
+def test_an_unknown_user_is_refused(guarded: Guarded) -> None:
     for server in (guarded.server, stack.Redis(guarded.server.port, "producer:wrong@")):
         with pytest.raises(AuthenticationError):
             server.connect().ping()

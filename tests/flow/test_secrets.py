@@ -70,7 +70,7 @@ def hidden_jobs(gallery: Gallery) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def test_nothing_of_a_foreign_producers_job_shows(stood: Stand, events: Events) -> None:
+def test_no_content_of_a_foreign_producers_job_is_logged_or_sent_as_an_event(stood: Stand, events: Events) -> None:
     app = stood.producer.app
     sent: list[AsyncResult[Any]] = [
         app.send_task(task, kwargs=arguments, queue="idefics") for task, arguments in hidden_jobs(stood.gallery)
@@ -89,7 +89,7 @@ def test_nothing_of_a_foreign_producers_job_shows(stood: Stand, events: Events) 
             _hides(repr(answer) + record.decode())
 
 
-def test_nothing_of_a_running_job_shows_to_a_monitor(stood: Stand) -> None:
+def test_a_monitor_sees_no_content_of_a_running_job(stood: Stand) -> None:
     job = stood.producer.show(f"{stood.gallery.held('monitored')}?{SECRET}").apply_async()
     stood.gallery.await_requests(f"monitored?{SECRET}")
     (active,) = (stood.producer.app.control.inspect(timeout=1).active() or {}).values()

@@ -172,7 +172,7 @@ def test_a_broker_that_is_away_is_named(plain: stack.Broker) -> None:
         Client(away, result_backend=plain.results).result("no-such-job", timeout=0.5)
 
 
-def test_where_it_cannot_be_known_it_asks_for_a_worker(broker: stack.Broker) -> None:
+def test_with_another_broker_than_redis_a_timeout_asks_whether_a_worker_runs(broker: stack.Broker) -> None:
     amqp = Celery(broker="memory://", backend=broker.results, set_as_current=False)
     with pytest.raises(TimeoutError, match="Is a worker running on its queue"):
         Client(app=amqp).result("no-such-job", timeout=0.5)
@@ -180,14 +180,14 @@ def test_where_it_cannot_be_known_it_asks_for_a_worker(broker: stack.Broker) -> 
         Client(app=amqp).workers()
 
 
-def test_a_queue_that_no_worker_takes_from_is_named_whatever_else_runs(plain: stack.Broker) -> None:
+def test_a_queue_without_workers_is_named_although_others_run(plain: stack.Broker) -> None:
     job = Client(plain.url, queue="others").submit(HELLO)
     with pytest.raises(TimeoutError, match="No worker takes from the queue 'others': is one running"):
         job.result(timeout=0.5)
     assert Client(plain.url, queue="others").workers() == []
 
 
-def test_where_workers_run_it_says_so(plain: stack.Broker) -> None:
+def test_running_workers_are_found(plain: stack.Broker) -> None:
     with pytest.raises(TimeoutError, match="1 worker takes from its queue"):
         Client(plain.url).result("no-such-job", timeout=0.5)
 

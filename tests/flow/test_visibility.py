@@ -101,7 +101,7 @@ def forged(stood: Stand, text: str) -> str:
     return str(job.id)
 
 
-def test_a_job_that_says_that_it_came_back_runs_beside_the_others(
+def test_a_job_that_claims_to_be_redelivered_runs_beside_the_others(
     server: stack.Broker, gallery: Gallery, producer: Producer, tmp_path: Path
 ) -> None:
     shown = name()

@@ -185,7 +185,7 @@ def recorded(step: Step) -> Step:
     return lambda: answer.copy_(step())
 
 
-def test_steps_that_are_recorded_and_replayed_say_the_same(served: Served) -> None:
+def test_recorded_and_replayed_steps_give_the_same_answers(served: Served) -> None:
     shapes: list[int] = []
 
     def record(step: Step) -> Step:
@@ -203,7 +203,7 @@ def test_steps_that_are_recorded_and_replayed_say_the_same(served: Served) -> No
     assert 0 < len(shapes) < len(steps) / 2
 
 
-def test_rows_are_right_where_no_more_is_kept_than_they_need(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_right_with_caches_that_must_grow(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("decoder", "scratch"):
         monkeypatch.setattr(served.model, name, served.model.decoder.empty_like(1))
     jobs = mixed_jobs(24, sorted(served.images), seed=6)
@@ -317,7 +317,7 @@ def test_beams_that_wait_for_a_running_batch_to_end_say_what_stock_beams_say(ser
     ]
 
 
-def test_a_processor_without_memory_is_out_of_memory() -> None:
+def test_torchs_memory_errors_become_out_of_memory() -> None:
     # Torch says so in a plain RuntimeError.
     with pytest.raises(OutOfMemory), memory_errors():
         torch.empty(10**15)

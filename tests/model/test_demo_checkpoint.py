@@ -47,7 +47,7 @@ def test_the_checkpoint_has_a_hub_checkpoints_files_and_is_small() -> None:
     assert files["model.safetensors"] <= MAX_WEIGHT_BYTES
 
 
-def test_it_loads_through_the_stock_classes_with_every_weight() -> None:
+def test_the_checkpoint_loads_through_the_stock_classes_with_every_weight() -> None:
     model, report = IdeficsForVisionText2Text.from_pretrained(CHECKPOINT, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -91,7 +91,7 @@ def test_the_likeliest_label_is_the_right_one(speaker: Speaker) -> None:
                 assert speaker.choose(case) == case.dialogue.text.strip()
 
 
-def test_alone_and_in_a_batch_it_says_the_same(speaker: Speaker) -> None:
+def test_answers_are_the_same_alone_and_in_a_batch(speaker: Speaker) -> None:
     shown = pictures()
     cases = [case for case in cases_about(shown[0], shown[1]) if case.dialogue.kind != "chat"][::3]
     assert speaker.say(cases) == [speaker.say([case])[0] for case in cases]

@@ -103,7 +103,7 @@ def test_a_mixed_batch_says_what_stock_generate_says_to_each_alone(later: Later,
     assert len(set(map(tuple, answers))) > len(answers) / 2
 
 
-def test_a_picture_is_another_one_lying_down(later: Later) -> None:
+def test_a_pictures_key_differs_with_its_shape(later: Later) -> None:
     upright, lying = (later.model.codec.picture(Image.new("RGB", size, "white")) for size in ((20, 30), (30, 20)))
     # Idefics3 cuts both into the same squares.
     assert (upright.key == lying.key) is (upright.pixels.shape == lying.pixels.shape)

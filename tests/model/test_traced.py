@@ -83,7 +83,7 @@ def test_pixels_are_the_stock_processors(size: tuple[int, int]) -> None:
     assert_pixels_are_stock(processor, image)
 
 
-def test_a_processor_that_does_more_is_used_itself() -> None:
+def test_a_processor_with_other_steps_is_not_replaced() -> None:
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (80, 90, 3), dtype=np.uint8))
     assert_pixels_are_stock(cropping(), image)
 

@@ -94,7 +94,7 @@ def test_priority_and_deadline_do_not_change_an_answer() -> None:
     assert digest(row("a"), MODEL) == digest(replace(row("a"), priority=0, deadline=1.0), MODEL)
 
 
-def test_chance_is_not_repeated(answers: AnswerCache, text: str) -> None:
+def test_sampled_answers_are_not_cached(answers: AnswerCache, text: str) -> None:
     model = Model()
     for number in range(2):
         chance = row(text, temperature=1.0)
@@ -164,7 +164,7 @@ def test_weights_are_told_apart_by_their_content_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("why", ["canceled", "deadline"])
-def test_an_interrupted_answer_is_nobody_elses(answers: AnswerCache, text: str, why: str) -> None:
+def test_an_interrupted_answer_is_not_shared(answers: AnswerCache, text: str, why: str) -> None:
     model = Model()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(answers.output, row(text), MODEL, model.compute)
@@ -178,7 +178,7 @@ def test_an_interrupted_answer_is_nobody_elses(answers: AnswerCache, text: str, 
         assert second.result(SOON).finish_reason == "length"
 
 
-def test_anothers_error_is_not_shared(answers: AnswerCache, text: str) -> None:
+def test_an_error_is_not_shared(answers: AnswerCache, text: str) -> None:
     model = Model()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(answers.output, row(text), MODEL, model.compute)

@@ -41,7 +41,7 @@ def wrapped(error: Exception, into: type[Exception] = OperationalError) -> Excep
         "ERR max number of clients reached",
     ],
 )
-def test_what_a_server_refuses_for_now(answer: str) -> None:
+def test_refusals_that_pass_are_unavailability(answer: str) -> None:
     error = BaseParser.parse_error(answer)
     assert is_away(error)
     assert is_away(wrapped(error))
@@ -60,7 +60,7 @@ def test_what_a_server_refuses_for_now(answer: str) -> None:
         "NOSCRIPT No matching script.",
     ],
 )
-def test_what_a_server_would_refuse_for_ever(answer: str) -> None:
+def test_permanent_refusals_are_no_unavailability(answer: str) -> None:
     error = BaseParser.parse_error(answer)
     assert not is_away(error)
     assert not is_away(wrapped(error))
@@ -89,7 +89,7 @@ def test_a_pipelines_error_is_told_by_the_server_not_by_what_was_sent() -> None:
         OperationalError("[Errno 111] Connection refused"),
     ],
 )
-def test_a_network_or_a_shortage_that_passes(error: Exception) -> None:
+def test_network_errors_and_shortages_are_unavailability(error: Exception) -> None:
     assert is_away(error)
     assert is_away(wrapped(error))
     assert not is_full(error)
@@ -98,6 +98,6 @@ def test_a_network_or_a_shortage_that_passes(error: Exception) -> None:
 @pytest.mark.parametrize(
     "error", [ValueError(), KeyError("x"), OSError(errno.ENOENT, "x"), redis.DataError(), Exception()]
 )
-def test_a_defect_is_no_absence(error: Exception) -> None:
+def test_a_defect_is_no_unavailability(error: Exception) -> None:
     assert not is_away(error)
     assert not is_away(wrapped(error))

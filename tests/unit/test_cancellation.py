@@ -36,13 +36,13 @@ def test_the_keys_of_all_jobs_are_asked_for_at_once() -> None:
     assert asked == [[CANCELLATION.named("a"), CANCELLATION.named("b")]]
 
 
-def test_what_is_found_among_the_jobs_of_now_is_told() -> None:
+def test_canceled_jobs_are_found_among_those_of_each_exchange() -> None:
     watched = poller(lambda ids: set(ids) & {"a", "z"})
     eventually(lambda: watched.exchange(["a", "b"]) == {"a"})
     eventually(lambda: watched.exchange(["z"]) == {"z"})
 
 
-def test_a_redis_that_hangs_keeps_nobody_waiting() -> None:
+def test_a_hanging_redis_does_not_block_the_caller() -> None:
     hangs, goes_on = threading.Event(), threading.Event()
 
     def look(ids: Iterable[str]) -> set[str]:
@@ -59,7 +59,7 @@ def test_a_redis_that_hangs_keeps_nobody_waiting() -> None:
     eventually(lambda: watched.exchange(["a"]) == {"a"})
 
 
-def test_an_outage_is_told_once_and_outlived(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_outage_is_logged_once_and_polling_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     failures = iter(range(5))
 
     def look(ids: Iterable[str]) -> set[str]:

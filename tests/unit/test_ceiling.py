@@ -24,14 +24,14 @@ def test_a_ceiling_that_was_lowered_once_comes_back() -> None:
     assert heights[-1] == 64
 
 
-def test_a_single_row_is_no_prison() -> None:
+def test_a_ceiling_of_one_row_rises_again() -> None:
     ceiling = Ceiling(64)
     ceiling.lower(2)
     assert ceiling.rows == 1
     assert good(ceiling, 100)[-1] == 64
 
 
-def test_batches_below_the_ceiling_prove_nothing() -> None:
+def test_batches_below_the_ceiling_do_not_raise_it() -> None:
     ceiling = Ceiling(64)
     ceiling.lower(32)
     for _ in range(1_000):
@@ -39,7 +39,7 @@ def test_batches_below_the_ceiling_prove_nothing() -> None:
     assert ceiling.rows == 16
 
 
-def test_a_device_without_more_room_is_tried_ever_more_seldom() -> None:
+def test_a_limit_that_is_hit_again_is_tried_less_often() -> None:
     ceiling, tries = Ceiling(64), 0
     for _ in range(1_000):
         if ceiling.rows > 8:
@@ -51,7 +51,7 @@ def test_a_device_without_more_room_is_tried_ever_more_seldom() -> None:
     assert ceiling.rows >= 4
 
 
-def test_what_does_not_fit_alone_says_nothing_of_others() -> None:
+def test_a_row_that_does_not_fit_alone_does_not_lower_the_ceiling() -> None:
     ceiling = Ceiling(64)
     ceiling.lower(2)
     ceiling.restore(64)

@@ -61,7 +61,7 @@ def test_ledgers_that_agree_are_clean() -> None:
         ({"remains": Remains(strays=("0:key",))}, {"keys that stay for ever": ["0:key"]}),
     ],
 )
-def test_whatever_does_not_agree_is_found(change: dict[str, object], found: dict[str, list[str]]) -> None:
+def test_ledgers_that_disagree_are_found(change: dict[str, object], found: dict[str, list[str]]) -> None:
     assert problems(replace(GOOD, **change)) == found  # type: ignore[arg-type]
 
 

@@ -132,7 +132,7 @@ def test_a_file_without_its_mark_is_told_how_it_is_sent(
     assert client.submitted == []
 
 
-def test_a_word_that_is_also_a_files_name_stays_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_is_also_a_files_name_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "food").write_text("a list")
     assert arguments(Classify, ("labels=food",)) == {"labels": ["food"]}
@@ -274,7 +274,7 @@ class Idle(Recorder):
 
 
 @pytest.mark.parametrize("command", [["submit", "caption", f"image={URL}", "--wait"], ["result", "row-7"]])
-def test_a_wait_that_no_worker_ends_says_so_once(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_without_workers_says_so_once(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "Client", lambda *args, **options: Idle())
     monkeypatch.setattr(waiting, "LOOK_S", 0.01)
     told = f"3 jobs wait. {no_worker('idefics')}\n"

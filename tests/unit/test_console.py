@@ -93,7 +93,7 @@ def test_a_long_id_is_folded_and_not_cut(capsys: pytest.CaptureFixture[str]) -> 
         (True, {"TERM": "dumb"}, False),
     ],
 )
-def test_a_person_looks_at_a_terminal_without_no_color(
+def test_a_terminal_without_no_color_is_for_a_person(
     is_a_tty: bool, environment: dict[str, str], is_for_a_person: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)

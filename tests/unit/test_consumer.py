@@ -75,7 +75,7 @@ def test_a_job_that_is_handed_over_keeps_its_place(consumer: Consumer) -> None:
     assert (job.told, released(consumer)) == ([], 0)
 
 
-def test_a_job_that_was_taken_back_frees_its_place(consumer: Consumer) -> None:
+def test_a_revoked_job_frees_its_place(consumer: Consumer) -> None:
     job = Job(TaskRevokedError())
     consumer.hand_over(job)
     assert (job.told, released(consumer)) == ([], 1)
@@ -140,7 +140,7 @@ def handler(consumer: Consumer, monkeypatch: pytest.MonkeyPatch, error: Exceptio
     return consumer.create_task_handler()
 
 
-def test_a_defect_while_a_job_is_taken_in_is_not_its_producers(
+def test_a_defect_while_a_job_is_received_fails_it_as_internal(
     consumer: Consumer, monkeypatch: pytest.MonkeyPatch, ended: list[tuple[str, Any, Any]]
 ) -> None:
     sent = message()
@@ -151,7 +151,7 @@ def test_a_defect_while_a_job_is_taken_in_is_not_its_producers(
     consumer.refusals.assert_not_called()
 
 
-def test_a_lost_connection_is_celerys_to_bear(
+def test_a_lost_connection_is_left_to_celery(
     consumer: Consumer, monkeypatch: pytest.MonkeyPatch, ended: list[tuple[str, Any, Any]]
 ) -> None:
     with pytest.raises(ConnectionError):

@@ -32,7 +32,7 @@ def _raise(error: Exception) -> Callable[[Any], None]:
     return sync
 
 
-def test_a_connection_that_drops_while_others_are_heard_is_one_to_make_again() -> None:
+def test_a_connection_that_drops_during_mingling_is_made_again() -> None:
     # What a worker ended of: kombu names it so where it has published in vain.
     consumer, mingle = _consumer(_raise(OperationalError("Connection closed by server.")))
     with pytest.raises(OperationalError) as raised:
@@ -40,6 +40,6 @@ def test_a_connection_that_drops_while_others_are_heard_is_one_to_make_again() -
     assert isinstance(raised.value, consumer.connection_errors)
 
 
-def test_whatever_else_goes_wrong_there_the_worker_starts() -> None:
+def test_the_worker_starts_although_mingling_fails() -> None:
     consumer, mingle = _consumer(_raise(TypeError("half an answer")))
     mingle.start(consumer)

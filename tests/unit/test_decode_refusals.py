@@ -86,7 +86,7 @@ def test_limits_are_checked(kind: str, size: tuple[int, int], limits: ImageLimit
     assert str(refusal.value).endswith(".")
 
 
-def test_what_just_meets_the_limits_is_opened() -> None:
+def test_a_picture_at_the_limits_is_opened() -> None:
     limits = ImageLimits(max_pixels=200, max_edge=200, max_ratio=200)
     assert open_image(encoded(Image.new("RGB", (200, 1)), "PNG"), limits).size == (200, 1)
 
@@ -142,7 +142,7 @@ def test_scans_of_thumbnails_and_behind_the_picture_do_not_count() -> None:
     assert open_image(data[:2] + segment + data[2:] + b"\xff\xda" * 500).size == SIZE
 
 
-def test_scans_hidden_in_a_segment_that_decoders_do_not_know_count() -> None:
+def test_scans_hidden_in_an_unknown_segment_count() -> None:
     data = encoded(picture(), "JPEG", progressive=True)
     end = data.rindex(b"\xff\xd9")
     hidden = b"\xff\x05\xff\xff" + b"\xff\xda\x00\x02" * 100
@@ -232,7 +232,7 @@ _COSTLY = {
 
 
 @pytest.mark.parametrize("kind", _COSTLY)
-def test_what_stands_beside_the_pixels_costs_nothing_and_says_nothing(kind: str) -> None:
+def test_data_beside_the_pixels_costs_no_time_and_is_not_repeated(kind: str) -> None:
     data = _COSTLY[kind]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -270,7 +270,7 @@ def test_an_orientation_in_other_places_is_pillows(data: bytes) -> None:
     assert difference(open_image(data), expected) == 0
 
 
-def test_a_stranger_fills_no_log(tmp_path: Path) -> None:
+def test_a_broken_picture_does_not_fill_the_log(tmp_path: Path) -> None:
     for number, data in enumerate((*_COSTLY.values(), png(9_500, 9_500, 8, 2, b""), png(9_501, 9_500, 8, 2, b""))):
         (tmp_path / f"{number}").write_bytes(data)
     code = """if True:

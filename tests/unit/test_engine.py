@@ -46,7 +46,7 @@ def test_a_row_gets_its_answer() -> None:
         assert engine.submit(row("the red door", wanted=4)).result(SOON) == Output(tuple(map(ord, "door")), "length")
 
 
-def test_its_thread_is_prepared_first() -> None:
+def test_the_engines_thread_is_prepared_before_its_first_batch() -> None:
     prepared: list[str] = []
     engine = Engine(FakeModel(), LIMITS, prepare=lambda: prepared.append(threading.current_thread().name))
     engine.start()

@@ -46,7 +46,7 @@ def test_a_running_batch_waits_for_a_row_that_comes_soon() -> None:
     assert runner.batches == [["first", "second"]]
 
 
-def test_a_running_batch_waits_for_nobody_for_ever() -> None:
+def test_a_running_batch_does_not_wait_forever_for_a_joining_row() -> None:
     with running(Joinable()) as engine:
         submit(engine, row("never", pictures=(PICTURE,)))
         (only,) = submit(engine, row("only", wanted=50))
@@ -73,7 +73,7 @@ def test_a_row_that_joined_and_fails_fails_alone() -> None:
         assert text(long) == "long"
 
 
-def test_nobody_joins_rows_that_run_again_after_a_failure() -> None:
+def test_no_row_joins_rows_that_run_again_after_a_failure() -> None:
     # Admit would be suspects too, and with enough of them the culprit would never be alone.
     runner = Joinable()
     with running(runner, Limits(rows=2, tokens=10_000)) as engine:
@@ -84,7 +84,7 @@ def test_nobody_joins_rows_that_run_again_after_a_failure() -> None:
     assert len([batch for batch in runner.batches if "poison" in batch]) <= 2
 
 
-def test_nobody_joins_a_batch_that_is_over() -> None:
+def test_no_row_joins_a_batch_that_is_over() -> None:
     # The runner chose by its first rows how it runs: beams need another way.
     runner = Joinable(step_s=0.005)
     with running(runner) as engine:
@@ -95,7 +95,7 @@ def test_nobody_joins_a_batch_that_is_over() -> None:
     assert runner.batches == [["single"], ["beams"]]
 
 
-def test_a_few_of_many_that_wait_join_once_nobody_has_joined_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_of_many_waiting_rows_join_once_no_row_has_joined_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "GROUP_WAIT_S", 0.1)
     runner = Joinable(step_s=0.005)
     with running(runner, Limits(rows=16, tokens=100_000)) as engine:
@@ -138,7 +138,7 @@ def test_a_busy_engine_forgets_rows_that_are_over() -> None:
     assert kept <= 1
 
 
-def test_nobody_joins_an_engine_that_stops() -> None:
+def test_no_row_joins_an_engine_that_stops() -> None:
     runner = Joinable(step_s=0.005)
     engine = Engine(runner, LIMITS)
     engine.start()
@@ -191,7 +191,7 @@ def test_an_engine_with_nothing_to_run_has_room_for_a_batch() -> None:
         eventually(lambda: engine.throughput.capacity == LIMITS.rows)
 
 
-def test_nobody_joins_a_batch_that_does_not_ask() -> None:
+def test_no_row_joins_a_batch_that_does_not_admit() -> None:
     gate = Gate()
     with running(gate) as engine:
         submit(engine, row())
@@ -202,7 +202,7 @@ def test_nobody_joins_a_batch_that_does_not_ask() -> None:
         eventually(lambda: engine.throughput.closed_s == 0)
 
 
-def test_a_batch_that_asks_has_room_for_others() -> None:
+def test_the_capacity_is_what_a_running_batch_can_admit() -> None:
     with running(Joinable(step_s=0.01)) as engine:
         submit(engine, long := row(wanted=1_000))
         eventually(lambda: engine.throughput.capacity == LIMITS.rows)

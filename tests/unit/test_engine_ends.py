@@ -129,14 +129,14 @@ def test_a_row_submitted_after_the_stop_fails_rather_than_waits_for_ever() -> No
 # Signs of life
 
 
-def test_each_step_is_a_sign_of_life() -> None:
+def test_each_step_sends_a_heartbeat() -> None:
     beats: list[float] = []
     with running(FakeModel(), heartbeat=lambda: beats.append(time.monotonic())) as engine:
         engine.submit(row("a" * 100, wanted=100)).result(SOON)
         assert len(beats) >= 100
 
 
-def test_an_idle_engine_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_engine_sends_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.engine.engine.IDLE_HEARTBEAT_S", 0.01)
     beats: list[float] = []
     with running(FakeModel(), heartbeat=lambda: beats.append(time.monotonic())):
@@ -144,7 +144,7 @@ def test_an_idle_engine_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(beats) >= 3
 
 
-def test_a_runner_that_hangs_gives_none() -> None:
+def test_a_hanging_runner_sends_no_heartbeat() -> None:
     gate, beats = Gate(), []
     with running(gate, heartbeat=lambda: beats.append(time.monotonic())) as engine:
         submit(engine, row())

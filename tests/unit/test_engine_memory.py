@@ -61,7 +61,7 @@ def test_what_a_failed_batch_held_is_free_when_it_runs_again() -> None:
     assert not runner.still_held
 
 
-def test_what_fits_is_remembered_in_beams() -> None:
+def test_the_ceiling_counts_beams() -> None:
     class Narrow(Recorder):
         def answer(self, rows: Sequence[Row]) -> None:
             if sum(row.sampling.num_beams for row in rows) > 8:
@@ -77,7 +77,7 @@ def test_what_fits_is_remembered_in_beams() -> None:
     assert runner.sizes == [2, 1, 1, 8]
 
 
-def test_the_engine_remembers_what_fits() -> None:
+def test_the_engine_remembers_how_many_rows_fit() -> None:
     runner = Small(room=2)
     with running(runner) as engine:
         for _ in range(2):

@@ -67,7 +67,7 @@ def test_the_codes_and_class_names_are_those_of_the_contract() -> None:
     assert {code: error.__name__ for code, error in ERRORS.items()} == CODES
 
 
-def test_the_ones_that_may_pass_are_those_of_the_contract() -> None:
+def test_the_transient_errors_are_those_of_the_contract() -> None:
     assert {code for code, error in ERRORS.items() if error.retryable} == RETRYABLE
 
 
@@ -209,7 +209,7 @@ def test_every_error_is_an_idefics_error_and_what_it_was_before(kind: type[Idefi
     assert 400 <= kind.http_status < 600
 
 
-def test_what_may_pass_is_no_fault_of_the_request() -> None:
+def test_transient_errors_are_not_the_requests_fault() -> None:
     assert {kind.http_status for kind in KINDS if kind.retryable} == {424, 503, 504}
 
 
@@ -267,7 +267,7 @@ def test_visitors_see_neither_hosts_nor_settings(kind: type[IdeficsError]) -> No
     assert "IDEFICS_IMAGE_ALLOW_NETWORKS" in str(error)
 
 
-def test_a_visitor_does_not_learn_which_internal_names_resolve() -> None:
+def test_an_error_does_not_tell_which_internal_names_resolve() -> None:
     resolves = errors.ImageBlocked("db.internal is at no public address.", detail="network")
     does_not = errors.ImageUnreachable("dc.internal has no address.", detail="dns")
     assert resolves.response() == does_not.response()

@@ -16,7 +16,7 @@ def _stop(*, soft_s: float = 60.0, is_remapped: bool = False) -> StopRequest:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
-def test_an_idle_worker_is_overdue_from_the_signal_on(number: int) -> None:
+def test_an_idle_workers_overdue_time_counts_from_the_signal(number: int) -> None:
     stop = _stop(soft_s=0.0)
     stop.hear(number, 100.0)
     stop.see(QUIET, 101.0)

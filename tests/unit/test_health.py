@@ -122,7 +122,7 @@ def test_another_process_under_the_same_pid_is_not_the_worker(shared: Path, prob
     assert probe()[0] == 1
 
 
-def test_what_failed_at_its_start_is_still_told_when_the_process_is_gone(shared: Path, probe: Probe) -> None:
+def test_a_failed_start_is_still_reported_when_the_process_is_gone(shared: Path, probe: Probe) -> None:
     of_another(shared, 2**22, state=WorkerState.SETUP_FAILED)
     status, said = probe("--ready")
     assert status == 1
@@ -162,7 +162,7 @@ def test_a_worker_of_another_broker_is_named_and_makes_nothing_ready(
     assert probe("--worker", "c@d")[0] == 0
 
 
-def test_a_worker_of_another_broker_takes_none_of_the_blame(
+def test_an_unhealthy_worker_of_another_broker_is_not_reported(
     shared: Path, probe: Probe, sleeper: subprocess.Popen[bytes]
 ) -> None:
     StateFile(None, "a@b").show(WorkerState.READY)

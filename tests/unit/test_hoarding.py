@@ -19,7 +19,5 @@ from benchmarks.hoarding import ideal_s
         (336, [1.0, 1.0, 10.0], 10.0),
     ],
 )
-def test_the_ideal_is_the_best_that_can_be_done_with_whole_batches(
-    jobs: int, batches_s: list[float], seconds: float
-) -> None:
+def test_the_ideal_time_is_the_best_with_whole_batches(jobs: int, batches_s: list[float], seconds: float) -> None:
     assert ideal_s(jobs, batches_s, slots=16) == seconds

@@ -70,7 +70,7 @@ def make_old(broker: stack.Broker, job: Job, queue: str = "idefics") -> None:
 # What a payload is
 
 
-def test_the_digest_is_of_what_is_asked(make: Make) -> None:
+def test_the_digest_covers_what_changes_the_answer(make: Make) -> None:
     assert digest(make()) == digest(make())
     assert digest(make()) == digest(make(temperature=0, stop=[]))
     assert digest(make()) == digest(make(metadata={"attempt": 2}))
@@ -121,7 +121,7 @@ def test_a_claim_without_a_record_of_its_job_is_abandoned_if_it_was_never_sent_o
     assert Claim(**claimed, is_sent=True, is_started=True).is_abandoned(100.0)
 
 
-def test_one_of_many_takes_an_abandoned_claim_over(make: Make, keys: IdempotencyKeys) -> None:
+def test_one_of_many_takes_over_an_abandoned_claim(make: Make, keys: IdempotencyKeys) -> None:
     claim = keys.claim(make(), "dead", is_sent=False)
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(lambda n: keys.take_over(make(), claim, f"job {n}"), range(8))) == 1
@@ -217,7 +217,7 @@ def test_without_redis_for_results_the_workers_hold_to_the_key_alone(make: Make)
     client.app.close()
 
 
-def test_the_fake_client_keeps_to_keys_too(make: Make) -> None:
+def test_the_fake_client_honours_idempotency_keys(make: Make) -> None:
     client = FakeClient()
     assert client.submit(make()) is client.submit(make())
     assert len(client.submitted) == 1

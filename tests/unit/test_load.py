@@ -56,14 +56,14 @@ def test_nothing_is_left_to_workers_that_take_nothing() -> None:
     assert surplus(holding(SLOW, 32), [closed], 0) == 0
 
 
-def test_a_worker_that_does_not_know_its_pace_takes() -> None:
+def test_a_worker_without_a_known_throughput_takes_jobs() -> None:
     assert not leaves_to_others(Load(16, 0.0, -16), [holding(FAST, -16)], 1)
 
 
 # Giving back
 
 
-def test_all_that_waits_in_a_slow_worker_goes_to_idle_ones() -> None:
+def test_jobs_waiting_in_a_slow_worker_go_to_idle_ones() -> None:
     assert surplus(holding(SLOW, 32), [holding(FAST, -16), holding(FAST, -16)], 0) == 32
 
 
@@ -80,7 +80,7 @@ def test_workers_alike_share_what_is_left() -> None:
     assert surplus(slow, [slow], 0) == 0
 
 
-def test_what_begins_soon_stays() -> None:
+def test_a_job_that_begins_soon_is_kept() -> None:
     assert surplus(holding(FAST, 4), [holding(FAST, -16)], 0) == 0
 
 
@@ -94,7 +94,7 @@ def test_a_worker_that_can_begin_nothing_gives_all_of_it_back() -> None:
     assert surplus(loading, [], 0) == 0
 
 
-def test_a_worker_whose_hung_model_has_not_run_a_job_is_no_reason_to_divide_by_zero() -> None:
+def test_a_hung_worker_that_has_run_no_job_causes_no_division_by_zero() -> None:
     unknown = Load(0, 0.0, 5)
     assert surplus(unknown, [unknown], 0) == 0
     assert not leaves_to_others(unknown, [unknown], 1)
@@ -113,7 +113,7 @@ def test_jobs_do_not_lie_in_the_queue_for_an_estimate() -> None:
     assert limit.still_leaves(leaves=True, queued=1, job_s=0.1, now=MAX_LEAVE_S + TAKE_ALL_S + 0.2)
 
 
-def test_a_queue_that_the_others_empty_tries_no_patience() -> None:
+def test_leaving_jobs_has_no_limit_while_others_empty_the_queue() -> None:
     limit = LeaveLimit()
     for now in range(100):
         assert limit.still_leaves(leaves=True, queued=now % 2, job_s=0.1, now=float(now))
@@ -162,7 +162,7 @@ def test_a_worker_that_falls_silent_counts_no_more(server: redis.Redis) -> None:
     assert server.hlen(LOAD.named("jobs")) == 1
 
 
-def test_what_is_not_of_a_worker_is_dropped(server: redis.Redis) -> None:
+def test_load_records_that_are_no_workers_are_dropped(server: redis.Redis) -> None:
     server.hset(LOAD.named("jobs"), "stranger", "garbage")
     assert LoadExchange(lambda: (server, "")).exchange(report(FAST))["jobs"].others == []
     assert server.hkeys(LOAD.named("jobs")) != [b"stranger"]

@@ -62,7 +62,7 @@ def is_counted_right(client: Any, outbox: Outbox) -> bool:
 # Bounds
 
 
-def test_what_one_host_has_beyond_its_bytes_is_given_up_the_oldest_first(client: Any) -> None:
+def test_beyond_one_hosts_bytes_its_oldest_deliveries_are_given_up(client: Any) -> None:
     told: list[tuple[str, int]] = []
     outbox = Outbox(client, OutboxBounds(3 * ONE + 10, 2**28, KEEP_S), lambda *found: told.append(found))
     outbox.add(delivery(9, url="https://other.test/hook"))
@@ -77,7 +77,7 @@ def test_what_one_host_has_beyond_its_bytes_is_given_up_the_oldest_first(client:
     assert is_counted_right(client, outbox)
 
 
-def test_what_all_hosts_have_beyond_their_bytes_is_given_up_the_oldest_first(client: Any) -> None:
+def test_beyond_the_bytes_of_all_hosts_the_oldest_deliveries_are_given_up(client: Any) -> None:
     outbox = bounded(client, total=4)
     for number in range(7):
         outbox.add(delivery(number, url=f"https://{number}.test/hoo"))
@@ -87,7 +87,7 @@ def test_what_all_hosts_have_beyond_their_bytes_is_given_up_the_oldest_first(cli
     assert is_counted_right(client, outbox)
 
 
-def test_the_oldest_is_the_one_that_was_added_first_however_it_is_due(client: Any) -> None:
+def test_the_oldest_delivery_is_the_first_added_not_the_first_due(client: Any) -> None:
     outbox = bounded(client, host=3)
     for number in range(3):
         outbox.add(delivery(number))
@@ -97,7 +97,7 @@ def test_the_oldest_is_the_one_that_was_added_first_however_it_is_due(client: An
     assert jobs(outbox, "failed") == ["job-0"]
 
 
-def test_what_was_given_up_is_replayed_as_the_youngest(client: Any) -> None:
+def test_a_replayed_delivery_counts_as_the_newest(client: Any) -> None:
     outbox = bounded(client, host=2)
     for number in range(3):
         outbox.add(delivery(number))
@@ -109,7 +109,7 @@ def test_what_was_given_up_is_replayed_as_the_youngest(client: Any) -> None:
     assert is_counted_right(client, outbox)
 
 
-def test_one_that_was_given_up_while_it_was_sent_may_say_that_it_arrived_and_no_more(client: Any) -> None:
+def test_a_delivery_given_up_during_its_attempt_can_only_become_delivered(client: Any) -> None:
     outbox = bounded(client, host=2)
     for number in range(2):
         outbox.add(delivery(number))
@@ -166,7 +166,7 @@ def test_a_lost_count_is_found_again(client: Any) -> None:
     assert outbox.bytes() == before
 
 
-def test_one_whose_record_has_expired_counts_no_more(client: Any) -> None:
+def test_a_delivery_with_an_expired_record_no_longer_counts(client: Any) -> None:
     outbox = bounded(client)
     outbox.add(delivery(1))
     client.delete(DELIVERY.named(delivery(1).id))
@@ -175,7 +175,7 @@ def test_one_whose_record_has_expired_counts_no_more(client: Any) -> None:
     assert client.hgetall(SIZES) == {}
 
 
-def test_ended_ones_are_bounded_in_bytes(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ended_deliveries_are_bounded_in_bytes(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outboxes, "MAX_ENDED_BYTES", 2 * ONE)
     outbox = bounded(client)
     for number in range(5):
@@ -250,7 +250,7 @@ def test_a_key_of_another_type_loses_no_delivery_and_stops_none(client: Any, nam
 
 
 @pytest.mark.parametrize("name", ["failed", "delivered", "disabled", "oldest", "sizes", "bytes", "ages:shop.test"])
-def test_a_key_of_another_type_lets_what_was_sent_be_noted(client: Any, name: str) -> None:
+def test_with_a_key_of_another_type_an_attempts_result_is_still_recorded(client: Any, name: str) -> None:
     outbox = bounded(client)
     for number in range(2):
         outbox.add(delivery(number))
@@ -310,7 +310,7 @@ def test_a_full_server_lets_what_is_pending_go_out(client: Any, broker: stack.Br
 # Hosts that hang
 
 
-def test_hosts_are_known_by_how_they_answered() -> None:
+def test_hosts_are_remembered_by_their_last_answers() -> None:
     hosts = KnownHosts(1.0, ["old.test"])
     hosts.note("quick.test", has_answered=True, seconds=0.1)
     hosts.note("slow.test", has_answered=True, seconds=0.9)
@@ -337,7 +337,7 @@ def test_known_hosts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.silent == {"hung6.test", "hung7.test", "hung8.test"}
 
 
-def test_threads_are_shared() -> None:
+def test_threads_are_divided_between_hosts_that_answer_and_silent_ones() -> None:
     hosts = KnownHosts(1.0)
     hosts.note("hung.test", has_answered=False, seconds=1.0)
     assert hosts.shares(16, {}).others == 16
@@ -364,7 +364,7 @@ def test_a_claim_keeps_to_the_shares(client: Any) -> None:
     assert found == ["hung2", "hung3"]
 
 
-def test_no_more_than_the_shares_go_out() -> None:
+def test_no_more_deliveries_are_admitted_than_the_shares_allow() -> None:
     due = [[delivery(number, url=f"https://{host}.test/")] for number, host in enumerate("hhnnqq")]
     shares = Shares(frozenset({"q.test"}), frozenset({"h.test"}), others=2, silent_calls=1)
     now, waiting = admit(due, {}, free=9, per_host=9, shares=shares)

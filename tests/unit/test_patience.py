@@ -52,7 +52,7 @@ def test_a_call_is_made_again_until_redis_is_back(waits: Callable[[float], list[
     assert 0.02 < sum(told) < 1
 
 
-def test_a_wait_ends_and_no_handler_of_errors_stops_it(waits: Callable[[float], list[float]]) -> None:
+def test_a_wait_ends_in_an_error_that_except_exception_does_not_catch(waits: Callable[[float], list[float]]) -> None:
     waits(0.05)
     with pytest.raises(RedisAway) as raised:
         with_retries(failing(*[AWAY] * 1_000))

@@ -90,7 +90,7 @@ class _Body(BaseModel):
         {"image": URL, "colour": 1},
     ],
 )
-def test_in_a_web_frameworks_body_whatever_is_wrong_is_a_validation_error(job: Any) -> None:
+def test_in_a_web_frameworks_body_every_error_is_a_validation_error(job: Any) -> None:
     with pytest.raises(ValidationError):
         _Body.model_validate({"job": job})
     with pytest.raises(ValidationError):

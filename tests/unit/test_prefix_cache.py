@@ -48,7 +48,7 @@ def test_the_longest_that_fits_is_kept() -> None:
     assert found[0].key == b"short"
 
 
-def test_those_of_one_batch_stand_side_by_side() -> None:
+def test_prefixes_of_one_batch_stand_side_by_side() -> None:
     kept = cache(50)
     batch = [[key(name)] for name in "abcabc"]
     assert keep(kept, *batch) == ["a", "b"]
@@ -70,7 +70,7 @@ def test_no_prefix_is_prefilled_on_its_own_if_none_may_be_kept() -> None:
     assert kept.metrics()["prefixes"] == 0
 
 
-def test_what_a_prefix_carries_counts() -> None:
+def test_tensors_carried_by_a_prefix_count() -> None:
     kept = PrefixCache(20 * TOKEN_BYTES + 4_000, TOKEN_BYTES, carry_bytes=4_000)
     large = Prefix((torch.zeros(1, 20, 1), torch.zeros(1, 20, 1)), torch.zeros(10, 100))
     assert large.nbytes == 20 * TOKEN_BYTES + 4_000

@@ -35,7 +35,7 @@ def test_a_mark_is_shown_as_an_escape(mark: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "a cat", "ein Bär", "猫", "👩\u200d🚀", "\u0646\u0627\u0645\u0647\u200c\u0627\u06cc", "a\xa0b", "\\n"]
 )
-def test_what_people_write_stays(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     assert escaped(text) == text
     assert escaped_json(text) == text
 
@@ -93,7 +93,7 @@ def test_a_traceback_keeps_its_lines_and_forges_none() -> None:
     assert FORGED in text
 
 
-def test_what_we_compose_ourselves_keeps_its_lines() -> None:
+def test_lines_of_our_own_log_messages_are_kept() -> None:
     assert logged("It failed: %s", Lines("KeyError\n  File x\n\x1b")).endswith("KeyError\n      File x\n    \\x1b\n")
 
 

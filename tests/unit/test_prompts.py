@@ -180,7 +180,7 @@ def test_any_other_string_is_text(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["https://example.com/a.png\n", " https://example.com/a.png", "\ufeffhttps://example.com/a.png"]
 )
-def test_blanks_around_a_url_are_none_of_it(text: str) -> None:
+def test_blanks_around_a_url_are_ignored(text: str) -> None:
     assert prompt("complete", prompt=[text]) == [ImageRef("https://example.com/a.png")]
 
 
@@ -336,7 +336,7 @@ def test_in_turns_a_text_begins_with_its_lead() -> None:
     )
 
 
-def test_in_turns_a_list_and_a_chat_stay_what_they_are() -> None:
+def test_in_turns_a_completed_list_and_a_chat_are_unchanged() -> None:
     messages = [user("Who is this?", IDEFIX)]
     assert turns("chat", messages=messages) == prompt("chat", messages=messages)
     assert turns("complete", prompt=["Hello", EIFFEL]) == prompt("complete", prompt=["Hello", EIFFEL])

@@ -23,7 +23,7 @@ def app() -> Celery:
 
 
 @pytest.mark.parametrize("kind", ["a group of chains", "a chord of chains", "groups in chains in groups"])
-def test_what_is_nested_in_a_group_goes_by_its_producer(app: Celery, kind: str) -> None:
+def test_tasks_nested_in_a_group_use_its_producer(app: Celery, kind: str) -> None:
     def task(name: str) -> Signature:
         return app.signature(f"shop.{name}", immutable=True)
 

@@ -28,7 +28,7 @@ def test_many_suspects_run_in_groups_of_about_the_square_root(number: int, sizes
     assert [len(group) for group in groups(list(range(number)))] == sizes
 
 
-def test_nobody_is_suspected_and_nobody_runs() -> None:
+def test_without_suspects_no_group_runs() -> None:
     assert groups([]) == []
 
 

@@ -63,7 +63,7 @@ def test_the_first_return_is_a_death_and_later_ones_are_where_the_job_had_starte
     assert 0 < server.ttl(f"mine:{REDELIVERIES.named(key[0])}") <= KEPT_S + 60
 
 
-def test_what_is_given_back_in_order_had_not_started(
+def test_a_job_returned_in_order_had_not_started(
     deliveries: RedeliveryCounter, key: Key, come_back: Callable[[Key], None]
 ) -> None:
     come_back(key)

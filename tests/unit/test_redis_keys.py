@@ -80,7 +80,7 @@ def test_a_name_is_recognized_by_its_pattern(key: RedisKey) -> None:
 
 
 @pytest.mark.parametrize("key", REDIS_KEYS, ids=ids)
-def test_what_bounds_a_keys_life_is_a_number_or_a_setting_that_exists(key: RedisKey) -> None:
+def test_a_keys_ttl_is_a_number_or_an_existing_setting(key: RedisKey) -> None:
     settings = {f"IDEFICS_{name.upper()}" for name in Settings.model_fields}
     if key.ttl is None:
         assert re.search(r"Permanent[:,]", key.meaning), "say why it has no TTL"

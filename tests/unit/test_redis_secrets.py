@@ -68,7 +68,7 @@ def test_containers_may_read_what_they_mount_and_this_machines_users_nothing(mad
     assert not list(made.glob("*/ca.key"))
 
 
-def test_what_is_there_stays_and_what_was_deleted_is_made_anew(tmp_path: Path) -> None:
+def test_existing_secrets_stay_and_deleted_ones_are_made_anew(tmp_path: Path) -> None:
     folder = make_secrets(tmp_path / "secrets")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     make_secrets(folder)

@@ -57,7 +57,7 @@ def test_results_are_in_the_database_after_the_queues(broker: str, results: str)
         "redis://host/0?virtual_host=3",
     ],
 )
-def test_elsewhere_the_results_are_asked_for_in_a_sentence(broker: str) -> None:
+def test_with_another_broker_than_redis_the_results_url_is_asked_for(broker: str) -> None:
     with pytest.raises(ValidationError, match=r"IDEFICS_RESULT_BACKEND is needed|cannot be read") as by_worker:
         Settings(broker_url=broker)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Give result_backend too|cannot be read") as by_client:

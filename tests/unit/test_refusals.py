@@ -26,7 +26,7 @@ def test_the_log_names_the_job_that_fails_by_a_dropped_message(
     ]
 
 
-def test_the_same_message_that_is_refused_for_something_else_is_told_so(refusals: Refusals) -> None:
+def test_a_message_refused_for_another_reason_is_another_submission(refusals: Refusals) -> None:
     first, again, other = (refusals(b"x", MessageRefused(why, "a")) for why in ("no", "no", "not that either"))
     assert first == again != other
     assert other is not None

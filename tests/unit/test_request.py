@@ -75,6 +75,6 @@ def test_a_failure_that_cannot_be_stored_leaves_its_message_for_the_queue(
     assert told == ["rejected, True"]
 
 
-def test_what_is_not_stored_is_acknowledged_all_the_same(request_: Request, told: list[str]) -> None:
+def test_a_job_without_a_stored_result_is_acknowledged(request_: Request, told: list[str]) -> None:
     request_.on_failure(exception_info(Ignore()))
     assert told == ["acknowledged"]

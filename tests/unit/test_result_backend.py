@@ -67,7 +67,7 @@ def end(backend: Any, id: str, state: str, request: Context | None = None) -> No
 
 @pytest.mark.parametrize("first", ENDS)
 @pytest.mark.parametrize("second", ENDS)
-def test_the_first_end_stays(backend: Any, plain: Any, id: str, first: str, second: str) -> None:
+def test_the_first_terminal_state_wins(backend: Any, plain: Any, id: str, first: str, second: str) -> None:
     end(backend, id, first)
     kept = plain.get_task_meta(id, cache=False)
     end(backend, id, second)
@@ -77,7 +77,9 @@ def test_the_first_end_stays(backend: Any, plain: Any, id: str, first: str, seco
 
 @pytest.mark.parametrize("first", ENDS)
 @pytest.mark.parametrize("later", ["STARTED", "RETRY"])
-def test_an_end_is_not_written_over_by_what_is_none(backend: Any, plain: Any, id: str, first: str, later: str) -> None:
+def test_a_terminal_state_is_not_overwritten_by_a_later_state(
+    backend: Any, plain: Any, id: str, first: str, later: str
+) -> None:
     end(backend, id, first)
     backend.store_result(id, None, later)
     assert plain.get_state(id) == first
@@ -106,7 +108,7 @@ def test_a_job_that_starts_is_told_so(backend: Any, plain: Any, id: str) -> None
 
 
 @pytest.mark.parametrize("is_stored", [True, False])
-def test_a_job_that_was_taken_back_does_not_start(backend: Any, plain: Any, id: str, is_stored: bool) -> None:
+def test_a_canceled_job_does_not_start(backend: Any, plain: Any, id: str, is_stored: bool) -> None:
     backend.client.set(CANCELLATION.named(id), 1, ex=60)
     assert backend.start(request_of(id), is_stored=is_stored) == CANCELED
     assert plain.get_state(id) == "PENDING"
@@ -126,7 +128,7 @@ def test_the_start_of_a_job_without_results_leaves_nothing(backend: Any, id: str
     assert not backend.client.exists(backend.get_key_for_task(id))
 
 
-def test_of_many_runs_that_end_at_once_one_is_kept(
+def test_of_many_runs_that_end_at_once_one_result_is_kept(
     backend: Any, plain: Any, id: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend.store_result(id, None, "STARTED")
@@ -138,7 +140,7 @@ def test_of_many_runs_that_end_at_once_one_is_kept(
     assert all(f"Job {id} has ended as {state} already: this run's" in message for message in caplog.messages)
 
 
-def test_an_end_that_celerys_own_backend_wrote_stays_too(backend: Any, plain: Any, id: str) -> None:
+def test_a_terminal_state_written_by_celerys_own_backend_wins_too(backend: Any, plain: Any, id: str) -> None:
     end(plain, id, "FAILURE")
     end(backend, id, "SUCCESS")
     assert backend.terminal_state(id) == plain.get_state(id) == "FAILURE"
@@ -160,7 +162,7 @@ def test_producers_read_what_is_stored(backend: Any, plain: Any, id: str, broker
     assert 0 < broker.connect(1).ttl(f"celery-task-meta-{id}") <= 60
 
 
-def test_whoever_waits_is_told(backend: Any, id: str, broker: stack.Broker) -> None:
+def test_a_waiting_producer_hears_of_the_end(backend: Any, id: str, broker: stack.Broker) -> None:
     listener = broker.connect(1).pubsub(ignore_subscribe_messages=True)
     listener.subscribe(f"celery-task-meta-{id}")
     listener.get_message(timeout=5)
@@ -290,7 +292,7 @@ def test_a_repeated_failure_fails_what_its_chain_still_waits_for(backend: Any, i
 
 
 @pytest.mark.parametrize("forgetting", ["backend", "plain"])
-def test_a_forgotten_end_makes_room_for_another(
+def test_after_a_result_is_forgotten_another_can_be_stored(
     backend: Any, plain: Any, id: str, forgetting: str, request: pytest.FixtureRequest
 ) -> None:
     """Also those of the rest of its chain, which its failure took along."""
@@ -308,7 +310,7 @@ def test_a_forgotten_end_makes_room_for_another(
         assert plain.get_state(ended) == "SUCCESS"
 
 
-def test_a_jobs_end_takes_its_cancellation_along(backend: Any, id: str, broker: stack.Broker) -> None:
+def test_a_jobs_end_deletes_its_cancellation_key(backend: Any, id: str, broker: stack.Broker) -> None:
     results = broker.connect(1)
     results.set(CANCELLATION.named(id), 1, ex=60)
     backend.store_result(id, None, "STARTED")
@@ -333,7 +335,7 @@ def ran(backend: Any, request: Context, state: str = "SUCCESS") -> None:
 
 @pytest.mark.parametrize("first", ENDS)
 @pytest.mark.parametrize("is_stored", [True, False])
-def test_an_id_used_again_for_something_else_begins_anew(
+def test_an_id_used_again_for_another_payload_starts_over(
     backend: Any, plain: Any, id: str, first: str, is_stored: bool
 ) -> None:
     ran(backend, asking(id, "one"), first)
@@ -344,7 +346,7 @@ def test_an_id_used_again_for_something_else_begins_anew(
 
 
 @pytest.mark.parametrize("first", ENDS)
-def test_an_id_used_again_for_the_same_has_ended(backend: Any, plain: Any, id: str, first: str) -> None:
+def test_an_id_used_again_for_the_same_payload_has_ended(backend: Any, plain: Any, id: str, first: str) -> None:
     ran(backend, asking(id, "one"), first)
     told = plain.get_task_meta(id, cache=False)["date_done"]
     assert backend.start(asking(id, "one", retries=1, headers={"a": 1}), is_stored=True) == first
@@ -367,7 +369,7 @@ def test_a_run_that_wakes_up_does_not_end_what_was_submitted_since(backend: Any,
 
 @pytest.mark.parametrize("first", ENDS)
 @pytest.mark.parametrize("has_ended", [True, False])
-def test_a_record_belongs_to_the_submission_that_was_taken_last(
+def test_a_record_belongs_to_the_submission_that_was_reserved_last(
     backend: Any, plain: Any, id: str, first: str, has_ended: bool
 ) -> None:
     earlier, later = (asking(id, text, taken=at) for text, at in (("one", 1e9), ("two", 1e9 + 1e-5)))
@@ -383,7 +385,7 @@ def test_a_record_belongs_to_the_submission_that_was_taken_last(
     assert plain.get_task_meta(id, cache=False)[ASKED] == later.asked.digest
 
 
-def test_an_old_end_that_a_later_submission_of_the_same_has_is_that_ones(backend: Any, plain: Any, id: str) -> None:
+def test_an_old_result_counts_for_a_later_submission_of_the_same_payload(backend: Any, plain: Any, id: str) -> None:
     ran(backend, asking(id, "one", taken=1e9))
     told = plain.get_task_meta(id, cache=False)
     between, again = (asking(id, text, taken=1e9 + at) for text, at in (("two", 1), ("one", 2)))
@@ -395,7 +397,7 @@ def test_an_old_end_that_a_later_submission_of_the_same_has_is_that_ones(backend
 
 
 @pytest.mark.parametrize("again", [{"retries": 1}, {CONTINUES: True}])
-def test_a_run_that_goes_on_takes_the_record_of_another_submission_over_by_no_means(
+def test_a_retry_never_overwrites_the_record_of_another_submission(
     backend: Any, plain: Any, id: str, again: dict[str, Any]
 ) -> None:
     assert backend.start(asking(id, "one", taken=1e9), is_stored=True) is None
@@ -406,7 +408,7 @@ def test_a_run_that_goes_on_takes_the_record_of_another_submission_over_by_no_me
     assert plain.get_state(id) == "SUCCESS"
 
 
-def test_a_take_that_another_clock_timed_hours_later_keeps_nobody_out(backend: Any, plain: Any, id: str) -> None:
+def test_a_submission_reserved_by_a_clock_hours_ahead_blocks_no_other(backend: Any, plain: Any, id: str) -> None:
     ran(backend, asking(id, "one", taken=1e9 + 7_200))
     ran(backend, asking(id, "two", taken=1e9), "REVOKED")
     assert plain.get_state(id) == "REVOKED"

@@ -32,7 +32,7 @@ def test_what_waits_is_left_as_it_is() -> None:
 # Order
 
 
-def test_the_most_urgent_row_goes_first_whoever_came_earlier() -> None:
+def test_the_most_urgent_row_goes_first_even_if_others_came_earlier() -> None:
     late, early = row(priority=0, arrived=2), row(priority=9, arrived=1)
     assert next_batch([early, late], Limits(rows=1, tokens=100)) == [late]
 
@@ -127,18 +127,18 @@ def test_the_running_rows_padding_counts() -> None:
     assert next_batch([newcomer], Limits(rows=9, tokens=199), running) == []
 
 
-def test_nobody_joins_beams_nor_do_beams_join() -> None:
+def test_no_row_joins_beams_and_beams_join_no_batch() -> None:
     single, beams = row(arrived=0), row(beams=2, arrived=1)
     assert next_batch([beams], WIDE, [single]) == []
     assert next_batch([single], WIDE, [beams]) == []
 
 
-def test_nobody_overtakes_a_head_that_cannot_join() -> None:
+def test_no_row_overtakes_the_first_one_that_cannot_join() -> None:
     head, small = row("a" * 999, arrived=1), row("a", arrived=2)
     assert next_batch([head, small], Limits(rows=9, tokens=500), [row(arrived=0)]) == []
 
 
-def test_a_full_batch_takes_nobody() -> None:
+def test_a_full_batch_admits_no_row() -> None:
     assert next_batch([row(arrived=9)], Limits(rows=4, tokens=1_000), [row(arrived=n) for n in range(4)]) == []
 
 
@@ -166,7 +166,7 @@ def check_limits(batch: list[Row], limits: Limits) -> None:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_whatever_waits_every_row_runs_once_and_within_the_limits(seed: int) -> None:
+def test_every_waiting_row_runs_once_and_within_the_limits(seed: int) -> None:
     dice = random.Random(seed)
     limits = Limits(rows=dice.choice([1, 4, 16]), tokens=dice.choice([50, 500, 5_000]))
     rows = [random_row(dice, arrived) for arrived in range(dice.randrange(1, 80))]
@@ -182,7 +182,7 @@ def test_whatever_waits_every_row_runs_once_and_within_the_limits(seed: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_newcomers_of_the_same_priority_never_starve_a_row(seed: int) -> None:
+def test_later_rows_of_the_same_priority_never_starve_a_row(seed: int) -> None:
     dice = random.Random(seed)
     limits = Limits(rows=4, tokens=2_000)
     odd = row("a" * 400, wanted=300, beams=2, arrived=0)

@@ -147,7 +147,7 @@ def test_make_lists_every_target_with_a_line() -> None:
     assert listed == targets
 
 
-def test_an_installation_says_that_it_takes_its_time() -> None:
+def test_an_installation_says_that_it_takes_minutes() -> None:
     first, *_ = make("--dry-run", "up", "VENV=/nowhere/venv").splitlines()
     assert "Installing into /nowhere/venv" in first
     assert "minutes" in first

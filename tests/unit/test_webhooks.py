@@ -106,7 +106,7 @@ def test_what_a_newer_worker_adds_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("change", ["body", "id", "timestamp"])
-def test_whatever_is_signed_cannot_be_changed(change: str) -> None:
+def test_a_signed_body_cannot_be_changed(change: str) -> None:
     text = body("job.succeeded", MOMENT, data())
     given = headers(text, SECRET)
     if change == "body":
@@ -190,7 +190,7 @@ def test_a_body_that_fits_says_nothing_of_cuts() -> None:
     assert "note" not in json.loads(body("job.succeeded", MOMENT, data()))["data"]
 
 
-def test_whatever_is_in_it_a_body_fits() -> None:
+def test_a_body_with_any_content_fits() -> None:
     huge = {"text": "x" * 50_000, "scores": {str(n): 0.1 for n in range(9_000)}, "model": {"id": "m" * 50_000}}
     text = body("job.succeeded", MOMENT, data(result=huge, metadata={"a": "b" * 30_000}))
     assert len(text) <= MAX_BODY_BYTES

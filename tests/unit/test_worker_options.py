@@ -19,12 +19,12 @@ def _app(**options: Any) -> Celery:
     return app
 
 
-def test_it_is_read_as_it_was_written() -> None:
+def test_worker_options_are_read_as_they_were_written() -> None:
     assert WorkerOptions.read(DEFAULT.written()) == DEFAULT
 
 
 @pytest.mark.parametrize("options", [{}, {"sep": ":"}, {"priority_steps": [0]}, {"global_keyprefix": ""}])
-def test_what_workers_read_is_seen(options: dict[str, Any]) -> None:
+def test_options_that_workers_share_are_accepted(options: dict[str, Any]) -> None:
     assert unseen(_app(**options), DEFAULT) is None
 
 
@@ -36,7 +36,7 @@ def test_what_workers_read_is_seen(options: dict[str, Any]) -> None:
         ({"global_keyprefix": "x"}, "IDEFICS_BROKER_KEY_PREFIX"),
     ],
 )
-def test_what_they_do_not_read_is_named_with_the_cure(options: dict[str, Any], names: str) -> None:
+def test_options_that_workers_do_not_share_are_named_with_the_cure(options: dict[str, Any], names: str) -> None:
     assert names in (unseen(_app(**options), DEFAULT) or "")
 
 

@@ -50,7 +50,7 @@ def test_jobs_are_accepted_again_once_the_queue_is_shorter(client: Client, monke
     client.submit(JOB)
 
 
-def test_waiting_jobs_count_at_every_priority_and_whoever_sent_them(broker: stack.Broker) -> None:
+def test_waiting_jobs_of_every_priority_and_producer_count(broker: stack.Broker) -> None:
     queue = uuid.uuid4().hex
     for priority in (0, 4, 9):
         Client(broker.url, queue=queue).submit(JOB, priority=priority)
@@ -59,7 +59,7 @@ def test_waiting_jobs_count_at_every_priority_and_whoever_sent_them(broker: stac
         Client(app=stranger, queue=queue, max_queued=3).submit(JOB)
 
 
-def test_the_broker_is_looked_at_once_a_second(broker: stack.Broker) -> None:
+def test_the_brokers_memory_is_checked_once_a_second(broker: stack.Broker) -> None:
     client = Client(broker.url, queue=uuid.uuid4().hex)
     with broker.connect() as server:
         client.submit(JOB)

@@ -116,7 +116,7 @@ def test_a_job_is_queued_although_the_results_redis_is_away(broker: stack.Broker
     assert time.monotonic() - began < 2
 
 
-def test_a_server_that_says_nothing_is_not_asked_again(broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_not_asked_again(broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apps, "SOCKET_TIMEOUT_S", 1.0)
     client = of_an_app(broker.url, broker.results)
     client.submit(JOB, queue="never")
@@ -129,7 +129,7 @@ def test_a_server_that_says_nothing_is_not_asked_again(broker: stack.Broker, mon
         server.execute_command("CLIENT", "UNPAUSE")
 
 
-def test_what_is_waited_for_in_vain_since_redis_is_away_is_no_timeout() -> None:
+def test_a_wait_that_fails_because_redis_is_away_is_no_timeout() -> None:
     with pytest.raises(BrokerUnavailable):
         of_urls(NOWHERE, NOWHERE).result("a", timeout=0.1)
 
@@ -142,7 +142,7 @@ def test_every_call_gives_a_redis_that_is_away_up_in_seconds() -> None:
     assert 3 < time.monotonic() - began < 12
 
 
-def test_threads_that_wait_for_a_look_at_a_broker_that_is_away_share_it() -> None:
+def test_threads_share_one_check_of_a_broker_that_is_away() -> None:
     client = Client(NOWHERE)
     began = time.monotonic()
     with ThreadPoolExecutor(4) as threads:

@@ -76,7 +76,7 @@ def test_a_canceled_job_has_its_text_so_far(client: Client, id: str) -> None:
     assert canceled.value.partial == partial
 
 
-def test_a_cancellation_that_reached_nobody_raises(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancellation_that_reached_no_worker_raises(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise OperationalError("no permissions")
 

@@ -211,7 +211,7 @@ def test_drop_takes_off_the_list_and_sends_nothing(run: Any, jobs: FailedJobs, b
 @pytest.mark.parametrize(
     "arguments", [("retry",), ("drop",), ("retry", "a", "--all"), ("drop", "--all", "--code", "x")]
 )
-def test_what_is_meant_must_be_said(run: Any, jobs: FailedJobs, arguments: list[str]) -> None:
+def test_retry_and_drop_need_ids_or_a_selection(run: Any, jobs: FailedJobs, arguments: list[str]) -> None:
     outcome = run(*arguments)
     assert outcome.exit_code == 2
     assert "Say which jobs" in outcome.output

@@ -13,7 +13,7 @@ from worker.queue import transport
 # The choice
 
 
-def test_what_is_owed_behind_sentinels_is_owed_whichever_of_them_is_asked() -> None:
+def test_pending_acks_behind_sentinels_do_not_depend_on_which_one_is_asked() -> None:
     one, other = (Connection("sentinel://a:1/0;sentinel://b:2/0") for _ in range(2))
     other.switch("sentinel://b:2/0")
     assert transport.SentinelChannel.broker_identity(one) == transport.SentinelChannel.broker_identity(other)
@@ -21,7 +21,7 @@ def test_what_is_owed_behind_sentinels_is_owed_whichever_of_them_is_asked() -> N
     assert transport.Channel.broker_identity(single) == single.as_uri()
 
 
-def test_it_stands_for_redis_and_sentinel_urls_once_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_transport_replaces_kombus_for_redis_and_sentinel_urls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kombu_transport, "TRANSPORT_ALIASES", dict(kombu_transport.TRANSPORT_ALIASES))
     monkeypatch.setattr(kombu_transport, "_transport_cache", {})
     transport.use()

@@ -56,9 +56,7 @@ def test_due_messages_come_in_the_order_of_their_times_before_others_of_their_pr
     assert bodies(taker, 6) == ["urgent", "first", "second", "third", "fourth", "last"]
 
 
-def test_what_is_due_comes_at_once_behind_any_number_of_messages_before_their_time(
-    start: Start, server: redis.Redis
-) -> None:
+def test_a_due_message_is_not_delayed_by_any_number_of_later_ones(start: Start, server: redis.Redis) -> None:
     taker, number = start(), 10 * MAX_DELAYED
     for count in range(number):
         send_at(taker, str(count), time.time() + 3_600)
@@ -182,7 +180,7 @@ def test_the_ids_of_many_jobs_before_their_time_are_read_window_by_window(
     assert ["".join(job.id for job in jobs.window()) for _ in range(4)] == ["ab", "cd", "", "ab"]
 
 
-def test_a_message_that_is_held_takes_no_place_and_survives_a_broker_that_refuses(
+def test_a_message_before_its_time_takes_no_place_and_survives_a_refusing_broker(
     start: Start, server: redis.Redis
 ) -> None:
     taker = start()
@@ -208,7 +206,7 @@ def test_a_job_that_has_ended_does_not_wait(start: Start, monkeypatch: pytest.Mo
     assert not due.delay_until_due(taker.take())
 
 
-def test_a_worker_that_takes_as_stock_kombu_does_puts_them_back(start: Start, server: redis.Redis) -> None:
+def test_kombus_own_transport_returns_due_messages_to_their_queue(start: Start, server: redis.Redis) -> None:
     taker = start()
     for number in range(due.RELEASED_AT_ONCE + 1):
         send_at(taker, str(number), time.time() + 3_600 + number)

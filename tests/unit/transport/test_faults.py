@@ -34,7 +34,7 @@ def test_a_take_in_flight_at_the_close_is_given_back(start: Start, server: redis
     assert taker.messages == []
 
 
-def test_what_is_held_at_the_close_goes_back_in_order(start: Start, server: redis.Redis) -> None:
+def test_messages_held_at_the_close_return_in_order(start: Start, server: redis.Redis) -> None:
     taker = start()
     for body in "abc":
         taker.send(body)

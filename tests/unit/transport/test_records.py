@@ -37,7 +37,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
-def test_what_is_no_message_is_dropped_and_holds_nothing_up(
+def test_garbage_is_dropped_and_delays_no_message(
     start: Start, server: redis.Redis, refused: list[tuple[bytes, str | None]], garbage: bytes
 ) -> None:
     taker = start()
@@ -105,7 +105,7 @@ def test_a_record_with_headers_or_a_priority_of_anothers_goes_back(start: Start,
     assert held(server) == (1, 0, 0)
 
 
-def test_a_defect_of_ours_gives_the_message_back_once_and_then_keeps_it(
+def test_a_defect_returns_the_message_once_and_then_keeps_it(
     start: Start, server: redis.Redis, refused: list[tuple[bytes, str | None]]
 ) -> None:
     taker = start()
@@ -123,7 +123,7 @@ def test_a_defect_of_ours_gives_the_message_back_once_and_then_keeps_it(
     assert held(server) == (0, 0, 0)
 
 
-def test_what_cannot_be_kept_stays_where_it_is(
+def test_a_refused_message_stays_while_its_dead_letter_cannot_be_stored(
     start: Start, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: object) -> None:

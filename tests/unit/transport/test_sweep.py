@@ -47,7 +47,7 @@ def test_no_script_and_no_sweep_takes_a_clients_time(
     assert abs(score(server, ahead.messages[0].delivery_tag) - time.time()) < SOON_S
 
 
-def test_what_is_held_is_extended_and_what_is_gone_is_not(start: Start, server: redis.Redis) -> None:
+def test_held_messages_are_extended_and_missing_ones_are_not(start: Start, server: redis.Redis) -> None:
     taker = start()
     for body in "abc":
         taker.send(body)
@@ -83,7 +83,7 @@ def test_a_consumer_that_is_asked_for_nothing_more_still_extends(start: Start, s
     assert abs(score(server, tag) - time.time()) < SOON_S
 
 
-def test_a_process_that_stood_still_lets_others_say_first_that_they_live(start: Start, server: redis.Redis) -> None:
+def test_a_process_that_was_frozen_lets_others_renew_before_it_sweeps(start: Start, server: redis.Redis) -> None:
     taker = start(visibility_timeout=60)
     cycle = taker.channel.connection.cycle
     server.hset("unacked", "silent", json.dumps([{"headers": {}, "properties": {}, "body": ""}, "", "jobs"]))
@@ -105,9 +105,7 @@ def lose(server: redis.Redis, taker: Taker) -> Message:
 
 
 @pytest.mark.parametrize("prefix", ["", "mine:"])
-def test_what_the_sweep_brings_back_is_counted_and_forgotten_with_its_end(
-    start: Start, server: redis.Redis, prefix: str
-) -> None:
+def test_a_swept_message_is_counted_until_its_job_ends(start: Start, server: redis.Redis, prefix: str) -> None:
     taker = start(visibility_timeout=60, global_keyprefix=prefix)
     send_at(taker, "a", 0, headers={"id": "a", "retries": 2})
     for _ in range(2):
@@ -120,7 +118,7 @@ def test_what_the_sweep_brings_back_is_counted_and_forgotten_with_its_end(
     assert returns(server, "a", prefix) == {}
 
 
-def test_what_is_given_back_in_order_is_not_counted(start: Start, server: redis.Redis) -> None:
+def test_a_message_returned_in_order_is_not_counted(start: Start, server: redis.Redis) -> None:
     taker = start()
     send_at(taker, "a", 0, headers={"id": "a"})
     taker.take().reject(requeue=True)
@@ -140,7 +138,7 @@ def test_what_is_given_back_in_order_is_not_counted(start: Start, server: redis.
         {"headers": {"id": "a", "retries": "many"}, "properties": {}},
     ],
 )
-def test_whatever_comes_back_is_counted_where_it_can_be(
+def test_a_returned_message_is_counted_where_it_has_an_id(
     start: Start, server: redis.Redis, message: dict[str, Any]
 ) -> None:
     taker = start(visibility_timeout=60)

@@ -13,7 +13,7 @@ from tests.unit.transport.taker import STOCK, Start, bodies, held
 from worker.queue.poller import POLL_S
 
 
-def test_a_message_is_recorded_before_anybody_has_read_the_reply(start: Start, server: redis.Redis) -> None:
+def test_a_message_is_in_unacked_before_the_reply_is_read(start: Start, server: redis.Redis) -> None:
     taker = start()
     taker.send("a")
     taker.ask()
@@ -45,7 +45,7 @@ def test_a_message_that_is_rejected_comes_again_last_of_its_priority_and_as_rede
     assert again.delivery_info["redelivered"] is True
 
 
-def test_messages_that_were_not_begun_go_back_as_they_came_and_are_read_next(start: Start, server: redis.Redis) -> None:
+def test_messages_that_were_not_started_return_unchanged_and_are_read_next(start: Start, server: redis.Redis) -> None:
     taker = start()
     for body in ("a", "b", "c"):
         taker.send(body, priority=3)
@@ -154,7 +154,7 @@ def test_several_queues_are_read_in_order_and_priorities_before_queues(start: St
     assert bodies(taker, 3) == ["second, 0", "first, 5", "second, 5"]
 
 
-def test_queues_take_turns_where_they_shall(start: Start) -> None:
+def test_queues_take_turns_with_round_robin(start: Start) -> None:
     taker = start("first", "second", queue_order_strategy="round_robin")
     for queue in ("first", "first", "second"):
         taker.send(queue, queue)
@@ -179,7 +179,7 @@ def test_a_monitors_channel_without_ack_emulation_delivers_and_puts_back_at_its_
     assert held(server) == (1, 0, 0)
 
 
-def test_no_more_is_taken_than_prefetched(start: Start, server: redis.Redis) -> None:
+def test_no_more_messages_are_reserved_than_prefetched(start: Start, server: redis.Redis) -> None:
     taker = start()
     taker.channel.basic_qos(0, 2, False)
     for body in "abc":
