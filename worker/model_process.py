@@ -32,6 +32,7 @@ from config.settings import Settings
 from tasks.redis_keys import results_prefix
 from worker.app import app
 from worker.delivery.recorder import TerminalState
+from worker.engine.device_errors import is_device_lost
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
@@ -75,6 +76,8 @@ HEARTBEAT_S, MIN_HEARTBEAT_S = 0.5, 0.05
 #: Seconds a Python thread keeps the interpreter while another wants it. Job threads must not hold the engine up:
 #: measured against the default of 5 ms, steps of 5 ms went from 162 to 192 of an ideal 213 a second.
 SWITCH_S = 0.0005
+#: Exit status of a process whose device is lost.
+DEVICE_LOST = 74
 
 # Billiard copies all positions in the code of each frame of a traceback, which took milliseconds of each failure. Once
 # for each code object is enough.
@@ -240,7 +243,7 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     model, folder = _load(settings)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
     heartbeat = HeartbeatSender(channel, model, limits.rows)
-    engine = Engine(model, limits, heartbeat, _prepare_engine)
+    engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
     service = Service(settings, model.info, model.codec, engine, _answers(settings, folder), model.rules)
     heartbeat.throughput = lambda: service.throughput
     engine.start()
@@ -253,6 +256,12 @@ def _prepare_engine() -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.accelerator.is_available():
         go_last()
+
+
+def _end_without_device(error: BaseException) -> None:
+    """End the process, whose device computes nothing more. The pool starts another one, which runs its jobs again."""
+    logger.critical("The device is lost: %s. The model process ends.", str(error).partition("\n")[0])
+    os._exit(DEVICE_LOST)
 
 
 def _load(settings: Settings) -> tuple[Model, Path | None]:
@@ -301,6 +310,9 @@ def main() -> None:
     try:
         service = _service(settings, channel)
     except RuntimeError as error:
+        if is_device_lost(error):
+            # Another process may find it well again.
+            _end_without_device(error)
         channel.send(CannotServe(str(error)))
         sys.exit(1)
     app.service = service

@@ -19,7 +19,7 @@ from tests.support.redis_servers import SeparateResults
 from tests.support.stand import Producer, Stand, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
-from worker.models.fake import POISON, POISON_COLOUR
+from worker.models.fake import DEVICE_LOST, POISON, POISON_COLOUR
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -102,6 +102,18 @@ def test_two_poisonous_jobs_among_100_fail_as_worker_lost_and_98_succeed(stood: 
     outcomes = [outcome(job) for job in jobs]
     assert outcomes == [text if text != POISON else "worker_lost" for text in texts]
     assert stood.log.read_text().count("The model process ended") - deaths <= 12, "too many deaths"
+
+
+def test_after_an_error_that_breaks_the_device_another_process_runs_the_innocent_jobs(
+    stood: Stand, client: Client
+) -> None:
+    process = stood.producer.model_process()
+    texts = [f"{number:02}" for number in range(30)]
+    texts[11] = DEVICE_LOST
+    jobs = client.submit_many(map(complete, texts))
+    assert [outcome(job) for job in jobs] == [text if text != DEVICE_LOST else "worker_lost" for text in texts]
+    assert stood.producer.model_process() not in (0, process)
+    assert "The device is lost: CUDA error: device-side assert triggered." in stood.log.read_text()
 
 
 def test_a_picture_whose_decoding_kills_the_process_costs_its_own_job_only(stood: Stand, client: Client) -> None:

@@ -144,6 +144,27 @@ def test_a_defects_message_does_not_reach_the_caller() -> None:
     assert "s3cr3t" not in str(raised.value)
 
 
+def test_a_lost_device_is_told_once_and_a_lack_of_memory_never() -> None:
+    class Lost(Recorder):
+        def answer(self, rows: Sequence[Row]) -> None:
+            if name(rows[0]) in ("lost", "memory"):
+                raise RuntimeError(
+                    "CUDA error: an illegal address" if name(rows[0]) == "lost" else "CUDA out of memory"
+                )
+            super().answer(rows)
+
+    told: list[Exception] = []
+    engine = Engine(Lost(), LIMITS, on_device_lost=told.append)
+    engine.start()
+    try:
+        for prompt in ("lost", "memory"):
+            with pytest.raises(Internal):
+                engine.submit(row(prompt)).result(SOON)
+        assert [str(error) for error in told] == ["CUDA error: an illegal address"]
+    finally:
+        engine.stop()
+
+
 def test_rows_that_were_finished_before_a_failure_do_not_run_again() -> None:
     class Halfway(Recorder):
         def answer(self, rows: Sequence[Row]) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 
 from tasks.errors import Internal, JobError, OutOfMemory
 from worker.engine.ceiling import Ceiling
+from worker.engine.device_errors import is_device_lost
 from worker.engine.interfaces import Runner, SendHeartbeat
 from worker.engine.row import Output, Row
 from worker.engine.row_queue import RowQueue
@@ -39,13 +40,16 @@ class Engine:
         limits: Limits,
         heartbeat: SendHeartbeat = lambda: None,
         prepare: Callable[[], None] = lambda: None,
+        on_device_lost: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """`prepare` is called first in the engine thread."""
+        """`prepare` is called first in the engine thread. `on_device_lost` is called there with an error after which no
+        batch would succeed in this process."""
         self._runner = runner
         self._ceiling = Ceiling(limits.rows)
         self._max_tokens = limits.tokens
         self._heartbeat = heartbeat
         self._prepare = prepare
+        self._on_device_lost = on_device_lost
         self._meter = ThroughputMeter(limits.rows)
         self._queue = RowQueue()
         self._joined_at = 0.0
@@ -146,6 +150,8 @@ class Engine:
                 self._ceiling.ran_well(widest)
         except Exception as caught:
             error = caught
+            if is_device_lost(error):
+                self._on_device_lost(error)
             _clear_frames(error)
         unfinished = [row for row in batch if not row.is_done]
         if unfinished:

@@ -18,6 +18,8 @@ from worker.engine.row import Output, Picture, Row, Tokens
 END = 0
 #: A prompt that holds this kills the process, for tests of what happens to other jobs.
 POISON = "(poison)"
+#: A prompt that holds this breaks the device, as a failed assertion on a GPU does: no batch succeeds any more.
+DEVICE_LOST = "(device lost)"
 #: A picture of this colour does so while it is decoded, as a defect of a decoder would.
 POISON_COLOUR = (6, 66, 6)
 
@@ -64,6 +66,7 @@ class FakeModel:
         self.rules = NO_RULES
         self.batches: list[int] = []
         self._step_s = step_s
+        self._is_device_lost = False
 
     def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
         then(0)
@@ -78,6 +81,9 @@ class FakeModel:
         self.batches.append(len(rows))
         if any(POISON in self.codec.decode(row.tokens.ids) for row in rows):
             os.kill(os.getpid(), signal.SIGKILL)
+        self._is_device_lost |= any(DEVICE_LOST in self.codec.decode(row.tokens.ids) for row in rows)
+        if self._is_device_lost:
+            raise RuntimeError("CUDA error: device-side assert triggered")
         for step in range(1 + max(row.max_steps for row in rows)):
             heartbeat()
             time.sleep(self._step_s)

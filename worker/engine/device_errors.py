@@ -1,0 +1,51 @@
+"""Errors after which a device computes nothing more in this process. Pure; needs no torch."""
+
+from __future__ import annotations
+
+#: What torch says of an error of the device or its libraries.
+_OF_DEVICE = (
+    "CUDA error",
+    "HIP error",
+    "cuDNN error",
+    "CUBLAS_STATUS_",
+    "CUDNN_STATUS_",
+    "HIPBLAS_STATUS_",
+    "DEVICE_LOST",
+)
+#: Its type for them, since 2.8.
+_ACCELERATOR_ERROR = "AcceleratorError"
+#: Errors of a single call: the next one may succeed.
+_OF_ONE_CALL = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "invalid argument",
+    "invalid configuration argument",
+    "too many resources requested",
+    "no kernel image",
+    "not supported",
+    "STATUS_INVALID_VALUE",
+    "STATUS_BAD_PARAM",
+    "STATUS_NOT_SUPPORTED",
+    "STATUS_ARCH_MISMATCH",
+)
+
+
+def is_device_lost(error: BaseException | None) -> bool:
+    """Whether the error, or one that led to it, has made the device useless until the process ends.
+
+    Such are CUDA's sticky errors: a failed assertion on the device, an illegal address, an uncorrectable memory error.
+    """
+    while error is not None:
+        if _is_sticky(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_sticky(error: BaseException) -> bool:
+    # Only torch's own errors count: the text of others may quote a job's.
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    is_of_device = type(error).__name__ == _ACCELERATOR_ERROR or any(sign in text for sign in _OF_DEVICE)
+    return is_of_device and not any(sign in text for sign in _OF_ONE_CALL)
