@@ -1,4 +1,4 @@
-"""Decode a file to an RGB picture, within limits: an untrusted file meets few decoders, and not for long."""
+"""Decode a file to an RGB picture. Limits bound the memory and time that an untrusted file can take."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from PIL import (
 
 from tasks.errors import ImageInvalid, ImageTooLarge, JobError, OutOfMemory
 from tasks.picture_forms import PICTURE_FORMS, foreign, is_avif
-from worker.images import containers
+from worker.images import metadata
+from worker.images.metadata import RESTARTS, StrippedFile
 
 try:
     from PIL import _avif
-except ImportError:  # a Pillow that was built without
+except ImportError:  # a Pillow built without AVIF
     _avif = None  # type: ignore[assignment]
 
-# This module decides on what Pillow warns of, and a line for each untrusted picture would fill the log.
+# This module handles the cases that Pillow warns of, and a line for each untrusted picture would fill the log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-#: The formats of Pillow that are opened; of the others, EPS would run Ghostscript. AVIF is decoded without Pillow's
-#: plug-in, which reads EXIF.
+#: Pillow's formats that are opened. Others are unsafe: EPS would run Ghostscript. AVIF is decoded without Pillow's
+#: plug-in, which would parse the EXIF.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-#: Pixels up to which a JPEG is decoded in full. A larger one is decoded at a half, a quarter or an eighth of its size,
-#: which takes less memory; models use far fewer pixels.
+#: Maximum pixels of a JPEG that is decoded at full size. A larger one is decoded at a half, a quarter or an eighth of
+#: its size, to save memory; models use far fewer pixels.
 FULL_PIXELS = 40_000_000
-#: Pixels above which other pictures are decoded one at a time: libraries hold several copies of them.
+#: Pictures of other formats with more pixels are decoded one at a time, since libraries hold several copies of them.
 ALONE_PIXELS = 10_000_000
-#: What Pillow raises for broken files. Not Exception: the task's own time limit must get through.
+#: Exceptions that Pillow raises for broken files. Not Exception: the task's own time limit must get through.
 _DECODER_ERRORS = (
     OSError,  # UnidentifiedImageError is one
     SyntaxError,
@@ -60,7 +61,7 @@ _DECODER_ERRORS = (
     Warning,  # where the process turns Pillow's warnings into errors
 )
 
-#: By EXIF's orientation, what makes the picture upright.
+#: By EXIF's orientation, the transposition that makes the picture upright.
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -71,18 +72,11 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: Pixels that are converted at once: the intermediate forms take several times a picture's memory.
+#: Pixels that are converted or compared at once: the intermediate forms take several times a picture's memory.
 STRIP_PIXELS = 2_000_000
-#: Fillings that `_decoded` appends to a JPEG without an end, in place of what an encoder wrote there. Their bits begin
-#: no code alike. They hold every restart marker, since a decoder that waits for one skips everything before it; the two
-#: markers before the awaited one make it skip nothing.
-_NO_PIXELS = [
-    garbage + b"".join(bytes([0xFF, 0xD0 + (first + step) % 8]) + garbage for step in range(8))
-    for first, garbage in ((0, b"\x55" * 4_096), (3, b"\xaa" * 4_096), (6, bytes(range(1, 255)) * 16))
-]
 _END_OF_IMAGE = b"\xff\xd9"
-#: Rows that hold the last pixels of a JPEG: a unit of its coding has 32 at most.
-_LAST_ROWS = 64
+#: Bits that differ from the zeros that libjpeg decodes after the end of a file, from the first one on.
+_GARBAGE = b"\xaa" * 4_096
 
 _SIXTEEN_BITS = range(65_536)
 _TO_EIGHT_BITS = [round(value / 257) for value in _SIXTEEN_BITS]
@@ -90,15 +84,15 @@ _TO_EIGHT_BITS = [round(value / 257) for value in _SIXTEEN_BITS]
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits on what is decoded. Checked on the header, before memory is allocated for pixels.
+    """Limits on decoded pictures. They are checked on the header, before memory is allocated for pixels.
 
-    Above 178 million pixels Pillow refuses a picture too, even within these limits.
+    Pillow itself refuses pictures of more than 178 million pixels.
     """
 
     max_pixels: int = 64_000_000
-    #: Pixels of the longer side. The default is the JPEG format's own limit, which panoramas approach.
+    #: Maximum pixels of the longer side. The default is the JPEG format's limit, which panoramas approach.
     max_edge: int = 65_535
-    #: The longer side divided by the shorter.
+    #: Maximum ratio of the longer side to the shorter.
     max_ratio: float = 200
 
 
@@ -109,48 +103,61 @@ _alone = threading.Lock()
 def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, target: int | None = None) -> Image.Image:
     """Decode the first frame of a JPEG, PNG, WebP, GIF or AVIF: RGB, upright, on white, without EXIF or colour profile.
 
-    `target` lets a JPEG be decoded smaller, with no side below that many pixels: about half the time for a large
-    photograph, but not the same pixels as the full decoding scaled down, so answers may change.
-    Raises ImageTooLarge for pictures beyond the limits, ImageInvalid for what cannot be decoded, and OutOfMemory.
+    `target` lets a JPEG be decoded smaller, with no side below that number of pixels. This takes about half the time
+    for a large photograph, but its pixels are not those of the full decoding scaled down, so answers may change.
+    Raises ImageTooLarge for pictures beyond the limits, ImageInvalid for files that cannot be decoded, and OutOfMemory.
     """
     if other := foreign(data):
         raise ImageInvalid(f"The image is {other}: send {PICTURE_FORMS}.", detail="not_a_picture")
     with _translated():
-        bare = containers.bare(data)
-        plain, orientation = _decoded(bare, limits, target)
+        file = metadata.strip(data)
+        plain, orientation = _decoded(file, limits, target)
         # Last, when the earlier forms have been freed: each form of a large picture takes much memory.
         transposition = _TRANSPOSITIONS.get(orientation)
         return plain if transposition is None else plain.transpose(transposition)
 
 
-def _decoded(bare: containers.Bare, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
+def _decoded(file: StrippedFile, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
     """A picture as stored in its file, and its EXIF orientation (1 to 8)."""
-    if bare.has_end:
-        return _opened(bare, limits, target)
-    # All of its pixels may be there. libjpeg makes up missing ones from what follows the file: where different endings
-    # give different pictures, pixels are missing.
-    plain, orientation = _opened(_ended(bare, _END_OF_IMAGE), limits, target)
-    last_rows = _last_rows(plain)
-    for no_pixels in _NO_PIXELS:
-        other, _ = _opened(_ended(bare, no_pixels + _END_OF_IMAGE), limits, target)
-        if ImageChops.difference(last_rows, _last_rows(other)).getbbox():
-            raise ImageInvalid("The JPEG ends before its last pixels: send the whole file.", detail="truncated")
+    if file.next_restart is None:
+        return _opened(file, limits, target)
+    # All pixels may be there. libjpeg decodes missing ones from the bytes after the file's own. So if another ending
+    # changes the picture, pixels are missing. Two decodings are all that such a file may take.
+    plain, orientation = _opened(_ended(file, _END_OF_IMAGE), limits, target)
+    other, _ = _opened(_ended(file, _garbage(file.next_restart) + _END_OF_IMAGE), limits, target)
+    if not _are_equal(plain, other):
+        raise ImageInvalid("The JPEG ends before its last pixels: send the whole file.", detail="truncated")
     return plain, orientation
 
 
-def _ended(bare: containers.Bare, end: bytes) -> containers.Bare:
+def _garbage(next_restart: int) -> bytes:
+    """Bytes that no encoder wrote. A decoder that waits for a restart marker skips all bytes before it, so the next
+    ones are among them."""
+    numbers = ((next_restart + step) % RESTARTS for step in range(RESTARTS))
+    return _GARBAGE + b"".join(bytes([0xFF, 0xD0 + number]) + _GARBAGE for number in numbers)
+
+
+def _ended(file: StrippedFile, end: bytes) -> StrippedFile:
     # A last 0xFF is half of a marker, or of a pixel's byte: together with the appended bytes it would form a marker.
-    return containers.Bare(bare.data.rstrip(b"\xff") + end, bare.orientation)
+    return StrippedFile(file.data.rstrip(b"\xff") + end, file.orientation)
 
 
-def _last_rows(image: Image.Image) -> Image.Image:
-    return image.crop((0, max(0, image.height - _LAST_ROWS), *image.size))
+def _are_equal(image: Image.Image, other: Image.Image) -> bool:
+    """Whether two RGB images of one size have the same pixels."""
+    return not any(ImageChops.difference(image.crop(box), other.crop(box)).getbbox() for box in _strips(image.size))
 
 
-def _opened(bare: containers.Bare, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
-    if is_avif(bare.data):
-        return _opened_avif(bare.data, limits)
-    with Image.open(io.BytesIO(bare.data), formats=FORMATS) as image:
+def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of whole rows that cover an image of `size`, with about STRIP_PIXELS pixels each."""
+    width, height = size
+    rows = max(1, STRIP_PIXELS // width)
+    return ((0, top, width, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def _opened(file: StrippedFile, limits: ImageLimits, target: int | None) -> tuple[Image.Image, int]:
+    if is_avif(file.data):
+        return _opened_avif(file.data, limits)
+    with Image.open(io.BytesIO(file.data), formats=FORMATS) as image:
         _check_limits(image.size, limits)
         if target is not None:
             image.draft(None, (target, target))
@@ -158,7 +165,7 @@ def _opened(bare: containers.Bare, limits: ImageLimits, target: int | None) -> t
             _reduce(image)
         with _alone if image.format != "JPEG" and _pixels(image.size) > ALONE_PIXELS else contextlib.nullcontext():
             image.load()
-            return _plain(image), bare.orientation or _orientation(image)
+            return _plain(image), file.orientation or _orientation(image)
 
 
 def _opened_avif(data: bytes, limits: ImageLimits) -> tuple[Image.Image, int]:
@@ -170,7 +177,7 @@ def _opened_avif(data: bytes, limits: ImageLimits) -> tuple[Image.Image, int]:
     _check_limits(size, limits)
     with _alone if _pixels(size) > ALONE_PIXELS else contextlib.nullcontext():
         pixels, *_ = decoder.get_frame(0)
-        # libavif gives the file's own rotation and mirroring, not that of its EXIF.
+        # This orientation is the file's own rotation and mirroring, not that of its EXIF.
         return _plain(Image.frombytes(mode, size, pixels)), orientation
 
 
@@ -187,7 +194,7 @@ def _pixels(size: tuple[int, int]) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    return containers.orientation(image.info.get("exif") or b"", image.info.get("xmp") or b"")
+    return metadata.orientation(image.info.get("exif") or b"", image.info.get("xmp") or b"")
 
 
 @contextmanager
@@ -229,14 +236,12 @@ def _plain(image: Image.Image) -> Image.Image:
     """Convert to a new RGB image, on white, without EXIF or colour profile. Each pixel is converted independently."""
     convert = _converter(image)
     is_copied = convert is _to_rgb and image.mode == "RGB"
-    rows = max(1, STRIP_PIXELS // image.width)
-    if is_copied or rows >= image.height:
+    if is_copied or _pixels(image.size) <= STRIP_PIXELS:
         plain = convert(image)
     else:
         plain = Image.new("RGB", image.size)
-        for top in range(0, image.height, rows):
-            bottom = min(top + rows, image.height)
-            plain.paste(convert(image.crop((0, top, image.width, bottom))), (0, top))
+        for box in _strips(image.size):
+            plain.paste(convert(image.crop(box)), box[:2])
     plain.info = {}
     return plain
 
@@ -252,13 +257,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    # alpha_composite, as the stock IDEFICS processor does it: pasting rounds differently.
+    # alpha_composite, as in the stock IDEFICS processor: pasting rounds differently.
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips: each value above 255 of 65,535 would be white.
+    # Pillow's own conversion clips: each of the 65,536 values above 255 would be white.
     wide = image.convert("I")
     plain = wide.point(_TO_EIGHT_BITS, "L").convert("RGB")
     clear = image.info.get("transparency")

@@ -1,7 +1,7 @@
-"""Remove what a picture's file holds beside its pixels, before a decoder sees the file. Pure.
+"""Remove metadata from a picture's file before a decoder reads the file. Pure.
 
-Decoders walk metadata in Python, where a small file can cost much time: EXIF with countless tags, compressed texts,
-profiles in a thousand segments. Only the orientation is used here, and defects in the rest do not make a picture fail.
+Decoders parse metadata in Python, where a small file can take much time: EXIF with thousands of tags, compressed texts,
+profiles in thousands of segments. Only the orientation is kept, and defects in other metadata do not make a job fail.
 """
 
 from __future__ import annotations
@@ -15,25 +15,29 @@ from dataclasses import dataclass
 
 from tasks.errors import ImageInvalid
 
-#: Scans of a JPEG, passes over all its pixels. Encoders make about ten; 330 kB with 2,000 took 46 seconds to decode.
+#: Maximum scans of a JPEG, each of which is a pass over all its pixels. Encoders write about ten; a file of 330 kB with
+#: 2,000 scans took 46 seconds to decode. A file without its end is decoded twice, so half as many are allowed.
 MAX_SCANS = 64
-#: Parts of a file that are walked in Python: a JPEG's segments and a PNG's chunks, and a GIF's blocks before its
-#: first picture. Real files have a few thousand at most.
+#: Maximum parts of a file that are walked in Python: a JPEG's segments, a PNG's chunks, and a GIF's blocks before its
+#: first picture. Real files have at most a few thousand.
 MAX_PARTS = 10_000
-#: Bytes of padding and junk between a JPEG's segments, which are skipped one by one.
+#: Maximum bytes of padding and junk between a JPEG's segments, which are skipped one by one.
 MAX_JUNK = 10_000
-#: Bytes of EXIF and XMP that are inflated, or read as text, for the orientation.
+#: Maximum bytes of EXIF and XMP that are inflated, or read as text, for the orientation.
 MAX_METADATA = 2**17
-#: Tags of EXIF's first directory that are read. They are sorted, and the orientation has a low number.
+#: Maximum tags of EXIF's first directory that are read. They are sorted, and the orientation has a low number.
 MAX_TAGS = 512
 
 _JPEG_START = b"\xff\xd8\xff"
-# Only markers with a length, and the end: no escapes, padding, restarts, nor what decoders skip. Before the first scan,
-# those that have no length in Pillow (0xC8 and from 0xF0 on) are junk: libjpeg accepts none of them.
+# Only markers with a length, and the end; not escapes, padding, restarts and markers that decoders skip. Before the
+# first scan, markers without a length in Pillow (0xC8 and from 0xF0 on) are junk: libjpeg rejects them.
 _HEADER_MARKER = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
 _SCAN_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _END_OF_IMAGE = 0xD9
 _START_OF_SCAN = 0xDA
+_RESTART = 0xD0
+#: Restart markers are numbered from 0 to 7, again and again.
+RESTARTS = 8
 #: Segments that do not affect pixels: APP1 to APP13, APP15, comments. APP0 (JFIF) and APP14 (Adobe) define colours.
 _JPEG_UNNEEDED = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 _EXIF_SEGMENT = 0xE1
@@ -60,25 +64,26 @@ _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)([0-9])")
 
 
 @dataclass(frozen=True, slots=True)
-class Bare:
-    """A file reduced to what its pixels need."""
+class StrippedFile:
+    """A picture's file without metadata."""
 
     data: bytes
-    #: EXIF's orientation: 1 is upright. None where the decoder has to read the EXIF itself.
+    #: EXIF's orientation, 1 (upright) to 8. None: the decoder must read the EXIF itself.
     orientation: int | None = None
-    #: The file has its end. False: a JPEG without its last marker, which may still hold all of its pixels.
-    has_end: bool = True
+    #: For a JPEG without its last marker, which may still hold all pixels: the number of the restart marker that would
+    #: come next, 0 to 7. None for every other file.
+    next_restart: int | None = None
 
 
-def bare(data: bytes) -> Bare:
-    """Reduce a picture's file; one of another format is returned as it is. Raises ImageInvalid for too many parts."""
+def strip(data: bytes) -> StrippedFile:
+    """Remove a file's metadata. Other formats are returned as they are. Raises ImageInvalid for too many parts."""
     if data.startswith(_JPEG_START):
-        return _bare_jpeg(data)
+        return _stripped_jpeg(data)
     if data.startswith(_PNG_START):
-        return _bare_png(data)
+        return _stripped_png(data)
     if data.startswith(_GIF_START):
         _check_count(_gif_blocks(data), "GIF", "blocks")
-    return Bare(data)
+    return StrippedFile(data)
 
 
 # --- Orientation ---
@@ -114,17 +119,20 @@ def _exif_orientation(exif: bytes) -> int | None:
 # --- JPEG ---
 
 
-def _bare_jpeg(data: bytes) -> Bare:
-    # The pixel limit bounds a decoder's memory, but a JPEG may pass over all of them again and again. Thumbnails (in a
-    # segment) and what follows the image (videos, depth maps) are not decoded and do not count.
+def _stripped_jpeg(data: bytes) -> StrippedFile:
+    # The pixel limit bounds a decoder's memory, but a JPEG may pass over all pixels again and again. Thumbnails (in a
+    # segment) and data after the image (videos, depth maps) are not decoded and do not count.
     view, kept = memoryview(data), [memoryview(data)[:2]]
     exif = xmp = b""
     position, scans, junk = 2, 0, 0
     for _ in range(MAX_PARTS):
         found = (_SCAN_MARKER if scans else _HEADER_MARKER).search(data, position)
         marker = found[1][0] if found else None
+        if found is None and scans > MAX_SCANS // 2:
+            break
         if found is None or marker == _END_OF_IMAGE:
-            return Bare(b"".join(kept), orientation(exif, xmp), found is not None or not scans)
+            next_restart = _next_restart(data, position) if found is None and scans else None
+            return StrippedFile(b"".join(kept), orientation(exif, xmp), next_restart)
         # Bytes between the segments of a scan are its pixels, not junk.
         junk += 0 if scans else found.start() - position
         scans += marker == _START_OF_SCAN
@@ -137,19 +145,25 @@ def _bare_jpeg(data: bytes) -> Bare:
             kept.append(view[found.start() : position])
         elif not scans and marker == _EXIF_SEGMENT:
             content = view[found.end() + 2 : position]
-            exif = exif or _beginning_with(b"Exif\0\0", content)
-            xmp = xmp or _beginning_with(_XMP_START, content)
+            exif = exif or _starting_with(b"Exif\0\0", content)
+            xmp = xmp or _starting_with(_XMP_START, content)
     raise ImageInvalid("The JPEG has too many scans or segments: save it anew.", detail="parts")
 
 
-def _beginning_with(start: bytes, content: memoryview) -> bytes:
+def _next_restart(data: bytes, scan: int) -> int:
+    """The number of the restart marker that follows the last one from offset `scan` on; 0 if there is none."""
+    last = max(data.rfind(bytes([0xFF, _RESTART + number]), scan) for number in range(RESTARTS))
+    return (data[last + 1] - _RESTART + 1) % RESTARTS if last >= 0 else 0
+
+
+def _starting_with(start: bytes, content: memoryview) -> bytes:
     return bytes(content) if content[: len(start)] == start else b""
 
 
 # --- PNG ---
 
 
-def _bare_png(data: bytes) -> Bare:
+def _stripped_png(data: bytes) -> StrippedFile:
     view, kept = memoryview(data), [memoryview(data)[: len(_PNG_START)]]
     exif = profile = xmp = b""
     for parts, (position, name) in enumerate(_png_chunks(data)):
@@ -164,11 +178,11 @@ def _bare_png(data: bytes) -> Bare:
             xmp = xmp or _png_text(name, content, _XMP_TEXT)
         if parts >= MAX_PARTS:
             raise ImageInvalid("The PNG has too many chunks: save it anew.", detail="parts")
-    return Bare(b"".join(kept), orientation(exif or _raw_profile(profile), xmp))
+    return StrippedFile(b"".join(kept), orientation(exif or _raw_profile(profile), xmp))
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Each chunk's offset and name, up to the last one."""
+    """The offset and name of each chunk, up to the last one."""
     position, name = len(_PNG_START), b""
     while position < len(data) and name != b"IEND":
         name = data[position + 4 : position + 8]
@@ -181,7 +195,7 @@ def _png_length(data: bytes, position: int) -> int:
 
 
 def _is_ancillary(name: bytes) -> bool:
-    # So are those of animations: the default picture is the first frame. The decoder refuses what is no name at all.
+    # Chunks of animations are ancillary too: the default picture is the first frame. The decoder refuses invalid names.
     return name.isalpha() and name[:1].islower()
 
 
@@ -211,23 +225,23 @@ def _inflated(data: bytes) -> bytes:
         return b""
 
 
-#: How the text behind a chunk's keyword is read, by the chunk's name.
+#: Readers of the text after a chunk's keyword, by the chunk's name.
 _PNG_TEXTS = {b"tEXt": _plain_text, b"zTXt": _compressed_text, b"iTXt": _international_text}
 
 
 def _png_text(name: bytes, content: memoryview, keyword: bytes) -> bytes:
-    """A text chunk's text, up to MAX_METADATA bytes; empty under another keyword."""
+    """A text chunk's text, up to MAX_METADATA bytes; empty if it has another keyword."""
     if content[: len(keyword)] != keyword:
         return b""
     return _PNG_TEXTS[name](bytes(content[len(keyword) :][:MAX_METADATA]))
 
 
 def _raw_profile(text: bytes) -> bytes:
-    """Decode EXIF as ImageMagick writes it into texts: newline, name, newline, length, newline, hexadecimal lines."""
+    """Decode the EXIF that ImageMagick writes as text: newline, name, newline, length, newline, hexadecimal lines."""
     try:
         *_, digits = text.split(b"\n", 3)
         compact = b"".join(digits.split())
-        # A text that was cut off may end within a byte.
+        # A text that was cut at MAX_METADATA may end within a byte.
         return bytes.fromhex(compact[: len(compact) // 2 * 2].decode("ascii"))
     except ValueError:
         return b""
@@ -242,7 +256,7 @@ def _check_count(parts: Iterator[int], form: str, name: str) -> None:
 
 
 def _gif_blocks(data: bytes) -> Iterator[int]:
-    """Offsets of the blocks before the first picture; what is no block is skipped byte by byte."""
+    """Offsets of the blocks before the first picture. Bytes outside blocks are skipped one by one."""
     flags = data[10] if len(data) > 10 else 0
     position = 13 + (3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0)
     while position < len(data) and data[position] not in _GIF_PICTURE_OR_END:
