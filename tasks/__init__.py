@@ -17,6 +17,7 @@ from .errors import (
     JobCanceled,
     JobError,
     JobTimeout,
+    ModelNotFound,
     NotFound,
     NotPermitted,
     OutOfMemory,
@@ -41,6 +42,7 @@ from .payloads import (
 )
 from .pictures import Image
 from .results import ModelInfo, Result, Timing, Usage
+from .worker_registry import ServedModel
 
 __all__ = [
     "Answer",
@@ -73,12 +75,14 @@ __all__ = [
     "JobError",
     "JobTimeout",
     "ModelInfo",
+    "ModelNotFound",
     "NotFound",
     "NotPermitted",
     "OutOfMemory",
     "PromptTooLong",
     "QueueFull",
     "Result",
+    "ServedModel",
     "SubmittedJob",
     "Timing",
     "Usage",

@@ -24,7 +24,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .batch_input import json_lines
 from .batch_lines import Fingerprints, Line, answer, read_line
-from .errors import IdeficsError, JobError, QueueFull, from_broker
+from .batch_models import LineModels
+from .errors import IdeficsError, JobError, ModelNotFound, QueueFull, from_broker
 from .outcomes import Outcome
 from .payloads import Job
 
@@ -88,14 +89,16 @@ class Batch:
         done: Fingerprints | None = None,
         sent: int = 0,
         on_sent: Callable[[int], None] = lambda number: None,
+        on_note: Callable[[str], None] = lambda text: None,
         keep_results: bool = False,
     ) -> None:
         """`name` tells this batch's jobs from any others, so that their results are found again.
 
         Lines in `done` are left out. Those up to number `sent` have their jobs in the queue or ended already;
-        `on_sent` is told how far this is.
+        `on_sent` is told how far this is; `on_note` what the user should know, a sentence.
         """
         self._client = client
+        self._models = LineModels(client, on_note)
         self._lines = enumerate(_read_when_asked(lines), 1)
         self._window = window
         self._priority = priority
@@ -166,7 +169,7 @@ class Batch:
         self.read += 1
         if not text.strip():
             return True
-        line = read_line(number, text)
+        line = self._models.of(read_line(number, text))
         if not self._seen.add(line.fingerprint):
             line = line.as_duplicate()
         if line.fingerprint in self._done:
@@ -188,9 +191,12 @@ class Batch:
         """False where no job of it can be sent: its answer is to be written down before a later line's job is."""
         id = self._id(line)
         try:
-            self._client.submit(job, priority=self._priority, task_id=id)
-        except JobError as fault:
-            # Too large, or with a callback that may not be called.
+            self._models.submit(line, job, priority=self._priority, task_id=id)
+        except (JobError, ModelNotFound) as fault:
+            if isinstance(fault, ModelNotFound) and line.model is None:
+                # The client's own: no line could be sent.
+                raise
+            # Too large, with a callback that may not be called, or for a model that no worker serves.
             answers.append(answer(line, fault, id))
             self._held = None
             return False
@@ -231,9 +237,8 @@ class Batch:
         try:
             # Of their own priority: where others always send more urgent ones, the whole queue is never empty. A job
             # that has started comes back by itself when its worker dies.
-            are_lost = self._client.queued(self._priority) == 0 and all(
-                self._client.job(id).status == "starting" for id in self._flying
-            )
+            waiting = self._models.queued({line.model for line in self._flying.values()}, self._priority)
+            are_lost = waiting == 0 and all(self._client.job(id).status == "starting" for id in self._flying)
         except (RedisError, OperationalError):
             # Unknown, while it cannot be asked.
             return

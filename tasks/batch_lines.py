@@ -1,8 +1,9 @@
 """A batch file's lines: what each asks for, and the line that answers it.
 
 Ours: `{"custom_id": "r1", "task": "caption", "arguments": {"image": "https://..."}}`, answered with
-`{"custom_id": "r1", "result": {...}}` or `{"custom_id": "r1", "error": {"code": "...", "message": "..."}}`.
-OpenAI's batch lines for /v1/chat/completions become `Chat` jobs and are answered in OpenAI's form.
+`{"custom_id": "r1", "result": {...}}` or `{"custom_id": "r1", "error": {"code": "...", "message": "..."}}`. It may have
+a `"model"` beside its task. OpenAI's batch lines for /v1/chat/completions become `Chat` jobs and are answered in
+OpenAI's form; their `model` is in the body. `tasks/batch_models.py` says what it does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from array import array
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import DeadlineExceeded, InvalidRequest, JobCanceled, JobError
+from .errors import DeadlineExceeded, InvalidRequest, JobCanceled, JobError, ModelNotFound
 from .openai_form import ENDPOINT, chat_arguments, is_endpoint
 from .outcomes import Outcome
 from .payloads import Job, parse
@@ -32,6 +33,7 @@ _REFUSALS = {
     "image_unreachable",
     "image_too_large",
     "image_invalid",
+    ModelNotFound.code,
 }
 _REQUEST_ID = "batch_req_"
 
@@ -47,6 +49,8 @@ class Line:
     is_openai: bool = False
     #: The line's object.
     asked: dict[str, Any] | None = None
+    #: The model that it names.
+    model: str | None = None
     #: Why it is refused without a look at its payload.
     fault: InvalidRequest | None = None
     #: Its custom_id is another line's.
@@ -105,7 +109,14 @@ def _line(number: int, text: str | bytes) -> Line:
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS or not _is_utf8(custom_id):
         message = f"Line {number}: custom_id must be a text of 1 to {MAX_CUSTOM_ID_CHARS} characters."
         return Line(number, is_openai=is_openai, fault=InvalidRequest(message))
-    return Line(number, custom_id, is_openai, asked)
+    return Line(number, custom_id, is_openai, asked, _model(asked, is_openai))
+
+
+def _model(asked: dict[str, Any], is_openai: bool) -> str | None:
+    """What a line says of its model; None where that is nothing, or no text: OpenAI's is then ignored."""
+    body = asked.get("body") if is_openai else asked
+    model = body.get("model") if isinstance(body, dict) else None
+    return model if isinstance(model, str) else None
 
 
 def _is_utf8(text: str) -> bool:
@@ -117,12 +128,14 @@ def _is_utf8(text: str) -> bool:
 
 
 def _ours(asked: dict[str, Any]) -> Job:
-    unknown = asked.keys() - {"custom_id", "task", "arguments"}
+    unknown = asked.keys() - {"custom_id", "task", "arguments", "model"}
     if unknown or not isinstance(asked.get("task"), str) or not isinstance(asked.get("arguments"), dict):
         raise InvalidRequest(
             'A line is {"custom_id": "...", "task": "caption", "arguments": {...}}, or one of OpenAI\'s batch files'
             + (f"; unknown: {', '.join(sorted(unknown))}." if unknown else ".")
         )
+    if not isinstance(asked.get("model"), str | None):
+        raise InvalidRequest("model: a text is expected, the name or the id of a model that workers serve.")
     task: str = asked["task"]
     return parse(task if task.startswith("idefics.") else f"idefics.{task}", asked["arguments"])
 
@@ -139,7 +152,7 @@ def _chat(asked: dict[str, Any]) -> Job:
 # Answers
 
 
-def answer(line: Line, outcome: Outcome, job_id: str) -> dict[str, Any]:
+def answer(line: Line, outcome: Outcome | ModelNotFound, job_id: str) -> dict[str, Any]:
     """The output's object for a line."""
     return _openai_answer(line, outcome, job_id) if line.is_openai else _our_answer(line, outcome)
 
@@ -159,7 +172,7 @@ def answered(answer: dict[str, Any]) -> int:
     return fingerprint(_key(None if "line" in answer else answer["custom_id"], answer.get("line", 0)))
 
 
-def _our_answer(line: Line, outcome: Outcome) -> dict[str, Any]:
+def _our_answer(line: Line, outcome: Outcome | ModelNotFound) -> dict[str, Any]:
     told: dict[str, Any] = {"custom_id": line.custom_id}
     if line.is_numbered:
         told["line"] = line.number
@@ -168,17 +181,18 @@ def _our_answer(line: Line, outcome: Outcome) -> dict[str, Any]:
     return {**told, "error": outcome.as_dict()}
 
 
-def _openai_answer(line: Line, outcome: Outcome, job_id: str) -> dict[str, Any]:
+def _openai_answer(line: Line, outcome: Outcome | ModelNotFound, job_id: str) -> dict[str, Any]:
     told = {"id": f"{_REQUEST_ID}{line.fingerprint:016x}", "custom_id": line.custom_id}
     if isinstance(outcome, Result):
         return {**told, "response": _response(200, job_id, _completion(outcome, job_id)), "error": None}
     if outcome.code in _REFUSALS:
         error = {**outcome.as_dict(), "type": "invalid_request_error", "param": None}
-        return {**told, "response": _response(400, job_id, {"error": error}), "error": None}
+        status = ModelNotFound.http_status if isinstance(outcome, ModelNotFound) else 400
+        return {**told, "response": _response(status, job_id, {"error": error}), "error": None}
     return {**told, "response": None, "error": {**outcome.as_dict(), "code": _batch_code(outcome)}}
 
 
-def _batch_code(outcome: JobError | JobCanceled) -> str:
+def _batch_code(outcome: JobError | JobCanceled | ModelNotFound) -> str:
     if isinstance(outcome, JobCanceled):
         return "batch_cancelled"
     return "batch_expired" if isinstance(outcome, DeadlineExceeded) else outcome.code

@@ -13,6 +13,7 @@ from .broker_errors import with_our_errors
 from .capacity import Capacity
 from .errors import ConfigurationError, from_broker
 from .failed import FailedJob, FailedJobs
+from .model_directory import ModelDirectory
 from .outcomes import Outcome
 from .payloads import Job
 from .protocol import DEFAULT_PRIORITY, MAX_JOB_BYTES, QUEUE
@@ -21,6 +22,7 @@ from .setup_check import setup_check_of
 from .stored_results import forget, read_outcomes
 from .submission import SubmitOptions, Submitter
 from .submitted_job import Status, SubmittedJob
+from .worker_registry import ServedModel
 
 
 class BlockingClient:
@@ -32,7 +34,8 @@ class BlockingClient:
         *,
         result_backend: str | None = None,
         app: Celery | None = None,
-        queue: str = QUEUE,
+        queue: str | None = None,
+        model: str | None = None,
         max_queued: int | None = 100_000,
         max_memory: float | None = 0.8,
         check_callbacks: bool = True,
@@ -40,7 +43,9 @@ class BlockingClient:
     ) -> None:
         """`result_backend` defaults to the database after the broker's, as the worker's settings do.
 
-        `queue` is that of the model that answers, where several share a broker: the workers' IDEFICS_QUEUE.
+        Where several models share a broker, each has a queue of its own, the workers' IDEFICS_QUEUE. `model` is the
+        name of the one that answers, its queue's without `idefics.`, or its id; `models` lists those that are served.
+        `queue` is a queue itself, also one that no worker has taken from yet; by default `idefics`.
 
         `submit` raises QueueFull where `max_queued` jobs wait, or where the broker has used more than `max_memory` of
         its maxmemory: a broker that is full cannot take results either. None: no limit. It raises InvalidRequest for a
@@ -51,36 +56,50 @@ class BlockingClient:
         """
         if app is not None and (broker_url or result_backend):
             raise ConfigurationError("Give a Celery app or URLs, not both: the app has URLs of its own.")
+        _refuse_both(queue, model)
         try:
             self._app = app_beside(app) if app is not None else app_at(broker_url, result_backend)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         #: Yours, or one for the URLs.
         self.app = app if app is not None else self._app
-        self._queue = queue
+        #: Whether it was made for a queue or a model: then a batch's lines go there, whatever model they name.
+        self.is_bound = queue is not None or model is not None
+        self._queue = queue or QUEUE
+        self._model = model
+        self._models = ModelDirectory(self._app)
         self._capacity = Capacity(self._app, max_queued, max_memory)
         self._setup_check = setup_check_of(self._app)
         self._submitter = Submitter(
-            self._app, queue, self._capacity, check_callbacks=check_callbacks, max_job_bytes=max_job_bytes
+            self._app, self._capacity, check_callbacks=check_callbacks, max_job_bytes=max_job_bytes
         )
 
     @property
     def queue(self) -> str:
-        """Where its jobs go."""
-        return self._queue
+        """Where its jobs go. Raises ModelNotFound for a client of a model that no worker serves."""
+        return self._queue_of(None)
+
+    @with_our_errors
+    def _queue_of(self, model: str | None) -> str:
+        """Of a model, or of the client's own."""
+        model = self._model if model is None else model
+        return self._queue if model is None else self._models.queue_of(model)
 
     @with_our_errors
     def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]) -> SubmittedJob:
-        """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`.
+        """Queue a job. Priority 0 is first and 9 last; `options` are those of Celery's `apply_async`, or a `model`.
 
         With an `idempotency_key` that has a job already, that job is returned and nothing queued; raises InvalidRequest
         where it has another payload. Raises QueueFull where the broker has no room, InvalidRequest for a callback
-        that may not be called, and ConfigurationError where the broker's workers would not see this app's jobs.
+        that may not be called, ModelNotFound for a model that no worker has served for a day, and ConfigurationError
+        where the broker's workers would not see this app's jobs.
         """
         return self._submit(job, priority, {**options})
 
     def _submit(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
-        sent = self._submitter.submit(job, priority, options)
+        model, queue = options.pop("model", None), options.pop("queue", None)
+        _refuse_both(queue, model)
+        sent = self._submitter.submit(job, self._queue_of(model) if queue is None else queue, priority, options)
         return SubmittedJob(self.app.AsyncResult(sent.id), sent.queue, self._app)
 
     @with_our_errors
@@ -111,7 +130,8 @@ class BlockingClient:
 
     def job(self, id: str) -> SubmittedJob:
         """A job submitted earlier."""
-        return SubmittedJob(self.app.AsyncResult(id), self._queue, self._app)
+        # The queue is named where there is no answer: it is not asked for here.
+        return SubmittedJob(self.app.AsyncResult(id), self._queue if self._model is None else None, self._app)
 
     def status(self, id: str) -> Status:
         """How far a job submitted earlier is; see SubmittedJob.status."""
@@ -136,21 +156,31 @@ class BlockingClient:
         forget(self._app, ids)
 
     @with_our_errors
-    def queued(self, priority: int | None = None) -> int:
-        """Jobs that wait in the queue, all or with one priority. Raises BrokerUnavailable where the broker is away.
+    def queued(self, priority: int | None = None, *, model: str | None = None) -> int:
+        """Jobs that wait in the queue, or in a model's: all or with one priority. Raises BrokerUnavailable where the
+        broker is away.
 
         Those that a worker has met before their time (`eta`, `countdown`) are not among them.
         """
-        return self._capacity.queued(self._queue, priority)
+        return self._capacity.queued(self._queue_of(model), priority)
 
     @with_our_errors
-    def workers(self) -> list[str]:
-        """Names of the workers that take from the client's queue, for a health route: empty where jobs would wait.
+    def workers(self, *, model: str | None = None) -> list[str]:
+        """Names of the workers that take from the client's queue, or from a model's, for a health route: empty where
+        jobs would wait.
 
         One that was killed is listed for up to 15 seconds more. Raises BrokerUnavailable where the broker is away, and
         ConfigurationError where it is no Redis.
         """
-        return self._setup_check.workers(self._queue)
+        return self._setup_check.workers(self._queue_of(model))
+
+    @with_our_errors
+    def models(self) -> list[ServedModel]:
+        """The models that workers serve, each with its name, its id and its queue.
+
+        One whose last worker has ended is listed for up to 15 seconds more. Raises as `workers` does.
+        """
+        return self._models.served()
 
     def failed(self) -> Iterator[FailedJob]:
         """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
@@ -166,6 +196,11 @@ class BlockingClient:
         jobs = FailedJobs(self._app)
         jobs.retry(jobs.get(id), queue)
         return self.job(id)
+
+
+def _refuse_both(queue: Any, model: str | None) -> None:
+    if queue is not None and model is not None:
+        raise ConfigurationError("Give a queue or a model, not both: a model's jobs go to the queue of its workers.")
 
 
 def _each(jobs: Iterator[FailedJob]) -> Iterator[FailedJob]:

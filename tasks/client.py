@@ -15,6 +15,7 @@ from .protocol import DEFAULT_PRIORITY
 from .results import Result
 from .submission import SubmitOptions
 from .submitted_job import Status, SubmittedJob
+from .worker_registry import ServedModel
 
 __all__ = ["Client", "Status", "SubmitOptions", "SubmittedJob"]
 
@@ -58,13 +59,17 @@ class Client(BlockingClient):
         """`forget` for asyncio."""
         await asyncio.to_thread(self.forget, list(ids))
 
-    async def aqueued(self, priority: int | None = None) -> int:
+    async def aqueued(self, priority: int | None = None, *, model: str | None = None) -> int:
         """`queued` for asyncio."""
-        return await asyncio.to_thread(self.queued, priority)
+        return await asyncio.to_thread(functools.partial(self.queued, priority, model=model))
 
-    async def aworkers(self) -> list[str]:
+    async def aworkers(self, *, model: str | None = None) -> list[str]:
         """`workers` for asyncio."""
-        return await asyncio.to_thread(self.workers)
+        return await asyncio.to_thread(functools.partial(self.workers, model=model))
+
+    async def amodels(self) -> list[ServedModel]:
+        """`models` for asyncio."""
+        return await asyncio.to_thread(self.models)
 
     async def aping(self) -> None:
         """`ping` for asyncio."""

@@ -11,7 +11,7 @@ application's visitors, and has neither: its sentences are each class's `public`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -20,6 +20,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .picture_forms import PICTURE_FORMS
 from .results import Result
+
+if TYPE_CHECKING:
+    from .worker_registry import ServedModel
 
 #: Under this name the producers' wheel installs this module, so that Celery finds the classes there.
 PUBLIC_MODULE = "idefics_jobs.errors"
@@ -304,6 +307,20 @@ class ConfigurationError(IdeficsError, ValueError):
 
     code = "configuration"
     public = {"": _SET_UP_WRONGLY}
+
+
+class ModelNotFound(IdeficsError, LookupError):
+    """No worker serves the model that the job names: name one that the message lists, or start a worker for it."""
+
+    code = "model_not_found"
+    http_status = 404
+    public = {"": "There is no such model."}
+
+    def __init__(self, model: str = "", served: Sequence[ServedModel] = ()) -> None:
+        now = f"Served now: {', '.join(map(str, served))}." if served else "No worker is running."
+        super().__init__(f"No worker serves the model {model[:200]!r}. {now}")
+        #: The models whose workers are alive.
+        self.served = list(served)
 
 
 class NotFound(IdeficsError, LookupError):

@@ -210,6 +210,15 @@ WORKERS = RedisKey(
     ("producer", "worker"),
     "The workers that take from a queue, by the second at which each last said so.",
 )
+MODELS = RedisKey(
+    "idefics:worker:models",
+    "queues",
+    "zset",
+    "86400",
+    ("worker",),
+    ("producer", "worker"),
+    "The models that workers serve, each with its queue, by the second at which a worker last said so.",
+)
 DELIVERY = _of_callbacks(
     "delivery:{id}", "hash", "30 days, then IDEFICS_CALLBACK_KEEP_S", "A callback's event, URL, state and attempts."
 )

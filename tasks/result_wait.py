@@ -32,7 +32,7 @@ class ResultWait:
     (a web server's) take from each other.
     """
 
-    def __init__(self, app: Celery, id: str, queue: str, timeout: float | None) -> None:
+    def __init__(self, app: Celery, id: str, queue: str | None, timeout: float | None) -> None:
         self._app = app
         self._id = id
         self._queue = queue

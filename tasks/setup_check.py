@@ -5,9 +5,11 @@ The workers' options are in Redis (`tasks/worker_registry.py`).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from celery import Celery
@@ -102,20 +104,13 @@ class SetupCheck:
 
         Raises RedisError or OperationalError, and ConfigurationError where the broker is no Redis.
         """
-        with self._app.connection_for_write() as connection:
-            if connection.transport.driver_type != "redis":
-                raise ConfigurationError(
-                    "Workers announce themselves in Redis only: on another broker ask them, by Celery's "
-                    "app.control.inspect().active_queues()."
-                )
-            _reach(connection)
-            redis: Any = Redis(connection_pool=connection.default_channel.pool)
+        with registry(self._app) as redis:
             now, _ = redis.time()
             entered = redis.zrange(workers_key(self._app, queue), 0, -1, withscores=True)
         return sorted(_text(name) for name, said_at in entered if said_at >= now - SILENT_S)
 
-    def why_no_answer(self, queue: str) -> str:
-        """What is to be said of a queue's job that has none yet."""
+    def why_no_answer(self, queue: str | None) -> str:
+        """What is to be said of a queue's job that has none yet. None: its queue is not known."""
         try:
             with self._app.connection_for_write() as connection:
                 _reach(connection)
@@ -127,11 +122,13 @@ class SetupCheck:
         wrong = (unseen(self._app, options) or self._elsewhere(options)) if options else None
         return wrong or self._who_works(queue)
 
-    def _who_works(self, queue: str) -> str:
+    def _who_works(self, queue: str | None) -> str:
         try:
-            count = len(self.workers(queue))
+            count = len(self.workers(queue)) if queue else None
         except (RedisError, OperationalError, ConfigurationError):
             # Not for this user to ask, or another broker than Redis.
+            count = None
+        if count is None or queue is None:
             return "Is a worker running on its queue?"
         if not count:
             return no_worker(queue)
@@ -148,14 +145,11 @@ class SetupCheck:
 
     def _read(self) -> WorkerOptions | None:
         try:
-            with self._app.connection_for_write() as connection:
-                if connection.transport.driver_type != "redis":
-                    return None
-                _reach(connection)
-                found: Any = Redis(connection_pool=connection.default_channel.pool).get(WORKER_OPTIONS.named())
+            with registry(self._app) as redis:
+                found = redis.get(WORKER_OPTIONS.named())
             return WorkerOptions.read(found) if found else None
         except (RedisError, OperationalError, OSError, ValueError, TypeError, KeyError):
-            # Away, not for this user to ask, or of another version.
+            # Another broker, away, not for this user to ask, or of another version.
             return None
 
     def _elsewhere(self, options: WorkerOptions) -> str | None:
@@ -176,6 +170,22 @@ class SetupCheck:
                 "set IDEFICS_RESULT_KEY_PREFIX for the workers."
             )
         return None
+
+
+@contextlib.contextmanager
+def registry(app: Celery) -> Iterator[Any]:
+    """A client of the Redis in which an app's workers register.
+
+    Raises OperationalError where it is away, and ConfigurationError where the broker is no Redis.
+    """
+    with app.connection_for_write() as connection:
+        if connection.transport.driver_type != "redis":
+            raise ConfigurationError(
+                "Workers announce themselves in Redis only: on another broker ask them, by Celery's "
+                "app.control.inspect().active_queues()."
+            )
+        _reach(connection)
+        yield Redis(connection_pool=connection.default_channel.pool)
 
 
 def _reach(connection: Any) -> None:

@@ -30,6 +30,8 @@ class SubmitOptions(TypedDict, total=False):
     task_id: str
     #: Else the client's.
     queue: str
+    #: In the place of a queue: the name or the id of a model that workers serve (`Client.models`).
+    model: str
     #: Seconds before it starts, or when.
     countdown: float
     eta: datetime
@@ -65,39 +67,33 @@ class Sent:
 class Submitter:
     """Sends jobs over an app. Safe to share between threads."""
 
-    def __init__(
-        self, app: Celery, queue: str, capacity: Capacity, *, check_callbacks: bool, max_job_bytes: int
-    ) -> None:
+    def __init__(self, app: Celery, capacity: Capacity, *, check_callbacks: bool, max_job_bytes: int) -> None:
         self._app = app
-        self._queue = queue
         self._capacity = capacity
         self._check_callbacks = check_callbacks
         self._max_job_bytes = max_job_bytes
         self._setup_check = setup_check_of(app)
 
-    def submit(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
-        """Queue a job, or find the one that has its idempotency key already."""
+    def submit(self, job: Job, queue: Any, priority: int, options: dict[str, Any]) -> Sent:
+        """Queue a job, or find the one that has its idempotency key already. `queue`: its name, or kombu's object."""
         if self._check_callbacks and job.callback is not None:
             check_public(job.callback)
         check_size(job, self._max_job_bytes)
         if job.idempotency_key is None or not isinstance(self._app.backend, RedisBackend):
             # Where the results are not in Redis, the workers hold to the key alone.
-            return self._send(job, priority, options)
-        queue, backend = options.get("queue", self._queue), self._app.backend
-        keys = IdempotencyKeys(
-            backend.client, backend.expires, getattr(queue, "name", queue), results_prefix(self._app)
-        )
+            return self._send(job, queue, priority, options)
+        backend, name = self._app.backend, getattr(queue, "name", queue)
+        keys = IdempotencyKeys(backend.client, backend.expires, name, results_prefix(self._app))
         claim = keys.claim(job, options.pop("task_id", None) or uuid(), is_sent=False)
         if claim.is_started and self._app.backend.get_task_meta(claim.id, cache=False)["status"] == states.PENDING:
             claim = keys.claim_again(job, claim)
         if claim.is_sent:
-            return Sent(claim.id, self._queue)
-        sent = self._send(job, priority, {**options, "task_id": claim.id})
+            return Sent(claim.id, name)
+        sent = self._send(job, queue, priority, {**options, "task_id": claim.id})
         keys.confirm(job, claim)
         return sent
 
-    def _send(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
-        queue = options.pop("queue", self._queue)
+    def _send(self, job: Job, queue: Any, priority: int, options: dict[str, Any]) -> Sent:
         self._capacity.take(queue)
         self._setup_check.check_sending()
         try:

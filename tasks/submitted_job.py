@@ -37,8 +37,8 @@ _STATUS: dict[str, Status] = {
 class SubmittedJob:
     """A job on its way. Keep its `id`: `Client.job(id)` finds it again from any process."""
 
-    def __init__(self, outcome: AsyncResult[Any], queue: str = QUEUE, app: Celery | None = None) -> None:
-        """`app`: the one to ask by, where it is not the handle's own."""
+    def __init__(self, outcome: AsyncResult[Any], queue: str | None = QUEUE, app: Celery | None = None) -> None:
+        """`queue`: where it waits, if that is known. `app`: the one to ask by, where it is not the handle's own."""
         #: Celery's own handle, for whatever Celery can do.
         self.async_result = outcome
         self.id: str = outcome.id

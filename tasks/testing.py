@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Unpack
 
-from .errors import InvalidRequest, JobCanceled, JobError, JobTimeout, NotFound
+from .errors import InvalidRequest, JobCanceled, JobError, JobTimeout, ModelNotFound, NotFound
 from .failed import FailedJob
 from .idempotency import digest
 from .outcomes import Outcome
@@ -16,6 +16,7 @@ from .protocol import DEFAULT_PRIORITY, QUEUE
 from .results import ModelInfo, Result, Timing, Usage
 from .submission import SubmitOptions
 from .submitted_job import Status
+from .worker_registry import NAMED, ServedModel
 
 Answer = Callable[[Job], Result | str]
 
@@ -57,41 +58,55 @@ class FakeClient:
     """Answers every job with `answer(job)`: a text or a whole Result. A JobError that it raises fails the job, and
     JobCanceled cancels it."""
 
-    def __init__(self, answer: Answer = lambda job: "an answer") -> None:
+    def __init__(self, answer: Answer = lambda job: "an answer", *, models: Iterable[str] = ()) -> None:
+        """`models`: the names that `submit(job, model=...)` may give. Their answers have that name as `model.id`."""
         self._answer = answer
+        self._served = [ServedModel("fake", QUEUE), *(ServedModel(name, f"{NAMED}{name}") for name in models)]
         self._jobs: dict[str, FakeJob] = {}
-        self._keyed: dict[str, tuple[str, FakeJob]] = {}
-        self._failed: dict[str, tuple[FailedJob, Job]] = {}
+        #: By model and idempotency key.
+        self._keyed: dict[tuple[str, str], tuple[str, FakeJob]] = {}
+        self._failed: dict[str, tuple[FailedJob, Job, str]] = {}
         #: The payloads in the order of submission.
         self.submitted: list[Job] = []
+
+    is_bound = False
 
     @property
     def queue(self) -> str:
         return QUEUE
 
     def submit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]) -> FakeJob:
-        if job.idempotency_key in self._keyed:
-            known, submitted = self._keyed[job.idempotency_key]
+        model = self._model(options.get("model"))
+        key = (model, job.idempotency_key or "")
+        if key in self._keyed:
+            known, submitted = self._keyed[key]
             if known != digest(job):
                 raise InvalidRequest("idempotency_key: another payload has this key.")
             return submitted
         self.submitted.append(job)
-        submitted = self._run(job, options.get("task_id") or str(uuid.uuid4()))
+        submitted = self._run(job, options.get("task_id") or str(uuid.uuid4()), model)
         if job.idempotency_key:
-            self._keyed[job.idempotency_key] = digest(job), submitted
+            self._keyed[key] = digest(job), submitted
         return submitted
 
-    def _run(self, job: Job, id: str) -> FakeJob:
-        outcome = self._outcome(job)
+    def _model(self, name: str | None) -> str:
+        """The id of the model with this name; by default that of the queue `idefics`. Raises ModelNotFound."""
+        served = [model.id for model in self._served]
+        if name is not None and name not in served:
+            raise ModelNotFound(name, self._served)
+        return name or served[0]
+
+    def _run(self, job: Job, id: str, model: str) -> FakeJob:
+        outcome = self._outcome(job, model)
         if isinstance(outcome, JobError):
-            self._failed[id] = (_failed(job, id, outcome), job)
+            self._failed[id] = (_failed(job, id, outcome), job, model)
         self._jobs[id] = FakeJob(outcome, id)
         return self._jobs[id]
 
     def submit_many(
         self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
     ) -> list[FakeJob]:
-        return [self.submit(job) for job in jobs]
+        return [self.submit(job, priority=priority, **options) for job in jobs]
 
     def ping(self) -> None:
         """Always there."""
@@ -117,21 +132,26 @@ class FakeClient:
         for id in ids:
             self._jobs.pop(id, None)
 
-    def queued(self, priority: int | None = None) -> int:
+    def queued(self, priority: int | None = None, *, model: str | None = None) -> int:
+        self._model(model)
         return 0
 
-    def workers(self) -> list[str]:
+    def workers(self, *, model: str | None = None) -> list[str]:
+        self._model(model)
         return ["fake@localhost"]
 
+    def models(self) -> list[ServedModel]:
+        return list(self._served)
+
     def failed(self) -> Iterator[FailedJob]:
-        return (failed for failed, _ in tuple(self._failed.values()))
+        return (failed for failed, _, _ in tuple(self._failed.values()))
 
     def retry(self, id: str) -> FakeJob:
         """Asks `answer` once more. Raises NotFound for a job that has not failed."""
         if id not in self._failed:
             raise NotFound(f"No failed job {id}: it was dropped, sent again or is too old.")
-        _, job = self._failed.pop(id)
-        return self._run(job, id)
+        _, job, model = self._failed.pop(id)
+        return self._run(job, id, model)
 
     async def asubmit(self, job: Job, *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]) -> FakeJob:
         return self.submit(job, priority=priority, **options)
@@ -156,11 +176,14 @@ class FakeClient:
     async def aforget(self, ids: Iterable[str]) -> None:
         self.forget(ids)
 
-    async def aqueued(self, priority: int | None = None) -> int:
-        return self.queued(priority)
+    async def aqueued(self, priority: int | None = None, *, model: str | None = None) -> int:
+        return self.queued(priority, model=model)
 
-    async def aworkers(self) -> list[str]:
-        return self.workers()
+    async def aworkers(self, *, model: str | None = None) -> list[str]:
+        return self.workers(model=model)
+
+    async def amodels(self) -> list[ServedModel]:
+        return self.models()
 
     async def aping(self) -> None:
         self.ping()
@@ -171,12 +194,12 @@ class FakeClient:
     async def aretry(self, id: str) -> FakeJob:
         return self.retry(id)
 
-    def _outcome(self, job: Job) -> Outcome:
+    def _outcome(self, job: Job, model: str) -> Outcome:
         try:
             answer = self._answer(job)
         except (JobError, JobCanceled) as error:
             return error
-        return answer if isinstance(answer, Result) else canned(answer, job)
+        return answer if isinstance(answer, Result) else canned(answer, job, model)
 
 
 def _failed(job: Job, id: str, error: JobError) -> FailedJob:
@@ -194,7 +217,7 @@ def _failed(job: Job, id: str, error: JobError) -> FailedJob:
     )
 
 
-def canned(text: str, job: Job) -> Result:
+def canned(text: str, job: Job, model: str = "fake") -> Result:
     """A Result with this text and plausible figures. Of a classification the text is a label, else its first one is."""
     labels = job.labels if isinstance(job, Classify) else []
     label = text if not labels or text in labels else labels[0]
@@ -204,7 +227,7 @@ def canned(text: str, job: Job) -> Result:
         label=label if labels else None,
         scores={each: float(each == label) for each in labels} or None,
         usage=Usage(prompt_tokens=10, completion_tokens=len(text.split()), images=1),
-        model=ModelInfo(id="fake", family="fake", dtype="float32"),
+        model=ModelInfo(id=model, family="fake", dtype="float32"),
         timing=Timing(queued_s=0.0, fetch_s=0.0, wait_s=0.0, generate_s=0.0),
         metadata=job.metadata,
     )

@@ -3,7 +3,9 @@
 Workers renew two keys while they live. Neither has a prefix, since a client may have the wrong one:
 `idefics:worker:options` in the queues' Redis has the options and a fingerprint of the results' address;
 `idefics:worker:results` in the results' Redis repeats that fingerprint. The workers that take from a queue are in a key
-for each queue, under the app's own prefix. Clients check both (`tasks/setup_check.py`).
+for each queue, under the app's own prefix. Clients check both (`tasks/setup_check.py`). Which model is served from
+which queue is in one key, under that prefix too, so that a client can find the queue of a model
+(`tasks/model_directory.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from dataclasses import asdict, dataclass
 from celery import Celery
 from redis import Redis
 
+from .protocol import QUEUE
 from .redis_keys import (
     GUIDES_SEPARATOR,
+    MODELS,
     RESULTS_FINGERPRINT,
     SEPARATOR,
     WORKER_OPTIONS,
@@ -32,6 +36,8 @@ RENEW_S = 5.0
 TTL_S = 30
 #: Seconds without a renewal after which a worker counts as gone. One that ends in order deregisters.
 SILENT_S = 3 * RENEW_S
+#: Seconds for which a model stays known after its last worker: that one may be restarting, and its jobs wait.
+MODEL_TTL_S = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +67,55 @@ class WorkerOptions:
         return WorkerOptions(**{**said, "separators": tuple(said["separators"]), "steps": tuple(said["steps"])})
 
 
+#: What a named model's queue begins with.
+NAMED = f"{QUEUE}."
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that workers serve."""
+
+    #: The workers' IDEFICS_MODEL, which results have as `model.id`.
+    id: str
+    #: The queue that its workers take jobs from: their IDEFICS_QUEUE.
+    queue: str
+
+    @property
+    def name(self) -> str | None:
+        """Its queue's name without `idefics.`; None for the queue `idefics`, where jobs go that name no model."""
+        return self.queue.removeprefix(NAMED) if self.queue.startswith(NAMED) else None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.id})" if self.name and self.name != self.id else self.id
+
+    def written(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def read(text: bytes | str) -> ServedModel:
+        said = json.loads(text)
+        return ServedModel(said["id"], said["queue"])
+
+
 def publish(app: Celery, options: WorkerOptions, broker: Redis) -> None:
     """Renew the keys. Raises RedisError."""
     app.backend.client.set(RESULTS_FINGERPRINT.named(), options.results, ex=TTL_S)
     broker.set(WORKER_OPTIONS.named(), options.written(), ex=TTL_S)
 
 
-def register(app: Celery, worker: str, broker: Redis) -> None:
-    """Enter a worker under its queues. Raises RedisError."""
+def register(app: Celery, worker: str, model: str, broker: Redis) -> None:
+    """Enter a worker and its model under its queues. Raises RedisError."""
     now, _ = broker.time()
+    models = models_key(app)
     with broker.pipeline() as pipe:
         for queue in app.amqp.queues.consume_from:
             key = workers_key(app, queue)
             pipe.zadd(key, {worker: now})
             pipe.zremrangebyscore(key, "-inf", now - TTL_S)
             pipe.expire(key, TTL_S)
+            pipe.zadd(models, {ServedModel(model, queue).written(): now})
+        pipe.zremrangebyscore(models, "-inf", now - MODEL_TTL_S)
+        pipe.expire(models, MODEL_TTL_S)
         pipe.execute()
 
 
@@ -87,6 +127,10 @@ def deregister(app: Celery, worker: str, broker: Redis) -> None:
 
 def workers_key(app: Celery, queue: str) -> str:
     return f"{broker_prefix(app)}{WORKERS.named(queue)}"
+
+
+def models_key(app: Celery) -> str:
+    return f"{broker_prefix(app)}{MODELS.named()}"
 
 
 def no_worker(queue: str) -> str:

@@ -77,6 +77,9 @@ def batch(
     batch files. Each gives one line of OUTPUT with its custom_id, as the jobs end: a result, or an error that fails
     this line alone. `-` is standard input or output.
 
+    Where workers serve several models, a line's "model" says which one answers; with --model or --queue all lines go to
+    that one.
+
     Interrupted, it goes on when it is run again with the same files. Exits with 1 where lines have failed.
 
     \b
@@ -117,6 +120,7 @@ def _summary(done: int, failed: int, is_stopped: bool, has_file: bool) -> str:
 def _run(source: Any, lines: BatchInput, out: BatchOutput, note: Path | None, options: dict[str, Any]) -> bool:
     """Whether it was stopped before its end."""
     resume, told = Resume(note, lines), ProgressDisplay(len(out.done))
+    options = {**options, "on_note": told.note}
     try:
         with _Stop() as stop, watched(source, told.note):
             while not _carried_out(Batch(source, lines, **resume.options(out), **options), lines, out, told, stop):

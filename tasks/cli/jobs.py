@@ -21,7 +21,7 @@ from ..worker_registry import no_worker
 from .console import away, echo, echo_error, echo_json, echo_rows, json_line_option, json_option
 from .fields import arguments
 from .redaction import redacted
-from .waiting import watched
+from .waiting import is_unserved, watched
 
 #: `caption` for `idefics.caption`.
 TASKS = {name.partition(".")[2]: payload for name, payload in PAYLOADS.items()}
@@ -140,7 +140,7 @@ def statuses(client: Any, ids: Iterable[str]) -> list[JobStatus]:
 def _with_hint(client: Any, found: list[JobStatus]) -> list[JobStatus]:
     """The statuses; those of queued jobs with a message, if no worker takes from the client's queue."""
     try:
-        if client.workers():
+        if not is_unserved(client):
             return found
     except (IdeficsError, RedisError, OperationalError):
         # Not for this user to know.

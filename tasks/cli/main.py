@@ -14,6 +14,7 @@ from .console import echo_json
 from .deliveries import deliveries
 from .failed import failed
 from .jobs import cancel, result, status, submit
+from .models import show_models
 from .queue import show_queue
 
 
@@ -22,13 +23,17 @@ from .queue import show_queue
 @click.option("--broker", help="Redis URL of the queues. [env: IDEFICS_BROKER_URL]")
 @click.option("--results", help="Redis URL of the results. [env: IDEFICS_RESULT_BACKEND]")
 @click.option("--queue", help=f"The jobs' queue. [env: IDEFICS_QUEUE; default: {QUEUE}]")
+@click.option("--model", help="Of several models the one to ask, by its name or id; `models` lists them.")
 @click.pass_context
-def main(context: click.Context, broker: str | None, results: str | None, queue: str | None) -> None:
+def main(context: click.Context, broker: str | None, results: str | None, queue: str | None, model: str | None) -> None:
     """Jobs for the IDEFICS workers.
 
     Tables and colors appear on a terminal only, and not where NO_COLOR is set. --json is for programs.
     """
-    context.obj = lambda: open_client(broker, results, queue or os.environ.get("IDEFICS_QUEUE") or QUEUE)
+    if queue and model:
+        raise click.UsageError("--queue and --model: give one of them.")
+    chosen = queue or (None if model else os.environ.get("IDEFICS_QUEUE")) or None
+    context.obj = lambda: open_client(broker, results, chosen, model)
 
 
 @click.command("schema")
@@ -42,5 +47,5 @@ def print_schema(as_json: bool) -> None:
     echo_json(schema(), on_one_line=as_json)
 
 
-for command in (submit, result, status, cancel, show_queue, batch, failed, deliveries, print_schema):
+for command in (submit, result, status, cancel, show_queue, show_models, batch, failed, deliveries, print_schema):
     main.add_command(command)

@@ -33,20 +33,24 @@ class QueueState:
     in_flight: int | None
     #: Names of the workers that take from the queue.
     workers: list[str] | None
+    #: Ids of the models that they serve.
+    models: list[str] | None
 
 
 def queue_state(client: Any) -> QueueState:
     """Raises RedisError or OperationalError where Redis is away."""
     by_priority = {priority: client.queued(priority) for priority in OUR_STEPS}
     due_later, in_flight = _held(client.app, client.queue)
-    return QueueState(client.queue, sum(by_priority.values()), by_priority, due_later, in_flight, _workers(client))
+    workers, models = _workers(client)
+    return QueueState(client.queue, sum(by_priority.values()), by_priority, due_later, in_flight, workers, models)
 
 
-def _workers(client: Any) -> list[str] | None:
+def _workers(client: Any) -> tuple[list[str] | None, list[str] | None]:
+    """Who takes from the queue, and the models that they serve; None for what this user may not know."""
     try:
-        return list(client.workers())
+        return client.workers(), [model.id for model in client.models() if model.queue == client.queue]
     except NoPermissionError:
-        return None
+        return None, None
 
 
 def _held(app: Celery, queue: str) -> tuple[int | None, int | None]:
@@ -80,8 +84,8 @@ def show_queue(client: Any, as_json: bool) -> None:
     """Show how many jobs wait and who takes them.
 
     The rows: jobs that wait, in all and for each priority that has some; jobs whose time has not come (countdown,
-    eta); jobs in flight, those of all queues of this Redis; the workers that take from the queue. What this Redis
-    user may not know is "unknown", in JSON null.
+    eta); jobs in flight, those of all queues of this Redis; the workers that take from the queue, and their model.
+    What this Redis user may not know is "unknown", in JSON null.
 
     \b
     idefics-jobs --queue idefics.large queue
@@ -108,6 +112,7 @@ def _rows(state: QueueState) -> list[tuple[str, str]]:
         ("in flight (all queues)", _number(state.in_flight)),
         ("workers", "unknown" if workers is None else str(len(workers))),
         *(("worker", name) for name in workers or ()),
+        *(("model", id) for id in state.models or ()),
     ]
 
 

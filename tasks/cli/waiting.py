@@ -30,11 +30,16 @@ def watched(client: Any, tell: Callable[[str], None] = _on_standard_error) -> It
         is_over.set()
 
 
+def is_unserved(client: Any) -> bool:
+    """Whether no worker takes from the client's queue, and jobs wait there, or no worker runs at all."""
+    return not client.workers() and (client.queued() > 0 or not client.models())
+
+
 def _watch(client: Any, tell: Callable[[str], None], is_over: threading.Event) -> None:
     # Where it cannot be known, the wait itself says what is wrong.
     with contextlib.suppress(IdeficsError):
         while not is_over.wait(LOOK_S):
-            if not client.workers():
+            if is_unserved(client):
                 count = client.queued()
                 waiting = "1 job waits" if count == 1 else f"{count:,} jobs wait"
                 tell(f"{waiting}. {no_worker(client.queue)}")

@@ -27,6 +27,7 @@ from tasks import (
     Job,
     JobCanceled,
     JobTimeout,
+    ModelNotFound,
     Result,
     Write,
 )
@@ -320,7 +321,7 @@ def test_a_job_without_a_result_exits_with_one(error: Exception, message: str, m
     assert message in outcome.stderr
 
 
-def test_the_urls_and_the_queue_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_urls_and_the_queue_or_the_model_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def remember(*args: Any, **options: Any) -> FakeClient:
@@ -332,8 +333,36 @@ def test_the_urls_and_the_queue_reach_the_client(monkeypatch: pytest.MonkeyPatch
     run("--queue", "idefics.large", "submit", "caption", f"image={URL}")
     monkeypatch.setenv("IDEFICS_QUEUE", "idefics.small")
     run("submit", "caption", f"image={URL}")
+    run("--model", "large", "submit", "caption", f"image={URL}")
     assert seen == [
-        (("redis://a/0",), {"result_backend": "redis://b/0", "queue": "idefics"}),
-        ((None,), {"result_backend": None, "queue": "idefics.large"}),
-        ((None,), {"result_backend": None, "queue": "idefics.small"}),
+        (("redis://a/0",), {"result_backend": "redis://b/0", "queue": None, "model": None}),
+        ((None,), {"result_backend": None, "queue": "idefics.large", "model": None}),
+        ((None,), {"result_backend": None, "queue": "idefics.small", "model": None}),
+        ((None,), {"result_backend": None, "queue": None, "model": "large"}),
+    ]
+
+
+def test_a_queue_and_a_model_are_a_usage_error(client: Recorder) -> None:
+    outcome = run("--queue", "idefics.large", "--model", "large", "submit", "caption", f"image={URL}")
+    assert (outcome.exit_code, client.submitted) == (2, [])
+
+
+def test_a_model_that_no_worker_serves_ends_the_command_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfModel(FakeClient):
+        @property
+        def queue(self) -> str:
+            raise ModelNotFound("large", self.models())
+
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: OfModel(models=["small"]))
+    outcome = run("--model", "large", "queue")
+    assert outcome.exit_code == 1
+    assert "model_not_found: No worker serves the model 'large'. Served now: fake, small." in outcome.stderr
+
+
+def test_models_are_shown_by_name_id_and_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "Client", lambda *args, **options: FakeClient(models=["small"]))
+    assert run("models").stdout == "-\tfake\tidefics\nsmall\tsmall\tidefics.small\n"
+    assert [json.loads(line) for line in run("models", "--json").stdout.splitlines()] == [
+        {"name": None, "id": "fake", "queue": "idefics"},
+        {"name": "small", "id": "small", "queue": "idefics.small"},
     ]

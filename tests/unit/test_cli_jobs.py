@@ -95,7 +95,7 @@ def test_status_of_a_queued_job_is_plain_while_a_worker_takes_jobs(
 ) -> None:
     client.app.amqp.queues.add("idefics")
     client.app.amqp.queues.select("idefics")
-    register(client.app, "gpu0@here", broker.connect(0))
+    register(client.app, "gpu0@here", "demo", broker.connect(0))
     assert run("status", client.submit(CAPTION).id).stdout.endswith("\tqueued\t-\t-\n")
 
 
@@ -169,7 +169,7 @@ def test_queue_counts_what_waits_by_priority_what_is_held_and_who_works(
     redis.hset(UNACKED.named(), "tag", "message")
     client.app.amqp.queues.add("idefics")
     client.app.amqp.queues.select("idefics")
-    register(client.app, "gpu0@here", redis)
+    register(client.app, "gpu0@here", "demo", redis)
     assert run("queue").stdout.splitlines() == [
         "waiting\t3",
         "waiting, priority 5\t2",
@@ -178,6 +178,7 @@ def test_queue_counts_what_waits_by_priority_what_is_held_and_who_works(
         "in flight (all queues)\t1",
         "workers\t1",
         "worker\tgpu0@here",
+        "model\tdemo",
     ]
     assert json_lines(run("queue", "--json")) == [
         {
@@ -187,6 +188,7 @@ def test_queue_counts_what_waits_by_priority_what_is_held_and_who_works(
             "due_later": 3,
             "in_flight": 1,
             "workers": ["gpu0@here"],
+            "models": ["demo"],
         }
     ]
 
@@ -226,7 +228,8 @@ def test_what_this_user_may_not_know_is_unknown(client: Client, monkeypatch: pyt
     monkeypatch.setattr("tasks.cli.queue.connect", lambda app: Refusing())
     monkeypatch.setattr(client, "workers", refuse)
     state = queue_state(client)
-    assert (state.waiting, state.due_later, state.in_flight, state.workers) == (0, None, None, None)
+    assert (state.waiting, state.due_later, state.in_flight) == (0, None, None)
+    assert (state.workers, state.models) == (None, None)
 
 
 @pytest.mark.parametrize("words", [("status", "a"), ("cancel", "a"), ("queue",)])

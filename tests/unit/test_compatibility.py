@@ -22,8 +22,8 @@ NAMES = {
         Answer AnswerExample BrokerRefused BrokerUnavailable Callback Caption CaptionExample Chat ChatMessage Classify
         ClassifyExample Client Complete ConfigurationError DeadlineExceeded FailedJob IdeficsError Image ImageBlocked
         ImageInvalid ImagePath ImageTooLarge ImageUnreachable Internal InvalidRequest Job JobCanceled JobError
-        JobTimeout ModelInfo NotFound NotPermitted OutOfMemory PromptTooLong QueueFull Result SubmittedJob Timing Usage
-        WorkerLost Write
+        JobTimeout ModelInfo ModelNotFound NotFound NotPermitted OutOfMemory PromptTooLong QueueFull Result ServedModel
+        SubmittedJob Timing Usage WorkerLost Write
     """,
     ".payloads": """
         Answer AnswerExample CALLBACK_QUEUE CANCEL_TTL_S Callback Caption CaptionExample Chat ChatImagePart
@@ -35,8 +35,9 @@ NAMES = {
     """,
     ".errors": """
         BrokerRefused BrokerUnavailable ConfigurationError DeadlineExceeded ERRORS ErrorBody IdeficsError ImageBlocked
-        ImageInvalid ImageTooLarge ImageUnreachable Internal InvalidRequest JobCanceled JobError JobTimeout NotFound
-        NotPermitted OutOfMemory PUBLIC_MODULE PromptTooLong PublicError QueueFull WorkerLost from_broker from_exception
+        ImageInvalid ImageTooLarge ImageUnreachable Internal InvalidRequest JobCanceled JobError JobTimeout
+        ModelNotFound NotFound NotPermitted OutOfMemory PUBLIC_MODULE PromptTooLong PublicError QueueFull WorkerLost
+        from_broker from_exception
     """,
     ".testing": "Answer FakeClient FakeJob canned",
     ".webhooks": """

@@ -185,6 +185,7 @@ KINDS = {
     errors.NotPermitted: NoPermissionError,
     errors.ConfigurationError: ValueError,
     errors.NotFound: LookupError,
+    errors.ModelNotFound: LookupError,
     JobsLost: Exception,
     NotJsonLines: ValueError,
     InvalidWebhook: ValueError,

@@ -7,7 +7,18 @@ import inspect
 
 import pytest
 
-from tasks import Caption, Classify, Client, ImageBlocked, Job, JobCanceled, JobTimeout, Result, SubmittedJob
+from tasks import (
+    Caption,
+    Classify,
+    Client,
+    ImageBlocked,
+    Job,
+    JobCanceled,
+    JobTimeout,
+    ModelNotFound,
+    Result,
+    SubmittedJob,
+)
 from tasks.testing import FakeClient, FakeJob, canned
 
 URL = "https://example.com/a.jpg"
@@ -151,3 +162,35 @@ def test_a_fake_method_waits_where_the_real_one_does(real: type, fake: type) -> 
         assert inspect.iscoroutinefunction(getattr(real, name)) == inspect.iscoroutinefunction(getattr(fake, name)), (
             name
         )
+
+
+def test_a_job_may_name_a_model_of_the_fake_client() -> None:
+    client = FakeClient(models=["large"])
+    assert client.submit(ONE, model="large").result().model.id == "large"
+    assert asyncio.run(client.asubmit(ONE, model="fake")).result().model.id == "fake"
+    assert [job.result().model.id for job in client.submit_many([ONE, TWO], model="large")] == ["large", "large"]
+    assert [(model.name, model.id, model.queue) for model in client.models()] == [
+        (None, "fake", "idefics"),
+        ("large", "large", "idefics.large"),
+    ]
+
+
+def test_a_model_that_the_fake_client_has_not_is_refused_with_those_that_it_has() -> None:
+    client = FakeClient(models=["large"])
+    with pytest.raises(ModelNotFound, match=r"Served now: fake, large\."):
+        client.submit(ONE, model="small")
+    assert client.submitted == []
+
+
+def test_an_idempotency_key_of_the_fake_client_belongs_to_a_model() -> None:
+    client, keyed = FakeClient(models=["large"]), ONE.model_copy(update={"idempotency_key": "row 7"})
+    first = client.submit(keyed)
+    assert client.submit(keyed).id == client.submit(keyed, model="fake").id == first.id
+    assert client.submit(keyed, model="large").id == client.submit(keyed, model="large").id != first.id
+
+
+def test_a_failed_job_is_tried_again_with_its_model() -> None:
+    answers = iter([_blocked, _prompt])
+    client = FakeClient(lambda job: next(answers)(job), models=["large"])
+    job = client.submit(ONE, model="large")
+    assert client.retry(job.id).result().model.id == "large"

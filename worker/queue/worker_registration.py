@@ -1,4 +1,4 @@
-"""Registers this worker in Redis, with its queues and options, for clients (`tasks/worker_registry.py`)."""
+"""Registers this worker in Redis, with its queues, model and options, for clients (`tasks/worker_registry.py`)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class WorkerRegistration(bootsteps.StartStopStep):  # type: ignore[misc]
             try:
                 broker = broker or connect(app)
                 publish(app, options, broker)
-                register(app, name, broker)
+                register(app, name, app.settings.model, broker)
             except Exception as error:
                 if not is_logged and not is_away(error):
                     logger.warning("This worker cannot be registered for clients: %s", error)
