@@ -47,7 +47,8 @@ class Settings(BaseSettings):
 
     queue: str = Field(default="idefics", min_length=1, max_length=200, pattern=r"^idefics(\.[\w-]+)*$")
     """Queue that the worker takes jobs from. If several models share a broker, each has one of its own, such as
-    `idefics.large`; producers name it with `Client(queue=...)` or Celery's `queue=`."""
+    `idefics.large`: then the model's name is `large`, and producers choose it with `Client(model="large")` or Celery's
+    `queue="idefics.large"`."""
 
     default_queue: str = Field(default="celery", min_length=1, max_length=200, pattern=r"^[\w.:@/-]+$")
     """Queue for links, errbacks, and the later tasks of chains and chords that name no queue. Set it to the

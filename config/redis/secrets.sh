@@ -5,8 +5,11 @@
 # them at /run/idefics. Each has a certificate by an authority of our own, and `env` with the URLs and the user's
 # password. HOST (default: redis) are the server's names and addresses; the URLs contain the first.
 #
+# MODELS="large small" in the environment gives the users rights to these models' queues too, idefics.large and
+# idefics.small. The names are kept in FOLDER/models for the next time.
+#
 # Existing files are kept. To renew a certificate or a password, delete it (tls.crt, password), run this again, and
-# restart the server and its clients. redis/users.acl is made from its template each time.
+# restart the server and its clients. redis/users.acl is made from its template and MODELS each time.
 set -eu
 umask 077
 
@@ -46,8 +49,21 @@ if [ ! -e ca.crt ]; then
     openssl req -x509 -new -key ca.key -days 3650 -subj "/CN=idefics-jobs Redis" -out ca.crt
 fi
 
-sed '/^[[:space:]]*#/d' "$template" | awk '
+models=${MODELS-$(cat models 2> /dev/null || true)}
+case " $models " in
+    *" callbacks "* | *[!0-9A-Za-z_.\ -]*)
+        echo "MODELS: names of letters, digits, _, . and -, with blanks between them, and none of them callbacks." >&2
+        exit 1 ;;
+esac
+echo "$models" > models
+
+sed -e '/^[[:space:]]*#$/d' -e '/^[[:space:]]*#[^+]/d' "$template" | awk -v models="$models" '
     /^user / { if (user) print user; user = $0; next }
+    sub(/^ *#\+/, "") {
+        count = split(models, names)
+        for (i = 1; i <= count; i++) { line = $0; gsub(/<model>/, names[i], line); user = user line }
+        next
+    }
     NF { sub(/^ +/, " "); user = user $0 }
     END { print user }' > users.acl
 

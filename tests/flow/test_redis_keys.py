@@ -98,7 +98,12 @@ def test_a_mixed_load_leaves_only_keys_of_the_table(server: stack.Broker, galler
     assert seen >= {
         *("unacked", "unacked_index", "idefics:redeliveries:{id}", "celery-task-meta-{id}", "idefics:key:{sha256}"),
         *("idefics:answer:{digest}", "idefics:failed", "idefics:failed:signatures", "idefics:cancel:{id}"),
-        *("idefics:worker:options", "idefics:worker:results", "idefics:callbacks:delivery:{id}"),
+        *(
+            "idefics:worker:options",
+            "idefics:worker:results",
+            "idefics:worker:models",
+            "idefics:callbacks:delivery:{id}",
+        ),
         *("idefics:callbacks:delivered", "idefics:callbacks:failed", "idefics:callbacks:disabled"),
     }
 

@@ -322,3 +322,32 @@ def test_callbacks_have_their_outbox_and_see_no_job(guarded: Guarded) -> None:
         _refused(redis.set, "idefics:cancel:x", 1)
         _refused(redis.publish, "/0.celery.pidbox", "x")
         _refused(redis.eval, "return redis.call('RPOP', KEYS[1])", 1, "idefics")
+
+
+# --- Several models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("binary", binaries(), ids=lambda binary: Path(binary).name)
+def test_a_named_model_is_reached_with_its_rights_and_no_other_queue(tmp_path: Path, binary: str) -> None:
+    secrets = make_secrets(tmp_path / "secrets", models="fast")
+    acl = tmp_path / "users.acl"
+    acl.write_text((secrets / "redis" / "users.acl").read_text() + "user admin on nopass +@all ~* &*\n")
+    settings = {"MODEL": "fake", "QUEUE": "idefics.fast", "RETRY_BACKOFF_S": "0.1"}
+    with stack.broker("--aclfile", str(acl), binary=binary) as server:
+        guarded = Guarded(server, secrets, tmp_path / "log")
+        with stack.worker(guarded["worker"], settings=settings, log=guarded.log):
+            client = Client(guarded["producer"].url)
+            eventually(lambda: [model.name for model in client.models()] == ["fast"])
+            jobs = [client.submit(HELLO, model="fast", priority=priority) for priority in range(10)]
+            assert {job.result(PATIENCE_S).text for job in jobs} == {"llo"}
+            keyed = HELLO.model_copy(update={"idempotency_key": "one"})
+            assert client.submit(keyed, model="fast").id == client.submit(keyed, model="fast").id
+            assert len(client.workers(model="fast")) == 1
+            failing = client.submit(Complete(prompt=["Hello"], max_new_tokens=5_000), model="fast")
+            with pytest.raises(InvalidRequest):
+                failing.result(PATIENCE_S)
+            eventually(lambda: [kept.id for kept in Client(guarded["worker"].url).failed()] == [failing.id])
+            assert queue_state(Client(guarded["monitor"].url, queue="idefics.fast")).waiting == 0
+            assert [guarded.refusals(user) for user in ("producer", "worker")] == [set(), set()]
+            _refused(guarded["producer"].connect().lpush, "idefics.other", "x")
+        assert "NoPermission" not in guarded.log.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import socket
 import ssl
@@ -22,8 +23,10 @@ SCRIPT = stack.CHECKOUT / "config" / "redis" / "secrets.sh"
 MOUNT = "/run/idefics"
 
 
-def make_secrets(folder: Path, *hosts: str) -> Path:
-    subprocess.run(["sh", str(SCRIPT), str(folder), *hosts], check=True, timeout=60)
+def make_secrets(folder: Path, *hosts: str, models: str | None = None) -> Path:
+    """`models`: MODELS; None where it is not set."""
+    environment = {**os.environ, **({} if models is None else {"MODELS": models})}
+    subprocess.run(["sh", str(SCRIPT), str(folder), *hosts], env=environment, check=True, timeout=60)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_containers_may_read_what_they_mount_and_this_machines_users_nothing(mad
 
 
 def test_existing_secrets_stay_and_deleted_ones_are_made_anew(tmp_path: Path) -> None:
-    folder = make_secrets(tmp_path / "secrets")
+    folder = make_secrets(tmp_path / "secrets", models="large")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     make_secrets(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -84,3 +85,29 @@ def test_existing_secrets_stay_and_deleted_ones_are_made_anew(tmp_path: Path) ->
         "worker/tls.crt",
         "worker/tls.key",
     }
+
+
+def _patterns(folder: Path) -> set[str]:
+    return set(re.findall(r"~([^ )]+)", (folder / "redis" / "users.acl").read_text()))
+
+
+def test_models_have_their_queues_until_they_are_named_no_more(tmp_path: Path) -> None:
+    folder, before = tmp_path / "secrets", _patterns(make_secrets(tmp_path / "without"))
+    make_secrets(folder, models="large small-2.5")
+    assert _patterns(folder) - before == {
+        f"{start}idefics.{model}{end}"
+        for model in ("large", "small-2.5")
+        for start, end in (("", ""), ("", "??[1-9]"), ("", ":[1-9]"), ("_kombu.binding.", ""))
+    } | {f"_kombu.binding_permanent.idefics.{model}" for model in ("large", "small-2.5")}
+    make_secrets(folder, models="")
+    assert _patterns(folder) == before
+
+
+@pytest.mark.parametrize("models", ["*", "large callbacks", "a&b", "x~*", "large\n~*"])
+def test_a_name_that_no_model_may_have_changes_no_right(tmp_path: Path, models: str) -> None:
+    folder = make_secrets(tmp_path / "secrets", models="large")
+    before = (folder / "redis" / "users.acl").read_text()
+    with pytest.raises(subprocess.CalledProcessError):
+        make_secrets(folder, models=models)
+    assert (folder / "redis" / "users.acl").read_text() == before
+    assert (folder / "models").read_text() == "large\n"
