@@ -69,14 +69,15 @@ class ModelDirectory:
         """A reading that is not older. Threads that wait for one have it too: another one may take seconds again."""
         with self._lock:
             if not self._reading.holds(age_s):
-                self._reading = _reading(self._app)
+                self._reading = read_models(self._app)
             reading = self._reading
         if reading.error:
             raise from_broker(reading.error) from reading.error
         return reading
 
 
-def _reading(app: Celery) -> Reading:
+def read_models(app: Celery) -> Reading:
+    """What the workers have said until now."""
     try:
         with registry(app) as redis:
             now, _ = redis.time()

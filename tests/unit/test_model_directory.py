@@ -190,13 +190,13 @@ def test_an_idempotency_key_is_another_one_for_each_model(client: Client, broker
 @pytest.fixture
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[Reading]:
     """What was read from Redis, in order."""
-    read, made = model_directory._reading, []
+    read, made = model_directory.read_models, []
 
     def note(app: Celery) -> Reading:
         made.append(read(app))
         return made[-1]
 
-    monkeypatch.setattr(model_directory, "_reading", note)
+    monkeypatch.setattr(model_directory, "read_models", note)
     return made
 
 
