@@ -70,7 +70,7 @@ QUEUE_LIST = RedisKey(
     None,
     ("producer", "worker", "callbacks"),
     ("producer", "worker", "callbacks", "monitor"),
-    "Messages of priority 0, which wait. Permanent: they are jobs.",
+    "Waiting messages of priority 0. Permanent: they are jobs.",
 )
 PRIORITY_LIST = RedisKey(
     "{queue}{separator}{priority}",
@@ -79,7 +79,7 @@ PRIORITY_LIST = RedisKey(
     None,
     ("producer", "worker", "callbacks"),
     ("producer", "worker", "callbacks", "monitor"),
-    "Messages of another priority, which wait. Permanent: they are jobs.",
+    "Waiting messages of another priority. Permanent: they are jobs.",
 )
 UNACKED = RedisKey(
     "unacked",
@@ -97,7 +97,7 @@ UNACKED_INDEX = RedisKey(
     None,
     ("worker",),
     ("worker", "monitor"),
-    "Their tags, by the time at which their holder was last heard of. Permanent, as they are.",
+    "Tags of the messages in `unacked`, by the time when their worker last renewed its claim. Permanent: for jobs.",
 )
 UNACKED_MUTEX = RedisKey(
     "unacked_mutex",
@@ -106,7 +106,7 @@ UNACKED_MUTEX = RedisKey(
     "the time between two sweeps, twice at most",
     ("worker",),
     ("worker",),
-    "Lock of the worker that sweeps for messages of silent holders.",
+    "Lock of the worker that sweeps for messages of silent workers.",
 )
 BINDING = RedisKey(
     "_kombu.binding.{exchange}",
@@ -124,7 +124,7 @@ PERMANENT_BINDING = RedisKey(
     None,
     ("producer", "worker", "callbacks", "monitor"),
     ("worker", "callbacks", "monitor"),
-    "Those of them that do not expire. Permanent, as they are.",
+    "Queues of an exchange that do not expire. Permanent: kombu declares them once.",
 )
 BINDING_DEADLINES = RedisKey(
     "_kombu.binding_deadlines",
@@ -133,7 +133,7 @@ BINDING_DEADLINES = RedisKey(
     None,
     ("worker", "callbacks", "monitor"),
     ("worker", "callbacks", "monitor"),
-    "When bindings of queues with a life of their own end. Permanent: kombu removes its members.",
+    "Bindings of queues that expire, by the time of expiry. Permanent: kombu removes its members.",
 )
 MAILBOX_REPLY = RedisKey(
     "{id}.reply.{mailbox}.pidbox",
@@ -151,7 +151,7 @@ EVENT_QUEUE = RedisKey(
     "60",
     ("worker", "callbacks", "monitor"),
     ("worker", "callbacks", "monitor"),
-    "Events for one receiver, where they are not published.",
+    "Events for one receiver, if they are not published.",
 )
 
 # The queues' database: ours
@@ -163,7 +163,7 @@ DUE = RedisKey(
     None,
     ("worker",),
     ("worker", "monitor"),
-    "Messages of a queue's list that wait for their time, by that time. Permanent: they are jobs.",
+    "Messages of a queue's list that wait for their `eta` or `countdown`, by due time. Permanent: they are jobs.",
 )
 DUE_IDS = RedisKey(
     "idefics:due-ids",
@@ -172,7 +172,7 @@ DUE_IDS = RedisKey(
     None,
     ("worker",),
     ("worker",),
-    "The ids of these jobs, each with its set, by the same times: so a canceled one is found. Permanent, as they are.",
+    "Ids of the jobs in `idefics:due:{list}`, with their sets, by due time: finds canceled jobs. Permanent: for jobs.",
 )
 REDELIVERIES = RedisKey(
     "idefics:redeliveries:{id}",
@@ -181,7 +181,7 @@ REDELIVERIES = RedisKey(
     "7 days beyond the visibility timeout",
     ("worker",),
     ("worker",),
-    "A job's returns from workers that died, by its retries (worker/queue/redeliveries.py).",
+    "A job's redeliveries after deaths of workers, by its retries (worker/queue/redeliveries.py).",
 )
 LOAD = RedisKey(
     "idefics:load:{queue}",
@@ -199,7 +199,8 @@ WORKER_OPTIONS = RedisKey(
     "30",
     ("worker",),
     ("producer", "worker"),
-    "What workers read, and a fingerprint of where results are. Never prefixed: a client may have the wrong prefix.",
+    "Options by which workers read messages, and a fingerprint of the results' address. Has no prefix, since a client "
+    "may have the wrong one.",
 )
 WORKERS = RedisKey(
     "idefics:worker:queue:{queue}",
@@ -208,7 +209,7 @@ WORKERS = RedisKey(
     "30",
     ("worker",),
     ("producer", "worker"),
-    "The workers that take from a queue, by the second at which each last said so.",
+    "The workers that take from a queue, by the time when each last registered.",
 )
 MODELS = RedisKey(
     "idefics:worker:models",
@@ -223,33 +224,35 @@ DELIVERY = _of_callbacks(
     "delivery:{id}", "hash", "30 days, then IDEFICS_CALLBACK_KEEP_S", "A callback's event, URL, state and attempts."
 )
 PENDING_DELIVERIES = _of_callbacks(
-    "pending:{host}", "zset", "30 days", "A host's deliveries that are not ended, by the time of their next attempt."
+    "pending:{host}", "zset", "30 days", "A host's pending deliveries, by the time of their next attempt."
 )
-DELIVERY_AGES = _of_callbacks("ages:{host}", "zset", "30 days", "The same, by the time at which they were added.")
+DELIVERY_AGES = _of_callbacks(
+    "ages:{host}", "zset", "30 days", "A host's pending deliveries, by the time when they were added."
+)
 DELIVERY_HOSTS = _of_callbacks(
-    "hosts", "zset", "30 days", "Hosts with pending deliveries, by their next attempt. A slow host delays no other."
+    "hosts", "zset", "30 days", "Hosts with pending deliveries, by the time of their next attempt."
 )
-OLDEST_DELIVERIES = _of_callbacks("oldest", "zset", "30 days", "The same hosts, by the age of their oldest delivery.")
+OLDEST_DELIVERIES = _of_callbacks(
+    "oldest", "zset", "30 days", "Hosts with pending deliveries, by the age of their oldest one."
+)
 DELIVERED = _of_callbacks(
-    "delivered", "zset", "IDEFICS_CALLBACK_KEEP_S", "Deliveries that arrived, by the time of their end."
+    "delivered", "zset", "IDEFICS_CALLBACK_KEEP_S", "Successful deliveries, by the time of their end."
 )
-UNDELIVERED = _of_callbacks(
-    "failed", "zset", "IDEFICS_CALLBACK_KEEP_S", "Deliveries that were given up, by the time of their end."
-)
+UNDELIVERED = _of_callbacks("failed", "zset", "IDEFICS_CALLBACK_KEEP_S", "Failed deliveries, by the time of their end.")
 DISABLED_URLS = _of_callbacks(
     "disabled",
     "zset",
     "IDEFICS_CALLBACK_DISABLED_S",
-    "URLs that answered 410, by the time until which they get nothing.",
+    "URLs that answered 410, by the time until which they get no callbacks.",
 )
 DELIVERY_SIZES = _of_callbacks(
     "sizes",
     "hash",
     "30 days",
-    "By delivery: its bytes, and the account that they count for: its pending host, or its state.",
+    "By delivery: its bytes, and the account that they count for (its host while it is pending, else its state).",
 )
 DELIVERY_BYTES = _of_callbacks(
-    "bytes", "hash", "30 days", "By account: its bytes; the sum of all hosts, and how many deliveries did not fit."
+    "bytes", "hash", "30 days", "Bytes by account, the sum of all hosts, and the number of deliveries that did not fit."
 )
 
 # The results' database
@@ -261,7 +264,7 @@ RESULT = RedisKey(
     "IDEFICS_RESULT_TTL_S",
     ("worker",),
     ("producer", "worker"),
-    "A job's state and its answer or error, as Celery writes it. Also the channel that says so.",
+    "A job's state and its answer or error, in Celery's form. It is also published on the channel of this name.",
 )
 GROUP = RedisKey(
     "celery-taskset-meta-{id}",
@@ -270,7 +273,7 @@ GROUP = RedisKey(
     "IDEFICS_RESULT_TTL_S",
     ("producer", "worker"),
     ("producer", "worker"),
-    "A group's members, as Celery writes them. With `.s`, `.t` or `.c` behind the id: a chord's counters and its lock.",
+    "A group's members, in Celery's form. With `.s`, `.t` or `.c` after the id: a chord's counters and its lock.",
 )
 CHORD_RESULTS = RedisKey(
     "celery-taskset-meta-{id}.j",
@@ -297,7 +300,7 @@ CANCELLATION = RedisKey(
     "32 days",
     ("producer",),
     ("worker",),
-    "While it is there, the job does not start, and ends if it runs. Needs no access to Celery's mailbox.",
+    "While it exists, the job does not start, and ends if it runs. Setting it needs no access to Celery's mailbox.",
 )
 IDEMPOTENCY = RedisKey(
     "idefics:key:{sha256}",
@@ -306,7 +309,7 @@ IDEMPOTENCY = RedisKey(
     "IDEFICS_IDEMPOTENCY_TTL_S",
     ("producer", "worker"),
     ("producer", "worker"),
-    "The job that an idempotency key of a queue stands for (tasks/idempotency.py).",
+    "The job of a queue's idempotency key (tasks/idempotency.py).",
 )
 ANSWER = RedisKey(
     "idefics:answer:{digest}",
@@ -315,7 +318,7 @@ ANSWER = RedisKey(
     "IDEFICS_ANSWER_CACHE_TTL_S",
     ("worker",),
     ("worker",),
-    "An answer that an equal job may get, too (worker/jobs/answer_cache.py).",
+    "An answer that is reused for identical jobs (worker/jobs/answer_cache.py).",
 )
 RESULTS_FINGERPRINT = RedisKey(
     "idefics:worker:results",
@@ -324,12 +327,12 @@ RESULTS_FINGERPRINT = RedisKey(
     "30",
     ("worker",),
     ("producer", "worker"),
-    "The fingerprint in `idefics:worker:options`: a client that does not find it looks for answers elsewhere.",
+    "The fingerprint in `idefics:worker:options`: without it, this is not the database that workers write results to.",
 )
-FAILED = _of_failed("", "zset", "Ids of jobs that failed, by the time of it.")
-FAILED_INVALID = _of_failed(":invalid", "zset", "Those of invalid requests among them, which are dropped first.")
-FAILED_ABOUT = _of_failed(":about", "hash", "By id: a summary.")
-FAILED_SIGNATURES = _of_failed(":signatures", "hash", "By id: the whole job, to be sent again.")
+FAILED = _of_failed("", "zset", "Ids of failed jobs, by the time of failure.")
+FAILED_INVALID = _of_failed(":invalid", "zset", "Ids of failed invalid requests, which are dropped first.")
+FAILED_ABOUT = _of_failed(":about", "hash", "Summaries of failed jobs, by id.")
+FAILED_SIGNATURES = _of_failed(":signatures", "hash", "Whole failed jobs, by id, to be sent again.")
 FAILED_BYTES = _of_failed(":bytes", "string", "The bytes of both hashes.")
 
 #: All of them, in this order.
