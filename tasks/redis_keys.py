@@ -97,7 +97,7 @@ UNACKED_INDEX = RedisKey(
     None,
     ("worker",),
     ("worker", "monitor"),
-    "Tags of the messages in `unacked`, by the time when their worker last renewed its claim. Permanent: for jobs.",
+    "Tags of the messages in `unacked`, by the time of their worker's last renewal. Permanent: they belong to jobs.",
 )
 UNACKED_MUTEX = RedisKey(
     "unacked_mutex",
@@ -172,7 +172,7 @@ DUE_IDS = RedisKey(
     None,
     ("worker",),
     ("worker",),
-    "Ids of the jobs in `idefics:due:{list}`, with their sets, by due time: finds canceled jobs. Permanent: for jobs.",
+    "Ids of the jobs in `idefics:due:{list}`, by due time: finds canceled jobs. Permanent: they belong to jobs.",
 )
 REDELIVERIES = RedisKey(
     "idefics:redeliveries:{id}",
