@@ -1,6 +1,6 @@
 """The log's format: each record is one line, and nothing in a message can look like another record.
 
-Messages repeat what strangers chose: ids, names of tasks, hosts, texts of errors. Control characters in them are
+Messages contain text from outside: ids, names of tasks, hosts, texts of errors. Control characters in it are
 escaped. A traceback keeps its lines, each indented, so that a line which begins with a time is a record.
 """
 

@@ -1,7 +1,7 @@
-"""Where a worker's log goes and from which level on: Celery's `--loglevel` and `--logfile`, else our settings.
+"""The level and destination of a worker's log: Celery's `--loglevel` and `--logfile`, else our settings.
 
-A job's error is news for its producer, who reads it in the result: the log tells it in one line, at INFO. What is at
-ERROR is the operator's to mend.
+A job's error concerns its producer, who reads it in the result: in the log it is one line, at INFO. Records at ERROR
+need the operator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from config.settings import PREFIX
 from tasks.errors import ERRORS, Internal, JobError
 from worker.observability.log_lines import LineFormatter
 
-#: The errors that a job may end in without anything being wrong here.
+#: Errors of jobs that do not mean a defect of the worker.
 EXPECTED: tuple[type[JobError], ...] = tuple(error for error in ERRORS.values() if error is not Internal)
 
 
@@ -31,7 +31,7 @@ def set_up(default_level: str, logfile: str | None) -> None:
 
 
 def _commands_level() -> str | None:
-    """`--loglevel`, where the command line has it: Celery's own default is WARNING."""
+    """`--loglevel`, if the command line has it; Celery's own default, WARNING, is not used."""
     context = click.get_current_context(silent=True)
     if context is None or context.get_parameter_source("loglevel") is not ParameterSource.COMMANDLINE:
         return None
@@ -41,7 +41,7 @@ def _commands_level() -> str | None:
 
 
 def _expected_errors_are_news(record: logging.LogRecord) -> bool:
-    """Celery's consumer logs each failure that the pool tells it as an error, with its traceback."""
+    """Lower a job's failure to INFO: Celery's consumer logs it as an error, with its traceback."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(getattr(error, "exc", error), EXPECTED):
         record.levelno, record.levelname, record.exc_info, record.exc_text = logging.INFO, "INFO", None, None
