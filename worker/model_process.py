@@ -71,34 +71,34 @@ from worker.runtime.cpu import all_cores, go_last, job_cores, leave_cores_to_the
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two heartbeats, and at least between two where the capacity has changed.
+#: Seconds between two heartbeats, and the minimum between two if the capacity has changed.
 HEARTBEAT_S, MIN_HEARTBEAT_S = 0.5, 0.05
-#: Seconds a Python thread keeps the interpreter while another wants it. Job threads must not hold the engine up:
-#: measured against the default of 5 ms, steps of 5 ms went from 162 to 192 of an ideal 213 a second.
+#: Seconds that a Python thread keeps the GIL while another thread waits for it. Job threads must not delay the engine:
+#: with the default of 5 ms, 162 steps of an ideal 213 ran in a second, and with this value 192.
 SWITCH_S = 0.0005
 #: Exit status of a process whose device is lost.
 DEVICE_LOST = 74
 
-# Billiard copies all positions in the code of each frame of a traceback, which took milliseconds of each failure. Once
-# for each code object is enough.
+# Billiard copies all positions in the code of each frame of a traceback, which took milliseconds for each failure. The
+# cache copies them once for each code object.
 einfo._Frame.Code = staticmethod(functools.lru_cache(1_000)(einfo._Code))
 
 
 class JobThreads:
-    """Threads that run one job each, as the parent's messages say."""
+    """The threads that run jobs, one job each at a time, directed by the parent's messages."""
 
     def __init__(self, channel: BlockingChannel, service: Service, settings: Settings) -> None:
         self._channel = channel
         self._service = service
         self._settings = settings
         self._queue: queue.SimpleQueue[RunJob] = queue.SimpleQueue()
-        #: Of the jobs that are queued or run, by serial number.
+        #: Ids of the queued and running jobs, by serial number.
         self._ids: dict[int, str] = {}
         #: The serial number of the job that a thread runs.
         self._current = threading.local()
 
     def serve(self) -> None:
-        """Run jobs until the parent says stop or is gone."""
+        """Run jobs until the parent sends Stop or is gone."""
         gil.set_permits(len(job_cores(all_cores())))
         redis_retry.enable(self._settings.redis_wait_s, self._report_wait)
         for number in range(self._settings.job_threads):
@@ -126,7 +126,7 @@ class JobThreads:
     def _cancel(self, serial: int) -> None:
         id = self._ids.get(serial)
         if id is not None and self._service.cancel(id):
-            # Its thread still loads images. What it sends once they have come is too late to count.
+            # Its thread still loads images; the parent ignores the outcome that the thread sends later.
             self._channel.send(Canceled(serial))
 
     def _abandon(self, serial: int) -> None:
@@ -137,11 +137,11 @@ class JobThreads:
     def _give_back(self, most: int, serials: Sequence[int]) -> None:
         ids = {self._ids[serial]: serial for serial in serials if serial in self._ids}
         with self._service.withdrawn(list(ids), most) as withdrawn:
-            # Sent before they end: the parent puts them back together, in order.
+            # Sent before the jobs end, so that the parent returns them together, in order.
             self._channel.send(Withdrawn([ids[id] for id in withdrawn]))
 
     def _report_wait(self, seconds: float) -> None:
-        """Tell the parent that this thread's job waited for Redis."""
+        """Report to the parent that this thread's job waited for Redis."""
         serial = getattr(self._current, "serial", None)
         if serial is not None:
             self._channel.send(Waited(serial, seconds))
@@ -163,13 +163,13 @@ class JobThreads:
 
 
 def traced(job: RunJob) -> FinalMessage:
-    """Run a job through Celery's tracer, in the calling thread. Raises nothing: a job thread serves many jobs."""
+    """Run a job through Celery's tracer in the calling thread. Never raises, since a thread runs many jobs."""
     name, id, request, *_ = job.arguments
     try:
         with gil.held():
             outcome = fast_trace_task(*job.arguments)
         if _failed_outside_the_task(outcome):
-            # The tracer has stored a failure, and skipped what follows it.
+            # The tracer has stored the failure and skipped the steps after it, such as the callback.
             _record_callback(name, id, request, (FAILURE, _bare(outcome[1])))
     except RedisAway as error:
         logger.error("Redis is away for too long (%s): job %s goes back to the queue.", error, id)
@@ -177,17 +177,17 @@ def traced(job: RunJob) -> FinalMessage:
     except Reject:
         return Raised(job.serial, ExceptionInfo())
     except BaseException as error:
-        # A SystemExit that went on would end the thread, and the job would run for ever.
+        # A SystemExit would otherwise end the thread, and the job would never end.
         logger.error("A job ended outside Celery's tracer: %s", without_values(error))
         return Broken(job.serial, f"{type(error).__name__} in the worker.")
     return _reported(job.serial, outcome)
 
 
 def _reported(serial: int, outcome: tuple[Any, ...]) -> FinalMessage:
-    """What the parent is told of the tracer's outcome."""
+    """The message to the parent about the tracer's outcome."""
     failed, value, _ = outcome
     if failed:
-        # Its text has been stored, and the parent reads no frames.
+        # The traceback's text is stored already, and the parent does not read frames.
         value.tb = None
         error = _bare(value)
         if isinstance(error, RunReturned):
@@ -217,7 +217,7 @@ def _bare(info: ExceptionInfo) -> BaseException:
 
 
 class HeartbeatSender:
-    """Called at each of the engine's steps; tells the parent now and then that it was, and the throughput."""
+    """Called at each step of the engine; sends heartbeats with metrics and throughput to the parent."""
 
     def __init__(self, channel: BlockingChannel, model: Model, max_rows: int) -> None:
         self.throughput: Callable[[], Throughput] = lambda: Throughput(max_rows, max_rows, 0.0)
@@ -238,7 +238,7 @@ class HeartbeatSender:
 
 def _service(settings: Settings, channel: BlockingChannel) -> Service:
     """Load the model, start its engine, and check its golden answer. Raises SetupFailed."""
-    # Job threads tokenize in parallel already.
+    # Job threads already tokenize in parallel.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     model, folder = _load(settings)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
@@ -270,16 +270,16 @@ def _load(settings: Settings) -> tuple[Model, Path | None]:
     if fake is not None:
         return fake, None
     if settings.offline:
-        # The hub's library reads this when it is imported, and then does not try the network.
+        # The hub's library reads this when it is imported, and then does not use the network.
         os.environ["HF_HUB_OFFLINE"] = "1"
-    # In a log, each state of a progress bar would be a line.
+    # In a log, each state of a progress bar would be a separate line.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Imported here: these take seconds to import, and the fake model does not need them.
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # On a CPU two threads compute, the engine's and the encoder's: they share the cores.
+    # On a CPU the engine thread and the encoder thread share the cores.
     torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
     from worker.models import checkpoint_folder
     from worker.models.loading import load
@@ -292,7 +292,7 @@ def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:
         return None
     from huggingface_hub.constants import HF_HOME
 
-    # A hub id needs no fingerprint: the commit of its snapshot is part of the model's description.
+    # A hub id needs no fingerprint, since the commit of its snapshot is part of the model's description.
     weights = fingerprint(folder, Path(HF_HOME) / "idefics-jobs") if folder else ""
     return AnswerCache(app.backend.client, settings.answer_cache_ttl_s, weights, results_prefix(app))
 
@@ -305,7 +305,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_S)
     settings = app.settings
-    # Kombu's own attempts to connect would hold the interpreter's permit: the publisher waits.
+    # Kombu's own attempts to connect would hold the GIL permit; the publisher waits without it.
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "max_retries": 0}
     try:
         service = _service(settings, channel)
@@ -316,10 +316,10 @@ def main() -> None:
         channel.send(CannotServe(str(error)))
         sys.exit(1)
     app.service = service
-    # All objects made while loading live as long as the process: the garbage collector need not visit them again.
+    # Objects made while loading live as long as the process, so the garbage collector can skip them.
     gc.freeze()
     JobThreads(channel, service, settings).serve()
-    # Threads that still wait in downloads or in the engine hold nothing that must be written.
+    # Threads that still wait in downloads or in the engine have nothing to save.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""A cache of pictures by their files' content: what several jobs show is decoded and normalised once."""
+"""A cache of pictures by the content of their files, so that a picture of several jobs is decoded once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from worker.engine.row import Picture
 
 
 class PictureCache:
-    """Keeps pictures, evicting the least recently used. Thread-safe: one thread makes a picture, others wait for it."""
+    """An LRU cache of pictures. Thread-safe: one thread makes a picture, and others wait for it."""
 
     def __init__(self, make: Callable[[bytes], Picture], max_bytes: int) -> None:
-        """`make` decodes and normalises a file's bytes; what it raises reaches the caller. `max_bytes`: of pixels."""
+        """`make` decodes and normalises a file's bytes; its errors reach the caller. `max_bytes`: of all pixels."""
         self._make = make
         self._max_bytes = max_bytes
         self._bytes = 0
@@ -23,6 +23,7 @@ class PictureCache:
         self._lock = threading.Lock()
 
     def get(self, data: bytes) -> Picture:
+        """The picture of a file's bytes, made if it is not cached. Raises what `make` raises."""
         key = hashlib.blake2b(data, digest_size=16).digest()
         with self._lock:
             known = self._kept.get(key)
@@ -33,7 +34,7 @@ class PictureCache:
                 self._kept.move_to_end(key)
         if known is None:
             return self._made(key, data, mine)
-        # Each job needs an exception of its own, since Celery clears tracebacks: a failure is repeated.
+        # A failed decoding is repeated: each job needs its own exception object, since Celery clears tracebacks.
         return self._make(data) if known.exception() else known.result()
 
     def _made(self, key: bytes, data: bytes, mine: Future[Picture]) -> Picture:
@@ -52,6 +53,6 @@ class PictureCache:
         with self._lock:
             self._bytes += added
             while self._bytes > self._max_bytes:
-                # Pictures in the making do not count yet, so there is always a finished one.
+                # Unfinished pictures are not in the sum, so there is always a finished one to evict.
                 oldest = next(key for key, future in self._kept.items() if future.done())
                 self._bytes -= self._kept.pop(oldest).result().nbytes

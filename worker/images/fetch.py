@@ -1,4 +1,4 @@
-"""One image's download: redirects, statuses, and a body that is read no further than it may be.
+"""Downloads one image: redirects, statuses, and a body whose size and time are limited.
 
 Anyone who can send a job can name any address. `worker.net` ensures that the worker connects only to addresses that are
 public or that the operator allowed, and never waits longer or reads more than the policy says.
@@ -35,44 +35,44 @@ from worker.net.session import (
 )
 from worker.runtime.cpu import all_cores
 
-#: Bytes that are read at once of a large body.
-MAX_PIECE_BYTES = 262_144
-#: Bytes after which a body is a large one. All large bodies share one rate, in bytes a second for each core: reading a
-#: megabyte takes up to 5 ms of a core, and the sender of the jobs chooses how many there are. The rate applies even
-#: while the worker has no other work: reading at full speed would keep it from taking new jobs.
+#: Maximum bytes of one read of a large body.
+MAX_CHUNK_BYTES = 262_144
+#: Bytes after which a body is large, and the rate that all large bodies share, in bytes a second for each core. Reading
+#: a megabyte takes up to 5 ms of a core, and producers choose how many they send. The rate applies to an idle worker
+#: too, since reading at full speed would keep it from taking new jobs.
 LARGE_BYTES, LARGE_BYTES_PER_S = 2_000_000, 15_000_000
-#: Bytes of a chunk that do not count for the image, so that tiny ones soon are too much: each is parsed in Python.
+#: Bytes of each chunk that do not count for the image. So bodies of tiny chunks, each parsed in Python, are refused.
 CHUNK_COST = 16
 
-#: Statuses that come with the image. 203: a proxy on the way has changed something, as one that shrinks pictures does.
+#: Statuses of a response with the image. 203: a proxy has changed the response, as proxies that shrink pictures do.
 WITH_IMAGE = frozenset({200, 203})
-#: Content-Encodings that change bytes. Others are labels that servers write without meaning (`utf-8`, `binary`): the
-#: first bytes decide.
+#: Content-Encodings that change bytes. Others are labels without meaning (`utf-8`, `binary`): then the first bytes of
+#: the body decide.
 COMPRESSIONS = frozenset({"gzip", "x-gzip", "compress", "x-compress", "deflate", "br", "zstd", "dcb", "dcz"})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-#: Statuses after which the same request may succeed, beside 5xx: request timeout, too early, too many requests.
+#: Statuses besides 5xx after which the same request may succeed: request timeout, too early, too many requests.
 RETRYABLE_STATUSES = frozenset({408, 425, 429})
 
 _GONE = "nothing is there (any more), so send another URL or leave the job out"
-#: What helps against a status.
+#: Advice by status.
 _CURES = {404: _GONE, 410: _GONE}
 
 
 @dataclass(frozen=True, slots=True)
 class FetchPolicy(NetworkPolicy):
-    """What an operator lets jobs read. By default public addresses on the web's ports, and no local files."""
+    """The sources that jobs may read. By default public addresses on the web's ports, and no local files."""
 
-    #: The folder that paths are read below; None refuses them.
+    #: The folder below which paths are read. None: paths are refused.
     root: Path | None = None
     max_redirects: int = 5
-    #: Downloads at once from one host.
+    #: Maximum simultaneous downloads from one host.
     host_concurrency: int = 8
-    #: How the operators of the hosts reach the operator of this worker; part of the User-Agent.
+    #: How a host's operators can reach the operator of this worker; part of the User-Agent.
     contact: str | None = None
 
 
 class Fetcher:
-    """Downloads images for many job threads at once: nothing that a request changes is kept."""
+    """Downloads images. Thread-safe: no request changes state that others see."""
 
     def __init__(self, policy: FetchPolicy) -> None:
         self._policy = policy
@@ -81,16 +81,16 @@ class Fetcher:
         self._headers = {
             "User-Agent": user_agent(contact=policy.contact),
             "Accept": "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1",
-            # A compressed body may inflate without end, and pictures gain nothing.
+            # A compressed body may inflate without end, and compression does not make pictures smaller.
             "Accept-Encoding": "identity",
             "Connection": "close",
         }
 
     def fetch(self, url: str) -> bytes:
-        """Download one image; its bytes begin like a picture's, and may still be none.
+        """Download one image. Its first bytes are checked to be a picture's; the others are not.
 
-        Raises ImageBlocked, ImageTooLarge, ImageInvalid or ImageUnreachable (retryable). No message holds a URL's path,
-        query or user, since they may be secrets: the host at most.
+        Raises ImageBlocked, ImageTooLarge, ImageInvalid or ImageUnreachable (retryable). Of the URL, messages contain
+        only the host: path, query and user may be secrets.
         """
         guard = Guard(self._policy, Deadline(self._policy.total_s))
         with GuardedSession(guard, self._tls) as session:
@@ -111,7 +111,7 @@ class Fetcher:
 
 
 def requested_host(url: str) -> str:
-    """The host as it will be asked, for its limit: one in another script has a plain name too. Never raises."""
+    """The host in the form that the request will use (IDNA, lower case), as a key for its limit. Never raises."""
     host = host_of(url)
     if host is None:
         with suppress(requests.RequestException, ValueError):
@@ -125,7 +125,7 @@ def is_transient(status: int) -> bool:
 
 
 def too_large(what: str, max_bytes: int) -> ImageTooLarge:
-    """The error of an image that `what`, with a verb, has too many bytes of."""
+    """The error of an image with too many bytes. `what`: subject and verb, such as "The image's file has"."""
     return ImageTooLarge(
         f"{what} more than {max_bytes:,} bytes: send a smaller image, or have IDEFICS_IMAGE_MAX_BYTES raised.",
         detail="bytes",
@@ -143,7 +143,7 @@ def _redirect_target(response: requests.Response) -> str:
             f"{_host(response.url)} redirects to nowhere: send the image's final URL.", detail="redirects"
         )
     with suppress(UnicodeError):
-        # Headers are read as Latin-1, but where a server spells a path out it writes UTF-8.
+        # Headers are read as Latin-1, but servers write paths outside ASCII as UTF-8.
         location = location.encode("latin-1").decode()
     target = urljoin(response.url, requote_uri(location.strip())).partition("#")[0]
     if response.url.startswith("https:") and not target.lower().startswith("https:"):
@@ -173,11 +173,11 @@ def _check_status(response: requests.Response, host: str) -> None:
         error = ImageUnreachable(
             f"{host} answered with status {status}: send the job again when it is well.", detail=f"http_{status}"
         )
-        # For Celery's retry: no thread sleeps so long.
+        # For Celery's retry, so that no thread sleeps.
         error.retry_after_s = parse_retry_after(response.headers.get("Retry-After", ""), time.time())
         raise error
-    # Not retryable: a missing or forbidden image stays so. ImageInvalid, since there is no image at that URL
-    # for the job to have; ImageBlocked would blame the operator's policy. The detail tells it from a broken picture.
+    # Not retryable, since a missing or forbidden image stays so. Not ImageBlocked, which would blame the operator's
+    # policy. The detail tells this case from a broken picture.
     raise ImageInvalid(
         f"{host} answered with status {status} and no image: {_CURES.get(status, 'check that the URL is public')}.",
         detail=f"http_{status}",
@@ -185,49 +185,49 @@ def _check_status(response: requests.Response, host: str) -> None:
 
 
 def _read_capped(response: requests.Response, host: str, guard: Guard, rate: RateLimiter) -> bytes:
-    # Not one buffer that grows: its new memory would be touched with the interpreter held, and moved again and again.
-    pieces: list[bytes] = []
-    size, head = 0, b""
-    for piece in _pieces(response.raw):
-        pieces.append(piece)
-        size += len(piece)
-        head += piece[: PICTURE_BYTES - len(head)]
-        _check_head(head, host)
-        guard.body_bytes += len(piece) - CHUNK_COST
+    # A list and not one growing buffer, which would be moved again and again, with the GIL held.
+    chunks: list[bytes] = []
+    size, first_bytes = 0, b""
+    for chunk in _chunks(response.raw):
+        chunks.append(chunk)
+        size += len(chunk)
+        first_bytes += chunk[: PICTURE_BYTES - len(first_bytes)]
+        _check_first_bytes(first_bytes, host)
+        guard.body_bytes += len(chunk) - CHUNK_COST
         if size > guard.policy.max_bytes:
             raise too_large(f"{host} sends", guard.policy.max_bytes)
         if size > LARGE_BYTES:
-            wait_s = rate.wait_s(len(piece))
+            wait_s = rate.wait_s(len(chunk))
             time.sleep(wait_s)
-            # This wait is ours, not the server's.
+            # The server is not to blame for this wait.
             guard.deadline.extend(wait_s)
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
-def _check_head(head: bytes, host: str) -> None:
-    """Raise ImageInvalid where a file's first bytes are no picture's: the rest, which may be endless, is not read."""
-    if len(head) == PICTURE_BYTES and not may_be_picture(head):
-        sent = foreign(head) or f"no {PICTURE_FORMS}"
+def _check_first_bytes(first_bytes: bytes, host: str) -> None:
+    """Raise ImageInvalid if a file's first bytes are not a picture's. The rest, which may be endless, is not read."""
+    if len(first_bytes) == PICTURE_BYTES and not may_be_picture(first_bytes):
+        sent = foreign(first_bytes) or f"no {PICTURE_FORMS}"
         raise ImageInvalid(
             f"{host} sends {sent}: check that the URL is that of a {PICTURE_FORMS}.", detail="not_a_picture"
         )
 
 
-def _pieces(raw: urllib3.HTTPResponse) -> Iterator[bytes]:
-    """Read a body in pieces that grow with it, since each costs the interpreter the same."""
+def _chunks(raw: urllib3.HTTPResponse) -> Iterator[bytes]:
+    """Read a body in chunks that grow with it, since each read takes the same time of the interpreter."""
     if raw.chunked:
         yield from raw.stream(CHUNK_BYTES, decode_content=False)
         return
     size = 0
-    while piece := raw.read(min(max(CHUNK_BYTES, size // 4), MAX_PIECE_BYTES), decode_content=False):
-        size += len(piece)
-        yield piece
+    while chunk := raw.read(min(max(CHUNK_BYTES, size // 4), MAX_CHUNK_BYTES), decode_content=False):
+        size += len(chunk)
+        yield chunk
 
 
 @contextmanager
 def _translated(url: str, guard: Guard) -> Iterator[None]:
-    """Raise what a request meets as a JobError."""
-    # `from None` throughout: the libraries' messages hold the whole URL, and Celery stores tracebacks.
+    """Turn the errors of a request into JobErrors."""
+    # `from None` everywhere, since the libraries' messages contain the whole URL, and Celery stores tracebacks.
     try:
         yield
     except JobError:

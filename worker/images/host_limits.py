@@ -1,7 +1,7 @@
-"""Limits on downloads at once from one host: a bulk job does not overload a site, and a slow site does not hold all
-threads.
+"""Limits on simultaneous downloads from one host, so that bulk jobs do not overload a site, and a slow site does not
+occupy all threads.
 
-A job waits in its thread only where a slot of its host is likely to be free soon. Otherwise it goes back to the broker
+A job waits in its thread only if a slot of its host is likely to be free soon. Otherwise it goes back to the broker
 with a countdown. The countdowns of one host are spaced, so that each job returns about when a slot is free for it.
 """
 
@@ -13,17 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-#: Seconds that a job's thread waits for a slot, where the caller does not say.
+#: Default maximum seconds that a job's thread waits for a slot.
 MAX_WAIT_S = 1.0
-#: Bounds in seconds of the countdown of a job that is sent back. The lower one keeps its message from arriving while
-#: this run still ends.
+#: Minimum and maximum seconds of the countdown of a job that is sent back. With less, its message could arrive before
+#: this run has ended.
 MIN_COUNTDOWN_S, MAX_COUNTDOWN_S = 1.0, 120.0
-#: Seconds that a download takes, where nothing is known of its host.
+#: Assumed seconds of a download from a host without earlier ones.
 DEFAULT_DOWNLOAD_S = 0.25
 
 
 class HostLimitReached(Exception):
-    """The host has as many downloads as it may: the job is to be sent again after `countdown` seconds."""
+    """The host's limit of downloads is reached: the job must be sent again after `countdown` seconds."""
 
     def __init__(self, countdown: float) -> None:
         super().__init__(countdown)
@@ -34,20 +34,20 @@ class HostLimitReached(Exception):
 class _Host:
     #: Moving average of the seconds that a download takes.
     usual_s: float
-    #: When each running download began (time.monotonic()).
+    #: Start of each running download (time.monotonic()).
     began: list[float] = field(default_factory=list)
-    #: Threads that wait for a slot.
+    #: Number of threads that wait for a slot.
     waiting: int = 0
-    #: When the last job that was sent back is to return (time.monotonic()).
+    #: Time when the last job that was sent back will return (time.monotonic()).
     booked_until: float = 0.0
 
     def interval_s(self, now: float, slots: int) -> float:
-        """Seconds between two slots that become free. A download that hangs counts before it ends."""
+        """Expected seconds between two slots that become free. A download that hangs raises it before it ends."""
         return max(self.usual_s, now - min(self.began, default=now)) / slots
 
 
 class HostLimiter:
-    """Bounds the downloads at once from each host. Thread-safe."""
+    """Limits the simultaneous downloads from each host. Thread-safe."""
 
     def __init__(
         self, host_concurrency: int, max_waiting: int | None = None, download_s: float = DEFAULT_DOWNLOAD_S
@@ -62,7 +62,7 @@ class HostLimiter:
 
     @property
     def in_use(self) -> int:
-        """Slots that are held or waited for, at all hosts."""
+        """Number of slots of all hosts that are held or waited for."""
         with self._changed:
             return sum(len(host.began) + host.waiting for host in self._hosts.values())
 
@@ -74,9 +74,9 @@ class HostLimiter:
 
     @contextmanager
     def acquire(self, name: str, wait_s: float | None = None) -> Iterator[None]:
-        """Hold one of a host's slots. Raises HostLimitReached where none is free within `wait_s` seconds.
+        """Hold one of a host's slots. Raises HostLimitReached if none is free within `wait_s` seconds.
 
-        Without `wait_s` it also raises where none is likely to be free within MAX_WAIT_S.
+        Without `wait_s`, raises it at once if none is likely to be free within MAX_WAIT_S.
         """
         began = self._begin(name, wait_s)
         try:

@@ -1,4 +1,4 @@
-"""A job's pictures: read from their sources, decoded, and kept for the next job that shows them."""
+"""Loads a job's pictures: reads them from their sources, decodes them, and caches them for other jobs."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from worker.images.sources import SourceReader, is_remote
 from worker.runtime import gil
 from worker.runtime.cpu import all_cores
 
-#: Downloads at once for a job that shows several images, in threads of its own: slow hosts of other jobs must not hold
-#: them.
+#: Simultaneous downloads for a job with several images. They run in threads of that job only, so that slow hosts of
+#: other jobs do not delay them.
 DOWNLOADS = 4
-#: Bytes of a file that takes longer to decode than other threads should wait for a permit.
+#: A thread that decodes a file of more bytes releases its GIL permit meanwhile: other threads would wait too long.
 LARGE_BYTES = 200_000
 
 
 class ImageLoader:
-    """Loads the pictures of jobs. Used from many job threads at once."""
+    """Loads the pictures of jobs. Thread-safe."""
 
     def __init__(self, settings: Settings, preprocess: Callable[[Image], Picture]) -> None:
-        """`preprocess` makes a decoded RGB image into what the model takes."""
+        """`preprocess` scales and normalises a decoded RGB image for the model."""
         self._preprocess = preprocess
         self._limits = ImageLimits(max_pixels=settings.image_max_pixels)
         self._sources = SourceReader(fetch_policy(settings))
         self._max_wait_s = settings.image_timeout_s
-        # The whole network as one host: hosts that hang, however many, leave threads to jobs that need none. A quarter
-        # may wait: not all threads may be here before it shows that the hosts hang.
+        # The whole network counts as one host, so that hosts that hang leave threads to jobs without URLs. Only a
+        # quarter may wait: otherwise all threads could wait before it shows that the hosts hang.
         self._network = HostLimiter(settings.image_job_concurrency, max_waiting=settings.image_job_concurrency // 4)
         self._cache = PictureCache(self.open, settings.image_cache_bytes)
-        # More decoders than cores would only compete for the interpreter.
+        # More decoders than cores would only compete for the GIL.
         self._decoders = threading.Semaphore(len(all_cores()))
 
     @property
     def jobs_on_network(self) -> int:
-        """Jobs that load from the network or wait to."""
+        """Number of jobs that load from the network, or wait to."""
         return self._network.in_use
 
     def load(self, sources: Sequence[CheckedImage]) -> list[Picture]:
@@ -56,7 +56,7 @@ class ImageLoader:
             return self._load_at_once(sources)
 
     def open(self, data: bytes) -> Picture:
-        """Decode and preprocess a file, past the cache. Raises a JobError."""
+        """Decode and preprocess a file, without the cache. Raises a JobError."""
         with self._decoders:
             return self._preprocess(open_image(data, self._limits))
 
@@ -75,20 +75,20 @@ class ImageLoader:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _load_in_thread(self, source: CheckedImage) -> Picture:
-        # A long wait for the host: a job that is sent back loses what it has loaded.
+        # A long wait for the host, since a job that is sent back loses the images that it has loaded.
         data = self._sources.read(source, wait_s=self._max_wait_s)
-        # Decoded at once, since the files of all of a job's images take much more memory than what is kept of them.
+        # Decoded without waiting for the other files, which take much more memory than the decoded pictures.
         with gil.held():
             return self._picture(data)
 
     def _picture(self, data: bytes) -> Picture:
-        # Around all of it: a thread that holds a permit may wait for a decoder, or for this very picture.
+        # Around the whole call: otherwise a thread that holds a permit could wait for a decoder, or for this picture.
         with gil.released() if len(data) > LARGE_BYTES else contextlib.nullcontext():
             return self._cache.get(data)
 
 
 def fetch_policy(settings: Settings) -> FetchPolicy:
-    """What the settings let jobs read."""
+    """The policy that the settings describe."""
     return FetchPolicy(
         allow_networks=settings.image_allow_networks,
         allow_domains=settings.image_allow_domains,

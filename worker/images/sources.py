@@ -14,7 +14,7 @@ from tasks.payload_fields import CheckedImage
 from worker.images.fetch import Fetcher, FetchPolicy, requested_host, too_large
 from worker.images.host_limits import HostLimiter
 
-#: Bytes that are read of a file beyond the size that it says it has.
+#: Bytes that one read asks for in addition to the file's stated size.
 READ_AHEAD_BYTES = 16_384
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -23,7 +23,7 @@ _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_C
 
 
 class SourceReader:
-    """Reads images from any of the three kinds of source, for many job threads at once."""
+    """Reads images from all three kinds of source. Thread-safe."""
 
     def __init__(self, policy: FetchPolicy) -> None:
         self._policy = policy
@@ -31,7 +31,7 @@ class SourceReader:
         self._hosts = HostLimiter(policy.host_concurrency)
 
     def read(self, source: CheckedImage, wait_s: float | None = None) -> bytes:
-        """The bytes of one image; they may still be no picture. `wait_s`: seconds to wait for its host's limit.
+        """The bytes of one image, not yet checked to be a picture. `wait_s`: maximum seconds to wait for its host.
 
         Raises ImageBlocked, ImageTooLarge, ImageInvalid, ImageUnreachable (retryable), or HostLimitReached.
         """
@@ -55,7 +55,7 @@ def decode_data_uri(uri: str, max_bytes: int) -> bytes:
         raise ImageBlocked(
             "Of data: URIs only data:image/...;base64, is read: send the image in this form.", detail="data_uri"
         )
-    # Before decoding, so that a huge one is not copied. Padding makes it up to two bytes less.
+    # Checked before decoding, so that a huge one is not copied. Padding subtracts up to two bytes.
     size = (len(uri) - start) // 4 * 3 - uri.count("=", len(uri) - 2)
     if size > max_bytes:
         # Blanks and escapes are not bytes of the image.
@@ -86,7 +86,7 @@ def read_below(root: Path | None, path: str, max_bytes: int) -> bytes:
         try:
             return _read_file(root, relative.parts, max_bytes)
         except OSError:
-            # The path may have a link, which may lead to another place below the root.
+            # The path may contain a link that leads to another place below the root.
             return _read_file(*_inside(root, relative), max_bytes)
     except (OSError, RuntimeError, ValueError):
         raise ImageInvalid(
@@ -107,8 +107,8 @@ def _inside(root: Path, relative: PurePosixPath) -> tuple[Path, tuple[str, ...]]
 
 @contextmanager
 def _opened(base: Path, parts: tuple[str, ...]) -> Iterator[int]:
-    # Step by step without following links: a part may have been replaced by a link since it was resolved. Only the root
-    # may be one, since it is the operator's.
+    # Step by step, without following links, since a part may have been replaced by a link after it was resolved. Only
+    # the root may be a link, since it belongs to the operator.
     opened = [os.open(base, _FOLDER_FLAGS & ~os.O_NOFOLLOW)]
     try:
         for name in parts[:-1]:
@@ -124,17 +124,18 @@ def _read_file(base: Path, parts: tuple[str, ...], max_bytes: int) -> bytes:
     with _opened(base, parts) as descriptor:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ImageInvalid("The image's path is no regular file: name one.", detail="no_file")
+            raise ImageInvalid("The image's path is not a regular file: name one.", detail="no_file")
         data = _contents(descriptor, status.st_size, max_bytes + 1)
     if len(data) > max_bytes:
         raise too_large("The image's file has", max_bytes)
     return data
 
 
-def _contents(descriptor: int, size: int, most: int) -> bytes:
-    """Read up to `most` bytes, at most, of a file of about `size`: files grow, and some in /proc claim to be empty."""
-    pieces: list[bytes] = []
-    while most and (piece := os.read(descriptor, min(most, size + READ_AHEAD_BYTES))):
-        pieces.append(piece)
-        most -= len(piece)
-    return b"".join(pieces)
+def _contents(descriptor: int, size: int, max_bytes: int) -> bytes:
+    """Read up to `max_bytes` bytes of a file. `size`: the stated one; files grow, and some in /proc state 0."""
+    chunks: list[bytes] = []
+    left = max_bytes
+    while left and (chunk := os.read(descriptor, min(left, size + READ_AHEAD_BYTES))):
+        chunks.append(chunk)
+        left -= len(chunk)
+    return b"".join(chunks)

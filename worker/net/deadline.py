@@ -1,4 +1,4 @@
-"""Deadlines for network waits, enforced even where a library waits without looking at the time."""
+"""Deadlines for network waits, enforced even if a library waits without a timeout."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ import socket
 import threading
 import time
 
-#: Seconds between two checks of the watchdog: how long a connection may outlast its deadline.
+#: Seconds between two checks of the watchdog, and so the maximum delay of a connection's end.
 CHECK_INTERVAL_S = 0.5
 
 
 class Deadline:
-    """A point in time that no wait may outlast."""
+    """The time at which all waits of a request end."""
 
     def __init__(self, seconds: float) -> None:
         """`seconds`: from now."""
         self._end = time.monotonic() + seconds
 
     def left(self, at_most: float) -> float:
-        """Seconds to wait: those that remain, `at_most` at most. Raises TimeoutError when none remain."""
+        """The remaining seconds, or `at_most` if these are fewer. Raises TimeoutError if none remain."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError("the total deadline has passed")
         return min(left, at_most)
 
     def extend(self, seconds: float) -> None:
-        """Move the deadline back by a wait that is not to count."""
+        """Postpone the deadline by seconds that must not count."""
         self._end += seconds
 
     def has_passed(self) -> bool:
+        """Whether no time remains."""
         return time.monotonic() >= self._end
 
 
 class DeadlineWatchdog:
-    """Shuts connections down at their deadlines, from a thread of its own. Thread-safe.
+    """A thread that shuts connections down at their deadlines. Thread-safe.
 
-    A socket's timeout ends a wait for bytes. But TLS reads records of its own (tickets, alerts, key updates) within one
-    call for as long as they come, and a server may send nothing else.
+    A socket's timeout only ends a wait for bytes. One call of TLS goes on as long as the server sends TLS's own records
+    (tickets, alerts, key updates), and a hostile server may send only those.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class DeadlineWatchdog:
         self._thread: threading.Thread | None = None
 
     def watch(self, connection: socket.socket, deadline: Deadline) -> socket.socket:
-        """Watch a connection. Returns the handle to `forget` once the connection is over.
+        """Watch a connection. Returns the handle to `forget` when the connection is closed.
 
         The handle is a duplicate, since the connection may become part of a TLS socket.
         """
@@ -71,7 +72,7 @@ class DeadlineWatchdog:
                 self._changed.wait_for(lambda: self._watched)
                 late = [handle for handle, deadline in self._watched.items() if deadline.has_passed()]
             for handle in late:
-                # Of the connection itself, not of this handle only: the thread that reads it meets its end.
+                # This ends the connection itself, not only the handle: the thread that reads it gets its end.
                 with contextlib.suppress(OSError):
                     handle.shutdown(socket.SHUT_RDWR)
             time.sleep(CHECK_INTERVAL_S)

@@ -1,4 +1,4 @@
-"""Connections that are checked where they are made: the address that was looked up is the one connected to."""
+"""Checked connections: the address that was looked up and checked is the one connected to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TooManyBytes(GuardError):
 
 
 class Guard:
-    """Makes the connections of one request and its redirects: only to allowed addresses, only until the deadline."""
+    """Opens the connections of one request and its redirects, to allowed addresses and until the deadline."""
 
     def __init__(self, policy: NetworkPolicy, deadline: Deadline) -> None:
         self.policy = policy
@@ -39,12 +39,12 @@ class Guard:
         """Stop watching the connections, and close the responses."""
         for handle in self._handles:
             _watchdog.forget(handle)
-        # urllib3 does not close a response whose headers it refuses: the socket would stay open until collected.
+        # urllib3 does not close a response with invalid headers: its socket would stay open until garbage collection.
         for response in self.responses:
             response.close()
 
     def connect(self, host: str, port: int) -> socket.socket:
-        """Connect to the very address that was checked: no second lookup could give another.
+        """Connect to the checked address, without a second lookup that could return another one.
 
         Raises Refused, NoAddress, or an OSError.
         """
@@ -52,9 +52,9 @@ class Guard:
         return self._first_open(self.resolve(host, port))
 
     def resolve(self, host: str, port: int) -> list[Any]:
-        """Look a host up: getaddrinfo's tuples. Raises NoAddress, or Refused where any of its addresses is forbidden.
+        """Look a host up; returns getaddrinfo's tuples. Raises NoAddress, or Refused for any forbidden address.
 
-        One bad address refuses the host: a good one beside it is what a rebinding attack looks like.
+        One forbidden address refuses the host, since DNS rebinding mixes allowed and forbidden ones.
         """
         answers = self._look_up(host, port)
         for *_, target in answers:
@@ -62,7 +62,7 @@ class Guard:
         return answers
 
     def _look_up(self, host: str, port: int) -> list[Any]:
-        # getaddrinfo knows no timeout. A thread left behind ends when the system's resolver gives up.
+        # getaddrinfo has no timeout. An abandoned thread ends when the system's resolver gives up.
         future: Future[list[Any]] = Future()
         Thread(target=_resolve, args=(host, port, future), daemon=True, name="dns-lookup").start()
         try:
@@ -87,7 +87,7 @@ class Guard:
         try:
             connection.settimeout(self.deadline.left(self.policy.connect_s))
             connection.connect(target)
-            # For the TLS handshake and the request, which wait by the socket's timeout.
+            # The TLS handshake and the request wait with the socket's timeout.
             connection.settimeout(self.deadline.left(self.policy.connect_s))
             self._handles.append(_watchdog.watch(connection, self.deadline))
         except BaseException:

@@ -17,35 +17,35 @@ from tasks.urls import fault_of, is_host
 
 @dataclass(frozen=True, slots=True)
 class NetworkPolicy:
-    """Where connections may go and how long they may take. By default to public addresses on the web's ports."""
+    """The allowed targets and durations of connections. By default public addresses on the web's ports."""
 
-    #: Networks that are allowed although they are not public.
+    #: Allowed networks that are not public.
     allow_networks: tuple[Network, ...] = ()
     #: When not empty, only these hosts and their sub-domains.
     allow_domains: tuple[str, ...] = ()
     ports: tuple[int, ...] = (80, 443)
-    #: Bytes of a response's body.
+    #: Maximum bytes of a response's body.
     max_bytes: int = 20_000_000
-    #: Seconds for one TCP connection; its TLS handshake may take as long again.
+    #: Maximum seconds for one TCP connection, and again for its TLS handshake.
     connect_s: float = 3.0
-    #: Seconds without a byte.
+    #: Maximum seconds without a byte.
     read_s: float = 5.0
-    #: Seconds for one request: DNS lookup, every redirect and the body.
+    #: Maximum seconds for one request: DNS lookup, every redirect and the body.
     total_s: float = 20.0
     #: Certificates of the operator's own authorities, trusted beside the public ones.
     ca_file: Path | None = None
-    #: The prefix of the settings that an error message names as the cure.
+    #: The prefix of the settings' names in error messages.
     settings_prefix: str = "IDEFICS_IMAGE"
 
 
 class GuardError(ValueError):
     """The guard stopped a request.
 
-    A ValueError, since urllib3 takes an OSError for a broken connection and makes it something retryable.
+    A ValueError, since urllib3 treats an OSError as a broken connection, which is retryable.
     """
 
     def __init__(self, message: str = "", detail: str | None = None) -> None:
-        """`detail`: a short code for the cause, which becomes the job error's detail."""
+        """`detail`: a short code for the cause; becomes the detail of the job's error."""
         super().__init__(message)
         self.detail = detail
 
@@ -61,14 +61,14 @@ def is_allowed_address(address: Address, policy: NetworkPolicy) -> bool:
 
 
 def is_allowed_host(host: str, policy: NetworkPolicy) -> bool:
-    """True if the operator lists the host or a parent domain of it, or lists none at all."""
+    """True if the operator lists the host or a parent domain of it, or lists no domains."""
     name = host.rstrip(".").lower()
     domains = [domain.strip(".").lower() for domain in policy.allow_domains]
     return not domains or any(name == domain or name.endswith(f".{domain}") for domain in domains)
 
 
 def check_plain(url: str) -> None:
-    """Raise Refused for a URL that parsers may read in different ways. To be called before any of them reads it."""
+    """Raise Refused for a URL that parsers may read in different ways. Call this before any of them reads it."""
     if fault := fault_of(url):
         raise Refused(*fault)
 
@@ -76,7 +76,7 @@ def check_plain(url: str) -> None:
 def check_url(url: str, policy: NetworkPolicy) -> SplitResult:
     """Split a URL. Raises Refused for one that is not plain http(s), names a user, or breaks the policy.
 
-    This only saves a connection: host, port and address are checked again where the connection is made.
+    This only saves a connection: host, port and address are checked again when the connection is made.
     """
     try:
         parts = urlsplit(url)
@@ -117,7 +117,7 @@ def check_address(host: str, text: str, policy: NetworkPolicy) -> None:
 
 
 def host_of(url: str) -> str | None:
-    """The host, the only part of a URL that is safe to repeat in a message; None where it is not a valid one."""
+    """The host, the only part of a URL that is safe to repeat in a message. None if it is not valid."""
     try:
         host = urlsplit(url).hostname or ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""A shared rate for heavy work: all threads together do no more than so much of it a second."""
+"""A rate limit for heavy work that all threads share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 class RateLimiter:
     """Spreads work evenly over time. Thread-safe.
 
-    The leaky bucket as a meter, without bursts (ITU-T I.371, the generic cell rate algorithm).
+    Algorithm: the leaky bucket as a meter, without bursts (generic cell rate algorithm, ITU-T I.371).
     """
 
     def __init__(self, per_s: float) -> None:
@@ -19,7 +19,7 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def wait_s(self, amount: float) -> float:
-        """Record an amount of work just done. Returns the seconds that the caller has to wait before doing more."""
+        """Record an amount of finished work. Returns the seconds that the caller must wait before it does more."""
         with self._lock:
             now = time.monotonic()
             self._free_at = max(now, self._free_at) + amount / self._per_s

@@ -1,4 +1,4 @@
-"""HTTP over guarded connections: no proxy, no cookies, no redirect that is followed unchecked, no endless response."""
+"""HTTP over guarded connections: without proxies, cookies, unchecked redirects and endless responses."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 # urllib3 logs whole URLs, which may hold tokens: at DEBUG each one, at WARNING those with odd headers.
 logging.getLogger("urllib3").setLevel(logging.ERROR)
 
-#: Bytes of status lines, headers and chunk sizes that a response may have on top of its body, read-ahead included.
+#: Maximum bytes of a response's status lines, headers and chunk sizes, with read-ahead.
 MAX_FRAMING_BYTES = 81_920
-#: Bytes that are read at once.
+#: Bytes of one read.
 CHUNK_BYTES = 16_384
-#: The one informational status that is the last one of its connection: what follows is no HTTP.
+#: The informational status after which a connection no longer carries HTTP.
 SWITCHING_PROTOCOLS = 101
 
-#: What a request may raise beside GuardError.
+#: Errors that a request may raise besides GuardError.
 NETWORK_ERRORS = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -47,10 +47,10 @@ NETWORK_ERRORS = (
 
 
 class LimitedReader(io.RawIOBase):
-    """A response's bytes as the server sends them: every wait ends with the deadline and every byte counts.
+    """Reads a response's raw bytes within the deadline, and counts them.
 
-    Timeouts of requests are per read, so one byte now and then (in a header, a 1xx response, a chunk's size) would hold
-    a thread forever.
+    The timeouts of `requests` are per read, so a byte now and then (in a header, a 1xx response, a chunk's size) could
+    occupy a thread forever.
     """
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, guard: Guard) -> None:
@@ -63,15 +63,15 @@ class LimitedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        """Raises TimeoutError after the deadline, TooManyBytes where the framing outgrows the body."""
+        """Raises TimeoutError after the deadline, and TooManyBytes if the framing outgrows the body."""
         self._sock.settimeout(self._guard.deadline.left(self._guard.policy.read_s))
         count = self._raw.readinto(buffer) or 0
         if not count and self._guard.deadline.has_passed():
-            # The watchdog ended the stream, not the server: what came before need not be a whole body.
+            # The watchdog and not the server ended the stream, so the body may be incomplete.
             raise TimeoutError
         self._bytes += count
-        # A quarter more: chunked bodies carry their chunks' sizes. Measured by what has come of the body, not by what
-        # may come: 1xx responses and chunks of one byte cost a thread seconds of parsing in Python, under the GIL.
+        # A quarter more than the body, for the chunks' sizes. The received part of the body counts, not its maximum:
+        # otherwise 1xx responses and one-byte chunks would take seconds of parsing in Python, with the GIL held.
         if self._bytes > self._guard.body_bytes * 5 // 4 + MAX_FRAMING_BYTES:
             raise TooManyBytes
         return count
@@ -89,7 +89,7 @@ class _Response(http_client.HTTPResponse):
             if not 100 < status < 200 or status == SWITCHING_PROTOCOLS:
                 return version, status, reason
             while self.fp.readline(CHUNK_BYTES).rstrip(b"\r\n"):
-                # Headers of an informational response say nothing of the body; LimitedReader counts their bytes.
+                # Headers of an informational response are not the body's; LimitedReader counts their bytes.
                 pass
 
     def __init__(self, sock: socket.socket, *args: Any, guard: Guard, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ class _Response(http_client.HTTPResponse):
         except GuardError:
             raise
         except (TypeError, ValueError, LookupError) as error:
-            # The e-mail parser's, of parameters that no header has: neither urllib3 nor requests expects it.
+            # The e-mail parser raises these for invalid parameters of headers; urllib3 and requests do not expect them.
             raise http_client.HTTPException("the response's headers cannot be read") from error
 
 
@@ -121,7 +121,7 @@ class _Connection(HTTPConnection):
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
-    """As above; the certificate must be the host name's as ever, although the address was looked up here."""
+    """A TLS connection. Its certificate must match the host name, although the address was looked up here."""
 
 
 class _Pool(HTTPConnectionPool):
@@ -141,24 +141,24 @@ class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs, ssl_context=self._tls)
         manager: Any = self.poolmanager
-        # Not through the pools' key, which takes no arguments of others.
+        # Not as arguments of the manager: its pools' keys accept only urllib3's own.
         manager.pool_classes_by_scheme = {
             "http": partial(_Pool, guard=self._guard),
             "https": partial(_TlsPool, guard=self._guard),
         }
 
     def cert_verify(self, *args: Any, **kwargs: Any) -> None:
-        # The context verifies, and has its authorities loaded: requests would load them for each connection.
+        # The context verifies with authorities that are loaded once; requests would load them for each connection.
         pass
 
 
 class GuardedSession(requests.Session):
-    """A session for one request and its redirects. Never kept: nothing passes from one job to another."""
+    """A session for one request and its redirects. It is not reused, so that no state passes between jobs."""
 
     def __init__(self, guard: Guard, tls: ssl.SSLContext) -> None:
         super().__init__()
         self._guard = guard
-        # Otherwise a .netrc's passwords are sent, and a proxy from the environment connects unguarded.
+        # Otherwise requests would send passwords of a .netrc, and connect to a proxy of the environment unguarded.
         self.trust_env = False
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         for prefix in ("http://", "https://"):
@@ -169,25 +169,25 @@ class GuardedSession(requests.Session):
         self._guard.close()
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        # requests reads a redirect's body to its end, however long, even when streaming: callers follow themselves.
+        # requests would read a redirect's whole body, even when streaming. So callers follow redirects themselves.
         return None
 
     def send_checked(self, request: requests.Request) -> requests.Response:
-        """Send a request where the policy allows its URL. The body is left to be streamed, a redirect to the caller.
+        """Send a request if the policy allows its URL. The caller streams the body and follows redirects.
 
         Raises GuardError, one of NETWORK_ERRORS, or ValueError for a malformed URL.
         """
         check_plain(request.url)
         prepared = self.prepare_request(request)
         policy = self._guard.policy
-        # What is checked is what is sent: requests may have rewritten the host (IDNA).
+        # Checked after the preparation, in which requests may have rewritten the host (IDNA).
         check_url(str(prepared.url), policy)
         timeout = (policy.connect_s, policy.read_s)
         return self.send(prepared, stream=True, allow_redirects=False, timeout=timeout, proxies={})
 
 
 def tls_context(ca_file: Path | None = None) -> ssl.SSLContext:
-    """Trust certifi's authorities and an operator's own, regardless of the environment."""
+    """A TLS context that trusts certifi's authorities and those of `ca_file`, regardless of the environment."""
     context = ssl.create_default_context(cafile=certifi.where())
     if ca_file is not None:
         context.load_verify_locations(cafile=ca_file)
@@ -214,7 +214,7 @@ def parse_retry_after(header: str, now: float) -> float | None:
 
 
 def describe_failure(error: Exception) -> tuple[str, str]:
-    """What went wrong on the way to a host, for a message, and the error's detail."""
+    """The predicate of a sentence about a failed connection to a host, and the error's detail."""
     if isinstance(error, requests.exceptions.SSLError | urllib3.exceptions.SSLError):
         return "has no valid certificate for its name", "tls"
     if isinstance(error, requests.exceptions.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):

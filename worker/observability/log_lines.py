@@ -1,7 +1,7 @@
-"""The log's format: each record is one line, and nothing in a message can look like another record.
+"""The log's format: each record is one line, and no message can imitate another record.
 
-Messages contain text from outside: ids, names of tasks, hosts, texts of errors. Control characters in it are
-escaped. A traceback keeps its lines, each indented, so that a line which begins with a time is a record.
+Messages contain text from producers and hosts: ids, names of tasks, hosts, texts of errors. Control characters in it
+are escaped. The lines of a traceback are indented, so that each line that begins with a time is a record.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ExceptionInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackT
 
 
 class Lines(str):
-    """A text of our own making that keeps its lines in the log: a traceback."""
+    """A trusted text, such as a traceback, that keeps its lines in the log."""
 
     __slots__ = ()
 
@@ -47,7 +47,7 @@ class LineFormatter(logging.Formatter):
 
 
 def _is_plain(record: logging.LogRecord) -> bool:
-    """Nothing in its message needs an escape: so it is with most, and a job has two."""
+    """Whether a message needs no escapes. A fast path for most records, since each job logs two."""
     try:
         return record.getMessage().isprintable()
     except Exception:
@@ -58,10 +58,10 @@ def _message(record: logging.LogRecord) -> str:
     if not record.args:
         return escaped(record.getMessage().strip("\n"))
     try:
-        # The format itself is the program's: Celery's have several lines.
+        # The format string itself is trusted. Some of Celery's have several lines.
         text = str(record.msg) % _shown_arguments(record.args)
     except Exception:
-        # Values that do not fit the format.
+        # The arguments do not fit the format.
         return escaped(f"{record.msg} {record.args!r}")
     first, *rest = text.strip("\n").split("\n")
     return "\n".join([escaped(first), *(INDENT + escaped(line) for line in rest)])
@@ -74,7 +74,7 @@ def _shown_arguments(arguments: Any) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """What `%s` and `%r` make one line of, and `%d` and `%f` a number."""
+    """An argument that `%s` and `%r` format as one line, and `%d` and `%f` as a number."""
     if isinstance(value, Lines | Number):
         return value
     return escaped(value) if isinstance(value, str) else _Escaped(value)

@@ -1,7 +1,7 @@
-"""The level and destination of a worker's log: Celery's `--loglevel` and `--logfile`, else our settings.
+"""The target and level of a worker's log: Celery's `--loglevel` and `--logfile`, else our settings.
 
-A job's error concerns its producer, who reads it in the result: in the log it is one line, at INFO. Records at ERROR
-need the operator.
+A job's error concerns its producer, who finds it in the result, so the log has it in one line at INFO. Records at ERROR
+are for the operator.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from config.settings import PREFIX
 from tasks.errors import ERRORS, Internal, JobError
 from worker.observability.log_lines import LineFormatter
 
-#: Errors of jobs that do not mean a defect of the worker.
+#: Errors of a job that are not the worker's fault.
 EXPECTED: tuple[type[JobError], ...] = tuple(error for error in ERRORS.values() if error is not Internal)
 
 
 def set_up(default_level: str, logfile: str | None) -> None:
-    """For Celery's signal `setup_logging`, in each of a worker's processes."""
+    """Set up logging: a receiver of Celery's signal `setup_logging`, in each process of a worker."""
     level = _commands_level() or default_level
-    # The model process reads its settings from here.
+    # The model process reads its settings from the environment.
     os.environ[f"{PREFIX}LOG_LEVEL"] = level
     handler = configure(level, LineFormatter(), logfile)
-    handler.addFilter(_expected_errors_are_news)
+    handler.addFilter(_lower_expected_errors)
 
 
 def _commands_level() -> str | None:
-    """`--loglevel`, if the command line has it; Celery's own default, WARNING, is not used."""
+    """The level of `--loglevel`, if the command line has it. Celery's own default would be WARNING."""
     context = click.get_current_context(silent=True)
     if context is None or context.get_parameter_source("loglevel") is not ParameterSource.COMMANDLINE:
         return None
@@ -40,8 +40,8 @@ def _commands_level() -> str | None:
     return {"FATAL": "CRITICAL"}.get(name.upper(), name.upper())
 
 
-def _expected_errors_are_news(record: logging.LogRecord) -> bool:
-    """Lower a job's failure to INFO: Celery's consumer logs it as an error, with its traceback."""
+def _lower_expected_errors(record: logging.LogRecord) -> bool:
+    """Lower expected errors to INFO, without a traceback. Celery's consumer logs each failed job at ERROR."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(getattr(error, "exc", error), EXPECTED):
         record.levelno, record.levelname, record.exc_info, record.exc_text = logging.INFO, "INFO", None, None

@@ -1,4 +1,4 @@
-"""What may be logged of an error that nobody expected while it worked on a stranger's job."""
+"""Redaction of unexpected errors for the log, since their messages may contain parts of a job."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from worker.observability.log_lines import Lines
 
 
 def without_values(error: BaseException) -> Lines:
-    """Its class and where it was raised. Not its message, which may repeat a prompt or a URL: `KeyError: 'secret'`."""
+    """An error's class and traceback, but not its message, which may contain a prompt or URL (`KeyError: 'secret'`)."""
     return Lines(f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}")
