@@ -10,33 +10,17 @@ attend to. Row n has slot n, unless `slots` says otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from worker.engine.scoring import PROMPT
-from worker.models.idefics1.layers import DecoderLayer, GatedCrossAttention, KeysValues, TextModel
+from worker.models.idefics1.layers import GatedCrossAttention, TextModel
+from worker.models.layers import KeysValues
+from worker.models.self_attention import SelfAttention, causal_mask, picked, run_layer, tree_mask
 
 #: A cross-attention block's output (rows, length, hidden) for states of that shape, with its keys and values if any.
 CrossAttend = Callable[[GatedCrossAttention, Tensor, KeysValues | None], Tensor]
-
-
-@dataclass(frozen=True)
-class _SelfAttention:
-    """Where new tokens are stored, and what they attend to."""
-
-    #: (rows, length): their positions in the caches.
-    positions: Tensor
-    #: (rows, 1, length, keys): True where attended to.
-    mask: Tensor
-    #: (rows,): where the rows are not the slots in order.
-    slots: Tensor | None = None
-    #: (rows, any): the tokens whose states are asked for; None: all.
-    selected: Tensor | None = None
-    #: Nothing stands before them.
-    only_new: bool = False
 
 
 class _Network(torch.nn.Module):
@@ -52,7 +36,7 @@ class _Network(torch.nn.Module):
         positions: Tensor,
         caches: Sequence[Tensor],
         cross_attend: CrossAttend,
-        attention: _SelfAttention,
+        attention: SelfAttention,
     ) -> Tensor:
         """The tokens' last states (rows, length, hidden), or those of the selected ones (rows, selected, hidden).
         `positions` (rows, length) are their places in the text."""
@@ -66,34 +50,9 @@ class _Network(torch.nn.Module):
                 number = index // text.interval
                 states = cross_attend(text.blocks[number], states, cross_kv[number] if cross_kv else None)
             # The last layer's keys and values are stored for all tokens, but its states are asked of few.
-            selected = attention.selected if index == len(self_kv) - 1 else None
-            states = self._layer(layer, states, rotary, cache, attention, selected)
+            asked = attention if index == len(self_kv) - 1 else attention.of_all()
+            states = run_layer(layer, states, rotary, cache, asked, self.attend)
         return states
-
-    def _layer(
-        self,
-        layer: DecoderLayer,
-        states: Tensor,
-        rotary: KeysValues,
-        cache: KeysValues,
-        attention: _SelfAttention,
-        selected: Tensor | None,
-    ) -> Tensor:
-        """A decoder layer: states (rows, length, hidden) to the same, or to those of `selected` (rows, selected)."""
-        query, key, value = layer.query_keys_values(states, rotary)
-        slots = torch.arange(states.shape[0], device=states.device) if attention.slots is None else attention.slots
-        for kept, new in zip(cache, (key, value), strict=True):
-            # Not kept[slots, :, positions] = ...: recorded, that keeps the number of rows.
-            kept.transpose(1, 2).index_put_((slots[:, None], attention.positions), new.transpose(1, 2))
-        mask = attention.mask
-        if selected is not None:
-            states, query = _picked(states, selected), _picked(query.transpose(1, 2), selected).transpose(1, 2)
-            mask = _picked(mask.transpose(1, 2), selected).transpose(1, 2)
-        if attention.only_new:
-            keys, values = key, value
-        else:
-            keys, values = cache if attention.slots is None else (kept.index_select(0, slots) for kept in cache)
-        return layer.output(states, self.attend(query, keys, values, mask))
 
     def cross_attend_cached(self, attends_image: Tensor) -> CrossAttend:
         """After the prompt every token attends to its row's last image, whose keys and values are kept.
@@ -182,8 +141,8 @@ class Prefill(_PromptNetwork):
         """Of the tensors of `Prompts` and the caches: logits (rows, vocabulary) after each row's last token."""
         prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), tensors[_PROMPT_TENSORS:]
         positions = prompts.positions
-        mask = _causal_mask(positions, positions.shape[1] if self.begins else caches[0].shape[2])
-        attention = _SelfAttention(positions, mask, prompts.slots, prompts.lasts[:, None], self.begins)
+        mask = causal_mask(positions, positions.shape[1] if self.begins else caches[0].shape[2])
+        attention = SelfAttention(positions, mask, prompts.slots, prompts.lasts[:, None], self.begins)
         states = self.states(prompts.ids, positions, caches, self.cross_attend_shown(prompts), attention)
         return self.text.logits(states[:, 0])
 
@@ -200,9 +159,9 @@ class ScoredPrefill(_PromptNetwork):
             tensors[_PROMPT_TENSORS:],
         )
         positions, starts = prompts.positions, prompts.starts
-        mask = _tree_mask(starts, owner, depth, caches[0].shape[2])
+        mask = tree_mask(starts, owner, depth, caches[0].shape[2])
         scored = prompts.lasts[:, None] + torch.arange(targets.shape[1] + 1, device=positions.device)
-        attention = _SelfAttention(positions, mask, selected=scored.clamp(max=positions.shape[1] - 1))
+        attention = SelfAttention(positions, mask, selected=scored.clamp(max=positions.shape[1] - 1))
         cross_attend = self.cross_attend_shown(prompts)
         states = self.states(prompts.ids, starts[:, None] + depth, caches, cross_attend, attention)
         likelihoods = self.text.logits(states).log_softmax(dim=-1)
@@ -216,9 +175,9 @@ class TextPrefill(_Network):
     def forward(self, ids: Tensor, starts: Tensor, lasts: Tensor, *caches: Tensor) -> Tensor:
         """Logits (rows, vocabulary) after each row's last token. `lasts` (rows,): its place among the new ones."""
         positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        attention = _SelfAttention(positions, _causal_mask(positions, caches[0].shape[2]))
+        attention = SelfAttention(positions, causal_mask(positions, caches[0].shape[2]))
         states = self.states(ids, positions, caches, _cross_attend_nothing, attention)
-        return self.text.logits(_picked(states, lasts[:, None])[:, 0])
+        return self.text.logits(picked(states, lasts[:, None])[:, 0])
 
 
 class TextStep(_Network):
@@ -229,7 +188,7 @@ class TextStep(_Network):
         Logits (rows, vocabulary) of the next token. If no row does, the cross-attention's caches may be left out."""
         ids, starts, attends_image = numbers.unbind()
         positions = starts[:, None]
-        attention = _SelfAttention(positions, _causal_mask(positions, caches[0].shape[2]))
+        attention = SelfAttention(positions, causal_mask(positions, caches[0].shape[2]))
         states = self.states(ids[:, None], positions, caches, self.cross_attend_cached(attends_image), attention)
         return self.text.logits(states[:, 0])
 
@@ -250,32 +209,10 @@ class TreeAttention(_Network):
         """Log-probabilities (rows, length) of `targets` (rows, length), the tokens that follow. `owner` and `depth`
         (rows, length) as in TokenTree; `attends_image` (rows,) as in `TextStep`."""
         positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        attention = _SelfAttention(positions, _tree_mask(starts, owner, depth, caches[0].shape[2]))
+        attention = SelfAttention(positions, tree_mask(starts, owner, depth, caches[0].shape[2]))
         cross_attend = self.cross_attend_cached(attends_image)
         states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
         return self.text.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
-
-
-def _causal_mask(positions: Tensor, keys: int) -> Tensor:
-    """(rows, 1, length, keys): a token at one of `positions` (rows, length) attends to those up to itself."""
-    return (torch.arange(keys, device=positions.device) <= positions[..., None])[:, None]
-
-
-def _tree_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int) -> Tensor:
-    """(rows, 1, length, keys): a token attends to what stands before `starts` (rows,), and of the new tokens to the
-    prompt's and its own sequence's, up to itself. `owner` and `depth` are (rows, length)."""
-    behind = torch.arange(keys, device=starts.device) - starts[:, None]
-    column = behind.clamp(0, owner.shape[1] - 1)
-    owners = owner.gather(1, column)[:, None]
-    is_shared = (owners == PROMPT) | (owners == owner[..., None])
-    is_reached = depth.gather(1, column)[:, None] <= depth[..., None]
-    is_new = ((behind >= 0) & (behind < owner.shape[1]))[:, None]
-    return ((behind < 0)[:, None] | (is_new & is_shared & is_reached))[:, None]
-
-
-def _picked(states: Tensor, places: Tensor) -> Tensor:
-    """Of states (rows, length, ...) those at `places` (rows, any): (rows, any, ...)."""
-    return states[torch.arange(states.shape[0], device=states.device)[:, None], places]
 
 
 def _side_by_side(images: Tensor, shown: Tensor) -> Tensor:

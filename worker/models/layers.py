@@ -1,0 +1,165 @@
+"""Layers that the families' text decoders share, with less to call than transformers has.
+
+On a batch of small products a call costs as much as it computes, on a GPU as on a CPU. So layers of one input are one,
+and what does not change is computed once. The arithmetic is that of transformers' `modeling_idefics.py` and
+`modeling_llama.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+#: Keys and values, or cosines and sines.
+KeysValues = tuple[Tensor, Tensor]
+#: One of transformers' modules, which are not typed.
+Block = Any
+#: Scaled dot-product attention of queries, keys and values (rows, heads, length, head size), with a mask that is True
+#: where attended to: (rows, heads, queries, head size).
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def eager_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention operation by operation: for a few queries, torch's fused kernel takes up to a half longer on a CPU.
+
+    `query` (rows, heads, queries, head size), `keys` and `values` (rows, heads, keys, head size), `mask` (rows, 1 or
+    heads, queries, keys); the result has the query's shape.
+    """
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, keys.transpose(-1, -2))
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf)
+    return torch.matmul(scores.softmax(dim=-1), values)
+
+
+def runs_eagerly(weight: Tensor) -> bool:
+    """Whether `eager_attention` is faster for few queries in a model with this weight (any shape)."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+class FusedLinear(torch.nn.Module):
+    """Linear layers of one input as one: their outputs follow one another in the last dimension."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, *layers: Block, plain: tuple[type, ...] = (torch.nn.Linear,)) -> None:
+        """`plain`: the classes whose weights and biases say all that they do."""
+        super().__init__()
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        # Others (quantized ones, for example) run one by one.
+        are_plain = all(type(layer) in plain for layer in layers) and len(biases) in (0, len(layers))
+        self.register_buffer("weight", concatenated([layer.weight for layer in layers]) if are_plain else None)
+        self.register_buffer("bias", concatenated(biases) if are_plain and biases else None)
+        self.layers = torch.nn.ModuleList([] if are_plain else layers)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., inputs) to (..., all outputs)."""
+        if self.weight is None:
+            return torch.cat([layer(states) for layer in self.layers], dim=-1)
+        return linear(states, self.weight, self.bias)
+
+
+def concatenated(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    """Parameters (outputs, ...) as one tensor (all outputs, ...), whose parts they become: no copy stays."""
+    whole = torch.cat([parameter.data for parameter in parameters])
+    start = 0
+    for parameter in parameters:
+        parameter.data = whole[start : start + len(parameter)]
+        start += len(parameter)
+    return whole
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square normalization (Zhang and Sennrich, 2019), in half of torch's operations."""
+
+    eps: Tensor
+
+    def __init__(self, norm: Block) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.register_buffer("eps", torch.tensor(norm.variance_epsilon, device=norm.weight.device))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., size) to the same."""
+        exact = states.float()
+        squares = torch.linalg.vecdot(exact, exact)[..., None]
+        scale = torch.add(self.eps, squares, alpha=1 / states.shape[-1]).rsqrt()
+        normed: Tensor = (states * scale).to(self.weight.dtype) * self.weight
+        return normed
+
+
+class GatedMlp(torch.nn.Module):
+    """A gated MLP, its first two layers fused."""
+
+    def __init__(self, mlp: Block) -> None:
+        super().__init__()
+        self.gate_and_up = FusedLinear(mlp.gate_proj, mlp.up_proj)
+        self.act = mlp.act_fn
+        self.down = mlp.down_proj
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(rows, length, hidden) to the same."""
+        gate, up = self.gate_and_up(states).chunk(2, dim=-1)
+        output: Tensor = self.down(self.act(gate) * up)
+        return output
+
+
+class AttentionBlock(torch.nn.Module):
+    """What all kinds of layers have: two norms, the attention's output projection, and an MLP."""
+
+    def __init__(self, layer: Block, attention: Block) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(layer.input_layernorm)
+        self.post_attention_norm = RMSNorm(layer.post_attention_layernorm)
+        self.out = attention.o_proj
+        self.mlp = GatedMlp(layer.mlp)
+
+
+class DecoderLayer(AttentionBlock):
+    """Self-attention, then an MLP."""
+
+    def __init__(self, layer: Block, heads: int, key_heads: int) -> None:
+        """`heads` of queries, and `key_heads` of keys and of values: fewer where several heads of queries share one."""
+        attention = layer.self_attn
+        super().__init__(layer, attention)
+        self.heads, self.key_heads = heads, key_heads
+        self.project = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+
+    def query_keys_values(self, states: Tensor, rotary: KeysValues) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (rows, heads, length, head size), keys and values (rows, key heads, length, head size), of states
+        (rows, length, hidden). `rotary` is that of `rotary_cos_sin`."""
+        keys_end = self.heads + self.key_heads
+        split = split_heads(self.project(self.input_norm(states)), keys_end + self.key_heads)
+        rotated, value = split[:, :keys_end], split[:, keys_end:]
+        cosine, sine = rotary
+        rotated = rotated * cosine + rotated.roll(rotated.shape[-1] // 2, dims=-1) * sine
+        return rotated[:, : self.heads], rotated[:, self.heads :], value
+
+    def output(self, states: Tensor, attended: Tensor) -> Tensor:
+        """The states after the layer (rows, length, hidden), from those before it and the attention's result (rows,
+        heads, length, head size)."""
+        states = states + self.out(merge_heads(attended))
+        output: Tensor = states + self.mlp(self.post_attention_norm(states))
+        return output
+
+
+def rotary_cos_sin(rotary: Block, states: Tensor, positions: Tensor) -> KeysValues:
+    """A rotary embedding's cosines and sines (rows, 1, length, head size) at `positions` (rows, length), in the type of
+    `states`. The first half's sines are negated, so that a rotated half need not be."""
+    cosine, sine = rotary(states, positions)
+    first, second = sine.chunk(2, dim=-1)
+    return cosine[:, None], torch.cat((-first, second), dim=-1)[:, None]
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(rows, length, heads * head size) as (rows, heads, length, head size)."""
+    return states.view(*states.shape[:2], heads, -1).transpose(1, 2)
+
+
+def merge_heads(states: Tensor) -> Tensor:
+    """(rows, heads, length, head size) as (rows, length, heads * head size)."""
+    return states.transpose(1, 2).flatten(2)
