@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,6 +25,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from worker.models import DEMO
@@ -38,6 +42,21 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
+#: Idefics3's text model is Llama 3: its rotary embedding is stretched. This one has the biases that a Llama may have.
+LLAMA3: Mapping[str, Any] = {
+    "attention_bias": True,
+    "mlp_bias": True,
+    "max_position_embeddings": 1024,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
 
 def random_checkpoint(folder: Path, *, use_resampler: bool, seed: int = 0) -> Path:
     """A tiny IDEFICS with the demo's tokenizer, saved in a folder as a hub checkpoint is."""
@@ -52,10 +71,10 @@ def random_checkpoint(folder: Path, *, use_resampler: bool, seed: int = 0) -> Pa
 
 
 def later_checkpoint(folder: Path, family: str, template: str | None) -> Path:
-    """A tiny Idefics2 or Idefics3, whose pictures are cut into frames."""
+    """A tiny Idefics2, Idefics3 or SmolVLM, whose pictures are cut into frames."""
     tokenizer = _tokenizer(folder)
     torch.manual_seed(0)
-    model, processor = (_idefics2 if family == "idefics2" else _idefics3)(tokenizer)
+    model, processor = _FAMILIES[family](tokenizer)
     processor.chat_template = template
     randomize(model.eval())
     model.save_pretrained(folder)
@@ -84,16 +103,35 @@ def _idefics2(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Proc
 
 
 def _idefics3(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, ProcessorMixin]:
+    processor = _idefics3_processor(tokenizer)
+    config = Idefics3Config(**_idefics3_config(processor, LLAMA3))
+    return Idefics3ForConditionalGeneration(config), processor
+
+
+def _smolvlm(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, ProcessorMixin]:
+    processor = _idefics3_processor(tokenizer)
+    # Four heads of queries for one of keys, and heads of another size than usual: not 64 / 8.
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 6}
+    config = SmolVLMConfig(**_idefics3_config(processor, heads), tie_word_embeddings=True)
+    return SmolVLMForConditionalGeneration(config), processor
+
+
+def _idefics3_processor(tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     tokenizer.add_tokens(["<global-img>", *(f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2))])
     images = Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
-    processor = Idefics3Processor(images, tokenizer, image_seq_len=4)
-    config = Idefics3Config(
-        image_token_id=processor.image_token_id,
-        scale_factor=2,
-        text_config={"model_type": "llama", **_text_config(tokenizer)},
-        vision_config=_vision_config(),
-    )
-    return Idefics3ForConditionalGeneration(config), processor
+    return Idefics3Processor(images, tokenizer, image_seq_len=4)
+
+
+def _idefics3_config(processor: ProcessorMixin, text: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "image_token_id": processor.image_token_id,
+        "scale_factor": 2,
+        "text_config": {"model_type": "llama", **_text_config(processor.tokenizer), **text},
+        "vision_config": _vision_config(),
+    }
+
+
+_FAMILIES = {"idefics2": _idefics2, "idefics3": _idefics3, "smolvlm": _smolvlm}
 
 
 def _text_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -1,10 +1,12 @@
-"""The bundled checkpoint, and random ones with and without a resampler."""
+"""The bundled checkpoint, and random ones of every family."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,21 +14,71 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from config.settings import Settings
+from tasks import Job
 from tests.conftest import PICTURES
-from tests.model.checkpoints import random_checkpoint
+from tests.model.checkpoints import TEMPLATE, later_checkpoint, random_checkpoint
+from tests.model.jobs import Parts, generated, parts_of
 from worker.engine.continuous import ContinuousModel
+from worker.engine.stock import StockModel
 from worker.images.decode import open_image
+from worker.jobs.prompts import build, in_turns
 from worker.models import DEMO
 from worker.models.loading import load
+
+#: Random checkpoints by name: the family, and of the later ones what its chat template opens with, if it has one.
+RANDOM = {
+    "with resampler": ("idefics", None),
+    "without resampler": ("idefics", None),
+    "idefics2 base": ("idefics2", None),
+    "idefics2 chat": ("idefics2", ""),
+    "idefics3 base": ("idefics3", None),
+    "idefics3 chat": ("idefics3", "<s>"),
+    "smolvlm chat": ("smolvlm", "<s>"),
+}
+#: One of each family, and the bundled one.
+FAMILIES = ["demo", "with resampler", "without resampler", "idefics2 chat", "idefics3 base", "smolvlm chat"]
 
 
 @dataclass(frozen=True)
 class Served:
     """A loaded checkpoint, its stock processor, and pictures to show it."""
 
+    settings: Settings
     model: ContinuousModel
-    processor: object
+    processor: Any
     images: dict[str, Image.Image]
+    #: What opens a prompt.
+    opening: str = ""
+
+    @property
+    def stock(self) -> StockModel:
+        """The model as stock `generate` runs it."""
+        return self.model.stock
+
+    @property
+    def is_first_family(self) -> bool:
+        return self.model.info.family == "idefics"
+
+    def parts(self, job: Job) -> Parts:
+        """A job's prompt with its pictures opened, in the form that the checkpoint's codec asks for."""
+        return parts_of(job, self.images, in_turns if self.model.codec.has_chat_template else build)
+
+    def stock_inputs(self, parts: Parts) -> Mapping[str, torch.Tensor]:
+        """One prompt as transformers' own processor reads it."""
+        if self.is_first_family:
+            return self.processor(text=[parts], return_tensors="pt", add_end_of_utterance_token=False)  # type: ignore[no-any-return]
+        text = self.opening + "".join(part if isinstance(part, str) else "<image>" for part in parts)
+        images = [part for part in parts if not isinstance(part, str)]
+        return self.processor(  # type: ignore[no-any-return]
+            text=[text],
+            images=[images] if images else None,
+            add_special_tokens=not text.startswith("<s>"),
+            return_tensors="pt",
+        )
+
+    def stock_ids(self, job: Job, parts: Parts) -> list[int]:
+        """The new tokens of transformers' own processor and `generate` for this job alone, up to their end."""
+        return generated(self.model, self.processor, job, self.stock_inputs(parts))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,24 +86,37 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=["demo", "random with resampler", "random without resampler"])
+@pytest.fixture(scope="session", params=FAMILIES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     if request.param == "demo":
-        return _served("demo", DEMO, {path.name: open_image(path.read_bytes()) for path in PICTURES.glob("*.png")})
-    folder = tmp_path_factory.mktemp("random") / "checkpoint"
-    random_checkpoint(folder, use_resampler="without" not in request.param)
-    return _served(str(folder), folder, {f"{n}.png": noise(n) for n in range(12)})
+        return _demo()
+    return random_model(tmp_path_factory.mktemp("random") / "checkpoint", request.param)
 
 
 @pytest.fixture(scope="session")
-def demo(request: pytest.FixtureRequest) -> Served:
+def demo() -> Served:
+    return _demo()
+
+
+def _demo() -> Served:
     return _served("demo", DEMO, {path.name: open_image(path.read_bytes()) for path in PICTURES.glob("*.png")})
 
 
-def _served(name: str, folder: Path, images: dict[str, Image.Image]) -> Served:
-    model = load(Settings(model=name, dtype="float32"))
+def random_model(folder: Path, name: str) -> Served:
+    """One of RANDOM, saved in a folder and loaded."""
+    family, opening = RANDOM[name]
+    if family == "idefics":
+        random_checkpoint(folder, use_resampler=name == "with resampler")
+    else:
+        later_checkpoint(folder, family, None if opening is None else opening + TEMPLATE)
+    return _served(str(folder), folder, {f"{n}.png": noise(n) for n in range(12)}, opening or "")
+
+
+def _served(name: str, folder: Path, images: dict[str, Image.Image], opening: str = "") -> Served:
+    settings = Settings(model=name, dtype="float32")
+    model = load(settings)
     assert isinstance(model, ContinuousModel)
-    return Served(model, AutoProcessor.from_pretrained(folder), images)
+    return Served(settings, model, AutoProcessor.from_pretrained(folder), images, opening)
 
 
 def noise(seed: int) -> Image.Image:

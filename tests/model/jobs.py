@@ -80,12 +80,6 @@ def stock_of(model: Model) -> StockModel:
     return stock
 
 
-def stock_ids(model: Model, processor: object, job: Job, parts: Parts) -> list[int]:
-    """The new tokens of transformers' own processor and `generate` for this job alone, up to their end."""
-    inputs = processor(text=[parts], return_tensors="pt", add_end_of_utterance_token=False)  # type: ignore[operator]
-    return generated(model, processor, job, inputs)
-
-
 @torch.inference_mode()
 def generated(model: Model, processor: object, job: Job, inputs: Mapping[str, torch.Tensor]) -> list[int]:
     """What stock `generate` says to a processor's inputs for one job, up to its end."""

@@ -1,122 +1,74 @@
-"""Idefics2 and Idefics3, in float32: a job's answer is stock transformers' for that job alone, whatever its batch."""
+"""Idefics2 and Idefics3: their prompts, and in float32 what a batch on the stock path answers."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
 
 from config.settings import Settings
-from tasks import Chat, Internal, InvalidRequest, Job
+from tasks import Chat, Internal, InvalidRequest
 from tasks.payloads import parse
 from tests.model.checkpoints import TEMPLATE, later_checkpoint
-from tests.model.conftest import noise
-from tests.model.jobs import Parts, generated, mixed_jobs, parts_of, prepared, row_of
+from tests.model.conftest import Served, noise, random_model
+from tests.model.jobs import Parts, mixed_jobs, prepared, row_of
 from tests.support.pictures import data_uri, encoded
+from worker.engine.continuous import ContinuousModel
 from worker.engine.engine import Engine
 from worker.engine.row import Row, Sampling
 from worker.engine.scheduler import Limits
 from worker.engine.stock import StockModel
 from worker.engine.stock_scoring import label_log_likelihoods
-from worker.jobs.prompts import ImageRef, build, in_turns
+from worker.jobs.prompts import ImageRef, in_turns
 from worker.jobs.runs import JobContext
 from worker.jobs.service import Service
 from worker.models.loading import load
 
-#: By name: the family, and what its template opens with, if it has one.
-CHECKPOINTS = {
-    "idefics2 base": ("idefics2", None),
-    "idefics2 chat": ("idefics2", ""),
-    "idefics3 base": ("idefics3", None),
-    "idefics3 chat": ("idefics3", "<s>"),
-}
 IMAGES = {f"{n}.png": noise(n) for n in range(8)}
 
 
-@dataclass(frozen=True)
-class Later:
-    """A loaded checkpoint, its stock processor, and what opens its prompts."""
-
-    settings: Settings
-    model: StockModel
-    processor: Any
-    opening: str
-
-    def parts(self, job: Job) -> Parts:
-        return parts_of(job, IMAGES, in_turns if self.model.codec.has_chat_template else build)
-
-    def stock_inputs(self, parts: Parts) -> Mapping[str, torch.Tensor]:
-        """One prompt as transformers' own processor reads it."""
-        text = self.opening + "".join(part if isinstance(part, str) else "<image>" for part in parts)
-        images = [part for part in parts if not isinstance(part, str)]
-        return self.processor(  # type: ignore[no-any-return]
-            text=[text],
-            images=[images] if images else None,
-            add_special_tokens=not text.startswith("<s>"),
-            return_tensors="pt",
-        )
-
-
-@pytest.fixture(scope="module", params=CHECKPOINTS)
-def later(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Later:
-    family, opening = CHECKPOINTS[request.param]
-    folder = tmp_path_factory.mktemp("later") / "checkpoint"
-    later_checkpoint(folder, family, None if opening is None else opening + TEMPLATE)
-    settings = Settings(model=str(folder), dtype="float32")
-    model = load(settings)
-    assert isinstance(model, StockModel)
-    assert model.info.family == family
-    return Later(settings, model, AutoProcessor.from_pretrained(folder), opening or "")
+@pytest.fixture(scope="module", params=["idefics2 base", "idefics2 chat", "idefics3 base", "idefics3 chat"])
+def later(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return random_model(tmp_path_factory.mktemp("later") / "checkpoint", request.param)
 
 
 def _run(model: StockModel, rows: Sequence[Row]) -> None:
     model.run(rows, lambda: None, lambda running: ())
 
 
-def test_prompts_and_pixels_are_those_of_transformers_own_processor(later: Later) -> None:
-    for job in mixed_jobs(8, sorted(IMAGES)):
-        parts = later.parts(job)
-        inputs = later.model.adapter.inputs([prepared(later.model, parts)])
-        stock = later.stock_inputs(parts)
-        assert set(inputs) == set(stock)
-        for name, value in stock.items():
-            assert torch.equal(inputs[name].to(value.dtype), value), (name, job)
-
-
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_mixed_batch_says_what_stock_generate_says_to_each_alone(later: Later, beams: int) -> None:
+def test_a_mixed_batch_says_what_stock_generate_says_to_each_alone(later: Served, beams: int) -> None:
     jobs = [job.model_copy(update={"num_beams": beams, "max_new_tokens": 12 if beams > 1 else job.max_new_tokens})
             for job in mixed_jobs(16 if beams == 1 else 8, sorted(IMAGES), seed=beams)]  # fmt: skip
     prompts = [later.parts(job) for job in jobs]
     rows = [row_of(later.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
-    _run(later.model, rows)
+    _run(later.stock, rows)
     answers = [list(row.output.result().ids) for row in rows]
     for job, parts, answer in zip(jobs, prompts, answers, strict=True):
-        assert answer == generated(later.model, later.processor, job, later.stock_inputs(parts)), job
+        assert answer == later.stock_ids(job, parts), job
     assert len(set(map(tuple, answers))) > len(answers) / 2
 
 
-def test_a_pictures_key_differs_with_its_shape(later: Later) -> None:
+def test_a_pictures_key_differs_with_its_shape(later: Served) -> None:
     upright, lying = (later.model.codec.picture(Image.new("RGB", size, "white")) for size in ((20, 30), (30, 20)))
     # Idefics3 cuts both into the same squares.
     assert (upright.key == lying.key) is (upright.pixels.shape == lying.pixels.shape)
 
 
-def test_answers_depend_on_the_picture(later: Later) -> None:
+def test_answers_depend_on_the_picture(later: Served) -> None:
     rows = [Row(prepared(later.model, [image, "Say"]), Sampling(12)) for image in IMAGES.values()]
-    _run(later.model, rows)
+    _run(later.stock, rows)
     assert len({row.output.result().ids for row in rows}) > 1
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_row_whose_numbers_overflow_fails_alone(later: Later, beams: int) -> None:
+def test_a_row_whose_numbers_overflow_fails_alone(later: Served, beams: int) -> None:
     ends = later.model.codec.eos_ids
 
     def rows() -> list[Row]:
@@ -124,19 +76,19 @@ def test_a_row_whose_numbers_overflow_fails_alone(later: Later, beams: int) -> N
         return [Row(prepared(later.model, each), Sampling(6, num_beams=beams, eos_ids=ends)) for each in parts]
 
     expected, found = rows(), rows()
-    _run(later.model, expected)
+    _run(later.stock, expected)
     (picture,) = found[0].tokens.pictures
     assert picture.pixels is not None
     broken = replace(picture, key=b"broken", pixels=picture.pixels * torch.nan)
     found[0] = Row(replace(found[0].tokens, pictures=(broken,)), found[0].sampling)
-    _run(later.model, found)
+    _run(later.stock, found)
     with pytest.raises(Internal, match="overflow"):
         found[0].output.result()
     assert [row.output.result() for row in found[1:]] == [row.output.result() for row in expected[1:]]
 
 
-def test_labels_score_in_a_batch_what_each_scores_alone(later: Later) -> None:
-    adapter = later.model.adapter
+def test_labels_score_in_a_batch_what_each_scores_alone(later: Served) -> None:
+    adapter = later.stock.adapter
     prompts: list[Parts] = [[image, "Category:"] for image in list(IMAGES.values())[:3]]
     prompts += [["Some text before.", *IMAGES.values(), "Category:"], ["No picture. Category:"]]
     choices = [("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label")]
@@ -149,16 +101,16 @@ def test_labels_score_in_a_batch_what_each_scores_alone(later: Later) -> None:
 
 
 @torch.inference_mode()
-def _log_likelihood(later: Later, parts: Parts, label: tuple[int, ...]) -> float:
+def _log_likelihood(later: Served, parts: Parts, label: tuple[int, ...]) -> float:
     inputs = dict(later.stock_inputs(parts))
     start = inputs["input_ids"].shape[1] - 1
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([label])], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    logits = later.model.adapter.model(**inputs).logits[0].log_softmax(dim=-1)
+    logits = later.stock.adapter.model(**inputs).logits[0].log_softmax(dim=-1)
     return sum(float(logits[start + n, token]) for n, token in enumerate(label))
 
 
-def test_a_label_is_split_as_it_is_in_its_prompt_and_ends(later: Later) -> None:
+def test_a_label_is_split_as_it_is_in_its_prompt_and_ends(later: Served) -> None:
     tail = "<end_of_utterance>" if later.model.codec.has_chat_template else "\n"
     lead = [later.model.codec.picture(IMAGES["0.png"]), "Category:"]
     [label] = later.model.codec.encode_labels(lead, ["hot dog"])
@@ -167,7 +119,7 @@ def test_a_label_is_split_as_it_is_in_its_prompt_and_ends(later: Later) -> None:
 
 
 @pytest.mark.parametrize("later", ["idefics2 chat", "idefics3 chat"], indirect=True)
-def test_a_conversation_is_what_the_chat_template_makes_of_it(later: Later) -> None:
+def test_a_conversation_is_what_the_chat_template_makes_of_it(later: Served) -> None:
     turns = [("user", ["1.png", "Who is this?"]), ("assistant", ["A dog."]), ("user", ["And this: ", "2.png"])]
     messages = [{"role": role, "content": list(map(_told, parts))} for role, parts in turns]
     stock = later.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -191,13 +143,13 @@ def _sent(part: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("parts", [["a <s>"], ["<fake_token_around_image>"], ["<ima", "ge>"]])
-def test_texts_that_would_become_tokens_are_refused(later: Later, parts: list[str]) -> None:
+def test_texts_that_would_become_tokens_are_refused(later: Served, parts: list[str]) -> None:
     with pytest.raises(InvalidRequest, match="reserved"):
         later.model.codec.prepare(parts)
 
 
 @pytest.mark.parametrize("later", ["idefics3 base"], indirect=True)
-def test_a_frames_place_is_reserved_where_it_is_a_token(later: Later) -> None:
+def test_a_frames_place_is_reserved_where_it_is_a_token(later: Served) -> None:
     with pytest.raises(InvalidRequest, match="<row_1_col_2>"):
         later.model.codec.prepare(["<row_1_col_2>"])
 
@@ -211,7 +163,7 @@ def test_a_template_of_another_form_leaves_prompts_plain(
     assert "plain text" in caplog.text
 
 
-def test_every_task_is_answered(later: Later) -> None:
+def test_every_task_is_answered(later: Served) -> None:
     with _service(later) as service:
         for task, arguments in _tasks().items():
             result = service.run(parse(f"idefics.{task}", {**arguments, "max_new_tokens": 5}), JobContext(task))
@@ -227,18 +179,18 @@ def test_every_precision_answers_and_pictures_are_never_quantized(
 ) -> None:
     settings = Settings(model=str(later_checkpoint(tmp_path / "checkpoint", family, TEMPLATE)), **precision)
     model = load(settings)
-    assert isinstance(model, StockModel)
-    kinds = {name: type(module).__name__ for name, module in model.adapter.model.named_modules()}
+    assert isinstance(model, ContinuousModel)
+    kinds = {name: type(module).__name__ for name, module in model.stock.adapter.model.named_modules()}
     quantized = [name for name, kind in kinds.items() if kind in ("Linear4bit", "Linear8bitLt")]
     assert bool(quantized) == ("quantization" in precision)
     assert all(name.startswith("model.text_model.") for name in quantized)
-    with _service(Later(settings, model, None, "")) as service:
+    with _service(Served(settings, model, None, {})) as service:
         result = service.run(parse("idefics.classify", _tasks()["classify"]), JobContext("job"))
     assert result.label in ("cat", "dog")
 
 
 @contextlib.contextmanager
-def _service(later: Later) -> Iterator[Service]:
+def _service(later: Served) -> Iterator[Service]:
     engine = Engine(later.model, Limits(8, 10_000))
     engine.start()
     try:

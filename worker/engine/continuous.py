@@ -41,7 +41,7 @@ class _Running(NamedTuple):
 class ContinuousModel:
     """A checkpoint on its family's decoder. In float32, each token is the one of stock `generate`.
 
-    Stock `generate` itself runs beams, and labels after prompts without pictures.
+    Stock `generate` itself runs beams.
     """
 
     def __init__(
@@ -116,10 +116,7 @@ class ContinuousModel:
 
     def _join(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         """Prefill the prompts of rows, with a step of the running rows between two parts of the work."""
-        textual = [row for row in rows if row.labels and not row.tokens.pictures]
-        if textual:
-            self.stock.run(textual, heartbeat, admit)
-        self._go_through(self._prefill([row for row in rows if not row.is_done]), heartbeat)
+        self._go_through(self._prefill(rows), heartbeat)
 
     def _go_through(self, work: Pauses[None], heartbeat: SendHeartbeat) -> None:
         for _ in work:

@@ -70,7 +70,7 @@ class SlotDecoder:
     def prefill_scored(
         self, prompts: Sequence[PendingPrompt], firsts: Sequence[Sequence[int]], continuations: Continuations
     ) -> tuple[Sequence[int], list[list[float]], list[list[list[float]]]]:
-        """Prefill prompts that all have a carry, and score continuations in the same forward. No slot may be in use.
+        """Prefill prompts, and score continuations in the same forward. No slot may be in use.
 
         Returns the prompts' slots; for each prompt, the log-probabilities of its `firsts` as the next token; and what
         `score_continuations` returns.

@@ -216,7 +216,7 @@ class Decoder(Protocol):
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
-        """Prefill segments, which all have a carry, into the first slots, and score sequences after them.
+        """Prefill segments into the first slots, and score sequences after them.
 
         Returns log-probabilities (rows, firsts and targets): of `firsts` after each segment, then of the tree's
         targets. The tree's ids begin with the ids of the segments.

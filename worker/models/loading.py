@@ -38,13 +38,16 @@ from tasks.results import ModelInfo
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.generation_rules import NO_RULES, GenerationRules, generation_rules
-from worker.engine.interfaces import Model
+from worker.engine.interfaces import Decoder, Encode, Model
 from worker.engine.stock import StockModel
 from worker.models import SetupFailed, checkpoint_folder
 from worker.models.checkpoint import inspect, require_safetensors
+from worker.models.encoding import PictureEncoder
 from worker.models.idefics1.adapter import IdeficsAdapter
 from worker.models.idefics1.decoder import IdeficsDecoder
 from worker.models.idefics2_3.adapter import Idefics2And3Adapter
+from worker.models.idefics2_3.decoder import MergedDecoder, has_decoder
+from worker.models.idefics2_3.encoder import FrameEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -123,28 +126,41 @@ def _told(error: BaseException) -> str:
     return text or f"{type(error).__name__}: {error}."
 
 
-def _on_own_decoder(
+def _serve_idefics(
     model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
 ) -> Model:
     adapter = IdeficsAdapter(model, processor, settings.feature_cache_bytes)
     stock = StockModel(adapter, info, settings.max_batch_tokens, rules)
-    # Our decoder is for one device; a model spread over several runs by transformers' hooks.
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        logger.warning(
-            "%s is spread over several devices and runs through transformers' generate, without what makes it fast: "
-            "free a GPU that it fits on, or set IDEFICS_QUANTIZATION=4bit.",
-            settings.model,
-        )
+    if _is_spread(model, settings):
         return stock
-    record = CudaGraphs() if settings.cuda_graphs and model.device.type == "cuda" else None
-    decoder = IdeficsDecoder(model, adapter.codec.image_id)
-    return ContinuousModel(stock, decoder, adapter.features, settings.prefix_cache_bytes, record)
+    return _continuous(stock, IdeficsDecoder(model, adapter.codec.image_id), adapter.pictures.features, settings)
 
 
-def _on_stock_generate(
+def _serve_idefics2_or_3(
     model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
-) -> StockModel:
-    return StockModel(Idefics2And3Adapter(model, processor), info, settings.max_batch_tokens, rules)
+) -> Model:
+    if not has_decoder(model) or _is_spread(model, settings):
+        return StockModel(Idefics2And3Adapter(model, processor), info, settings.max_batch_tokens, rules)
+    encoder = PictureEncoder(FrameEncoder(model).encode, settings.feature_cache_bytes, model.device)
+    stock = StockModel(Idefics2And3Adapter(model, processor, encoder), info, settings.max_batch_tokens, rules)
+    return _continuous(stock, MergedDecoder(model), encoder.features, settings)
+
+
+def _is_spread(model: PreTrainedModel, settings: Settings) -> bool:
+    """Whether a model stands on several devices, where it runs by transformers' hooks: our decoders are for one."""
+    if len({parameter.device for parameter in model.parameters()}) == 1:
+        return False
+    logger.warning(
+        "%s is spread over several devices and runs through transformers' generate, without what makes it fast: "
+        "free a GPU that it fits on, or set IDEFICS_QUANTIZATION=4bit.",
+        settings.model,
+    )
+    return True
+
+
+def _continuous(stock: StockModel, decoder: Decoder, encode: Encode, settings: Settings) -> ContinuousModel:
+    record = CudaGraphs() if settings.cuda_graphs and decoder.spec.device.type == "cuda" else None
+    return ContinuousModel(stock, decoder, encode, settings.prefix_cache_bytes, record)
 
 
 class Family(NamedTuple):
@@ -156,10 +172,10 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "idefics": Family(IdeficsForVisionText2Text, IdeficsProcessor, _on_own_decoder),
-    "idefics2": Family(Idefics2ForConditionalGeneration, Idefics2Processor, _on_stock_generate),
-    "idefics3": Family(Idefics3ForConditionalGeneration, Idefics3Processor, _on_stock_generate),
-    "smolvlm": Family(SmolVLMForConditionalGeneration, Idefics3Processor, _on_stock_generate),
+    "idefics": Family(IdeficsForVisionText2Text, IdeficsProcessor, _serve_idefics),
+    "idefics2": Family(Idefics2ForConditionalGeneration, Idefics2Processor, _serve_idefics2_or_3),
+    "idefics3": Family(Idefics3ForConditionalGeneration, Idefics3Processor, _serve_idefics2_or_3),
+    "smolvlm": Family(SmolVLMForConditionalGeneration, Idefics3Processor, _serve_idefics2_or_3),
 }
 
 

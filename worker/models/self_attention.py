@@ -84,6 +84,21 @@ def tree_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int, window: i
     return mask[:, None]
 
 
+def scored_places(lasts: Tensor, targets: Tensor, length: int) -> Tensor:
+    """(rows, 1 + targets): of prompts with sequences behind them, the places whose next tokens are scored: the prompts'
+    last tokens `lasts` (rows,), then the sequences'. `targets` (rows, targets); `length`: of all the new tokens."""
+    places = lasts[:, None] + torch.arange(targets.shape[1] + 1, device=targets.device)
+    return places.clamp(max=length - 1)
+
+
+def scored(logits: Tensor, firsts: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (rows, firsts and targets), given the logits (rows, 1 + targets, vocabulary) at
+    `scored_places`: of `firsts` (rows, any) after each prompt, then of `targets` (rows, targets)."""
+    likelihoods = logits.log_softmax(dim=-1)
+    behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
+    return torch.cat((likelihoods[:, 0].gather(1, firsts), behind), dim=1)
+
+
 def picked(states: Tensor, places: Tensor) -> Tensor:
     """Of states (rows, length, ...) those at `places` (rows, any): (rows, any, ...)."""
     return states[torch.arange(states.shape[0], device=states.device)[:, None], places]

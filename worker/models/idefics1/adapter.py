@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
-from worker.engine.encoder_cache import EncoderCache, EncoderThread
 from worker.engine.interfaces import PromptContent
 from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.engine.traced import Traced
+from worker.models.encoding import PictureEncoder
 from worker.models.image_processor import Pixels
 from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, TextModel
 
@@ -92,21 +92,9 @@ class IdeficsAdapter:
         self.model = model
         self.codec = IdeficsCodec(processor, TextModel.of(model))
         self._encoder = Traced(_ImageEncoder(model))
-        self._features = EncoderCache(self._encode, feature_cache_bytes)
-        self._encoder_thread = EncoderThread(self._features)
-        self.prefetch = self._encoder_thread.prefetch
-
-    def help(self, within_s: float) -> bool:
-        """See interfaces.Runner. On a GPU, two threads that encode take as long as one."""
-        return self.model.device.type == "cpu" and self._encoder_thread.help(within_s)
-
-    def features(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
-        """Each picture's features (width, size) by its key: see interfaces.Encode."""
-        return self._features.get(pictures)
-
-    def metrics(self) -> dict[str, int]:
-        """Those of EncoderCache."""
-        return self._features.metrics()
+        #: Features are (width, size).
+        self.pictures = PictureEncoder(self._encode, feature_cache_bytes, model.device)
+        self.prefetch, self.help, self.metrics = self.pictures.prefetch, self.pictures.help, self.pictures.metrics
 
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
         """See stock.Adapter. `image_hidden_states` (rows, images, width, size) are the features of each row's pictures,
@@ -137,7 +125,7 @@ class IdeficsAdapter:
 
     def _hidden_states(self, prompts: Sequence[Tokens]) -> Tensor:
         """The features (rows, images, width, size) of each prompt's pictures, filled up with zeros."""
-        found = self._features.get(picture for prompt in prompts for picture in prompt.pictures)
+        found = self.pictures.features(picture for prompt in prompts for picture in prompt.pictures)
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
         shape = next(iter(found.values())).shape if found else (1, self._feature_width)
         states = torch.zeros(len(prompts), images, *shape, dtype=self.model.dtype, device=self.model.device)

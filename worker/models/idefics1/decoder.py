@@ -21,7 +21,14 @@ from worker.engine.scoring import TokenTree
 from worker.engine.tensors import padded
 from worker.engine.traced import Traced
 from worker.models.idefics1.layers import TextModel
-from worker.models.idefics1.network import Prefill, ScoredPrefill, TextPrefill, TextStep, TreeAttention
+from worker.models.idefics1.network import (
+    Prefill,
+    ScoredPrefill,
+    ScoredTextPrefill,
+    TextPrefill,
+    TextStep,
+    TreeAttention,
+)
 
 #: New tokens of a row that are few (see layers.eager_attention).
 FEW = 24
@@ -66,6 +73,7 @@ class IdeficsDecoder:
             is_short: Traced(ScoredPrefill(text, image_id, is_short=is_short)) for is_short in (True, False)
         }
         self._text_prefill = Traced(TextPrefill(text))
+        self._scored_text_prefill = Traced(ScoredTextPrefill(text))
         self.step: Callable[..., Tensor] = TextStep(text, is_short=True)
         self.branch: Callable[..., Tensor] = TreeAttention(text)
 
@@ -104,9 +112,11 @@ class IdeficsDecoder:
         """See interfaces.Decoder."""
         first = padded(firsts, max(map(len, firsts)), 0, self.spec.device)
         numbers = self._numbers(segments, starts, range(len(segments)))
-        images = self._image_tensors(segments)
+        scored = tree.owner, tree.depth, first, tree.targets
+        if not extra:
+            return self._scored_text_prefill(tree.ids, *numbers[:2], *scored, *self_kv)
         score = self._scored_prefills[tree.ids.shape[1] <= FEW]
-        return score(tree.ids, *numbers, *images, tree.owner, tree.depth, first, tree.targets, *self_kv, *extra)
+        return score(tree.ids, *numbers, *self._image_tensors(segments), *scored, *self_kv, *extra)
 
     def _numbers(
         self, segments: Sequence[IdeficsSegment], starts: Sequence[int], slots: Sequence[int]

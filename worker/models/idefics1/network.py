@@ -17,7 +17,15 @@ from torch import Tensor
 
 from worker.models.idefics1.layers import GatedCrossAttention, TextModel
 from worker.models.layers import KeysValues
-from worker.models.self_attention import SelfAttention, causal_mask, picked, run_layer, tree_mask
+from worker.models.self_attention import (
+    SelfAttention,
+    causal_mask,
+    picked,
+    run_layer,
+    scored,
+    scored_places,
+    tree_mask,
+)
 
 #: A cross-attention block's output (rows, length, hidden) for states of that shape, with its keys and values if any.
 CrossAttend = Callable[[GatedCrossAttention, Tensor, KeysValues | None], Tensor]
@@ -147,26 +155,46 @@ class Prefill(_PromptNetwork):
         return self.text.logits(states[:, 0])
 
 
-class ScoredPrefill(_PromptNetwork):
-    """Prefills prompts that show images, and runs token sequences side by side behind each, as `TreeAttention` does."""
+class _ScoredNetwork(_Network):
+    """Prefills prompts, and runs token sequences side by side behind each, as `TreeAttention` does."""
+
+    def scored(
+        self,
+        ids: Tensor,
+        starts: Tensor,
+        lasts: Tensor,
+        cross_attend: CrossAttend,
+        owner: Tensor,
+        depth: Tensor,
+        firsts: Tensor,
+        targets: Tensor,
+        *caches: Tensor,
+    ) -> Tensor:
+        """Log-probabilities as self_attention.scored says. `ids` (rows, length) go on with the sequences' tokens,
+        `lasts` (rows,) are the prompts' last tokens' places; `owner`, `depth` and `targets` as in TokenTree."""
+        positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        mask = tree_mask(starts, owner, depth, caches[0].shape[2])
+        attention = SelfAttention(positions, mask, selected=scored_places(lasts, targets, ids.shape[1]))
+        states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
+        return scored(self.text.logits(states), firsts, targets)
+
+
+class ScoredPrefill(_PromptNetwork, _ScoredNetwork):
+    """Prefills and scores prompts that show images."""
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Of the tensors of `Prompts`, whose ids go on with the sequences' tokens, then `owner`, `depth`, `firsts`,
-        `targets` (see engine/scoring.TokenTree) and the caches: log-probabilities (rows, firsts and targets) of
-        `firsts` (rows, any) after each prompt, then of `targets` (rows, any) after each token of the sequences."""
-        prompts, (owner, depth, firsts, targets, *caches) = (
-            Prompts(*tensors[:_PROMPT_TENSORS]),
-            tensors[_PROMPT_TENSORS:],
-        )
-        positions, starts = prompts.positions, prompts.starts
-        mask = tree_mask(starts, owner, depth, caches[0].shape[2])
-        scored = prompts.lasts[:, None] + torch.arange(targets.shape[1] + 1, device=positions.device)
-        attention = SelfAttention(positions, mask, selected=scored.clamp(max=positions.shape[1] - 1))
+        """Of the tensors of `Prompts`, then `owner`, `depth`, `firsts`, `targets` and the caches: see `scored`."""
+        prompts = Prompts(*tensors[:_PROMPT_TENSORS])
         cross_attend = self.cross_attend_shown(prompts)
-        states = self.states(prompts.ids, starts[:, None] + depth, caches, cross_attend, attention)
-        likelihoods = self.text.logits(states).log_softmax(dim=-1)
-        behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
-        return torch.cat((likelihoods[:, 0].gather(1, firsts), behind), dim=1)
+        return self.scored(prompts.ids, prompts.starts, prompts.lasts, cross_attend, *tensors[_PROMPT_TENSORS:])
+
+
+class ScoredTextPrefill(_ScoredNetwork):
+    """Prefills and scores rows without images."""
+
+    def forward(self, ids: Tensor, starts: Tensor, lasts: Tensor, *tensors: Tensor) -> Tensor:
+        """`tensors` are `owner`, `depth`, `firsts`, `targets` and the caches: see `scored`."""
+        return self.scored(ids, starts, lasts, _cross_attend_nothing, *tensors)
 
 
 class TextPrefill(_Network):

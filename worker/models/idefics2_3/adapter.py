@@ -1,17 +1,18 @@
-"""Idefics2 and Idefics3 through stock transformers.
+"""Idefics2 and Idefics3 for stock transformers.
 
 It encodes a picture for each job and beam that shows it, and pads all frames of a batch to the largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from worker.engine.row import Picture, Tokens
+from worker.engine.row import Tokens
+from worker.models.encoding import NoEncoder, PictureEncoder
 from worker.models.idefics2_3.codec import Frames, Idefics2And3Codec
 from worker.models.tokenizer import TextModel
 
@@ -19,21 +20,14 @@ from worker.models.tokenizer import TextModel
 class Idefics2And3Adapter:
     """One loaded checkpoint of either family."""
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, encoder: PictureEncoder | NoEncoder | None = None
+    ) -> None:
+        """`encoder`: what encodes the pictures of rows that a decoder of our own runs."""
         self.model = model
         self.codec = Idefics2And3Codec(processor, TextModel.of(model))
-
-    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """See interfaces.Runner: no picture is encoded ahead, and none is kept."""
-        then(0)
-
-    def help(self, within_s: float) -> bool:
-        """See interfaces.Runner."""
-        return False
-
-    def metrics(self) -> dict[str, int]:
-        """See interfaces.Model."""
-        return {}
+        encoder = encoder or NoEncoder()
+        self.prefetch, self.help, self.metrics = encoder.prefetch, encoder.help, encoder.metrics
 
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
         """See stock.Adapter. `pixel_values` (rows, frames, channels, height, width) and `pixel_attention_mask` (rows,

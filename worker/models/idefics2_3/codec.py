@@ -8,7 +8,9 @@ behind the template's opening; any other one continues the guide's plain prompts
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL.Image import Image
@@ -18,7 +20,7 @@ from transformers import Idefics3Processor, ProcessorMixin
 from tasks.errors import InvalidRequest
 from tasks.protocol import END_OF_UTTERANCE
 from worker.engine.interfaces import PromptContent
-from worker.engine.row import Picture, Tokens
+from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, TextModel
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,16 @@ class Idefics2And3Codec(BaseCodec):
         pictures = tuple(part for part in parts if isinstance(part, Frames))
         ids = self.prompt_ids(parts)
         self.refuse_smuggled(ids, parts)
-        return Tokens(ids, pictures)
+        return Tokens(ids, pictures, self._spans(ids, pictures))
+
+    def _spans(self, ids: Sequence[int], pictures: Sequence[Frames]) -> tuple[ImageSpan, ...]:
+        """Where the pictures stand among a prompt's tokens: from the first image token of each to its last."""
+        places = iter([place for place, id in enumerate(ids) if id == self._processor.image_token_id])
+        spans: list[ImageSpan] = []
+        for number, picture in enumerate(pictures):
+            shown = list(itertools.islice(places, len(picture.pixels) * self._processor.image_seq_len))
+            spans.append(ImageSpan(number, shown[0], shown[-1] + 1 - shown[0]))
+        return tuple(spans)
 
     def prompt_ids(self, parts: PromptContent) -> tuple[int, ...]:
         """See BaseCodec."""

@@ -1,0 +1,82 @@
+"""Image features of Idefics2, Idefics3 and SmolVLM, frame by frame: what stock transformers computes for a whole batch.
+
+A frame goes through the vision tower without the padding that stock transformers gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Idefics2ForConditionalGeneration, PreTrainedModel
+
+from worker.engine.traced import Traced
+from worker.models.idefics2_3.codec import Frames
+
+
+class FrameEncoder:
+    """Encodes frames with a checkpoint's vision tower and connector."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model: Any = model
+        self._resamples = isinstance(model, Idefics2ForConditionalGeneration)
+        self._patch_size: int = model.config.vision_config.patch_size
+        self._run = Traced(_Encoder(model, resamples=self._resamples))
+
+    def encode(self, pictures: Sequence[Frames]) -> list[Tensor]:
+        """The features (tokens, hidden) of each picture: those of its frames, one after another."""
+        frames = [frame for picture in pictures for frame in zip(picture.pixels, picture.mask, strict=True)]
+        features = iter(self._encoded(frames))
+        return [torch.cat([next(features) for _ in picture.pixels]) for picture in pictures]
+
+    def _encoded(self, frames: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The features (tokens, hidden) of each frame (channels, height, width), given with its mask (height, width),
+        encoded together with those of the same size."""
+        found: dict[int, Tensor] = {}
+        cropped = [self._cropped(*frame) for frame in frames]
+        for shape in sorted({pixels.shape for pixels, _ in cropped}):
+            places = [place for place, (pixels, _) in enumerate(cropped) if pixels.shape == shape]
+            pixels, mask = (torch.stack(part) for part in zip(*(cropped[place] for place in places), strict=True))
+            found.update(zip(places, self._together(pixels, mask), strict=True))
+        return [found[place] for place in range(len(frames))]
+
+    def _cropped(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """A frame (channels, height, width) and its mask (height, width), without the padding on its right and below.
+        Idefics3 keeps it: a frame's tokens do not depend on its size there."""
+        if not self._resamples:
+            return pixels, mask
+        # Patches that reach into the padding are left out.
+        height, width = (int(mask.any(dim=dim).sum()) // self._patch_size * self._patch_size for dim in (1, 0))
+        return pixels[:, :height, :width], mask[:height, :width]
+
+    def _together(self, pixels: Tensor, mask: Tensor) -> Sequence[Tensor]:
+        """The features (tokens, hidden) of each frame (frames, channels, height, width), with masks (frames, height,
+        width)."""
+        pixels = pixels.to(device=self._model.device, dtype=self._model.dtype)
+        if mask.all():
+            return self._run(pixels).unbind()
+        found = self._model.model.get_image_features(pixels[:, None], mask[:, None].to(pixels.device))
+        return found.pooler_output  # type: ignore[no-any-return]
+
+
+class _Encoder(torch.nn.Module):
+    """The vision tower and the connector, for frames without padding."""
+
+    def __init__(self, model: Any, *, resamples: bool) -> None:
+        super().__init__()
+        self.tower = model.model.vision_model
+        self.connector = model.model.connector
+        self.resamples = resamples
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(frames, channels, height, width) to (frames, tokens, hidden)."""
+        frames, _, height, width = pixels.shape
+        size = self.tower.embeddings.patch_size
+        shown = torch.ones(frames, height // size, width // size, dtype=torch.bool, device=pixels.device)
+        states = self.tower.embeddings(pixel_values=pixels, patch_attention_mask=shown)
+        states = self.tower.encoder(inputs_embeds=states, attention_mask=None).last_hidden_state
+        states = self.tower.post_layernorm(states)
+        features: Tensor = self.connector(states, shown.flatten(1)) if self.resamples else self.connector(states)
+        return features
