@@ -17,6 +17,7 @@ from tasks import (
     ConfigurationError,
     ModelNotFound,
     NotPermitted,
+    QueueFull,
     ServedModel,
     model_directory,
 )
@@ -182,6 +183,15 @@ def test_an_idempotency_key_is_another_one_for_each_model(client: Client, broker
     assert client.submit(keyed).id == ids["demo"]
     assert client.submit(keyed, model=LARGE.id).id == client.submit(keyed, queue=LARGE.queue).id == ids["large"]
     assert waiting(broker) == {"idefics": 1, LARGE.queue: 1, SMALL.queue: 1}
+
+
+def test_the_bound_on_waiting_jobs_is_each_models_own(client: Client, broker: stack.Broker) -> None:
+    say(broker, LARGE, SMALL)
+    bounded = Client(app=client.app, max_queued=2)
+    bounded.submit_many([JOB, JOB], model="large")
+    with pytest.raises(QueueFull, match=r"idefics\.large"):
+        bounded.submit(JOB, model="large")
+    bounded.submit(JOB, model="small")
 
 
 # What it costs
