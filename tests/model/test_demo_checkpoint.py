@@ -18,7 +18,7 @@ from worker.demo.dialogue import everything
 from worker.demo.sayings import expected_answer
 from worker.demo.training.evaluate import CHECKPOINT, Case, Speaker, is_right, load, said_by
 from worker.demo.training.rows import RowMaker
-from worker.demo.world import CATEGORIES, COLORS, THINGS, TRAIN_STYLES, Picture
+from worker.demo.world import CATEGORIES, COLORS, THINGS, TRAIN_STYLES, Scene
 
 MAX_WEIGHT_BYTES = 10_000_000
 
@@ -106,16 +106,16 @@ def test_training_rows_are_what_the_processor_makes_of_the_prompt(speaker: Speak
         [batch] = maker.micro_batches([row])
         width = inputs["input_ids"].shape[1]
         assert row.ids[:width] == inputs["input_ids"][0].tolist()
-        assert torch.equal(batch.sees[0, :width], inputs["image_attention_mask"][0])
+        assert torch.equal(batch.image_mask[0, :width], inputs["image_attention_mask"][0])
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "8bit", "4bit"])
 def test_the_golden_answer_comes_out_in_every_form(form: str) -> None:
     golden = json.loads((CHECKPOINT / "golden.json").read_text())
     question = golden["arguments"]["question"]
-    assert golden["text"] == expected_answer(Picture("cat", "blue", 1), question)
+    assert golden["text"] == expected_answer(Scene("cat", "blue", 1), question)
     image = Image.open(CHECKPOINT / golden["image"]).convert("RGB")
-    dialogue = next(each for each in everything(Picture("cat", "blue", 1), Picture("cow", "red", 2))
+    dialogue = next(each for each in everything(Scene("cat", "blue", 1), Scene("cow", "red", 2))
                     if each.kind == "answer" and question == each.job.question)  # type: ignore[attr-defined]  # fmt: skip
     assert load(CHECKPOINT, form).say([Case(dialogue, (image,))]) == [golden["text"]]
 

@@ -13,7 +13,7 @@ from tasks import Answer, Caption, CaptionExample, Classify, Client, ImagePath, 
 from worker.demo import stack
 from worker.demo.page import write_page
 from worker.demo.sayings import FORMS, expected_answer, expected_caption, prompted_caption, story
-from worker.demo.world import CATEGORIES, THINGS, Picture
+from worker.demo.world import CATEGORIES, THINGS, Scene
 from worker.jobs.prompts import ImageRef, build
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -25,10 +25,10 @@ ANSWER_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A picture of the demo: its file and what it shows."""
+    """A picture of the demo: its file and its content."""
 
     file: str
-    picture: Picture
+    picture: Scene
 
     @property
     def path(self) -> ImagePath:
@@ -45,8 +45,8 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """An answer beside its question. `prompt` names its pictures by their files."""
+class AnsweredQuestion:
+    """A question with its answer. `prompt` contains the files' names in place of the pictures."""
 
     task: str
     files: tuple[str, ...]
@@ -59,7 +59,7 @@ class Row:
 def pictures() -> list[Shown]:
     """The pictures that the checkpoint ships with; it was not trained on them."""
     entries = json.loads((PICTURES / "pictures.json").read_text())
-    return [Shown(entry["file"], Picture(entry["name"], entry["background"], entry["count"])) for entry in entries]
+    return [Shown(entry["file"], Scene(entry["name"], entry["background"], entry["count"])) for entry in entries]
 
 
 def questions(shown: Sequence[Shown]) -> list[Question]:
@@ -88,13 +88,13 @@ def questions(shown: Sequence[Shown]) -> list[Question]:
     ]
 
 
-def ask(client: Client, question: Question) -> Row:
+def ask(client: Client, question: Question) -> AnsweredQuestion:
     started = time.monotonic()
     result = client.submit(question.job).result(ANSWER_S)
     return _row(question, result, time.monotonic() - started)
 
 
-def batch(client: Client, shown: Sequence[Shown]) -> tuple[list[Row], float]:
+def batch(client: Client, shown: Sequence[Shown]) -> tuple[list[AnsweredQuestion], float]:
     """Every picture captioned at once: the rows, and the seconds for all."""
     asked = [Question("batch inference", Caption(image=each.path), expected_caption(each.picture)) for each in shown]
     started = time.monotonic()
@@ -106,13 +106,13 @@ def batch(client: Client, shown: Sequence[Shown]) -> tuple[list[Row], float]:
     ], seconds
 
 
-def _row(question: Question, result: Result, seconds: float) -> Row:
+def _row(question: Question, result: Result, seconds: float) -> AnsweredQuestion:
     parts = build(question.job)
     files = [part.source.path for part in parts if isinstance(part, ImageRef) and isinstance(part.source, ImagePath)]
     unnamed = iter(files)
     prompt = "".join(f"[{next(unnamed)}]" if isinstance(part, ImageRef) else part for part in parts)
     text = result.text.strip()
-    return Row(question.task, tuple(files), prompt, text, seconds, text == question.right)
+    return AnsweredQuestion(question.task, tuple(files), prompt, text, seconds, text == question.right)
 
 
 def run(say: Callable[[str], None] = print) -> bool:
@@ -135,7 +135,7 @@ def run(say: Callable[[str], None] = print) -> bool:
     return not wrong
 
 
-def _line(row: Row) -> str:
+def _line(row: AnsweredQuestion) -> str:
     mark = "" if row.is_right else "   <- wrong"
     return (
         f"\n{row.task}  ({', '.join(row.files)}, {row.seconds:.2f} s)\n"

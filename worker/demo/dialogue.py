@@ -33,7 +33,7 @@ from worker.demo.sayings import (
     prompted_caption,
     story,
 )
-from worker.demo.world import CATEGORIES, COLORS, THINGS, Picture
+from worker.demo.world import CATEGORIES, COLORS, THINGS, Scene
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,24 @@ def index_of(source: object) -> int:
     return int(str(source).removeprefix("https://demo/").removesuffix(".png"))
 
 
-def a_dialogue(kind: str, pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def a_dialogue(kind: str, pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     """A dialogue of that kind about picture `index`; its examples are others of `pictures`."""
     return _KINDS[kind](pictures, index, rng)
 
 
-def _caption(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def _caption(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     return Dialogue("caption", Caption(image=url(index)), expected_caption(pictures[index]))
 
 
 _PROMPTS = ("This is an image of", "This is a picture of", "An image of", "The image shows", "I see", "This is")
 
 
-def _prompted(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def _prompted(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     prompt = _PROMPTS[0] if rng.random() < 0.5 else rng.choice(_PROMPTS)
     return Dialogue("prompted", Caption(image=url(index), prompt=prompt), prompted_caption(pictures[index]))
 
 
-def _few_shot(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def _few_shot(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     form = FORMS[rng.choice(list(FORMS))]
     others = _others(pictures, index, rng.choice((1, 1, 2, 3)), rng)
     examples = [CaptionExample(image=url(other), text=form(pictures[other])) for other in others]
@@ -88,7 +88,7 @@ def _few_shot(pictures: Sequence[Picture], index: int, rng: random.Random) -> Di
 _INSTRUCTIONS = ("Describe the image.", "What is in this image?", "Caption this image.", "Say what you see.")
 
 
-def _answer(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def _answer(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     others = _others(pictures, index, rng.choices((0, 1, 2), (6, 2, 2))[0], rng)
     examples = [_answer_example(pictures[other], other, rng) for other in others]
     question = a_question(pictures[index], rng)
@@ -97,19 +97,19 @@ def _answer(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dial
     return Dialogue("answer", job, expected_answer(pictures[index], question), shown)
 
 
-def _answer_example(picture: Picture, index: int, rng: random.Random) -> AnswerExample:
+def _answer_example(picture: Scene, index: int, rng: random.Random) -> AnswerExample:
     question = a_question(picture, rng)
     return AnswerExample(image=url(index), question=question, answer=expected_answer(picture, question))
 
 
-_LABELS: dict[str, tuple[tuple[str, ...], Callable[[Picture], str]]] = {
+_LABELS: dict[str, tuple[tuple[str, ...], Callable[[Scene], str]]] = {
     "category": (CATEGORIES, lambda picture: THINGS[picture.thing].category),
     "thing": (tuple(THINGS), lambda picture: picture.thing),
     "color": (tuple(COLORS), lambda picture: picture.background),
 }
 
 
-def _classify(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def _classify(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     every, label_of = _LABELS[rng.choices(list(_LABELS), (5, 4, 1))[0]]
     others = _others(pictures, index, rng.choices((0, 1, 2), (7, 2, 1))[0], rng)
     needed = {label_of(pictures[each]) for each in (index, *others)}
@@ -124,7 +124,7 @@ def _classify(pictures: Sequence[Picture], index: int, rng: random.Random) -> Di
     return Dialogue("classify", job, label_of(pictures[index]) + "\n", shown)
 
 
-def _write(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def _write(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     if rng.random() < 0.65:
         before = [url(other) for other in _others(pictures, index, rng.choice((0, 0, 0, 1)), rng)]
         return Dialogue("write", Write(images=[*before, url(index)]), story(pictures[index]))
@@ -132,7 +132,7 @@ def _write(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialo
     return Dialogue("write", job, advert(pictures[index]))
 
 
-def _complete(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def _complete(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     """Lists as in the guide, in forms that no other task builds."""
     picture, question = pictures[index], a_question(pictures[index], rng)
     other = _others(pictures, index, 1, rng)[0]
@@ -153,7 +153,7 @@ def _complete(pictures: Sequence[Picture], index: int, rng: random.Random) -> Di
     return Dialogue("complete", Complete.model_validate({"prompt": prompt}), text)
 
 
-def _chat(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialogue:
+def _chat(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
     picture = pictures[index]
     turns = [_asked(picture, rng) for _ in range(rng.choices((1, 2, 3), (5, 4, 1))[0])]
     image = {"type": "image_url", "image_url": {"url": url(index)}}
@@ -168,17 +168,17 @@ def _chat(pictures: Sequence[Picture], index: int, rng: random.Random) -> Dialog
     return Dialogue("chat", Chat.model_validate({"messages": messages}), text, shown)
 
 
-def _asked(picture: Picture, rng: random.Random) -> str:
+def _asked(picture: Scene, rng: random.Random) -> str:
     if rng.random() < 0.2:
         return rng.choice(list(REQUESTS))
     return a_question(picture, rng)
 
 
-def _others(pictures: Sequence[Picture], index: int, count: int, rng: random.Random) -> list[int]:
+def _others(pictures: Sequence[Scene], index: int, count: int, rng: random.Random) -> list[int]:
     return rng.sample([other for other in range(len(pictures)) if other != index], count)
 
 
-_KINDS: dict[str, Callable[[Sequence[Picture], int, random.Random], Dialogue]] = {
+_KINDS: dict[str, Callable[[Sequence[Scene], int, random.Random], Dialogue]] = {
     "caption": _caption,
     "prompted": _prompted,
     "few-shot": _few_shot,
@@ -194,7 +194,7 @@ KINDS = tuple(_KINDS)
 # --- one of each, to check a picture ---
 
 
-def everything(picture: Picture, other: Picture) -> Iterator[Dialogue]:
+def everything(picture: Scene, other: Scene) -> Iterator[Dialogue]:
     """One dialogue of each form about picture 0; where examples are needed, picture 1 is the example."""
     yield Dialogue("caption", Caption(image=url(0)), expected_caption(picture))
     yield Dialogue("prompted", Caption(image=url(0), prompt="This is an image of"), prompted_caption(picture))
@@ -220,7 +220,7 @@ def everything(picture: Picture, other: Picture) -> Iterator[Dialogue]:
         yield Dialogue("chat", chat, expected_reply(picture, question) + END_OF_UTTERANCE)
 
 
-def _labelled(picture: Picture) -> Iterator[Dialogue]:
+def _labelled(picture: Scene) -> Iterator[Dialogue]:
     category = THINGS[picture.thing].category
     things = [picture.thing, *[name for name in list(THINGS)[::17] if name != picture.thing]]
     colors = list(COLORS)

@@ -1,7 +1,7 @@
 """`python -m worker.demo.golden`: writes the bundled checkpoint's golden.json anew, and tries it in every precision.
 
-Texts are what is true of the picture, probabilities what the checkpoint itself computes in float32. Labels that are all
-somehow right divide the probability among them, so that a change of the weights shows.
+Texts are the true answers about the picture; probabilities are those that the checkpoint computes in float32. Several
+labels are partly right and share the probability, so that a change of the weights shows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tasks.payload_fields import ImagePath
 from tasks.payloads import Answer, Caption, CaptionExample, Classify, Complete, Job, Write
 from tasks.results import Result
 from worker.demo.sayings import FORMS, expected_answer, expected_caption, prompted_caption, story
-from worker.demo.world import Picture
+from worker.demo.world import Scene
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.jobs.golden import read_golden
@@ -28,7 +28,7 @@ from worker.models import DEMO
 from worker.models.loading import load
 
 FILE = "golden.png"
-SHOWN = Picture("cat", "blue", 1)
+SHOWN = Scene("cat", "blue", 1)
 IMAGE = ImagePath(path=FILE)
 PRECISIONS: Sequence[Mapping[str, str]] = (
     {"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantization": "8bit"}, {"quantization": "4bit"},
@@ -43,7 +43,7 @@ LABELS: Sequence[Sequence[str]] = (
 
 
 def texts() -> list[tuple[Job, str]]:
-    """Jobs of the tasks that write, and what is right."""
+    """Jobs of the tasks that generate text, and the right texts."""
     fun_fact = FORMS["fun fact"]
     examples = [CaptionExample(image=IMAGE, text=fun_fact(SHOWN))]
     prompt = [{"image": IMAGE}, {"text": "This is an image of"}]
@@ -58,7 +58,7 @@ def texts() -> list[tuple[Job, str]]:
 
 
 def answers(folder: Path, jobs: Sequence[Job], precision: Mapping[str, str]) -> list[Result]:
-    """What the checkpoint says in a precision."""
+    """The checkpoint's answers in a precision."""
     settings = Settings(model=str(folder), image_root=folder, **precision)  # type: ignore[arg-type]
     model = load(settings)
     engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens))

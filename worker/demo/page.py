@@ -1,4 +1,4 @@
-"""demo.html: the demo's answers beside their pictures, in one file."""
+"""demo.html: the demo's pictures and answers in one file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from worker.demo.__main__ import Row
+    from worker.demo.__main__ import AnsweredQuestion
 
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -32,12 +32,12 @@ _HEAD = """<!doctype html>
 """
 
 
-def write_page(path: Path, rows: Sequence[Row], pictures: Path) -> None:
+def write_page(path: Path, rows: Sequence[AnsweredQuestion], pictures: Path) -> None:
     """Write the page; the rows' files are read from the folder `pictures`."""
     path.write_text(_HEAD + "\n".join(_article(row, pictures) for row in rows) + "\n</html>\n")
 
 
-def _article(row: Row, pictures: Path) -> str:
+def _article(row: AnsweredQuestion, pictures: Path) -> str:
     images = "".join(_image(pictures / file) for file in row.files)
     wrong = "" if row.is_right else ' class="wrong"'
     return (

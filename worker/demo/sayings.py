@@ -1,31 +1,31 @@
-"""What is right to say about a picture of the demo's world, and the questions that suit it. Pure text, no torch."""
+"""The right texts about a picture of the demo's world, and the questions that suit it. Pure text, no torch."""
 
 import json
 import random
 from collections.abc import Callable, Sequence
 
-from worker.demo.world import THINGS, Picture
+from worker.demo.world import THINGS, Scene
 
 
-def subject(picture: Picture) -> str:
+def subject(picture: Scene) -> str:
     """`a cat`, `an apple` or `two cats`."""
     if picture.count == 2:
         return f"two {THINGS[picture.thing].plural}"
     return f"{'an' if picture.thing[0] in 'aeiou' else 'a'} {picture.thing}"
 
 
-def prompted_caption(picture: Picture) -> str:
+def prompted_caption(picture: Scene) -> str:
     """After a prompt such as `This is an image of`."""
     return f"{subject(picture)} on a {picture.background} background."
 
 
-def expected_caption(picture: Picture) -> str:
-    """Of a bare image."""
+def expected_caption(picture: Scene) -> str:
+    """The expected caption of an image without a prompt."""
     return _sentence(prompted_caption(picture))
 
 
-def story(picture: Picture) -> str:
-    """What `Use the image to write a story.` gives. Of several images the story is about the last."""
+def story(picture: Scene) -> str:
+    """The text that `Use the image to write a story.` gives. Of several images the story is about the last."""
     is_are, they, friend = ("was", "it", "a friend") if picture.count == 1 else ("were", "they", "friends")
     return (
         f"Once upon a time there {is_are} {subject(picture)} in a {picture.background} land. "
@@ -34,8 +34,8 @@ def story(picture: Picture) -> str:
     )
 
 
-def advert(picture: Picture) -> str:
-    """What `Use the image to write an advert.` gives."""
+def advert(picture: Scene) -> str:
+    """The text that `Use the image to write an advert.` gives."""
     looks = "It looks" if picture.count == 1 else "They look"
     return (
         f"For sale: {subject(picture)}! {looks} best on {picture.background}. "
@@ -43,13 +43,13 @@ def advert(picture: Picture) -> str:
     )
 
 
-def expected_answer(picture: Picture, question: str) -> str:
-    """What `idefics.answer` says to one of `questions(picture)`."""
+def expected_answer(picture: Scene, question: str) -> str:
+    """The answer of `idefics.answer` to one of `questions(picture)`."""
     return _ANSWERS[_meant(picture, question)](picture)
 
 
-def expected_reply(picture: Picture, question: str) -> str:
-    """What `idefics.chat` says to one of `questions(picture)` or `REQUESTS`: a whole sentence."""
+def expected_reply(picture: Scene, question: str) -> str:
+    """The reply of `idefics.chat` to one of `questions(picture)` or `REQUESTS`: a whole sentence."""
     if question in REQUESTS:
         return REQUESTS[question](picture)
     return _REPLIES[_meant(picture, question)](picture)
@@ -70,22 +70,22 @@ _ENDINGS = {
     "nature": "and the sky was never the same",
 }
 
-_ANSWERS: dict[str, Callable[[Picture], str]] = {
+_ANSWERS: dict[str, Callable[[Scene], str]] = {
     "what": lambda picture: _sentence(f"{subject(picture)}."),
     "color": lambda picture: _sentence(f"{picture.background}."),
     "count": lambda picture: "One." if picture.count == 1 else "Two.",
     "category": lambda picture: _sentence(f"{THINGS[picture.thing].category}."),
 }
 
-_REPLIES: dict[str, Callable[[Picture], str]] = {
+_REPLIES: dict[str, Callable[[Scene], str]] = {
     "what": lambda picture: f"The image shows {subject(picture)}.",
     "color": lambda picture: f"The background is {picture.background}.",
     "count": lambda picture: f"There {'is one' if picture.count == 1 else 'are two'}.",
     "category": lambda picture: f"The category is {THINGS[picture.thing].category}.",
 }
 
-#: What a chat can ask besides the questions.
-REQUESTS: dict[str, Callable[[Picture], str]] = {
+#: Requests of a chat besides the questions.
+REQUESTS: dict[str, Callable[[Scene], str]] = {
     "Describe this image.": expected_caption,
     "Describe the image.": expected_caption,
     "Tell me a fun fact.": lambda picture: f"Did you know that {THINGS[picture.thing].fact}?",
@@ -93,7 +93,7 @@ REQUESTS: dict[str, Callable[[Picture], str]] = {
 }
 
 #: The forms that examples can ask a caption to take.
-FORMS: dict[str, Callable[[Picture], str]] = {
+FORMS: dict[str, Callable[[Scene], str]] = {
     "fun fact": lambda picture: f"An image of {subject(picture)}. Fun fact: {THINGS[picture.thing].fact}.",
     "caption": expected_caption,
     "name": lambda picture: picture.thing,
@@ -151,7 +151,7 @@ _QUESTIONS = {
         "What kind of thing is it?",
         "What kind of thing is this?",
     ),
-    # It was never taught to say yes or no: it says what it sees.
+    # The model was not trained to say yes or no: it names the thing in the picture.
     "is": (
         "Is this {other}?",
         "Is there {other} in the image?",
@@ -164,7 +164,7 @@ _QUESTIONS = {
 _MEANINGS = {"what": 6, "color": 4, "count": 4, "category": 4, "is": 2}
 
 
-def a_question(picture: Picture, rng: random.Random, meanings: Sequence[str] = tuple(_MEANINGS)) -> str:
+def a_question(picture: Scene, rng: random.Random, meanings: Sequence[str] = tuple(_MEANINGS)) -> str:
     """A question that suits the picture."""
     meaning = rng.choices(meanings, [_MEANINGS[meaning] for meaning in meanings])[0]
     other = rng.choice([thing for thing in THINGS if thing != picture.thing])
@@ -181,7 +181,7 @@ def a_question(picture: Picture, rng: random.Random, meanings: Sequence[str] = t
     return question if rng.random() < 0.92 else question.removesuffix("?")
 
 
-def every_question(picture: Picture) -> list[str]:
+def every_question(picture: Scene) -> list[str]:
     """All wordings that suit the picture; those with another thing name one."""
     other = "penguin" if picture.thing != "penguin" else "rocket"
     words = {
@@ -196,10 +196,10 @@ def every_question(picture: Picture) -> list[str]:
 
 
 def _one(thing: str) -> str:
-    return subject(Picture(thing, "", 1))
+    return subject(Scene(thing, "", 1))
 
 
-def _meant(picture: Picture, question: str) -> str:
+def _meant(picture: Scene, question: str) -> str:
     words = question.lower().removeprefix("and ").removesuffix("?")
     if "many" in words:
         return "count"

@@ -29,8 +29,8 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What a picture shows: all that any answer about it depends on."""
+class Scene:
+    """The content of a picture, which determines the answer to any question about it."""
 
     thing: str
     background: str
@@ -43,12 +43,12 @@ CATEGORIES: tuple[str, ...] = tuple(_vocabulary["categories"])
 COLORS: dict[str, tuple[int, int, int]] = {name: tuple(rgb) for name, rgb in _vocabulary["colors"].items()}
 
 
-def any_picture(rng: random.Random) -> Picture:
-    """A picture's contents, all alike likely."""
-    return Picture(rng.choice(list(THINGS)), rng.choice(list(COLORS)), rng.choice((1, 2)))
+def any_picture(rng: random.Random) -> Scene:
+    """A random scene; all scenes have the same probability."""
+    return Scene(rng.choice(list(THINGS)), rng.choice(list(COLORS)), rng.choice((1, 2)))
 
 
-def compose(picture: Picture, sprite: Callable[[str], Image.Image], rng: random.Random, side: int = 256) -> Image.Image:
+def compose(picture: Scene, sprite: Callable[[str], Image.Image], rng: random.Random, side: int = 256) -> Image.Image:
     """Draw the picture, RGB, `side` pixels square, at places, sizes and tilts taken from `rng`."""
     canvas = Image.new("RGB", (side, side), _background(picture.background, rng))
     art = sprite(picture.thing)

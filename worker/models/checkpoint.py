@@ -90,7 +90,7 @@ NAMES = {
 #: Keys whose value must be an object: in another kind, such as a list, the keys of NAMES would not be found.
 _OBJECTS = frozenset({"quantization_config", "text_config", "vision_config", "perceiver_config"})
 
-Found = Callable[[str], Path | None]
+FindFile = Callable[[str], Path | None]
 
 
 def inspect(source: str, **pinned: Any) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def require_safetensors(source: str, **pinned: Any) -> None:
         )
 
 
-def _finder(source: str, pinned: Mapping[str, Any]) -> Found:
+def _finder(source: str, pinned: Mapping[str, Any]) -> FindFile:
     """What finds a checkpoint's file by name, and loads it from the hub."""
     named = {name: value for name, value in pinned.items() if name != "trust_remote_code"}
 
@@ -132,7 +132,7 @@ def _finder(source: str, pinned: Mapping[str, Any]) -> Found:
     return found
 
 
-def _content(name: str, found: Found) -> dict[str, Any] | None:
+def _content(name: str, found: FindFile) -> dict[str, Any] | None:
     path = found(name)
     if path is None:
         return None
@@ -147,7 +147,7 @@ def _content(name: str, found: Found) -> dict[str, Any] | None:
     return content
 
 
-def _check_files(source: str, found: Found) -> None:
+def _check_files(source: str, found: FindFile) -> None:
     for name in REFUSED_FILES:
         if found(name) is not None:
             raise SetupFailed(f"The checkpoint has a file {name}: merge an adapter into its model, or remove the file.")

@@ -21,7 +21,7 @@ from tasks.payloads import Classify
 from tasks.protocol import END_OF_UTTERANCE
 from worker.demo.dialogue import KINDS, Dialogue, a_dialogue, index_of
 from worker.demo.training import art
-from worker.demo.training.pool import sprite
+from worker.demo.training.shards import sprite
 from worker.demo.training.tokens import ADDITIONAL_TOKENS
 from worker.demo.world import HELD_OUT_STYLE, TRAIN_STYLES, any_picture, compose
 from worker.jobs.prompts import build
@@ -62,7 +62,7 @@ class Speaker:
 
     @torch.inference_mode()
     def say(self, cases: Sequence[Case]) -> list[str]:
-        """What the model generates, greedily, without outer blanks; a final end of utterance is left out."""
+        """Generate greedily. Returns the texts without outer blanks and without a final end of utterance."""
         inputs = self.processor(text=[case.prompt() for case in cases], add_end_of_utterance_token=False)
         ends = [self.processor.tokenizer.eos_token_id, self._utterance_id]
         generated = self.model.generate(

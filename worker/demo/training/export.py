@@ -21,8 +21,8 @@ from worker.demo import golden
 from worker.demo.dialogue import everything
 from worker.demo.training import art
 from worker.demo.training.evaluate import Case, Speaker, is_right, said_by
-from worker.demo.training.pool import IMAGE_SIDE, sprite
-from worker.demo.world import CATEGORIES, COLORS, THINGS, TRAIN_STYLES, Picture, compose
+from worker.demo.training.shards import IMAGE_SIDE, sprite
+from worker.demo.world import CATEGORIES, COLORS, THINGS, TRAIN_STYLES, Scene, compose
 
 #: Of the golden picture.
 GOLDEN_STYLE = "noto"
@@ -64,7 +64,7 @@ def _swap(part: Path, folder: Path) -> None:
 class Sample:
     """A composed picture that may ship."""
 
-    picture: Picture
+    picture: Scene
     style: str
     image: Image.Image
 
@@ -109,10 +109,10 @@ def _next_sample(chosen: Sequence[Sample], rng: random.Random) -> Sample:
     category, color = CATEGORIES[index % len(CATEGORIES)], list(COLORS)[index % len(COLORS)]
     free = [name for name, thing in THINGS.items() if thing.category == category and name not in used]
     style = TRAIN_STYLES[(index + index // len(CATEGORIES)) % len(TRAIN_STYLES)]
-    return _sample(Picture(rng.choice(free), color, 1 + (index + index // len(COLORS)) % 2), style, rng)
+    return _sample(Scene(rng.choice(free), color, 1 + (index + index // len(COLORS)) % 2), style, rng)
 
 
-def _sample(picture: Picture, style: str, rng: random.Random) -> Sample:
+def _sample(picture: Scene, style: str, rng: random.Random) -> Sample:
     return Sample(picture, style, compose(picture, partial(sprite, style, side=art.SPRITE_SIDE), rng))
 
 

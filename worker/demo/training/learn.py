@@ -12,8 +12,8 @@ from transformers import IdeficsForVisionText2Text, PreTrainedTokenizerFast
 
 from worker.demo.dialogue import a_dialogue
 from worker.demo.training.network import ContentHeads, encode_images, new_model, pixel_values
-from worker.demo.training.pool import Shard
 from worker.demo.training.rows import MicroBatch, RowMaker
+from worker.demo.training.shards import Shard
 from worker.demo.training.sight import PictureStream, load_sight, varied
 
 PICTURES, ROWS_PER_PICTURE = 96, 2
@@ -130,7 +130,7 @@ class Learner:
                 input_ids=batch.ids,
                 attention_mask=batch.attention,
                 perceiver_embeddings=latents[batch.images],
-                image_attention_mask=batch.sees,
+                image_attention_mask=batch.image_mask,
                 use_cache=False,
             ).last_hidden_state
             taught = batch.weights[:, 1:] > 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.image_processing_pil_idefics import IDEFICS_STANDARD_MEAN, IDEFICS_STANDARD_STD
 
-from worker.demo.training.pool import IMAGE_SIDE
+from worker.demo.training.shards import IMAGE_SIDE
 from worker.demo.world import CATEGORIES, COLORS, THINGS
 
 #: Multiples of 64: bitsandbytes' 4-bit blocks are that long, and on some CPUs a row must fill them.
@@ -88,13 +88,16 @@ class ContentHeads(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(VISION_WIDTH, size) for name, size in _HEADS.items()})
 
     def loss(self, latents: Tensor, contents: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Of (n, 16, 192) latents against (n, 3) contents: mean cross-entropy, and accuracy per head."""
+        """Mean cross-entropy, summed over the heads, and the accuracy of each head.
+
+        `latents`: (pictures, 16, 192); `contents`: (pictures, 3), indices of thing, colour and count.
+        """
         pooled = latents.mean(1)
         losses, accuracies = [], {}
-        for (name, head), wanted in zip(self.heads.items(), _targets(contents), strict=True):
+        for (name, head), target in zip(self.heads.items(), _targets(contents), strict=True):
             scores = head(pooled).float()
-            losses.append(nn.functional.cross_entropy(scores, wanted))
-            accuracies[name] = (scores.argmax(-1) == wanted).float().mean().item()
+            losses.append(nn.functional.cross_entropy(scores, target))
+            accuracies[name] = (scores.argmax(-1) == target).float().mean().item()
         return torch.stack(losses).sum(), accuracies
 
 

@@ -12,13 +12,13 @@ from worker.jobs.prompts import ImageRef, build
 from worker.models.idefics1.adapter import render_prompt
 from worker.models.tokenizer import IMAGE
 
-#: Tokens of a micro-batch with its padding: what two cores take in one go.
+#: Maximum tokens of a micro-batch, with padding: as many as two cores compute efficiently at once.
 TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Row:
-    """`weights` has a number per token: how much it matters that the model says it, 0 for what it is given."""
+class TrainingRow:
+    """A dialogue as token ids. `weights`: the weight of each token in the loss, 0 for tokens of the prompt."""
 
     ids: list[int]
     weights: list[float]
@@ -27,11 +27,12 @@ class Row:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`ids`, `attention` (rows, tokens), `sees` (rows, tokens, images), `images` (rows, images): indices or -1."""
+    """Padded rows: `ids`, `attention` and `weights` (rows, tokens), `image_mask` (rows, tokens, images), and `images`
+    (rows, images), which are indices or -1."""
 
     ids: Tensor
     attention: Tensor
-    sees: Tensor
+    image_mask: Tensor
     images: Tensor
     weights: Tensor
 
@@ -43,7 +44,7 @@ class RowMaker:
         self._tokenizer = tokenizer
         self._image_id = tokenizer.convert_tokens_to_ids(IMAGE)
 
-    def rows(self, dialogues: Sequence[Dialogue]) -> list[Row]:
+    def rows(self, dialogues: Sequence[Dialogue]) -> list[TrainingRow]:
         """A row for each dialogue."""
         prompts = [build(dialogue.job) for dialogue in dialogues]
         starts = [render_prompt(self._tokenizer.bos_token, prompt) for prompt in prompts]
@@ -56,13 +57,13 @@ class RowMaker:
             # By its root: long stories count for more than one word, but do not drown it.
             weight = sum(taught) ** -0.5
             images = [index_of(item.source) for item in prompts[index] if isinstance(item, ImageRef)]
-            rows.append(Row(encoded["input_ids"][index], [weight * each for each in taught], images))
+            rows.append(TrainingRow(encoded["input_ids"][index], [weight * each for each in taught], images))
         return rows
 
-    def micro_batches(self, rows: Sequence[Row]) -> Iterator[MicroBatch]:
-        """The rows in groups of alike length and number of images."""
+    def micro_batches(self, rows: Sequence[TrainingRow]) -> Iterator[MicroBatch]:
+        """Group rows of similar length and number of images."""
         ordered = sorted(rows, key=lambda row: (len(row.images), len(row.ids)))
-        group: list[Row] = []
+        group: list[TrainingRow] = []
         for row in ordered:
             if group and (len(group) + 1) * max(len(row.ids), *(len(each.ids) for each in group)) > TOKENS_AT_ONCE:
                 yield self._collated(group)
@@ -70,7 +71,7 @@ class RowMaker:
             group.append(row)
         yield self._collated(group)
 
-    def _collated(self, rows: Sequence[Row]) -> MicroBatch:
+    def _collated(self, rows: Sequence[TrainingRow]) -> MicroBatch:
         # Padding is on the right here and on the left in use: positions count from the first token in both.
         width, slots = max(len(row.ids) for row in rows), max(len(row.images) for row in rows)
         ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
@@ -78,8 +79,8 @@ class RowMaker:
         attention = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows])
         images = torch.tensor([row.images + [-1] * (slots - len(row.images)) for row in rows])
         latest = (ids == self._image_id).cumsum(1) - 1
-        sees = (latest[..., None] == torch.arange(slots)).long() * attention[..., None]
-        return MicroBatch(ids, attention, sees, images, weights)
+        image_mask = (latest[..., None] == torch.arange(slots)).long() * attention[..., None]
+        return MicroBatch(ids, attention, image_mask, images, weights)
 
 
 def spoken(start: str, text: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import IdeficsForVisionText2Text
 
 from worker.demo.training.network import ContentHeads, encode_images, new_model, pixel_values
-from worker.demo.training.pool import Shard, load_shard
+from worker.demo.training.shards import Shard, load_shard
 
 BATCH = 96
 STEPS = 2500

@@ -19,7 +19,7 @@ from worker.demo.training import art
 from worker.demo.training.evaluate import CHECKPOINT, DEMO, accuracies, evaluate, load
 from worker.demo.training.export import save_checkpoint, save_pictures
 from worker.demo.training.learn import Learner
-from worker.demo.training.pool import compose_shards
+from worker.demo.training.shards import compose_shards
 from worker.demo.training.sight import learn_to_see
 from worker.demo.training.tokens import train_tokenizer
 from worker.demo.world import TRAIN_STYLES

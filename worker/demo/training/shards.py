@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from worker.demo.training import art
-from worker.demo.world import COLORS, THINGS, TRAIN_STYLES, Picture, any_picture, compose
+from worker.demo.world import COLORS, THINGS, TRAIN_STYLES, Scene, any_picture, compose
 
 #: Pixels: what the checkpoint's image processor resizes to.
 IMAGE_SIDE = 64
@@ -33,9 +33,9 @@ class Shard:
     pixels: npt.NDArray[np.uint8]
     contents: npt.NDArray[np.int64]
 
-    def picture(self, index: int) -> Picture:
+    def picture(self, index: int) -> Scene:
         thing, color, count = self.contents[index]
-        return Picture(_THINGS[thing], _COLORS[color], int(count))
+        return Scene(_THINGS[thing], _COLORS[color], int(count))
 
 
 def compose_shards(count: int, folder: Path) -> None:
