@@ -9,7 +9,8 @@ from worker.queue.envelope import fields
 from worker.queue.envelope.bounds import MAX_DELAY_S, MAX_ID_CHARS, MAX_LABEL_CHARS, MAX_RETRIES
 
 
-@dataclass(frozen=True, slots=True)
+# Compared by identity: a message has a dozen fields, and dataclasses compare by tuples that they make each time.
+@dataclass(frozen=True, slots=True, eq=False)
 class Form:
     """What a value must be."""
 
