@@ -1,4 +1,4 @@
-"""How values of settings are read: comma-separated lists, networks, secrets, certificates."""
+"""Parses values of settings: comma-separated lists, networks, secrets, certificates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic_settings import NoDecode
 
 
 def split(value: Any) -> Any:
-    """The items of comma-separated text; any other value as it is."""
+    """The items of comma-separated text; any other value unchanged."""
     if isinstance(value, str):
         return [item.strip() for item in value.split(",") if item.strip()]
     return value

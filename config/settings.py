@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     """Text before the priority's digit in the names of a queue's lists, if your producers set kombu's `sep`. Empty:
     kombu's default. Lists with kombu's default and with `:`, which Celery's guide recommends, are always read."""
     priority_steps: Steps = tuple(range(10))
-    """Priorities that have a list of their own. If your producers set kombu's `priority_steps`, they must be among
+    """Priorities that have their own lists. If your producers set kombu's `priority_steps`, they must be among
     these."""
     broker_key_prefix: str = Field(default="", max_length=200)
     """Prefix of all keys in the broker's Redis: your producers' `global_keyprefix` in broker_transport_options."""

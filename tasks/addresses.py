@@ -1,4 +1,4 @@
-"""Which addresses are the public internet's: pure."""
+"""Which IP addresses are public. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BAD_NETWORKS: tuple[Network, ...] = (
     ip_network("0.0.0.0/8"),  # "this host": Linux connects 0.0.0.0 to loopback
     ip_network("100.64.0.0/10"),  # carrier-grade NAT; clouds keep metadata and cluster networks there
     ip_network("192.0.0.0/24"),  # protocol assignments; a cloud's metadata service is in it
-    ip_network("192.31.196.0/24"),  # AS112: answered by whoever is nearest
+    ip_network("192.31.196.0/24"),  # AS112: answered by the nearest server
     ip_network("192.52.193.0/24"),  # AMT relays: tunnels
     ip_network("192.88.99.0/24"),  # 6to4 relays: tunnels
-    ip_network("192.175.48.0/24"),  # AS112: answered by whoever is nearest
+    ip_network("192.175.48.0/24"),  # AS112: answered by the nearest server
     ip_network("198.18.0.0/15"),  # benchmarks, used as internal addresses
     ip_network("168.63.129.16/32"),  # Azure's host agent, in a public range
     ip_network("::/96"),  # unspecified, loopback, and IPv4 written as IPv6 (compatible)
@@ -35,7 +35,7 @@ BAD_NETWORKS: tuple[Network, ...] = (
 
 
 def is_public(address: Address) -> bool:
-    """True for an address of the public internet, however it is written."""
+    """Whether an address is public, in any notation."""
     address = unmapped(address)
     if not address.is_global or address.is_multicast or address.is_reserved:
         return False
@@ -49,7 +49,7 @@ def unmapped(address: Address) -> Address:
 
 
 def literal(host: str) -> Address | None:
-    """The address that a URL's host spells out, in any way that a resolver takes for one; None for a name."""
+    """The IP address that a URL's host is, in any notation that resolvers accept; None for a name."""
     with contextlib.suppress(ValueError):
         return ip_address(host)
     with contextlib.suppress(OSError, ValueError):

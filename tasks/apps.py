@@ -1,4 +1,4 @@
-"""The Celery apps that the client speaks through: both give up in seconds where Redis does not answer."""
+"""The Celery apps that the client uses. They give up within seconds if Redis does not answer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .redis_urls import SCHEMES, Server, result_server, results_beside, server
 
-#: Seconds without an answer after which a connection is given up: a server that is frozen closes none.
+#: Seconds without an answer after which a connection is given up: a frozen server does not close it.
 SOCKET_TIMEOUT_S, CONNECT_TIMEOUT_S = 10.0, 5.0
 DEFAULT_BROKER = "redis://localhost:6379/0"
 #: A server without its scheme: a dot or a port tells it from the name of a result backend.
 _PLACE = re.compile(r"(localhost|(?=[^/]*[.:])[\w.-]+(?::\d+)?)(/\d+)?/?")
 _WEB = ("http", "https")
 
-#: How often the broker is tried again, and how long is waited between two tries: two seconds in all.
+#: Retries of a call to the broker, and the pauses between them: two seconds in all.
 RETRIES = {"max_retries": 5, "interval_start": 0, "interval_step": 0.2, "interval_max": 1}
 
 
 class _App(Celery):  # type: ignore[misc]
-    """Does not subscribe to each job's result as it sends the job: nobody here would read what Redis then piles up.
+    """Does not subscribe to each job's result when it sends the job: these messages would never be read.
 
     `AsyncResult.get` subscribes itself.
     """
@@ -40,11 +40,11 @@ class _App(Celery):  # type: ignore[misc]
 
 
 def _subscribe_to_nothing(producer: Any, task_id: str) -> None:
-    """In place of Celery's `on_task_call`."""
+    """Replaces Celery's `on_task_call`."""
 
 
 class _Producer(Producer):  # type: ignore[misc]
-    """Gives up, also with what Celery tries without an end: a message to all workers."""
+    """Gives up after a few attempts, also with broadcasts to all workers, which Celery retries for ever."""
 
     def publish(self, *args: Any, retry_policy: dict[str, Any] | None = None, **options: Any) -> Any:
         policy = {"errback": _raise_silence, **(retry_policy or RETRIES)}
@@ -52,7 +52,7 @@ class _Producer(Producer):  # type: ignore[misc]
 
 
 def _raise_silence(error: Exception, interval: float) -> None:
-    """No second try where the first one has taken the whole timeout: the server is frozen, or cut off."""
+    """Raise, instead of retrying after a timeout: then the server is frozen or cut off."""
     if isinstance(error, TimeoutError | RedisTimeoutError):
         raise error
 
@@ -69,12 +69,12 @@ class _Amqp:
 
 def _new_app(name: str | None, amqp: Any = Celery.amqp_cls, **options: Any) -> Celery:
     giving_up = type("_GivingUp", (_Amqp, symbol_by_name(amqp)), {})
-    # Not the process's current app: that is its own.
+    # It must not become the process's current app.
     return _App(name, amqp=giving_up, set_as_current=False, **options)
 
 
 def app_at(broker_url: str | None, result_backend: str | None) -> Celery:
-    """An app for a broker's URL, or the environment's. Raises ValueError for one that Celery would misread."""
+    """An app for a broker's URL, by default the environment's. Raises ValueError for one that Celery would misread."""
     broker_url, of_environment = (
         (broker_url, False) if broker_url else (_environment("BROKER_URL", DEFAULT_BROKER), True)
     )
@@ -92,7 +92,7 @@ def app_at(broker_url: str | None, result_backend: str | None) -> Celery:
         accept_content=["json"],
         task_publish_retry_policy=RETRIES,
         broker_transport_options={
-            # The worker's steps: with other ones a priority would land in a queue that nobody reads.
+            # The worker's steps: with other ones some priorities would go to lists that no worker reads.
             "priority_steps": [int(step) for step in _environment("PRIORITY_STEPS", "0,1,2,3,4,5,6,7,8,9").split(",")],
             **_named(sep=_environment("PRIORITY_SEPARATOR"), global_keyprefix=_environment("BROKER_KEY_PREFIX")),
             "queue_order_strategy": "priority",
@@ -115,9 +115,9 @@ def app_at(broker_url: str | None, result_backend: str | None) -> Celery:
 
 
 def app_beside(app: Celery) -> Celery:
-    """An app with the settings of one of yours and connections of its own, which give up in time: one for each.
+    """A copy of an app's settings with separate connections, which give up in time. The same copy for each call.
 
-    Yours stays as it is: what else it is used for may have other needs.
+    The app itself is not changed, since its other uses may need other timeouts.
     """
     return app if isinstance(app, _App) else _beside.get(app) or _beside.setdefault(app, _new_app_beside(app))
 
@@ -128,7 +128,7 @@ _beside: weakref.WeakKeyDictionary[Celery, Celery] = weakref.WeakKeyDictionary()
 def _new_app_beside(app: Celery) -> Celery:
     beside = _new_app(app.main, amqp=app.amqp_cls)
     beside.backend_cls = app.backend_cls
-    # Once they are needed: your app may be configured after the client is made.
+    # Copied at the first use: the app may be configured after the client is made.
     beside.add_defaults(lambda: _settings_beside(app))
     return beside
 
@@ -142,7 +142,7 @@ def _settings_beside(app: Celery) -> dict[str, Any]:
         **settings,
         "broker_url": conf.broker_url,
         "result_backend": conf.result_backend,
-        # Other transports refuse what they do not know.
+        # Other transports refuse unknown options.
         "broker_transport_options": {
             **(timeouts if app.connection_for_write().transport.driver_type == "redis" else {}),
             **(conf.broker_transport_options or {}),
@@ -153,31 +153,31 @@ def _settings_beside(app: Celery) -> dict[str, Any]:
 
 
 def reach(connection: Any) -> None:
-    """Raises kombu's OperationalError where the broker cannot be reached in seconds."""
+    """Raises kombu's OperationalError if the broker cannot be reached within seconds."""
     connection.ensure_connection(**RETRIES, timeout=CONNECT_TIMEOUT_S)
 
 
 def _named(**options: str) -> dict[str, str]:
-    """Those that are set: kombu takes an empty one for one too."""
+    """The options that are not empty: kombu would use an empty one."""
     return {name: value for name, value in options.items() if value}
 
 
 def _environment(name: str, default: str = "") -> str:
-    """One of the worker's settings, where it is in this process's environment too. Empty is the default."""
+    """One of the worker's settings, if it is in this process's environment. An empty one counts as unset."""
     return os.environ.get(f"IDEFICS_{name}") or default
 
 
 def _server(url: str, read: Callable[[str, str, str], Server]) -> Server:
-    """Of another broker than Redis, Celery knows what there is to know.
+    """What Celery gets for a URL; the URL itself for another broker than Redis.
 
-    Raises ValueError for what is meant as Redis and is not written so.
+    Raises ValueError for a misspelt Redis URL.
     """
     scheme, has_scheme, _ = url.partition("://")
     if scheme not in SCHEMES:
         if not has_scheme and (place := _PLACE.fullmatch(url)):
             raise ValueError(f"Write redis://{place[1]}{place[2] or '/0'}.")
         if scheme.lower() in _WEB:
-            raise ValueError(f"{scheme}:// is no Redis URL: write redis://host:6379/0.")
+            raise ValueError(f"{scheme}:// is not a Redis URL: write redis://host:6379/0.")
         return Server(url)
     return read(url, _environment("SENTINEL_MASTER"), _environment("SENTINEL_PASSWORD"))
 

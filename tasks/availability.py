@@ -1,4 +1,4 @@
-"""Whether an error says that Redis is away, or refuses for now: such a call is made again. Others are defects."""
+"""Whether an error means that Redis is away or refuses for a while. Such calls are retried; others are defects."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-#: What a server answers that is full, read-only, cut off from its replicas, loading or busy. Redis before 7 puts the
-#: place in a script before a script's refusal.
+#: Errors of a server that is full, read-only, cut off from its replicas, loading or busy. Redis before 7 puts the place
+#: in a script before the error.
 _CODES = "OOM|MISCONF|READONLY|NOREPLICAS|LOADING|MASTERDOWN|CLUSTERDOWN|BUSY|TRYAGAIN"
 _REFUSAL = re.compile(rf"(?:(?:ERR )?Error running script \(call to \w+\): @user_script:\s*\d+: -?)?(?:{_CODES})\b")
-#: redis-py takes the codes that it knows out of the message, and has classes for them.
+#: redis-py removes the codes that it knows from the message, and has classes for them.
 _REFUSAL_CLASSES = (OutOfMemoryError, ReadOnlyError, ClusterDownError, MasterDownError, TryAgainError)
-#: redis-py puts the command of a pipeline, so a stranger's text, before the server's answer.
+#: redis-py puts a pipeline's command, which has untrusted text, before the server's answer.
 _OF_A_PIPELINE = "of pipeline caused error: "
 
-#: Of the operating system: a shortage that passes, or a network that is away.
+#: Errors of the operating system: a temporary shortage, or a network that is away.
 _ERRNOS = frozenset(
     {
         *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN, errno.EINTR),
@@ -38,17 +38,17 @@ _ERRNOS = frozenset(
     }
 )
 
-#: Errors that others raise in the place of Redis's own, which is their cause.
+#: Exceptions of other libraries that have Redis's own as their cause.
 _WRAPPERS = (OperationalError, BackendError)
-#: What keeps something from being stored in Redis, and may pass.
+#: Temporary errors that keep something from being stored in Redis.
 UNAVAILABLE = (RedisError, OperationalError, OSError, BackendError)
 _AWAY = (RedisConnectionError, RedisTimeoutError, InvalidResponse, LimitExceeded, *_WRAPPERS)
-#: Causes that are followed: nobody wraps deeper.
+#: Nested causes that are followed: no library wraps deeper.
 _MAX_DEPTH = 8
 
 
 def is_away(error: BaseException) -> bool:
-    """True for an error of a Redis that is away or refuses for now; False for one that would come again for ever."""
+    """True for an error of a Redis that is away or refuses temporarily; False for one that would always recur."""
     for _ in range(_MAX_DEPTH):
         cause = error.__cause__ or error.__context__
         if not isinstance(error, _WRAPPERS) or cause is None:
@@ -67,14 +67,14 @@ def _refuses(error: ResponseError) -> bool:
 
 
 def is_demoted(error: BaseException) -> bool:
-    """True where the server answers that is no primary any more: its name may stand for another one by now."""
+    """True if the server answers that it is no longer the primary: its name may lead to another server now."""
     return isinstance(error, ReadOnlyError | MasterDownError) or (
         isinstance(error, ResponseError) and any(code in str(error) for code in ("READONLY", "NOREPLICAS"))
     )
 
 
 def is_full(error: BaseException) -> bool:
-    """True where the server's memory or its disk is full."""
+    """True if the server's memory or disk is full."""
     cause = error.__cause__ or error
     answer = str(cause).rpartition(_OF_A_PIPELINE)[2]
     return isinstance(cause, OutOfMemoryError) or (isinstance(cause, ResponseError) and answer.startswith("MISCONF"))

@@ -31,29 +31,29 @@ from .payloads import Job
 
 #: Jobs in flight: enough for some workers with full batches.
 WINDOW = 1_000
-#: Bulk jobs wait for all others.
+#: Bulk jobs run after all others.
 PRIORITY = 9
 
-#: Seconds between two looks at the results: longer where there were none.
+#: Seconds between two polls of the results: the longer pause follows a poll without results.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 0.5
-#: Seconds of submitting between two looks.
+#: Seconds of submitting between two polls.
 TURN_S = 0.25
-#: Seconds before Redis, or a broker without room, is tried again.
+#: Seconds before a retry if Redis is away or the broker is full.
 TROUBLE_PAUSE_S = 1.0
-#: Seconds without any answer after which jobs that have neither started nor wait in the queue are held to be lost.
+#: Seconds without any answer after which jobs that have neither started nor wait in the queue count as lost.
 LOST_S = 600.0
-#: The same where jobs of an earlier run are among them: their results may have expired since, or have been forgotten
-#: when their answers were written, and the output been cut. A job that is sent again needlessly ends once, by its id.
+#: The same if jobs of an earlier run are among them: their results may have expired, or were deleted when their answers
+#: were written to an output that was cut later. A job that is sent again needlessly still ends once, by its id.
 RESUMED_LOST_S = 10.0
 
 
 def run(
     client: Any, lines: Iterable[str | bytes], *, window: int = WINDOW, priority: int = PRIORITY
 ) -> Iterator[dict[str, Any]]:
-    """The answers to lines of ours or of OpenAI's batch files (see batch_lines), in the order in which jobs end.
+    """The answers to lines in our form or OpenAI's batch form (see batch_lines), in the order in which jobs end.
 
-    An answer's result is forgotten in Redis when the next one is asked for. Raises NotJsonLines, before anything is
-    sent, for what is plainly no lines of JSON.
+    An answer's result is deleted from Redis when the next answer is requested. Raises NotJsonLines, before anything is
+    sent, for input that is clearly not lines of JSON.
     """
     for answers in Batch(client, lines, window=window, priority=priority).turns():
         yield from answers
@@ -76,7 +76,7 @@ def _read_when_asked(lines: Iterable[str | bytes]) -> Iterator[str | bytes]:
 
 
 class Batch:
-    """One pass over the lines. Redis that is away and a broker without room are waited for."""
+    """One pass over the lines. Waits while Redis is away or the broker is full."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Batch:
         on_note: Callable[[str], None] = lambda text: None,
         keep_results: bool = False,
     ) -> None:
-        """`name` tells this batch's jobs from any others, so that their results are found again.
+        """`name` identifies this batch's jobs, so that a later run finds their results.
 
         Lines in `done` are left out. Those up to number `sent` have their jobs in the queue or ended already;
         `on_sent` is told how far this is; `on_note` what the user should know, a sentence.
@@ -112,14 +112,14 @@ class Batch:
         self._held: tuple[Line, Job] | None = None
         self._is_read = False
         self._flying: dict[str, Line] = {}
-        #: Ids of those whose jobs an earlier run has sent.
+        #: Ids of jobs that an earlier run sent.
         self._resumed: set[str] = set()
         self._last_news = time.monotonic()
-        #: Lines that were read.
+        #: Number of lines read.
         self.read = 0
-        #: Why it waits.
+        #: Why the batch waits; empty if it does not.
         self.trouble = ""
-        #: Ends it after this turn, whatever is in flight.
+        #: Ends the batch after this turn, without waiting for jobs in flight.
         self.is_stopped = False
 
     @property
@@ -127,7 +127,7 @@ class Batch:
         return len(self._flying)
 
     def turns(self) -> Iterator[list[dict[str, Any]]]:
-        """The answers of each turn, often none. Their results are forgotten at the next turn. Raises JobsLost."""
+        """The answers of each turn, often none. Their results are deleted at the next turn. Raises JobsLost."""
         pause = FIRST_PAUSE_S
         while not self.is_stopped and not (self._is_read and self._held is None and not self._flying):
             answers: list[dict[str, Any]] = []
@@ -161,7 +161,7 @@ class Batch:
                 return
 
     def _read(self, answers: list[dict[str, Any]]) -> bool:
-        """Read a line, and hold it if a job of it is to be sent. False at the end."""
+        """Read a line, and keep it if its job must be sent. False at the end."""
         number, text = next(self._lines, (0, ""))
         if not number:
             self._is_read = True
@@ -188,7 +188,7 @@ class Batch:
         return True
 
     def _send(self, line: Line, job: Job, answers: list[dict[str, Any]]) -> bool:
-        """False where no job of it can be sent: its answer is to be written down before a later line's job is."""
+        """Send a line's job. False if it is refused: its answer must be written before a later line's job is sent."""
         id = self._id(line)
         try:
             self._models.submit(line, job, priority=self._priority, task_id=id)
@@ -210,7 +210,7 @@ class Batch:
         return str(uuid.UUID(bytes=hashlib.blake2b(named, digest_size=16).digest()))
 
     def _collect(self, answers: list[dict[str, Any]]) -> list[str]:
-        """Take the lines whose jobs have ended out of the window; their jobs' ids."""
+        """Remove the lines whose jobs have ended from the window. Returns these jobs' ids."""
         outcomes: dict[str, Outcome] = self._client.outcomes(self._flying)
         answers += [answer(self._flying.pop(id), outcome, id) for id, outcome in outcomes.items()]
         self._resumed.difference_update(outcomes)
@@ -220,11 +220,11 @@ class Batch:
         try:
             self._patiently(self._client.forget, ids)
         except NoPermissionError:
-            # The Redis user is an operator's own: its results expire.
+            # The Redis user may not delete results: they expire.
             self._keep_results = True
 
     def _patiently(self, call: Callable[[Any], Any], argument: Any) -> Any:
-        """What is missed here is done later, or expires."""
+        """Make a call; if Redis is away, it is repeated later, or its keys expire."""
         try:
             return call(argument)
         except (RedisConnectionError, RedisTimeoutError, OperationalError) as error:
@@ -240,7 +240,7 @@ class Batch:
             waiting = self._models.queued({line.model for line in self._flying.values()}, self._priority)
             are_lost = waiting == 0 and all(self._client.job(id).status == "starting" for id in self._flying)
         except (RedisError, OperationalError):
-            # Unknown, while it cannot be asked.
+            # Unknown while Redis is away.
             return
         if are_lost:
             raise JobsLost(len(self._flying))

@@ -1,7 +1,6 @@
-"""What was given as a batch's lines: its encoding, and whether it is lines of JSON at all. Pure.
+"""Checks a batch's input: its encoding, and whether it is lines of JSON at all. Pure.
 
-A bad line fails that line alone. A file of another kind would fail all of its lines: it is refused once, before
-anything of it is sent.
+A bad line fails alone. In a file of another kind all lines would fail, so it is refused before anything is sent.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from .errors import IdeficsError
 
 
 class NotJsonLines(IdeficsError, ValueError):
-    """The input is no JSONL: write one JSON object a line."""
+    """The input is not JSONL: write one JSON object a line."""
 
     code = "not_json_lines"
     http_status = 422
@@ -42,14 +41,14 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"%PDF-", "a PDF", "only pictures are read"),
 )
 
-#: By their marks. UTF-32's begins as UTF-16's does.
+#: Encodings by their byte order marks. UTF-32's mark begins with UTF-16's.
 _MARKS: tuple[tuple[bytes, str], ...] = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-#: By how an object begins, where there is no mark.
+#: Encodings by the first bytes of an object, without a mark.
 _UNMARKED: tuple[tuple[bytes, str], ...] = (
     (b"{\0\0\0", "utf-32-le"),
     (b"\0\0\0{", "utf-32-be"),
@@ -58,18 +57,18 @@ _UNMARKED: tuple[tuple[bytes, str], ...] = (
 )
 _BOM = "\ufeff"
 _DELIMITERS = {",": "a CSV file", "\t": "a TSV file", ";": "a CSV file", "|": "a table"}
-#: What stands in no column's name.
+#: Characters that a column's name never has.
 _NO_COLUMN = frozenset("{}[]:")
 _URLS = ("http://", "https://", "data:image/")
 _PAGES = ("<!doctype", "<html", "<?xml")
-#: Blank lines before the first one that counts.
+#: Blank lines that may precede the first line.
 _MOST_BLANK = 100
 
 
 def json_lines(pieces: Iterable[str | bytes]) -> Iterator[str | bytes]:
-    """The lines of a batch, those of bytes in UTF-8 and without a mark; each line stays one, also a blank one.
+    """The lines of a batch; bytes become UTF-8 without a byte order mark. Blank lines stay, so the numbers are kept.
 
-    Reads the first lines at once: raises NotJsonLines for what is plainly something else.
+    Reads the first lines at once. Raises NotJsonLines for input that is clearly something else.
     """
     source = iter(pieces)
     first = next(source, None)
@@ -96,12 +95,12 @@ def _decoded(pieces: Iterator[str | bytes]) -> Iterator[str | bytes]:
 
 
 def _encoding(first: bytes) -> str | None:
-    """The encoding, where it is not UTF-8."""
+    """The encoding if it is not UTF-8, else None."""
     return next((name for mark, name in (*_MARKS, *_UNMARKED) if first.startswith(mark)), None)
 
 
 def _lines(pieces: Iterator[str | bytes], encoding: str) -> Iterator[bytes]:
-    # What was split at newlines' bytes was split within characters.
+    # Splitting at newline bytes may have split characters.
     decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
     rest = ""
     for piece in pieces:
@@ -115,7 +114,7 @@ def _lines(pieces: Iterator[str | bytes], encoding: str) -> Iterator[bytes]:
 
 
 def _until_sure(lines: Iterator[str | bytes]) -> Iterator[str | bytes]:
-    """As many lines as tell what it is: one that begins an object, or two."""
+    """The first lines that suffice to recognize the format: one that begins an object, or two."""
     found = 0
     for line, _ in zip(lines, range(_MOST_BLANK), strict=False):
         yield line
@@ -132,9 +131,9 @@ def _text(line: str | bytes) -> str:
 def _refuse_binary(first: bytes) -> None:
     for magic, kind, cure in _MAGIC:
         if first.startswith(magic):
-            raise NotJsonLines(f"The input is {kind} and no JSONL: {cure}.")
+            raise NotJsonLines(f"The input is {kind}, not JSONL: {cure}.")
     if first[8:12] == b"WEBP" and first.startswith(b"RIFF"):
-        raise NotJsonLines(f"The input is a picture and no JSONL: {_SEND}.")
+        raise NotJsonLines(f"The input is a picture, not JSONL: {_SEND}.")
 
 
 def _refuse_text(head: list[str]) -> None:
@@ -145,15 +144,15 @@ def _refuse_text(head: list[str]) -> None:
         return
     if first == "[" or (first == "{" and second.startswith('"')):
         raise NotJsonLines(
-            "The input is one JSON document over several lines and no JSONL: write each object on a line of its own "
+            "The input is one JSON document over several lines, not JSONL: write each object on its own line "
             "(jq -c '.[]' FILE, or jq -c . FILE)."
         )
     if first[:9].lower().startswith(_PAGES):
-        raise NotJsonLines(f"The input is a web page or XML and no JSONL: write one object a line: {_LINE}.")
+        raise NotJsonLines(f"The input is a web page or XML, not JSONL: write one object a line: {_LINE}.")
     if _is_url(first) and " " not in first and (not second or _is_url(second)):
-        raise NotJsonLines(f"The input is a list of URLs and no JSONL: write each as a line: {_LINE}.")
+        raise NotJsonLines(f"The input is a list of URLs, not JSONL: write each as a line: {_LINE}.")
     if kind := _table(head[:2]):
-        raise NotJsonLines(f"The input is {kind} and no JSONL: {_CONVERT}.")
+        raise NotJsonLines(f"The input is {kind}, not JSONL: {_CONVERT}.")
 
 
 def _is_url(line: str) -> bool:

@@ -1,4 +1,4 @@
-"""A batch file's lines: what each asks for, and the line that answers it.
+"""A batch file's lines: the job of each, and the line that answers it.
 
 Ours: `{"custom_id": "r1", "task": "caption", "arguments": {"image": "https://..."}}`, answered with
 `{"custom_id": "r1", "result": {...}}` or `{"custom_id": "r1", "error": {"code": "...", "message": "..."}}`. It may have
@@ -23,9 +23,9 @@ from .results import Result
 
 MAX_CUSTOM_ID_CHARS = 512
 
-#: Where it is not OpenAI's `stop`.
+#: Finish reasons other than OpenAI's `stop`.
 _FINISH_REASONS = {"length": "length", "deadline": "length"}
-#: What a request was refused for; other jobs have never got an answer.
+#: Error codes of refused requests; other failed jobs have no answer.
 _REFUSALS = {
     "invalid_request",
     "prompt_too_long",
@@ -44,7 +44,7 @@ class Line:
 
     #: From 1.
     number: int
-    #: None where the line has none that can be used.
+    #: None if the line has no valid one.
     custom_id: str | None = None
     is_openai: bool = False
     #: The line's object.
@@ -55,17 +55,17 @@ class Line:
     fault: InvalidRequest | None = None
     #: Its custom_id is another line's.
     is_duplicate: bool = False
-    #: Of all of it: a line that has been corrected asks for another job.
+    #: Digest of the whole line: a corrected line is another job.
     digest: bytes = b""
 
     @property
     def is_numbered(self) -> bool:
-        """Its answer is told by the line's number, since its custom_id tells nothing."""
+        """Whether its answer is identified by the line's number, since it has no usable custom_id."""
         return self.custom_id is None or self.is_duplicate
 
     @property
     def fingerprint(self) -> int:
-        """What its answer is found again by."""
+        """64-bit hash of custom_id or line number; matches output to input on resume."""
         return fingerprint(_key(None if self.is_numbered else self.custom_id, self.number))
 
     def as_duplicate(self) -> Line:
@@ -76,7 +76,7 @@ class Line:
         return replace(self, asked=None)
 
     def job(self) -> Job:
-        """Raises a JobError where the line is refused."""
+        """The line's job. Raises a JobError if the line is refused."""
         if self.fault:
             raise self.fault
         asked = self.asked or {}
@@ -87,7 +87,7 @@ class Line:
 
 
 def read_line(number: int, text: str | bytes) -> Line:
-    """A line as it stands in the input, its payload not yet looked at."""
+    """A line of the input; its payload is not checked yet."""
     content = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     return replace(_line(number, text), digest=hashlib.blake2b(content.strip(), digest_size=8).digest())
 
@@ -96,14 +96,14 @@ def _line(number: int, text: str | bytes) -> Line:
     try:
         asked = json.loads(text)
     except UnicodeDecodeError:
-        return Line(number, fault=InvalidRequest(f"Line {number} is no JSON in UTF-8: save the file as UTF-8."))
+        return Line(number, fault=InvalidRequest(f"Line {number} is not JSON in UTF-8: save the file as UTF-8."))
     except (ValueError, RecursionError) as error:
-        return Line(number, fault=InvalidRequest(f"Line {number} is no JSON: {error}"))
+        return Line(number, fault=InvalidRequest(f"Line {number} is not JSON: {error}"))
     if isinstance(asked, list):
-        message = f"Line {number} is no JSON object but an array: write each of its objects as a line of its own."
+        message = f"Line {number} is not a JSON object but an array: write each of its objects as its own line."
         return Line(number, fault=InvalidRequest(message))
     if not isinstance(asked, dict):
-        return Line(number, fault=InvalidRequest(f"Line {number} is no JSON object."))
+        return Line(number, fault=InvalidRequest(f"Line {number} is not a JSON object."))
     is_openai = "body" in asked or "url" in asked
     custom_id = asked.get("custom_id")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS or not _is_utf8(custom_id):
@@ -145,7 +145,7 @@ def _chat(asked: dict[str, Any]) -> Job:
     is_post = str(asked.get("method", "POST")).upper() == "POST"
     if not is_post or not is_endpoint(asked.get("url")) or not isinstance(body, dict):
         raise InvalidRequest(f"An OpenAI batch line has method POST, url {ENDPOINT} and an object as its body.")
-    # What is left and is no field of ours is refused by name.
+    # Remaining fields that are not ours are refused by name.
     return parse("idefics.chat", chat_arguments(body))
 
 
@@ -164,7 +164,7 @@ def is_failed(answer: dict[str, Any]) -> bool:
 
 
 def answered(answer: dict[str, Any]) -> int:
-    """The fingerprint of the line that an answer is for. Raises ValueError for what is no answer of a batch."""
+    """The fingerprint of an answer's line. Raises ValueError for anything but an answer of a batch."""
     if not isinstance(answer, dict) or "custom_id" not in answer or not answer.keys() & {"result", "error"}:
         raise ValueError("no answer of a batch")
     if "response" in answer:
@@ -234,7 +234,7 @@ def _key(custom_id: Any, number: int) -> str:
 
 
 def fingerprint(text: str) -> int:
-    """64 bits, never 0. Of a million texts two have the same with a chance of one in forty million."""
+    """64 bits, never 0. Among a million texts, two collide with a probability of one in forty million."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
 
 
@@ -252,7 +252,7 @@ class Fingerprints:
         return self._slots[self._place(number)] == number
 
     def add(self, number: int) -> bool:
-        """False where it was there."""
+        """Add a fingerprint. False if it was in the set already."""
         place = self._place(number)
         if self._slots[place] == number:
             return False

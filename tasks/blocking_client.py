@@ -1,4 +1,4 @@
-"""The client's calls that wait: submit jobs, read their results, look at the queue."""
+"""The client's blocking calls: submit jobs, read their results, inspect the queue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .worker_registry import ServedModel
 
 
 class BlockingClient:
-    """The calls of Client that wait for their answer; Client adds a twin of each for asyncio."""
+    """The blocking calls of Client, which adds a variant of each for asyncio."""
 
     def __init__(
         self,
@@ -47,21 +47,21 @@ class BlockingClient:
         name of the one that answers, its queue's without `idefics.`, or its id; `models` lists those that are served.
         `queue` is a queue itself, also one that no worker has taken from yet; by default `idefics`.
 
-        `submit` raises QueueFull where `max_queued` jobs wait, or where the broker has used more than `max_memory` of
-        its maxmemory: a broker that is full cannot take results either. None: no limit. It raises InvalidRequest for a
-        job of more than `max_job_bytes`: the worker's IDEFICS_MAX_JOB_BYTES less 100,000 for what Celery adds.
+        `submit` raises QueueFull if `max_queued` jobs wait, or if the broker has used more than the share `max_memory`
+        of its maxmemory: a full broker cannot take results either. None: no limit. It raises InvalidRequest for a job
+        of more than `max_job_bytes`: the worker's IDEFICS_MAX_JOB_BYTES less 100,000 for what Celery adds.
 
-        `check_callbacks` refuses, before it sends a job, a callback that workers with default settings refuse: turn it
-        off where your operator allows http, other ports or private networks.
+        `check_callbacks` refuses, before a job is sent, callbacks that workers with default settings refuse. Turn it
+        off if your operator allows http, other ports or private networks.
         """
         if app is not None and (broker_url or result_backend):
-            raise ConfigurationError("Give a Celery app or URLs, not both: the app has URLs of its own.")
+            raise ConfigurationError("Give a Celery app or URLs, not both: the app has its own URLs.")
         _refuse_both(queue, model)
         try:
             self._app = app_beside(app) if app is not None else app_at(broker_url, result_backend)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
-        #: Yours, or one for the URLs.
+        #: The given app, or one for the URLs.
         self.app = app if app is not None else self._app
         #: Whether it was made for a queue or a model: then a batch's lines go there, whatever model they name.
         self.is_bound = queue is not None or model is not None
@@ -106,7 +106,7 @@ class BlockingClient:
     def submit_many(
         self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
     ) -> list[SubmittedJob]:
-        """Queue jobs over one connection, in order. Whatever it raises holds those `submitted` before it."""
+        """Queue jobs over one connection, in order. Any error that it raises has the jobs `submitted` before it."""
         submitted: list[SubmittedJob] = []
         with self._app.producer_pool.acquire(block=True) as producer:
             try:
@@ -118,9 +118,9 @@ class BlockingClient:
         return submitted
 
     def ping(self) -> None:
-        """Raises BrokerUnavailable (a ConnectionError) where the broker cannot be reached in seconds.
+        """Raises BrokerUnavailable (a ConnectionError) if the broker cannot be reached within seconds.
 
-        So does every other call, but that a wait for a result outlasts a restart of Redis.
+        So does every other call, except that waiting for a result continues through a restart of Redis.
         """
         try:
             with self._app.connection_for_write() as connection:
@@ -134,7 +134,7 @@ class BlockingClient:
         return SubmittedJob(self.app.AsyncResult(id), self._queue if self._model is None else None, self._app)
 
     def status(self, id: str) -> Status:
-        """How far a job submitted earlier is; see SubmittedJob.status."""
+        """The status of a job submitted earlier; see SubmittedJob.status."""
         return self.job(id).status
 
     def result(self, id: str, timeout: float | None = None) -> Result:
@@ -142,17 +142,17 @@ class BlockingClient:
         return self.job(id).result(timeout)
 
     def cancel(self, id: str) -> None:
-        """Take a job back; see SubmittedJob.cancel."""
+        """Cancel a job; see SubmittedJob.cancel."""
         self.job(id).cancel()
 
     @with_our_errors
     def outcomes(self, ids: Iterable[str]) -> dict[str, Outcome]:
-        """What those of these jobs that have ended ended with, read at once."""
+        """The outcomes of the jobs among these that have ended, read in one command."""
         return read_outcomes(self._app, ids)
 
     @with_our_errors
     def forget(self, ids: Iterable[str]) -> None:
-        """Delete these jobs' results, which would else lie in Redis until they expire."""
+        """Delete these jobs' results, which otherwise stay in Redis until they expire."""
         forget(self._app, ids)
 
     @with_our_errors
@@ -160,7 +160,7 @@ class BlockingClient:
         """Jobs that wait in the queue, or in a model's: all or with one priority. Raises BrokerUnavailable where the
         broker is away.
 
-        Those that a worker has met before their time (`eta`, `countdown`) are not among them.
+        Jobs that a worker has set aside until their time (`eta`, `countdown`) are not counted.
         """
         return self._capacity.queued(self._queue_of(model), priority)
 
@@ -169,8 +169,8 @@ class BlockingClient:
         """Names of the workers that take from the client's queue, or from a model's, for a health route: empty where
         jobs would wait.
 
-        One that was killed is listed for up to 15 seconds more. Raises BrokerUnavailable where the broker is away, and
-        ConfigurationError where it is no Redis.
+        A killed worker is listed for up to 15 seconds more. Raises BrokerUnavailable if the broker is away, and
+        ConfigurationError if it is not Redis.
         """
         return self._setup_check.workers(self._queue_of(model))
 
@@ -183,15 +183,14 @@ class BlockingClient:
         return self._models.served()
 
     def failed(self) -> Iterator[FailedJob]:
-        """The jobs that failed, the oldest first, as far as the workers' bounds keep them."""
+        """The failed jobs that the workers still keep, the oldest first."""
         return _each(iter(FailedJobs(self._app)))
 
     @with_our_errors
     def retry(self, id: str, *, queue: str | None = None) -> SubmittedJob:
-        """Send a failed job again: it keeps its id, links and chain. Raises NotFound (a LookupError) where it is not
-        kept.
+        """Send a failed job again, with its id, links and chain. Raises NotFound (a LookupError) if it is not kept.
 
-        `queue`: where to, for a task of your own that was sent to our queue by mistake.
+        `queue`: the queue to send it to, for one of your own tasks that was sent to our queue by mistake.
         """
         jobs = FailedJobs(self._app)
         jobs.retry(jobs.get(id), queue)

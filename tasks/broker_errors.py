@@ -1,4 +1,4 @@
-"""Errors of Redis and kombu that leave the client as errors of ours."""
+"""Converts errors of Redis and kombu to our own errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def with_our_errors(method: Callable[P, R]) -> Callable[P, R]:
-    """A method that raises nothing of Redis's or kombu's that is not an IdeficsError too."""
+    """Decorator: errors of Redis and kombu that leave the method are IdeficsErrors too."""
 
     @functools.wraps(method)
     def call(*args: P.args, **options: P.kwargs) -> R:

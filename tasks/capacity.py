@@ -1,4 +1,4 @@
-"""Whether the broker has room for another job: jobs are refused before it is full, while its workers can still work."""
+"""Whether the broker has room for another job. Jobs are refused before it is full, so that workers can still work."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .apps import reach
 from .errors import QueueFull
 from .redis_keys import GUIDES_SEPARATOR, SEPARATOR, list_name
 
-#: Seconds between two looks at the broker.
-LOOK_S = 1.0
-#: Celery's priorities; each but 0 has a list of its own in Redis.
+#: Seconds between two measurements of the broker.
+MEASURE_INTERVAL_S = 1.0
+#: Celery's priorities; each has its own list in Redis.
 PRIORITIES = range(10)
 
 
 @dataclass(slots=True)
-class Look:
-    """What the broker held when it was looked at, and what was queued from here since."""
+class Measurement:
+    """The broker's jobs and memory at one time, and the jobs queued by this process since."""
 
     at: float
     queued: int = 0
-    #: The share of its maxmemory.
+    #: Used share of its maxmemory.
     memory: float = 0.0
-    #: Why it could not be looked at.
+    #: Why it could not be measured.
     away: Exception | None = None
 
 
@@ -41,57 +41,57 @@ class Capacity:
         self._app = app
         self._max_queued = max_queued
         self._max_memory = max_memory
-        self._looks: dict[str, Look] = {}
+        self._measurements: dict[str, Measurement] = {}
         self._lock = threading.Lock()
 
     def take(self, queue: str) -> None:
         """Count a job that is about to be queued.
 
-        Raises QueueFull where there is no room for it, and OperationalError where the broker is away.
+        Raises QueueFull if there is no room for it, and OperationalError if the broker is away.
         """
         if self._max_queued is None and self._max_memory is None:
             return
         with self._lock:
-            look = self._looks.get(queue)
-            if look is None or time.monotonic() - look.at >= LOOK_S:
-                look = self._looks[queue] = self._look(queue)
-            if look.away is not None:
-                # Those that waited for this look too: another one may take seconds again.
-                raise OperationalError(str(look.away)) from look.away
-            if self._max_queued is not None and look.queued >= self._max_queued:
+            measured = self._measurements.get(queue)
+            if measured is None or time.monotonic() - measured.at >= MEASURE_INTERVAL_S:
+                measured = self._measurements[queue] = self._measure(queue)
+            if measured.away is not None:
+                # Also for the threads that waited for this measurement: another one may take seconds again.
+                raise OperationalError(str(measured.away)) from measured.away
+            if self._max_queued is not None and measured.queued >= self._max_queued:
                 raise QueueFull(
-                    f"{look.queued} jobs wait in {queue}, and the client's max_queued is {self._max_queued}: "
+                    f"{measured.queued} jobs wait in {queue}, and the client's max_queued is {self._max_queued}: "
                     "submit it later, or add workers."
                 )
-            if self._max_memory is not None and look.memory > self._max_memory:
+            if self._max_memory is not None and measured.memory > self._max_memory:
                 raise QueueFull(
-                    f"The broker has used {look.memory:.0%} of its memory, and the client's max_memory is "
+                    f"The broker has used {measured.memory:.0%} of its memory, and the client's max_memory is "
                     f"{self._max_memory:.0%}: submit it later, add workers, or raise the server's maxmemory."
                 )
-            look.queued += 1
+            measured.queued += 1
 
     def queued(self, queue: str, priority: int | None = None) -> int:
-        """Jobs that wait, all or (on Redis) with one priority. Raises OperationalError where the broker is away."""
+        """The number of waiting jobs, all or (on Redis) of one priority. Raises OperationalError if Redis is away."""
         with self._app.connection_for_write() as connection:
             reach(connection)
             try:
                 return _queued(connection, queue, PRIORITIES if priority is None else [priority])
             except ChannelError:
-                # No such queue yet.
+                # The queue does not exist yet.
                 return 0
             except connection.connection_errors as error:
                 raise OperationalError(str(error)) from error
 
-    def _look(self, queue: str) -> Look:
+    def _measure(self, queue: str) -> Measurement:
         connection = self._app.connection_for_write()
         try:
             reach(connection)
-            return Look(time.monotonic(), _queued(connection, queue, PRIORITIES), self._memory(connection))
+            return Measurement(time.monotonic(), _queued(connection, queue, PRIORITIES), self._memory(connection))
         except (OperationalError, *connection.connection_errors) as error:
-            return Look(time.monotonic(), away=error)
+            return Measurement(time.monotonic(), away=error)
         except (ChannelError, *connection.channel_errors):
-            # No such queue yet, or not for this user to ask: submitting tells.
-            return Look(time.monotonic())
+            # The queue does not exist yet, or this user may not measure: submitting reports the error.
+            return Measurement(time.monotonic())
         finally:
             connection.release()
 
@@ -109,7 +109,7 @@ class Capacity:
 
 
 def _queued(connection: Any, queue: str, priorities: Iterable[int]) -> int:
-    """Whatever priorities the app itself sends."""
+    """Counts all priorities, also those that the app itself does not send."""
     channel = connection.default_channel
     if connection.transport.driver_type != "redis":
         return int(channel.queue_declare(queue, passive=True).message_count)
@@ -121,12 +121,12 @@ def _queued(connection: Any, queue: str, priorities: Iterable[int]) -> int:
     for error in found[: len(own)]:
         if isinstance(error, Exception):
             raise error
-    # A user's rights may name kombu's lists alone.
+    # The user may have rights to kombu's lists only.
     return sum(length for length in found if not isinstance(length, Exception))
 
 
 def _lists(queue: str, priorities: Iterable[int], channel: Any) -> tuple[list[str], list[str]]:
-    """The lists that this app sends to, and those of producers with another separator before a priority's number."""
+    """The lists that this app sends to, and the lists of producers with another separator."""
     steps = list(priorities)
     own = [list_name(queue, step, channel.sep) for step in steps]
     separators = [sep for sep in (SEPARATOR, GUIDES_SEPARATOR) if sep != channel.sep]

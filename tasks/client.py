@@ -23,8 +23,8 @@ __all__ = ["Client", "Status", "SubmitOptions", "SubmittedJob"]
 class Client(BlockingClient):
     """Submits jobs to the workers of a broker: BlockingClient's calls, and the same for asyncio.
 
-    Give it the broker's URL, or a Celery app of yours, whose settings it then has, with connections of its own. Safe to
-    share between threads.
+    Give it the broker's URL, or a Celery app: it uses the app's settings with separate connections. Safe to share
+    between threads.
     """
 
     async def asubmit(

@@ -1,10 +1,10 @@
 """The errors of this package: every one is an IdeficsError with a stable `code`.
 
-A failed job is a Celery FAILURE. Its exception's class name and its first argument, the code, are stable:
-build on them. The second argument is a sentence that tells the cure. A third one, where there is one, is the
-`detail`: what exactly it was (`http_404`, `timeout`, `not_a_picture`), to sort many failures by.
+A failed job is a Celery FAILURE. Its exception's class name and its first argument, the code, are stable: your code may
+rely on them. The second argument is a sentence with the cure. The third one, if there is one, is the `detail`: the
+exact reason (`http_404`, `timeout`, `not_a_picture`), to sort many failures by.
 
-`str(error)` tells a developer or an operator, and may name hosts and settings. `error.response()` tells a web
+`str(error)` is for developers and operators, and may name hosts and settings. `error.response()` is for a web
 application's visitors, and has neither: its sentences are each class's `public` ones.
 """
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 PUBLIC_MODULE = "idefics_jobs.errors"
 
 
-_SET_UP_WRONGLY = "The service is set up wrongly, which is no fault of the request: tell its operator."
+_SET_UP_WRONGLY = "The service is set up wrongly, which is not the request's fault: tell its operator."
 
 
 class PublicError(TypedDict):
-    """What visitors are told of an error."""
+    """The error that visitors see."""
 
     code: str
     message: str
@@ -47,30 +47,30 @@ class ErrorBody(TypedDict):
 
 
 class IdeficsError(Exception):
-    """The base of all errors here. `str(error)` is a sentence that tells the cure."""
+    """The base of all errors here. `str(error)` is a sentence with the cure."""
 
-    #: Stable: build on it.
+    #: Stable.
     code: ClassVar[str] = "internal"
     #: The same call may succeed later.
     retryable: ClassVar[bool] = False
-    #: What a web application may answer with.
+    #: HTTP status for a web application's answer.
     http_status: int = 500
-    #: What visitors are told instead of the message, by the detail, or its part before `_`; "" is for any other detail.
-    #: Where nothing fits, or what fits is empty, they are told the message itself: it is about what they sent.
+    #: Messages for visitors, by the detail or its part before `_`; the key "" is for any other detail. Without one, or
+    #: if it is empty, visitors see the error's own message: it is about what they sent.
     public: ClassVar[Mapping[str, str]] = {}
-    #: What exactly it was; None where the code says it all.
+    #: The exact reason; None if the code says it all.
     detail: str | None = None
 
-    # redis-py's own says nothing of the message.
+    # redis-py's own __str__ omits the message.
     __repr__ = Exception.__repr__
 
     def as_dict(self) -> dict[str, str]:
-        """The code, the message, and the detail where there is one: as JSON lines and callbacks have them."""
+        """The code, the message and, if there is one, the detail, as in JSON lines and callbacks."""
         told = {"code": self.code, "message": str(self)}
         return {**told, "detail": self.detail} if self.detail else told
 
     def response(self) -> tuple[int, ErrorBody]:
-        """The HTTP status and the JSON body that tell a web application's visitor: no host's and no setting's name."""
+        """The HTTP status and the JSON body for a web application's visitor, without names of hosts and settings."""
         told: PublicError = {
             "code": self.code,
             "message": self._public_message(),
@@ -86,21 +86,21 @@ class IdeficsError(Exception):
 
 
 class JobError(IdeficsError):
-    """A job ended without an answer. `code` is stable; `str(error)` is a sentence that tells the cure."""
+    """A job ended without an answer. `code` is stable; `str(error)` is a sentence with the cure."""
 
-    #: Of a job's error also: the worker retries it with back-off before it fails.
+    #: For a job's error also: the worker retries the job with back-off before it fails.
     retryable: ClassVar[bool] = False
-    #: Seconds until then, where somebody said so: an image's server with Retry-After.
+    #: Seconds until the retry, if the image's server sent Retry-After.
     retry_after_s: float | None = None
-    #: HTTP statuses of details that have another one than their class.
+    #: HTTP statuses of details that differ from their class's.
     statuses: ClassVar[Mapping[str, int]] = {}
 
     def __init_subclass__(cls) -> None:
         cls.__module__ = PUBLIC_MODULE
 
     def __init__(self, *args: str, detail: str | None = None) -> None:
-        # Celery rebuilds an exception from its stored arguments, (code, message) or (code, message, detail); our code
-        # gives the message.
+        # Celery rebuilds an exception from its stored arguments, (code, message) or (code, message, detail); our own
+        # code passes the message only.
         message = (args[0] if len(args) == 1 else args[1]) if args else (self.__doc__ or self.code)
         self.detail = args[2] if len(args) > 2 else detail
         self.http_status = self.statuses.get(self.detail or "", self.http_status)
@@ -110,7 +110,7 @@ class JobError(IdeficsError):
         return str(self.args[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By code: in a checkout the class is not importable under its public name.
+        # By code, since in a checkout the class is not importable under its public name.
         return _from_code, self.args
 
 
@@ -126,7 +126,7 @@ class InvalidRequest(JobError):
     statuses = {"job_bytes": 413, "callback": 500}
 
     def response(self) -> tuple[int, ErrorBody]:
-        """Where a callback may not go is no fault of the visitor's: the site is set up wrongly."""
+        """A forbidden callback is not the visitor's fault: the site is set up wrongly."""
         return ConfigurationError().response() if self.detail == "callback" else super().response()
 
 
@@ -154,7 +154,7 @@ class ImageBlocked(JobError):
     }
 
     def response(self) -> tuple[int, ErrorBody]:
-        """A host in a network of ours is told as one that does not exist: visitors do not learn which names resolve."""
+        """A host in a private network is reported as not existing: visitors must not learn which names resolve."""
         return ImageUnreachable(detail="dns").response() if self.detail == "network" else super().response()
 
 
@@ -184,7 +184,7 @@ class ImageTooLarge(JobError):
 
 
 class ImageInvalid(JobError):
-    __doc__ = f"The bytes are no image that can be decoded: send the picture as {PICTURE_FORMS}."
+    __doc__ = f"The bytes are not an image that can be decoded: send the picture as {PICTURE_FORMS}."
 
     code = "image_invalid"
     http_status = 422
@@ -255,7 +255,7 @@ class JobCanceled(IdeficsError):
 
     def __init__(self, message: str = "", partial: Result | None = None) -> None:
         super().__init__(message or self.__doc__)
-        #: What it had said when it ended; None where its model had not begun.
+        #: The result so far; None if the model had not begun.
         self.partial = partial
 
 
@@ -331,7 +331,7 @@ class NotFound(IdeficsError, LookupError):
 
 
 def from_broker(error: Exception) -> IdeficsError:
-    """What Redis, or the broker, raised, as one of ours that is still an error of the same kind."""
+    """An exception of Redis or the broker as an IdeficsError that is still an error of the original kind."""
     if isinstance(error, IdeficsError):
         return error
     if isinstance(error, ResponseError):
@@ -341,10 +341,10 @@ def from_broker(error: Exception) -> IdeficsError:
 
 
 def from_exception(error: BaseException) -> JobError:
-    """Any exception that a result backend gives for a failed job, as one of ours.
+    """The JobError for any exception that a result backend gives for a failed job.
 
-    Celery cannot import a worker's classes in every producer and then makes up a class of the same name: the
-    code in the first argument tells which of ours it was.
+    In a producer without the worker's classes Celery makes up a class of the same name: the code in the first argument
+    identifies the error.
     """
     if isinstance(error, JobError):
         return error

@@ -1,6 +1,6 @@
-"""The failed jobs: workers keep each one whole, here they are listed, sent again or dropped.
+"""The failed jobs: workers keep each one whole; this module lists them, sends them again and drops them.
 
-They lie in the results' Redis under `idefics:failed`, bounded by number, bytes and age. `idefics-jobs failed`
+They are in the results' Redis under `idefics:failed`, bounded by number, bytes and age. `idefics-jobs failed`
 (tasks/cli/failed.py) is the command for this list.
 """
 
@@ -29,7 +29,7 @@ from .redis_keys import (
 )
 from .routing import is_ours, priority_for
 
-#: Ids by the time of their failure, those of invalid requests again, two hashes by id, and the hashes' size.
+#: Ids by the time of their failure; the same for invalid requests only; two hashes by id; the hashes' size.
 KEYS = [key.named() for key in (FAILED, FAILED_INVALID, FAILED_ABOUT, FAILED_SIGNATURES, FAILED_BYTES)]
 
 #: Jobs whose summaries are read at once.
@@ -51,8 +51,8 @@ local function remove(id)
 end
 """
 
-#: The list is full: the oldest goes, but invalid requests first. They fail as often as they are sent, and a flood of
-#: them must not push out what is worth another try.
+#: If the list is full, invalid requests are dropped first, then the oldest. Invalid requests always fail again, and a
+#: flood of them must not push out jobs that may succeed.
 _KEEP = f"""{_REMOVE}
 local id, at, is_invalid = ARGV[1], tonumber(ARGV[2]), ARGV[5] == '1'
 local max_jobs, max_bytes, ttl = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
@@ -72,7 +72,7 @@ end
 for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ttl) end
 """
 
-# A job that failed again meanwhile is another entry: its time is not the one given.
+# A job that failed again meanwhile has another time, and stays.
 _DROP = f"""{_REMOVE}
 local at = redis.call('ZSCORE', times, ARGV[1])
 if at and tonumber(at) == tonumber(ARGV[2]) then return remove(ARGV[1]) end
@@ -82,7 +82,7 @@ return 0
 
 @dataclass(frozen=True, slots=True)
 class FailedBounds:
-    """How much is kept."""
+    """Limits of the list."""
 
     jobs: int
     bytes: int
@@ -91,7 +91,7 @@ class FailedBounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedJob:
-    """What is known of a failed job beside its payload. Times are unix seconds."""
+    """A failed job without its payload. Times are unix seconds."""
 
     id: str
     task: str
@@ -99,18 +99,18 @@ class FailedJob:
     message: str
     #: The worker's node name.
     host: str
-    #: Times that it was run, retries included.
+    #: Number of runs, retries included.
     attempts: int
     submitted_at: float | None
     failed_at: float
     #: False for a large invalid request: its payload is not kept, since it would fail again.
     is_whole: bool = True
-    #: What exactly it was, as `http_404`.
+    #: The exact reason, such as `http_404`.
     detail: str | None = None
 
 
 def _from_json(about: bytes) -> FailedJob:
-    """A record, without what a newer worker has added to it."""
+    """A record, without fields that a newer worker has added."""
     return FailedJob(**{name: value for name, value in json.loads(about).items() if name in _FIELDS})
 
 
@@ -118,7 +118,7 @@ _FIELDS = {field.name for field in fields(FailedJob)}
 
 
 class FailedJobs:
-    """The list, in the Redis with an app's results."""
+    """The list of failed jobs, in the Redis of an app's results."""
 
     def __init__(self, app: Celery) -> None:
         """Raises ConfigurationError (a ValueError) for an app whose results are not in Redis."""
@@ -138,20 +138,20 @@ class FailedJobs:
             raise ValueError(f"it is larger than {bounds.bytes} bytes: raise IDEFICS_FAILED_MAX_BYTES")
         is_invalid = int(job.code == InvalidRequest.code)
         arguments = [job.id, repr(job.failed_at), about, whole, is_invalid, bounds.jobs, bounds.bytes, bounds.ttl_s]
-        # Waits for a server that restarts.
+        # The backend waits for a server that restarts.
         self._app.backend.ensure(self._redis.eval, (_KEEP, len(self._keys), *self._keys, *arguments))
 
     def __iter__(self) -> Iterator[FailedJob]:
-        """All, the oldest first."""
+        """All failed jobs, the oldest first."""
         ids = [_text(id) for id in self._redis.zrange(self._keys[0], 0, -1)]
         for start in range(0, len(ids), CHUNK):
             for about in self._redis.hmget(self._keys[2], ids[start : start + CHUNK]):
-                # None: it has gone meanwhile.
+                # None: it has left the list meanwhile.
                 if about is not None:
                     yield _from_json(about)
 
     def get(self, id: str) -> FailedJob:
-        """Raises NotFound for an id that is not on the list."""
+        """The job with this id. Raises NotFound if it is not on the list."""
         about = self._redis.hget(self._keys[2], id)
         if about is None:
             raise NotFound(f"No failed job {id}: it was dropped, sent again or is too old.")
@@ -167,19 +167,20 @@ class FailedJobs:
         return dict(kombu_json.loads(_text(whole)))
 
     def retry(self, job: FailedJob, queue: str | None = None) -> None:
-        """Send a job again under its id: its links, errbacks and chain go on. A failed chord stays failed.
+        """Send a job again under its id, with its links, errbacks and chain. A failed chord stays failed.
 
-        To `queue`; else to the queue that it came from, and a task that is none of ours to the default queue of
-        Celery. It leaves the list once it is sent, so that nothing is lost; who dies in between may have sent it twice.
+        It goes to `queue`; by default to the queue that it came from, or, for an unknown task, to Celery's default
+        queue. It leaves the list after it is sent, so that it is never lost; if this process dies in between, it may be
+        sent twice.
         """
         again = signature(self.signature(job.id), app=self._app)
-        # It is wanted even where its producer's expiry has passed.
+        # It must run even if its producer's expiry has passed.
         again.options.pop("expires", None)
         _address(again, queue)
         backend = self._app.backend
         keys = [backend.get_key_for_task(id) for id in _ended_with(again)]
         records = {key: record for key in keys if (record := backend.get(key))}
-        # A terminal result is final: without this the new one would not count.
+        # The stored result is final: without this the new one would be dropped.
         forget(backend, again)
         try:
             again.apply_async(serializer="json")
@@ -190,31 +191,31 @@ class FailedJobs:
         self.drop(job)
 
     def drop(self, job: FailedJob) -> bool:
-        """Take a job off the list. False where it is not there, or has failed once more since it was read."""
+        """Remove a job from the list. False if it is not there, or has failed again since it was read."""
         return bool(self._redis.eval(_DROP, len(self._keys), *self._keys, job.id, repr(job.failed_at)))
 
 
 def _address(again: Any, queue: str | None) -> None:
-    """Say where a signature goes, and with what beside its payload."""
+    """Set a signature's queue, priority and headers."""
     options = again.options
     if queue:
         for name in ("exchange", "routing_key"):
             options.pop(name, None)
         options["queue"] = queue
     if not is_ours(again.task):
-        # Its own worker reads a stock one's priorities.
+        # The task's own worker reads a stock worker's priorities.
         options["priority"] = priority_for(again.task, options.get("priority"))
         return
     if not (options.get("queue") or options.get("exchange")):
         options["queue"] = QUEUE
-    # Its deadline counts from now on.
+    # The deadline counts from now.
     kept = {name: value for name, value in (options.get("headers") or {}).items() if name != CONTINUES}
     options["headers"] = {**kept, SUBMITTED_AT: time.time()}
     options.update(HIDDEN)
 
 
 def forget(backend: Backend, signature: Any) -> None:
-    """Let a job that has ended run again: forget its end, and those that its failure gave to the rest of its chain.
+    """Let a job that has ended run again: delete its result, and those that its failure gave to the rest of its chain.
 
     `signature` is a Celery signature or its dictionary, with its `task_id`; `backend` may be Celery's plain one.
     """

@@ -1,4 +1,4 @@
-"""An image's URL as people have it, in the one form that the workers take. Pure."""
+"""Normalizes an image's URL to the one form that the workers take. Pure."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .picture_forms import PICTURE_FORMS, foreign, may_be_picture
 from .urls import fault_of
 
 FORMS = 'an image is an http(s) URL, a data:image/...;base64, URI or {"path": "a/b.jpg"}'
-#: Characters in front of the comma of a data: URI.
+#: Characters before the comma of a data: URI.
 MAX_HEAD_CHARS = 1_000
-#: Characters of base64 that are read here. What is wrong behind them the worker finds, which decodes all of it anyway.
+#: Characters of base64 that are checked here. The worker, which decodes everything, finds later errors.
 MAX_CHECKED_CHARS = 100_000
 #: Dropped from base64 before it is read.
 BLANKS = b" \t\n\r\f"
 
-#: Around what was copied out of a table, a page or a file: blanks of any script, byte order marks, zero-width ones.
+#: Stripped from both ends of copied text: blanks of any script, byte order marks, zero-width characters.
 _OUTER = "".join(map(chr, (*range(0x21), 0x85, 0xA0, 0x1680, *range(0x2000, 0x2010), *range(0x2028, 0x2030)))) + (
     "\u205f\u2060\u3000\ufeff"
 )
 _WEB = re.compile(r"https?://", re.IGNORECASE)
-#: What URL readers drop wherever it stands.
+#: Characters that URL parsers drop anywhere.
 _LINE_ENDS = str.maketrans("", "", "\t\r\n")
 _HOST = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 _DATA_IMAGE = re.compile(r"data:image/", re.IGNORECASE)
@@ -37,9 +37,9 @@ _BARE_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{40
 
 
 def image_url(text: str) -> str:
-    """The URL that a text means, as far as it can be judged without the network and the worker's settings.
+    """The normalized URL of a text, checked without the network and the worker's settings.
 
-    Raises ImageBlocked for one that is not read, ImageInvalid for data that is no picture, ValueError for no URL.
+    Raises ImageBlocked for an unsupported URL, ImageInvalid for data other than a picture, ValueError for other texts.
     """
     text = text.strip(_OUTER)
     if _WEB.match(text):
@@ -62,7 +62,7 @@ def image_url(text: str) -> str:
 
 
 def is_meant_as_image(text: str) -> bool:
-    """True for a text that is wholly an image's URL or data, right or wrong; then it must not be read as text."""
+    """True for a text that is entirely an image's URL or data, valid or not; it must not be read as text."""
     text = text.strip(_OUTER)
     if _DATA_IMAGE.match(text) or _BARE_BASE64.fullmatch(text) or data_head(text) is not None:
         return True
@@ -71,13 +71,13 @@ def is_meant_as_image(text: str) -> bool:
     is_one_word = not any(map(str.isspace, text.translate(_LINE_ENDS)))
     path = text.partition("#")[0].partition("?")[0]
     if _WEB.match(text):
-        # A sentence may begin with a URL; a file's name may hold blanks, and then it ends in the picture's suffix.
+        # A sentence may begin with a URL; a file's name may have blanks, and ends in a picture's suffix.
         return is_one_word or ("\n" not in text and _PICTURE_NAME.search(path) is not None)
     return is_one_word and _PICTURE_NAME.search(path) is not None
 
 
 def data_head(uri: str) -> int | None:
-    """Where the base64 of a data: URI begins; None where it is no image's. Parameters and blanks may stand between."""
+    """The index of a data: URI's base64; None if it is not an image's. Parameters and blanks may stand before it."""
     comma = uri.find(",", 0, MAX_HEAD_CHARS)
     if comma < 0:
         return None
@@ -107,7 +107,7 @@ def base64_bytes(text: str) -> bytes:
         return binascii.a2b_base64(text, strict_mode=True)
     plain = _plain_base64(text)
     if len(plain) % 4 == 0:
-        # Two at most; any further one is not a base64 character.
+        # At most two; a further one is not a base64 character.
         plain = plain.removesuffix(b"=").removesuffix(b"=")
     if len(plain) % 4 == 1 or b"=" in plain:
         raise ValueError("no base64")
@@ -115,7 +115,7 @@ def base64_bytes(text: str) -> bytes:
 
 
 def _plain_base64(text: str) -> bytes:
-    """Without blanks and escapes."""
+    """Decode base64 without blanks and escapes."""
     plain = text.encode("ascii")
     if b"%" in plain:
         plain = unquote_to_bytes(plain)
@@ -130,7 +130,7 @@ def _check_picture(data: bytes) -> None:
 
 
 def is_inner_path(path: str) -> bool:
-    """Whether an image's path stays below the root, links apart."""
+    """Whether an image's path stays below the root, without regard to links."""
     parts = PurePosixPath(path).parts
     return bool(parts) and parts[0] != "/" and parts[0] != "//" and ".." not in parts and "\0" not in path
 

@@ -1,7 +1,7 @@
-"""OpenAI's chat requests in our terms: pure.
+"""Converts OpenAI's chat requests to our form. Pure.
 
-What a field of theirs says that changes nothing here is left out; what asks for something that the workers do not do
-stays, and is refused by its name.
+OpenAI's fields that change nothing here are left out. Fields that request an unsupported feature stay, so that they are
+refused by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _IGNORED = {
     "store",
     "user",
 }
-#: Fields that we have no like of, with the values that ask for nothing. Null asks for nothing in any field.
+#: Unsupported fields, with the values that have no effect. Null has no effect in any field.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -54,17 +54,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _LENGTHS = ("max_completion_tokens", "max_tokens")
 
-#: Fields of a message that say nothing which a prompt here has.
+#: Fields of a message that have no counterpart in a prompt here.
 _MESSAGE_IGNORED = {"annotations", "name"}
 _ROLES = {"developer": "system"}
-#: Fields of a message, and of its parts, that stay even where they are null or empty.
+#: Fields of a message and of its parts that stay even if they are null or empty.
 _MESSAGE_FIELDS = {"role", "content"}
 _PART_FIELDS = {"type", "text", "image_url", "url"}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 def is_endpoint(url: Any) -> bool:
-    """Whether a batch line's URL is that of chat completions: OpenAI's, or Azure's with a deployment and a version."""
+    """Whether a batch line's URL is OpenAI's for chat completions, or Azure's with a deployment and a version."""
     if not isinstance(url, str):
         return False
     try:
@@ -86,16 +86,16 @@ def chat_arguments(body: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments.get("stop"), str):
         arguments["stop"] = [arguments["stop"]]
     if arguments.get("top_p") == 0:
-        # Of the tokens that make up nothing of the probability, the likeliest is left: greedy.
+        # With a top_p of 0 only the likeliest token is left: greedy.
         del arguments["top_p"]
         arguments.pop("temperature", None)
     return arguments
 
 
 def plain_message(message: Any) -> Any:
-    """A message with its role, its text and its images: as it was sent, or as an answer of theirs echoes it.
+    """A message reduced to its role, text and images. Messages of OpenAI's answers are accepted, too.
 
-    What is no message stays as it is, to be refused.
+    Anything else is returned unchanged, to be refused.
     """
     if not isinstance(message, dict):
         return message
@@ -108,7 +108,7 @@ def plain_message(message: Any) -> Any:
     if isinstance(role, str):
         plain["role"] = _ROLES.get(role, role)
     if role == "assistant" and plain.get("content") is None:
-        # What it refused with is what it said.
+        # A refusal is the assistant's text.
         refusal = plain.pop("refusal", "")
         plain["content"] = refusal
     if isinstance(plain.get("content"), list):

@@ -1,7 +1,8 @@
 """The deliveries of callbacks, in the Redis that holds the queues.
 
 Each delivery is a hash; sorted sets hold the pending ones by the time of their next attempt, one set a host, and the
-ended ones by the time of their end. Not Celery's countdowns: a message held beyond the visibility timeout comes twice.
+ended ones by the time of their end. Celery's countdowns are not used, since a message that a worker holds beyond the
+visibility timeout is delivered twice.
 """
 
 from __future__ import annotations
@@ -30,37 +31,37 @@ STATES = ("pending", "failed", "delivered")
 
 #: Seconds that a pending delivery is kept without any callbacks worker.
 PENDING_S = 30 * 86_400
-#: Ended deliveries kept, the newest of each state: what bounds their memory.
+#: Ended deliveries kept of each state, the newest: bounds their memory.
 MAX_DELIVERED = 10_000
 MAX_FAILED = 100_000
-#: URLs that answered 410, the newest.
+#: URLs kept that answered 410, the newest.
 MAX_DISABLED = 10_000
 
-#: Bytes of ended deliveries kept, of each state: a body has up to 20 kB.
+#: Bytes of ended deliveries kept of each state: a body has up to 20 kB.
 MAX_ENDED_BYTES = 2**28
-#: Bytes that Redis needs for a delivery beside its texts, as measured with MEMORY USAGE.
+#: Bytes that Redis needs for a delivery beside its texts, measured with MEMORY USAGE.
 OVERHEAD_BYTES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class OutboxBounds:
-    """How much may be pending; what is beyond is given up, the oldest first, and kept with the failed ones."""
+    """Limits of pending deliveries. Beyond them the oldest are given up, and kept with the failed ones."""
 
-    #: Bytes of one destination (a host and its port), and of all together.
+    #: Bytes for one destination (a host and its port), and for all together.
     host_bytes: int = 2**26
     bytes: int = 2**28
-    #: Seconds that what was given up is kept.
+    #: Seconds that given-up deliveries are kept.
     keep_s: int = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How many calls a claim may make to hosts that are not known to answer."""
+    """How many attempts a claim may take for hosts that are not known to answer."""
 
-    #: Hosts that answered lately, and those that did not.
+    #: Hosts that answered recently, and hosts that did not.
     answered: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
-    #: Calls to all but those that answered, and to silent ones among them.
+    #: Attempts at all hosts but those that answered, and at the silent ones among them.
     others: int = 1_000_000
     silent_calls: int = 1_000_000
 
@@ -77,14 +78,14 @@ class Delivery:
     body: str
     state: DeliveryState = "pending"
     attempts: int = 0
-    #: What its last attempt met.
+    #: The result of its last attempt.
     note: str = ""
     #: Unix seconds.
     created: float = 0.0
     changed: float = 0.0
-    #: The delivery that it went out with.
+    #: The batch that it was sent in.
     batch: str = ""
-    #: Of the worker that holds it.
+    #: Lease token of the worker that has claimed it.
     token: str = ""
 
     @property
@@ -93,9 +94,9 @@ class Delivery:
 
 
 def delivery_id(job: str, event: str, *end: str) -> str:
-    """The same for each time that a job is seen to end so: it is recorded once.
+    """The id of a delivery. It is the same for each run that records this end, so that it is recorded once.
 
-    `end` tells this end from that of another job under the same id.
+    `end` distinguishes it from the end of another job with the same id.
     """
     return "msg_" + hashlib.sha256("\n".join((job, event, *end)).encode()).hexdigest()[:32]
 
@@ -105,21 +106,21 @@ def batch_id(members: Iterable[str]) -> str:
 
 
 def outbox_of(app: Celery) -> Outbox:
-    """That of an app's broker."""
+    """The outbox of an app's broker."""
     return Outbox(connect(app), prefix=broker_prefix(app))
 
 
 def connect(app: Celery, client: type[redis.Redis] = redis.Redis) -> redis.Redis:
-    """The Redis of an app's queues, whatever its URL's scheme, with the app's own options."""
+    """A client of an app's broker, for any scheme of its URL, with the app's options."""
     with app.connection_for_write() as connection:
         pool = connection.default_channel.pool
-    # kombu's 10 are for its consumer; here each thread may need one.
+    # Kombu's limit of 10 is for its consumer; here each thread may need a connection.
     pool.max_connections = max(pool.max_connections, 1_024)
     return client(connection_pool=pool)
 
 
 class Outbox:
-    """Every change is one step in Redis, so that a kill leaves a delivery before it or after it."""
+    """The outbox. Every change is one step in Redis, so that a kill never leaves a delivery half changed."""
 
     def __init__(
         self,
@@ -128,8 +129,8 @@ class Outbox:
         tell: Callable[[str, int], None] | None = None,
         prefix: str = "",
     ) -> None:
-        """`tell` hears for which host's delivery how many others were given up; `prefix` stands before all keys."""
-        # redis-py types each answer as an awaitable too.
+        """`tell` is called with a new delivery's host and the number given up for it; `prefix`: of all keys."""
+        # redis-py's types say that each answer may be awaitable.
         self._redis: Any = client
         self._prefix = prefix
         self._bounds = bounds or OutboxBounds()
@@ -144,7 +145,7 @@ class Outbox:
         self._recount = self._script(scripts.RECOUNT)
 
     def _script(self, text: str) -> Any:
-        # A string of JSON is one of Lua.
+        # A JSON string is also a Lua string.
         return self._redis.register_script(f"local prefix = {json.dumps(self._prefix)}\n{scripts.COMMON}{text}")
 
     def _key(self, name: str) -> str:
@@ -155,7 +156,7 @@ class Outbox:
         return [self._key(name) for name in names]
 
     def add(self, delivery: Delivery, wait_s: float = 0.0) -> bool:
-        """Record a delivery, due in so many seconds. False where it is already there."""
+        """Record a delivery, due in `wait_s` seconds. False if it is already recorded."""
         now = time.time()
         pairs = _pairs({**asdict(delivery), "created": now, "changed": now})
         bounds = [self._bounds.host_bytes, self._bounds.bytes, self._bounds.keep_s]
@@ -176,9 +177,9 @@ class Outbox:
         busy: Mapping[str, int] | None = None,
         shares: Shares | None = None,
     ) -> list[Delivery]:
-        """Take what is due, for `free` calls: hosts by their longest wait, each for `per_host` calls less its `busy`.
+        """Claim due deliveries for `free` attempts: hosts by their longest wait, each up to `per_host` less its `busy`.
 
-        A call may take `each` deliveries. They are due again in `lease_s` where nothing is heard of them.
+        An attempt may have `each` deliveries. They are due again after `lease_s` unless they are settled before.
         """
         shares = shares or Shares()
         known = len(shares.answered) + len(shares.silent)
@@ -191,23 +192,23 @@ class Outbox:
             "silent": sorted(shares.silent),
             "others": shares.others,
             "silent_calls": shares.silent_calls,
-            # Hosts that are read, beyond those that are passed over.
+            # Hosts to read, beside those that are skipped.
             "window": known + len(busy or {}) + free,
         }
         ids = self._claim([self._key(HOSTS)], [PENDING_S, uuid.uuid4().hex, lease_s, json.dumps(plan)])
         return self.read([id.decode() for id in ids])
 
     def put_back(self, delivery: Delivery) -> bool:
-        """A claimed delivery that was not tried: due at once."""
+        """Release a claimed delivery that was not attempted: it is due at once."""
         return self._settled(delivery, "", 0.0, PENDING_S)
 
     def again(self, delivery: Delivery, wait_s: float, note: str) -> bool:
-        """An attempt failed; the next one is due in so many seconds."""
+        """Record a failed attempt; the next one is due in `wait_s` seconds."""
         tried = {"attempts": delivery.attempts + 1, "note": note}
         return self._settled(delivery, "", wait_s, PENDING_S, tried)
 
     def end(self, delivery: Delivery, state: Literal["delivered", "failed"], note: str, keep_s: int) -> bool:
-        """No attempt follows. `note` says what the last one met."""
+        """End a delivery without further attempts. `note`: the result of the last one."""
         tried = {"state": state, "attempts": delivery.attempts + 1, "note": note}
         return self._settled(delivery, state, 0.0, keep_s, tried)
 
@@ -219,7 +220,7 @@ class Outbox:
         return bool(self._settle(self._keys(delivery), arguments))
 
     def batch(self, batch: Delivery, members: Sequence[Delivery], lease_s: float, keep_s: int) -> bool:
-        """Let a delivery, claimed from the start, take the place of claimed ones to the same host."""
+        """Replace claimed deliveries to one host by a batch, which is claimed from the start."""
         now = time.time()
         pairs = _pairs({**asdict(batch), "created": now, "changed": now})
         ids = [member.id for member in members]
@@ -227,9 +228,9 @@ class Outbox:
         return bool(self._batch(self._keys(batch), [*_arguments(batch), *numbers, *ids, *pairs]))
 
     def replay(self, id: str) -> bool:
-        """Attempt a delivery again from its first attempt on, at once and under its id. False where it is not there.
+        """Send a delivery again from its first attempt on, at once and under its id. False if it does not exist.
 
-        One that went out in a batch goes out with the batch. Its URL, if disabled, is enabled.
+        One that was sent in a batch is sent with the whole batch. Its URL, if disabled, is enabled.
         """
         found = self.read([id])
         if not found:
@@ -240,39 +241,39 @@ class Outbox:
         return bool(self._replay(self._keys(found[0]), [*_arguments(found[0]), size_of(found[0])]))
 
     def read(self, ids: Iterable[str]) -> list[Delivery]:
-        """Those that are still there."""
+        """The deliveries with these ids that still exist."""
         with self._redis.pipeline(transaction=False) as pipeline:
             for id in ids:
                 pipeline.hgetall(self._key(DELIVERY.named(id)))
             return [_delivery(found) for found in pipeline.execute() if found]
 
     def listed(self, state: str, limit: int) -> list[Delivery]:
-        """Pending ones by their next attempt, ended ones the newest first."""
+        """Deliveries of a state: pending ones by their next attempt, ended ones the newest first."""
         return self.read(self.ids(state)[:limit])
 
     def ids(self, state: str) -> list[str]:
-        """Those of `listed`, all."""
+        """The ids of all deliveries of a state, in the order of `listed`."""
         if state in ENDED:
             return [id.decode() for id in self._redis.zrevrange(self._key(ENDED[state]), 0, -1)]
         pending = self._each_host("zrange", 0, -1, withscores=True)
         return [id.decode() for id, _ in sorted(itertools.chain(*pending), key=lambda found: found[1])]
 
     def counts(self) -> dict[str, int]:
-        """How many of each state there are, and how many of the failed ones were given up, if any were, since they did
-        not fit."""
+        """The number of deliveries of each state and, if there are any, of those given up because they exceeded a
+        limit."""
         pending = sum(self._each_host("zcard"))
         given_up = int(self._redis.hget(self._key(BYTES), GIVEN_UP) or 0)
         found = {"pending": pending, **{state: int(self._redis.zcard(self._key(key))) for state, key in ENDED.items()}}
         return {**found, "given_up": given_up} if given_up else found
 
     def bytes(self) -> dict[str, int]:
-        """Of each host's pending deliveries; those with most come first."""
+        """Bytes of pending deliveries by host, the largest first."""
         found = {name.decode(): int(size) for name, size in self._redis.hgetall(self._key(BYTES)).items()}
         hosts = {name: size for name, size in found.items() if not name.startswith(" ")}
         return dict(sorted(hosts.items(), key=lambda each: -each[1]))
 
     def recount(self) -> int:
-        """Count the bytes anew, in case that somebody removed a key or recorded without counting; of pending ones."""
+        """Recount the bytes of pending deliveries, in case that keys were removed or added without counting."""
         hosts = {host.decode() for host in self._redis.zrange(self._key(HOSTS), 0, -1)} | set(self.bytes())
         for host in hosts:
             self._recount_host([self._key(HOSTS)], [PENDING_S, host, OVERHEAD_BYTES])
@@ -285,7 +286,7 @@ class Outbox:
             return list(pipeline.execute())
 
     def disable(self, url: str, seconds: float) -> None:
-        """Let no delivery to a URL be attempted for so long."""
+        """Disable a URL: deliveries to it are not attempted for these seconds."""
         now = time.time()
         with self._redis.pipeline() as pipeline:
             pipeline.zadd(self._key(DISABLED), {url: now + seconds})
@@ -302,19 +303,19 @@ class Outbox:
         return until is not None and float(until) > time.time()
 
     def disabled(self) -> dict[str, float]:
-        """URLs that answered 410, and until when (unix seconds) they get nothing."""
+        """Disabled URLs, which answered 410, with the unix seconds until which they are disabled."""
         found = self._redis.zrangebyscore(self._key(DISABLED), time.time(), "+inf", withscores=True)
         return {url.decode(): until for url, until in found}
 
     def trim(self, keep_s: int) -> None:
-        """Forget ended deliveries that are too old, too many or too large together."""
+        """Delete ended deliveries that are too old, too many or too large together."""
         for state, most in (("delivered", MAX_DELIVERED), ("failed", MAX_FAILED)):
             while self._trim([self._key(ENDED[state])], [state, keep_s, most, MAX_ENDED_BYTES]) >= AT_ONCE:
                 """More are left."""
 
 
 def size_of(delivery: Delivery) -> int:
-    """Bytes that it takes in Redis, about."""
+    """Approximate bytes that it takes in Redis."""
     return len(delivery.body.encode()) + len(delivery.url.encode()) + OVERHEAD_BYTES
 
 

@@ -1,36 +1,36 @@
-"""The steps of the outbox as Redis runs them, each whole or not at all.
+"""Lua scripts of the outbox, each atomic.
 
-What a server may refuse (no memory, a replica, no quorum) it refuses at a script's first write, and then runs the rest:
-the one other reason, a key of another type, is removed before. So of a script nothing is written, or everything.
+A server that refuses writes (no memory, a replica, no quorum) refuses a script's first write; later ones are allowed.
+The only other cause of an error, a key of another type, is removed before. So a script writes everything or nothing.
 
-Keys begin alike: the delivery, its host's pending ones, the hosts. Arguments too: seconds that pending ones are kept,
-the host, the id.
+The first KEYS of all scripts are the delivery, its host's pending deliveries and the hosts; the first ARGV are the
+seconds that pending deliveries are kept, the host and the id.
 """
 
 from __future__ import annotations
 
 from . import redis_keys
 
-#: Hosts with pending deliveries, by the time of their next attempt. Each host has a sorted set of its own, so that
-#: what is due for a slow one stands in no other's way.
+#: Hosts with pending deliveries, by the time of their next attempt. Each host has its own sorted set, so that
+#: deliveries to a slow host do not delay others.
 HOSTS = redis_keys.DELIVERY_HOSTS.named()
 DELIVERED, FAILED = redis_keys.DELIVERED.named(), redis_keys.UNDELIVERED.named()
 DISABLED = redis_keys.DISABLED_URLS.named()
-#: Hosts with pending deliveries, by the age of their oldest one. `ages:<host>` has those by the time they were added.
+#: Hosts with pending deliveries, by the age of their oldest one. `ages:<host>` has a host's by the time of addition.
 OLDEST = redis_keys.OLDEST_DELIVERIES.named()
-#: By id: a delivery's bytes and the account that they count for. An account is a pending one's host, or of ENDED.
+#: By id: a delivery's bytes and their account. An account is the host of a pending delivery, or one of ENDED.
 SIZES = redis_keys.DELIVERY_SIZES.named()
-#: By account: its bytes. Also PENDING, all hosts together, and GIVEN_UP, how many did not fit.
+#: By account: its bytes. Also PENDING, the sum of all hosts, and GIVEN_UP, the number given up for exceeding a limit.
 BYTES = redis_keys.DELIVERY_BYTES.named()
-#: No host's name has a blank.
+#: With blanks, since a host's name has none.
 PENDING_BYTES, GIVEN_UP = " pending", " given up"
 
-#: What a delivery's record says that was given up since it did not fit.
+#: Note of a delivery that was given up for exceeding a limit.
 GIVEN_UP_NOTE = "given up unsent: more callbacks were pending than IDEFICS_CALLBACK_MAX_PENDING_BYTES or ..._HOST_BYTES"
-#: Deliveries that one script gives up, or forgets, at most: the next goes on.
+#: Maximum of deliveries that one call gives up or deletes; the next call continues.
 AT_ONCE = 1_000
 
-# The server's clock counts: workers' may differ by more than a lease.
+# By the server's clock: workers' clocks may differ by more than a lease.
 COMMON = f"""
 local hosts, oldest, sizes, bytes = prefix .. '{HOSTS}', prefix .. '{OLDEST}', prefix .. '{SIZES}', prefix .. '{BYTES}'
 local ended = {{delivered = prefix .. '{DELIVERED}', failed = prefix .. '{FAILED}'}}
@@ -96,7 +96,7 @@ end
 
 # Arguments: seconds to its attempt, its bytes, most bytes of a host and of all, seconds that what is given up is kept,
 # fields.
-# The answer: whether it was added, and how many others were given up for it.
+# Returns whether it was added, and how many others were given up for it.
 ADD = f"""
 local ttl, host, id, wait, size = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local host_most, most, keep = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
@@ -137,8 +137,8 @@ if given_up > 0 then add_to('{GIVEN_UP}', given_up) end
 return {{1, given_up}}
 """
 
-# A claimed delivery is due again when its lease ends: so one whose worker was killed is not lost.
-# Hosts that answered lately come last: what is left to them is what the others must leave.
+# A claimed delivery is due again when its lease ends, so it is not lost if its worker is killed.
+# Hosts that answered recently come last: the other hosts' shares leave attempts for them.
 CLAIM = """
 ensure_types()
 local ttl, token, lease, plan = ARGV[1], ARGV[2], now + ARGV[3], cjson.decode(ARGV[4])
@@ -192,10 +192,10 @@ for _, each in ipairs(due) do take(each[2], free) end
 return claimed
 """
 
-# In each script what needs no memory comes first: a full server refuses a script whose first write may need some, and
-# what was sent and cannot be noted is sent again.
-# Only who holds the claim may say how it went: another worker may have taken it over. One that was given up meanwhile
-# may still say that it arrived.
+# Each script first writes what needs no memory: a full server refuses a script whose first write may need some, and a
+# sent delivery that cannot be recorded would be sent again.
+# Only the holder of the claim may settle a delivery, since another worker may have taken it over. A delivery that was
+# given up meanwhile may still be marked as delivered.
 # Arguments: the token, the account (empty: its host's), seconds to the next attempt, seconds that it is kept, fields.
 SETTLE = """
 local ttl, host, id, token, account, wait, keep = unpack(ARGV, 1, 7)
@@ -219,7 +219,7 @@ sort_in(host, ttl)
 return 1
 """
 
-# The batch takes its members' place in one step: each event is in one pending delivery, also after a kill.
+# The batch replaces its members in one step, so that each event is in one pending delivery even after a kill.
 # Arguments: the token, its lease, seconds that members are kept, its bytes, the number of members, their ids, fields.
 BATCH = """
 local ttl, host, id, token, lease, keep, size = unpack(ARGV, 1, 7)
@@ -247,7 +247,7 @@ sort_in(host, ttl)
 return 1
 """
 
-# It is as young as a new one: as the oldest it would be given up at once.
+# Its age starts anew: as the oldest it would be given up at once.
 REPLAY = """
 local ttl, host, id, size = unpack(ARGV, 1, 4)
 ensure_types(host, id)
@@ -263,8 +263,8 @@ sort_in(host, ttl)
 return 1
 """
 
-# Forget ended ones that are too old, too many or too large together, some at a time; how many they were.
-# Arguments: the state, seconds that they are kept, most of them, most bytes.
+# Delete ended ones that are too old, too many or too large together, some at a time. Returns their number.
+# Arguments: the state, seconds that they are kept, their maximum number, their maximum bytes.
 TRIM = f"""
 local account, keep, most, most_bytes = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 ensure_types()
@@ -288,7 +288,7 @@ end
 return forgotten
 """
 
-# Count one host's pending deliveries anew.
+# Recount one host's pending deliveries.
 RECOUNT_HOST = """
 local ttl, host = ARGV[1], ARGV[2]
 ensure_types(host)
@@ -312,7 +312,7 @@ if sum > 0 then redis.call('HSET', bytes, host, sum) else redis.call('HDEL', byt
 sort_in(host, ttl)
 """
 
-# Then what is ended, and the sum of all hosts.
+# Then recount the ended ones and the sum of all hosts.
 RECOUNT = f"""
 ensure_types()
 for account, key in pairs(ended) do

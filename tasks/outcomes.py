@@ -1,4 +1,4 @@
-"""What a job ended with: a result, an error or a cancellation."""
+"""A job's outcome: a result, an error or a cancellation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinds of fields that payloads have: texts, labels, images, metadata."""
+"""Types of payloads' fields: texts, labels, images, metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .validation import IN_UNION, PayloadModel, for_pydantic
 
 _LINE_OR_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-#: Temperatures below are 0. They would take the likeliest token anyway, by numbers that overflow on the way.
+#: Lower temperatures count as 0: they would choose the likeliest token anyway, but with numbers that overflow.
 NEAR_GREEDY = 1e-5
 
 
@@ -43,7 +43,7 @@ def _checked_path(path: str) -> str:
 
 
 def _read_at_hand(value: Any) -> Any:
-    """A picture that the producer has, as a `data:` URI; anything else as it is."""
+    """A picture object as a `data:` URI; anything else unchanged."""
     if not is_at_hand(value):
         return value
     try:
@@ -62,8 +62,8 @@ def _checked_image(value: Any) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Without control characters, which say nothing and can hide a reserved token. Tabs and line ends stay: those of
-    DOS and of old Macs become newlines."""
+    """A text without control characters, which can hide a reserved token. Tabs and line ends stay; all line ends become
+    newlines."""
     return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -86,7 +86,7 @@ def _refuse_tokens(tokens: tuple[str, ...], text: str) -> str:
 
 
 def refuse_tokens_in_pieces(tokens: tuple[str, ...], texts: Iterable[str | None]) -> None:
-    """Texts that follow one another are joined in the prompt, without outer blanks; None stands for an image."""
+    """Refuse tokens that adjacent texts would form when the prompt joins them, stripped. None stands for an image."""
     _refuse_tokens(tokens, "".join("\n" if text is None else text.strip(" ") for text in texts))
 
 
@@ -101,11 +101,11 @@ Text = Annotated[
     AfterValidator(_plain),
     without_tokens((*RESERVED_TOKENS, END_OF_UTTERANCE)),
 ]
-#: The guide's own lists for instruct models spell out `<end_of_utterance>`.
+#: May have `<end_of_utterance>`, which the guide's lists for instruct models contain.
 RawText = Annotated[
     str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_plain), without_tokens(RESERVED_TOKENS)
 ]
-#: Refused with control characters, not stripped of them: the answer is one of the labels as they were sent.
+#: Refused if it has control characters, not stripped: the answer is one of the labels exactly as sent.
 Label = Annotated[
     str,
     StringConstraints(min_length=1, max_length=200),
@@ -116,13 +116,13 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 def checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The same, if it is small and can be said in JSON. Raises ValueError otherwise."""
+    """The same metadata. Raises ValueError if it is too large or not JSON."""
     try:
         size = len(json.dumps(metadata, allow_nan=False))
-        # Half a surrogate pair, which no result could carry back, raises here.
+        # A lone surrogate, which no result could return, raises here.
         json.dumps(metadata, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
-        raise ValueError("metadata holds what JSON cannot say") from None
+        raise ValueError("metadata holds what JSON cannot represent") from None
     if _is_deeper(metadata, MAX_METADATA_DEPTH):
         raise ValueError(f"metadata is nested more than {MAX_METADATA_DEPTH} deep")
     if size > MAX_METADATA_BYTES:
@@ -144,11 +144,11 @@ class ImagePath(PayloadModel):
     path: Annotated[str, AfterValidator(_checked_path)] = Field(min_length=1, max_length=4096)
 
 
-#: An image of a payload: whatever it was made of, it holds one of these.
+#: A checked image of a payload.
 CheckedImage: TypeAlias = str | ImagePath
 
 if TYPE_CHECKING:
-    # What may be given. `Image` is the type of a field in a request's model of yours.
+    # The accepted types. `Image` is the type for fields of your own models.
     ImageSource: TypeAlias = CheckedImage | Image | AtHand
     ImageSources: TypeAlias = Sequence[ImageSource]
 else:

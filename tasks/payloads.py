@@ -1,4 +1,4 @@
-"""What a job is: the payloads of the six tasks.
+"""The payloads of the six tasks.
 
 A payload's fields are its Celery task's keyword arguments, as JSON. Both sides check them with these classes:
 our client before it sends, the worker before it runs. A new task also needs its prompt (`worker/jobs/prompts.py`), a
@@ -54,7 +54,7 @@ from .results import ModelInfo, Result, Timing, Usage
 from .urls import fault_of
 from .validation import PayloadModel, refusal
 
-#: Also what was defined here once and has a module of its own now: producers may import it from here.
+#: Includes names that were defined here once and have their own modules now: producers may import them from here.
 __all__ = [
     "CALLBACK_QUEUE",
     "CANCEL_TTL_S",
@@ -166,7 +166,7 @@ class Job(PayloadModel):
     @model_validator(mode="before")
     @classmethod
     def _lists_are_bounded(cls, fields: Any) -> Any:
-        # Before anybody looks at the entries, of which a megabyte holds many.
+        # Before the entries are validated: a megabyte holds many.
         for name in cls.model_fields if isinstance(fields, dict) else ():
             entries = fields.get(name)
             if isinstance(entries, list) and len(entries) > MAX_ENTRIES:
@@ -256,7 +256,7 @@ class Classify(Job):
 
     @property
     def spoken_labels(self) -> list[str]:
-        """The labels as the model reads them; the answer has them as they were sent."""
+        """The labels as the model reads them; the answer has them as sent."""
         return [label.strip() for label in self.labels]
 
 
@@ -338,13 +338,13 @@ PAYLOADS: dict[str, type[Job]] = {
 
 
 def check_size(job: Job, most: int) -> None:
-    """Raises InvalidRequest for a job with more bytes, before it is sent; ImageTooLarge where its pictures are why."""
+    """Raises InvalidRequest for a job with more bytes than `most`; ImageTooLarge if its pictures are the reason."""
     arguments = job.arguments()
     size = len(json.dumps(arguments))
     if size <= most:
         return
     pictures = [len(uri) for uri in _data_uris(arguments)]
-    # Base64 makes four characters of three bytes.
+    # Base64 encodes three bytes as four characters.
     has, room = sum(pictures) * 3 // 4, (most - size + sum(pictures)) * 3 // 4
     if not pictures or room <= 0:
         raise InvalidRequest(f"The job has {size:,} bytes and may have {most:,}: send less.", detail="job_bytes")

@@ -1,4 +1,4 @@
-"""What a picture's file is, by its first bytes. Pure; the workers read the same ones."""
+"""The format of a picture's file by its first bytes. Pure; the workers read the same formats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 #: As every message lists them.
 PICTURE_FORMS = "JPEG, PNG, WebP, GIF or AVIF"
 
-#: How the files begin that the workers read: at which byte, with what.
+#: First bytes of the formats that the workers read, with their offsets.
 _KINDS: dict[str, tuple[tuple[int, tuple[bytes, ...]], ...]] = {
     "image/jpeg": ((0, (b"\xff\xd8\xff",)),),
     "image/png": ((0, (b"\x89PNG\r\n\x1a\n",)),),
@@ -15,7 +15,7 @@ _KINDS: dict[str, tuple[tuple[int, tuple[bytes, ...]], ...]] = {
     "image/webp": ((0, (b"RIFF",)), (8, (b"WEBP",))),
     "image/avif": ((4, (b"ftypavif", b"ftypavis")),),
 }
-#: The same and the family of HEIF, whose first brand may say only that it is one of them.
+#: The same and the HEIF family, whose first brand may be a general one.
 _PICTURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp(?:avi[fs]|mif1|msf1)", re.DOTALL
 )
@@ -49,12 +49,12 @@ _FOREIGN = {
 
 
 def media_type(data: bytes) -> str | None:
-    """What a file's first bytes say that it is, of the kinds that the workers read."""
+    """The media type by a file's first bytes; None for formats that the workers do not read."""
     return next((kind for kind, parts in _KINDS.items() if all(data.startswith(one, at) for at, one in parts)), None)
 
 
 def may_be_picture(head: bytes) -> bool:
-    """False for a file's first PICTURE_BYTES that are no picture's."""
+    """False if a file's first PICTURE_BYTES cannot be a picture's."""
     return _PICTURE.match(head) is not None
 
 
@@ -63,7 +63,7 @@ def is_avif(data: bytes) -> bool:
 
 
 def foreign(data: bytes) -> str | None:
-    """Name a file's format, from its first bytes, where it is a known one that is not opened here; else None."""
+    """The name of a known format that is not supported, by a file's first bytes; else None."""
     if is_avif(data):
         return None
     data = data[:SIGNATURE_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -1,4 +1,4 @@
-"""Pictures that a producer has at hand, as `data:` URIs.
+"""A producer's own pictures, as `data:` URIs.
 
     Caption(image=Image.from_file("cat.jpg"))
     Caption(image=Image.from_bytes(request.files["photo"].read(), max_side=1024))
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
-#: Bytes that no job has room for as base64, whatever the workers allow.
+#: Bytes that are too many for any job as base64, with any settings of the workers.
 MAX_BYTES = 200_000_000
 JPEG_QUALITY = 92
 
@@ -43,18 +43,19 @@ class PillowImage(Protocol):
     def tobytes(self) -> bytes: ...
 
 
-#: A picture that can be read here.
+#: Objects that a picture can be read from.
 AtHand: TypeAlias = bytes | bytearray | memoryview | os.PathLike[str] | Readable | PillowImage
 
 
 class Image:
-    """Makes an image of a payload from what is at hand. As a field's type in a model of yours: what a payload takes."""
+    """Makes a payload's image from a picture. As a field's type in your models it accepts what a payload accepts."""
 
     @staticmethod
     def from_bytes(data: bytes | bytearray | memoryview, *, max_side: int | None = None) -> str:
-        """A picture's file as a `data:` URI. `max_side`: scaled down to so many pixels, which needs Pillow.
+        """A picture's file as a `data:` URI. `max_side`: scale down to this many pixels, which needs Pillow.
 
-        Raises ImageInvalid for what is no picture that the workers read; with `max_side`, what Pillow reads is taken.
+        Raises ImageInvalid for formats that the workers do not read; with `max_side`, for those that Pillow does not
+        read.
         """
         content = bytes(data)
         if max_side is not None:
@@ -62,7 +63,7 @@ class Image:
         kind = media_type(content)
         if kind is None:
             raise ImageInvalid(
-                f"The bytes are no {PICTURE_FORMS} picture: send it in one of these forms.", detail="not_a_picture"
+                f"The bytes are not a {PICTURE_FORMS} picture: send it in one of these forms.", detail="not_a_picture"
             )
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -70,7 +71,7 @@ class Image:
     def from_file(file: str | AtHand, *, max_side: int | None = None) -> str:
         """A picture's file, by its path or open, as a `data:` URI; see `from_bytes`. Read from its beginning.
 
-        Raises ImageInvalid where it cannot be read.
+        Raises ImageInvalid if it cannot be read.
         """
         return Image.from_bytes(_content(Path(file) if isinstance(file, str) else file), max_side=max_side)
 
@@ -82,7 +83,7 @@ class Image:
 
 
 def is_at_hand(value: Any) -> bool:
-    """Whether a value is a picture that can be read here: no JSON says one."""
+    """Whether a value is a picture object; JSON values never are."""
     if isinstance(value, str | dict):
         return False
     is_file = isinstance(value, os.PathLike) or hasattr(value, "read")
@@ -118,11 +119,11 @@ def _of_path(path: os.PathLike[str]) -> bytes:
 
 def _of_file(file: Any) -> Any:
     if inspect.iscoroutinefunction(getattr(file, "read", None)):
-        # FastAPI's upload has a plain file inside.
+        # FastAPI's upload wraps a plain file.
         file = file.file
     was_closed = getattr(file, "closed", False)
     if callable(getattr(file, "open", None)):
-        # Django's: its field may be closed, or at the end of what was just saved.
+        # Django's field may be closed, or at its end after it was saved.
         file.open()
     if hasattr(file, "seekable") and file.seekable():
         file.seek(0)
@@ -150,7 +151,7 @@ def _scaled(content: bytes, max_side: int) -> bytes:
             image.draft("RGB", (max_side, max_side))
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "P" or upright.mode.startswith("I"):
-                # Scaling a palette's numbers would make up colours.
+                # Scaling palette indices would produce wrong colours.
                 upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
             upright.thumbnail((max_side, max_side), Pillow.Resampling.LANCZOS)
             is_clear = upright.has_transparency_data

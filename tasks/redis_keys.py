@@ -1,7 +1,7 @@
-"""Every key in the two Redis databases: its type, how long it lives, who writes and reads it, and what it means.
+"""Every key in the two Redis databases: its type, its TTL, its writers and readers, and its meaning.
 
-Code takes names of keys from here. Kombu and Celery put an app's prefix before their own keys, and we before ours, so
-that two deployments in one database stay apart; `results_prefix` and `broker_prefix` have it as the app's options do.
+All code takes names of keys from here. Kombu and Celery put an app's prefix before their own keys, and we before ours,
+so that two deployments can share a database; `results_prefix` and `broker_prefix` read it from the app's options.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _PLACEHOLDER = re.compile(r"\{\w+\}")
 class RedisKey:
     """A kind of key."""
 
-    #: Placeholders in braces stand for what tells one key of this kind from another.
+    #: Placeholders in braces stand for the parts that differ among keys of this kind.
     pattern: str
     database: Database
     type: Type
-    #: What bounds its life, in seconds or by a setting. None: it has no TTL, for the reason that `meaning` gives.
+    #: Its TTL, in seconds or by a setting. None: it has no TTL, for the reason in `meaning`.
     ttl: str | None
     writers: tuple[User, ...]
     readers: tuple[User, ...]
@@ -42,7 +42,7 @@ class RedisKey:
         return self.pattern.partition("{")[0]
 
     def named(self, *parts: str) -> str:
-        """The name of one key, without the app's prefix: `parts` in the place of the placeholders."""
+        """The name of one key, without the app's prefix: `parts` replace the placeholders."""
         rest = iter(parts)
         return _PLACEHOLDER.sub(lambda _: next(rest), self.pattern)
 
@@ -343,34 +343,34 @@ _NOT_QUEUES = re.compile(r"unacked|idefics:|idefics\.callbacks|celery-task(set)?
 
 
 def is_no_queue(name: str) -> bool:
-    """True for names that no queue may have: a message sent there would overwrite a key of another kind."""
+    """True for names that a queue must not have: a message sent there would overwrite a key of another kind."""
     return _NOT_QUEUES.match(name) is not None
 
 
-#: Kombu's own, before a priority's number in the name of a queue's list.
+#: Kombu's default separator before a priority's number in the name of a queue's list.
 SEPARATOR = "\x06\x16"
-#: What Celery's guide of priorities on Redis recommends.
+#: The separator that Celery's guide to priorities on Redis recommends.
 GUIDES_SEPARATOR = ":"
-#: Kombu's own: each number is a list, which has the priorities up to the next one.
+#: Kombu's default: each number has a list, for the priorities up to the next number.
 STEPS = (0, 3, 6, 9)
-#: The workers' and the client's: each priority has a list.
+#: The workers' and the client's default: each priority has its own list.
 OUR_STEPS = tuple(range(10))
 
 
 def results_prefix(app: Celery) -> str:
-    """Before all keys in the results' Redis."""
+    """The prefix of all keys in the results' Redis."""
     prefix = str((app.conf.result_backend_transport_options or {}).get("global_keyprefix") or "")
     # As Celery's backends do.
     return prefix if not prefix or prefix[-1] in ":_-." else f"{prefix}_"
 
 
 def broker_prefix(app: Celery) -> str:
-    """Before all keys in the queues' Redis."""
+    """The prefix of all keys in the queues' Redis."""
     return str(_broker(app).get("global_keyprefix") or "")
 
 
 def separator(app: Celery) -> str:
-    """Before a priority's number in the names of the lists that an app sends to."""
+    """The separator before a priority's number in the names of the lists that an app sends to."""
     return str(_broker(app).get("sep") or SEPARATOR)
 
 
@@ -380,7 +380,7 @@ def steps(app: Celery) -> tuple[int, ...]:
 
 
 def list_name(queue: str, step: int, sep: str) -> str:
-    """A queue's list for a priority, as kombu calls it."""
+    """The name of a queue's list for a priority, as kombu builds it."""
     return f"{queue}{sep}{step}" if step else queue
 
 

@@ -1,4 +1,4 @@
-"""Redis URLs as the worker and the client both read them: what is accepted, and what Celery is told of it.
+"""Redis URLs, as the worker and the client both read them: which are accepted, and the options that Celery gets.
 
 No message here repeats a URL: it may hold a password.
 """
@@ -11,9 +11,9 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
 
 SCHEMES = ("redis", "rediss", "redis+socket", "socket", "sentinel")
 
-#: Seconds without an answer after which a sentinel is given up, and the next one is asked.
+#: Seconds without an answer after which the next sentinel is asked.
 SENTINEL_TIMEOUT_S = 5.0
-#: What a sentinel:// URL's query may say.
+#: Parameters that a sentinel:// URL's query may have.
 _SENTINEL_QUERY = ("master_name", "sentinel_username", "sentinel_password")
 
 NOT_CERTAIN = (
@@ -24,7 +24,7 @@ NOT_CERTAIN = (
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A Redis in Celery's words."""
+    """A Redis server's URL and options for Celery."""
 
     url: str
     #: Transport options that Celery needs beside the URL: the same for its broker and its result backend.
@@ -41,7 +41,7 @@ class Server:
 
 
 def server(url: str, master: str = "", sentinel_password: str = "") -> Server:
-    """What Celery is given for a URL. `master` and `sentinel_password` count where a sentinel:// URL names none.
+    """The URL and options for Celery. `master` and `sentinel_password` are for a sentinel:// URL without them.
 
     Raises ValueError with the cure for a URL that Celery would misread.
     """
@@ -57,11 +57,11 @@ def server(url: str, master: str = "", sentinel_password: str = "") -> Server:
             "or redis+socket:///path?virtual_host=1"
         )
     if scheme in ("redis+socket", "socket"):
-        # Kombu knows the first name, Celery's result backends both.
+        # Kombu reads the first name, Celery's result backends read both.
         return Server(f"redis+socket://{url.partition('://')[2]}")
     if scheme == "redis" and any(name.startswith("ssl_") for name in query):
         raise ValueError("ssl_ options need rediss://: redis:// would speak without TLS")
-    # Celery's own defaults differ between broker and results, and between versions.
+    # Celery's defaults differ between broker and results, and between versions.
     if scheme == "rediss" and "ssl_cert_reqs" not in query:
         raise ValueError(
             "rediss:// needs ?ssl_cert_reqs=required&ssl_ca_certs=/ca.crt, and &ssl_certfile=/tls.crt"
@@ -94,7 +94,7 @@ def results_beside(broker: str) -> str:
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        # Read when it is asked for: an unescaped `/` or `#` of a password ends up there.
+        # `port` is parsed when it is read: an unescaped `/` or `#` in a password ends up in it.
         _ = parts.port
     except ValueError:
         raise ValueError(
@@ -104,7 +104,7 @@ def _split(url: str) -> SplitResult:
 
 
 def _sentinel(url: str, master: str, sentinel_password: str) -> Server:
-    """All of a list of sentinels, each with the same database and password: Celery reads those of any one of them."""
+    """A list of sentinels. All must have the same database and password: Celery reads them from any one."""
     parts = [_split(chunk) for chunk in url.split(";") if chunk]
     if any(part.scheme != "sentinel" or not part.hostname for part in parts):
         raise ValueError("sentinels are written sentinel://host:26379;sentinel://host2:26379/0, each with sentinel://")
@@ -133,7 +133,7 @@ def _one(values: set[str], what: str) -> str:
 
 
 def _to_sentinel(query: dict[str, str], password: str) -> dict[str, Any]:
-    """How the sentinels themselves are spoken to. Celery would wait for one that does not answer without an end."""
+    """Options for the connections to the sentinels. By default Celery waits without a timeout for a silent sentinel."""
     credentials = {
         "username": query.get("sentinel_username", ""),
         "password": query.get("sentinel_password") or password,

@@ -1,4 +1,4 @@
-"""Waiting for a job's result, over a restart of Redis too."""
+"""Waiting for a job's result, also through a restart of Redis."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .outcomes import Outcome
 from .setup_check import setup_check_of
 from .stored_results import read_outcome
 
-#: Seconds between two looks at a result: short at first, since most jobs end within a second; then an answer waits for
-#: a tenth of its time at most.
+#: Seconds between two polls of a result: short at first, since most jobs end within a second. They grow so that the
+#: delay of an answer is at most a tenth of its time.
 FIRST_PAUSE_S, LAST_PAUSE_S, PAUSE_GROWTH = 0.01, 0.25, 1.1
-#: Seconds that a wait bears with results' Redis that is away: it restarts within them.
+#: Seconds for which a wait continues while the results' Redis is away: enough for a restart.
 AWAY_S = 60.0
-#: Seconds between two looks of a wait at whether its answer can come.
+#: Seconds between two checks of whether an answer can come.
 CHECK_S = 2.0
 
 
 class ResultWait:
     """A wait for a job's end: polls its result, with growing pauses.
 
-    AsyncResult.get() waits on one subscription for all results of a process, which threads that wait at the same time
-    (a web server's) take from each other.
+    AsyncResult.get() uses one subscription for all results of a process: threads that wait at the same time, as in a
+    web server, take messages from each other.
     """
 
     def __init__(self, app: Celery, id: str, queue: str | None, timeout: float | None) -> None:
@@ -42,16 +42,16 @@ class ResultWait:
         now = time.monotonic()
         self._end = math.inf if timeout is None else now + timeout
         self._answered_at = now
-        #: What the last look met, where Redis is away.
+        #: The error of the last poll, while Redis is away.
         self._away: RedisError | None = None
         self._checked_at = now
 
     @with_our_errors
-    def look(self) -> Outcome | None:
-        """What it ended with, if it has.
+    def poll(self) -> Outcome | None:
+        """The job's outcome; None if it has not ended.
 
-        Raises JobTimeout where the time is over, BrokerUnavailable where Redis is away then or has been for AWAY_S,
-        and ConfigurationError where no answer can come.
+        Raises JobTimeout after the timeout, BrokerUnavailable if Redis is away then or has been for AWAY_S, and
+        ConfigurationError if no answer can come.
         """
         outcome = self._outcome()
         if outcome is None:
@@ -79,6 +79,6 @@ class ResultWait:
         return outcome
 
     def pause_s(self) -> float:
-        """Seconds until the next look."""
+        """Seconds until the next poll."""
         pause, self._pause_s = self._pause_s, min(self._pause_s * PAUSE_GROWTH, LAST_PAUSE_S)
         return min(pause, max(0.0, self._end - time.monotonic()))

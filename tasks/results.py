@@ -61,7 +61,7 @@ class Result(_Reply):
     model: ModelInfo
     """The model that answered: id, revision, family, dtype, quantization."""
     timing: Timing
-    """Seconds that the job spent in each part of its way."""
+    """Seconds that the job spent in each stage."""
     generation: dict[str, Any] = {}
     """transformers' generation parameters that applied, including the checkpoint's. Empty: plain greedy decoding."""
     metadata: dict[str, Any] = {}

@@ -10,9 +10,9 @@ from typing import Any
 
 from .payloads import PAYLOADS
 
-#: The queue of a stock app's worker: where a task without a queue of its own is sent.
+#: A stock app's default queue, for tasks without a queue.
 DEFAULT_QUEUE = "celery"
-#: The priorities that a stock worker reads. Our own workers read 0 to 9, and so these too.
+#: The priorities that a stock worker reads. Our own workers read 0 to 9, so these too.
 STOCK_STEPS = (0, 3, 6, 9)
 
 
@@ -22,7 +22,7 @@ def is_ours(task: Any) -> bool:
 
 
 def priority_for(task: Any, priority: Any) -> Any:
-    """A message's priority. For a task of others: the step below it, whose list in Redis a stock worker reads."""
+    """A message's priority. For another app's task: the next lower step, whose list a stock worker reads."""
     if is_ours(task) or priority is None:
         return priority
     try:

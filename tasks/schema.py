@@ -11,7 +11,7 @@ from .payloads import PAYLOADS
 from .results import Result
 from .webhooks import Event
 
-#: What the schema describes, by the name under which it is found there.
+#: The described types, by their names in the schema.
 DESCRIBED: dict[str, type[BaseModel]] = {**PAYLOADS, "result": Result, "event": Event}
 
 
@@ -35,7 +35,7 @@ def schema() -> dict[str, Any]:
 
 
 def _on_one_line(part: Any) -> Any:
-    """The same, with descriptions that are wrapped in the source on one line."""
+    """The same schema, with each description on one line."""
     if isinstance(part, list):
         return [_on_one_line(entry) for entry in part]
     if not isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""Whether an app's options fit its workers': a client can then say why its jobs would not be answered.
+"""Checks that an app's options fit its workers', so that a client can say why jobs would not be answered.
 
 The workers' options are in Redis (`tasks/worker_registry.py`).
 """
@@ -31,7 +31,7 @@ CACHE_S = 10.0
 
 
 def unseen(app: Celery, options: WorkerOptions) -> str | None:
-    """Why workers with these options would not see an app's jobs, with the cure; None where they would."""
+    """Why workers with these options would not see an app's jobs, with the cure; None if they would."""
     prefix, own_steps = broker_prefix(app), set(steps(app))
     if prefix != options.prefix:
         return (
@@ -54,7 +54,7 @@ def unseen(app: Celery, options: WorkerOptions) -> str | None:
 
 
 def unreadable(backend: Any) -> str | None:
-    """Why answers cannot be read from a backend, with the cure; None where they may be."""
+    """Why answers cannot be read from a backend, with the cure; None if they may be."""
     if isinstance(backend, DisabledBackend):
         return (
             "This app has no result backend, so no answer can be read: set result_backend to the workers' "
@@ -69,25 +69,25 @@ def unreadable(backend: Any) -> str | None:
 
 
 class SetupCheck:
-    """Whether an app fits its workers, asked of Redis at times. Safe to share between threads."""
+    """Compares an app's options with its workers', which are in Redis. Safe to share between threads."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._lock = threading.Lock()
         self._read_at = float("-inf")
         self._options: WorkerOptions | None = None
-        #: Since when the app's backend has not been where the workers write.
+        #: Since when the app's backend has differed from the workers'.
         self._elsewhere_since: float | None = None
 
     def check_sending(self) -> None:
-        """Raises ConfigurationError where the workers would not see this app's jobs."""
+        """Raises ConfigurationError if the workers would not see this app's jobs."""
         options = self._known()
         wrong = unseen(self._app, options) if options else None
         if wrong is not None:
             raise ConfigurationError(wrong)
 
     def check_reading(self) -> None:
-        """Raises ConfigurationError where answers have not been where this app looks for CONFIRM_S."""
+        """Raises ConfigurationError if the workers have written answers elsewhere for CONFIRM_S."""
         if disabled := unreadable(self._app.backend):
             raise ConfigurationError(disabled)
         options = self._known()
@@ -100,9 +100,9 @@ class SetupCheck:
             raise ConfigurationError(wrong)
 
     def workers(self, queue: str) -> list[str]:
-        """Names of the workers that take from a queue, as they last said.
+        """Names of the workers that are registered for a queue.
 
-        Raises RedisError or OperationalError, and ConfigurationError where the broker is no Redis.
+        Raises RedisError or OperationalError, and ConfigurationError if the broker is not Redis.
         """
         with registry(self._app) as redis:
             now, _ = redis.time()
@@ -136,7 +136,7 @@ class SetupCheck:
         return f"{who} from its queue: it waits for its turn, or runs."
 
     def _known(self) -> WorkerOptions | None:
-        """As the workers said within CACHE_S; None where none did, or where their broker is no Redis or is away."""
+        """The workers' options, cached for CACHE_S; None if there are none, or if the broker is away or not Redis."""
         with self._lock:
             if time.monotonic() - self._read_at >= CACHE_S:
                 self._options = self._read()
@@ -153,7 +153,7 @@ class SetupCheck:
             return None
 
     def _elsewhere(self, options: WorkerOptions) -> str | None:
-        """Why the app's backend is not where the workers write, with the cure; None where it is or may be."""
+        """Why the app's backend differs from the workers', with the cure; None if it does not, or is unknown."""
         backend = self._app.backend
         if not isinstance(backend, RedisBackend):
             return None
@@ -189,7 +189,7 @@ def registry(app: Celery) -> Iterator[Any]:
 
 
 def _reach(connection: Any) -> None:
-    """Raises OperationalError where the broker cannot be reached within seconds."""
+    """Raises OperationalError if the broker cannot be reached within seconds."""
     connection.ensure_connection(max_retries=1, interval_start=0, timeout=5)
 
 
@@ -207,7 +207,7 @@ _checks: weakref.WeakKeyDictionary[Celery, SetupCheck] = weakref.WeakKeyDictiona
 
 
 def setup_check_of(app: Celery) -> SetupCheck:
-    """One for each app."""
+    """The app's SetupCheck; always the same one."""
     return _checks.setdefault(app, SetupCheck(app))
 
 

@@ -1,4 +1,4 @@
-"""Results as Celery's backend keeps them: read, of one job or of many, and deleted."""
+"""Reads and deletes results in Celery's result backend, for one job or many."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .setup_check import unreadable
 
 
 def readable_backend(app: Celery) -> Any:
-    """An app's result backend. Raises ConfigurationError where it has none that workers answer at."""
+    """An app's result backend. Raises ConfigurationError for one that workers do not answer at."""
     if wrong := unreadable(app.backend):
         raise ConfigurationError(wrong)
     return app.backend
 
 
 def read_outcome(app: Celery, id: str) -> Outcome | None:
-    """What a job ended with; None if it has not ended."""
+    """A job's outcome; None if it has not ended."""
     record = readable_backend(app).get_task_meta(id)
     return _outcome(record) if _has_ended(record) else None
 
 
 def read_outcomes(app: Celery, ids: Iterable[str]) -> dict[str, Outcome]:
-    """What those of these jobs that have ended ended with; from Redis in one command."""
+    """The outcomes of the jobs among these that have ended; from Redis in one command."""
     asked, backend = list(ids), readable_backend(app)
     if not asked:
         return {}
@@ -60,7 +60,7 @@ def _has_ended(record: dict[str, Any]) -> bool:
 
 
 def _outcome(record: dict[str, Any]) -> Outcome:
-    """What the record of a job that has ended says."""
+    """The outcome in the record of a job that has ended."""
     if record["status"] == states.REVOKED:
         return JobCanceled(partial=_partial(record["result"]))
     if isinstance(record["result"], BaseException):
@@ -68,9 +68,9 @@ def _outcome(record: dict[str, Any]) -> Outcome:
     try:
         return Result.model_validate(record["result"])
     except ValidationError:
-        return Internal("What is stored is no result of one of the six tasks: check the id.", detail="foreign_result")
+        return Internal("The stored result is not one of the six tasks': check the id.", detail="foreign_result")
 
 
 def _partial(revoked: BaseException) -> Result | None:
-    """What the worker stored with a revocation: Celery's reason, and the text so far where there was one."""
+    """The result so far that the worker stored with a revocation, after Celery's reason; None without one."""
     return Result.model_validate(revoked.args[1]) if len(revoked.args) > 1 else None

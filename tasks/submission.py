@@ -1,4 +1,4 @@
-"""How a job reaches the queue: checked, once for each idempotency key, refused where there is no room."""
+"""Sends jobs to the queue: checked, once for each idempotency key, and only if the broker has room."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from .webhooks import check_public
 class SubmitOptions(TypedDict, total=False):
     """Options of Celery's `apply_async` that a job may have."""
 
-    #: The job's id, else a random one.
+    #: The job's id. Default: a random one.
     task_id: str
-    #: Else the client's.
+    #: Default: the client's.
     queue: str
     #: In the place of a queue: the name or the id of a model that workers serve (`Client.models`).
     model: str
     #: Seconds before it starts, or when.
     countdown: float
     eta: datetime
-    #: Seconds, or when: a job that has not started by then does not start.
+    #: Seconds, or a time, after which a job that has not started never starts.
     expires: float | datetime
-    #: Signatures of tasks that run at its end, with its result; and where it failed, with its id.
+    #: Signatures of tasks that run when it succeeds, with its result; and when it fails, with its id.
     link: Any
     link_error: Any
     headers: dict[str, Any]
-    #: Seconds that it may run.
+    #: Hard and soft limit of its run, in seconds.
     time_limit: float
     soft_time_limit: float
-    #: Whether, and how, its message is sent again where the broker is away: see Celery's `retry_policy`.
+    #: Whether and how sending is retried while the broker is away: see Celery's `retry_policy`.
     retry: bool
     retry_policy: dict[str, Any]
     ignore_result: bool
@@ -102,7 +102,7 @@ class Submitter:
                 kwargs=job.arguments(),
                 queue=queue,
                 priority=priority,
-                # Whatever the app's default: the workers read nothing else.
+                # Not the app's default serializer: the workers read JSON only.
                 serializer="json",
                 headers={SUBMITTED_AT: time.time(), **options.pop("headers", {})},
                 **HIDDEN,

@@ -53,10 +53,10 @@ class SubmittedJob:
     def status(self) -> Status:
         """`starting` (it waits), `processing` (it runs or is retried), `succeeded`, `failed` or `canceled`.
 
-        `starting` also stands for an id that nobody has submitted, since Celery cannot tell them apart, and for a job
-        that was canceled and that no worker has met since.
+        `starting` is also the status of an unknown id, which Celery cannot distinguish from a waiting job, and of a
+        canceled job that no worker has taken from the queue yet.
 
-        Raises ConfigurationError where the app's results are not the workers'.
+        Raises ConfigurationError if the app's result backend is not the workers'.
         """
         state = readable_backend(self._app).get_task_meta(self.id)["status"]
         if state == states.PENDING:
@@ -64,21 +64,21 @@ class SubmittedJob:
         return _STATUS.get(state, "processing")
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait for the answer, at most `timeout` seconds. A wait outlasts a restart of Redis.
+        """Wait for the answer, at most `timeout` seconds. A wait continues through a restart of Redis.
 
         Raises the job's JobError, JobCanceled, or JobTimeout (a TimeoutError), after which the job goes on;
-        BrokerUnavailable where Redis is away when the time is over, or for a minute; ConfigurationError where the
-        app's options are not the workers', so that no answer can come.
+        BrokerUnavailable if Redis is away at the timeout, or for a minute; ConfigurationError if the app's options are
+        not the workers', so that no answer can come.
         """
         wait = ResultWait(self._app, self.id, self._queue, timeout)
-        while (outcome := wait.look()) is None:
+        while (outcome := wait.poll()) is None:
             time.sleep(wait.pause_s())
         return _answer(outcome)
 
     async def aresult(self, timeout: float | None = None) -> Result:
-        """`result` for asyncio: no thread waits meanwhile."""
+        """`result` for asyncio, without blocking a thread."""
         wait = ResultWait(self._app, self.id, self._queue, timeout)
-        while (outcome := await asyncio.to_thread(wait.look)) is None:
+        while (outcome := await asyncio.to_thread(wait.poll)) is None:
             await asyncio.sleep(wait.pause_s())
         return _answer(outcome)
 
@@ -92,8 +92,8 @@ class SubmittedJob:
 
     @with_our_errors
     def cancel(self) -> None:
-        """Take the job back: it does not start, or ends at its next step, and JobCanceled has its text so far."""
-        # The key reaches workers that are not there yet, and needs no right to Celery's mailbox; that one is faster.
+        """Cancel the job: it does not start, or ends at its next step, and JobCanceled has its text so far."""
+        # The key also reaches workers that start later, without rights to Celery's mailbox; the mailbox is faster.
         is_noted = self._note_cancellation()
         try:
             self._app.control.revoke(self.id, terminate=True)

@@ -9,7 +9,7 @@ import re
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-#: Characters. Longer URLs are no signed links; sending one could outlast the deadline.
+#: Characters. Even signed links are shorter; sending a longer one could outlast the deadline.
 MAX_URL_CHARS = 8_192
 
 # "#@", "?@" and "\@" before the first slash are where URL parsers disagree about which part is the host.
@@ -20,12 +20,12 @@ _HOST_NAME = re.compile(r"(?=.{1,254}\Z)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?
 def fault_of(url: str) -> tuple[str, str] | None:
     """Why a URL is not plain, with the cure, and the detail of the job's error; None for a plain one.
 
-    A host in another script than ASCII is not looked at: it gets its plain name where it is asked for.
+    A host outside ASCII is not checked: it is converted to its ASCII name when it is resolved.
     """
     if len(url) > MAX_URL_CHARS:
         return f"The URL has more than {MAX_URL_CHARS} characters: use a shorter one", "url"
     if not _PLAIN_URL.fullmatch(url):
-        return "The URL is no plain http(s)://host/path: write it without user and spaces", "url"
+        return "The URL is not a plain http(s)://host/path: write it without user and spaces", "url"
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -40,8 +40,7 @@ def fault_of(url: str) -> tuple[str, str] | None:
 
 
 def is_host(host: str) -> bool:
-    """True for a name or an address. No "%": neither an escaped name nor an IPv6 zone, which would choose the network
-    card."""
+    """True for a name or an address. "%" is refused, in escaped names and in IPv6 zones, which select an interface."""
     if ":" not in host:
         return _HOST_NAME.fullmatch(host) is not None
     return "%" not in host and _is_address(host)

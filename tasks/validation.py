@@ -1,4 +1,4 @@
-"""The base of payloads, and how their validation errors become errors of ours."""
+"""The base of payloads, and the conversion of their validation errors to our own errors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from .errors import ImageBlocked, ImageInvalid, ImageTooLarge, InvalidRequest, JobError
 
 _NAME = re.compile(r"[A-Za-z_-]{1,40}")
-#: How the names of a union's members begin, so that they do not stand among the fields of an error's place.
+#: Prefix of the names of a union's members, by which they are removed from an error's location.
 IN_UNION = "<union>"
-#: Errors of a picture, by the type of pydantic's error: the code of the error that a job would end in.
+#: Errors of a picture, by pydantic's error type, which is the code of the job's error.
 _PICTURE_ERRORS: dict[str, type[JobError]] = {
     error.code: error for error in (ImageBlocked, ImageInvalid, ImageTooLarge)
 }
 
 
 class _BadFields(ValidationError):
-    """What is raised where a payload is built with wrong fields: pydantic's own error and one of ours at once."""
+    """Raised by a payload's constructor for wrong fields: pydantic's error and one of ours at once."""
 
     detail: str | None
 
@@ -29,7 +29,7 @@ class _BadFields(ValidationError):
 
 
 def _also_bad_fields(kind: type[JobError]) -> type[_BadFields]:
-    # Of the same name: where a producer's own task ends with one, it is stored.
+    # With the same name, since it is stored if a producer's own task ends with it.
     return type(kind.__name__, (kind, _BadFields), {"__init__": _BadFields.__init__})
 
 
@@ -52,7 +52,7 @@ def _bad_fields(error: ValidationError) -> _BadFields:
 class PayloadModel(BaseModel):
     """The base of payloads and of their parts: frozen, unknown fields refused."""
 
-    # Inputs stay out of messages: prompts and signed URLs must not reach logs.
+    # Messages without inputs: prompts and signed URLs must not reach logs.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
 
     if not TYPE_CHECKING:
@@ -63,17 +63,17 @@ class PayloadModel(BaseModel):
             except ValidationError as error:
                 raise _bad_fields(error) from None
 
-        # As a part of another model, a web framework's for one, it is validated without this.
+        # As a part of another model, such as a web framework's, it is validated without this constructor.
         __init__.__pydantic_base_init__ = True
 
 
 def for_pydantic(error: JobError) -> PydanticCustomError:
-    """A validation error also of a web framework's models, from which an exception of ours would escape."""
+    """An error that pydantic collects in any model, also a web framework's; our own exception would pass through."""
     return PydanticCustomError(error.code, "{message}", {"message": str(error), "detail": error.detail})
 
 
 def refusal(error: ValidationError) -> JobError:
-    """The error of ours that tells a payload's faults: of its pictures first; else the first ten fields."""
+    """The JobError for a payload's faults: that of a picture, else the first ten fields."""
     faults = error.errors(include_url=False, include_input=False)
     for fault in faults:
         if kind := _PICTURE_ERRORS.get(fault["type"]):
@@ -82,7 +82,7 @@ def refusal(error: ValidationError) -> JobError:
 
 
 def _named(place: int | str) -> str:
-    """A field's name, as far as it is one: an unknown field's may be anything that a producer took for it."""
+    """A field's name, shortened and escaped if needed: an unknown field may have any name."""
     return str(place) if isinstance(place, int) or _NAME.fullmatch(place) else "(a field)"
 
 

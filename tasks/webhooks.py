@@ -1,10 +1,10 @@
-"""What a callback carries, and `verify` for those who receive it: Standard Webhooks, https://www.standardwebhooks.com.
+"""Callbacks' bodies, and `verify` for their receivers: Standard Webhooks, https://www.standardwebhooks.com.
 
     event = verify(secret, request.headers, request.body)
     for one in event.events:
         print(one.data.id, one.data.result or one.data.error)
 
-Answer with 2xx once it is kept. A delivery may come more than once: `event.id` is the same each time.
+Answer with 2xx once you have stored it. A delivery may arrive more than once, with the same `event.id`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ JobEvent: TypeAlias = Literal["job.succeeded", "job.failed", "job.canceled"]
 
 #: Bytes of a body.
 MAX_BODY_BYTES = 20_000
-#: Bytes, as JSON, that a text keeps when the whole does not fit.
+#: Bytes, as JSON, to which a text is cut if the body would be too large.
 CUT_TEXT_BYTES = 4_000
-#: Signatures of one delivery that are looked at: an honest one has as many as secrets are in rotation.
+#: Signatures of one delivery that are checked: a valid delivery has one for each secret in rotation.
 MAX_SIGNATURES = 8
 
 _FORM_OF_SECRETS = "a secret is whsec_ and base64 of 24 to 64 bytes"
@@ -39,7 +39,7 @@ NOTE = "Cut to fit 20 kB: read the whole result by the job's id."
 
 
 class InvalidWebhook(IdeficsError, ValueError):
-    """No secret of yours signed this now: answer 401, and check the secret, the clock and that the body is as sent."""
+    """None of your secrets has signed this just now: answer 401; check the secret, the clock, and the body's bytes."""
 
     code = "invalid_webhook"
     http_status = 401
@@ -52,9 +52,9 @@ class _Received(BaseModel):
 
 
 class Failure(_Received):
-    """A failed job's error: the code is stable, the message tells the cure.
+    """A failed job's error: the code is stable, the message has the cure.
 
-    The detail says what exactly it was, as `http_404`, where there is more to say.
+    The detail, if there is one, is the exact reason, such as `http_404`.
     """
 
     code: str
@@ -62,12 +62,12 @@ class Failure(_Received):
     detail: str | None = None
 
     def response(self) -> tuple[int, ErrorBody]:
-        """What a web application's visitors are told: see `IdeficsError.response`. The message is for you."""
+        """The answer for a web application's visitors: see `IdeficsError.response`. The message is for you."""
         return from_exception(Exception(self.code, self.message, self.detail)).response()
 
 
 class Outcome(_Received):
-    """How a job ended: `result` when it succeeded, or what there was of it when it was canceled; else `error`."""
+    """How a job ended: `result` if it succeeded, or the result so far if it was canceled; else `error`."""
 
     id: str
     task: str
@@ -79,13 +79,13 @@ class Outcome(_Received):
 
 
 class Batch(_Received):
-    """Several jobs' events in one call, where the workers' operator has chosen so."""
+    """Several jobs' events in one call, if the workers' operator has enabled batches."""
 
     events: list[Event] = Field(min_length=1)
 
 
 class Event(_Received):
-    """What a callback delivers."""
+    """The content of a callback."""
 
     id: str
     """The same for every attempt at the same delivery."""
@@ -95,14 +95,14 @@ class Event(_Received):
 
     @property
     def events(self) -> list[Event]:
-        """The jobs' events in it: itself, or those of a batch."""
+        """The jobs' events: this one itself, or those of a batch."""
         return self.data.events if isinstance(self.data, Batch) else [self]
 
 
 def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes | str) -> Event:
     """The event in a request that one of your secrets signed within the last five minutes.
 
-    `body` is the request's, untouched. Raises InvalidWebhook, and ConfigurationError for a secret that is none.
+    `body` is the request's unchanged body. Raises InvalidWebhook, and ConfigurationError for a malformed secret.
     """
     webhooks = [Webhook(_checked_secret(secret)) for secret in ([secrets] if isinstance(secrets, str) else secrets)]
     if not webhooks:
@@ -116,22 +116,22 @@ def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes
 
 
 def _checked_secret(secret: str) -> str:
-    # Without its prefix, as some services show one, it is the same.
+    # Some services show secrets without the prefix.
     text = secret.removeprefix("whsec_") if isinstance(secret, str) else ""
     try:
         length = len(base64.b64decode(text + "=" * (-len(text) % 4), validate=True))
     except ValueError:
         length = 0
     if not 24 <= length <= 64:
-        # Not what it is: it may be nearly right.
-        raise ConfigurationError(f"This is no secret: {_FORM_OF_SECRETS}.")
+        # The secret is not shown: it may be nearly right.
+        raise ConfigurationError(f"This is not a secret: {_FORM_OF_SECRETS}.")
     return secret
 
 
 def _is_signed(webhook: Webhook, headers: dict[str, str], body: bytes | str) -> bool:
     try:
         webhook.verify(body, headers, json_parse=False)
-    # The library's own error, and a bare ValueError for a signature or a body that cannot be read at all.
+    # The library's own error, or a plain ValueError for an unreadable signature or body.
     except (WebhookVerificationError, ValueError):
         return False
     return True
@@ -141,11 +141,11 @@ def _event(id: str, body: bytes | str) -> Event:
     try:
         return Event.model_validate({**json.loads(body), "id": id})
     except (ValidationError, ValueError, TypeError):
-        raise InvalidWebhook("The signature is right, but the body is no event of an IDEFICS job.") from None
+        raise InvalidWebhook("The signature is right, but the body is not an event of an IDEFICS job.") from None
 
 
 def check_public(callback: Callback) -> None:
-    """Refuse what a worker with default settings refuses, as far as it can be told without the DNS.
+    """Refuse a callback that a worker with default settings refuses, as far as can be checked without the DNS.
 
     Raises InvalidRequest.
     """
@@ -169,7 +169,7 @@ def check_public(callback: Callback) -> None:
 
 
 def body(type: JobEvent, timestamp: str, data: dict[str, Any]) -> str:
-    """An event as JSON in ASCII, at most 20 kB: what is too large is cut, and `truncated` says so."""
+    """An event as ASCII JSON of at most 20 kB. Fields that are too large are cut and listed in `truncated`."""
     text = _dumps(type, timestamp, data)
     for cut in (_cut_scores, _cut_text, _cut_message, _cut_metadata, _cut_result):
         if len(text) <= MAX_BODY_BYTES:
@@ -180,7 +180,7 @@ def body(type: JobEvent, timestamp: str, data: dict[str, Any]) -> str:
 
 
 def batch_body(timestamp: str, events: Iterable[tuple[str, str]]) -> str:
-    """One body of many: (id, body) each."""
+    """The body of a batch, from the members' ids and bodies."""
     members = [{"id": id, **json.loads(text)} for id, text in events]
     return _dumps("job.batch", timestamp, {"events": members})
 
@@ -221,7 +221,7 @@ def _noted(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def shortened(text: str, most: int = CUT_TEXT_BYTES) -> str:
-    """As much of a text as takes so many bytes as JSON."""
+    """The beginning of a text that takes at most `most` bytes as JSON."""
     while len(json.dumps(text)) > most:
         text = text[: min(len(text) - 1, len(text) * most // len(json.dumps(text)))]
     return text

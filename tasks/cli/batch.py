@@ -24,13 +24,13 @@ from .console import CommandError, echo, echo_json
 from .progress import ProgressDisplay
 from .waiting import watched
 
-#: The exit code of what Ctrl-C ended.
+#: The exit code after Ctrl-C.
 INTERRUPTED = 130
 ON_AGAIN = " Jobs in flight go on. Run the same command again to go on where it stopped."
 
 
 class _Stop:
-    """Asked for by Ctrl-C or SIGTERM; a second one ends at once."""
+    """A stop requested by Ctrl-C or SIGTERM; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -95,7 +95,7 @@ def batch(
     options: dict[str, Any] = {"window": window, "priority": priority, "keep_results": keep_results}
     again = ON_AGAIN if note else ""
     try:
-        # Closing the output tries once more to write what a full disk has refused.
+        # Closing the output retries a write that a full disk has refused.
         with open_output(output, retry_failed) as out:
             is_stopped = _run(source, lines, out, note, options)
     except RedisError as error:
@@ -118,7 +118,7 @@ def _summary(done: int, failed: int, is_stopped: bool, has_file: bool) -> str:
 
 
 def _run(source: Any, lines: BatchInput, out: BatchOutput, note: Path | None, options: dict[str, Any]) -> bool:
-    """Whether it was stopped before its end."""
+    """Run the batch. Returns whether it was stopped before its end."""
     resume, told = Resume(note, lines), ProgressDisplay(len(out.done))
     options = {**options, "on_note": told.note}
     try:
@@ -135,7 +135,7 @@ def _run(source: Any, lines: BatchInput, out: BatchOutput, note: Path | None, op
 
 
 def _note_beside(input: BinaryIO, output: str, retry_failed: bool) -> Path | None:
-    """Where to keep what an unfinished batch is gone on with; None where the output is no file."""
+    """The path of the resume file; None if the output is not a file."""
     path = Path(output)
     if output == "-" or (path.exists() and not path.is_file()):
         if retry_failed:
@@ -150,7 +150,7 @@ def _note_beside(input: BinaryIO, output: str, retry_failed: bool) -> Path | Non
 
 
 def _carried_out(run: Batch, lines: BatchInput, out: BatchOutput, told: ProgressDisplay, stop: _Stop) -> bool:
-    """Whether it came to its end, or to the user's; False where jobs were lost and it must begin again."""
+    """Run the batch to its end or until it is stopped. False if jobs were lost and it must begin again."""
     try:
         for answers in run.turns():
             out.write(answers)

@@ -24,22 +24,22 @@ from .console import CommandError
 if sys.platform != "win32":
     import fcntl
 
-#: Every whole line of an output begins with one of these.
+#: Every complete line of an output begins with one of these.
 _BEGINNINGS = (b'{"custom_id": ', b'{"id": "batch_req_')
 
 
 class BatchOutput:
-    """The answers, one a line. A file is kept from other runs by a lock; standard output holds nothing yet."""
+    """The answers, one a line. A file is locked against other runs; standard output has no earlier answers."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        #: The lines that are answered.
+        #: Fingerprints of the answered lines.
         self.done = Fingerprints()
         self.failed = 0
         if self._is_file:
             self._lock()
-            self._look()
+            self._read_answers()
 
     def _lock(self) -> None:
         if sys.platform != "win32":
@@ -48,8 +48,8 @@ class BatchOutput:
             except OSError:
                 raise CommandError("Another run writes to this output: wait for it, or stop it.") from None
 
-    def _look(self) -> None:
-        """Read what is done, and cut off a last line that a killed run has half written."""
+    def _read_answers(self) -> None:
+        """Read the answers of earlier runs, and cut off a last line that a killed run has half written."""
         whole = 0
         self._file.seek(0)
         for number, text in enumerate(self._file, 1):
@@ -71,7 +71,7 @@ class BatchOutput:
         self.failed += is_failed(answer)
 
     def write(self, answers: list[dict[str, Any]]) -> None:
-        """On the disk when this returns: their results are forgotten next."""
+        """Write answers and sync them to disk: their results are deleted next."""
         if not answers:
             return
         for answer in answers:
@@ -84,7 +84,7 @@ class BatchOutput:
             os.fsync(self._file.fileno())
 
     def without_failed(self, path: Path) -> None:
-        """Put a copy without the failed lines in the file's place, in one step."""
+        """Replace the file by a copy without the failed lines, atomically."""
         copy = path.with_name(f"{path.name}.new")
         self._file.seek(0)
         with copy.open("wb") as new:
@@ -95,7 +95,7 @@ class BatchOutput:
 
 
 def _foreign(number: int) -> CommandError:
-    return CommandError(f"Line {number} of the output is no answer of a batch: name another file.")
+    return CommandError(f"Line {number} of the output is not an answer of a batch: name another file.")
 
 
 @contextlib.contextmanager
@@ -112,19 +112,19 @@ def open_output(path: str, retry_failed: bool) -> Iterator[BatchOutput]:
 
 def _opened(path: str) -> BinaryIO:
     try:
-        # Not truncated, and not in append mode, which cannot seek.
+        # Without truncation, and not in append mode, which cannot seek.
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     except OSError as error:
         raise CommandError(f"Cannot write {path}: {error.strerror}.") from None
 
 
 class Resume:
-    """What an unfinished batch is gone on with."""
+    """The resume file of an unfinished batch."""
 
     _FORM = "{name} {sent:020} {digest}\n"
 
     def __init__(self, path: Path | None, lines: BatchInput) -> None:
-        """None: nothing is kept."""
+        """`path` None: no file is kept."""
         self._path = path
         self._lines = lines
         self.name, self.sent = uuid.uuid4().hex, 0
@@ -136,20 +136,20 @@ class Resume:
                 self.name, self.sent = name, int(sent)
             else:
                 click.echo("The input has changed meanwhile: its lines that have no answer are sent anew.", err=True)
-        # Before the first job is sent.
+        # Written before the first job is sent.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         self.note(self.sent)
 
     def note(self, sent: int) -> None:
-        """Say when that line is the last one read."""
+        """Record the number of the last line whose job was sent. That line must be the last one read."""
         self.sent = sent
         if self._path:
-            # The same number of bytes each time: nobody reads half a note.
+            # Always the same number of bytes, so that a reader never sees half a record.
             note = self._FORM.format(name=self.name, sent=sent, digest=self._lines.digest)
             os.pwrite(self._file, note.encode(), 0)
 
     def options(self, out: BatchOutput) -> dict[str, Any]:
-        """What a Batch is told of earlier runs."""
+        """The arguments of a Batch that describe earlier runs."""
         return {"name": self.name, "sent": self.sent, "done": out.done, "on_sent": self.note}
 
     def drop(self) -> None:
@@ -158,13 +158,13 @@ class Resume:
 
 
 class BatchInput:
-    """The lines, and how much of them is read."""
+    """The input's lines, and how much of them is read."""
 
     def __init__(self, file: BinaryIO) -> None:
-        """Raises NotJsonLines for a file that is plainly something else."""
+        """Raises NotJsonLines for a file that is clearly something else."""
         self._file = file
         about = os.fstat(file.fileno())
-        #: Bytes; 0 where it is no file.
+        #: Bytes; 0 if it is not a file.
         self._size = about.st_size if stat.S_ISREG(about.st_mode) else 0
         self._hash = _hash()
         self._is_begun = False
@@ -176,16 +176,16 @@ class BatchInput:
 
     @property
     def share(self) -> float:
-        """Of the bytes read; 0 where it cannot be known."""
+        """The share of the bytes that is read; 0 if unknown."""
         return self._file.tell() / self._size if self._size else 0.0
 
     @property
     def digest(self) -> str:
-        """Of the lines read."""
+        """Digest of the lines read."""
         return str(self._hash.hexdigest())
 
     def begins(self, lines: int, digest: str) -> bool:
-        """Whether its first lines have that digest. True where it can be read only once."""
+        """Whether its first lines have that digest. True if it can be read only once."""
         if not self.can_rewind:
             return True
         for _ in itertools.islice(self, lines):

@@ -1,6 +1,6 @@
-"""What the commands print: tables and colors on a terminal; plain lines, or JSON, for pipes, files and logs.
+"""The commands' output: tables and colors on a terminal; plain lines or JSON for pipes, files and logs.
 
-Text that a stranger may have chosen is escaped (tasks/printable.py), and none of it is read as rich's markup.
+Untrusted text is escaped (tasks/printable.py) and never read as rich's markup.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _STYLED = ("status", "state")
 
 
 def is_terminal(stream: IO[Any]) -> bool:
-    """True where output is for a person's eyes: on a terminal with a cursor, unless NO_COLOR is set."""
+    """Whether a person reads the output: a terminal with a cursor, unless NO_COLOR is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def terminal(*, err: bool = False) -> Console | None:
-    """Standard output, or standard error, where it is a terminal; None where plain text is due."""
+    """A console for standard output or standard error if it is a terminal; None for plain text."""
     stream = sys.stderr if err else sys.stdout
     if not is_terminal(stream):
         return None
-    # Loaded only where it is used: it takes a tenth of a second, and Celery loads `failed` in each of its processes.
+    # Imported only when it is used: that takes a tenth of a second, and Celery loads `failed` in each of its processes.
     from rich.console import Console
 
     return Console(file=stream, force_terminal=True, markup=False, emoji=False, highlight=False)
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print one line of text that may hold a stranger's."""
+    """Print one line of text, escaped."""
     click.echo(escaped(text), err=err)
 
 
@@ -60,14 +60,14 @@ def echo_json(value: Any, *, on_one_line: bool = False, err: bool = False) -> No
 
 
 def tabbed(cells: Sequence[str]) -> str:
-    """A row's plain form."""
+    """A row as plain text."""
     return "\t".join(map(escaped, cells))
 
 
 def echo_rows(
     columns: Sequence[str], rows: Iterable[Sequence[str]], plain: Callable[[Sequence[str]], str] = tabbed
 ) -> None:
-    """Print rows: a table on a terminal, else a line for each as `plain` writes it, without the columns' names."""
+    """Print rows: a table on a terminal; otherwise a line for each by `plain`, without the columns' names."""
     console = terminal()
     if console is None:
         for row in rows:
@@ -84,14 +84,14 @@ def echo_rows(
         is_whole = name == "id" and longest <= min(_WHOLE_CHARS, console.width // 2)
         table.add_column(name, overflow="fold", no_wrap=is_whole)
     for row in cells:
-        # Text and not str: rich would read markup in a string.
+        # Text, not str: rich would read markup in a string.
         pairs = zip(columns, row, strict=True)
         table.add_row(*(Text(cell, _STYLES.get(cell, "") if name in _STYLED else "") for name, cell in pairs))
     console.print(table)
 
 
 def echo_error(text: str, label: str = "") -> None:
-    """Print an error on standard error; its label, as `Error: ` or a code, is red on a terminal."""
+    """Print an error on standard error; its label, such as `Error: ` or a code, is red on a terminal."""
     console = terminal(err=True)
     if console is None:
         echo(f"{label}{text}", err=True)
@@ -109,7 +109,7 @@ class CommandError(click.ClickException):
 
 
 def away(error: Exception) -> CommandError:
-    """What a command says where Redis does not answer, or refuses."""
+    """The error of a command if Redis does not answer or refuses."""
     told = from_broker(error)
     cure = " Name another with --broker or IDEFICS_BROKER_URL." if isinstance(told, BrokerUnavailable) else ""
     return CommandError(f"{told}{cure}")

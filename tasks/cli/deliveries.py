@@ -1,4 +1,4 @@
-"""`idefics-jobs deliveries`: which callbacks went out, which wait, and once more those that you choose."""
+"""`idefics-jobs deliveries`: lists callbacks' deliveries and sends them again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def deliveries(context: click.Context) -> None:
 @json_option
 @click.pass_obj
 def list_deliveries(outbox: Any, state: str | None, limit: int, as_json: bool) -> None:
-    """List deliveries: id, state, attempts, time of the last change, event, job, host, what the last attempt met.
+    """List deliveries: id, state, attempts, time of the last change, event, job, host, result of the last attempt.
 
     The numbers of each state follow on standard error.
 
@@ -88,7 +88,7 @@ def hosts(outbox: Any, as_json: bool) -> None:
 def replay(outbox: Any, ids: tuple[str, ...], failed: bool, as_json: bool) -> None:
     """Send deliveries again, under the same ids, from the first attempt on; enables their URLs.
 
-    Exits with 1 if one is not there (any more).
+    Exits with 1 if one does not exist (any more).
 
     \b
     idefics-jobs deliveries replay --failed
@@ -105,7 +105,7 @@ def replay(outbox: Any, ids: tuple[str, ...], failed: bool, as_json: bool) -> No
     else:
         echo(f"{len(chosen) - len(unknown)} go out again.")
         for id in unknown:
-            echo(f"{id} is not there (any more).", err=True)
+            echo(f"{id} does not exist (any more).", err=True)
     if unknown:
         sys.exit(1)
 
@@ -114,7 +114,7 @@ def replay(outbox: Any, ids: tuple[str, ...], failed: bool, as_json: bool) -> No
 @json_option
 @click.pass_obj
 def disabled(outbox: Any, as_json: bool) -> None:
-    """List the URLs that answered 410 (Gone), and until when they get nothing. They may hold secrets.
+    """List the URLs that answered 410 (Gone), and until when they are disabled. They may hold secrets.
 
     \b
     idefics-jobs deliveries disabled

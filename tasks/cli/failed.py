@@ -31,7 +31,7 @@ _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which jobs a command means: those that pass every filter. Ages in seconds."""
+    """The jobs that a command applies to: those that pass every filter. Ages in seconds."""
 
     ids: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ def age(written: str) -> float:
     """Seconds in `90s`, `15m`, `2h`, `7d`; a bare number is seconds. Raises click.BadParameter."""
     match = _AGE.fullmatch(written)
     if match is None:
-        raise click.BadParameter(f"{written!r} is no age: write 90s, 15m, 2h or 7d.")
+        raise click.BadParameter(f"{written!r} is not an age: write 90s, 15m, 2h or 7d.")
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -140,7 +140,7 @@ def ls(source: Any, selection: Selection, as_json: bool) -> None:
 @json_line_option
 @click.pass_obj
 def show(source: Any, id: str, reveal: bool, as_json: bool) -> None:
-    """Print a failed job with its payload, links and options as JSON, what may be secret left out.
+    """Print a failed job with its payload, links and options as JSON, without possible secrets.
 
     \b
     idefics-jobs failed show 8f14e45f-ceea-4672-a9b5-0a2f9d7c2c1f
@@ -161,7 +161,7 @@ def show(source: Any, id: str, reveal: bool, as_json: bool) -> None:
 @click.option(
     "--queue",
     show_default="the queue they came from",
-    help="Send them to this queue, as a task that is none of ours to its own worker.",
+    help="Send them to this queue, for example another app's task to its own worker.",
 )
 @json_option
 @_with_filters
@@ -179,7 +179,7 @@ def retry(source: Any, selection: Selection, all_: bool, queue: str | None, as_j
     whole = [job for job in chosen if job.is_whole]
     sent = 0
     for job in whole:
-        # One that meanwhile has left the list, another's retry or the workers' bounds took.
+        # Another retry or the workers' limits have removed it from the list meanwhile.
         with contextlib.suppress(LookupError):
             jobs.retry(job, queue)
             sent += 1
@@ -197,7 +197,7 @@ def retry(source: Any, selection: Selection, all_: bool, queue: str | None, as_j
 @_with_filters
 @click.pass_obj
 def drop(source: Any, selection: Selection, all_: bool, as_json: bool) -> None:
-    """Take failed jobs off the list, for good.
+    """Remove failed jobs from the list, permanently.
 
     Name ids or filters, or --all.
 
@@ -213,7 +213,7 @@ def drop(source: Any, selection: Selection, all_: bool, as_json: bool) -> None:
 
 
 def _jobs(source: Any) -> FailedJobs:
-    """`source` is celery's context with its app, or what makes our client."""
+    """`source`: Celery's context with its app, or a function that makes our client."""
     try:
         return FailedJobs((source() if callable(source) else source).app)
     except ValueError as error:

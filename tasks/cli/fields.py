@@ -1,4 +1,4 @@
-"""A task's fields as they are written in a shell."""
+"""Parses a task's fields as written in a shell."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _field(field: str) -> tuple[str, Any]:
         try:
             return name[:-1], json.loads(value)
         except ValueError as error:
-            raise click.UsageError(f"{name[:-1]} is no JSON: {error}") from None
+            raise click.UsageError(f"{name[:-1]} is not JSON: {error}") from None
     if value.startswith("@"):
         return name, data_uri(Path(value[1:]))
     if is_picture_meant(name, value):
@@ -47,7 +47,7 @@ def _is_list(payload: type[Job], name: str) -> bool:
 
 
 def is_picture_meant(name: str, value: str) -> bool:
-    """Whether a value names a file that was to be sent: a picture, or any where only an image may stand."""
+    """Whether a value is the name of a file to send: a picture, or any file where only an image is allowed."""
     try:
         path = Path(value)
         if len(value) > 4096 or not path.is_file():
@@ -59,7 +59,7 @@ def is_picture_meant(name: str, value: str) -> bool:
 
 
 def data_uri(path: Path) -> str:
-    """A picture's file as a `data:` URI. Raises click.UsageError where it cannot be read, or ImageInvalid."""
+    """A picture's file as a `data:` URI. Raises click.UsageError if it cannot be read, or ImageInvalid."""
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:

@@ -109,8 +109,8 @@ def fail(error: Exception) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """How far a job is. Code, detail and message say why it failed, or what it is retried after; the message also says
-    where a queued job waits for a worker."""
+    """A job's status. Code, detail and message say why it failed or is retried; the message of a queued job also says
+    that no worker takes from its queue."""
 
     id: str
     #: queued (or unknown: Redis cannot tell), running, retrying, succeeded, failed or canceled.
@@ -130,7 +130,7 @@ _NAMES = {"starting": "queued", "processing": "running"}
 
 def statuses(client: Any, ids: Iterable[str]) -> list[JobStatus]:
     """The statuses of jobs, in the order of their ids, each id once."""
-    # Before their outcomes: a job that ends between the two is shown as ended.
+    # Read before their outcomes: a job that ends between the two is shown as ended.
     found = {id: _of_job(client.job(id)) for id in ids}
     ended = client.outcomes(found)
     now = [_of_outcome(id, ended[id]) if id in ended else status for id, status in found.items()]
@@ -143,7 +143,7 @@ def _with_hint(client: Any, found: list[JobStatus]) -> list[JobStatus]:
         if not is_unserved(client):
             return found
     except (IdeficsError, RedisError, OperationalError):
-        # Not for this user to know.
+        # This user may not know.
         return found
     return [replace(one, message=no_worker(client.queue)) if one.status == "queued" else one for one in found]
 
@@ -173,7 +173,7 @@ def _with_error(id: str, status: str, error: JobError | None) -> JobStatus:
 @json_option
 @click.pass_obj
 def status(client: Any, ids: tuple[str, ...], as_json: bool) -> None:
-    """Print how far jobs are: id, status, code, message.
+    """Print the status of jobs: id, status, code, message.
 
     The status is queued, running, retrying, succeeded, failed or canceled. An id that was never submitted is also
     "queued". Code and message say why a job failed, why it is retried, or that no worker takes from its queue.
@@ -196,7 +196,7 @@ def _kind(status: JobStatus) -> str:
 
 
 def _asked(client: Any, ids: tuple[str, ...]) -> tuple[Any, list[JobStatus]]:
-    """A client, and the jobs' statuses. Raises CommandError where Redis does not answer."""
+    """A client, and the jobs' statuses. Raises CommandError if Redis does not answer."""
     source = client()
     try:
         return source, statuses(source, ids)

@@ -1,4 +1,4 @@
-"""How far a batch is, on standard error: a bar on a terminal, else a line every ten seconds."""
+"""A batch's progress on standard error: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LIVE_S, LOGGED_S = 0.5, 10.0
 
 
 class ProgressDisplay:
-    """Tells how far a batch is. Safe to share between threads."""
+    """Shows a batch's progress. Safe to share between threads."""
 
     def __init__(self, already: int) -> None:
-        """`already`: the lines that earlier runs have answered."""
+        """`already`: number of lines that earlier runs have answered."""
         self._already = already
         console = terminal(err=True)
         self._bar = _bar(console) if console else None
@@ -46,7 +46,7 @@ class ProgressDisplay:
         self._bar.update(self._task, description=escaped(told), completed=done, total=total)
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a separate line."""
         if self._bar is None:
             echo(text, err=True)
             return
@@ -76,13 +76,13 @@ def _bar(console: Console) -> Bar:
         redirect_stderr=False,
     )
     bar.start()
-    # A second Ctrl-C ends the process at once, with the cursor as it is then.
+    # Shown again, since a second Ctrl-C ends the process at once and would leave the cursor hidden.
     console.show_cursor(True)
     return bar
 
 
 def progress(done: int, failed: int, rate: float, share: float, in_flight: int) -> str:
-    """The line of progress. `share` of the input has been read: the lines done and those in flight."""
+    """The line of progress. `share` is the share of the input that has been read, by lines done and in flight."""
     told = f"{done:,} lines done, {failed:,} failed, {in_flight:,} in flight, {rate:,.1f}/s"
     if rate and share:
         left = (done + in_flight) / share - done

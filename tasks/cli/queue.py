@@ -1,4 +1,4 @@
-"""`idefics-jobs queue`: how much waits, how much runs, and who works."""
+"""`idefics-jobs queue`: waiting jobs, running jobs and workers of a queue."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .jobs import fail
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """A queue as it is now. None: this Redis user may not know."""
+    """The current state of a queue. None: this Redis user may not know."""
 
     queue: str
-    #: Jobs that no worker has taken yet, whose time has come.
+    #: Jobs that are due and that no worker has taken yet.
     waiting: int
     #: The same by priority, 0 to 9.
     by_priority: dict[int, int]
-    #: Jobs with a countdown or an eta that a worker has put aside until their time.
+    #: Jobs with a countdown or an eta that a worker has set aside until their time.
     due_later: int | None
-    #: Jobs that workers hold: running, or taken in advance. Of all queues of this Redis together.
+    #: Jobs that workers hold, running or prefetched, of all queues of this Redis together.
     in_flight: int | None
     #: Names of the workers that take from the queue.
     workers: list[str] | None
@@ -38,7 +38,7 @@ class QueueState:
 
 
 def queue_state(client: Any) -> QueueState:
-    """Raises RedisError or OperationalError where Redis is away."""
+    """Read the state of the client's queue. Raises RedisError or OperationalError if Redis is away."""
     by_priority = {priority: client.queued(priority) for priority in OUR_STEPS}
     due_later, in_flight = _held(client.app, client.queue)
     workers, models = _workers(client)
@@ -54,7 +54,7 @@ def _workers(client: Any) -> tuple[list[str] | None, list[str] | None]:
 
 
 def _held(app: Celery, queue: str) -> tuple[int | None, int | None]:
-    """How many jobs wait for their time, and how many are in flight; None for what this user may not count."""
+    """The numbers of jobs that wait for their time and that are in flight; None where this user may not count."""
     prefix = broker_prefix(app)
     separators = {separator(app), SEPARATOR, GUIDES_SEPARATOR}
     lists = {list_name(queue, priority, sep) for priority in OUR_STEPS for sep in separators}
@@ -81,7 +81,7 @@ def _total(replies: Iterable[Any]) -> int | None:
 @json_option
 @click.pass_obj
 def show_queue(client: Any, as_json: bool) -> None:
-    """Show how many jobs wait and who takes them.
+    """Show how many jobs wait, and which workers take them.
 
     The rows: jobs that wait, in all and for each priority that has some; jobs whose time has not come (countdown,
     eta); jobs in flight, those of all queues of this Redis; the workers that take from the queue, and their model.

@@ -1,4 +1,4 @@
-"""A failed job as it may be shown: without what may be a secret, and without long texts. Pure."""
+"""Redacts a failed job for display: possible secrets and long texts are removed. Pure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 SHOWN_CHARS = 200
 _SECRET_NAME = re.compile(r"pass|secret|token|credential|authorization|signature|cookie|api.?key", re.IGNORECASE)
 _DATA_URI = re.compile(r"(data:[\w.+/-]+(?:;[\w.+=-]+)*,)(\S*)", re.IGNORECASE)
-#: From the `://` on: to look for a scheme before it would take quadratic time in a text of words and dots.
+#: Matches from the `://` on: a search for the scheme before it would take quadratic time in a text of words and dots.
 _URL = re.compile(r"://([^\s/@]*@)?([^\s?#]*)([?#]\S*)?")
 
 
 def redacted(value: Any) -> Any:
-    """JSON without what may be a secret: URLs' credentials and queries, pictures' bytes, long texts, telling names."""
+    """JSON without possible secrets: URLs' credentials and queries, pictures, long texts, fields with such names."""
     if isinstance(value, dict):
         return {name: _redacted_field(name, content) for name, content in value.items()}
     if isinstance(value, list | tuple):

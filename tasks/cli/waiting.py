@@ -1,4 +1,4 @@
-"""While a command waits for jobs: says where no worker would take them."""
+"""Warns, while a command waits for jobs, if no worker takes from their queue."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..errors import IdeficsError
 from ..worker_registry import no_worker
 from .console import echo
 
-#: Seconds between two looks for a worker.
-LOOK_S = 3.0
+#: Seconds between two checks for a worker.
+CHECK_INTERVAL_S = 3.0
 
 
 def _on_standard_error(text: str) -> None:
@@ -21,7 +21,7 @@ def _on_standard_error(text: str) -> None:
 
 @contextlib.contextmanager
 def watched(client: Any, tell: Callable[[str], None] = _on_standard_error) -> Iterator[None]:
-    """Meanwhile, tell once where jobs wait and no worker takes from the client's queue."""
+    """During the block, call `tell` once if jobs wait and no worker takes from the client's queue."""
     is_over = threading.Event()
     threading.Thread(target=_watch, args=[client, tell, is_over], daemon=True, name="worker-watch").start()
     try:
@@ -36,9 +36,9 @@ def is_unserved(client: Any) -> bool:
 
 
 def _watch(client: Any, tell: Callable[[str], None], is_over: threading.Event) -> None:
-    # Where it cannot be known, the wait itself says what is wrong.
+    # If the workers cannot be read, the wait itself reports the error.
     with contextlib.suppress(IdeficsError):
-        while not is_over.wait(LOOK_S):
+        while not is_over.wait(CHECK_INTERVAL_S):
             if is_unserved(client):
                 count = client.queued()
                 waiting = "1 job waits" if count == 1 else f"{count:,} jobs wait"

@@ -222,7 +222,7 @@ def test_a_batch_that_no_worker_takes_from_says_so(
         threading.Timer(0.2, setattr, [client, "is_open", True]).start()
         return []
 
-    monkeypatch.setattr(waiting, "LOOK_S", 0.05)
+    monkeypatch.setattr(waiting, "CHECK_INTERVAL_S", 0.05)
     monkeypatch.setattr(client, "workers", workers)
     monkeypatch.setattr(client, "queued", lambda priority=None: 2)
     client.is_open = False
@@ -342,7 +342,7 @@ def test_a_file_that_is_no_batchs_output_is_left_alone(client: SlowClient, folde
     (folder / "out.jsonl").write_text(content)
     outcome = command(folder)
     assert outcome.exit_code == 1
-    assert "Line 1 of the output is no answer of a batch" in outcome.stderr
+    assert "Line 1 of the output is not an answer of a batch" in outcome.stderr
     assert (folder / "out.jsonl").read_text() == content
 
 

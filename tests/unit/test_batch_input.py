@@ -144,4 +144,4 @@ def test_a_file_in_utf_16_is_answered_and_gone_on_with(tmp_path: Path, monkeypat
 def test_another_encoding_is_named_in_its_line() -> None:
     line = json.dumps({"custom_id": "1", "task": "complete", "arguments": {"prompt": ["Größe"]}}, ensure_ascii=False)
     (answer,) = batch.run(FakeClient(), io.BytesIO(line.encode("latin-1")))
-    assert answer["error"]["message"] == "Line 1 is no JSON in UTF-8: save the file as UTF-8."
+    assert answer["error"]["message"] == "Line 1 is not JSON in UTF-8: save the file as UTF-8."

@@ -238,7 +238,7 @@ def test_a_message_that_asks_for_what_no_worker_does_is_refused_by_name(message:
         ({**OURS, "custom_id": ""}, "custom_id"),
         ({**OURS, "custom_id": "\ud800"}, "custom_id"),
         ({"task": "caption", "arguments": {}}, "custom_id"),
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
     ],
 )
 def test_a_bad_line_is_refused_and_told_why(asked: Any, told: str) -> None:
@@ -248,7 +248,7 @@ def test_a_bad_line_is_refused_and_told_why(asked: Any, told: str) -> None:
 @pytest.mark.parametrize("text", ["{", b"\xff\xfe", "[" * 100_000])
 def test_what_is_no_json_is_refused_with_its_lines_number(text: str | bytes) -> None:
     bad = read_line(7, text)
-    with pytest.raises(InvalidRequest, match="Line 7 is no JSON"):
+    with pytest.raises(InvalidRequest, match="Line 7 is not JSON"):
         bad.job()
     assert answer(bad, InvalidRequest("no"), "job")["line"] == 7
 

@@ -142,7 +142,7 @@ def test_a_text_that_is_also_a_files_name_stays_text(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("field", "message"),
-    [("image", "name=value"), ("metadata:={", "metadata is no JSON"), ("image=@/nowhere/cat.jpg", "Cannot read")],
+    [("image", "name=value"), ("metadata:={", "metadata is not JSON"), ("image=@/nowhere/cat.jpg", "Cannot read")],
 )
 def test_a_field_that_cannot_be_read_is_explained(field: str, message: str) -> None:
     with pytest.raises(click.UsageError, match=message):
@@ -277,13 +277,13 @@ class Idle(Recorder):
 @pytest.mark.parametrize("command", [["submit", "caption", f"image={URL}", "--wait"], ["result", "row-7"]])
 def test_a_wait_without_workers_says_so_once(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "Client", lambda *args, **options: Idle())
-    monkeypatch.setattr(waiting, "LOOK_S", 0.01)
+    monkeypatch.setattr(waiting, "CHECK_INTERVAL_S", 0.01)
     told = f"3 jobs wait. {no_worker('idefics')}\n"
     assert run(*command).stderr == f"{told}timeout: No answer.\n"
 
 
 def test_a_wait_with_a_worker_is_silent(client: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "LOOK_S", 0.01)
+    monkeypatch.setattr(waiting, "CHECK_INTERVAL_S", 0.01)
     monkeypatch.setattr(FakeJob, "result", lambda *_: time.sleep(0.1) or canned("a cat", Caption(image=URL)))
     assert run("submit", "caption", f"image={URL}", "--wait").stderr == ""
 

@@ -91,7 +91,9 @@ def test_the_first_has_the_key_and_the_second_is_told_whose_it_is(make: Make, ke
 
 def test_another_payload_under_the_same_key_is_refused_with_the_cure(make: Make, keys: IdempotencyKeys) -> None:
     keys.claim(make(), "first", is_sent=True)
-    with pytest.raises(InvalidRequest, match=r"has this key and another payload\. Give each payload a key") as refused:
+    with pytest.raises(
+        InvalidRequest, match=r"has this key and another payload\. Give each payload its own key"
+    ) as refused:
         keys.claim(make("b"), "second", is_sent=True)
     assert "first" not in str(refused.value).removesuffix("repeat the first one unchanged."), "an id is a right"
 

@@ -415,7 +415,7 @@ def test_failed_deliveries_are_replayed_together(listed: Outbox, run: Callable[.
 def test_named_deliveries_are_replayed_and_unknown_ones_reported(listed: Outbox, run: Callable[..., Any]) -> None:
     outcome = run("replay", delivery(0).id, "msg_unknown")
     assert outcome.exit_code == 1
-    assert (outcome.stdout, outcome.stderr) == ("1 go out again.\n", "msg_unknown is not there (any more).\n")
+    assert (outcome.stdout, outcome.stderr) == ("1 go out again.\n", "msg_unknown does not exist (any more).\n")
     assert run("replay").exit_code == 2
 
 

@@ -66,7 +66,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
         """`args` and `options` are Celery's, the others are for tests. `launch` starts a model process for a node."""
         super().__init__(*args, **options)
         self._settings: Settings = settings or self.app.settings
-        #: Shared with the consumer, which sets the channel at each connection.
+        #: The consumer uses it too, and sets its channel.
         self.redeliveries = redeliveries or RedeliveryCounter(most=self._settings.max_worker_deaths)
         #: Set while other workers would end the queued jobs before this one could (worker/queue/load_balancing.py).
         self.leaves_to_others = False
@@ -174,9 +174,8 @@ class InferencePool(BasePool):  # type: ignore[misc]
         if self._jobs.is_closed:
             return None
         callbacks = RequestCallbacks(accept_callback, callback, error_callback)
-        return self._lifecycle.admit(
-            PoolJob(next(self._serials), tuple(args), callbacks, timeout, self._lifecycle.cancel)
-        )
+        job = PoolJob(next(self._serials), tuple(args), callbacks, timeout, self._lifecycle.cancel)
+        return self._lifecycle.admit(job)
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
         """Do nothing: the process holds all jobs. Celery then calls `terminate` of the job."""

@@ -208,8 +208,7 @@ class Supervisor:
 
     def hear(self, now: float) -> None:
         """Receive, after allowing for a pause of this process itself."""
-        # A broker that hangs blocks this process, a paused container both: heartbeats of that time do not count as
-        # missed.
+        # A hanging broker blocks this process, a paused container both: heartbeats of that time are not missed.
         missed_s, self._heard_at = now - self._heard_at, now
         if missed_s > self._silent_s and self._process is not None:
             self._process.last_heartbeat = min(now, self._process.last_heartbeat + missed_s)

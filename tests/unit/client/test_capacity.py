@@ -41,7 +41,7 @@ def test_what_many_jobs_had_queued_before_one_that_is_refused_is_known(client: C
 
 
 def test_jobs_are_accepted_again_once_the_queue_is_shorter(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "LOOK_S", 0.0)
+    monkeypatch.setattr(capacity, "MEASURE_INTERVAL_S", 0.0)
     client = Client(app=client.app, queue=uuid.uuid4().hex, max_queued=1)
     client.submit(JOB)
     with pytest.raises(QueueFull):

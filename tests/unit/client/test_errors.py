@@ -197,8 +197,8 @@ def test_a_url_that_cannot_be_used_is_one_of_our_errors(url: str) -> None:
         ("localhost:7102", "Write redis://localhost:7102/0."),
         ("localhost", "Write redis://localhost/0."),
         ("redis.example.com:6379/3", "Write redis://redis.example.com:6379/3."),
-        ("http://localhost:7101/0", "http:// is no Redis URL: write redis://host:6379/0."),
-        ("https://user:pw@host", "https:// is no Redis URL: write redis://host:6379/0."),
+        ("http://localhost:7101/0", "http:// is not a Redis URL: write redis://host:6379/0."),
+        ("https://user:pw@host", "https:// is not a Redis URL: write redis://host:6379/0."),
     ],
 )
 def test_a_url_that_is_meant_as_redis_is_told_how_it_is_written(url: str, cure: str) -> None:
