@@ -39,7 +39,7 @@ ChatPart = Annotated[
         _kind_of_chat_part,
         custom_error_type="part",
         custom_error_message='type is one of "text" and "image_url": a part is {"type": "text", "text": ...} or '
-        '{"type": "image_url", "image_url": {"url": ...}}; a video is not read: send some of its frames as images',
+        '{"type": "image_url", "image_url": {"url": ...}} (a video is not read: send some of its frames as images)',
     ),
 ]
 
