@@ -61,7 +61,7 @@ class ModelDirectory:
     def served(self) -> list[ServedModel]:
         """The models whose workers are alive.
 
-        Raises BrokerUnavailable or BrokerRefused, and ConfigurationError where the broker is no Redis.
+        Raises BrokerUnavailable or BrokerRefused, and ConfigurationError if the broker is not Redis.
         """
         return list(self._read(0.0).served)
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 ENDPOINT = "/v1/chat/completions"
 
-#: Fields that are no part of the job, whatever they say. A batch's line goes by its model (`batch_models.py`).
+#: Fields that never change the job. A batch's line goes by its model (`batch_models.py`).
 _IGNORED = {
     "metadata",
     "model",

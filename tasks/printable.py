@@ -21,7 +21,7 @@ _UNPRINTABLE_IN_JSON = re.compile(f"[{_HIDDEN}]")
 
 def escaped(text: str) -> str:
     """The text on one line: control characters, newlines among them, as `\\n`, `\\x1b` or `\\u202e`."""
-    # What is printable for Python holds none of them, and asking is faster than searching.
+    # Text that Python calls printable has none of them, and that check is faster than a search.
     return text if text.isprintable() else _UNPRINTABLE.sub(_python_escape, text)
 
 

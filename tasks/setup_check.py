@@ -176,7 +176,7 @@ class SetupCheck:
 def registry(app: Celery) -> Iterator[Any]:
     """A client of the Redis in which an app's workers register.
 
-    Raises OperationalError where it is away, and ConfigurationError where the broker is no Redis.
+    Raises OperationalError where it is away, and ConfigurationError if the broker is not Redis.
     """
     with app.connection_for_write() as connection:
         if connection.transport.driver_type != "redis":

@@ -39,7 +39,7 @@ class SubmittedJob:
 
     def __init__(self, outcome: AsyncResult[Any], queue: str | None = QUEUE, app: Celery | None = None) -> None:
         """`queue`: where it waits, if that is known. `app`: the one to ask by, where it is not the handle's own."""
-        #: Celery's own handle, for whatever Celery can do.
+        #: Celery's own handle, for all that Celery can do.
         self.async_result = outcome
         self.id: str = outcome.id
         self._queue = queue
