@@ -19,6 +19,7 @@ from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Admit, PendingPrompt, Prefix
+from worker.engine.pauses import Pauses
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.engine.scheduler import Limits
 from worker.engine.slots import Move
@@ -241,8 +242,8 @@ def test_a_row_that_overflows_fails_alone_and_leaves_no_trace(served: Served, la
     names = sorted(served.images)[:4]
     broken = served.model.codec.picture(served.images[names[0]]).key
 
-    def encode(pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
-        found = served.model.encode(pictures)
+    def encode(pictures: Iterable[Picture]) -> Pauses[dict[bytes, Tensor]]:
+        found = yield from served.model.encode(pictures)
         return {key: features * torch.nan if key == broken else features for key, features in found.items()}
 
     model = rebuilt(served.model, encode=encode)

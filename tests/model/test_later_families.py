@@ -21,6 +21,7 @@ from tests.model.jobs import Parts, mixed_jobs, prepared, row_of
 from tests.support.pictures import data_uri, encoded
 from worker.engine.continuous import ContinuousModel
 from worker.engine.engine import Engine
+from worker.engine.pauses import without_pauses
 from worker.engine.row import Row, Sampling
 from worker.engine.scheduler import Limits
 from worker.engine.stock import StockModel
@@ -59,6 +60,20 @@ def test_a_pictures_key_differs_with_its_shape(later: Served) -> None:
     upright, lying = (later.model.codec.picture(Image.new("RGB", size, "white")) for size in ((20, 30), (30, 20)))
     # Idefics3 cuts both into the same squares.
     assert (upright.key == lying.key) is (upright.pixels.shape == lying.pixels.shape)
+
+
+@torch.inference_mode()
+def test_features_are_those_of_stock_transformers_for_pictures_of_any_size(later: Served) -> None:
+    pictures = [later.model.codec.picture(noise(number)) for number in range(100, 120)]
+    # One whose lower half is padding, which Idefics3's own processor never leaves.
+    half = pictures[-1].mask.clone()
+    half[:, half.shape[1] // 2 :] = False
+    pictures[-1] = replace(pictures[-1], key=b"half", mask=half)
+    found = without_pauses(later.model.encode(pictures))
+    assert len({picture.pixels.shape for picture in pictures}) > 1
+    for picture in pictures:
+        stock = later.stock.adapter.model.model.get_image_features(picture.pixels[None], picture.mask[None])
+        assert torch.allclose(found[picture.key], stock.pooler_output[0], atol=1e-4)
 
 
 def test_answers_depend_on_the_picture(later: Served) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.encoder_cache import CHUNK, AdaptiveBatchWindow, EncoderCache, EncoderThread
+from worker.engine.pauses import without_pauses
 from worker.engine.row import Picture
 
 #: Bytes of one picture's features here: 2 x 3 float32.
@@ -41,80 +42,84 @@ def cache(encoder: Encoder, pictures: int = 1_000) -> EncoderCache:
     return EncoderCache(encoder, max_bytes=pictures * BYTES)
 
 
+def got(cache: EncoderCache, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
+    return without_pauses(cache.get(pictures))
+
+
 def test_each_picture_gets_its_own_features() -> None:
-    found = cache(Encoder()).get(map(picture, range(20)))
+    found = got(cache(Encoder()), map(picture, range(20)))
     assert {int(key): feature.unique().tolist() for key, feature in found.items()} == {n: [n] for n in range(20)}
     assert all(feature.shape == (2, 3) for feature in found.values())
 
 
 def test_a_picture_that_several_rows_show_is_encoded_once() -> None:
     encoder = Encoder()
-    assert len(cache(encoder).get([picture(1), picture(2), picture(1)])) == 2
+    assert len(got(cache(encoder), [picture(1), picture(2), picture(1)])) == 2
     assert encoder.encoded == 2
 
 
 def test_a_picture_seen_earlier_is_not_encoded_again() -> None:
     encoder = Encoder()
     features = cache(encoder)
-    first = features.get([picture(1)])
+    first = got(features, [picture(1)])
     assert picture(1) in features
     assert picture(2) not in features
-    again = features.get([picture(1), picture(2)])
+    again = got(features, [picture(1), picture(2)])
     assert encoder.encoded == 2
     assert torch.equal(again[b"1"], first[b"1"])
 
 
 def test_no_pictures_need_no_encoder() -> None:
     encoder = Encoder()
-    assert cache(encoder).get([]) == {}
+    assert got(cache(encoder), []) == {}
     assert encoder.chunks == []
 
 
 def test_pictures_are_encoded_in_chunks() -> None:
     encoder = Encoder()
-    cache(encoder).get(map(picture, range(2 * CHUNK + 3)))
+    got(cache(encoder), map(picture, range(2 * CHUNK + 3)))
     assert encoder.chunks == [CHUNK, CHUNK, 3]
 
 
 def test_kept_features_do_not_keep_their_chunk_alive() -> None:
-    found = cache(Encoder()).get(map(picture, range(CHUNK)))
+    found = got(cache(Encoder()), map(picture, range(CHUNK)))
     assert all(feature.untyped_storage().nbytes() == BYTES for feature in found.values())
 
 
 def test_the_features_kept_are_bounded_in_bytes() -> None:
     features = cache(Encoder(), pictures=3)
-    features.get(map(picture, range(10)))
+    got(features, map(picture, range(10)))
     assert sum(picture(number) in features for number in range(10)) == 3
 
 
 def test_the_least_recently_used_goes_first() -> None:
     features = cache(Encoder(), pictures=2)
-    features.get([picture(1)])
-    features.get([picture(2)])
-    features.get([picture(1)])
-    features.get([picture(3)])
+    got(features, [picture(1)])
+    got(features, [picture(2)])
+    got(features, [picture(1)])
+    got(features, [picture(3)])
     assert picture(1) in features
     assert picture(2) not in features
     assert picture(3) in features
 
 
 def test_more_pictures_than_are_kept_still_all_have_features() -> None:
-    assert len(cache(Encoder(), pictures=2).get(map(picture, range(10)))) == 10
+    assert len(got(cache(Encoder(), pictures=2), map(picture, range(10)))) == 10
 
 
 def test_a_picture_larger_than_the_cache_is_encoded_each_time() -> None:
     encoder = Encoder()
     features = cache(encoder, pictures=0)
     for _ in range(2):
-        assert features.get([picture(1)])[b"1"].unique().tolist() == [1]
+        assert got(features, [picture(1)])[b"1"].unique().tolist() == [1]
     assert encoder.encoded == 2
 
 
 def test_a_picture_that_comes_back_counts_once() -> None:
     features = cache(Encoder(), pictures=2)
     for _ in range(10):
-        features.get([picture(1)])
-    features.get([picture(2)])
+        got(features, [picture(1)])
+    got(features, [picture(2)])
     assert picture(1) in features
 
 
@@ -183,7 +188,7 @@ class Held(Encoder):
 
 
 @pytest.mark.parametrize(
-    ("waiting", "within_s", "chunks"), [(CHUNK, 60, [CHUNK // 2]), (CHUNK - 1, 60, []), (20, 0, [])]
+    ("waiting", "within_s", "chunks"), [(CHUNK, 60, [CHUNK // 2]), (CHUNK - 1, 60, []), (20, 0, [1])]
 )
 def test_another_thread_takes_half_of_the_pictures_that_wait(waiting: int, within_s: float, chunks: list[int]) -> None:
     encoder = Held()
@@ -228,6 +233,72 @@ def test_a_chunk_does_not_wait_where_pictures_come_seldom() -> None:
     # Nor for what comes after a pause.
     window.record_arrival(100)
     assert window.wait_s(100, 100) == 0
+
+
+class Cut(Picture):
+    """A picture that is cut into as many frames as its number says."""
+
+    @property
+    def frames(self) -> Sequence[Picture]:
+        return [picture(100 * int(self.key) + number) for number in range(int(self.key))]
+
+
+def cut(frames: int) -> Picture:
+    return Cut(str(frames).encode(), None)
+
+
+def numbers(feature: Tensor) -> list[float]:
+    """Those of the frames, in order."""
+    return feature[::2, 0].tolist()
+
+
+def test_the_frames_of_pictures_are_encoded_in_chunks_with_a_pause_after_each() -> None:
+    encoder = Encoder()
+    features = EncoderCache(encoder, max_bytes=1_000, chunk=4)
+    work = features.get([cut(5), cut(6)])
+    for chunks in ([4], [4, 4], [4, 4, 3]):
+        next(work)
+        assert encoder.chunks == chunks
+    assert {key: numbers(feature) for key, feature in without_pauses(work).items()} == {
+        b"5": [500, 501, 502, 503, 504],
+        b"6": [600, 601, 602, 603, 604, 605],
+    }
+    assert features.metrics() == {"feature_hits": 0, "feature_misses": 2, "feature_bytes": 11 * BYTES}
+
+
+def test_two_threads_share_the_frames_of_a_picture() -> None:
+    encoder = Held()
+    features = EncoderCache(encoder, max_bytes=10_000, chunk=4)
+    encoder_thread = EncoderThread(features)
+    prefetcher(encoder_thread)([picture(0)])
+    known = Future[int]()
+    encoder_thread.prefetch([cut(20)], known.set_result)
+    assert encoder.entered.wait(5)
+    assert encoder_thread.help(60)
+    assert encoder.chunks == [1, 4]
+    assert not known.done()
+    encoder.opened.set()
+    assert known.result(5) == 0
+    assert numbers(got(features, [cut(20)])[b"20"]) == [2_000 + number for number in range(20)]
+    assert encoder.encoded == 21
+
+
+def test_a_picture_with_a_frame_that_cannot_be_encoded_ahead_is_left_to_the_engine() -> None:
+    encoder = Encoder()
+
+    def broken(pictures: Sequence[Picture]) -> Tensor:
+        if any(int(each.key) == 602 for each in pictures):
+            raise RuntimeError("no memory")
+        return encoder(pictures)
+
+    features = EncoderCache(broken, max_bytes=1_000, chunk=1)
+    prefetch = prefetcher(EncoderThread(features))
+    assert prefetch([cut(6)]) == 0
+    assert prefetch([cut(3)]) == 0
+    assert cut(6) not in features
+    assert numbers(got(features, [cut(3)])[b"3"]) == [300, 301, 302]
+    # Those behind the broken frame are not needed.
+    assert encoder.encoded == 2 + 3
 
 
 def test_what_cannot_be_encoded_ahead_is_left_to_the_engine() -> None:

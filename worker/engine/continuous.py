@@ -13,7 +13,8 @@ from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Admit, Decoder, Encode, PendingPrompt, SendHeartbeat
 from worker.engine.logits_processors import RowRules
-from worker.engine.prefill import PREFILL_CHUNK_TOKENS, Pauses, PromptPrefiller
+from worker.engine.pauses import Pauses
+from worker.engine.prefill import PREFILL_CHUNK_TOKENS, PromptPrefiller
 from worker.engine.prefix_cache import PrefixCache
 from worker.engine.progress import RowProgress
 from worker.engine.row import Output, Row

@@ -9,15 +9,18 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from worker.engine.pauses import Pauses
 from worker.engine.row import Picture
 
 logger = logging.getLogger(__name__)
 
-#: Maximum pictures encoded at once: larger chunks are not faster and need more memory.
+#: Maximum frames encoded at once: larger chunks are not faster and need more memory.
 CHUNK = 8
 #: Weight of the newest value in the moving average of the time between two pictures.
 NEWEST_WEIGHT = 0.1
@@ -28,10 +31,12 @@ MAX_GAP_S = 1.0
 class EncoderCache:
     """An LRU cache of features, bounded in bytes. Thread-safe; encodes in the caller's thread."""
 
-    def __init__(self, encode: Callable[[Sequence[Picture]], Sequence[Tensor]], max_bytes: int) -> None:
-        """`encode` returns the features of each of up to CHUNK pictures, in any shape."""
+    def __init__(self, encode: Callable[[Sequence[Any]], Sequence[Tensor]], max_bytes: int, chunk: int = CHUNK) -> None:
+        """`encode` returns the features of each of up to `chunk` frames (see Picture.frames), in any shape; those of a
+        picture's frames are concatenated in the first dimension."""
         self._encode = encode
         self._max_bytes = max_bytes
+        self.chunk = chunk
         self._bytes = 0
         self._hits = self._misses = 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -40,41 +45,58 @@ class EncoderCache:
     def __contains__(self, picture: Picture) -> bool:
         return picture.key in self._features
 
-    def get(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
-        """The features of each distinct picture by its key, in the shape of `encode`. Encodes those not cached."""
+    def get(self, pictures: Iterable[Picture]) -> Pauses[dict[bytes, Tensor]]:
+        """The features of each distinct picture by its key, in the shape of `encode`. Encodes those not cached, with a
+        pause after each chunk."""
         wanted = {picture.key: picture for picture in pictures}
         with self._lock:
             found = {key: self._features[key] for key in wanted if key in self._features}
             self._hits += len(found)
-            self._misses += len(wanted) - len(found)
-        found |= self._encoded([picture for key, picture in wanted.items() if key not in found])
-        with self._lock:
-            for key in wanted:
-                self._keep(key, found[key])
-        return found
+            for key in found:
+                self._features.move_to_end(key)
+        encoded = yield from self._encoded([picture for key, picture in wanted.items() if key not in found])
+        for key, feature in encoded.items():
+            self.keep(key, feature)
+        return found | encoded
 
     def metrics(self) -> dict[str, int]:
         """Cache hits, cache misses, and bytes of the cached features."""
         return {"feature_hits": self._hits, "feature_misses": self._misses, "feature_bytes": self._bytes}
 
-    @torch.inference_mode()
-    def _encoded(self, pictures: Sequence[Picture]) -> dict[bytes, Tensor]:
-        """Encode pictures in chunks. Returns their features by key, in the shape of `encode`."""
-        found: dict[bytes, Tensor] = {}
-        for start in range(0, len(pictures), CHUNK):
-            chunk = pictures[start : start + CHUNK]
-            # Cloned, since a view would keep the whole chunk in memory.
-            found |= {picture.key: feature.clone() for picture, feature in zip(chunk, self._encode(chunk), strict=True)}
-        return found
+    def _encoded(self, pictures: Sequence[Picture]) -> Pauses[dict[bytes, Tensor]]:
+        """Encode pictures in chunks of frames. Returns their features by key, in the shape of `encode`."""
+        frames = [(picture.key, frame) for picture in pictures for frame in picture.frames]
+        features: dict[bytes, list[Tensor]] = {picture.key: [] for picture in pictures}
+        for start in range(0, len(frames), self.chunk):
+            keys, chunk = zip(*frames[start : start + self.chunk], strict=True)
+            for key, feature in zip(keys, self.encode(chunk), strict=True):
+                features[key].append(feature)
+            yield
+        return {key: joined(each) for key, each in features.items()}
 
-    def _keep(self, key: bytes, feature: Tensor) -> None:
-        if key not in self._features:
-            self._bytes += feature.nbytes
-            self._features[key] = feature
-        self._features.move_to_end(key)
-        while self._bytes > self._max_bytes:
-            _, dropped = self._features.popitem(last=False)
-            self._bytes -= dropped.nbytes
+    @torch.inference_mode()
+    def encode(self, frames: Sequence[Any]) -> Sequence[Tensor]:
+        """The features of each frame, in any shape."""
+        return self._encode(frames)
+
+    def keep(self, key: bytes, feature: Tensor) -> None:
+        """Cache the features (any shape) of a picture that was encoded, and drop those used least recently."""
+        with self._lock:
+            self._misses += 1
+            if key not in self._features:
+                self._bytes += feature.nbytes
+                self._features[key] = feature
+            self._features.move_to_end(key)
+            while self._bytes > self._max_bytes:
+                _, dropped = self._features.popitem(last=False)
+                self._bytes -= dropped.nbytes
+
+
+@torch.inference_mode()
+def joined(features: Sequence[Tensor]) -> Tensor:
+    """The features of a picture's frames (tokens, ...) as one tensor (all tokens, ...). It is a copy, since a view
+    would keep whole chunks in memory."""
+    return torch.cat(list(features))
 
 
 class CountdownLatch:
@@ -126,13 +148,14 @@ class EncoderThread:
 
     def __init__(self, cache: EncoderCache) -> None:
         self._cache = cache
-        self._queue: queue.SimpleQueue[Picture] = queue.SimpleQueue()
-        #: By key of each picture that waits or is being encoded: the latches that wait for it.
-        self._latches: dict[bytes, list[CountdownLatch]] = {}
+        #: Frames by their pictures and numbers.
+        self._queue: queue.SimpleQueue[tuple[Picture, int]] = queue.SimpleQueue()
+        #: By key.
+        self._waiting: dict[bytes, _WaitingPicture] = {}
         self._lock = threading.Lock()
         self._window = AdaptiveBatchWindow()
-        #: Seconds for each picture of the last chunk.
-        self._picture_s = float("inf")
+        #: Seconds for each frame of the last chunk.
+        self._frame_s = float("inf")
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
     def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
@@ -150,15 +173,15 @@ class EncoderThread:
         latch.count_down()
 
     def help(self, within_s: float) -> bool:
-        """If a chunk or more waits, encode up to half of the waiting pictures for about `within_s` seconds.
+        """If a chunk or more waits, encode up to half of the waiting frames for about `within_s` seconds, one at least.
 
         Returns False if nothing was encoded.
         """
         waiting = self._queue.qsize()
-        count = min(CHUNK, waiting // 2, int(within_s / self._picture_s))
-        if waiting < CHUNK or count < 1:
+        count = min(self._cache.chunk, waiting // 2, max(1, int(within_s / self._frame_s)))
+        if waiting < self._cache.chunk or count < 1:
             return False
-        chunk: list[Picture] = []
+        chunk: list[tuple[Picture, int]] = []
         with contextlib.suppress(queue.Empty):
             while len(chunk) < count:
                 chunk.append(self._queue.get_nowait())
@@ -168,39 +191,70 @@ class EncoderThread:
     def _enqueue(self, picture: Picture, latch: CountdownLatch) -> bool:
         """Queue a picture; count the latch down once it is encoded. Returns False if it was queued already."""
         with self._lock:
-            latches = self._latches.get(picture.key)
-            if latches is not None:
-                latches.append(latch)
+            waiting = self._waiting.get(picture.key)
+            if waiting is not None:
+                waiting.latches.append(latch)
                 return False
-            self._latches[picture.key] = [latch]
+            self._waiting[picture.key] = _WaitingPicture([latch])
             self._window.record_arrival(time.monotonic())
-            self._queue.put(picture)
+            for number in range(len(picture.frames)):
+                self._queue.put((picture, number))
             return True
 
     def _loop(self) -> None:
         while True:
             self._encode(self._chunk())
 
-    def _chunk(self) -> list[Picture]:
-        """The waiting pictures, and those that arrive within the batch window."""
+    def _chunk(self) -> list[tuple[Picture, int]]:
+        """The waiting frames, and those that arrive within the batch window."""
         chunk = [self._queue.get()]
         begun = time.monotonic()
         with contextlib.suppress(queue.Empty):
-            while len(chunk) < CHUNK:
+            while len(chunk) < self._cache.chunk:
                 chunk.append(self._queue.get(timeout=self._window.wait_s(begun, time.monotonic())))
         return chunk
 
-    def _encode(self, chunk: Sequence[Picture]) -> None:
+    def _encode(self, chunk: Sequence[tuple[Picture, int]]) -> None:
+        # The other frames of a picture that failed are not needed.
+        chunk = [(picture, number) for picture, number in chunk if picture.key in self._waiting]
         started = time.monotonic()
         try:
-            self._cache.get(chunk)
-            self._window.encoding_s = time.monotonic() - started
-            self._picture_s = self._window.encoding_s / len(chunk)
+            features = self._cache.encode([picture.frames[number] for picture, number in chunk]) if chunk else []
         except Exception:
             # The engine encodes them again when it needs them, and handles a lack of memory.
             logger.warning("Encoding %d images ahead failed; the engine tries again.", len(chunk), exc_info=True)
-        for picture in chunk:
-            with self._lock:
-                latches = self._latches.pop(picture.key)
-            for latch in latches:
-                latch.count_down()
+            for picture, _ in chunk:
+                self._finish(picture)
+            return
+        self._window.encoding_s = time.monotonic() - started
+        self._frame_s = self._window.encoding_s / max(1, len(chunk))
+        for (picture, number), feature in zip(chunk, features, strict=True):
+            self._collect(picture, number, feature)
+
+    def _collect(self, picture: Picture, number: int, feature: Tensor) -> None:
+        """Store a frame's features (any shape), and with the last frame those of the picture."""
+        with self._lock:
+            waiting = self._waiting.get(picture.key)
+            if waiting is None:
+                return
+            waiting.features[number] = feature
+            if len(waiting.features) < len(picture.frames):
+                return
+        self._cache.keep(picture.key, joined([feature for _, feature in sorted(waiting.features.items())]))
+        self._finish(picture)
+
+    def _finish(self, picture: Picture) -> None:
+        """Count down the latches that wait for a picture, if any."""
+        with self._lock:
+            waiting = self._waiting.pop(picture.key, None)
+        for latch in waiting.latches if waiting else ():
+            latch.count_down()
+
+
+@dataclass
+class _WaitingPicture:
+    """A picture that waits or is being encoded."""
+
+    latches: list[CountdownLatch]
+    #: By number of the frame, in any shape.
+    features: dict[int, Tensor] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tasks.results import ModelInfo
 from worker.engine.generation_rules import GenerationRules
+from worker.engine.pauses import Pauses
 from worker.engine.row import Picture, Row, Tokens
 
 if TYPE_CHECKING:
@@ -169,8 +170,8 @@ class PendingPrompt:
         return self.prefix.length if self.prefix else 0
 
 
-#: Returns the features of each distinct picture by its key; encodes those that are not cached.
-Encode = Callable[[Iterable[Picture]], Mapping[bytes, "Tensor"]]
+#: Returns the features of each distinct picture by its key; encodes those that are not cached, with pauses.
+Encode = Callable[[Iterable[Picture]], Pauses[Mapping[bytes, "Tensor"]]]
 
 
 class Decoder(Protocol):

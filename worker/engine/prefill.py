@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Encode, PendingPrompt, Prefix
+from worker.engine.pauses import Pauses
 from worker.engine.prefix_cache import PrefixCache, PrefixKey, prefix_keys
 from worker.engine.row import Row, Tokens
 
 #: Maximum tokens of one prompt in one prefill. A longer prompt is prefilled in chunks, with a decode step between them.
 PREFILL_CHUNK_TOKENS = 512
-
-T = TypeVar("T")
-#: A generator that yields wherever the running rows may take a step, and returns a result.
-Pauses = Generator[None, None, T]
 
 
 class PromptPrefiller:
@@ -43,7 +39,7 @@ class PromptPrefiller:
         known = [self._prefixes.longest(row_keys) for row_keys in keys]
         rests = [_rest(row.tokens, found) for row, found in zip(rows, known, strict=True)]
         # All in one call, so that pictures are encoded in chunks.
-        features = self._encode(picture for rest in rests for picture in rest.pictures)
+        features = yield from self._encode(picture for rest in rests for picture in rest.pictures)
         return [
             (row, self._decoder.pending(rest, _prefix_of(found), features))
             for row, rest, found in zip(rows, rests, known, strict=True)
@@ -63,7 +59,8 @@ class PromptPrefiller:
         # After a shorter cached prefix only the rest is prefilled, as for cached examples and one more.
         shorter = self._prefixes.longest([each for each in keys if each.length < key.length])
         rest = _rest(tokens.until(key.length), shorter)
-        prompt = self._decoder.pending(rest, _prefix_of(shorter), self._encode(rest.pictures))
+        features = yield from self._encode(rest.pictures)
+        prompt = self._decoder.pending(rest, _prefix_of(shorter), features)
         while self.is_long(prompt):
             prompt = self.prefill_chunk(prompt)
             yield

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,11 @@ class Picture:
     def nbytes(self) -> int:
         """Bytes of the pixels."""
         return 0 if self.pixels is None else self.pixels.nbytes
+
+    @property
+    def frames(self) -> Sequence[Any]:
+        """What the encoder takes one by one: the whole picture, or the parts into which its family cuts it."""
+        return (self,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.engine.encoder_cache import EncoderCache, EncoderThread
+from worker.engine.encoder_cache import CHUNK, EncoderCache, EncoderThread
+from worker.engine.pauses import Pauses
 from worker.engine.row import Picture
 
 
@@ -16,10 +17,14 @@ class PictureEncoder:
     """An encoder cache with the thread that fills it: what interfaces.Runner asks of a model's encoder."""
 
     def __init__(
-        self, encode: Callable[[Sequence[Any]], Sequence[Tensor]], max_bytes: int, device: torch.device
+        self,
+        encode: Callable[[Sequence[Any]], Sequence[Tensor]],
+        max_bytes: int,
+        device: torch.device,
+        chunk: int = CHUNK,
     ) -> None:
-        """`encode`, `max_bytes`: see EncoderCache."""
-        self._cache = EncoderCache(encode, max_bytes)
+        """`encode`, `max_bytes`, `chunk`: see EncoderCache."""
+        self._cache = EncoderCache(encode, max_bytes, chunk)
         self._thread = EncoderThread(self._cache)
         self._is_on_cpu = device.type == "cpu"
         self.prefetch = self._thread.prefetch
@@ -28,7 +33,7 @@ class PictureEncoder:
         """See interfaces.Runner. On a GPU, two threads that encode take as long as one."""
         return self._is_on_cpu and self._thread.help(within_s)
 
-    def features(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
+    def features(self, pictures: Iterable[Picture]) -> Pauses[dict[bytes, Tensor]]:
         """See interfaces.Encode."""
         return self._cache.get(pictures)
 

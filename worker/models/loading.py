@@ -141,7 +141,8 @@ def _serve_idefics2_or_3(
 ) -> Model:
     if not has_decoder(model) or _is_spread(model, settings):
         return StockModel(Idefics2And3Adapter(model, processor), info, settings.max_batch_tokens, rules)
-    encoder = PictureEncoder(FrameEncoder(model).encode, settings.feature_cache_bytes, model.device)
+    frames = FrameEncoder(model)
+    encoder = PictureEncoder(frames.encode, settings.feature_cache_bytes, model.device, frames.chunk)
     stock = StockModel(Idefics2And3Adapter(model, processor, encoder), info, settings.max_batch_tokens, rules)
     return _continuous(stock, MergedDecoder(model), encoder.features, settings)
 

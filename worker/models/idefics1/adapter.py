@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
 from worker.engine.interfaces import PromptContent
+from worker.engine.pauses import without_pauses
 from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.engine.traced import Traced
 from worker.models.encoding import PictureEncoder
@@ -125,7 +126,7 @@ class IdeficsAdapter:
 
     def _hidden_states(self, prompts: Sequence[Tokens]) -> Tensor:
         """The features (rows, images, width, size) of each prompt's pictures, filled up with zeros."""
-        found = self.pictures.features(picture for prompt in prompts for picture in prompt.pictures)
+        found = without_pauses(self.pictures.features(picture for prompt in prompts for picture in prompt.pictures))
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
         shape = next(iter(found.values())).shape if found else (1, self._feature_width)
         states = torch.zeros(len(prompts), images, *shape, dtype=self.model.dtype, device=self.model.device)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from worker.engine.row import Tokens
 from worker.models.encoding import NoEncoder, PictureEncoder
-from worker.models.idefics2_3.codec import Frames, Idefics2And3Codec
+from worker.models.idefics2_3.codec import Frame, Idefics2And3Codec
 from worker.models.tokenizer import TextModel
 
 
@@ -46,13 +46,12 @@ class Idefics2And3Adapter:
         return {}
 
 
-def _frames(prompt: Tokens) -> list[tuple[Tensor, Tensor]]:
-    """Each frame (channels, height, width) of a prompt's pictures, with its mask (height, width)."""
-    pictures = [picture for picture in prompt.pictures if isinstance(picture, Frames)]
-    return [frame for picture in pictures for frame in zip(picture.pixels, picture.mask, strict=True)]
+def _frames(prompt: Tokens) -> list[Frame]:
+    """Each frame of a prompt's pictures."""
+    return [frame for picture in prompt.pictures for frame in picture.frames]
 
 
-def _pixel_inputs(rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+def _pixel_inputs(rows: Sequence[Sequence[Frame]]) -> dict[str, Tensor]:
     """Rows of frames (channels, height, width) with masks (height, width) as a padded batch.
 
     `pixel_values` are (rows, frames, channels, height, width), `pixel_attention_mask` (rows, frames, height, width).

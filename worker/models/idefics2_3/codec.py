@@ -12,6 +12,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL.Image import Image
 from torch import Tensor
@@ -24,6 +25,15 @@ from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, TextModel
 
 logger = logging.getLogger(__name__)
+
+
+class Frame(NamedTuple):
+    """A part of an image, which the vision tower takes for itself."""
+
+    #: (channels, height, width)
+    pixels: Tensor
+    #: (height, width): see Frames.
+    mask: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,11 @@ class Frames(Picture):
     @property
     def nbytes(self) -> int:
         return self.pixels.nbytes + self.mask.nbytes
+
+    @property
+    def frames(self) -> Sequence[Frame]:
+        """See Picture."""
+        return [Frame(*parts) for parts in zip(self.pixels, self.mask, strict=True)]
 
 
 class Idefics2And3Codec(BaseCodec):

@@ -13,7 +13,10 @@ from torch import Tensor
 from transformers import Idefics2ForConditionalGeneration, PreTrainedModel
 
 from worker.engine.traced import Traced
-from worker.models.idefics2_3.codec import Frames
+from worker.models.idefics2_3.codec import Frame
+
+#: Patches that are encoded at once: on a CPU they take seconds, in which no heartbeat is sent.
+CHUNK_PATCHES = 4096
 
 
 class FrameEncoder:
@@ -23,19 +26,15 @@ class FrameEncoder:
         self._model: Any = model
         self._resamples = isinstance(model, Idefics2ForConditionalGeneration)
         self._patch_size: int = model.config.vision_config.patch_size
+        patches = (model.config.vision_config.image_size // self._patch_size) ** 2
+        #: Frames of the largest size that are encoded at once.
+        self.chunk = max(1, CHUNK_PATCHES // patches)
         self._run = Traced(_Encoder(model, resamples=self._resamples))
 
-    def encode(self, pictures: Sequence[Frames]) -> list[Tensor]:
-        """The features (tokens, hidden) of each picture: those of its frames, one after another."""
-        frames = [frame for picture in pictures for frame in zip(picture.pixels, picture.mask, strict=True)]
-        features = iter(self._encoded(frames))
-        return [torch.cat([next(features) for _ in picture.pixels]) for picture in pictures]
-
-    def _encoded(self, frames: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """The features (tokens, hidden) of each frame (channels, height, width), given with its mask (height, width),
-        encoded together with those of the same size."""
+    def encode(self, frames: Sequence[Frame]) -> list[Tensor]:
+        """The features (tokens, hidden) of each frame, encoded together with those of the same size."""
         found: dict[int, Tensor] = {}
-        cropped = [self._cropped(*frame) for frame in frames]
+        cropped = [self._cropped(frame.pixels, frame.mask) for frame in frames]
         for shape in sorted({pixels.shape for pixels, _ in cropped}):
             places = [place for place, (pixels, _) in enumerate(cropped) if pixels.shape == shape]
             pixels, mask = (torch.stack(part) for part in zip(*(cropped[place] for place in places), strict=True))
