@@ -38,9 +38,11 @@ from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
 from worker.engine.throughput import Throughput
 from worker.jobs.answer_cache import AnswerCache, fingerprint
+from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunReturned
-from worker.models.fake import fake_model
+from worker.models.start import load_model, model_facts
+from worker.observability.log_lines import Lines
 from worker.observability.redaction import without_values
 from worker.pool.wire import (
     Abandon,
@@ -238,9 +240,7 @@ class HeartbeatSender:
 
 def _service(settings: Settings, channel: BlockingChannel) -> Service:
     """Load the model, start its engine, and check its golden answer. Raises SetupFailed."""
-    # Job threads already tokenize in parallel.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    model, folder = _load(settings)
+    model, folder = load_model(settings)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
     heartbeat = HeartbeatSender(channel, model, limits.rows)
     engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
@@ -248,6 +248,8 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     heartbeat.throughput = lambda: service.throughput
     engine.start()
     service.check_golden(folder)
+    facts = model_facts(model, settings, prompt_bound(settings, model.codec.context_tokens)[0])
+    logger.info("The model answers.\n%s", Lines("\n".join(facts)))
     return service
 
 
@@ -262,29 +264,6 @@ def _end_without_device(error: BaseException) -> None:
     """End the process, whose device computes nothing more. The pool starts another one, which runs its jobs again."""
     logger.critical("The device is lost: %s. The model process ends.", str(error).partition("\n")[0])
     os._exit(DEVICE_LOST)
-
-
-def _load(settings: Settings) -> tuple[Model, Path | None]:
-    """Load the model that the settings name; also its folder, if it has one. Raises SetupFailed."""
-    fake = fake_model(settings.model)
-    if fake is not None:
-        return fake, None
-    if settings.offline:
-        # The hub's library reads this when it is imported, and then does not use the network.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    # In a log, each state of a progress bar would be a separate line.
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    # Imported here: these take seconds to import, and the fake model does not need them.
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    # On a CPU the engine thread and the encoder thread share the cores.
-    torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
-    from worker.models import checkpoint_folder
-    from worker.models.loading import load
-
-    return load(settings), checkpoint_folder(settings)
 
 
 def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:

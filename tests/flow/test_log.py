@@ -72,10 +72,11 @@ def test_a_log_file_gets_the_lines_of_both_processes(tmp_path: Path) -> None:
     assert job.id not in log.read_text()
 
 
-def test_bars_stay_out_of_the_log(tmp_path: Path) -> None:
+def test_the_log_tells_what_the_model_needs_and_has_no_progress_bars(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with stack.broker() as server, stack.worker(server, settings={"MODEL": "demo"}, log=log):
         pass
+    assert "\n    Prompt   at most 2,048 tokens, pictures included\n" in log.read_text()
     assert "%|" not in log.read_text()
     assert "\r" not in log.read_text()
 

@@ -241,6 +241,15 @@ class Panic(BaseException):
     """As Rust's are, in Python."""
 
 
+def test_weights_that_do_not_fit_are_told_with_their_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", fail)
+    with pytest.raises(SetupFailed, match="do not fit on the device: set IDEFICS_QUANTIZATION"):
+        load(Settings(model="demo"))
+
+
 @pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), RuntimeError("x"), Panic("x"), AssertionError()])
 def test_no_error_while_loading_is_another_than_setup_failed(error: BaseException, monkeypatch: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:

@@ -18,7 +18,7 @@ class RowBuilder:
 
     def __init__(self, settings: Settings, codec: Codec, rules: GenerationRules) -> None:
         """`rules`: the checkpoint's generation parameters."""
-        self._max_prompt_tokens, self._cure = _prompt_bound(settings, codec.context_tokens)
+        self._max_prompt_tokens, self._cure = prompt_bound(settings, codec.context_tokens)
         self._max_new_tokens = settings.max_new_tokens
         self._default_new_tokens = settings.default_new_tokens
         self._codec = codec
@@ -73,7 +73,7 @@ class RowBuilder:
         )
 
 
-def _prompt_bound(settings: Settings, context_tokens: int) -> tuple[int, str]:
+def prompt_bound(settings: Settings, context_tokens: int) -> tuple[int, str]:
     """The tokens that a prompt may have, and how to send one with more."""
     if settings.max_prompt_tokens:
         return settings.max_prompt_tokens, "shorten it or raise IDEFICS_MAX_PROMPT_TOKENS"

@@ -72,6 +72,11 @@ def load(settings: Settings) -> Model:
         raise
     except (KeyboardInterrupt, SystemExit):
         raise
+    except torch.OutOfMemoryError as error:
+        raise SetupFailed(
+            f"The weights of {settings.model} do not fit on the device: set IDEFICS_QUANTIZATION=8bit or 4bit, or free "
+            "memory there."
+        ) from error
     except BaseException as error:
         # Starting again would not help against what a checkpoint's files provoke in the libraries. Panics of Rust code
         # are no Exceptions.

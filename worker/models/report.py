@@ -1,0 +1,97 @@
+"""What a loaded model is and needs, a line for each fact: for the log, and for `python -m worker check`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from config.settings import Settings
+from worker.engine.continuous import ContinuousModel
+from worker.engine.interfaces import Codec, Model
+from worker.engine.stock import StockModel
+
+#: Width and height in pixels of the pictures whose tokens are counted.
+SHAPES = {"wide": (640, 480), "square": (640, 640)}
+#: Part of the memory beside the weights that a full batch may take: the rest is for what is computed meanwhile.
+BATCH_PART = 0.8
+
+
+def report(model: Model, settings: Settings, max_prompt_tokens: int) -> list[str]:
+    """The lines. `max_prompt_tokens`: see row_builder.prompt_bound."""
+    info = model.info
+    tokens = {name: _picture_tokens(model.codec, *size) for name, size in SHAPES.items()}
+    facts = [
+        ("Model", f"{info.id} at {info.revision}" if info.revision else info.id),
+        ("Family", f"{info.family}, {info.quantization or info.dtype}"),
+        ("Engine", _engine(model)),
+        *_memory(model, settings),
+        ("Picture", ", ".join(f"{count} tokens {shape}" for shape, count in tokens.items())),
+        ("Prompt", f"at most {max_prompt_tokens:,} tokens, pictures included"),
+    ]
+    return [f"{name:<8} {text}" for name, text in facts]
+
+
+def _engine(model: Model) -> str:
+    if isinstance(model, ContinuousModel):
+        return "continuous batching; beams through transformers' generate"
+    return "transformers' generate: no continuous batching, no prefix cache"
+
+
+def _memory(model: Model, settings: Settings) -> Iterator[tuple[str, str]]:
+    stock = model.stock if isinstance(model, ContinuousModel) else model
+    assert isinstance(stock, StockModel)
+    network = stock.adapter.model
+    total, weights, token = _device_bytes(network.device), _weight_bytes(network), kv_bytes(network)
+    batch = token * settings.max_batch_tokens
+    yield "Device", f"{_device_name(network.device)}, {_told(total)}"
+    yield "Weights", _told(weights)
+    yield "K/V", f"{_told(token)} a token, {_told(batch)} for IDEFICS_MAX_BATCH_TOKENS={settings.max_batch_tokens}"
+    if batch > BATCH_PART * (total - weights):
+        fitting = max(1, int(BATCH_PART * (total - weights) / token))
+        yield "Warning", f"a full batch may not fit on the device: set IDEFICS_MAX_BATCH_TOKENS={fitting} or lower"
+
+
+def kv_bytes(network: PreTrainedModel) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    text = network.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * network.dtype.itemsize)
+
+
+def _weight_bytes(network: PreTrainedModel) -> int:
+    # Tied weights count once.
+    tensors: dict[int, Tensor] = {id(each): each for each in (*network.parameters(), *network.buffers())}
+    return sum(each.nbytes for each in tensors.values())
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} of torch's threads"
+
+
+def _device_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _told(size: float) -> str:
+    """Bytes in a unit that makes them a short number."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1_000:
+            return f"{size:.3g} {unit}"
+        size /= 1_000
+    return f"{size:,.1f} GB"
+
+
+def _picture_tokens(codec: Codec, width: int, height: int) -> int:
+    """Tokens that a picture of this size adds to a prompt."""
+    picture = codec.picture(Image.linear_gradient("L").resize((width, height)).convert("RGB"))
+    return len(codec.prepare([picture, "a"]).ids) - len(codec.prepare(["a"]).ids)

@@ -1,0 +1,50 @@
+"""Loads the model that the settings name, in the process that runs it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from config.settings import Settings
+from worker.engine.interfaces import Model
+from worker.models import checkpoint_folder
+from worker.models.fake import FakeModel, fake_model
+from worker.runtime.cpu import all_cores
+
+
+def load_model(settings: Settings) -> tuple[Model, Path | None]:
+    """Load the model; also its folder, if it has one. Raises SetupFailed.
+
+    Sets this process up for it: threads, and environment variables that the libraries read when they are imported.
+    """
+    # Job threads already tokenize in parallel.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    fake = fake_model(settings.model)
+    if fake is not None:
+        return fake, None
+    # Imported here, and transformers below: they take seconds, and the fake model needs neither.
+    import torch
+
+    # On a CPU the engine thread and the encoder thread share the cores.
+    torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
+    if settings.offline:
+        # The hub's library then does not use the network.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    # In a log, each state of a progress bar would be a separate line.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    from worker.models.loading import load
+
+    return load(settings), checkpoint_folder(settings)
+
+
+def model_facts(model: Model, settings: Settings, max_prompt_tokens: int) -> list[str]:
+    """What the model is and needs, as lines: see report. None for the fake model."""
+    if isinstance(model, FakeModel):
+        return []
+    # Imports transformers.
+    from worker.models.report import report
+
+    return report(model, settings, max_prompt_tokens)
