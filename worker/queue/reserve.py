@@ -6,6 +6,7 @@ without I/O; worker/queue/transport.py sends the one and reads the other.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -144,17 +145,20 @@ def reserve_request(
     `steps` are the priorities that have lists, `separators` stand before them in the lists' names; `endings` are those
     of each queue with acknowledgements.
     """
-    separators, queues = tuple(separators), tuple(queues)
+    owners, lists = _lists(tuple(queues), tuple(steps), tuple(separators))
+    return ReserveRequest(uuid(), owners, lists, tuple([endings.get(queue, "") for queue in owners]))
+
+
+@functools.lru_cache(256)
+def _lists(
+    queues: tuple[str, ...], steps: tuple[int, ...], separators: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Each list's queue, and its name. Cached: every request asks for the same few."""
     # At priority 0 the names are the same for all separators.
     lists = dict.fromkeys(
         (queue, list_name(queue, step, separator)) for step in steps for queue in queues for separator in separators
     )
-    return ReserveRequest(
-        tag=uuid(),
-        queues=tuple(queue for queue, _ in lists),
-        lists=tuple(name for _, name in lists),
-        endings=tuple(endings.get(queue, "") for queue, _ in lists),
-    )
+    return tuple(queue for queue, _ in lists), tuple(name for _, name in lists)
 
 
 def record_ending(queue: str) -> str:
