@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from worker.engine.row import FinishReason, Output, Row
-
-Decode = Callable[[Sequence[int]], str]
+from worker.engine.stop_strings import Decode, StopStrings
 
 
 class RowProgress:
@@ -14,7 +13,7 @@ class RowProgress:
 
     def __init__(self, row: Row, decode: Decode) -> None:
         self.row = row
-        self._decode = decode
+        self._stop_strings = StopStrings(row.sampling.stop, decode)
         self._new: list[int] = []
 
     @property
@@ -38,12 +37,6 @@ class RowProgress:
             self.row.finish(Output(tuple(self._new), reason))
 
     def _limit(self) -> FinishReason | None:
-        sampling = self.row.sampling
-        if sampling.stop and has_stop(self._decode(self._new), sampling.stop):
+        if self._stop_strings.are_in(self._new):
             return "stop_sequence"
-        return "length" if len(self._new) >= sampling.max_new_tokens else None
-
-
-def has_stop(text: str, stop: Sequence[str]) -> bool:
-    """Whether a text contains a stop string."""
-    return any(word in text for word in stop)
+        return "length" if len(self._new) >= self.row.sampling.max_new_tokens else None

@@ -16,11 +16,12 @@ from tasks.results import ModelInfo
 from worker.engine.generation_rules import NO_RULES, GenerationRules
 from worker.engine.interfaces import Admit, Codec, SendHeartbeat
 from worker.engine.logits_processors import BatchRules
-from worker.engine.progress import Decode, RowProgress, has_stop
+from worker.engine.progress import RowProgress
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
 from worker.engine.stock_scoring import ForwardAdapter, label_log_likelihoods
+from worker.engine.stop_strings import Decode, StopStrings
 
 #: Messages of torch's plain RuntimeErrors for a lack of memory on a CPU or in a GPU's matrix library.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -162,10 +163,11 @@ def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:
     end = next((n for n, token in enumerate(sequence) if token in row.sampling.eos_ids), None)
     ids = tuple(sequence[:end])
     reason: FinishReason = "length" if end is None else "stop"
-    if has_stop(decode(ids), row.sampling.stop):
-        # As for greedy rows, the token that completes the stop string is the last.
-        ids = next(ids[:n] for n in range(1, len(ids) + 1) if has_stop(decode(ids[:n]), row.sampling.stop))
-        reason = "stop_sequence"
+    stop_strings = StopStrings(row.sampling.stop, decode)
+    # As for greedy rows, the token that completes the stop string is the last.
+    length = next((n for n in range(1, len(ids) + 1) if stop_strings.are_in(ids[:n])), None)
+    if length is not None:
+        ids, reason = ids[:length], "stop_sequence"
     return Output(ids, row.abort_reason(time.monotonic()) or reason)
 
 

@@ -1,0 +1,140 @@
+"""Stop strings are found at the step at which the whole text holds them first, though only its end is decoded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.model.hub import llama_tokenizer, smol_tokenizer
+from worker.engine.stop_strings import Decode, StopStrings, has_stop
+from worker.models import DEMO
+
+#: Words, blanks, marks, bytes of characters that no tokenizer here has as one token, and what clean-up touches.
+PIECES = [
+    "the", " cat", " sat", " on", "\n", "\n\n", " ", "  ", ".", " .", ",", " ,", " ' ", " n't", " 's", " 're", "User:",
+    "Assistant", "é", "ß", "你好", "世界", "🙂", "👩‍👩‍👧", "a", "b", "1", "42", "\t", "”", "…", "\u0301",
+]  # fmt: skip
+
+
+class Words:
+    """A model of words, whose texts transformers cleans up: it removes blanks before marks."""
+
+    def __init__(self) -> None:
+        pieces = [*PIECES, *(f"##{piece.strip()}" for piece in PIECES if piece.strip())]
+        vocabulary = {piece: id for id, piece in enumerate(dict.fromkeys(pieces))}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="the"))
+        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+        self.decode = self._tokenizer.decode
+        self.ids = list(vocabulary.values())
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerFast) -> Decode:
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def fast(made: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "bundled": lambda: AutoTokenizer.from_pretrained(DEMO),
+    "llama": lambda: fast(llama_tokenizer({})),
+    "byte level": lambda: fast(smol_tokenizer({})),
+}
+
+
+def of_texts(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens of a random text."""
+    text = "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 60)))
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def of_bytes(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens in an order that no text has: half characters, special tokens, other texts between them."""
+    known = of_texts(rng, tokenizer)
+    parts = [known[start : start + rng.randint(1, 3)] for start in range(0, len(known), 3)]
+    rng.shuffle(parts)
+    return [id for part in parts for id in (*part, *([rng.randrange(300)] if rng.random() < 0.2 else []))]
+
+
+def stops_of(rng: random.Random, text: str) -> tuple[str, ...]:
+    """Some that the text holds, and some that it may not hold."""
+    found = [text[start : start + rng.randint(1, 12)] for start in (rng.randrange(len(text) or 1) for _ in range(2))]
+    chosen = [word for word in found if word and rng.random() < 0.5]
+    return (*chosen, "".join(rng.choices(PIECES, k=rng.randint(1, 3))))
+
+
+def first_step(ids: Sequence[int], is_found: Callable[[Sequence[int]], bool]) -> int | None:
+    return next((n for n in range(1, len(ids) + 1) if is_found(ids[:n])), None)
+
+
+def assert_equal_to_the_whole(rng: random.Random, ids: Sequence[int], decode: Decode) -> None:
+    # From the end, where the whole answer is not decoded any more.
+    stop = stops_of(rng, decode(ids)[-rng.randint(1, 300) :])
+    expected = first_step(ids, lambda new: has_stop(decode(new), stop))
+    assert first_step(ids, StopStrings(stop, decode).are_in) == expected, (stop, decode(ids))
+
+
+@pytest.mark.parametrize("make_ids", [of_texts, of_bytes])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_stop_string_is_found_when_the_whole_text_holds_it(
+    name: str, make_ids: Callable[[random.Random, PreTrainedTokenizerFast], list[int]]
+) -> None:
+    tokenizer = TOKENIZERS[name]()
+    for seed in range(200):
+        rng = random.Random(seed)
+        assert_equal_to_the_whole(rng, make_ids(rng, tokenizer), decoder_of(tokenizer))
+
+
+def test_a_stop_string_is_found_where_blanks_are_cleaned_up() -> None:
+    words = Words()
+    for seed in range(300):
+        rng = random.Random(seed)
+        assert_equal_to_the_whole(rng, rng.choices(words.ids, k=rng.randint(1, 80)), words.decode)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("text", ["one two three " * 60, "世界你好" * 40, "a🙂b" * 60])
+def test_only_the_end_of_a_long_answer_is_decoded(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    asked: list[int] = []
+
+    def decode(new: Sequence[int]) -> str:
+        asked.append(len(new))
+        return decoder_of(tokenizer)(new)
+
+    assert first_step(ids, StopStrings(("\nUser:",), decode).are_in) is None
+    assert len(asked) == len(ids) > 100
+    assert max(asked) < 100
+
+
+def test_without_stop_strings_nothing_is_decoded() -> None:
+    def decode(new: Sequence[int]) -> str:
+        raise AssertionError
+
+    assert not StopStrings((), decode).are_in([1, 2, 3])
+
+
+def test_a_mark_that_only_a_cut_text_begins_with_is_no_stop_string() -> None:
+    backend = Tokenizer(models.WordPiece({"read": 0, "##ing": 1}, unk_token="read"))
+    backend.decoder = decoders.WordPiece()
+    decode = decoder_of(fast(backend))
+    ids = [0, *[1] * 50]
+    assert decode(ids[1:]).startswith("##")
+    assert first_step(ids, StopStrings(("##",), decode).are_in) is None
+
+
+def test_a_replacement_character_as_a_stop_string_is_found_where_later_bytes_make_it() -> None:
+    tokenizer = TOKENIZERS["bundled"]()
+    decode = decoder_of(tokenizer)
+    x, a, half = tokenizer.convert_tokens_to_ids(["x", "<0x41>", "<0xE4>"])
+    # Bytes side by side are characters together or not at all.
+    ids = [x, *[a] * 50, half]
+    assert decode(ids[:-1]) == "x" + "A" * 50
+    assert decode(ids) == "x" + "\N{REPLACEMENT CHARACTER}" * 51
+    assert first_step(ids, StopStrings(("x\N{REPLACEMENT CHARACTER}",), decode).are_in) == len(ids)
