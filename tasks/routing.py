@@ -1,6 +1,7 @@
-"""The queue of each message: our six tasks go to our queue, all others as a stock Celery app would send them.
+"""The queue of each message: this project's tasks go to its queue, all others as a stock Celery app would send them.
 
-The Redis list of a queue's priority is named in `tasks/redis_keys.py` (`list_name`).
+The queue of a named model is found in `tasks/model_directory.py`. The Redis list of a queue's priority is named in
+`tasks/redis_keys.py` (`list_name`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STOCK_STEPS = (0, 3, 6, 9)
 
 
 def is_ours(task: Any) -> bool:
-    """Whether a message's task is one of the six."""
+    """Whether a message's task is one of this project's."""
     return isinstance(task, str) and task in PAYLOADS
 
 

@@ -4,6 +4,8 @@ Celery's own `inspect ping` is answered even while the model process is dead or 
 which knows the state, writes it to the file each second. A container runs the probe every few seconds, so the probe
 starts fast: it imports neither torch nor Celery nor our settings, of which it reads two, IDEFICS_STATE_FILE and
 IDEFICS_BROKER_URL.
+
+Metrics are another matter: see `worker/observability`.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class HealthReport:
 
     @property
     def is_alive(self) -> bool:
-        """Whether a restart would not help: the worker is well, loads, or replaces its model process itself."""
+        """False if a restart would help. True while the worker is well, loads, or replaces its model process."""
         return self.is_running and self.age_s <= ALIVE_WITHIN_S and self.state is not WorkerState.SETUP_FAILED
 
     def __str__(self) -> str:

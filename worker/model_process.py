@@ -201,9 +201,9 @@ def _reported(serial: int, outcome: tuple[Any, ...]) -> FinalMessage:
 
 def _record_callback(name: str, id: str, request: dict[str, Any], terminal_state: TerminalState) -> None:
     # The tracer has put the arguments there.
-    asked = digest_of(name, request["args"], request["kwargs"])
+    digest = digest_of(name, request["args"], request["kwargs"])
     is_stored = not request.get("ignore_result")
-    app.recorder.record(id, name, request["kwargs"], terminal_state, is_stored=is_stored, asked=asked)
+    app.recorder.record(id, name, request["kwargs"], terminal_state, is_stored=is_stored, digest=digest)
 
 
 def _failed_outside_the_task(outcome: tuple[Any, ...]) -> bool:

@@ -22,7 +22,7 @@ from tests.support.receiver import SECRET
 from worker.delivery.recorder import CallbackRecorder
 from worker.demo import stack
 from worker.pool.request import JobRequest
-from worker.queue.result_backend import ASKED
+from worker.queue.result_backend import DIGEST
 from worker.runtime.exception_info import exception_info
 
 CALLBACK = {"url": "https://93.184.216.34/hook", "key_id": "main"}
@@ -174,11 +174,11 @@ def test_a_stored_failure_has_its_code(recorder: CallbackRecorder, outbox: Outbo
 def test_the_stored_state_of_another_submission_under_the_id_is_ignored(
     recorder: CallbackRecorder, outbox: Outbox, app: Celery
 ) -> None:
-    record = {"status": "SUCCESS", ASKED: "b", "result": {"text": "b's"}, "date_done": "2026-01-02T03:04:05+00:00"}
+    record = {"status": "SUCCESS", DIGEST: "b", "result": {"text": "b's"}, "date_done": "2026-01-02T03:04:05+00:00"}
     app.backend.set(app.backend.get_key_for_task("job-1"), app.backend.encode(record))
-    for asked, text in (("a", "a's"), ("b", "b's")):
+    for digest, text in (("a", "a's"), ("b", "b's")):
         recorder.record(
-            "job-1", "idefics.complete", ARGUMENTS, (states.SUCCESS, {"text": text}), is_stored=True, asked=asked
+            "job-1", "idefics.complete", ARGUMENTS, (states.SUCCESS, {"text": text}), is_stored=True, digest=digest
         )
     # Two ends, and so two deliveries.
     texts = [json.loads(found.body)["data"]["result"]["text"] for found in outbox.listed("pending", 10)]

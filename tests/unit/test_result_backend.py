@@ -24,7 +24,7 @@ from tasks.redis_keys import CANCELLATION
 from worker.demo import stack
 from worker.queue import redis_retry
 from worker.queue.redis_retry import RetryingRedis
-from worker.queue.result_backend import ASKED, CANCELED, TAKEN, TAKEN_AT, Asked, ResultBackend, digest_of
+from worker.queue.result_backend import CANCELED, DIGEST, TAKEN, TAKEN_AT, ResultBackend, Submission, digest_of
 
 ENDS = ("SUCCESS", "FAILURE", "REVOKED")
 ERROR = InvalidRequest("no")
@@ -364,7 +364,7 @@ def test_a_run_that_wakes_up_does_not_end_what_was_submitted_since(backend: Any,
     end(backend, id, "SUCCESS", new)
     end(backend, id, "FAILURE", old)
     assert plain.get_state(id) == "SUCCESS"
-    assert (backend.terminal_state(id, old.asked), backend.terminal_state(id, new.asked)) == (None, "SUCCESS")
+    assert (backend.terminal_state(id, old.submission), backend.terminal_state(id, new.submission)) == (None, "SUCCESS")
 
 
 @pytest.mark.parametrize("first", ENDS)
@@ -382,7 +382,7 @@ def test_a_record_belongs_to_the_submission_that_was_reserved_last(
     end(backend, id, "SUCCESS", earlier)
     end(backend, id, first, later)
     assert plain.get_state(id) == first
-    assert plain.get_task_meta(id, cache=False)[ASKED] == later.asked.digest
+    assert plain.get_task_meta(id, cache=False)[DIGEST] == later.submission.digest
 
 
 def test_an_old_result_counts_for_a_later_submission_of_the_same_payload(backend: Any, plain: Any, id: str) -> None:
@@ -417,7 +417,7 @@ def test_a_submission_reserved_by_a_clock_hours_ahead_blocks_no_other(backend: A
 def test_a_job_that_ends_before_it_has_begun_counts_under_a_used_id(backend: Any, plain: Any, id: str) -> None:
     ran(backend, asking(id, "one"))
     expired = asking(id, "two")
-    expired.asked = Asked(digest_of("idefics.complete", [], {"prompt": ["two"]}), begins=True)
+    expired.submission = Submission(digest_of("idefics.complete", [], {"prompt": ["two"]}), begins=True)
     end(backend, id, "REVOKED", expired)
     assert plain.get_state(id) == "REVOKED"
     end(backend, id, "FAILURE", expired)
@@ -430,12 +430,12 @@ def test_a_record_without_a_digest_is_the_same_jobs(backend: Any, plain: Any, id
 
 
 def test_a_header_of_the_message_is_no_digest(backend: Any, id: str, broker: stack.Broker) -> None:
-    end(backend, id, "SUCCESS", Context(id=id, asked="forged"))
-    assert ASKED.encode() not in (broker.connect(1).get(f"celery-task-meta-{id}") or b"")
+    end(backend, id, "SUCCESS", Context(id=id, submission="forged"))
+    assert DIGEST.encode() not in (broker.connect(1).get(f"celery-task-meta-{id}") or b"")
 
 
 def test_an_answers_text_is_not_taken_for_its_digest(backend: Any, id: str) -> None:
-    backend.store_result(id, {ASKED: "0" * 32}, "SUCCESS")
+    backend.store_result(id, {DIGEST: "0" * 32}, "SUCCESS")
     assert backend.start(asking(id, "two"), is_stored=True) == "SUCCESS"
 
 

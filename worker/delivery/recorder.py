@@ -91,18 +91,18 @@ class CallbackRecorder:
         terminal_state: TerminalState,
         *,
         is_stored: bool,
-        asked: str = "",
+        digest: str = "",
     ) -> None:
         """Record the callback of a job that has ended, if it has one. A second call for the same end changes nothing.
 
         With `is_stored`, a stored terminal state takes precedence over `terminal_state`: another run may have been
-        first. One of another submission under the same id, known by a digest other than `asked`, is ignored. Raises one
-        of UNAVAILABLE, or in a job's own thread RedisAway after waiting.
+        first. One of another submission under the same id, which has a digest other than `digest`, is ignored. Raises
+        one of UNAVAILABLE, or in a job's own thread RedisAway after waiting.
         """
         callback = self._callback(id, arguments)
         if callback is None:
             return
-        state, value, ended_at = self._stored(id, terminal_state, asked) if is_stored else (*terminal_state, None)
+        state, value, ended_at = self._stored(id, terminal_state, digest) if is_stored else (*terminal_state, None)
         event = EVENTS.get(state)
         if event is None or (callback.events and event not in callback.events):
             return
@@ -110,7 +110,7 @@ class CallbackRecorder:
             event, ended_at or datetime.now(UTC).isoformat(), job_data(id, task, arguments, state, value)
         )
         # Jobs with the same id may end several times: each end has its own delivery.
-        key = delivery_id(id, event, asked, ended_at or "")
+        key = delivery_id(id, event, digest, ended_at or "")
         delivery = Delivery(key, id, event, callback.url, callback.key_id, body)
         self._connected().add(delivery, self._settings.callback_batch_window_s)
 
@@ -128,10 +128,10 @@ class CallbackRecorder:
             return None
         return callback
 
-    def _stored(self, id: str, terminal_state: TerminalState, asked: str) -> tuple[str, Any, str | None]:
+    def _stored(self, id: str, terminal_state: TerminalState, digest: str) -> tuple[str, Any, str | None]:
         """The stored state, value and time in ISO 8601; the given terminal state where none of the job's is stored."""
         meta = self._app.backend.get_task_meta(id, cache=False)
-        if meta["status"] not in states.READY_STATES or is_of_another(meta, asked):
+        if meta["status"] not in states.READY_STATES or is_of_another(meta, digest):
             return (*terminal_state, None)
         return meta["status"], meta["result"], meta.get("date_done")
 

@@ -21,20 +21,25 @@ from worker.engine.traced import Traced
 class SlotDecoder:
     """Prefills prompts into slots, appends one token to every slot per step, and scores continuations of slots."""
 
-    def __init__(self, decoder: Decoder, max_kept: int = 2**16, record: Callable[[Step], Step] | None = None) -> None:
-        """`max_kept`: see kv_cache.KVPool. `record`: see cuda_graphs.Graphed; None runs steps without recording."""
+    def __init__(
+        self, decoder: Decoder, max_idle_positions: int = 2**16, record: Callable[[Step], Step] | None = None
+    ) -> None:
+        """`max_idle_positions`: see kv_cache.KVPool.
+
+        `record`: see cuda_graphs.Graphed; None runs steps without recording.
+        """
         self.slots = SlotTable()
-        self.cache = SlotCache(decoder.spec, max_kept)
+        self.cache = SlotCache(decoder.spec, max_idle_positions)
         self.family = decoder
         self._device = decoder.spec.device
         self._step = Traced(decoder.step)
         self._graphed = Graphed(decoder.step, record) if record else None
         self._branch = Traced(decoder.branch)
 
-    def empty_like(self, max_kept: int) -> SlotDecoder:
-        """The same decoder with an empty cache of its own. `max_kept`: see kv_cache.KVPool."""
+    def empty_like(self, max_idle_positions: int) -> SlotDecoder:
+        """The same decoder with an empty cache of its own. `max_idle_positions`: see kv_cache.KVPool."""
         other = copy.copy(self)
-        other.slots, other.cache = SlotTable(), self.cache.empty_like(max_kept)
+        other.slots, other.cache = SlotTable(), self.cache.empty_like(max_idle_positions)
         return other
 
     def pending(self, tokens: Tokens, prefix: Prefix | None, features: Mapping[bytes, Tensor]) -> PendingPrompt:
@@ -121,7 +126,7 @@ class SlotDecoder:
         return [by_sequence(row, sequences) for row, sequences in zip(scores, continuations, strict=True)]
 
     def release(self, slots: Sequence[int]) -> None:
-        """Free slots. Once none is in use, also free memory beyond `max_kept`."""
+        """Free slots. Once none is in use, also free memory beyond `max_idle_positions`."""
         self.slots.release(slots)
         if not len(self.slots):
             self.cache.shrink()

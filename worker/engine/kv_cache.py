@@ -1,4 +1,8 @@
-"""The keys and values of a batch's rows, in preallocated slots that grow in steps."""
+"""The keys and values of a batch's rows, in preallocated slots that grow in steps.
+
+`worker/engine/slots.py` says which slots are in use; `ContinuousModel` in `worker/engine/continuous.py` which row has
+which slot.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,10 @@ def grown(positions: int) -> int:
 class KVPool:
     """Keys and values (slots, heads, capacity, head size) of each layer in a group of layers."""
 
-    def __init__(self, spec: KVSpec, dtype: torch.dtype, device: torch.device, max_kept: int) -> None:
-        """`max_kept`: maximum unused positions that stay allocated, of all slots together."""
+    def __init__(self, spec: KVSpec, dtype: torch.dtype, device: torch.device, max_idle_positions: int) -> None:
+        """`max_idle_positions`: maximum unused positions that stay allocated, of all slots together."""
         self._spec = spec
-        self._max_kept = max_kept
+        self._max_idle_positions = max_idle_positions
         self._empty = torch.zeros(0, spec.heads, 0, spec.head_size, dtype=dtype, device=device)
         #: Keys and values of each layer in turn.
         self.tensors: list[Tensor] = [self._empty] * (2 * spec.layers)
@@ -48,7 +52,7 @@ class KVPool:
         if slots <= held_slots and capacity <= held_capacity:
             return
         rows, room = max(slots, held_slots), grown(max(capacity, held_capacity))
-        if rows * room > self._max_kept:
+        if rows * room > self._max_idle_positions:
             # The most rows and the longest row may have occurred at different times: shrink to the present need.
             rows, room = slots, grown(capacity)
         for index, tensor in enumerate(self.tensors):
@@ -72,8 +76,8 @@ class KVPool:
             tensor[slot : slot + 1].zero_()
 
     def shrink(self) -> None:
-        """Free the memory if it has more than `max_kept` positions. For a pool without rows."""
-        if self.positions > self._max_kept:
+        """Free the memory if it has more than `max_idle_positions` positions. For a pool without rows."""
+        if self.positions > self._max_idle_positions:
             self.clear()
 
     def clear(self) -> None:
@@ -84,17 +88,17 @@ class KVPool:
 class SlotCache:
     """A decoder's caches: a pool for the keys and values of the tokens, and the family's extra pools of fixed width."""
 
-    def __init__(self, spec: CacheSpec, max_kept: int) -> None:
-        """`max_kept`: see KVPool; it holds for each pool."""
+    def __init__(self, spec: CacheSpec, max_idle_positions: int) -> None:
+        """`max_idle_positions`: see KVPool; it holds for each pool."""
         self._spec = spec
         self._move = Traced(move)
         self._restore = Traced(restore)
-        self._allocate(max_kept)
+        self._allocate(max_idle_positions)
 
-    def _allocate(self, max_kept: int) -> None:
+    def _allocate(self, max_idle_positions: int) -> None:
         spec = self._spec
-        self.self_kv = KVPool(spec.self_kv, spec.dtype, spec.device, max_kept)
-        self.extra = [KVPool(extra, spec.dtype, spec.device, max_kept) for extra in spec.extra]
+        self.self_kv = KVPool(spec.self_kv, spec.dtype, spec.device, max_idle_positions)
+        self.extra = [KVPool(extra, spec.dtype, spec.device, max_idle_positions) for extra in spec.extra]
 
     @property
     def _pools(self) -> list[KVPool]:
@@ -105,10 +109,10 @@ class SlotCache:
         """Bytes of one token's keys and values."""
         return self.self_kv.position_bytes
 
-    def empty_like(self, max_kept: int) -> SlotCache:
+    def empty_like(self, max_idle_positions: int) -> SlotCache:
         """An empty cache of the same shape."""
         other = copy.copy(self)
-        other._allocate(max_kept)
+        other._allocate(max_idle_positions)
         return other
 
     def self_views(self, slots: int, length: int, longest: int) -> list[Tensor]:
@@ -145,7 +149,7 @@ class SlotCache:
         return Prefix(tuple(tensor[slot, :, :length].clone() for tensor in self.self_kv.tensors), carry)
 
     def shrink(self) -> None:
-        """Free the memory of each pool with more than `max_kept` positions. For a cache without rows."""
+        """Free the memory of each pool with more than `max_idle_positions` positions. For a cache without rows."""
         for pool in self._pools:
             pool.shrink()
 

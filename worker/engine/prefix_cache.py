@@ -80,8 +80,8 @@ class PrefixCache:
     def worth_keeping(self, batch: Sequence[Sequence[PrefixKey]]) -> list[tuple[int, PrefixKey]]:
         """Choose prefixes to prefill and keep, each with the index of a prompt of the batch that begins with it.
 
-        For each prompt this is the longest prefix that several prompts of the batch share or that an earlier batch had,
-        unless it is cached. All of them fit in the cache together. Call this once for each batch.
+        For each prompt: the longest prefix that occurs in another prompt of the batch or in an earlier batch, unless it
+        is cached already. All of them fit in the cache together. Call this once for each batch.
         """
         shared = Counter(key.key for keys in batch for key in keys)
         found: dict[bytes, tuple[int, PrefixKey]] = {}

@@ -121,8 +121,8 @@ def _decoded(file: StrippedFile, limits: ImageLimits, target: int | None) -> tup
     """A picture as stored in its file, and its EXIF orientation (1 to 8)."""
     if file.next_restart is None:
         return _opened(file, limits, target)
-    # All pixels may be there. libjpeg decodes missing ones from the bytes after the file's own. So if another ending
-    # changes the picture, pixels are missing. Two decodings are all that such a file may take.
+    # The file may have all its pixels. libjpeg decodes missing ones from the bytes that follow, so the file is decoded
+    # with two different endings: if the pictures differ, pixels are missing.
     plain, orientation = _opened(_ended(file, _END_OF_IMAGE), limits, target)
     other, _ = _opened(_ended(file, _garbage(file.next_restart) + _END_OF_IMAGE), limits, target)
     if not _are_equal(plain, other):

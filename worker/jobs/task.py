@@ -31,7 +31,7 @@ from worker.jobs.service import Service
 from worker.observability import log_setup
 from worker.observability.redaction import without_values
 from worker.queue.publisher import OneProducerEach
-from worker.queue.result_backend import CANCELED, asked_of
+from worker.queue.result_backend import CANCELED, current_submission
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _drop_if_ended(self) -> None:
         """Raise RunDropped if another run of the job has ended: this worker may have been frozen or cut off."""
-        state = self.backend.terminal_state(self.request.id, asked_of(self.request))
+        state = self.backend.terminal_state(self.request.id, current_submission(self.request))
         if state is not None:
             self._drop_run(state)
 
@@ -203,8 +203,8 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _record_callback(self, arguments: dict[str, Any], terminal_state: TerminalState, *, is_stored: bool) -> None:
         request = self.request
-        asked = asked_of(request).digest
-        self.app.recorder.record(request.id, self.name, arguments, terminal_state, is_stored=is_stored, asked=asked)
+        digest = current_submission(request).digest
+        self.app.recorder.record(request.id, self.name, arguments, terminal_state, is_stored=is_stored, digest=digest)
 
     @property
     def _ignores_result(self) -> bool:

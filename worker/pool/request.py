@@ -21,7 +21,7 @@ from tasks.errors import JobError
 from tasks.protocol import HIDDEN
 from worker.delivery.recorder import TerminalState
 from worker.pool.job import PoolJob
-from worker.queue.result_backend import asked_by, asked_of, taken_now
+from worker.queue.result_backend import current_submission, submission_of, taken_now
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class JobRequest(Request):  # type: ignore[misc]
     def _ending_context(self) -> Context:
         """The context to store a job's end with. A job that never began is a new submission."""
         context = self._context
-        context.asked = asked_by(context, begins=self.time_start is None)
+        context.submission = submission_of(context, begins=self.time_start is None)
         return context
 
     def info(self, safe: bool = False) -> dict[str, Any]:
@@ -123,14 +123,14 @@ class JobRequest(Request):  # type: ignore[misc]
         if self._terminal_state is None:
             return True
         try:
-            asked = asked_of(self._context)
+            submission = current_submission(self._context)
             self.task.app.recorder.record(
                 self.id,
                 self.task_name,
                 self.kwargs,
                 self._terminal_state,
                 is_stored=self.store_errors,
-                asked=asked.digest,
+                digest=submission.digest,
             )
         except UNAVAILABLE as error:
             logger.error("Job %s ended, but its callback cannot be recorded (%s).", self.id, error)

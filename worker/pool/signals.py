@@ -3,7 +3,8 @@
 Celery's handler for a cold shutdown cancels requests and sends events inside the signal handler. If the signal arrives
 while the event dispatcher holds its lock, the worker deadlocks (2 of 3 times in a test). So a signal only writes its
 number to a pipe, and the reader of the pipe runs the handler: the event loop, the pool without one, or the consumer
-while it reconnects. If they do not run it in time, the exit watchdog ends the process.
+while it reconnects. If they do not run it in time, `worker/runtime/exit_watchdog.py` ends the process. What a shutdown
+then does to the jobs that run is in `SoftShutdown` of `worker/pool/bootsteps.py`.
 """
 
 from __future__ import annotations

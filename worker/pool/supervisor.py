@@ -1,4 +1,8 @@
-"""Supervision of the model process: start, heartbeats, hangs, restarts."""
+"""Supervision of the model process: start, heartbeats, hangs, restarts.
+
+What happens to the jobs of a process that died: `worker/pool/lifecycle.py` hears of the death, and
+`worker/pool/quarantine.py` plans what runs again.
+"""
 
 from __future__ import annotations
 
@@ -207,8 +211,7 @@ class Supervisor:
     # Messages
 
     def hear(self, now: float) -> None:
-        """Receive, after allowing for a pause of this process itself."""
-        # A hanging broker blocks this process, a paused container both: heartbeats of that time are not missed.
+        """Receive. No heartbeat counts as missed while this process was blocked by the broker, or both were paused."""
         missed_s, self._heard_at = now - self._heard_at, now
         if missed_s > self._silent_s and self._process is not None:
             self._process.last_heartbeat = min(now, self._process.last_heartbeat + missed_s)

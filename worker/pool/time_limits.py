@@ -1,4 +1,7 @@
-"""Time limits: a job over its own limit fails alone; if its thread does not end, the model process is replaced."""
+"""Hard limits: a job over its own limit fails alone; if its thread does not end, the model process is replaced.
+
+A soft limit and a job's `deadline_s` end its text at the next step: `deadline_of` in `worker/jobs/runs.py`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ class TimeLimits:
         """End the jobs over their limits, and the process if a thread is stuck. Returns whether one was stuck."""
         for job in self._overdue(now):
             self._time_out(job)
-        # Not at the job's own limit: a producer must not cause the model to be loaded again.
+        # The process is killed at the worker's limit, not at the job's: a producer must not cause the model to be
+        # loaded again.
         stuck = [began for began in self._timed_out_running.values() if now - began > self._worker_limit_s]
         if stuck:
             logger.warning("%d jobs passed IDEFICS_TIME_LIMIT_S: the model process is replaced.", len(stuck))

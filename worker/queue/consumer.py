@@ -23,7 +23,7 @@ from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefus
 from worker.queue.redeliveries import RedeliveryCounter
 from worker.queue.refusals import Refusals
 from worker.queue.resilient_consumer import ResilientConsumer
-from worker.queue.result_backend import Asked, asked_by, taken_now, taken_text
+from worker.queue.result_backend import Submission, submission_of, taken_now, taken_text
 from worker.runtime.exception_info import exception_info
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Consumer(ResilientConsumer):
         try:
             keep_misrouted(self.app, request, self._bounds, why)
             self.app.backend.mark_as_failure(request.id, why, request=request)
-            self._record_callback(request.id, request.task, request.kwargs, why, request.asked)
+            self._record_callback(request.id, request.task, request.kwargs, why, request.submission)
         except UNAVAILABLE as error:
             if self._requeue_if_away(message, request.id, error):
                 return
@@ -105,10 +105,10 @@ class Consumer(ResilientConsumer):
     def _refuse(self, message: Any, refused: MessageRefused) -> None:
         """Drop a message, and end its job where it has an id."""
         try:
-            asked = self.refusals(message.body if refused.id else _shown(message), refused, taken_text(message))
-            if refused.id and asked:
+            submission = self.refusals(message.body if refused.id else _shown(message), refused, taken_text(message))
+            if refused.id and submission:
                 task, arguments = readable(message, self.app.settings.max_job_bytes)
-                self._record_callback(refused.id, task, arguments, InvalidRequest(str(refused)), asked)
+                self._record_callback(refused.id, task, arguments, InvalidRequest(str(refused)), submission)
         except UNAVAILABLE as error:
             if self._requeue_if_away(message, refused.id, error):
                 return
@@ -116,10 +116,12 @@ class Consumer(ResilientConsumer):
             self._send_failed_event(refused.id, str(refused))
         message.reject_log_error(logger, self.connection_errors)
 
-    def _record_callback(self, id: str, task: str, arguments: dict[str, Any], error: JobError, asked: Asked) -> None:
+    def _record_callback(
+        self, id: str, task: str, arguments: dict[str, Any], error: JobError, submission: Submission
+    ) -> None:
         """Record the callback of a job that ends here. Raises one of UNAVAILABLE."""
         failure = states.FAILURE, error
-        self.app.recorder.record(id, task, arguments, failure, is_stored=True, asked=asked.digest)
+        self.app.recorder.record(id, task, arguments, failure, is_stored=True, digest=submission.digest)
 
     def _requeue_if_away(self, message: Any, id: str | None, error: Exception) -> bool:
         """Requeue a message whose end cannot be stored, unless a defect is the cause: it would occur again."""
@@ -142,9 +144,9 @@ class Consumer(ResilientConsumer):
         logger.error("Job %s hit a defect; it fails as internal: %s", ascii(headers["id"]), without_values(error))
         request = Context({**headers, **embed, "args": args, "kwargs": kwargs, "delivery_info": taken_now(message)})
         try:
-            request.asked = asked_by(request, begins=True)
+            request.submission = submission_of(request, begins=True)
             self.app.backend.mark_as_failure(headers["id"], _internal(error), request=request)
-            self._record_callback(headers["id"], headers["task"], kwargs, _internal(error), request.asked)
+            self._record_callback(headers["id"], headers["task"], kwargs, _internal(error), request.submission)
             message.reject_log_error(logger, self.connection_errors)
         except Exception as again:
             self._return(headers, functools.partial(message.reject_log_error, logger, self.connection_errors), again)

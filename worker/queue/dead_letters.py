@@ -23,7 +23,7 @@ from tasks.failed import FailedBounds, FailedJob, FailedJobs
 from tasks.payloads import PAYLOADS
 from tasks.printable import escaped
 from tasks.protocol import SUBMITTED_AT
-from worker.queue.result_backend import asked_by, digest_of, is_of_another, taken_now
+from worker.queue.result_backend import digest_of, is_of_another, submission_of, taken_now
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def misrouted(message: Any, host: str) -> Context:
     args, kwargs, links = message.payload
     own = {"args": args, "kwargs": kwargs, "properties": message.properties, "hostname": host}
     request = Context({**message.headers, **links, **own, "delivery_info": taken_now(message)})
-    request.asked = asked_by(request, begins=True)
+    request.submission = submission_of(request, begins=True)
     return request
 
 

@@ -10,8 +10,8 @@ before the jobs of its priority that still wait in the queue.
 The script reads the time as Celery and kombu write it. A message with another form of it reaches the worker, which then
 moves it into the sorted set.
 
-A cancellation names a job's id. So the sorted set `idefics:due-ids` has `<id>\\n<set>` for each of these jobs, with the
-score by which its message is found. Up to a millisecond is added to each time, so that few messages have the same
+A cancellation names a job's id. So the sorted set `idefics:due-ids` has a member `<id>\\n<set>` for each waiting job,
+with the same score as its message. Up to a millisecond is added to each time, so that few messages have the same
 score. A worker reads some ids at a time, and removes canceled jobs from their sets (worker/queue/cancellation.py).
 
 The sets have no time to live: they hold jobs, as the queue's lists do, and a server may evict keys that have one. Redis
@@ -43,9 +43,9 @@ STALE_ID_S = 86_400
 #: Messages that leave a set in one step, for a worker with kombu's own channel.
 RELEASED_AT_ONCE = 100
 
-#: For scripts: the unix seconds of a message's `eta`; nil without one in the usual form. Quotes within strings are
-#: escaped, so only a member of that name is found. It stands after the body, which may have megabytes. A producer that
-#: hides one elsewhere delays only its own job.
+#: For scripts: the unix seconds of a message's `eta`; nil without one in the usual form. The search
+#: cannot match text within a string, since quotes there are escaped. `eta` stands after the body, which may have
+#: megabytes. A producer that hides one elsewhere delays only its own job.
 ETA = """
 local function eta(raw)
   local last = string.sub(raw, -8192)

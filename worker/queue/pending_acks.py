@@ -1,6 +1,7 @@
 """Acks and requeues not yet sent to the broker.
 
-They outlive a channel that lost its connection: the next one sends them (`worker/queue/qos.py`).
+`worker/pool/request.py` decides when a message is acknowledged, and `worker/queue/qos.py` does it. What Redis has not
+been sent yet is kept here: it outlives a channel that lost its connection, and the next one sends it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class DelayedMessage:
     key: str
     #: Unix seconds.
     at: float
-    #: Bytes that end its record.
+    #: Number of bytes after the message in its record in `unacked`.
     ending: int
     id: str
 
@@ -52,9 +53,9 @@ class PendingAcks:
     """Acks and requeues not yet sent to the broker, by the messages' tags; sent by `flush`."""
 
     def __init__(self) -> None:
-        #: With the id of a job that had been redelivered, whose counted returns are deleted with its message.
+        #: By tag. The value is the id of a redelivered job, whose redelivery count is deleted with it, or None.
         self.acks: dict[str, str | None] = {}
-        #: Whether each goes to the end of its queue that is read last.
+        #: By tag: True to put the message at the end of its queue that is read last.
         self.requeues: dict[str, bool] = {}
         self.delayed: dict[str, DelayedMessage] = {}
         #: Messages that are put back unchanged, as if they had never been taken.

@@ -15,7 +15,7 @@ from celery.utils.objects import Bunch
 from tasks.errors import InvalidRequest, JobError
 from tasks.failed import FailedBounds, FailedJob, FailedJobs
 from worker.queue.envelope import MessageRefused, described
-from worker.queue.result_backend import Asked
+from worker.queue.result_backend import Submission
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Refusals:
         self._app = app
         self._bounds = bounds
 
-    def __call__(self, raw: bytes, refused: MessageRefused, taken: str = "") -> Asked | None:
+    def __call__(self, raw: bytes, refused: MessageRefused, taken: str = "") -> Submission | None:
         """Store the refusal. Returns what it was stored for, if the message has an id. Raises Redis's errors."""
         logger.error("%s is dropped. %s", described(raw, refused), refused)
         if not refused.id:
@@ -40,13 +40,15 @@ class Refusals:
         # No submission has this digest, so a correct message under the same id still runs. The reason is hashed too,
         # since it may be in the headers, which `raw` does not include.
         digest = hashlib.blake2b(raw + str(refused).encode(), digest_size=16).hexdigest()
-        asked = Asked(f"refused{digest}", begins=True, taken=taken)
-        self.end(refused.id, InvalidRequest(str(refused)), asked)
-        return asked
+        submission = Submission(f"refused{digest}", begins=True, taken=taken)
+        self.end(refused.id, InvalidRequest(str(refused)), submission)
+        return submission
 
-    def end(self, id: str, error: JobError, asked: Asked | None = None) -> None:
+    def end(self, id: str, error: JobError, submission: Submission | None = None) -> None:
         """Store a job's failure without its links, chain and chord."""
-        request = Bunch(chord=None, errbacks=None, chain=None, task=None, delivery_info={}, id=id, asked=asked)
+        request = Bunch(
+            chord=None, errbacks=None, chain=None, task=None, delivery_info={}, id=id, submission=submission
+        )
         self._app.backend.mark_as_failure(id, error, request=request)
 
     def _keep(self, raw: bytes, refused: MessageRefused) -> None:

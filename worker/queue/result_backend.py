@@ -57,31 +57,32 @@ SUPERSEDED = "SUPERSEDED"
 #: headers that are not its own on with a retry, and would send this one.
 TAKEN_AT = "taken_at"
 
-#: The record's entries with the digest of what was asked, and with the unix seconds at which it was taken.
-ASKED, TAKEN = "idefics_asked", "idefics_taken"
+#: Two entries of the record: the digest of task and arguments, and the unix seconds at which the message was taken.
+DIGEST, TAKEN = "idefics_asked", "idefics_taken"
 #: A record begins with the state, then these. These bytes hold them; the answer behind them may have megabytes.
 _HEAD_BYTES = 160
 _HEAD = re.compile(rb'\s*{\s*"status"\s*:\s*"(\w+)"(?:\s*,\s*"idefics_asked"\s*:\s*"(\w+)")?')
-#: Seconds. Times of takes that differ by more come from two servers' clocks: the broker's name led to another one.
+#: Seconds. Two times that differ by more are from different servers, since the broker's name leads to another one now,
+#: and are not compared.
 _SAME_CLOCK_S = 3_600
 
 #: KEYS: the job's record, its cancellation. ARGV: the record, its seconds to live (0: for ever), `start` or `end` where
-#: its state is one, the digest of what was asked or nothing, 1 if a submission begins with it, when it was taken.
+#: its state is one, the digest of task and arguments or nothing, 1 if a submission begins with it, when it was taken.
 #: Returns the terminal state that is stored already, SUPERSEDED, for a start CANCELED, or nil where it has written. A
 #: value of another type than a record is overwritten. A record that is the same byte for byte was written by this call
-#: itself, whose connection was lost before the reply. A terminal state that a later submission of the same job finds is
-#: that submission's, too, from then on.
+#: itself, whose connection was lost before the reply. A later submission of the same job adopts a terminal state that
+#: it finds: only the time at which it was taken is updated.
 _STORE = f"""
 local head = redis.pcall('GETRANGE', KEYS[1], 0, {_HEAD_BYTES - 1})
 if type(head) ~= 'string' then head = '' end
 local kept = string.match(head, '^%s*{{%s*"status"%s*:%s*"(%w+)"')
-local said = '^%s*{{%s*"status"%s*:%s*"%w+"%s*,%s*"{ASKED}"%s*:%s*"(%w+)"'
-local asked = string.match(head, said)
+local said = '^%s*{{%s*"status"%s*:%s*"%w+"%s*,%s*"{DIGEST}"%s*:%s*"(%w+)"'
+local digest = string.match(head, said)
 local _, first, taken, last = string.match(head, said .. '%s*,%s*"{TAKEN}"%s*:%s*"()([%d.]+)()"')
 local later_by = (tonumber(taken) or 0) - (tonumber(ARGV[6]) or 0)
-local is_other = asked and ARGV[4] ~= '' and asked ~= ARGV[4]
-local is_known = taken and ARGV[6] ~= '' and math.abs(later_by) < {_SAME_CLOCK_S}
-if is_other and (ARGV[5] == '0' or (is_known and later_by > 0)) then
+local is_other = digest and ARGV[4] ~= '' and digest ~= ARGV[4]
+local is_comparable = taken and ARGV[6] ~= '' and math.abs(later_by) < {_SAME_CLOCK_S}
+if is_other and (ARGV[5] == '0' or (is_comparable and later_by > 0)) then
     return '{SUPERSEDED}'
 end
 if kept == 'SUCCESS' or kept == 'FAILURE' or kept == 'REVOKED' then
@@ -90,7 +91,7 @@ if kept == 'SUCCESS' or kept == 'FAILURE' or kept == 'REVOKED' then
         if record == ARGV[1] then
             return false
         end
-        if is_known and later_by < 0 then
+        if is_comparable and later_by < 0 then
             record = string.sub(record, 1, first - 1) .. ARGV[6] .. string.sub(record, last)
             redis.pcall('SET', KEYS[1], record, 'KEEPTTL')
         end
@@ -118,11 +119,11 @@ return false
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The submission that a request belongs to, as its attribute `asked`. A header cannot forge this class."""
+class Submission:
+    """The submission that a request belongs to, as its attribute `submission`. A header cannot forge this class."""
 
     digest: str
-    #: True where a submission begins with what is stored next: an end of another submission is deleted.
+    #: True if the next write begins a submission: it deletes a terminal state of an earlier one.
     begins: bool = False
     #: When its message was taken from the queue, in unix seconds of the broker's clock; empty if unknown.
     taken: str = ""
@@ -138,12 +139,12 @@ def taken_text(message: Any) -> str:
     return _as_text(taken_now(message)[TAKEN_AT])
 
 
-def asked_by(request: Any, *, begins: bool = False) -> Asked:
+def submission_of(request: Any, *, begins: bool = False) -> Submission:
     """The submission that a checked request belongs to."""
     # A retry, or a job that a worker sent back, continues the submission that its first run began.
     begins = begins and not request.get("retries") and not request.get(CONTINUES)
     digest = digest_of(request.get("task"), request.args, request.kwargs)
-    return Asked(digest, begins, _as_text((request.delivery_info or {}).get(TAKEN_AT)))
+    return Submission(digest, begins, _as_text((request.delivery_info or {}).get(TAKEN_AT)))
 
 
 def _as_text(taken: Any) -> str:
@@ -152,13 +153,13 @@ def _as_text(taken: Any) -> str:
 
 def is_of_another(record: Mapping[str, Any], digest: str) -> bool:
     """Whether a job's record belongs to another submission under its id than the one with this digest."""
-    return record.get(ASKED, "") not in ("", digest) and digest != ""
+    return record.get(DIGEST, "") not in ("", digest) and digest != ""
 
 
 def digest_of(task: str | None, args: Any, kwargs: Any) -> str:
     """Digest of a task and its arguments. Not of headers or bytes: Celery's retries write them anew."""
-    asked = json.dumps([task, args, kwargs], sort_keys=True, separators=(",", ":"), default=repr)
-    return hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
+    job = json.dumps([task, args, kwargs], sort_keys=True, separators=(",", ":"), default=repr)
+    return hashlib.blake2b(job.encode(), digest_size=16).hexdigest()
 
 
 class FirstTerminalStateWins:
@@ -181,7 +182,7 @@ class FirstTerminalStateWins:
         result = self.encode_result(result, state)
         # Encoded once for all attempts: the script compares it to learn whether an earlier attempt has written.
         record = self._record(task_id, result, state, traceback, request)
-        kept = self._store_record(task_id, record, state, asked_of(request))
+        kept = self._store_record(task_id, record, state, current_submission(request))
         if kept and state in states.READY_STATES:
             self._on_not_stored(task_id, kept, state, request)
         return result
@@ -203,8 +204,8 @@ class FirstTerminalStateWins:
     def start(self: Any, request: Any, *, is_stored: bool) -> str | None:
         """Store that a job runs. Returns CANCELED or its terminal state if it must not run, otherwise None."""
         value = {"pid": os.getpid(), "hostname": request.hostname}
-        begun = asked_by(request, begins=True)
-        request.asked = replace(begun, begins=False)
+        begun = submission_of(request, begins=True)
+        request.submission = replace(begun, begins=False)
         record = self._record(request.id, value, states.STARTED, None, request) if is_stored else ""
         kept: str | None = self._store_record(request.id, record, states.STARTED, begun, "start")
         return None if kept == SUPERSEDED else kept
@@ -212,19 +213,25 @@ class FirstTerminalStateWins:
     def _record(self: Any, task_id: str, result: Any, state: str, traceback: Any, request: Any) -> str:
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         # Without the arguments of Celery's extended results, which may hold megabytes of images.
-        asked = asked_of(request)
-        said = {name: value for name, value in ((ASKED, asked.digest), (TAKEN, asked.taken)) if value and asked.digest}
+        submission = current_submission(request)
+        said = {
+            name: value
+            for name, value in ((DIGEST, submission.digest), (TAKEN, submission.taken))
+            if value and submission.digest
+        }
         record: str = self.encode(
             {"status": meta["status"], **said, **meta, "task_id": task_id, "args": None, "kwargs": None}
         )
         return record
 
-    def _store_record(self: Any, task_id: str, record: str, state: str, asked: Asked, step: str = "") -> str | None:
+    def _store_record(
+        self: Any, task_id: str, record: str, state: str, submission: Submission, step: str = ""
+    ) -> str | None:
         seconds = self.failure_expires if state == states.FAILURE else self.expires
         step = "end" if state in states.READY_STATES else step
         kept: bytes | None = self._store_script(
             keys=[self.get_key_for_task(task_id), self._cancel_prefix + task_id],
-            args=[record, seconds or 0, step, asked.digest, int(asked.begins), asked.taken],
+            args=[record, seconds or 0, step, submission.digest, int(submission.begins), submission.taken],
             client=self.client,
         )
         return kept.decode() if kept else None
@@ -237,8 +244,8 @@ class FirstTerminalStateWins:
     def _store_script(self: Any) -> Any:
         return self.client.register_script(_STORE)
 
-    def terminal_state(self: Any, task_id: str, asked: Asked | None = None) -> str | None:
-        """SUCCESS, FAILURE or REVOKED; None if the job has not ended, or only another submission than `asked` has.
+    def terminal_state(self: Any, task_id: str, submission: Submission | None = None) -> str | None:
+        """SUCCESS, FAILURE or REVOKED; None if the job has not ended, or only another submission than `submission` has.
 
         Reads the start of the record, not the answer.
         """
@@ -251,7 +258,7 @@ class FirstTerminalStateWins:
             head = b""
         found = _HEAD.match(head)
         state = found[1].decode() if found else states.PENDING
-        is_other = found and found[2] and asked and asked.digest not in ("", found[2].decode())
+        is_other = found and found[2] and submission and submission.digest not in ("", found[2].decode())
         return state if state in states.READY_STATES and not is_other else None
 
     def mark_as_failure(self: Any, task_id: str, exc: BaseException, *args: Any, **options: Any) -> None:
@@ -283,10 +290,10 @@ class FirstTerminalStateWins:
             self._fail_chain(request.chain, meta["result"], meta["traceback"])
 
 
-def asked_of(request: Any) -> Asked:
+def current_submission(request: Any) -> Submission:
     """The submission that a request belongs to; without a digest for one that Celery made for the rest of a chain."""
-    asked = getattr(request, "asked", None)
-    return asked if isinstance(asked, Asked) else Asked("")
+    submission = getattr(request, "submission", None)
+    return submission if isinstance(submission, Submission) else Submission("")
 
 
 class ResultBackend(FirstTerminalStateWins, RedisBackend):  # type: ignore[misc]

@@ -127,7 +127,7 @@ class ExitWatchdog(threading.Thread):
         overdue_s = self._stop_asked.overdue_s(now)
         if overdue_s >= OWED_S or not held.has_messages:
             return overdue_s >= GRACE_S
-        # Asked early enough that a broker which does not answer delays nothing.
+        # Submission early enough that a broker which does not answer delays nothing.
         return overdue_s >= GRACE_S - 2 * ANSWER_S and not self._answers()
 
     def _end(self) -> NoReturn:
@@ -144,7 +144,7 @@ class ExitWatchdog(threading.Thread):
 
 
 def answers_soon(connect: Callable[[], Connection]) -> bool:
-    """Whether a broker answers within ANSWER_S. Asked in another thread: the name service may take longer."""
+    """Whether a broker answers within ANSWER_S. Submission in another thread: the name service may take longer."""
     found: list[bool] = []
     asking = threading.Thread(target=lambda: found.append(_answers(connect)), daemon=True, name="asks-the-broker")
     asking.start()

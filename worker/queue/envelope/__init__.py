@@ -8,11 +8,11 @@ What is checked here is not checked again: Celery's tracer, the pool and the eng
 """
 
 from worker.queue.envelope.bounds import MAX_DELAY_S
+from worker.queue.envelope.errors import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, described
 from worker.queue.envelope.fields import unix_seconds, usable_id
 from worker.queue.envelope.headers import RESERVED
 from worker.queue.envelope.job import Envelope, checked, readable
 from worker.queue.envelope.outer import given_back, opened, returned_job
-from worker.queue.envelope.refusal import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, described
 
 __all__ = [
     "MAX_DELAY_S",

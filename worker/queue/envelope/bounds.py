@@ -9,7 +9,7 @@ from typing import Any
 
 from kombu.utils.json import object_hook
 
-from worker.queue.envelope.refusal import UNREADABLE, MessageRefused, require
+from worker.queue.envelope.errors import UNREADABLE, MessageRefused, require
 
 #: Characters of an id, and of the other texts in headers.
 MAX_ID_CHARS = 1_024

@@ -9,9 +9,9 @@ from celery.app.task import Context
 from tasks.protocol import CONTINUES, SUBMITTED_AT
 from worker.queue.envelope import forms
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
+from worker.queue.envelope.errors import require, shown
 from worker.queue.envelope.fields import is_label, with_offset
 from worker.queue.envelope.forms import Form
-from worker.queue.envelope.refusal import require, shown
 
 
 def is_names(value: Any) -> bool:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.queue.envelope.bounds import MAX_MARKS, decoded, marks
+from worker.queue.envelope.errors import NO_BODY, NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, require
 from worker.queue.envelope.fields import is_label, usable_id
 from worker.queue.envelope.headers import check_properties, checked_headers
 from worker.queue.envelope.links import check_embed
-from worker.queue.envelope.refusal import NO_BODY, NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, require
 
 #: By the content type that a message has instead of JSON's.
 _SERIALIZERS = {

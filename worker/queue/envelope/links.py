@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
+from worker.queue.envelope.errors import NO_BODY, MessageRefused, require, shown
 from worker.queue.envelope.fields import is_flag, is_index, is_label
 from worker.queue.envelope.headers import NESTED, OPTIONS, is_names
-from worker.queue.envelope.refusal import NO_BODY, MessageRefused, require, shown
 
 #: Entries of a body beside the arguments.
 _EMBEDDED = {"callbacks", "errbacks", "chain", "chord"}

@@ -9,8 +9,8 @@ from typing import Any
 from kombu.utils.uuid import uuid
 
 from worker.queue.decompression import inflated
+from worker.queue.envelope.errors import NO_BODY_TEXT, NO_ENVELOPE, MessageRefused
 from worker.queue.envelope.fields import is_count, is_text, usable_id
-from worker.queue.envelope.refusal import NO_BODY_TEXT, NO_ENVELOPE, MessageRefused
 
 #: How kombu's messages begin.
 _BODY = b'{"body": "'

@@ -1,4 +1,7 @@
-"""Refusals: why a message is not a job, and what its sender can do. Their texts repeat nothing of the message."""
+"""The error for a message that is not a job, and its texts. The texts repeat nothing of the message.
+
+The other modules of this package check and raise; `worker/queue/refusals.py` ends what is refused.
+"""
 
 from __future__ import annotations
 
