@@ -69,8 +69,9 @@ def _figures(turns: dict[str, list[Turn]], jobs: int) -> dict[str, Any]:
 def run(names: Sequence[str], workloads: Sequence[str], checkpoint: str, jobs: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        book = PictureBook(root)
-        with contenders(names, CHECKPOINTS[checkpoint](root), root, THREADS) as everybody:
+        chosen = CHECKPOINTS[checkpoint]
+        book = PictureBook(root, chosen.picture_size)
+        with contenders(names, chosen.make(root), root, THREADS) as everybody:
             figures = {name: measure(everybody, WORKLOADS[name], book, jobs, rounds) for name in workloads}
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} torch thread",

@@ -106,8 +106,8 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="idefics-checkpoint-") as root:
-        make = CHECKPOINTS.get(asked.checkpoint)
-        folder = make(Path(root)) if make else Path(asked.checkpoint)
+        known_one = CHECKPOINTS.get(asked.checkpoint)
+        folder = known_one.make(Path(root)) if known_one else Path(asked.checkpoint)
         figures = {name: measure(folder, name, asked.jobs) for name in asked.precisions}
     print(json.dumps({asked.checkpoint: figures}, indent=2))
     if asked.save:

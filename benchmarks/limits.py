@@ -60,7 +60,7 @@ def queue(root: Path) -> dict[str, Any]:
 def steps(root: Path) -> dict[str, Any]:
     """A decode step of 16 rows whose prompts show one or eight images."""
     torch.set_num_threads(1)
-    model: Any = load(Settings(model=str(CHECKPOINTS["mid-size"](root))))
+    model: Any = load(Settings(model=str(CHECKPOINTS["mid-size"].make(root))))
     adapter = model.stock.adapter
     size = adapter.model.config.vision_config.image_size
     pictures = [Picture(bytes([number]), torch.randn(3, size, size)) for number in range(8)]
@@ -98,7 +98,7 @@ def short(root: Path) -> dict[str, Any]:
     """A job of ten tokens, alone and beside 31 of 200: seconds from its submission to its answer."""
     book = PictureBook(root)
     # Random weights hardly ever end a text early.
-    with worker(root, MODEL=str(CHECKPOINTS["mid-size"](root)), IMAGE_ROOT=str(root)) as ours:
+    with worker(root, MODEL=str(CHECKPOINTS["mid-size"].make(root)), IMAGE_ROOT=str(root)) as ours:
         client = Client(ours.broker.url)
 
         def once() -> float:
@@ -121,9 +121,10 @@ def short(root: Path) -> dict[str, Any]:
 def downloads(root: Path) -> dict[str, Any]:
     """Pictures that take 200 ms to come, against the same from a folder: how much of the throughput stays."""
     with _image_server(root) as port:
+        mid_size = str(CHECKPOINTS["mid-size"].make(root))
         return {
             name: _remote_to_local(root, port, model, count)
-            for name, model, count in (("shipped", "demo", 960), ("mid-size", str(CHECKPOINTS["mid-size"](root)), 96))
+            for name, model, count in (("shipped", "demo", 960), ("mid-size", mid_size, 96))
         }
 
 

@@ -20,9 +20,11 @@ NOISE_EDGE = 16
 class PictureBook:
     """Pictures that all differ, made on demand, so that no cache has one from an earlier round."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, size: tuple[int, int] | None = None) -> None:
+        """`size`: width and height of the pictures; None: those of the shipped ones."""
         self._root = root
-        self._sources = [Image.open(path).convert("RGB") for path in sorted(PICTURES.glob("*.png"))]
+        sources = [Image.open(path).convert("RGB") for path in sorted(PICTURES.glob("*.png"))]
+        self._sources = [source.resize(size) for source in sources] if size else sources
         self._count = 0
 
     def new(self) -> ImagePath:

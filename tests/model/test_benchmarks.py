@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from transformers import AutoProcessor
 
 from benchmarks import divergence, gpu
+from benchmarks.checkpoints import CHECKPOINTS
 from benchmarks.contenders import StockLoop, request_of
 from benchmarks.stock import Stock
 from benchmarks.workloads import WORKLOADS, PictureBook
 from tests.model.checkpoints import random_checkpoint
-from worker.models import DEMO
 
 
 def test_the_gpu_benchmark_measures_steps_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +46,15 @@ def test_every_job_of_a_workload_shows_new_pictures_but_for_what_it_is_about(nam
         assert len(set(shown)) == len(shown)
 
 
-def test_the_stock_loop_says_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
-    stock = Stock(str(DEMO), str(tmp_path), threads=1)
+def test_a_picture_of_the_split_checkpoint_is_13_frames(tmp_path: Path) -> None:
+    chosen = CHECKPOINTS["smolvlm-split"]
+    path = PictureBook(tmp_path, chosen.picture_size).new().path
+    processor = AutoProcessor.from_pretrained(chosen.make(tmp_path))
+    assert processor.image_processor([[Image.open(tmp_path / path)]])["pixel_values"].shape[1] == 13
+
+
+@pytest.mark.parametrize("checkpoint", ["shipped", "smolvlm"])
+def test_the_stock_loop_says_the_same_in_batches_of_any_size(checkpoint: str, tmp_path: Path) -> None:
+    stock = Stock(str(CHECKPOINTS[checkpoint].make(tmp_path)), str(tmp_path), threads=1)
     jobs = WORKLOADS["mixed length"].make(6, PictureBook(tmp_path))
     assert StockLoop(stock, 1).run(jobs).texts == StockLoop(stock, 4).run(jobs).texts

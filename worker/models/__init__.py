@@ -1,8 +1,8 @@
 """Model families: what each brings to the engine, how a checkpoint is loaded, and a fake model for tests.
 
 `FAMILIES` in `loading.py` lists them; that module also chooses precision, quantization and devices. A family with a
-fast path has a decoder (`idefics1/`); one without runs through stock `generate` (`idefics2_3/`). CONTRIBUTING.md says
-how to add one.
+fast path has a decoder (`idefics1/`, `idefics2_3/`), made of the parts in `layers.py` and `self_attention.py`; any
+other runs through stock `generate`. CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
