@@ -1,4 +1,7 @@
-"""Logging for both processes of a worker: destination, level, quiet libraries. The format is the caller's."""
+"""Logging for both processes of a worker: destination, level, quiet libraries.
+
+The format of the lines is set by `worker/observability/log_lines.py`.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ no stream is used twice. A payload that is easily guessed gives no protection.
 
 The client claims before it sends, and confirms afterwards. A claim that was never confirmed, since its producer died in
 between, is sent again by the next `submit` with that key, or taken over by the first job with it that reaches a worker.
-The same happens if the job was begun and its record is gone, since its answer was forgotten.
+The same happens if the job was begun and its stored result is gone, since its answer was forgotten.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Claim:
     salt: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def is_abandoned(self, now: float) -> bool:
-        """Whether a job without a record was never sent, or its answer was forgotten."""
+        """Whether a job without a stored result was never sent, or its answer was forgotten."""
         return self.is_started or (not self.is_sent and now - self.claimed_at > ABANDONED_S)
 
 

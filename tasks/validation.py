@@ -1,4 +1,7 @@
-"""The base of payloads, and the conversion of their validation errors to our own errors."""
+"""The base of payloads, and the conversion of their validation errors to our own errors.
+
+The payloads, and `parse`, which checks one, are in `payloads.py`.
+"""
 
 from __future__ import annotations
 

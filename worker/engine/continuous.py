@@ -1,4 +1,8 @@
-"""Continuous batching: rows join and leave a running batch at any step (Yu et al., "Orca", 2022)."""
+"""Continuous batching: rows join and leave a running batch at any step (Yu et al., "Orca", 2022).
+
+`worker/engine/progress.py` decides that a row ends: its answer is complete, or the job was canceled or is over its
+limit. `_advance` then frees the row's slot.
+"""
 
 from __future__ import annotations
 
@@ -230,6 +234,6 @@ def _groups(prompts: Sequence[tuple[Row, PendingPrompt]]) -> Iterator[list[tuple
 
 
 def _width(pair: tuple[Row, PendingPrompt]) -> int:
-    """Tokens of the prompt, or of a prompt that costs what the row's longest label costs."""
+    """The cost of a row's prefill, in tokens of a prompt: its prompt's or its longest label's, whichever is greater."""
     row, prompt = pair
     return max(len(prompt.segment.ids), PREFILL_TOKENS // LABEL_TOKENS * max(map(len, row.labels), default=0))

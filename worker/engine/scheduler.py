@@ -20,8 +20,8 @@ class Limits:
 #: running rows by a prefill.
 JOINING_PART = 8
 #: A step of a few rows takes nearly as long as a step of a full batch. So a batch with less than FULL_PART of the limit
-#: waits for rows whose pictures are being encoded, unless more than MAX_DELAYED rows run for each row that waits or is
-#: encoded.
+#: waits for rows whose pictures are being encoded, unless this delays more than MAX_DELAYED running rows for each
+#: of them.
 FULL_PART = 0.75
 MAX_DELAYED = 4
 

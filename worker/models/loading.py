@@ -2,6 +2,7 @@
 
 Pickled weights and a repository's own modules are programs: neither is run, whatever a checkpoint's files ask for.
 `FAMILIES` names the families, and which have a fast path: a decoder of their own (`worker/engine/interfaces.py`).
+`_quantization` loads weights in 4 or 8 bits.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ logger = logging.getLogger(__name__)
 #: A branch or a tag can be moved.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-#: By full names: bitsandbytes skips nothing for a short one. These lose more than they save.
+#: Modules that stay in full precision: quantizing them loses more quality than it saves memory. bitsandbytes ignores
+#: names that are not full.
 NOT_QUANTIZED = ["model.vision_model", "model.perceiver_resampler", "model.connector", "lm_head"]
 
 

@@ -1,7 +1,7 @@
 """Decides which URLs, hosts, addresses and ports a connection may go to. Pure: nothing here opens one.
 
-`worker/images/fetch.py` applies it to images, `worker/delivery/callback_policy.py` to callbacks. What needs no setting
-is refused by the client already (`tasks/urls.py`).
+`worker/images/fetch.py` applies it to images, `worker/delivery/callback_policy.py` to callbacks. URLs that
+every deployment refuses are refused by the client already (`tasks/urls.py`).
 """
 
 from __future__ import annotations

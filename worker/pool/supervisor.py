@@ -22,8 +22,8 @@ from worker.pool.wire import CannotServe, FromModelProcess, Heartbeat, JobMessag
 
 logger = logging.getLogger(__name__)
 
-#: The share of IDEFICS_HANG_TIMEOUT_S after which a silent model process is unhealthy, and the least seconds for that:
-#: an idle process sends a heartbeat each second.
+#: A model process is unhealthy if it is silent for this share of IDEFICS_HANG_TIMEOUT_S, but at least for SILENT_S
+#: seconds: an idle process sends a heartbeat each second.
 UNHEALTHY_PART = 0.1
 SILENT_S = 2.0
 #: Delays of the restarts after a process died while loading, in units of `restart_backoff_s`.
@@ -211,7 +211,7 @@ class Supervisor:
     # Messages
 
     def hear(self, now: float) -> None:
-        """Receive. No heartbeat counts as missed while this process was blocked by the broker, or both were paused."""
+        """Receive. Time during which this process itself was blocked or paused is not the model process's silence."""
         missed_s, self._heard_at = now - self._heard_at, now
         if missed_s > self._silent_s and self._process is not None:
             self._process.last_heartbeat = min(now, self._process.last_heartbeat + missed_s)

@@ -7,7 +7,7 @@ each worker, with a time of the server's clock; old fields are deleted, and the 
 write only while another worker is busy.
 
 From these loads each worker decides for itself (worker/queue/load_estimates.py) whether it takes more jobs, and how
-many of its jobs that have not begun it puts back. The only worker of a queue does neither.
+many of its jobs that have not begun it puts back (worker/pool/load_sharing.py). A queue's only worker does neither.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ PERIOD_S = 0.05
 FRESH_S = 0.5
 #: Seconds without exchanges after one failed.
 REST_S = 2.0
-#: How long jobs may wait in the queue while this worker leaves them to others, in job times and in seconds; the greater
-#: one counts. Then it takes all jobs for TAKE_ALL_S seconds.
+#: A worker leaves jobs to others for MAX_LEAVE_S seconds at most, or for the time of MAX_LEAVE_JOBS jobs if that
+#: is longer. Then it takes all jobs for TAKE_ALL_S seconds.
 MAX_LEAVE_JOBS, MAX_LEAVE_S, TAKE_ALL_S = 2, 1.0, 5.0
 
 #: KEYS: the hash, the queue's lists. ARGV: this worker, its load, whether it is busy, milliseconds that a load counts.

@@ -34,9 +34,10 @@ class DelayedMessage:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a message came from: its list, and the end of its record."""
+    """Where a message came from."""
 
     list: str
+    #: The text after the message in its record in `unacked`.
     ending: str
 
 
@@ -55,7 +56,7 @@ class PendingAcks:
     def __init__(self) -> None:
         #: By tag. The value is the id of a redelivered job, whose redelivery count is deleted with it, or None.
         self.acks: dict[str, str | None] = {}
-        #: By tag: True to put the message at the end of its queue that is read last.
+        #: By tag: True to put the message at the back of its queue, False to put it at the front.
         self.requeues: dict[str, bool] = {}
         self.delayed: dict[str, DelayedMessage] = {}
         #: Messages that are put back unchanged, as if they had never been taken.
