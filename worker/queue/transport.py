@@ -26,12 +26,12 @@ from tasks.availability import is_demoted
 from tasks.redis_keys import DUE, DUE_IDS
 from worker.queue.broker_rights import check_may_reserve, readable_separators
 from worker.queue.due import RESERVE_EARLY, DueJob
-from worker.queue.guarded_channel import GuardedChannel
 from worker.queue.pending_acks import DelayedMessage, pending_acks
 from worker.queue.plain_transport import PlainSentinelTransport, PlainTransport
 from worker.queue.poller import POLL_S, Poller
 from worker.queue.qos import QoS
 from worker.queue.reserve import RESERVE, RESERVE_SHA, ReserveRequest, record_ending, reserve_request
+from worker.queue.tolerant_channel import TolerantChannel
 from worker.queue.visibility_timeout import OnRefused, log_refused
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def use(on_refused: OnRefused = log_refused, *, atomic: bool = True) -> None:
         transport._transport_cache.pop(alias, None)
 
 
-class Channel(GuardedChannel):
+class Channel(TolerantChannel):
     """Kombu's, with the atomic reserve. The methods named after BRPOP are those that kombu's poller calls."""
 
     QoS = QoS

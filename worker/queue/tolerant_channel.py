@@ -22,7 +22,7 @@ from worker.queue.visibility_timeout import OnRefused
 logger = logging.getLogger(__name__)
 
 
-class GuardedChannel(stock.Channel):  # type: ignore[misc]
+class TolerantChannel(stock.Channel):  # type: ignore[misc]
     """Kombu's. Neither a message nor a refusal of a full server ends the process."""
 
     pending_acks: PendingAcks
