@@ -179,7 +179,7 @@ def test_a_variable_of_the_sites_own_celery_does_not_lead_a_worker_elsewhere(
         command, cwd=stack.CHECKOUT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert ended.returncode == 1
-    assert f"IDEFICS_{name.removeprefix('CELERY_')} alone" in ended.stderr
+    assert f"IDEFICS_{name.removeprefix('CELERY_')} only" in ended.stderr
     assert "elsewhere" not in ended.stderr
 
 
