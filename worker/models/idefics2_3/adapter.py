@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from worker.engine.row import Tokens
 from worker.models.encoding import NoEncoder, PictureEncoder
-from worker.models.idefics2_3.codec import Frame, Idefics2And3Codec
+from worker.models.idefics2_3.codec import Idefics2And3Codec
+from worker.models.idefics2_3.frames import Frame
 from worker.models.tokenizer import TextModel
 
 
@@ -57,13 +58,13 @@ def _pixel_inputs(rows: Sequence[Sequence[Frame]]) -> dict[str, Tensor]:
     `pixel_values` are (rows, frames, channels, height, width), `pixel_attention_mask` (rows, frames, height, width).
     The model skips frames of zeros.
     """
-    frames = [pixels for row in rows for pixels, _ in row]
+    frames = [frame.pixels for row in rows for frame in row]
     size = (max(len(row) for row in rows), *(max(frame.shape[n] for frame in frames) for n in range(3)))
     values = torch.zeros(len(rows), *size)
     masks = torch.zeros(len(rows), size[0], *size[2:], dtype=torch.bool)
     for row, shown in enumerate(rows):
-        for place, (pixels, mask) in enumerate(shown):
-            _, height, width = pixels.shape
-            values[row, place, :, :height, :width] = pixels
-            masks[row, place, :height, :width] = mask
+        for place, frame in enumerate(shown):
+            height, width = frame.mask.shape
+            values[row, place, :, :height, :width] = frame.normalize(frame.pixels, frame.mask)
+            masks[row, place, :height, :width] = frame.mask
     return {"pixel_values": values, "pixel_attention_mask": masks}

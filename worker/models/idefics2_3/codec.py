@@ -7,53 +7,22 @@ behind the template's opening; any other one continues the guide's plain prompts
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import replace
 
 from PIL.Image import Image
-from torch import Tensor
 from transformers import Idefics3Processor, ProcessorMixin
 
 from tasks.errors import InvalidRequest
 from tasks.protocol import END_OF_UTTERANCE
 from worker.engine.interfaces import PromptContent
-from worker.engine.row import ImageSpan, Picture, Tokens
+from worker.engine.row import ImageSpan, Tokens
+from worker.models.idefics2_3.frames import FrameCutter, Frames
 from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, TextModel
 
 logger = logging.getLogger(__name__)
-
-
-class Frame(NamedTuple):
-    """A part of an image, which the vision tower takes for itself."""
-
-    #: (channels, height, width)
-    pixels: Tensor
-    #: (height, width): see Frames.
-    mask: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Frames(Picture):
-    """One image as the processor scales and splits it: `pixels` (frames, channels, height, width)."""
-
-    pixels: Tensor
-    #: (frames, height, width): False where a frame was padded to the largest.
-    mask: Tensor
-    #: What stands for the image in a prompt's text.
-    text: str
-
-    @property
-    def nbytes(self) -> int:
-        return self.pixels.nbytes + self.mask.nbytes
-
-    @property
-    def frames(self) -> Sequence[Frame]:
-        """See Picture."""
-        return [Frame(*parts) for parts in zip(self.pixels, self.mask, strict=True)]
 
 
 class Idefics2And3Codec(BaseCodec):
@@ -65,6 +34,7 @@ class Idefics2And3Codec(BaseCodec):
         self._processor = processor
         # Only in Idefics3 a picture's tokens depend on its size: Idefics2's processor expands each `<image>` itself.
         self._expands = isinstance(processor, Idefics3Processor)
+        self._cutter = FrameCutter(processor.image_processor, splits_into_tiles=self._expands)
         self._tokenize = processor.tokenizer if self._expands else processor
         opening = _template_opening(processor) if self.has_end_of_utterance else None
         self.has_chat_template = opening is not None
@@ -76,16 +46,11 @@ class Idefics2And3Codec(BaseCodec):
         if image.height == 1 and not self._expands:
             # Idefics2's processor cuts it into halves, and divides by their height.
             image = image.resize((image.width, 2))
-        keywords = {"return_row_col_info": True} if self._expands else {}
-        made = self._processor.image_processor([[image]], return_tensors="pt", **keywords)
-        text = self._processor.replace_image_token(made, image_idx=0) if self._expands else IMAGE
-        pixels: Tensor = made["pixel_values"][0]
-        mask: Tensor = made["pixel_attention_mask"][0].bool()
-        # An upright picture and one across may have the same bytes.
-        key = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=16)
-        key.update(pixels.numpy().data)
-        key.update(mask.numpy().data)
-        return Frames(key.digest(), pixels, mask, text)
+        frames, rows, columns = self._cutter.frames(image)
+        if not self._expands:
+            return replace(frames, text=IMAGE)
+        placed = {"rows": [[rows]], "cols": [[columns]]}
+        return replace(frames, text=self._processor.replace_image_token(placed, image_idx=0))
 
     def prepare(self, parts: PromptContent) -> Tokens:
         """See interfaces.Codec."""

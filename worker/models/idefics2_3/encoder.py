@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Idefics2ForConditionalGeneration, PreTrainedModel
 
 from worker.engine.traced import Traced
-from worker.models.idefics2_3.codec import Frame
+from worker.models.idefics2_3.frames import Frame, Normalizer
 
 #: Patches that are encoded at once: on a CPU they take seconds, in which no heartbeat is sent.
 CHUNK_PATCHES = 4096
@@ -38,7 +38,7 @@ class FrameEncoder:
         for shape in sorted({pixels.shape for pixels, _ in cropped}):
             places = [place for place, (pixels, _) in enumerate(cropped) if pixels.shape == shape]
             pixels, mask = (torch.stack(part) for part in zip(*(cropped[place] for place in places), strict=True))
-            found.update(zip(places, self._together(pixels, mask), strict=True))
+            found.update(zip(places, self._together(pixels, mask, frames[0].normalize), strict=True))
         return [found[place] for place in range(len(frames))]
 
     def _cropped(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,13 +50,15 @@ class FrameEncoder:
         height, width = (int(mask.any(dim=dim).sum()) // self._patch_size * self._patch_size for dim in (1, 0))
         return pixels[:, :height, :width], mask[:height, :width]
 
-    def _together(self, pixels: Tensor, mask: Tensor) -> Sequence[Tensor]:
+    def _together(self, pixels: Tensor, mask: Tensor, normalize: Normalizer) -> Sequence[Tensor]:
         """The features (tokens, hidden) of each frame (frames, channels, height, width), with masks (frames, height,
         width)."""
-        pixels = pixels.to(device=self._model.device, dtype=self._model.dtype)
+        # Normalised on the device, which gets bytes, a quarter of what the values take.
+        device = self._model.device
+        values = normalize(pixels.to(device), mask.to(device)).to(self._model.dtype)
         if mask.all():
-            return self._run(pixels).unbind()
-        found = self._model.model.get_image_features(pixels[:, None], mask[:, None].to(pixels.device))
+            return self._run(values).unbind()
+        found = self._model.model.get_image_features(values[:, None], mask[:, None].to(device))
         return found.pooler_output  # type: ignore[no-any-return]
 
 
