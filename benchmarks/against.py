@@ -24,7 +24,8 @@ import psutil
 
 from benchmarks.contenders import Queued, Turn
 from benchmarks.measures import RESULTS
-from benchmarks.workloads import WORKLOADS, PictureBook
+from benchmarks.pictures import PICTURES, PictureBook
+from benchmarks.workloads import WORKLOADS
 from tasks import Client, Complete, Job
 from worker.demo import stack
 
@@ -73,11 +74,11 @@ def _worker(name: str, checkout: Path, model: str, root: Path) -> Iterator[Queue
         yield Queued(name, "idefics", f"{name}@bench", client.app, psutil.Process(process.pid), broker, client)
 
 
-def sample(other: Path, model: str, order: Sequence[str], samples: Samples) -> None:
+def sample(other: Path, model: str, order: Sequence[str], pictures: str, samples: Samples) -> None:
     """Start the three workers in this order, and add one sample of each of the model's workloads."""
     with contextlib.ExitStack() as opened:
         root = Path(opened.enter_context(tempfile.TemporaryDirectory()))
-        book = PictureBook(root)
+        book = PICTURES[pictures](root, None)
         checkouts = {name: stack.CHECKOUT if name == "this" else other for name in order}
         workers = [opened.enter_context(_worker(name, path, model, root)) for name, path in checkouts.items()]
         for workload, (jobs, make) in COMPARED[model].items():
@@ -129,6 +130,7 @@ def _commit(checkout: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="the other commit's working tree")
+    parser.add_argument("--pictures", choices=PICTURES, default="drawn")
     parser.add_argument("--starts", type=int, default=4)
     parser.add_argument("--save", help="the name of the file in results/")
     asked = parser.parse_args()
@@ -138,7 +140,7 @@ def main() -> None:
     samples: Samples = known["samples"] if known.get("commits") == commits else {}
     for _ in range(asked.starts):
         for model in COMPARED:
-            sample(asked.checkout, model, random.sample(WORKERS, len(WORKERS)), samples)
+            sample(asked.checkout, model, random.sample(WORKERS, len(WORKERS)), asked.pictures, samples)
     summary = {
         workload: {name: ratios(each) for name, each in figures.items()} for workload, figures in samples.items()
     }

@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks import fuzz, measures
 from benchmarks.contenders import await_results
-from benchmarks.workloads import PictureBook
+from benchmarks.pictures import Drawings, PictureBook
 from tasks import Caption, Client
 from worker.demo import stack
 
@@ -263,7 +263,7 @@ def measured(attack: Attack) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder, hostile_servers() as port, stack.broker() as server:
             root = Path(folder)
             with _workers(server, root, port):
-                site = Site(server, PictureBook(root), port)
+                site = Site(server, Drawings(root), port)
                 site.rate(None, GOOD // 3)
                 alone, _ = site.rate(None)
                 beside, ended = site.rate(attack)

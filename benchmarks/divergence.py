@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.checkpoints import CHECKPOINTS
 from benchmarks.measures import RESULTS
-from benchmarks.workloads import WORKLOADS, PictureBook
+from benchmarks.pictures import Drawings
+from benchmarks.workloads import WORKLOADS
 from config.settings import Settings
 from tasks import Job, Result
 from worker.engine.engine import Engine
@@ -70,7 +71,7 @@ def measure(folder: Path, precision: str, count: int) -> dict[str, Any]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="idefics-divergence-") as pictures:
         settings = Settings(model=str(folder), image_root=Path(pictures), **PRECISIONS[precision])  # type: ignore[arg-type]
-        book = PictureBook(Path(pictures))
+        book = Drawings(Path(pictures))
         generated = [job for name in GENERATED for job in WORKLOADS[name].make(count, book)]
         jobs = [*generated, *WORKLOADS[LABELED].make(count, book)]
         # Each way with a model of its own, whose caches know nothing yet.

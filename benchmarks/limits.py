@@ -19,7 +19,7 @@ import torch
 from benchmarks import measures
 from benchmarks.checkpoints import CHECKPOINTS
 from benchmarks.contenders import Queued
-from benchmarks.workloads import PictureBook
+from benchmarks.pictures import Drawings
 from config.settings import Settings
 from tasks import Caption, Client, Complete, ImagePath, Job
 from worker.demo import stack
@@ -96,7 +96,7 @@ def _step_ms(decoder: SlotDecoder) -> float:
 
 def short(root: Path) -> dict[str, Any]:
     """A job of ten tokens, alone and beside 31 of 200: seconds from its submission to its answer."""
-    book = PictureBook(root)
+    book = Drawings(root)
     # Random weights hardly ever end a text early.
     with worker(root, MODEL=str(CHECKPOINTS["mid-size"].make(root)), IMAGE_ROOT=str(root)) as ours:
         client = Client(ours.broker.url)
@@ -129,7 +129,7 @@ def downloads(root: Path) -> dict[str, Any]:
 
 
 def _remote_to_local(root: Path, port: int, model: str, count: int) -> dict[str, Any]:
-    book = PictureBook(root)
+    book = Drawings(root)
     # One server stands for many: the limit of a single host would bound it.
     network = {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(port), "IMAGE_HOST_CONCURRENCY": "1000"}
     with worker(root, MODEL=model, **network) as ours:
@@ -184,7 +184,7 @@ def memory_by_url(root: Path) -> dict[str, Any]:
 
 
 def _memory(root: Path, job: Callable[[ImagePath], Job], **settings: str) -> dict[str, Any]:
-    book = PictureBook(root)
+    book = Drawings(root)
     caches = {"IMAGE_CACHE_BYTES": "8000000", "FEATURE_CACHE_BYTES": "8000000"}
     megabytes: list[list[int]] = []
     with worker(root, MODEL="demo", **caches, **settings) as ours:

@@ -5,37 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from PIL import Image
+from benchmarks.pictures import PictureBook
+from tasks import Answer, Caption, CaptionExample, Classify, Complete, Job, Write
 
-from tasks import Answer, Caption, CaptionExample, Classify, Complete, ImagePath, Job, Write
-
-PICTURES = Path(__file__).parents[1] / "worker" / "demo" / "pictures"
 THINGS = ["cat", "dog", "apple", "car", "tree", "guitar", "house", "hammer", "moon", "boot"]
-#: Pixels.
-NOISE_EDGE = 16
-
-
-class PictureBook:
-    """Pictures that all differ, made on demand, so that no cache has one from an earlier round."""
-
-    def __init__(self, root: Path, size: tuple[int, int] | None = None) -> None:
-        """`size`: width and height of the pictures; None: those of the shipped ones."""
-        self._root = root
-        sources = [Image.open(path).convert("RGB") for path in sorted(PICTURES.glob("*.png"))]
-        self._sources = [source.resize(size) for source in sources] if size else sources
-        self._count = 0
-
-    def new(self) -> ImagePath:
-        """One of the shipped pictures with noise in its corner: enough to differ when it is scaled down, too."""
-        number, self._count = self._count, self._count + 1
-        picture = self._sources[number % len(self._sources)].copy()
-        noise = random.Random(number).randbytes(3 * NOISE_EDGE**2)
-        picture.paste(Image.frombytes("RGB", (NOISE_EDGE, NOISE_EDGE), noise))
-        name = f"{number:06}.png"
-        picture.save(self._root / name)
-        return ImagePath(path=name)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from transformers import AutoProcessor
 from benchmarks import divergence, gpu
 from benchmarks.checkpoints import CHECKPOINTS
 from benchmarks.contenders import StockLoop, request_of
+from benchmarks.pictures import PICTURES, Drawings
 from benchmarks.stock import Stock
-from benchmarks.workloads import WORKLOADS, PictureBook
+from benchmarks.workloads import WORKLOADS
 from tests.model.checkpoints import random_checkpoint
 
 
@@ -34,7 +35,7 @@ def test_divergence_is_none_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_job_of_a_workload_shows_new_pictures_but_for_what_it_is_about(name: str, tmp_path: Path) -> None:
-    book = PictureBook(tmp_path)
+    book = Drawings(tmp_path)
     jobs = WORKLOADS[name].make(20, book)
     shown = [part["path"] for job in jobs for part in request_of(job)["prompt"] if isinstance(part, dict)]
     assert len(jobs) == 20
@@ -48,7 +49,7 @@ def test_every_job_of_a_workload_shows_new_pictures_but_for_what_it_is_about(nam
 
 def test_a_picture_of_the_split_checkpoint_is_13_frames(tmp_path: Path) -> None:
     chosen = CHECKPOINTS["smolvlm-split"]
-    path = PictureBook(tmp_path, chosen.picture_size).new().path
+    path = Drawings(tmp_path, chosen.picture_size).new().path
     processor = AutoProcessor.from_pretrained(chosen.make(tmp_path))
     assert processor.image_processor([[Image.open(tmp_path / path)]])["pixel_values"].shape[1] == 13
 
@@ -56,5 +57,24 @@ def test_a_picture_of_the_split_checkpoint_is_13_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpoint", ["shipped", "smolvlm"])
 def test_the_stock_loop_says_the_same_in_batches_of_any_size(checkpoint: str, tmp_path: Path) -> None:
     stock = Stock(str(CHECKPOINTS[checkpoint].make(tmp_path)), str(tmp_path), threads=1)
-    jobs = WORKLOADS["mixed length"].make(6, PictureBook(tmp_path))
+    jobs = WORKLOADS["mixed length"].make(6, Drawings(tmp_path))
     assert StockLoop(stock, 1).run(jobs).texts == StockLoop(stock, 4).run(jobs).texts
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_of_a_kind_all_differ_and_are_the_same_in_each_run(kind: str, tmp_path: Path) -> None:
+    def contents(folder: Path) -> list[bytes]:
+        folder.mkdir()
+        book = PICTURES[kind](folder, None)
+        return [(folder / book.new().path).read_bytes() for _ in range(3)]
+
+    first = contents(tmp_path / "first")
+    assert len(set(first)) == 3
+    assert contents(tmp_path / "second") == first
+
+
+def test_ordinary_pictures_are_png_and_jpeg_of_photographs_sizes(tmp_path: Path) -> None:
+    book = PICTURES["ordinary"](tmp_path, None)
+    pictures = [Image.open(tmp_path / book.new().path) for _ in range(6)]
+    assert [picture.format for picture in pictures] == ["PNG", "JPEG"] * 3
+    assert all(224 <= edge <= 800 for picture in pictures for edge in picture.size)
