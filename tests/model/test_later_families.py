@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,20 @@ def test_every_precision_answers_and_pictures_are_never_quantized(
     with _service(Served(settings, model, None, {})) as service:
         result = service.run(parse("idefics.classify", _tasks()["classify"]), JobContext("job"))
     assert result.label in ("cat", "dog")
+
+
+def test_a_rotary_embedding_that_changes_with_the_batch_runs_through_stock_generate(tmp_path: Path) -> None:
+    folder = later_checkpoint(tmp_path / "checkpoint", "idefics3", TEMPLATE)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = Settings(model=str(folder), dtype="float32")
+    model = load(settings)
+    assert isinstance(model, StockModel)
+    with _service(Served(settings, model, None, {})) as service:  # type: ignore[arg-type]
+        result = service.run(parse("idefics.classify", _tasks()["classify"]), JobContext("job"))
+    assert result.label in ("cat", "dog")
+    assert model.metrics() == {}
 
 
 @contextlib.contextmanager
