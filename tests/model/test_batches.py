@@ -18,7 +18,7 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.engine import Engine
-from worker.engine.interfaces import Admit, PendingPrompt, Prefix
+from worker.engine.interfaces import Admit, PendingPrompt, Prefix, Runner
 from worker.engine.pauses import Pauses
 from worker.engine.row import Output, Picture, Row, Sampling
 from worker.engine.scheduler import Limits
@@ -431,3 +431,18 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(served: Served) -> No
     among = Row(prepared(served.model, parts), sampling)
     served.model.run([*others, among], _nothing, _nobody)
     assert among.output.result().ids == alone.output.result().ids
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"top_k": 5, "temperature": 2.0}])
+def test_stock_generate_draws_the_tokens_of_the_continuous_path(served: Served, options: dict[str, Any]) -> None:
+    tokens = [prepared(served.model, [served.images[name], "Say"]) for name in sorted(served.images)[:4]]
+    ends = served.model.codec.eos_ids
+    samplings = [Sampling(10, eos_ids=ends, **{"temperature": 1.0, "seed": seed, **options}) for seed in range(4)]
+    samplings[2] = Sampling(10, eos_ids=ends)
+
+    def ids(model: Runner) -> list[tuple[int, ...]]:
+        rows = [Row(prompt, sampling) for prompt, sampling in zip(tokens, samplings, strict=True)]
+        model.run(rows, _nothing, _nobody)
+        return [row.output.result().ids for row in rows]
+
+    assert ids(served.model) == ids(served.model.stock)

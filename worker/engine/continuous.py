@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Admit, Decoder, Encode, PendingPrompt, SendHeartbeat
 from worker.engine.logits_processors import RowRules
+from worker.engine.next_tokens import NO_TOKEN, NextTokens, Running
 from worker.engine.pauses import Pauses
 from worker.engine.prefill import PREFILL_CHUNK_TOKENS, PromptPrefiller
 from worker.engine.prefix_cache import PrefixCache
@@ -25,22 +25,11 @@ from worker.engine.row import Output, Row
 from worker.engine.sampling import RowSampler
 from worker.engine.scoring import add_likelihoods, finish_scored, label_parts, overflow
 from worker.engine.stock import StockModel, memory_errors
-from worker.engine.traced import Traced
 
 #: Maximum prompt tokens, with padding, in one prefill: more would delay the running rows and need more memory.
 PREFILL_TOKENS = 4096
 #: Maximum label tokens scored at once: each needs the logits of the whole vocabulary.
 LABEL_TOKENS = 2048
-#: The next token of a row whose logits are NaN.
-NO_TOKEN = -1
-
-
-class _Running(NamedTuple):
-    """A row that is continued: greedily if it has no sampler."""
-
-    progress: RowProgress
-    sampler: RowSampler | None
-    rules: RowRules | None
 
 
 class ContinuousModel:
@@ -72,10 +61,10 @@ class ContinuousModel:
         self._prefiller = PromptPrefiller(self.scratch, prefixes, encode, chunk_tokens)
         self.encode = encode
         self._label_tokens = label_tokens
-        self._best = Traced(best)
-        self._forbidden = torch.tensor(stock.codec.bad_words_ids, device=decoder.spec.device).flatten()
+        self._device = decoder.spec.device
+        self._next_tokens = NextTokens([id for ids in stock.codec.bad_words_ids for id in ids], self._device)
         #: By slot of the decoder.
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         #: Rows whose prompt is prefilled in chunks, with the rest of it.
         self._prefilling: list[tuple[Row, PendingPrompt]] = []
 
@@ -168,8 +157,8 @@ class ContinuousModel:
         slots, logits = self.decoder.prefill(prompts)
         for slot, row in zip(slots, rows, strict=True):
             sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
-            rules = RowRules(row, self.rules.scores, self._forbidden.device) if self.rules.scores else None
-            self._running[slot] = _Running(RowProgress(row, self.codec.decode), sampler, rules)
+            rules = RowRules(row, self.rules.scores, self._device) if self.rules.scores else None
+            self._running[slot] = Running(RowProgress(row, self.codec.decode), sampler, rules)
         self._advance(logits, slots)
 
     def _score_labels(self, rows: Sequence[Row], prompts: Sequence[PendingPrompt]) -> Pauses[None]:
@@ -189,36 +178,20 @@ class ContinuousModel:
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in `slots` their next tokens by `logits` (slots, vocabulary), and free the slots of rows that
         are done."""
-        now, tokens = time.monotonic(), self._best(logits, self._forbidden).tolist()
-        running = [(place, slot, self._running[slot]) for place, slot in enumerate(slots) if slot in self._running]
-        for place, slot, run in running:
+        running = {place: self._running[slot] for place, slot in enumerate(slots) if slot in self._running}
+        tokens = self._next_tokens.choose(logits, running)
+        now = time.monotonic()
+        for place, run in running.items():
             if tokens[place] == NO_TOKEN:
                 run.progress.row.fail(overflow())
                 # NaN would spoil the sums of the next row in this slot, although that row does not attend to it.
-                self.decoder.cache.zero_slot(slot)
+                self.decoder.cache.zero_slot(slots[place])
                 continue
-            run.progress.take(_next_token(run, tokens[place], logits[place]), now)
-        done = [slot for _, slot, run in running if run.progress.row.is_done]
+            run.progress.take(tokens[place], now)
+        done = [slots[place] for place, run in running.items() if run.progress.row.is_done]
         for slot in done:
             del self._running[slot]
         self.decoder.release(done)
-
-
-def _next_token(run: _Running, likeliest: int, logits: Tensor) -> int:
-    """A row's next token by its logits (vocabulary). `likeliest`: the greedy choice without the checkpoint's rules."""
-    if run.rules is None and run.sampler is None:
-        return likeliest
-    scores = run.rules.apply(run.progress.new, logits) if run.rules else logits
-    return int((run.sampler.perturb(scores) if run.sampler else scores).argmax())
-
-
-def best(logits: Tensor, forbidden: Tensor) -> Tensor:
-    """The most likely token (rows,) of each row of `logits` (rows, vocabulary); NO_TOKEN for a row with NaN.
-
-    Sets the logits of the tokens `forbidden` (any,) to -inf in place.
-    """
-    chances, tokens = logits.index_fill_(1, forbidden, -torch.inf).max(dim=-1)
-    return torch.where(chances.isnan(), NO_TOKEN, tokens)
 
 
 def _groups(prompts: Sequence[tuple[Row, PendingPrompt]]) -> Iterator[list[tuple[Row, PendingPrompt]]]:

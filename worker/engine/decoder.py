@@ -15,6 +15,7 @@ from worker.engine.kv_cache import SlotCache, grown
 from worker.engine.row import Tokens
 from worker.engine.scoring import Continuations, TokenTree, by_sequence
 from worker.engine.slots import Move, SlotTable
+from worker.engine.tensors import to_device
 from worker.engine.traced import Traced
 
 
@@ -181,4 +182,4 @@ class SlotDecoder:
         return views + self.cache.extra_views(rows) if any(self.slots.has_extra) else views
 
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
-        return torch.tensor(numbers, device=self._device)
+        return to_device(numbers, self._device)

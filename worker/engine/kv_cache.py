@@ -14,6 +14,7 @@ from torch import Tensor
 
 from worker.engine.interfaces import CacheSpec, KVSpec, Prefix
 from worker.engine.slots import Move
+from worker.engine.tensors import to_device
 from worker.engine.traced import Traced
 
 #: Positions that a pool grows by: few enough to waste little memory, enough to make its copies rare.
@@ -136,12 +137,12 @@ class SlotCache:
 
     def compact(self, moves: Sequence[Move], views: Sequence[Tensor]) -> None:
         """Copy slots' content to other slots in `views` of this cache, each (slots, heads, positions, head size)."""
-        sources, targets = torch.tensor(moves, device=self._spec.device).unbind(dim=1)
+        sources, targets = to_device(moves, self._spec.device).unbind(dim=1)
         self._move(sources, targets, *views)
 
     def restore_prefix(self, prefix: Prefix, slots: Sequence[int]) -> None:
         """Copy a prefix into slots, which must have room for it."""
-        places = torch.tensor(slots, device=self._spec.device)
+        places = to_device(list(slots), self._spec.device)
         self._restore(places, *self.self_kv.tensors, *prefix.tensors)
 
     def copy_prefix(self, slot: int, length: int, carry: Tensor | None) -> Prefix:

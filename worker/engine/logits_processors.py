@@ -28,21 +28,22 @@ from transformers.generation.logits_process import (
 )
 
 from worker.engine.row import Row
+from worker.engine.tensors import to_device
 
 
 class RowRules:
     """The rules of one row, applied to its tokens without padding, so that other rows have no influence."""
 
     def __init__(self, row: Row, rules: Mapping[str, Any], device: torch.device) -> None:
-        self._ids = torch.tensor([row.tokens.ids], device=device)
-        eos_ids = torch.tensor(sorted(row.sampling.eos_ids), device=device)
+        self._ids = to_device([row.tokens.ids], device)
+        eos_ids = to_device(sorted(row.sampling.eos_ids), device)
         limit = len(row.tokens.ids) + row.sampling.max_new_tokens
         # SCORE_RULES has the order in which stock `generate` applies them.
         self._processors = [_MAKERS[name](value, self._ids, eos_ids, limit) for name, value in rules.items()]
 
     def apply(self, new: Sequence[int], scores: Tensor) -> Tensor:
         """Apply the rules to the next token's scores (vocabulary), after the new tokens `new`; same shape."""
-        ids = torch.cat([self._ids, torch.tensor([new], dtype=self._ids.dtype, device=self._ids.device)], dim=1)
+        ids = torch.cat([self._ids, to_device([new], self._ids.device, self._ids.dtype)], dim=1)
         changed = scores[None]
         for processor in self._processors:
             changed = processor(ids, changed)

@@ -18,7 +18,7 @@ from transformers import IdeficsForVisionText2Text
 from worker.engine.interfaces import CacheSpec, KVSpec
 from worker.engine.row import Tokens
 from worker.engine.scoring import TokenTree
-from worker.engine.tensors import padded
+from worker.engine.tensors import padded, to_device
 from worker.engine.traced import Traced
 from worker.models.idefics1.layers import TextModel
 from worker.models.idefics1.network import (
@@ -124,7 +124,7 @@ class IdeficsDecoder:
         """`starts`, the segments' last tokens' places and `slots`, each (segments,)."""
         lasts = [len(segment.ids) - 1 for segment in segments]
         # One tensor, since each that is made lets go of the interpreter and has to get it back.
-        return torch.tensor([[*starts], lasts, [*slots]], device=self.spec.device).unbind()
+        return to_device([[*starts], lasts, [*slots]], self.spec.device).unbind()
 
     def _image_tensors(self, segments: Sequence[IdeficsSegment]) -> tuple[Tensor, ...]:
         """`images`, `shown`, `kept`, `no_image_before` and `first` of network.Prompts."""
@@ -138,9 +138,9 @@ class IdeficsDecoder:
         return (
             torch.stack(list(distinct.values())).to(device=device, dtype=self.spec.dtype),
             padded(shown, max(map(len, rows)), 0, device),
-            torch.tensor([numbers.get(id(segment.carry), 0) for segment in segments], device=device),
-            torch.tensor([segment.image_before is None for segment in segments], device=device),
-            torch.tensor(first, device=device),
+            to_device([numbers.get(id(segment.carry), 0) for segment in segments], device),
+            to_device([segment.image_before is None for segment in segments], device),
+            to_device(first, device),
         )
 
 
