@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from worker.models import tokenizer
-from worker.models.tokenizer import BaseCodec, TextModel
+from worker.models.tokenizer import BaseCodec, CodecConfig
 
 
 class Letters:
@@ -47,7 +47,7 @@ def letters() -> Letters:
 
 @pytest.fixture
 def codec(letters: Letters) -> Plain:
-    made = Plain(letters, TextModel((0,), 1_000_000, 100))  # type: ignore[arg-type]
+    made = Plain(letters, CodecConfig((0,), 1_000_000, 100))  # type: ignore[arg-type]
     letters.asked = 0
     return made
 

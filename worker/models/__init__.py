@@ -1,8 +1,13 @@
-"""Model families: what each brings to the engine, how a checkpoint is loaded, and a fake model for tests.
+"""Model families: how a checkpoint is loaded, and what each family implements for the engine.
 
-`FAMILIES` in `loading.py` lists them; that module also chooses precision, quantization and devices. A family with a
-fast path has a decoder (`idefics1/`, `idefics2_3/`), made of the parts in `layers.py` and `self_attention.py`; any
-other runs through stock `generate`. CONTRIBUTING.md says how to add one.
+`FAMILIES` in `loading.py` lists the families. CONTRIBUTING.md says how to add one.
+
+- Loading: `start.py` sets up the process and loads the model, `checkpoint.py` checks a checkpoint's files before
+  transformers reads them, `loading.py` chooses precision, quantization and devices, `report.py` describes the result.
+- Shared by the families: `tokenizer.py` (the base of their codecs) and `encoding.py` (pictures encoded ahead of their
+  rows); for the text decoders of the fast path `layers.py` and `self_attention.py`.
+- The families: `idefics1/`, whose pixels `image_processor.py` makes, and `idefics2_3/` (Idefics2, Idefics3, SmolVLM).
+- `fake.py`: a model without a network, for tests.
 """
 
 from __future__ import annotations
@@ -19,6 +24,6 @@ class SetupFailed(RuntimeError):
 
 
 def checkpoint_folder(settings: Settings) -> Path | None:
-    """The local folder of the model, where it has one."""
+    """The local folder of the model; None if IDEFICS_MODEL is a hub id."""
     path = DEMO if settings.model == "demo" else Path(settings.model)
     return path if path.is_dir() else None

@@ -1,7 +1,7 @@
 """Checks of a checkpoint's files, made before transformers reads them.
 
 A checkpoint is untrusted. Some keys of its JSON make transformers fetch other repositories (kernels, audio tokenizers,
-base models), import packages, or open files by a name that the checkpoint chooses. Those are refused, by file and key.
+base models), import packages, or open files by a name that the checkpoint chooses. Such files and keys are refused.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from transformers.utils.hub import cached_file
 
 from worker.models import SetupFailed
 
-#: Bytes of one JSON file. The largest, the list of tensors, takes about one million.
+#: Maximum bytes of one JSON file. The largest, the list of tensors, has about one million.
 MAX_JSON_BYTES = 16_000_000
 
 CONFIGS = ("config.json", "generation_config.json")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
-#: Files whose presence makes transformers load another repository, or weights that are no plain safetensors.
+#: Files whose presence makes transformers load another repository, or weights other than plain safetensors.
 REFUSED_FILES = ("adapter_config.json", "audio_tokenizer_config.json")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _SHARD_OF_A_CLUSTER = re.compile(r"shard-\d+-model-.*")
@@ -76,7 +76,7 @@ REFUSED_KEYS = frozenset(
 _FAMILY = r"([Ii]defics|[Ss]mol[Vv][Ll][Mm])\w*"
 #: Allowed values of keys that name a class or a type, which transformers would import.
 NAMES = {
-    # Published configs carry along the name that the text part had in training, `vllama3`; nothing reads it.
+    # Published configs still have the name of the text model in training, `vllama3`; nothing reads it.
     "model_type": re.compile(rf"{_FAMILY}|mistral|llama|vllama\d*|siglip\w*"),
     "processor_class": re.compile(_FAMILY),
     "image_processor_type": re.compile(_FAMILY),
@@ -87,17 +87,17 @@ NAMES = {
     "torch_dtype": re.compile(r"(torch\.)?(float(16|32|64)|bfloat16|auto)"),
     "quant_method": re.compile(r"bitsandbytes"),
 }
-#: Keys whose value must be an object: in another kind, such as a list, the keys of NAMES would not be found.
+#: Keys whose value must be a JSON object: in a list or a string the keys of NAMES would not be found.
 _OBJECTS = frozenset({"quantization_config", "text_config", "vision_config", "perceiver_config"})
 
 FindFile = Callable[[str], Path | None]
 
 
 def inspect(source: str, **pinned: Any) -> dict[str, Any]:
-    """The content of a checkpoint's config.json. Raises SetupFailed where one of its files asks for what is refused,
-    OSError where it has none.
+    """Check a checkpoint's files, and return the content of its config.json. Raises SetupFailed if a file is refused,
+    OSError if there is no config.json.
 
-    `source`: a folder or a hub id; `pinned`: arguments of transformers' from_pretrained.
+    `source`: a folder or a hub id. `pinned`: arguments of transformers' from_pretrained.
     """
     found = _finder(source, pinned)
     contents = {name: content for name in (*CONFIGS, *PROCESSORS, SHARDS) if (content := _content(name, found))}
@@ -110,19 +110,19 @@ def inspect(source: str, **pinned: Any) -> dict[str, Any]:
 
 
 def require_safetensors(source: str, **pinned: Any) -> None:
-    """Raise SetupFailed for a checkpoint without weights in safetensors. Arguments as for `inspect`.
+    """Raise SetupFailed if a checkpoint has no weights in safetensors. Arguments as for `inspect`.
 
-    Weights that are not in the hub's cache are downloaded."""
+    Downloads weights that are not in the hub's cache."""
     found = _finder(source, pinned)
     if found(SHARDS) is None and found(WEIGHTS) is None:
         raise SetupFailed(
             f"The checkpoint has neither {WEIGHTS} nor {SHARDS}, and no other form of weights is loaded: set "
-            "IDEFICS_MODEL_REVISION to a commit that has one, or save the model anew with transformers."
+            "IDEFICS_MODEL_REVISION to a commit that has one, or save the model again with transformers."
         )
 
 
 def _finder(source: str, pinned: Mapping[str, Any]) -> FindFile:
-    """What finds a checkpoint's file by name, and loads it from the hub."""
+    """A function that finds a checkpoint's file by name, downloads it if necessary, and returns None if it has none."""
     named = {name: value for name, value in pinned.items() if name != "trust_remote_code"}
 
     def found(name: str) -> Path | None:
@@ -137,13 +137,13 @@ def _content(name: str, found: FindFile) -> dict[str, Any] | None:
     if path is None:
         return None
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise SetupFailed(f"The checkpoint's {name} has more than {MAX_JSON_BYTES:,} bytes: it is none.")
+        raise SetupFailed(f"The checkpoint's {name} has more than {MAX_JSON_BYTES:,} bytes: download it again.")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise SetupFailed(f"The checkpoint's {name} is not valid JSON: download it anew.") from None
+        raise SetupFailed(f"The checkpoint's {name} is not valid JSON: download it again.") from None
     if not isinstance(content, dict):
-        raise SetupFailed(f"The checkpoint's {name} is no JSON object: download it anew.")
+        raise SetupFailed(f"The checkpoint's {name} is not a JSON object: download it again.")
     return content
 
 
@@ -153,40 +153,40 @@ def _check_files(source: str, found: FindFile) -> None:
             raise SetupFailed(f"The checkpoint has a file {name}: merge an adapter into its model, or remove the file.")
     folder = Path(source)
     if folder.is_dir() and any(_SHARD_OF_A_CLUSTER.fullmatch(path.name) for path in folder.iterdir()):
-        raise SetupFailed("The checkpoint's weights are those of a cluster: save it as plain safetensors.")
+        raise SetupFailed("The checkpoint's weights are sharded for a cluster: save it as plain safetensors.")
 
 
 def check(name: str, content: Mapping[str, Any]) -> None:
-    """Raises SetupFailed where a JSON file's content asks for what is refused. Pure."""
+    """Raise SetupFailed if the content of the JSON file `name` is refused. Pure."""
     if name == SHARDS:
         _check_weights(content)
         return
     for place, key, value in _entries(content):
         plain = key.lstrip("_")
         if value is None or value is False or place == "model_type":
-            # The family itself is the loader's to judge.
+            # A top-level model_type names the family, which the loader checks.
             continue
         if plain in REFUSED_KEYS:
-            raise SetupFailed(f"The checkpoint's {name} has the key {place}, which is not followed here: remove it.")
+            raise SetupFailed(f"The checkpoint's {name} has the key {place}, which is refused: remove it.")
         if plain in _OBJECTS and not isinstance(value, dict):
-            raise SetupFailed(f"The checkpoint's {name}: {place} is no object: correct it.")
+            raise SetupFailed(f"The checkpoint's {name}: {place} is not an object: correct it.")
         if plain == "quantization_config" and "quant_method" not in value:
             raise SetupFailed(
                 f"The checkpoint's {name}: {place} has no quant_method: set IDEFICS_QUANTIZATION instead."
             )
         if plain in NAMES and not (isinstance(value, str) and NAMES[plain].fullmatch(value)):
-            raise SetupFailed(f"The checkpoint's {name}: {place} names none of what is served here: correct it.")
+            raise SetupFailed(f"The checkpoint's {name}: {place} has a value that is not supported: correct it.")
 
 
 def _check_weights(content: Mapping[str, Any]) -> None:
     files = content.get("weight_map")
     names = files.values() if isinstance(files, dict) else [None]
     if not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
-        raise SetupFailed(f"The checkpoint's {SHARDS} names other files than safetensors beside itself: correct it.")
+        raise SetupFailed(f"The checkpoint's {SHARDS} names files other than safetensors beside itself: correct it.")
 
 
 def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Every key at any depth, its place before it and its value behind it. Without recursion."""
+    """Each key at any depth as (its path, the key, its value). Without recursion."""
     waiting: list[tuple[str, Any]] = [("", content)]
     while waiting:
         place, value = waiting.pop()

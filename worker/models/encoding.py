@@ -1,4 +1,4 @@
-"""Pictures encoded once each, and before their rows run: for the adapters of families with a decoder of our own."""
+"""Encodes each picture once, ahead of its rows. For families with a fast path; `NoEncoder` stands in for the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.engine.row import Picture
 
 
 class PictureEncoder:
-    """An encoder cache with the thread that fills it: what interfaces.Runner asks of a model's encoder."""
+    """An encoder cache and the thread that fills it; has the methods of interfaces.Runner that concern pictures."""
 
     def __init__(
         self,
@@ -23,36 +23,40 @@ class PictureEncoder:
         device: torch.device,
         chunk: int = CHUNK,
     ) -> None:
-        """`encode`, `max_bytes`, `chunk`: see EncoderCache."""
+        """`encode` returns the features of each of up to `chunk` frames, in any shape. `max_bytes`: maximum bytes of
+        cached features. `device`: where `encode` computes."""
         self._cache = EncoderCache(encode, max_bytes, chunk)
         self._thread = EncoderThread(self._cache)
         self._is_on_cpu = device.type == "cpu"
         self.prefetch = self._thread.prefetch
 
     def help(self, within_s: float) -> bool:
-        """See interfaces.Runner. On a GPU, two threads that encode take as long as one."""
+        """Encode waiting pictures in the caller's thread for about `within_s` seconds; False if nothing was encoded.
+
+        Does nothing on a GPU, where two threads that encode take as long as one.
+        """
         return self._is_on_cpu and self._thread.help(within_s)
 
     def features(self, pictures: Iterable[Picture]) -> Pauses[dict[bytes, Tensor]]:
-        """See interfaces.Encode."""
+        """The features of each distinct picture by its key, in the shape of `encode`. Pauses between chunks."""
         return self._cache.get(pictures)
 
     def metrics(self) -> dict[str, int]:
-        """Those of EncoderCache."""
+        """Counters of the encoder cache."""
         return self._cache.metrics()
 
 
 class NoEncoder:
-    """In its place where stock `generate` encodes the pictures: none is encoded ahead, and none is kept."""
+    """Takes PictureEncoder's place where stock `generate` encodes the pictures: none is encoded ahead or cached."""
 
     def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """See interfaces.Runner."""
+        """Call `then` with 0, the number of cached pictures, at once."""
         then(0)
 
     def help(self, within_s: float) -> bool:
-        """See interfaces.Runner."""
+        """False: nothing was encoded."""
         return False
 
     def metrics(self) -> dict[str, int]:
-        """See interfaces.Model."""
+        """No counters."""
         return {}

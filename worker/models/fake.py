@@ -20,12 +20,12 @@ END = 0
 POISON = "(poison)"
 #: A prompt that holds this breaks the device, as a failed assertion on a GPU does: no batch succeeds any more.
 DEVICE_LOST = "(device lost)"
-#: A picture of this colour does so while it is decoded, as a defect of a decoder would.
+#: A picture of this colour kills the process while it is decoded, as a defect of an image decoder would.
 POISON_COLOUR = (6, 66, 6)
 
 
 def fake_model(name: str) -> FakeModel | None:
-    """The model that is named `fake` or `fake:SECONDS` (a step); None for any other name."""
+    """The model with the name `fake` or `fake:SECONDS`, the time of a step; None for any other name."""
     kind, _, step_s = name.partition(":")
     return FakeModel(float(step_s or 0)) if kind == "fake" else None
 

@@ -1,8 +1,7 @@
-"""A checkpoint from a hub id or a folder: safetensors only, no remote code.
+"""Loads a checkpoint from a hub id or a folder: safetensors only, no remote code.
 
-Pickled weights and a repository's own modules are programs: neither is run, whatever a checkpoint's files ask for.
-`FAMILIES` names the families, and which have a fast path: a decoder of their own (`worker/engine/interfaces.py`).
-`_quantization` loads weights in 4 or 8 bits.
+Pickled weights and a repository's own modules are programs and are never run, whatever a checkpoint's files say.
+`FAMILIES` lists the families. One with a fast path has a `Decoder` (`worker/engine/interfaces.py`).
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ from worker.models.idefics2_3.encoder import FrameEncoder
 
 logger = logging.getLogger(__name__)
 
-#: A branch or a tag can be moved.
+#: A full commit hash. A revision of another form is a branch or a tag, which can be moved.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-#: Modules that stay in full precision: quantizing them loses more quality than it saves memory. bitsandbytes ignores
-#: names that are not full.
+#: Modules that stay in full precision: quantizing them costs more quality than the saved memory is worth. These are
+#: full names, since bitsandbytes ignores others.
 NOT_QUANTIZED = ["model.vision_model", "model.perceiver_resampler", "model.connector", "lm_head"]
 
 
@@ -80,22 +79,22 @@ def load(settings: Settings) -> Model:
             "memory there."
         ) from error
     except BaseException as error:
-        # Starting again would not help against what a checkpoint's files provoke in the libraries. Panics of Rust code
-        # are no Exceptions.
+        # Errors that a checkpoint's files cause in the libraries would occur again after a restart. Panics of Rust code
+        # are not Exceptions.
         raise SetupFailed(
-            f"Cannot load {settings.model}: {_told(error)} IDEFICS_MODEL takes a hub id or a folder with safetensors."
+            f"Cannot load {settings.model}: {_text(error)} IDEFICS_MODEL takes a hub id or a folder with safetensors."
             + (" IDEFICS_OFFLINE is on: a hub id must be in the cache already." if settings.offline else "")
         ) from error
 
 
 def _load(settings: Settings, source: str, pinned: dict[str, Any]) -> Model:
-    # Without it transformers takes the weights of a bot's pull request for a repository that has no safetensors.
+    # Otherwise, if a repository has no safetensors, transformers loads them from a bot's pull request.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     content = inspect(source, **pinned)
     family = FAMILIES.get(str(content.get("model_type")))
     if family is None:
         raise SetupFailed(
-            f"{settings.model} is of the family {content.get('model_type')!r}: served are {', '.join(FAMILIES)}."
+            f"{settings.model} is of the family {content.get('model_type')!r}; supported are {', '.join(FAMILIES)}."
         )
     config = AutoConfig.from_pretrained(source, **pinned)  # nosec B615 - pinned as the operator says
     processor = _processor(family.processor, source, pinned)
@@ -119,16 +118,16 @@ def _load(settings: Settings, source: str, pinned: dict[str, Any]) -> Model:
 
 
 def _processor(kind: type[ProcessorMixin], source: str, pinned: dict[str, Any]) -> ProcessorMixin:
-    """The family's processor, with pixels as Pillow makes them, since torchvision makes others.
+    """The family's processor, with Pillow as its backend, since torchvision scales to other pixels.
 
-    SmolVLM2's own processor also reads videos, for which it needs torchvision: the one for pictures is loaded."""
+    For SmolVLM2 this is Idefics3's processor: its own also reads videos, for which it needs torchvision."""
     named, _ = kind.get_processor_dict(source, **pinned)
     images = AutoImageProcessor.from_pretrained(source, **pinned, backend="pil")  # nosec B615
     tokenizer = AutoTokenizer.from_pretrained(source, **pinned)  # nosec B615
     return kind.from_args_and_dict([images, tokenizer], named)
 
 
-def _told(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     text = str(error).strip() if isinstance(error, OSError | ValueError | ImportError) else ""
     return text or f"{type(error).__name__}: {error}."
 
@@ -155,11 +154,12 @@ def _serve_idefics2_or_3(
 
 
 def _is_spread(model: PreTrainedModel, settings: Settings) -> bool:
-    """Whether a model stands on several devices, where it runs by transformers' hooks: our decoders are for one."""
+    """Whether a model is spread over several devices. It then runs through transformers' hooks, since our decoders need
+    all weights on one device."""
     if len({parameter.device for parameter in model.parameters()}) == 1:
         return False
     logger.warning(
-        "%s is spread over several devices and runs through transformers' generate, without what makes it fast: "
+        "%s is spread over several devices and runs through transformers' generate, which is slower: "
         "free a GPU that it fits on, or set IDEFICS_QUANTIZATION=4bit.",
         settings.model,
     )
@@ -188,8 +188,8 @@ FAMILIES = {
 
 
 def _taken_rules(model: PreTrainedModel) -> GenerationRules:
-    """Remove the rules from a checkpoint's generation config, which keeps special tokens only, since stock `generate`
-    would apply the rules a second time. Raises UnsupportedGeneration."""
+    """Take the rules out of a checkpoint's generation config, which keeps special tokens only: stock `generate` would
+    apply the rules a second time. Raises UnsupportedGeneration."""
     config = model.generation_config
     rules = generation_rules(config.to_dict())
     model.generation_config = GenerationConfig(
@@ -199,15 +199,15 @@ def _taken_rules(model: PreTrainedModel) -> GenerationRules:
 
 
 def device_map_of(settings: Settings) -> str:
-    """What transformers is told of the devices: a device's name, or how to share the layers out."""
-    # transformers' `auto` spreads a model over all GPUs that it sees, even one that the first has room for.
+    """The `device_map` for transformers: a device's name, or how to share out the layers."""
+    # transformers' `auto` spreads a model over all GPUs that it sees, even one that fits on the first.
     return "sequential" if settings.device_map == "auto" else settings.device_map
 
 
 def _dtype(settings: Settings) -> torch.dtype | str:
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
-    # Half precision is slow on a CPU, and only in float32 an answer does not depend on the batch.
+    # Half precision is slow on a CPU, and only in float32 is an answer independent of the batch.
     return "auto" if torch.cuda.is_available() else torch.float32
 
 

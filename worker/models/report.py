@@ -1,4 +1,4 @@
-"""What a loaded model is and needs, a line for each fact: for the log, and for `python -m worker check`."""
+"""Facts about a loaded model and what it needs, one per line, for the worker's log and for `python -m worker check`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from worker.engine.stock import StockModel
 
 #: Width and height in pixels of the pictures whose tokens are counted.
 SHAPES = {"wide": (640, 480), "square": (640, 640)}
-#: Part of the memory beside the weights that a full batch may take: the rest is for what is computed meanwhile.
-BATCH_PART = 0.8
+#: Share of the memory left beside the weights that a full batch's keys and values may take; activations need the rest.
+BATCH_SHARE = 0.8
 
 
 def report(model: Model, settings: Settings, max_prompt_tokens: int) -> list[str]:
-    """The lines. `max_prompt_tokens`: see row_builder.prompt_bound."""
+    """The lines of the report. `max_prompt_tokens`: maximum tokens of a prompt, as row_builder.prompt_bound returns."""
     info = model.info
     tokens = {name: _picture_tokens(model.codec, *size) for name, size in SHAPES.items()}
     facts = [
@@ -48,16 +48,16 @@ def _memory(model: Model, settings: Settings) -> Iterator[tuple[str, str]]:
     network = stock.adapter.model
     total, weights, token = _device_bytes(network.device), _weight_bytes(network), kv_bytes(network)
     batch = token * settings.max_batch_tokens
-    yield "Device", f"{_device_name(network.device)}, {_told(total)}"
-    yield "Weights", _told(weights)
-    yield "K/V", f"{_told(token)} a token, {_told(batch)} for IDEFICS_MAX_BATCH_TOKENS={settings.max_batch_tokens}"
-    if batch > BATCH_PART * (total - weights):
-        fitting = max(1, int(BATCH_PART * (total - weights) / token))
+    yield "Device", f"{_device_name(network.device)}, {_size(total)}"
+    yield "Weights", _size(weights)
+    yield "K/V", f"{_size(token)} a token, {_size(batch)} for IDEFICS_MAX_BATCH_TOKENS={settings.max_batch_tokens}"
+    if batch > BATCH_SHARE * (total - weights):
+        fitting = max(1, int(BATCH_SHARE * (total - weights) / token))
         yield "Warning", f"a full batch may not fit on the device: set IDEFICS_MAX_BATCH_TOKENS={fitting} or lower"
 
 
 def kv_bytes(network: PreTrainedModel) -> int:
-    """Bytes of a token's keys and values in all layers."""
+    """Bytes of one token's keys and values in all layers."""
     text = network.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -65,7 +65,7 @@ def kv_bytes(network: PreTrainedModel) -> int:
 
 
 def _weight_bytes(network: PreTrainedModel) -> int:
-    # Tied weights count once.
+    # Keyed by identity, so that tied weights count once.
     tensors: dict[int, Tensor] = {id(each): each for each in (*network.parameters(), *network.buffers())}
     return sum(each.nbytes for each in tensors.values())
 
@@ -82,8 +82,8 @@ def _device_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _told(size: float) -> str:
-    """Bytes in a unit that makes them a short number."""
+def _size(size: float) -> str:
+    """A number of bytes with its unit, such as `6.14 kB`."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1_000:
             return f"{size:.3g} {unit}"
@@ -92,6 +92,6 @@ def _told(size: float) -> str:
 
 
 def _picture_tokens(codec: Codec, width: int, height: int) -> int:
-    """Tokens that a picture of this size adds to a prompt."""
+    """Tokens that a picture of this size in pixels adds to a prompt."""
     picture = codec.picture(Image.linear_gradient("L").resize((width, height)).convert("RGB"))
     return len(codec.prepare([picture, "a"]).ids) - len(codec.prepare(["a"]).ids)

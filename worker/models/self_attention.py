@@ -1,4 +1,4 @@
-"""Self-attention of a batch's new tokens over a cache of slots: what the families' decoders have in common."""
+"""Self-attention of a batch's new tokens over the slots of a K/V cache; shared by the families' decoders."""
 
 from __future__ import annotations
 
@@ -8,48 +8,51 @@ import torch
 from torch import Tensor
 
 from worker.engine.scoring import PROMPT
-from worker.models.layers import Attend, DecoderLayer, KeysValues
+from worker.models.layers import Attend, CosSin, DecoderLayer, KeysValues
 
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """Where new tokens are stored, and what they attend to."""
+    """Where the keys and values of new tokens are stored, and what the tokens attend to."""
 
-    #: (rows, length): their positions in the caches.
+    #: (rows, length): the tokens' positions in the caches.
     positions: Tensor
-    #: (rows, 1, length, keys): True where attended to.
+    #: (rows, 1, length, keys): True where a token attends to a key.
     mask: Tensor
-    #: (rows,): where the rows are not the slots in order.
+    #: (rows,): the slot of each row; None: row n is in slot n.
     slots: Tensor | None = None
-    #: (rows, any): the tokens whose states are asked for; None: all.
+    #: (rows, selected): indices of the tokens whose states are computed; None: all.
     selected: Tensor | None = None
-    #: Nothing stands before them.
+    #: True if no row has tokens before the new ones, so that the caches need not be read.
     only_new: bool = False
 
     def of_all(self) -> SelfAttention:
-        """The same, with all tokens' states asked for."""
+        """The same, but with the states of all tokens."""
         return SelfAttention(self.positions, self.mask, self.slots, None, self.only_new)
 
 
 def run_layer(
     layer: DecoderLayer,
     states: Tensor,
-    rotary: KeysValues,
+    rotary: CosSin,
     cache: KeysValues,
     attention: SelfAttention,
     attend: Attend,
 ) -> Tensor:
-    """Run a layer on new tokens: states (rows, length, hidden) to the same, or to those that `attention` selects (rows,
-    selected, hidden). `cache`: keys and values (slots, key heads, positions, head size), where theirs are stored."""
+    """Run a layer on new tokens and store their keys and values in `cache`.
+
+    From `states` (rows, length, hidden) to the same shape, or to (rows, selected, hidden) if `attention` selects some.
+    `cache`: keys and values, each (slots, key heads, positions, head size). `rotary`: see layers.rotary_cos_sin.
+    """
     query, key, value = layer.query_keys_values(states, rotary)
     slots = torch.arange(states.shape[0], device=states.device) if attention.slots is None else attention.slots
     for kept, new in zip(cache, (key, value), strict=True):
-        # Not kept[slots, :, positions] = ...: recorded, that keeps the number of rows.
+        # Not kept[slots, :, positions] = ...: in a recorded graph, that would fix the number of rows.
         kept.transpose(1, 2).index_put_((slots[:, None], attention.positions), new.transpose(1, 2))
     mask = attention.mask
     if attention.selected is not None:
-        states, query = picked(states, attention.selected), _picked_queries(query, attention.selected)
-        mask = _picked_queries(mask, attention.selected)
+        states, query = states_at(states, attention.selected), _queries_at(query, attention.selected)
+        mask = _queries_at(mask, attention.selected)
     if attention.only_new:
         keys, values = key, value
     else:
@@ -57,9 +60,14 @@ def run_layer(
     return layer.output(states, attend(query, keys, values, mask))
 
 
+def new_positions(starts: Tensor, ids: Tensor) -> Tensor:
+    """(rows, length): the positions in the caches of new tokens `ids` (rows, length), after `starts` (rows,) tokens."""
+    return starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+
+
 def causal_mask(positions: Tensor, keys: int, window: int | None = None) -> Tensor:
-    """(rows, 1, length, keys): a token at one of `positions` (rows, length) attends to those up to itself, and with a
-    sliding `window` to that many at most."""
+    """The mask (rows, 1, length, keys) of tokens at `positions` (rows, length): each attends to the tokens up to
+    itself, and with a sliding window to the last `window` of them."""
     columns = torch.arange(keys, device=positions.device)
     mask = columns <= positions[..., None]
     if window is not None:
@@ -68,9 +76,12 @@ def causal_mask(positions: Tensor, keys: int, window: int | None = None) -> Tens
 
 
 def tree_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int, window: int | None = None) -> Tensor:
-    """(rows, 1, length, keys): a token attends to what stands before `starts` (rows,), and of the new tokens to the
-    prompt's and its own sequence's, up to itself. `owner` and `depth` are (rows, length): see engine/scoring.TokenTree.
-    With a sliding `window`, it attends to that many at most, as if its sequence stood alone."""
+    """The mask (rows, 1, length, keys) of a TokenTree's tokens after `starts` (rows,) tokens of each row.
+
+    A token attends to all tokens before the new ones, and among the new ones to those of the prompt and of its own
+    sequence, up to itself. With a sliding window it attends to the last `window` of these. `owner` and `depth` (rows,
+    length): see engine/scoring.TokenTree.
+    """
     behind = torch.arange(keys, device=starts.device) - starts[:, None]
     column = behind.clamp(0, owner.shape[1] - 1)
     owners = owner.gather(1, column)[:, None]
@@ -85,25 +96,33 @@ def tree_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int, window: i
 
 
 def scored_places(lasts: Tensor, targets: Tensor, length: int) -> Tensor:
-    """(rows, 1 + targets): of prompts with sequences behind them, the places whose next tokens are scored: the prompts'
-    last tokens `lasts` (rows,), then the sequences'. `targets` (rows, targets); `length`: of all the new tokens."""
+    """Indices (rows, 1 + targets) of the new tokens whose next tokens are scored: the prompt's last token, at `lasts`
+    (rows,), then the tokens of the sequences after it. `targets` (rows, targets): see engine/scoring.TokenTree.
+    `length`: number of new tokens."""
     places = lasts[:, None] + torch.arange(targets.shape[1] + 1, device=targets.device)
     return places.clamp(max=length - 1)
 
 
-def scored(logits: Tensor, firsts: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities (rows, firsts and targets), given the logits (rows, 1 + targets, vocabulary) at
-    `scored_places`: of `firsts` (rows, any) after each prompt, then of `targets` (rows, targets)."""
+def prompt_scores(logits: Tensor, firsts: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (rows, firsts + targets) of each of `firsts` (rows, firsts) right after the prompt, then of
+    `targets` (rows, targets), from the logits (rows, 1 + targets, vocabulary) at `scored_places`."""
     likelihoods = logits.log_softmax(dim=-1)
     behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
     return torch.cat((likelihoods[:, 0].gather(1, firsts), behind), dim=1)
 
 
-def picked(states: Tensor, places: Tensor) -> Tensor:
-    """Of states (rows, length, ...) those at `places` (rows, any): (rows, any, ...)."""
+def target_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (rows, length) of `targets` (rows, length), from the logits (rows, length, vocabulary) of the
+    tokens before them."""
+    return logits.log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
+
+
+def states_at(states: Tensor, places: Tensor) -> Tensor:
+    """The states (rows, selected, ...) of `states` (rows, length, ...) at the indices `places` (rows, selected)."""
     return states[torch.arange(states.shape[0], device=states.device)[:, None], places]
 
 
-def _picked_queries(tensor: Tensor, places: Tensor) -> Tensor:
-    """Of a tensor (rows, heads, length, ...) the queries at `places` (rows, any): (rows, heads, any, ...)."""
-    return picked(tensor.transpose(1, 2), places).transpose(1, 2)
+def _queries_at(tensor: Tensor, places: Tensor) -> Tensor:
+    """The queries (rows, heads, selected, ...) of `tensor` (rows, heads, length, ...) at the indices `places` (rows,
+    selected)."""
+    return states_at(tensor.transpose(1, 2), places).transpose(1, 2)

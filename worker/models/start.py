@@ -13,22 +13,23 @@ from worker.runtime.cpu import all_cores
 
 
 def load_model(settings: Settings) -> tuple[Model, Path | None]:
-    """Load the model; also its folder, if it has one. Raises SetupFailed.
+    """Load the model. Returns it and its local folder, if it has one. Raises SetupFailed.
 
-    Sets this process up for it: threads, and environment variables that the libraries read when they are imported.
+    Also sets up this process: torch's threads, and environment variables that the libraries read when they are
+    imported.
     """
-    # Job threads already tokenize in parallel.
+    # The tokenizers library need not: the job threads tokenize in parallel already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     fake = fake_model(settings.model)
     if fake is not None:
         return fake, None
-    # Imported here, and transformers below: they take seconds, and the fake model needs neither.
+    # torch and transformers are imported here because that takes seconds, and the fake model needs neither.
     import torch
 
     # On a CPU the engine thread and the encoder thread share the cores.
     torch.set_num_threads(settings.torch_threads or max(1, len(all_cores()) // 2))
     if settings.offline:
-        # The hub's library then does not use the network.
+        # Read by huggingface_hub, which then does not use the network.
         os.environ["HF_HUB_OFFLINE"] = "1"
     # In a log, each state of a progress bar would be a separate line.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -41,10 +42,10 @@ def load_model(settings: Settings) -> tuple[Model, Path | None]:
 
 
 def model_facts(model: Model, settings: Settings, max_prompt_tokens: int) -> list[str]:
-    """What the model is and needs, as lines: see report. None for the fake model."""
+    """Facts about the model and what it needs, one per line (worker/models/report.py). Empty for the fake model."""
     if isinstance(model, FakeModel):
         return []
-    # Imports transformers.
+    # Imported here, since it imports transformers.
     from worker.models.report import report
 
     return report(model, settings, max_prompt_tokens)

@@ -1,4 +1,4 @@
-"""The base of all codecs: what each does with its checkpoint's tokenizer."""
+"""The base of the families' codecs: labels, padding, and which texts a checkpoint's tokenizer must not be given."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from worker.models import SetupFailed
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
-#: Special tokens by their form. Not every tokenizer marks those as special that give a frame's place in a picture.
+#: The form of special tokens. Some tokenizers do not mark as special the tokens that give a frame's row and column.
 _MARKUP = re.compile(r"<\S+>")
-#: Prompts and label sets whose tokens are cached: most jobs differ from earlier ones in their picture only.
+#: Maximum prompts and label sets whose tokens are cached: most jobs differ from earlier ones in their picture only.
 CACHED_TEXTS = 128
-#: Characters of the longest text that is cached: longer ones are rare and would take memory.
+#: Maximum characters of a cached text: longer texts are rare and would take memory.
 CACHED_CHARS = 8_000
 
 
 @dataclass(frozen=True, slots=True)
-class TextModel:
-    """What a codec must know of the model that reads its tokens."""
+class CodecConfig:
+    """What a codec needs to know about the model that takes its tokens."""
 
     #: The tokens that end a text, as the checkpoint says.
     eos_ids: tuple[int, ...]
-    #: Tokens of the embedding. A larger id would be an index error: on a GPU one that no later batch survives.
+    #: Number of tokens with an embedding. Another id would be an index error, which on a GPU ends the process.
     vocabulary: int
-    #: Positions of a prompt and its answer.
+    #: Maximum tokens of a prompt and its answer.
     context: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> TextModel:
-        """That of a loaded checkpoint."""
+    def of(cls, model: PreTrainedModel) -> CodecConfig:
+        """From a loaded checkpoint."""
         configured = model.generation_config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
         text = model.config.get_text_config()
@@ -51,14 +51,14 @@ class TextModel:
 
 
 class BaseCodec:
-    """The base of codecs: labels, ends of answers, padding, and texts that are refused. See interfaces.Codec."""
+    """The base of the families' codecs: labels, ends of answers, padding, and texts that are refused."""
 
     has_chat_template = False
     #: Ends each label, so that `car` is not scored as the beginning of `cart`.
     label_end = "\n"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: TextModel) -> None:
-        """Raises SetupFailed where the model has no embedding of a token that prompts need."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: CodecConfig) -> None:
+        """Raises SetupFailed if the model has no embedding of a token that prompts need."""
         self.tokenizer = tokenizer
         self.context_tokens = model.context
         self._model = model
@@ -78,27 +78,27 @@ class BaseCodec:
         self._markers = functools.lru_cache(CACHED_TEXTS)(self._markers_of)
 
     def picture(self, image: Image) -> Picture:
-        """See interfaces.Codec."""
+        """An RGB image as the vision encoder takes it."""
         raise NotImplementedError
 
     def min_token_count(self, parts: PromptContent) -> int:
-        """See interfaces.Codec."""
+        """A lower bound of the number of tokens: as if every token of its texts were the longest one."""
         return sum(len(part) for part in parts if isinstance(part, str)) // self._longest
 
     def prepare(self, parts: PromptContent) -> Tokens:
-        """See interfaces.Codec."""
+        """Tokenize a prompt. Raises InvalidRequest for text that holds or becomes a reserved token."""
         raise NotImplementedError
 
     def prompt_ids(self, parts: PromptContent) -> tuple[int, ...]:
-        """A whole prompt's tokens, unchecked."""
+        """The token ids of a whole prompt, unchecked."""
         raise NotImplementedError
 
     def lead_text(self, lead: PromptContent) -> str:
-        """A prompt's last parts as text, as far as it matters for the tokens of a label behind them."""
+        """A prompt's last parts as text. It may leave out what does not change the tokens of a label after them."""
         raise NotImplementedError
 
     def tokens_of(self, *texts: str) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each text, without added ones."""
+        """The token ids of each text, without those that the tokenizer adds to a prompt."""
         split = self._known_ids if sum(map(len, texts)) <= CACHED_CHARS else self._split
         return split(*texts)
 
@@ -106,7 +106,8 @@ class BaseCodec:
         return tuple(map(tuple, self.tokenizer(list(texts), add_special_tokens=False).input_ids))
 
     def encode_labels(self, lead: PromptContent, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """See interfaces.Codec."""
+        """The token ids of each label with its end, as they continue a prompt that ends with `lead`. Raises
+        InvalidRequest for a label that holds or becomes a reserved token."""
         if not labels:
             return []
         text = self.lead_text(lead)
@@ -121,16 +122,16 @@ class BaseCodec:
     def _behind(self, before: tuple[int, ...], ids: tuple[int, ...], label: str) -> tuple[int, ...]:
         if ids[: len(before)] == before:
             return ids[len(before) :]
-        # The tokenizer merged the lead's end with the label's beginning: the label's own tokens come nearest.
+        # The tokenizer merged the lead's end with the label's beginning: use the label's own tokens instead.
         (alone,) = self.tokens_of(f"{label}{self.label_end}")
         return alone
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See interfaces.Codec."""
+        """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def padded(self, prompts: Collection[Tokens]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` (prompts, length) of prompts padded on the left."""
+        """`input_ids` and `attention_mask`, each (prompts, length) of integers: the prompts, padded on the left."""
         length = max(len(prompt.ids) for prompt in prompts)
         ids = torch.full((len(prompts), length), self._pad)
         mask = torch.zeros_like(ids)
@@ -146,17 +147,17 @@ class BaseCodec:
                 raise InvalidRequest(f"The prompt holds {token}, which is reserved: remove it.")
 
     def refuse_smuggled(self, ids: Sequence[int], parts: PromptContent) -> None:
-        """Raise InvalidRequest if a text of `parts`, tokenized to `ids`, became a special token without spelling it, or
-        a token that the model does not know.
+        """Raise InvalidRequest if `ids`, the tokens of `parts`, hold a special token that no text spells, or a token
+        that the model does not know.
 
-        A tokenizer normalises: it may drop invisible characters, fold others into ASCII, and join texts.
+        A tokenizer may drop invisible characters, turn others into ASCII, and join texts.
         """
         self._refuse_unknown(ids)
         plain = [_plainest(part) if isinstance(part, str) else part for part in parts]
         self._refuse_others(ids, self._markers(_Shape(plain)))
 
     def _known(self, id: int | None) -> int | None:
-        """A token's id if the model has an embedding of it."""
+        """A token's id; None if the model has no embedding of it."""
         return id if id is not None and id < self._model.vocabulary else None
 
     def _require_known(self, tokens: Sequence[str | None]) -> None:
@@ -186,12 +187,12 @@ class BaseCodec:
             return
         for id in Counter(found) - Counter(expected):
             token = self.tokenizer.convert_ids_to_tokens(id)
-            raise InvalidRequest(f"The text becomes {token} in the model's terms, which is reserved: remove it.")
+            raise InvalidRequest(f"The text becomes the token {token}, which is reserved: remove it.")
         raise InvalidRequest("The text changes the marks around the prompt's images: remove what resembles <image>.")
 
 
 class _Shape:
-    """A prompt's order of texts and pictures. Equal for prompts of the same texts, whatever their pictures."""
+    """A prompt's order of texts and pictures. Equal for prompts of the same texts, even with different pictures."""
 
     def __init__(self, parts: PromptContent) -> None:
         self.parts = parts
@@ -205,18 +206,18 @@ class _Shape:
 
 
 def _plainest(text: str) -> str:
-    """A text of one letter, with as many ends of utterances. An empty text stays empty: pictures around it may share a
-    token."""
+    """A harmless text with as many ends of utterances as `text`. An empty text stays empty: the pictures around it may
+    share a token."""
     return text and END_OF_UTTERANCE.join("a" * (1 + text.count(END_OF_UTTERANCE)))
 
 
 def _shape_of(picture: Picture) -> object:
-    """What stands for a picture in a text: the same for each in most families, else the picture's own text."""
+    """What a picture is in a prompt's text: its own text, or None in families where it is the same for all pictures."""
     return getattr(picture, "text", None)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Special tokens, which users may not write."""
+    """The tokenizer's special tokens, which users may not write."""
     added = tokenizer.added_tokens_decoder.values()
     return {
         *tokenizer.all_special_tokens,
@@ -225,7 +226,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _ids_that_texts_never_have(tokenizer: PreTrainedTokenizerBase, special: Collection[str]) -> set[int]:
-    """The ids of special tokens that no harmless text becomes."""
+    """The ids of those special tokens that harmless text never becomes."""
     ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
     # The unknown token stands for unknown characters, unless the checkpoint uses it as another special token too.
     return ids - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})

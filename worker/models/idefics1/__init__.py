@@ -1,1 +1,1 @@
-"""IDEFICS-1: prompts, image encoder, and a text decoder with a slot for each row."""
+"""IDEFICS, the first family: its prompts, image encoder, and text decoder with cross-attention to images."""

@@ -1,4 +1,4 @@
-"""IDEFICS (the first family): prompts as its processor builds them, pictures encoded once each."""
+"""IDEFICS, the first family: its prompts, its image encoder, and its inputs for stock `generate`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.engine.traced import Traced
 from worker.models.encoding import PictureEncoder
 from worker.models.image_processor import Pixels
-from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, TextModel
+from worker.models.tokenizer import FAKE, IMAGE, BaseCodec, CodecConfig
 
 
 def render_prompt(bos: str, parts: Sequence[object]) -> str:
-    """A prompt's text as IdeficsProcessor builds it: texts are stripped of blanks; any other part is an image, between
+    """A prompt's text as IdeficsProcessor builds it: texts are stripped of spaces; any other part is an image, between
     fake tokens."""
     text, after_image = bos, False
     for part in parts:
@@ -32,17 +32,17 @@ def render_prompt(bos: str, parts: Sequence[object]) -> str:
 
 
 class IdeficsCodec(BaseCodec):
-    """A checkpoint's prompts, token for token those of transformers' IdeficsProcessor."""
+    """Builds a checkpoint's prompts, token for token as transformers' IdeficsProcessor does."""
 
-    def __init__(self, processor: IdeficsProcessor, model: TextModel) -> None:
-        """Raises SetupFailed: see BaseCodec."""
+    def __init__(self, processor: IdeficsProcessor, model: CodecConfig) -> None:
+        """Raises SetupFailed if the model has no embedding of a token that prompts need."""
         super().__init__(processor.tokenizer, model)
         self._pixels = Pixels(processor.image_processor)
         #: The token that stands for an image.
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
 
     def prepare(self, parts: PromptContent) -> Tokens:
-        """See interfaces.Codec."""
+        """Tokenize a prompt. Raises InvalidRequest for text that holds or becomes a reserved token."""
         for part in parts:
             if isinstance(part, str):
                 self.refuse_reserved(part)
@@ -53,12 +53,12 @@ class IdeficsCodec(BaseCodec):
         return Tokens(ids, tuple(part for part in parts if isinstance(part, Picture)), spans)
 
     def prompt_ids(self, parts: PromptContent) -> tuple[int, ...]:
-        """See BaseCodec."""
+        """The token ids of a whole prompt, unchecked."""
         (ids,) = self.tokens_of(self.text(parts))
         return ids
 
     def picture(self, image: Image) -> Picture:
-        """See interfaces.Codec."""
+        """An RGB image as the vision encoder takes it."""
         return self._pixels.picture(image)
 
     def text(self, parts: PromptContent) -> str:
@@ -66,7 +66,7 @@ class IdeficsCodec(BaseCodec):
         return render_prompt(self.tokenizer.bos_token, parts)
 
     def lead_text(self, lead: PromptContent) -> str:
-        """See BaseCodec."""
+        """A prompt's last parts as text."""
         return self.text(lead)
 
 
@@ -79,53 +79,56 @@ class _ImageEncoder(torch.nn.Module):
         self.resampler = model.model.perceiver_resampler if model.config.use_resampler else torch.nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (images, channels, height, width) as features (images, width, size)."""
+        """From pixels (images, channels, height, width) to features (images, width, size)."""
         features: Tensor = self.resampler(self.tower(pixel_values=pixels).last_hidden_state)
         return features
 
 
 class IdeficsAdapter:
-    """A loaded IDEFICS checkpoint: see stock.Adapter."""
+    """A loaded IDEFICS checkpoint for stock `generate`, and its cached image features for the decoder too."""
 
     def __init__(
         self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor, feature_cache_bytes: int = 2**29
     ) -> None:
         self.model = model
-        self.codec = IdeficsCodec(processor, TextModel.of(model))
+        self.codec = IdeficsCodec(processor, CodecConfig.of(model))
         self._encoder = Traced(_ImageEncoder(model))
-        #: Features are (width, size).
+        #: Caches the features (width, size) of each picture.
         self.pictures = PictureEncoder(self._encode, feature_cache_bytes, model.device)
         self.prefetch, self.help, self.metrics = self.pictures.prefetch, self.pictures.help, self.pictures.metrics
 
     def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """See stock.Adapter. `image_hidden_states` (rows, images, width, size) are the features of each row's pictures,
-        `image_attention_mask` (rows, length, images) says which one a token attends to."""
+        """Arguments of `generate` for left-padded prompts: `input_ids` and `attention_mask` (rows, length),
+        `image_hidden_states` (rows, images, width, size), the features of each row's pictures, and
+        `image_attention_mask` (rows, length, images), 1 where a token attends to an image."""
         inputs = self.codec.padded(prompts)
         inputs["image_attention_mask"] = self._image_mask(inputs["input_ids"], prompts)
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         return {**inputs, "image_hidden_states": self._hidden_states(prompts)}
 
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See stock.Adapter: the features have another name, which depends on their kind."""
+        """Turn arguments of `generate` into arguments of the model's forward, of the same shapes: there the features
+        have another name, which depends on whether there is a resampler."""
         named = dict(inputs)
         features = named.pop("image_hidden_states")
         resampled = self.model.config.use_resampler
         return {**named, "perceiver_embeddings" if resampled else "image_encoder_embeddings": features}
 
     def continuation_inputs(self, inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
-        """See stock_scoring.ForwardAdapter. The tokens attend to the last image of their prompt."""
+        """The family's arguments of the model's forward for `length` tokens after the prompts `rows` (rows,): features
+        (rows, images, width, size), and `image_attention_mask` (rows, length, images) of the prompt's last token."""
         features = next(name for name in inputs if name.endswith("_embeddings"))
         mask = inputs["image_attention_mask"][rows]
         return {features: inputs[features][rows], "image_attention_mask": mask[:, -1:].expand(-1, length, -1)}
 
     def _image_mask(self, ids: Tensor, prompts: Sequence[Tokens]) -> Tensor:
-        """The mask (rows, length, images) for `ids` (rows, length): a token attends to the image before it only."""
+        """The mask (rows, length, images) for `ids` (rows, length): 1 for the last image up to a token, otherwise 0."""
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
         seen = (ids == self.codec.image_id).cumsum(dim=1)
         return (seen[..., None] == torch.arange(1, images + 1)).long()
 
     def _hidden_states(self, prompts: Sequence[Tokens]) -> Tensor:
-        """The features (rows, images, width, size) of each prompt's pictures, filled up with zeros."""
+        """The features (rows, images, width, size) of each prompt's pictures, padded with zeros."""
         found = without_pauses(self.pictures.features(picture for prompt in prompts for picture in prompt.pictures))
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
         shape = next(iter(found.values())).shape if found else (1, self._feature_width)

@@ -1,7 +1,7 @@
-"""IDEFICS' text decoder for the engine: stateless, its caches are handed in.
+"""IDEFICS' text decoder for the engine: stateless, since the engine passes in the caches.
 
-Beside prefixes, the cross-attention's keys and values are kept, which transformers' own decoder projects again at each
-step. Of those, only the last image's: each token attends to the image before it, and to no other.
+The keys and values of the cross-attention are cached too, which transformers' own decoder computes again at each step.
+They are kept for a row's last image only: each token attends to the last image before it, and to no other.
 """
 
 from __future__ import annotations
@@ -22,35 +22,37 @@ from worker.engine.tensors import padded, to_device
 from worker.engine.traced import Traced
 from worker.models.idefics1.layers import TextModel
 from worker.models.idefics1.network import (
+    DecodeStep,
     Prefill,
     ScoredPrefill,
     ScoredTextPrefill,
     TextPrefill,
-    TextStep,
     TreeAttention,
 )
 
-#: New tokens of a row that are few (see layers.eager_attention).
+#: Maximum new tokens of a row that count as few (see layers.eager_attention).
 FEW = 24
 
 
 @dataclass(frozen=True, slots=True)
 class IdeficsSegment:
-    """See interfaces.PromptSegment. Its carry is the last image, which the tokens behind it attend to."""
+    """Consecutive tokens of a prompt, with the features of the images among them."""
 
     ids: Sequence[int]
     #: Features (width, size) of each image among the tokens.
     images: Sequence[Tensor]
-    #: The places of the image tokens in `ids`.
+    #: The indices of the image tokens in `ids`.
     places: Sequence[int]
     #: Features (width, size) of the last image before the tokens.
     image_before: Tensor | None = None
 
     @property
     def carry(self) -> Tensor | None:
+        """Features (width, size) of the last image, which the tokens after the segment attend to."""
         return self.images[-1] if self.images else self.image_before
 
     def split(self, length: int) -> tuple[IdeficsSegment, IdeficsSegment]:
+        """Split into the first `length` tokens and the rest."""
         shown = bisect.bisect_left(self.places, length)
         first = IdeficsSegment(self.ids[:length], self.images[:shown], self.places[:shown], self.image_before)
         places = [place - length for place in self.places[shown:]]
@@ -58,13 +60,14 @@ class IdeficsSegment:
 
 
 class IdeficsDecoder:
-    """See interfaces.Decoder. The extra pool is the cross-attention's, for the last image of each row."""
+    """Implements interfaces.Decoder. Its extra pool holds the cross-attention's keys and values of each row's last
+    image."""
 
     def __init__(self, model: IdeficsForVisionText2Text, image_id: int) -> None:
         """`image_id`: the token that stands for an image."""
         self.spec = cache_spec(model)
         text = TextModel(model)
-        #: By whether nothing stands before the segments, and whether they are short.
+        #: By whether all prompts begin with the segments, and whether the segments are short.
         self._prefills = {
             (begins, is_short): Traced(Prefill(text, image_id, begins=begins, is_short=is_short))
             for begins, is_short in itertools.product((True, False), repeat=2)
@@ -74,11 +77,12 @@ class IdeficsDecoder:
         }
         self._text_prefill = Traced(TextPrefill(text))
         self._scored_text_prefill = Traced(ScoredTextPrefill(text))
-        self.step: Callable[..., Tensor] = TextStep(text, is_short=True)
+        self.step: Callable[..., Tensor] = DecodeStep(text, is_short=True)
         self.branch: Callable[..., Tensor] = TreeAttention(text)
 
     def segment(self, tokens: Tokens, features: Mapping[bytes, Tensor], carry: Tensor | None) -> IdeficsSegment:
-        """See interfaces.Decoder. `features` (width, size) by key."""
+        """Combine tokens with the features (width, size) of their pictures, by key. `carry` (width, size): the features
+        of the last image before the tokens; None if there is none."""
         images = [features[picture.key] for picture in tokens.pictures]
         return IdeficsSegment(tokens.ids, images, [span.start for span in tokens.spans], carry)
 
@@ -90,9 +94,10 @@ class IdeficsDecoder:
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
-        """See interfaces.Decoder."""
+        """Write the keys and values of segments into `slots`, after `starts` tokens each. Returns the logits (segments,
+        vocabulary) after each segment. `self_kv` and `extra`: each (slots, heads, positions, head size)."""
         length = max(len(segment.ids) for segment in segments)
-        # Padding on the right: no kept token attends to it, and the next tokens overwrite it.
+        # Padding on the right needs no mask: no real token attends to it, and later tokens overwrite it.
         ids = padded([segment.ids for segment in segments], length, 0, self.spec.device)
         numbers = self._numbers(segments, starts, slots)
         if not extra:
@@ -109,7 +114,8 @@ class IdeficsDecoder:
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
-        """See interfaces.Decoder."""
+        """Prefill segments into the first slots, and score sequences after them. Returns log-probabilities (segments,
+        firsts + targets). `self_kv` and `extra`: each (slots, heads, positions, head size)."""
         first = padded(firsts, max(map(len, firsts)), 0, self.spec.device)
         numbers = self._numbers(segments, starts, range(len(segments)))
         scored = tree.owner, tree.depth, first, tree.targets
@@ -121,15 +127,15 @@ class IdeficsDecoder:
     def _numbers(
         self, segments: Sequence[IdeficsSegment], starts: Sequence[int], slots: Sequence[int]
     ) -> tuple[Tensor, ...]:
-        """`starts`, the segments' last tokens' places and `slots`, each (segments,)."""
+        """`starts`, the index of each segment's last token, and `slots`, each (segments,)."""
         lasts = [len(segment.ids) - 1 for segment in segments]
-        # One tensor, since each that is made lets go of the interpreter and has to get it back.
+        # One tensor, since making one releases the interpreter lock and has to acquire it again.
         return to_device([[*starts], lasts, [*slots]], self.spec.device).unbind()
 
     def _image_tensors(self, segments: Sequence[IdeficsSegment]) -> tuple[Tensor, ...]:
-        """`images`, `shown`, `kept`, `no_image_before` and `first` of network.Prompts."""
+        """`images`, `shown`, `kept`, `no_image_before` and `first` of network.Prompts, in the shapes given there."""
         device = self.spec.device
-        # Number 0, the image before, is left out where no token attends to it.
+        # Number 0, the image before the segment, is left out if no token of any row attends to it.
         first = int(all(segment.image_before is None or segment.places[:1] == [0] for segment in segments))
         rows = [[segment.image_before, *segment.images][first:] for segment in segments]
         distinct = {id(image): image for row in rows for image in row if image is not None}
@@ -145,11 +151,11 @@ class IdeficsDecoder:
 
 
 def cache_spec(model: IdeficsForVisionText2Text) -> CacheSpec:
-    """What is kept for each row of a model."""
+    """The caches that the decoder needs for each row."""
     layers, blocks = model.model.layers, model.model.gated_cross_attn_layers
     self_attention, cross_attention = layers[0].self_attn, blocks[0].cross_attn
     width, size = feature_shape(model)
-    # A quantized model's other weights are of another type.
+    # In a quantized model, other weights have another dtype.
     weight = model.model.norm.weight
     return CacheSpec(
         KVSpec(len(layers), self_attention.num_heads, self_attention.head_dim),
@@ -161,7 +167,8 @@ def cache_spec(model: IdeficsForVisionText2Text) -> CacheSpec:
 
 
 def feature_shape(model: IdeficsForVisionText2Text) -> tuple[int, int]:
-    """The width and the size of one image's features: the resampler's latents, or the vision tower's patches."""
+    """The width and the size of one image's features. The width is the number of the resampler's latents, or of the
+    vision tower's patches and its class token."""
     config = model.config
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2

@@ -1,10 +1,10 @@
-"""What IDEFICS' text decoder computes, as modules whose arguments are tensors alone: each is recorded as one graph (see
-engine/traced.py).
+"""The computations of IDEFICS' text decoder, as modules that take tensors only, so that each can be recorded as one
+graph (engine/traced.py).
 
 Common arguments: `ids` (rows, length) are new tokens, `starts` (rows,) the number of tokens before them. `caches` are
-the keys and values, each (slots, heads, positions, head size), of each decoder layer in turn, with room for the new
-ones, which are stored there; then those of each cross-attention block, for the image that the tokens after a prompt
-attend to. Row n has slot n, unless `slots` says otherwise.
+the keys and values of each decoder layer in turn, each (slots, heads, positions, head size), with room for the new
+tokens, whose keys and values the modules write; then those of each cross-attention block, for the image that the tokens
+after a prompt attend to. Row n is in slot n, unless `slots` says otherwise.
 """
 
 from __future__ import annotations
@@ -20,20 +20,25 @@ from worker.models.layers import KeysValues
 from worker.models.self_attention import (
     SelfAttention,
     causal_mask,
-    picked,
+    new_positions,
+    prompt_scores,
     run_layer,
-    scored,
     scored_places,
+    states_at,
+    target_scores,
     tree_mask,
 )
 
-#: A cross-attention block's output (rows, length, hidden) for states of that shape, with its keys and values if any.
+#: Runs a cross-attention block: from its input (rows, length, hidden) and its cached keys and values, if any, to its
+#: output of the same shape.
 CrossAttend = Callable[[GatedCrossAttention, Tensor, KeysValues | None], Tensor]
 
 
 class _Network(torch.nn.Module):
+    """Base of the modules: runs the layers of the text model."""
+
     def __init__(self, text: TextModel, *, is_short: bool = False) -> None:
-        """`is_short`: each row has a few new tokens."""
+        """`is_short`: whether each row has only a few new tokens (see layers.eager_attention)."""
         super().__init__()
         self.text = text
         self.attend = text.attention(is_short=is_short)
@@ -46,8 +51,8 @@ class _Network(torch.nn.Module):
         cross_attend: CrossAttend,
         attention: SelfAttention,
     ) -> Tensor:
-        """The tokens' last states (rows, length, hidden), or those of the selected ones (rows, selected, hidden).
-        `positions` (rows, length) are their places in the text."""
+        """The last layer's states (rows, length, hidden), or (rows, selected, hidden) if `attention` selects tokens.
+        `positions` (rows, length): the tokens' positions in the text, for the rotary embedding."""
         text = self.text
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
         self_kv, cross_kv = pairs[: len(text.layers)], pairs[len(text.layers) :]
@@ -57,14 +62,14 @@ class _Network(torch.nn.Module):
             if index % text.interval == 0:
                 number = index // text.interval
                 states = cross_attend(text.blocks[number], states, cross_kv[number] if cross_kv else None)
-            # The last layer's keys and values are stored for all tokens, but its states are asked of few.
+            # The last layer stores keys and values of all tokens, but computes states of the selected ones only.
             asked = attention if index == len(self_kv) - 1 else attention.of_all()
             states = run_layer(layer, states, rotary, cache, asked, self.attend)
         return states
 
     def cross_attend_cached(self, attends_image: Tensor) -> CrossAttend:
-        """After the prompt every token attends to its row's last image, whose keys and values are kept.
-        `attends_image` (rows,): whether there is one."""
+        """Cross-attention of tokens after the prompt, to their row's last image, whose keys and values are cached.
+        `attends_image` (rows,): 0 for a row without an image."""
         no_image = (attends_image == 0)[:, None, None]
 
         def cross_attend(block: GatedCrossAttention, states: Tensor, kept: KeysValues | None) -> Tensor:
@@ -74,51 +79,53 @@ class _Network(torch.nn.Module):
 
 
 def _cross_attend_nothing(block: GatedCrossAttention, states: Tensor, kept: KeysValues | None) -> Tensor:
-    """States (rows, length, hidden) of rows without an image."""
+    """Run a block on rows without an image: from `states` (rows, length, hidden) to the same shape."""
     return block.output(states)
 
 
 class Prompts(NamedTuple):
-    """Prompts that show images."""
+    """The tensors of new tokens of prompts with images."""
 
-    #: (rows, length), filled up on the right.
+    #: (rows, length): token ids, padded on the right.
     ids: Tensor
-    #: (rows,)
+    #: (rows,): number of tokens before them.
     starts: Tensor
-    #: (rows,): their last tokens' places among the new ones.
+    #: (rows,): the index of each row's last token in `ids`.
     lasts: Tensor
-    #: (rows,): their slots.
+    #: (rows,): the row's slot.
     slots: Tensor
-    #: (images, width, size): features.
+    #: (images, width, size): features of the distinct images of all rows.
     images: Tensor
-    #: (rows, most): which of them a row shows, from its number `first` on.
+    #: (rows, most): index in `images` of each image of a row. Column n is the row's image number `first` + n, where
+    #: number 0 is the image before the new tokens.
     shown: Tensor
-    #: (rows,): which one the tokens after the prompt attend to.
+    #: (rows,): index in `images` of the image that the tokens after the prompt attend to.
     kept: Tensor
-    #: (rows,): whether there is no image before the new tokens.
+    #: (rows,): True if there is no image before the new tokens.
     no_image_before: Tensor
-    #: 0, the image before the new tokens, or 1.
+    #: A scalar, 0 or 1: the number of the image in the first column of `shown`.
     first: Tensor
 
     @property
     def positions(self) -> Tensor:
         """(rows, length): the tokens' positions in the caches."""
-        return self.starts[:, None] + torch.arange(self.ids.shape[1], device=self.ids.device)
+        return new_positions(self.starts, self.ids)
 
 
-#: How many tensors come first where prompts are prefilled.
+#: Number of tensors of `Prompts`: the first arguments of the modules that prefill prompts with images.
 _PROMPT_TENSORS = len(Prompts._fields)
 
 
 class _PromptNetwork(_Network):
-    """Prefills prompts that show images."""
+    """Base of the modules that prefill prompts with images."""
 
     def __init__(self, text: TextModel, image_id: int, *, is_short: bool) -> None:
         super().__init__(text, is_short=is_short)
         self.image_id = image_id
 
     def cross_attend_shown(self, prompts: Prompts) -> CrossAttend:
-        """Each token attends to the image before it."""
+        """Cross-attention of a prompt's tokens, each to the last image up to it. Caches the keys and values of
+        `kept`."""
         ids, images, shown = prompts.ids, prompts.images, prompts.shown
         attended = (ids == self.image_id).cumsum(dim=1)
         no_image = ((attended == 0) & prompts.no_image_before[:, None])[..., None]
@@ -126,9 +133,9 @@ class _PromptNetwork(_Network):
         image_mask = (attended[..., None] == numbers)[:, None]
 
         def cross_attend(block: GatedCrossAttention, states: Tensor, cache: KeysValues | None) -> Tensor:
-            assert cache is not None, "a prompt shows an image"
+            assert cache is not None, "prompts with images need the cross-attention's caches"
             projected = block.keys_values(images)
-            # The last image's are kept.
+            # Later tokens attend to the last image only.
             for slot_cache, new in zip(cache, projected, strict=True):
                 slot_cache.index_copy_(0, prompts.slots, new[prompts.kept])
             keys, values = (_side_by_side(each, shown) for each in projected)
@@ -138,15 +145,15 @@ class _PromptNetwork(_Network):
 
 
 class Prefill(_PromptNetwork):
-    """Prefills prompts that show images."""
+    """Prefills prompts with images."""
 
     def __init__(self, text: TextModel, image_id: int, *, begins: bool, is_short: bool) -> None:
-        """`begins`: nothing stands before any of them."""
+        """`begins`: whether all prompts begin with the new tokens, so that no cached token is attended to."""
         super().__init__(text, image_id, is_short=is_short)
         self.begins = begins
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Of the tensors of `Prompts` and the caches: logits (rows, vocabulary) after each row's last token."""
+        """Logits (rows, vocabulary) after each row's last token. `tensors`: those of `Prompts`, then the caches."""
         prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), tensors[_PROMPT_TENSORS:]
         positions = prompts.positions
         mask = causal_mask(positions, positions.shape[1] if self.begins else caches[0].shape[2])
@@ -156,9 +163,10 @@ class Prefill(_PromptNetwork):
 
 
 class _ScoredNetwork(_Network):
-    """Prefills prompts, and runs token sequences side by side behind each, as `TreeAttention` does."""
+    """Base of the modules that prefill prompts and run token sequences side by side after each, as `TreeAttention`
+    does."""
 
-    def scored(
+    def scores(
         self,
         ids: Tensor,
         starts: Tensor,
@@ -170,50 +178,56 @@ class _ScoredNetwork(_Network):
         targets: Tensor,
         *caches: Tensor,
     ) -> Tensor:
-        """Log-probabilities as self_attention.scored says. `ids` (rows, length) go on with the sequences' tokens,
-        `lasts` (rows,) are the prompts' last tokens' places; `owner`, `depth` and `targets` as in TokenTree."""
-        positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        """Log-probabilities (rows, firsts + targets): see self_attention.prompt_scores.
+
+        `ids` (rows, length): the prompt's new tokens, then those of the sequences. `lasts` (rows,): the index of the
+        prompt's last token in `ids`. `firsts` (rows, firsts). `owner` and `depth` (rows, length), `targets` (rows,
+        targets): see engine/scoring.TokenTree.
+        """
+        positions = new_positions(starts, ids)
         mask = tree_mask(starts, owner, depth, caches[0].shape[2])
         attention = SelfAttention(positions, mask, selected=scored_places(lasts, targets, ids.shape[1]))
         states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
-        return scored(self.text.logits(states), firsts, targets)
+        return prompt_scores(self.text.logits(states), firsts, targets)
 
 
 class ScoredPrefill(_PromptNetwork, _ScoredNetwork):
-    """Prefills and scores prompts that show images."""
+    """Prefills prompts with images, and scores sequences after them."""
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Of the tensors of `Prompts`, then `owner`, `depth`, `firsts`, `targets` and the caches: see `scored`."""
+        """Log-probabilities (rows, firsts + targets): see `scores`. `tensors`: those of `Prompts`, then `owner`,
+        `depth`, `firsts`, `targets` and the caches."""
         prompts = Prompts(*tensors[:_PROMPT_TENSORS])
         cross_attend = self.cross_attend_shown(prompts)
-        return self.scored(prompts.ids, prompts.starts, prompts.lasts, cross_attend, *tensors[_PROMPT_TENSORS:])
+        return self.scores(prompts.ids, prompts.starts, prompts.lasts, cross_attend, *tensors[_PROMPT_TENSORS:])
 
 
 class ScoredTextPrefill(_ScoredNetwork):
-    """Prefills and scores rows without images."""
+    """Prefills prompts without images, and scores sequences after them."""
 
     def forward(self, ids: Tensor, starts: Tensor, lasts: Tensor, *tensors: Tensor) -> Tensor:
-        """`tensors` are `owner`, `depth`, `firsts`, `targets` and the caches: see `scored`."""
-        return self.scored(ids, starts, lasts, _cross_attend_nothing, *tensors)
+        """Log-probabilities (rows, firsts + targets): see `scores`. `ids` (rows, length), `starts` and `lasts` (rows,);
+        `tensors`: `owner`, `depth`, `firsts`, `targets` and the caches."""
+        return self.scores(ids, starts, lasts, _cross_attend_nothing, *tensors)
 
 
 class TextPrefill(_Network):
-    """Prefills tokens of rows without images."""
+    """Prefills prompts without images."""
 
     def forward(self, ids: Tensor, starts: Tensor, lasts: Tensor, *caches: Tensor) -> Tensor:
-        """Logits (rows, vocabulary) after each row's last token. `lasts` (rows,): its place among the new ones."""
-        positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        """Logits (rows, vocabulary) after each row's last token, which is at index `lasts` (rows,) of `ids`."""
+        positions = new_positions(starts, ids)
         attention = SelfAttention(positions, causal_mask(positions, caches[0].shape[2]))
         states = self.states(ids, positions, caches, _cross_attend_nothing, attention)
-        return self.text.logits(picked(states, lasts[:, None])[:, 0])
+        return self.text.logits(states_at(states, lasts[:, None])[:, 0])
 
 
-class TextStep(_Network):
-    """Appends a token to each row: see engine/interfaces.Decoder."""
+class DecodeStep(_Network):
+    """Appends a token to each row (`step` of engine/interfaces.Decoder)."""
 
     def forward(self, numbers: Tensor, *caches: Tensor) -> Tensor:
-        """`numbers` (3, rows) are each row's token, how many stand before it, and whether it attends to an image.
-        Logits (rows, vocabulary) of the next token. If no row does, the cross-attention's caches may be left out."""
+        """Logits (rows, vocabulary) of the next token. `numbers` (3, rows): each row's token, the number of tokens
+        before it, and whether it attends to an image. If no row does, the cross-attention's caches may be left out."""
         ids, starts, attends_image = numbers.unbind()
         positions = starts[:, None]
         attention = SelfAttention(positions, causal_mask(positions, caches[0].shape[2]))
@@ -222,7 +236,7 @@ class TextStep(_Network):
 
 
 class TreeAttention(_Network):
-    """Runs several token sequences side by side behind each row: see engine/scoring.TokenTree."""
+    """Runs several token sequences side by side after each row (`branch` of engine/interfaces.Decoder)."""
 
     def forward(
         self,
@@ -234,17 +248,17 @@ class TreeAttention(_Network):
         attends_image: Tensor,
         *caches: Tensor,
     ) -> Tensor:
-        """Log-probabilities (rows, length) of `targets` (rows, length), the tokens that follow. `owner` and `depth`
-        (rows, length) as in TokenTree; `attends_image` (rows,) as in `TextStep`."""
-        positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        """Log-probabilities (rows, length) of `targets` (rows, length), the next tokens of `ids`. `owner` and `depth`
+        (rows, length): see engine/scoring.TokenTree. `attends_image` (rows,): 0 for a row without an image."""
+        positions = new_positions(starts, ids)
         attention = SelfAttention(positions, tree_mask(starts, owner, depth, caches[0].shape[2]))
         cross_attend = self.cross_attend_cached(attends_image)
         states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
-        return self.text.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
+        return target_scores(self.text.logits(states), targets)
 
 
 def _side_by_side(images: Tensor, shown: Tensor) -> Tensor:
-    """(images, heads, length, head size) as (rows, heads, keys, head size) of the images that each row shows (rows,
-    most)."""
+    """The keys or values (rows, heads, most * width, head size) of each row's images one after another, from those of
+    all `images` (images, heads, width, head size) and the index `shown` (rows, most) of each row's images."""
     each = images[shown].transpose(1, 2)
     return each.flatten(2, 3)

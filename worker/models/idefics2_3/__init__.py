@@ -1,1 +1,1 @@
-"""Idefics2 and Idefics3, including the first SmolVLM: a picture's features stand among the prompt's own tokens."""
+"""Idefics2, Idefics3 and SmolVLM: a picture's features take the place of image tokens in the prompt."""

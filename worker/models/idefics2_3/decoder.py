@@ -1,7 +1,7 @@
-"""The text decoders of Idefics2, Idefics3 and SmolVLM for the engine: stateless, their caches are handed in.
+"""The text decoder of Idefics2, Idefics3 and SmolVLM for the engine: stateless, since the engine passes in the caches.
 
-A picture's features take the place of its tokens' embeddings. So later tokens need nothing of it but keys and values, a
-prefix may end anywhere, and a picture may be cut by a chunk of a prefill.
+A picture's features are merged into the prompt: they take the place of its image tokens' embeddings. So later tokens
+need only its keys and values, a prefix may end anywhere, and a chunk of a prefill may end inside a picture.
 """
 
 from __future__ import annotations
@@ -19,33 +19,35 @@ from worker.engine.row import Tokens
 from worker.engine.scoring import TokenTree
 from worker.engine.tensors import padded
 from worker.engine.traced import Traced
-from worker.models.idefics2_3.network import Prefill, ScoredPrefill, Step, TextModel, TreeAttention
+from worker.models.idefics2_3.network import DecodeStep, Prefill, ScoredPrefill, TextModel, TreeAttention
 
-#: Rotary embeddings that depend on a token's position alone. Others change with the longest row of a batch.
+#: Types of rotary embedding that depend on a token's position only. Others change with the longest row of a batch.
 STEADY_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def has_decoder(model: PreTrainedModel) -> bool:
-    """Whether a checkpoint's text model is one of those that `MergedDecoder` computes."""
+    """Whether `MergedDecoder` supports a checkpoint's text model."""
     text = model.model.text_model
     return type(text) in (LlamaModel, MistralModel) and text.rotary_emb.rope_type in STEADY_ROPE
 
 
 @dataclass(frozen=True, slots=True)
 class MergedSegment:
-    """See interfaces.PromptSegment."""
+    """Consecutive tokens of a prompt, with the features that replace the embeddings of the image tokens among them."""
 
     ids: Sequence[int]
-    #: The places of the image tokens in `ids`.
+    #: The indices of the image tokens in `ids`.
     places: Sequence[int]
-    #: (image tokens, hidden)
+    #: (image tokens, hidden): the features of each image token.
     features: Tensor
 
     @property
     def carry(self) -> None:
+        """None: later tokens need only keys and values."""
         return None
 
     def split(self, length: int) -> tuple[MergedSegment, MergedSegment]:
+        """Split into the first `length` tokens and the rest."""
         shown = bisect.bisect_left(self.places, length)
         rest = [place - length for place in self.places[shown:]]
         return (
@@ -55,25 +57,25 @@ class MergedSegment:
 
 
 class MergedDecoder:
-    """See interfaces.Decoder. It has no extra pools."""
+    """Implements interfaces.Decoder, without extra pools."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.spec = _cache_spec(model)
         self._image_id: int = model.config.image_token_id
         text = TextModel(model)
         self._none = text.norm.weight.new_empty(0, text.norm.weight.shape[0])
-        #: By whether nothing stands before the segments.
+        #: By whether all prompts begin with the segments.
         self._prefills = {begins: Traced(Prefill(text, begins=begins)) for begins in (True, False)}
         self._scored_prefill = Traced(ScoredPrefill(text))
-        self.step: Callable[..., Tensor] = Step(text)
+        self.step: Callable[..., Tensor] = DecodeStep(text)
         self.branch: Callable[..., Tensor] = TreeAttention(text)
 
     def segment(self, tokens: Tokens, features: Mapping[bytes, Tensor], carry: Tensor | None) -> MergedSegment:
-        """See interfaces.Decoder. `features` (tokens, hidden) by key."""
+        """Combine tokens with the features (image tokens, hidden) of their pictures, by key. `carry` is None."""
         places = [place for place, id in enumerate(tokens.ids) if id == self._image_id]
         shown = [features[picture.key] for picture in tokens.pictures]
         merged = shown[0] if len(shown) == 1 else torch.cat((self._none, *shown))
-        assert len(places) == len(merged), "each image token has its features"
+        assert len(places) == len(merged), "each image token needs its features"
         return MergedSegment(tokens.ids, places, merged)
 
     def prefill(
@@ -84,7 +86,8 @@ class MergedDecoder:
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
-        """See interfaces.Decoder."""
+        """Write the keys and values of segments into the first slots, after `starts` tokens each. Returns the logits
+        (segments, vocabulary) after each segment. `self_kv`: each (slots, key heads, positions, head size)."""
         length = max(len(segment.ids) for segment in segments)
         ids = padded([segment.ids for segment in segments], length, 0, self.spec.device)
         return self._prefills[not any(starts)](*self._prompts(ids, segments, starts), *self_kv)
@@ -98,13 +101,14 @@ class MergedDecoder:
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
-        """See interfaces.Decoder."""
+        """Prefill segments into the first slots, and score sequences after them. Returns log-probabilities (segments,
+        firsts + targets). `self_kv`: each (slots, key heads, positions, head size)."""
         first = padded(firsts, max(map(len, firsts)), 0, self.spec.device)
         prompts = self._prompts(tree.ids, segments, starts)
         return self._scored_prefill(*prompts, tree.owner, tree.depth, first, tree.targets, *self_kv)
 
     def _prompts(self, ids: Tensor, segments: Sequence[MergedSegment], starts: Sequence[int]) -> tuple[Tensor, ...]:
-        """The tensors of network.Prompts, for `ids` (segments, length) that begin with the segments'."""
+        """The tensors of network.Prompts. `ids` (segments, length) begin with the ids of the segments."""
         lasts = [len(segment.ids) - 1 for segment in segments]
         starts_and_lasts = torch.tensor([[*starts], lasts], device=self.spec.device)
         length = ids.shape[1]
@@ -115,9 +119,9 @@ class MergedDecoder:
 
 
 def _cache_spec(model: PreTrainedModel) -> CacheSpec:
-    """What is kept for each row of a model."""
+    """The caches that the decoder needs for each row."""
     text = model.model.text_model
-    # A quantized model's other weights are of another type.
+    # In a quantized model, other weights have another dtype.
     weight = text.norm.weight
     key_heads = text.config.num_key_value_heads
     return CacheSpec(

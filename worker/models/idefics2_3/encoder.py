@@ -1,6 +1,6 @@
-"""Image features of Idefics2, Idefics3 and SmolVLM, frame by frame: what stock transformers computes for a whole batch.
+"""Image features of Idefics2, Idefics3 and SmolVLM, computed frame by frame.
 
-A frame goes through the vision tower without the padding that stock transformers gives it.
+Stock transformers pads all frames of a batch to the largest. Here an Idefics2 frame is encoded without its padding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import Idefics2ForConditionalGeneration, PreTrainedModel
 from worker.engine.traced import Traced
 from worker.models.idefics2_3.frames import Frame, Normalizer
 
-#: Patches that are encoded at once: on a CPU they take seconds, in which no heartbeat is sent.
+#: Maximum patches encoded at once: on a CPU they take seconds, in which no heartbeat is sent.
 CHUNK_PATCHES = 4096
 
 
@@ -27,12 +27,12 @@ class FrameEncoder:
         self._resamples = isinstance(model, Idefics2ForConditionalGeneration)
         self._patch_size: int = model.config.vision_config.patch_size
         patches = (model.config.vision_config.image_size // self._patch_size) ** 2
-        #: Frames of the largest size that are encoded at once.
+        #: Maximum frames encoded at once, if all have the largest size.
         self.chunk = max(1, CHUNK_PATCHES // patches)
         self._run = Traced(_Encoder(model, resamples=self._resamples))
 
     def encode(self, frames: Sequence[Frame]) -> list[Tensor]:
-        """The features (tokens, hidden) of each frame, encoded together with those of the same size."""
+        """The features (tokens, hidden) of each frame. Frames of one size are encoded together."""
         found: dict[int, Tensor] = {}
         cropped = [self._cropped(frame.pixels, frame.mask) for frame in frames]
         for shape in sorted({pixels.shape for pixels, _ in cropped}):
@@ -42,18 +42,18 @@ class FrameEncoder:
         return [found[place] for place in range(len(frames))]
 
     def _cropped(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """A frame (channels, height, width) and its mask (height, width), without the padding on its right and below.
-        Idefics3 keeps it: a frame's tokens do not depend on its size there."""
+        """A frame (channels, height, width) and its mask (height, width) without the padding on the right and below.
+        Idefics3 keeps the padding: there a frame has the same number of tokens at any size."""
         if not self._resamples:
             return pixels, mask
-        # Patches that reach into the padding are left out.
+        # Patches that lie partly in the padding are left out, as the model does.
         height, width = (int(mask.any(dim=dim).sum()) // self._patch_size * self._patch_size for dim in (1, 0))
         return pixels[:, :height, :width], mask[:height, :width]
 
     def _together(self, pixels: Tensor, mask: Tensor, normalize: Normalizer) -> Sequence[Tensor]:
-        """The features (tokens, hidden) of each frame (frames, channels, height, width), with masks (frames, height,
-        width)."""
-        # Normalised on the device, which gets bytes, a quarter of what the values take.
+        """The features (tokens, hidden) of each of `pixels` (frames, channels, height, width), which `mask` (frames,
+        height, width) tells from padding."""
+        # Normalised on the device: bytes are a quarter of the normalised values, and faster to transfer.
         device = self._model.device
         values = normalize(pixels.to(device), mask.to(device)).to(self._model.dtype)
         if mask.all():
@@ -72,7 +72,7 @@ class _Encoder(torch.nn.Module):
         self.resamples = resamples
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(frames, channels, height, width) to (frames, tokens, hidden)."""
+        """From pixels (frames, channels, height, width) to features (frames, tokens, hidden)."""
         frames, _, height, width = pixels.shape
         size = self.tower.embeddings.patch_size
         shown = torch.ones(frames, height // size, width // size, dtype=torch.bool, device=pixels.device)

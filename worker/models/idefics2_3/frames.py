@@ -1,7 +1,7 @@
 """Images as frames: cut, scaled and padded as transformers' image processors do it, bit for bit, kept as bytes.
 
-The processors copy an image at each step, and end with floats of 32 bits. Here Pillow scales it and its bytes are kept,
-in a quarter of the memory; the values that rescaling and normalising give them are looked up where it is encoded.
+The processors copy an image at each step, and end with 32-bit floats. Here Pillow scales the image and its bytes are
+kept, a quarter of the size. They are rescaled and normalised, by a table, when the image is encoded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from worker.engine.row import Picture
 
 LEVELS = 256
-#: The longest side of any scaled image, in Idefics3.
+#: Maximum pixels of a side of a scaled image in Idefics3.
 LONGEST = 4096
 
 
 class Normalizer:
-    """The values that a processor's rescaling and normalising give each byte of each channel."""
+    """Rescales and normalises bytes as a processor does, by a table of the value of each byte in each channel."""
 
     def __init__(self, processor: Any) -> None:
         ramp = np.broadcast_to(np.arange(LEVELS, dtype=np.uint8), (3, 1, LEVELS))
@@ -35,9 +35,11 @@ class Normalizer:
         self._table = torch.from_numpy(np.ascontiguousarray(values[:, 0]))
 
     def __call__(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Bytes (..., channels, height, width) with masks (..., height, width) as values on the same device.
+        """From bytes (..., channels, height, width) to values of the same shape on the same device. Floats are returned
+        unchanged.
 
-        The value is 0 where the mask is False. Floats stay as they are."""
+        The value is 0 where `mask` (..., height, width) is False.
+        """
         if pixels.is_floating_point():
             return pixels
         table = self._table.to(pixels.device)
@@ -49,38 +51,40 @@ class Normalizer:
 
 
 class Frame(NamedTuple):
-    """A part of an image, which the vision tower takes for itself."""
+    """A part of an image, or the whole of it, which the vision tower encodes separately."""
 
-    #: Bytes (channels, height, width), or values that are normalised already.
+    #: Bytes, or values that are normalised already (channels, height, width).
     pixels: Tensor
-    #: (height, width): see Frames.
+    #: (height, width): False for padding.
     mask: Tensor
     normalize: Normalizer
 
 
 @dataclass(frozen=True, slots=True)
 class Frames(Picture):
-    """One image as its frames: `pixels` (frames, channels, height, width), bytes or normalised values."""
+    """One image as its frames."""
 
+    #: Bytes, or normalised values (frames, channels, height, width).
     pixels: Tensor
-    #: (frames, height, width): False where a frame was padded to the largest.
+    #: (frames, height, width): False where a frame is padded to the size of the largest.
     mask: Tensor
-    #: What stands for the image in a prompt's text.
+    #: What the image is in a prompt's text.
     text: str
     normalize: Normalizer
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the pixels and the mask."""
         return self.pixels.nbytes + self.mask.untyped_storage().nbytes()
 
     @property
     def frames(self) -> Sequence[Frame]:
-        """See Picture."""
+        """The frames, one by one."""
         return [Frame(*parts, self.normalize) for parts in zip(self.pixels, self.mask, strict=True)]
 
 
 class Cut(NamedTuple):
-    """An image's frames, and into how many rows and columns it was cut; 0 and 0: not cut."""
+    """An image's frames, and the number of rows and columns of tiles; 0 if it was not cut into tiles."""
 
     frames: Sequence[Image.Image]
     rows: int = 0
@@ -88,10 +92,11 @@ class Cut(NamedTuple):
 
 
 class FrameCutter:
-    """Makes frames as one processor does. A processor that does something else is called for each image."""
+    """Cuts images into frames as a processor does. If its results differ from the processor's, it calls the
+    processor."""
 
     def __init__(self, processor: Any, *, splits_into_tiles: bool) -> None:
-        """`splits_into_tiles`: whether it is that of Idefics3 and SmolVLM; else Idefics2's."""
+        """`splits_into_tiles`: True for the processor of Idefics3 and SmolVLM, False for that of Idefics2."""
         self._processor = processor
         self._tiled = splits_into_tiles
         self._cut = self._tiles if splits_into_tiles else self._quarters
@@ -100,7 +105,7 @@ class FrameCutter:
         self._is_exact = self._agrees_on(Image.fromarray(noise))
 
     def frames(self, image: Image.Image) -> tuple[Frames, int, int]:
-        """An RGB image as frames without text, and its rows and columns."""
+        """The frames of an RGB image, without text, and the number of rows and columns of tiles."""
         if not self._is_exact:
             return self._stock(image)
         cut = self._cut(image)
@@ -109,7 +114,7 @@ class FrameCutter:
         for place, frame in enumerate(cut.frames):
             pixels[place, :, : frame.height, : frame.width] = np.asarray(frame).transpose(2, 0, 1)
         sizes = [frame.size for frame in cut.frames]
-        # An upright image and one across may have the same bytes.
+        # The key includes the sizes, since an upright and a landscape image may have the same bytes.
         key = hashlib.blake2b(repr(sizes).encode(), digest_size=16)
         key.update(pixels.data)
         picture = Frames(key.digest(), torch.from_numpy(pixels), _mask(sizes, height, width), "", self._normalize)
@@ -121,7 +126,7 @@ class FrameCutter:
         try:
             made, *found = self.frames(image)
         except (KeyError, TypeError, AttributeError):
-            # Its sizes have another form.
+            # The processor's sizes have another form.
             return False
         return (
             placed == found
@@ -141,7 +146,7 @@ class FrameCutter:
         return Frames(key.digest(), pixels, mask, "", self._normalize), rows, columns
 
     def _quarters(self, image: Image.Image) -> Cut:
-        """Idefics2's frames: the image's quarters, if it is to be split, and the whole of it."""
+        """Idefics2's frames: the image's four quarters, if the processor splits images, then the whole image."""
         size = self._processor.size
         parts = [*(_quarters(image) if self._processor.do_image_splitting else ()), image]
         return Cut(
@@ -149,7 +154,7 @@ class FrameCutter:
         )
 
     def _tiles(self, image: Image.Image) -> Cut:
-        """Idefics3's frames: tiles of the scaled image row by row, and the whole of it."""
+        """Idefics3's frames: the tiles of the scaled image, row by row, then the whole image."""
         side = self._processor.max_image_size["longest_edge"]
         image = self._resized(image, _scaled(image.size, self._processor.size["longest_edge"]))
         if not self._processor.do_image_splitting:
@@ -177,7 +182,7 @@ def _quarters(image: Image.Image) -> list[Image.Image]:
 
 
 def _mask(sizes: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
-    """(frames, height, width): True where a frame of that width and height has pixels."""
+    """The mask (frames, height, width), True inside each frame. `sizes`: each frame's width and height in pixels."""
     if all(size == (width, height) for size in sizes):
         return torch.ones((), dtype=torch.bool).expand(len(sizes), height, width)
     mask = torch.zeros(len(sizes), height, width, dtype=torch.bool)
@@ -186,11 +191,11 @@ def _mask(sizes: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
     return mask
 
 
-# Sizes are (width, height), rounded as the processors round them.
+# Sizes are (width, height) in pixels, rounded as the processors round them.
 
 
 def _within(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
-    """Idefics2's: no longer than `longest`, then no shorter than `shortest` on either side."""
+    """A size in Idefics2: both sides at most `longest`, with the same ratio, then at least `shortest`."""
     width, height = size
     ratio = width / height
     if width >= height and width > longest:
@@ -201,7 +206,7 @@ def _within(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, in
 
 
 def _scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Idefics3's: the longer side as long as `longest`, the other one even, none longer than LONGEST."""
+    """A size in Idefics3: the longer side is `longest`, the other one even, and both are at most LONGEST."""
     width, height = size
     ratio = width / height
     if width >= height:
@@ -220,7 +225,7 @@ def _scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def _in_tiles(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Idefics3's: both sides rounded up to multiples of `side`, the longer one first."""
+    """A size in Idefics3: both sides rounded up to multiples of `side`, the longer one first."""
     width, height = size
     ratio = width / height
     if width >= height:

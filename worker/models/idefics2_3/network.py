@@ -1,9 +1,10 @@
-"""What the text decoders of Idefics2, Idefics3 and SmolVLM compute: Llama or Mistral, over tokens whose embeddings are
-replaced by image features where a picture stands.
+"""The computations of the text decoder of Idefics2, Idefics3 and SmolVLM: Llama or Mistral, where image features
+replace the embeddings of image tokens.
 
-Modules whose arguments are tensors alone: each is recorded as one graph (see engine/traced.py). Common arguments: `ids`
-(rows, length) are new tokens, `starts` (rows,) the number of tokens before them. `caches` are the keys and values, each
-(rows, key heads, positions, head size), of each layer in turn, with room for the new ones, which are stored there.
+The modules take tensors only, so that each can be recorded as one graph (engine/traced.py). Common arguments: `ids`
+(rows, length) are new tokens, `starts` (rows,) the number of tokens before them. `caches` are the keys and values of
+each layer in turn, each (rows, key heads, positions, head size), with room for the new tokens, whose keys and values
+the modules write.
 """
 
 from __future__ import annotations
@@ -16,79 +17,100 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from worker.models.layers import Attend, Block, DecoderLayer, RMSNorm, eager_attention, rotary_cos_sin, runs_eagerly
-from worker.models.self_attention import SelfAttention, causal_mask, run_layer, scored, scored_places, tree_mask
+from worker.models.layers import (
+    Attend,
+    DecoderLayer,
+    RMSNorm,
+    StockModule,
+    eager_attention,
+    rotary_cos_sin,
+    runs_eagerly,
+)
+from worker.models.self_attention import (
+    SelfAttention,
+    causal_mask,
+    new_positions,
+    prompt_scores,
+    run_layer,
+    scored_places,
+    target_scores,
+    tree_mask,
+)
 
 
 class TextModel(torch.nn.Module):
-    """Decoder layers between an embedding and a head: the checkpoint's own weights."""
+    """The text model: an embedding, decoder layers and a head, with the checkpoint's own weights."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        text: Block = model.model.text_model
+        text: StockModule = model.model.text_model
         config = text.config
-        self.embedding: Block = text.embed_tokens
-        self.rotary: Block = text.rotary_emb
-        self.layers: Block = torch.nn.ModuleList(
+        self.embedding: StockModule = text.embed_tokens
+        self.rotary: StockModule = text.rotary_emb
+        self.layers: StockModule = torch.nn.ModuleList(
             DecoderLayer(layer, config.num_attention_heads, config.num_key_value_heads) for layer in text.layers
         )
         self.norm = RMSNorm(text.norm)
-        self.head: Block = model.lm_head
-        #: Tokens that one attends to at most, itself included; None: all before it.
+        self.head: StockModule = model.lm_head
+        #: Maximum tokens that a token attends to, itself included (sliding window); None: no maximum.
         self.window: int | None = getattr(config, "sliding_window", None)
 
     def logits(self, states: Tensor) -> Tensor:
-        """float32 logits (..., vocabulary) of last states (..., hidden)."""
+        """Logits (..., vocabulary) in float32, from the last layer's states (..., hidden)."""
         logits: Tensor = self.head(self.norm(states))
         return logits.float()
 
 
 class _Network(torch.nn.Module):
+    """Base of the modules: runs the layers of the text model."""
+
     def __init__(self, text: TextModel) -> None:
         super().__init__()
         self.text = text
         self.attend = grouped(scaled_dot_product_attention)
 
     def states(self, embedded: Tensor, positions: Tensor, caches: Sequence[Tensor], attention: SelfAttention) -> Tensor:
-        """The last states (rows, length, hidden) of embedded tokens of that shape, or those of the selected ones (rows,
-        selected, hidden). `positions` (rows, length) are their places in the text."""
+        """The last layer's states (rows, length, hidden), or (rows, selected, hidden) if `attention` selects tokens.
+        `embedded` (rows, length, hidden): the tokens' embeddings. `positions` (rows, length): the tokens' positions in
+        the text, for the rotary embedding."""
         states = embedded
         rotary = rotary_cos_sin(self.text.rotary, states, positions)
         last = len(self.text.layers) - 1
         for index, layer in enumerate(self.text.layers):
             cache = caches[2 * index], caches[2 * index + 1]
-            # The last layer's keys and values are stored for all tokens, but its states are asked of few.
+            # The last layer stores keys and values of all tokens, but computes states of the selected ones only.
             asked = attention if index == last else attention.of_all()
             states = run_layer(layer, states, rotary, cache, asked, self.attend)
         return states
 
 
 class Prompts(NamedTuple):
-    """Prompts, filled up on the right: no kept token attends to what stands there, and the next tokens overwrite it."""
+    """The tensors of new tokens of prompts."""
 
-    #: (rows, length)
+    #: (rows, length): token ids, padded on the right. No real token attends to the padding, and later tokens overwrite
+    #: it.
     ids: Tensor
-    #: (rows,)
+    #: (rows,): number of tokens before them.
     starts: Tensor
-    #: (rows,): their last tokens' places among the new ones.
+    #: (rows,): the index of each row's last token in `ids`.
     lasts: Tensor
-    #: (image tokens,): places in the flattened `ids` where pictures stand.
+    #: (image tokens,): the indices of the image tokens in the flattened `ids`.
     places: Tensor
-    #: (image tokens, hidden): what stands there.
+    #: (image tokens, hidden): the image features at these indices.
     features: Tensor
 
     def embedded(self, text: TextModel) -> Tensor:
-        """(rows, length, hidden)."""
+        """The embeddings (rows, length, hidden), with image features in place of those of image tokens."""
         states: Tensor = text.embedding(self.ids)
         return states.flatten(0, 1).index_copy(0, self.places, self.features).view_as(states)
 
     @property
     def positions(self) -> Tensor:
         """(rows, length): the tokens' positions in the caches."""
-        return self.starts[:, None] + torch.arange(self.ids.shape[1], device=self.ids.device)
+        return new_positions(self.starts, self.ids)
 
 
-#: How many tensors come first where prompts are prefilled.
+#: Number of tensors of `Prompts`: the first arguments of the modules that prefill prompts.
 _PROMPT_TENSORS = len(Prompts._fields)
 
 
@@ -96,12 +118,12 @@ class Prefill(_Network):
     """Prefills prompts."""
 
     def __init__(self, text: TextModel, *, begins: bool) -> None:
-        """`begins`: nothing stands before any of them."""
+        """`begins`: whether all prompts begin with the new tokens, so that no cached token is attended to."""
         super().__init__(text)
         self.begins = begins
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Of the tensors of `Prompts` and the caches: logits (rows, vocabulary) after each row's last token."""
+        """Logits (rows, vocabulary) after each row's last token. `tensors`: those of `Prompts`, then the caches."""
         prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), tensors[_PROMPT_TENSORS:]
         positions = prompts.positions
         mask = causal_mask(positions, positions.shape[1] if self.begins else caches[0].shape[2], self.text.window)
@@ -110,11 +132,14 @@ class Prefill(_Network):
 
 
 class ScoredPrefill(_Network):
-    """Prefills prompts, and runs token sequences side by side behind each, as `TreeAttention` does."""
+    """Prefills prompts, and scores token sequences that run side by side after each, as in `TreeAttention`."""
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Of the tensors of `Prompts`, whose ids go on with the sequences' tokens, then `owner`, `depth`, `firsts`,
-        `targets` (see engine/scoring.TokenTree) and the caches: log-probabilities as self_attention.scored says."""
+        """Log-probabilities (rows, firsts + targets): see self_attention.prompt_scores.
+
+        `tensors`: those of `Prompts`, whose `ids` go on with the sequences' tokens; then `owner` and `depth` (rows,
+        length), `firsts` (rows, firsts), `targets` (rows, targets), as in engine/scoring.TokenTree; then the caches.
+        """
         prompts = Prompts(*tensors[:_PROMPT_TENSORS])
         owner, depth, firsts, targets, *caches = tensors[_PROMPT_TENSORS:]
         mask = tree_mask(prompts.starts, owner, depth, caches[0].shape[2], self.text.window)
@@ -122,11 +147,11 @@ class ScoredPrefill(_Network):
         attention = SelfAttention(prompts.positions, mask, selected=selected)
         positions = prompts.starts[:, None] + depth
         states = self.states(prompts.embedded(self.text), positions, caches, attention)
-        return scored(self.text.logits(states), firsts, targets)
+        return prompt_scores(self.text.logits(states), firsts, targets)
 
 
-class Step(_Network):
-    """Appends a token to each row: see engine/interfaces.Decoder."""
+class DecodeStep(_Network):
+    """Appends a token to each row (`step` of engine/interfaces.Decoder)."""
 
     def __init__(self, text: TextModel) -> None:
         super().__init__(text)
@@ -134,8 +159,8 @@ class Step(_Network):
             self.attend = grouped(eager_attention)
 
     def forward(self, numbers: Tensor, *caches: Tensor) -> Tensor:
-        """`numbers` (3, rows) are each row's token, how many stand before it, and a zero. Logits (rows, vocabulary) of
-        the next token."""
+        """Logits (rows, vocabulary) of the next token. `numbers` (3, rows): each row's token, the number of tokens
+        before it, and 0."""
         ids, starts, _ = numbers.unbind()
         positions = starts[:, None]
         attention = SelfAttention(positions, causal_mask(positions, caches[0].shape[2], self.text.window))
@@ -144,7 +169,7 @@ class Step(_Network):
 
 
 class TreeAttention(_Network):
-    """Runs several token sequences side by side behind each row: see engine/scoring.TokenTree."""
+    """Runs several token sequences side by side after each row (`branch` of engine/interfaces.Decoder)."""
 
     def forward(
         self,
@@ -156,22 +181,23 @@ class TreeAttention(_Network):
         has_extra: Tensor,
         *caches: Tensor,
     ) -> Tensor:
-        """Log-probabilities (rows, length) of `targets` (rows, length), the tokens that follow. `owner` and `depth`
-        (rows, length) as in TokenTree; `has_extra` (rows,) are zeros."""
-        positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        """Log-probabilities (rows, length) of `targets` (rows, length), the next tokens of `ids`. `owner` and `depth`
+        (rows, length): see engine/scoring.TokenTree. `has_extra` (rows,): zeros."""
+        positions = new_positions(starts, ids)
         mask = tree_mask(starts, owner, depth, caches[0].shape[2], self.text.window)
         states = self.states(self.text.embedding(ids), starts[:, None] + depth, caches, SelfAttention(positions, mask))
-        return self.text.logits(states).log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]
+        return target_scores(self.text.logits(states), targets)
 
 
 def grouped(attend: Attend) -> Attend:
-    """Attention where several heads of queries share one of keys and values, which need not be repeated for it."""
+    """An attention function in which several query heads share a key and value head, without repeating keys and
+    values."""
 
     def attend_grouped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """`query` (rows, heads, queries, head size), `keys` and `values` (rows, key heads, keys, head size), `mask`
-        (rows, 1, queries, keys); the result has the query's shape."""
+        (rows, 1, queries, keys), True where a query attends to a key. The result has the shape of `query`."""
         group = query.shape[1] // keys.shape[1]
-        # The queries of a group stand one after another, as if they were those of one head.
+        # The queries of a group's heads are concatenated, as if one head had them all.
         together = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
         repeated = None if mask is None else mask.repeat(1, 1, group, 1)
         return attend(together, keys, values, repeated).reshape(query.shape)
