@@ -1,14 +1,14 @@
-"""Which model a batch's lines go to.
+"""Chooses the model, and so the queue, for each line of a batch file.
 
-A line that names a model, by its name or its id, goes to that model's queue. What becomes of one whose model no worker
-serves depends on whose line it is, and on who works:
+A line that names a model, by its name or its id, goes to that model's queue. If no worker serves the model, the line's
+form decides:
 
-- A line of ours is refused.
-- OpenAI's lines always name a model, and those that were written for another service name one of that service. Where
-  all workers take from the client's own queue, they go there: there is one model, and it answers. Where workers serve
-  several models they are refused: which of them is meant cannot be known.
+- A line in our own form is refused.
+- A line in OpenAI's form must name a model, and may have been written for another service. If all workers take from the
+  client's own queue, it goes there, since there is only one model. If workers serve several models, it is refused,
+  since nothing tells which one is meant.
 
-A client that was made for a queue or a model has all lines go there, whatever they name.
+A client that was created with a queue or a model sends all lines there and ignores the models that they name.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from .batch_lines import Line
 from .errors import ModelNotFound
 from .payloads import Job
 
-#: Names that are remembered, so that one is decided upon once and told once.
+#: Maximum unserved models that are remembered, so that each is looked up and reported once.
 MAX_REMEMBERED = 100
 
 
 class LineModels:
-    """Sends the jobs of a batch's lines to their models' queues."""
+    """Submits the jobs of a batch's lines to their models' queues."""
 
     def __init__(self, client: Any, note: Callable[[str], None]) -> None:
-        """`note` is told of each model whose lines another one answers."""
+        """`note` is called with a message for each model whose lines another model answers."""
         self._client = client
         self._note = note
         #: Models of lines that go to the client's own queue.
         self._ignored: set[str] = set()
 
     def of(self, line: Line) -> Line:
-        """A line, without its model where that does not matter."""
-        # A client of somebody's own that does not say so knows no models.
+        """The line, without its model if the client sends all lines to one queue."""
+        # A client of the caller's own without `is_bound` does not know models.
         return replace(line, model=None) if getattr(self._client, "is_bound", True) else line
 
     def submit(self, line: Line, job: Job, **options: Any) -> None:
-        """Queue a line's job. Raises what the client's `submit` does: ModelNotFound for a line that is refused."""
+        """Submit a line's job. Raises the errors of the client's `submit`, such as ModelNotFound for a line that is
+        refused."""
         if line.model is None or line.model in self._ignored:
             self._client.submit(job, **options)
             return
@@ -55,12 +56,13 @@ class LineModels:
             self._ignore(line.model)
 
     def queued(self, models: set[str | None], priority: int) -> int:
-        """Jobs with that priority that wait where lines with these models were sent to."""
+        """The number of jobs with this priority that wait in the queues of lines with these models."""
         return sum(self._queued(model, priority) for model in models)
 
     def _queued(self, model: str | None, priority: int) -> int:
         if model is not None and model not in self._ignored:
-            # One that is not found was ignored by an earlier run.
+            # A model that is not found was ignored in an earlier run of the batch, which sent its lines to the own
+            # queue.
             with contextlib.suppress(ModelNotFound):
                 return int(self._client.queued(priority, model=model))
         return int(self._client.queued(priority))

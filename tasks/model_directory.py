@@ -1,8 +1,8 @@
-"""Which models the workers serve, and from which queues: how `model=` finds the queue that a job goes to.
+"""Finds the queue of a model, for `model=`, from what the workers register in Redis.
 
-A model is asked for by its name, which is its queue's without `idefics.`, or by its id. It stays known for a day
-(MODEL_TTL_S) after a worker last said that it serves it: while a model's only worker restarts, its jobs wait in the
-queue.
+A producer names a model by its name, which is its queue's name without `idefics.`, or by its id. A model stays known
+for a day (MODEL_TTL_S) after a worker last registered it, so that its jobs can wait in the queue while its only worker
+restarts.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from .errors import ModelNotFound, from_broker
 from .setup_check import registry
 from .worker_registry import SILENT_S, ServedModel, models_key
 
-#: Seconds for which a reading holds: for a model that is in it; for one that is not, and where Redis did not answer.
+#: Maximum age in seconds of a cached reading: for a model that is in it; for a model that is not, or if Redis did not
+#: answer.
 CACHE_S, MISSING_CACHE_S = 10.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What workers had said at a time."""
+    """What the workers had registered at one time, or why that could not be read."""
 
-    #: time.monotonic()
+    #: Time of the reading, by time.monotonic().
     at: float
-    #: The models whose workers are alive, by their queues' names.
+    #: The models whose workers are alive, in the order of their queues' names.
     served: list[ServedModel] = field(default_factory=list)
-    #: By name and by id: the queue of each model that is known.
+    #: The queue of each known model, by its name and by its id.
     queues: dict[str, str] = field(default_factory=dict)
-    #: Why it could not be read.
+    #: Why Redis could not be read; None if it was.
     error: Exception | None = None
 
     def holds(self, age_s: float) -> bool:
-        """Whether it is young enough."""
+        """Whether it is younger than `age_s` seconds; a failed reading must be younger than MISSING_CACHE_S too."""
         return time.monotonic() - self.at < (min(age_s, MISSING_CACHE_S) if self.error else age_s)
 
 
 class ModelDirectory:
-    """The models of an app's workers, read from Redis at times. Safe to share between threads."""
+    """The models of an app's workers, read from Redis and cached. Thread-safe."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
@@ -51,7 +52,7 @@ class ModelDirectory:
         self._reading = Reading(float("-inf"))
 
     def queue_of(self, model: str) -> str:
-        """The queue of the model with this name or id. Raises ModelNotFound, and what `served` does."""
+        """The queue of the model with this name or id. Raises ModelNotFound, and the errors of `served`."""
         for age_s in (CACHE_S, MISSING_CACHE_S):
             reading = self._read(age_s)
             if queue := reading.queues.get(model):
@@ -66,7 +67,11 @@ class ModelDirectory:
         return list(self._read(0.0).served)
 
     def _read(self, age_s: float) -> Reading:
-        """A reading that is not older. Threads that wait for one have it too: another one may take seconds again."""
+        """A reading younger than `age_s` seconds. Threads that wait meanwhile share it, since each reading may take
+        seconds.
+
+        Raises BrokerUnavailable or BrokerRefused.
+        """
         with self._lock:
             if not self._reading.holds(age_s):
                 self._reading = read_models(self._app)
@@ -77,21 +82,21 @@ class ModelDirectory:
 
 
 def read_models(app: Celery) -> Reading:
-    """What the workers have said until now."""
+    """Read what the workers have registered, from Redis. Raises ConfigurationError if the broker is not Redis."""
     try:
         with registry(app) as redis:
             now, _ = redis.time()
-            said = redis.zrange(models_key(app), 0, -1, withscores=True)
+            entries = redis.zrange(models_key(app), 0, -1, withscores=True)
     except (OperationalError, RedisError) as error:
         return Reading(time.monotonic(), error=error)
-    known = [(said_at < now - SILENT_S, ServedModel.read(text)) for text, said_at in said]
+    known = [(registered_at < now - SILENT_S, ServedModel.read(text)) for text, registered_at in entries]
     known.sort(key=lambda each: (each[0], each[1].queue, each[1].id))
     served = [model for is_silent, model in known if not is_silent]
     return Reading(time.monotonic(), served, queues(model for _, model in known))
 
 
 def queues(models: Iterable[ServedModel]) -> dict[str, str]:
-    """The queue by each name and each id. A name comes before an id; of several models with one id the first counts."""
+    """The queue of each name and each id. A name wins over an equal id, and the first of several models with one id."""
     names: dict[str, str] = {}
     ids: dict[str, str] = {}
     for model in models:

@@ -1,6 +1,6 @@
-"""Checks that an app's options fit its workers', so that a client can say why jobs would not be answered.
+"""Compares an app's options with its workers', so that a client can say why its jobs would not be answered.
 
-The workers' options are in Redis (`tasks/worker_registry.py`).
+Workers register their options in Redis (`tasks/worker_registry.py`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .errors import ConfigurationError
 from .redis_keys import RESULTS_FINGERPRINT, WORKER_OPTIONS, broker_prefix, results_prefix, separator, steps
 from .worker_registry import RENEW_S, SILENT_S, WorkerOptions, no_worker, workers_key
 
-#: Seconds that a client misses the fingerprint before it concludes that results are elsewhere: a server that was
+#: Seconds for which the fingerprint must differ before a client concludes that results are elsewhere. A Redis that was
 #: emptied has the fingerprint again by then.
 CONFIRM_S = 2 * RENEW_S
-#: Seconds for which a client keeps the workers' options that it has read.
+#: Seconds for which a client caches the workers' options.
 CACHE_S = 10.0
 
 
 def unseen(app: Celery, options: WorkerOptions) -> str | None:
-    """Why workers with these options would not see an app's jobs, with the cure; None if they would."""
+    """Why workers with these options would not see an app's jobs, and what to do; None if they would see them."""
     prefix, own_steps = broker_prefix(app), set(steps(app))
     if prefix != options.prefix:
         return (
@@ -54,7 +54,7 @@ def unseen(app: Celery, options: WorkerOptions) -> str | None:
 
 
 def unreadable(backend: Any) -> str | None:
-    """Why answers cannot be read from a backend, with the cure; None if they may be."""
+    """Why answers cannot be read from a result backend, and what to do; None if they can."""
     if isinstance(backend, DisabledBackend):
         return (
             "This app has no result backend, so no answer can be read: set result_backend to the workers' "
@@ -69,25 +69,26 @@ def unreadable(backend: Any) -> str | None:
 
 
 class SetupCheck:
-    """Compares an app's options with its workers', which are in Redis. Safe to share between threads."""
+    """Compares an app's options with its workers'. Thread-safe."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._lock = threading.Lock()
         self._read_at = float("-inf")
         self._options: WorkerOptions | None = None
-        #: Since when the app's backend has differed from the workers'.
+        #: Since when the app's result backend has differed from the workers', by time.monotonic(); None if it does not.
         self._elsewhere_since: float | None = None
 
     def check_sending(self) -> None:
-        """Raises ConfigurationError if the workers would not see this app's jobs."""
+        """Raise ConfigurationError if the workers would not see this app's jobs."""
         options = self._known()
         wrong = unseen(self._app, options) if options else None
         if wrong is not None:
             raise ConfigurationError(wrong)
 
     def check_reading(self) -> None:
-        """Raises ConfigurationError if the workers have written answers elsewhere for CONFIRM_S."""
+        """Raise ConfigurationError if answers cannot be read: there is no such backend, or for CONFIRM_S the workers
+        have written answers elsewhere."""
         if disabled := unreadable(self._app.backend):
             raise ConfigurationError(disabled)
         options = self._known()
@@ -107,10 +108,10 @@ class SetupCheck:
         with registry(self._app) as redis:
             now, _ = redis.time()
             entered = redis.zrange(workers_key(self._app, queue), 0, -1, withscores=True)
-        return sorted(_text(name) for name, said_at in entered if said_at >= now - SILENT_S)
+        return sorted(_text(name) for name, registered_at in entered if registered_at >= now - SILENT_S)
 
     def why_no_answer(self, queue: str | None) -> str:
-        """What is to be said of a queue's job that has none yet. None: its queue is not known."""
+        """Why a job has no answer yet, as a sentence for its producer. `queue`: the job's queue, if it is known."""
         try:
             with self._app.connection_for_write() as connection:
                 _reach(connection)
@@ -123,10 +124,11 @@ class SetupCheck:
         return wrong or self._who_works(queue)
 
     def _who_works(self, queue: str | None) -> str:
+        """How many workers take from a queue, as a sentence."""
         try:
             count = len(self.workers(queue)) if queue else None
         except (RedisError, OperationalError, ConfigurationError):
-            # Not for this user to ask, or another broker than Redis.
+            # This Redis user may not ask, or the broker is not Redis.
             count = None
         if count is None or queue is None:
             return "Is a worker running on its queue?"
@@ -136,7 +138,8 @@ class SetupCheck:
         return f"{who} from its queue: it waits for its turn, or runs."
 
     def _known(self) -> WorkerOptions | None:
-        """The workers' options, cached for CACHE_S; None if there are none, or if the broker is away or not Redis."""
+        """The workers' options, cached for CACHE_S; None if none are registered, or the broker does not answer or is
+        not Redis."""
         with self._lock:
             if time.monotonic() - self._read_at >= CACHE_S:
                 self._options = self._read()
@@ -149,11 +152,12 @@ class SetupCheck:
                 found = redis.get(WORKER_OPTIONS.named())
             return WorkerOptions.read(found) if found else None
         except (RedisError, OperationalError, OSError, ValueError, TypeError, KeyError):
-            # Another broker, away, not for this user to ask, or of another version.
+            # The broker is away or not Redis, this Redis user may not ask, or the workers have another version.
             return None
 
     def _elsewhere(self, options: WorkerOptions) -> str | None:
-        """Why the app's backend differs from the workers', with the cure; None if it does not, or is unknown."""
+        """Why the app would look for results elsewhere than the workers write them, and what to do; None if it would
+        not, or that is not known."""
         backend = self._app.backend
         if not isinstance(backend, RedisBackend):
             return None
@@ -176,24 +180,25 @@ class SetupCheck:
 def registry(app: Celery) -> Iterator[Any]:
     """A client of the Redis in which an app's workers register.
 
-    Raises OperationalError where it is away, and ConfigurationError if the broker is not Redis.
+    Raises OperationalError if it cannot be reached, and ConfigurationError if the broker is not Redis.
     """
     with app.connection_for_write() as connection:
         if connection.transport.driver_type != "redis":
             raise ConfigurationError(
-                "Workers announce themselves in Redis only: on another broker ask them, by Celery's "
-                "app.control.inspect().active_queues()."
+                "Workers announce themselves in Redis only: on another broker, ask them with "
+                "Celery's app.control.inspect().active_queues()."
             )
         _reach(connection)
         yield Redis(connection_pool=connection.default_channel.pool)
 
 
 def _reach(connection: Any) -> None:
-    """Raises OperationalError if the broker cannot be reached within seconds."""
+    """Raise OperationalError if the broker cannot be reached within 5 seconds."""
     connection.ensure_connection(max_retries=1, interval_start=0, timeout=5)
 
 
 def _other_place(app: Celery) -> str:
+    """The message for an app whose results are in another place than the workers'."""
     cure = "set result_backend to the workers' IDEFICS_RESULT_BACKEND."
     if _is_same_database(app):
         return (
@@ -207,12 +212,12 @@ _checks: weakref.WeakKeyDictionary[Celery, SetupCheck] = weakref.WeakKeyDictiona
 
 
 def setup_check_of(app: Celery) -> SetupCheck:
-    """The app's SetupCheck; always the same one."""
+    """The app's SetupCheck, the same one at each call."""
     return _checks.setdefault(app, SetupCheck(app))
 
 
 def _is_same_database(app: Celery) -> bool:
-    """Whether queues and results are at one address."""
+    """Whether the app's queues and results are in one database of one server."""
     broker, results = app.connection_for_write(), getattr(app.backend, "connparams", {})
     database = str(broker.virtual_host or "0").strip("/") or "0"
     ours = broker.hostname, broker.port or 6379, database

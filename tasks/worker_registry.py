@@ -1,11 +1,12 @@
-"""What workers tell about themselves in Redis: the options that they read messages by, and their queues.
+"""What workers register about themselves in Redis: their options, their queues and their model.
 
-Workers renew two keys while they live. Neither has a prefix, since a client may have the wrong one:
-`idefics:worker:options` in the queues' Redis has the options and a fingerprint of the results' address;
-`idefics:worker:results` in the results' Redis repeats that fingerprint. The workers that take from a queue are in a key
-for each queue, under the app's own prefix. Clients check both (`tasks/setup_check.py`). Which model is served from
-which queue is in one key, under that prefix too, so that a client can find the queue of a model
-(`tasks/model_directory.py`).
+Workers renew these keys while they live:
+
+- `idefics:worker:options` in the queues' database: the options by which workers read messages, and a fingerprint of the
+  results' address. `idefics:worker:results` in the results' database: the same fingerprint. Neither key has a prefix,
+  since a client may have the wrong one. Clients compare both with their own options (`tasks/setup_check.py`).
+- A key for each queue, under the app's prefix: the workers that take jobs from it.
+- A key for all models, under the app's prefix: which model is served from which queue (`tasks/model_directory.py`).
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from .redis_keys import (
     steps,
 )
 
-#: Seconds between two renewals, and of the keys' life without one.
+#: Seconds between two renewals, and seconds for which the keys live without one.
 RENEW_S = 5.0
 TTL_S = 30
-#: Seconds without a renewal after which a worker counts as gone. One that ends in order deregisters.
+#: Seconds without a renewal after which a worker counts as gone. A worker that shuts down in order deregisters.
 SILENT_S = 3 * RENEW_S
-#: Seconds for which a model stays known after its last worker: that one may be restarting, and its jobs wait.
+#: Seconds for which a model stays known after its last worker, which may be restarting while jobs wait.
 MODEL_TTL_S = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """By which options workers read messages and write results."""
+    """The options by which workers read messages and write results."""
 
     separators: tuple[str, ...]
     steps: tuple[int, ...]
@@ -53,7 +54,7 @@ class WorkerOptions:
 
     @staticmethod
     def of(app: Celery) -> WorkerOptions:
-        """Of a worker's own app."""
+        """The options of a worker's app."""
         separators = tuple(dict.fromkeys((separator(app), SEPARATOR, GUIDES_SEPARATOR)))
         place = hashlib.sha256(str(app.conf.result_backend).encode()).hexdigest()[:16]
         return WorkerOptions(separators, steps(app), broker_prefix(app), results_prefix(app), place)
@@ -67,22 +68,23 @@ class WorkerOptions:
         return WorkerOptions(**{**said, "separators": tuple(said["separators"]), "steps": tuple(said["steps"])})
 
 
-#: What a named model's queue begins with.
+#: The beginning of a named model's queue.
 NAMED = f"{QUEUE}."
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that workers serve."""
+    """A model that workers serve from a queue."""
 
-    #: The workers' IDEFICS_MODEL, which results have as `model.id`.
+    #: The workers' IDEFICS_MODEL; in results `model.id`.
     id: str
     #: The queue that its workers take jobs from: their IDEFICS_QUEUE.
     queue: str
 
     @property
     def name(self) -> str | None:
-        """Its queue's name without `idefics.`; None for the queue `idefics`, where jobs go that name no model."""
+        """The queue's name without `idefics.`; None for another queue, such as `idefics`, the queue of jobs that name
+        no model."""
         return self.queue.removeprefix(NAMED) if self.queue.startswith(NAMED) else None
 
     def __str__(self) -> str:
@@ -98,13 +100,13 @@ class ServedModel:
 
 
 def publish(app: Celery, options: WorkerOptions, broker: Redis) -> None:
-    """Renew the keys. Raises RedisError."""
+    """Renew the keys of the workers' options. Raises RedisError."""
     app.backend.client.set(RESULTS_FINGERPRINT.named(), options.results, ex=TTL_S)
     broker.set(WORKER_OPTIONS.named(), options.written(), ex=TTL_S)
 
 
 def register(app: Celery, worker: str, model: str, broker: Redis) -> None:
-    """Enter a worker and its model under its queues. Raises RedisError."""
+    """Enter a worker and its model for each of its queues. Raises RedisError."""
     now, _ = broker.time()
     models = models_key(app)
     with broker.pipeline() as pipe:
@@ -134,5 +136,5 @@ def models_key(app: Celery) -> str:
 
 
 def no_worker(queue: str) -> str:
-    """What is to be said where jobs wait in a queue that no worker takes from."""
+    """The message for a queue whose jobs wait, since no worker takes from it."""
     return f"No worker takes from the queue {queue!r}: is one running? A worker takes jobs once its model has loaded."

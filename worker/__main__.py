@@ -1,4 +1,4 @@
-"""`python -m worker check [MODEL]`: see worker.check."""
+"""The command `python -m worker check [MODEL]`, which loads a model as a worker does and says what it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.errors import JobError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 1 where a worker with this model could not serve."""
+    """Run the command. Returns its exit status, 1 if a worker could not serve the model."""
     parser = argparse.ArgumentParser(prog="python -m worker")
     command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "check",
@@ -23,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("model", nargs="?", metavar="MODEL", help="hub id, folder or demo; default: IDEFICS_MODEL")
     command.add_argument("--revision", help="commit of the hub's repository; default: IDEFICS_MODEL_REVISION")
-    command.add_argument("--no-speed", action="store_true", help="measure no speed")
+    command.add_argument("--no-speed", action="store_true", help="do not measure the speed")
     asked = parser.parse_args(arguments)
     changes = {"model": asked.model, "model_revision": asked.revision}
     try:
         found = settings.load().model_copy(update={name: value for name, value in changes.items() if value})
-        # Imported here: torch takes seconds, and --help needs none.
+        # Imported here: importing torch takes seconds, and --help does not need it.
         from worker.check import check
 
         for line in check(found, measure=not asked.no_speed):

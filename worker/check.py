@@ -1,4 +1,4 @@
-"""What `python -m worker check MODEL` does: load a model as a worker does, show it a picture, and say what it needs."""
+"""`python -m worker check MODEL`: loads a model as a worker does, shows it a picture, and says what it needs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from worker.jobs.runs import JobContext
 from worker.jobs.service import Service
 from worker.models.start import load_model, model_facts
 
-#: Seconds that the captions measured together take, if each takes as long as alone.
+#: Seconds of work in the captions that are measured together, if each took as long as one alone.
 MEASURED_S = 20.0
-#: New tokens of each.
+#: Maximum new tokens of a caption.
 NEW_TOKENS = 32
 
 
 def check(settings: Settings, *, measure: bool = True) -> Iterator[str]:
-    """Each fact as a line, as soon as it is known. Raises SetupFailed where a worker would not serve the model, and the
-    JobError of a measured job."""
+    """Yields each fact as a line as soon as it is known. Raises SetupFailed if a worker would not serve the model, and
+    the JobError of a measured caption that fails. `measure`: whether to measure the speed."""
     started = time.monotonic()
     model, folder = load_model(settings)
     yield f"Loaded   in {time.monotonic() - started:.1f} s"
@@ -47,6 +47,7 @@ def check(settings: Settings, *, measure: bool = True) -> Iterator[str]:
 
 
 def _speed(service: Service, max_rows: int) -> str:
+    """The speed of captions, one alone and up to `max_rows` together, as text."""
     alone_s, _ = _captions(service, 1)
     count = max(1, min(max_rows, int(MEASURED_S / alone_s)))
     together_s, results = _captions(service, count, first=1)
@@ -56,7 +57,7 @@ def _speed(service: Service, max_rows: int) -> str:
 
 
 def _captions(service: Service, count: int, first: int = 0) -> tuple[float, list[Result]]:
-    """Seconds that captions of different pictures take together, and their results."""
+    """Seconds that `count` captions take together, and their results. `first`: the number of the first picture."""
     jobs = [Caption(image=_picture(first + number), max_new_tokens=NEW_TOKENS) for number in range(count)]
     started = time.monotonic()
     with ThreadPoolExecutor(count) as threads:
@@ -65,7 +66,7 @@ def _captions(service: Service, count: int, first: int = 0) -> tuple[float, list
 
 
 def _picture(number: int) -> str:
-    """A picture like no other, as a data: URI."""
+    """A JPEG picture as a data: URI; each call and number gives other pixels, so that nothing is cached."""
     file = io.BytesIO()
     Image.effect_noise((640, 480), 20 + number).convert("RGB").save(file, "JPEG")
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,8 +1,8 @@
-"""Errors after which a device computes nothing more in this process. Pure; needs no torch."""
+"""Recognises errors after which a device is useless to this process. Pure; does not import torch."""
 
 from __future__ import annotations
 
-#: What torch says of an error of the device or its libraries.
+#: Texts in torch's errors of the device or its libraries.
 _OF_DEVICE = (
     "CUDA error",
     "HIP error",
@@ -12,9 +12,9 @@ _OF_DEVICE = (
     "HIPBLAS_STATUS_",
     "DEVICE_LOST",
 )
-#: Its type for them, since 2.8.
+#: The type of such errors since torch 2.8.
 _ACCELERATOR_ERROR = "AcceleratorError"
-#: Errors of a single call: the next one may succeed.
+#: Texts in errors of a single call, after which the next one may succeed.
 _OF_ONE_CALL = (
     "out of memory",
     "ALLOC_FAILED",
@@ -31,9 +31,9 @@ _OF_ONE_CALL = (
 
 
 def is_device_lost(error: BaseException | None) -> bool:
-    """Whether the error, or one that led to it, has made the device useless until the process ends.
+    """Whether an error, or an error that led to it, leaves the device useless until the process ends.
 
-    Such are CUDA's sticky errors: a failed assertion on the device, an illegal address, an uncorrectable memory error.
+    CUDA calls such errors sticky: a failed assertion on the device, an illegal address, an uncorrectable memory error.
     """
     while error is not None:
         if _is_sticky(error):
@@ -43,7 +43,7 @@ def is_device_lost(error: BaseException | None) -> bool:
 
 
 def _is_sticky(error: BaseException) -> bool:
-    # Only torch's own errors count: the text of others may quote a job's.
+    # Only RuntimeErrors, as torch raises, count: the texts of other errors may quote a job.
     if not isinstance(error, RuntimeError):
         return False
     text = str(error)
