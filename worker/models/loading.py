@@ -1,7 +1,7 @@
 """Loads a checkpoint from a hub id or a folder: safetensors only, no remote code.
 
-Pickled weights and a repository's own modules are programs and are never run, whatever a checkpoint's files say.
-`FAMILIES` lists the families. One with a fast path has a `Decoder` (`worker/engine/interfaces.py`).
+Pickled weights and a repository's own modules are programs: they are never run, even if a checkpoint's files ask for
+it. `FAMILIES` lists the families. One with a fast path has a `Decoder` (`worker/engine/interfaces.py`).
 """
 
 from __future__ import annotations

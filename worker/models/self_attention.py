@@ -82,16 +82,16 @@ def tree_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int, window: i
     sequence, up to itself. With a sliding window it attends to the last `window` of these. `owner` and `depth` (rows,
     length): see engine/scoring.TokenTree.
     """
-    behind = torch.arange(keys, device=starts.device) - starts[:, None]
-    column = behind.clamp(0, owner.shape[1] - 1)
+    offsets = torch.arange(keys, device=starts.device) - starts[:, None]
+    column = offsets.clamp(0, owner.shape[1] - 1)
     owners = owner.gather(1, column)[:, None]
     depths = depth.gather(1, column)[:, None]
     is_shared = (owners == PROMPT) | (owners == owner[..., None])
-    is_new = ((behind >= 0) & (behind < owner.shape[1]))[:, None]
-    is_before = (behind < 0)[:, None]
+    is_new = ((offsets >= 0) & (offsets < owner.shape[1]))[:, None]
+    is_before = (offsets < 0)[:, None]
     mask = is_before | (is_new & is_shared & (depths <= depth[..., None]))
     if window is not None:
-        mask = mask & (torch.where(is_before, behind[:, None], depths) > depth[..., None] - window)
+        mask = mask & (torch.where(is_before, offsets[:, None], depths) > depth[..., None] - window)
     return mask[:, None]
 
 
@@ -107,8 +107,8 @@ def prompt_scores(logits: Tensor, firsts: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities (rows, firsts + targets) of each of `firsts` (rows, firsts) right after the prompt, then of
     `targets` (rows, targets), from the logits (rows, 1 + targets, vocabulary) at `scored_places`."""
     likelihoods = logits.log_softmax(dim=-1)
-    behind = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
-    return torch.cat((likelihoods[:, 0].gather(1, firsts), behind), dim=1)
+    after = likelihoods[:, 1:].gather(2, targets[..., None])[..., 0]
+    return torch.cat((likelihoods[:, 0].gather(1, firsts), after), dim=1)
 
 
 def target_scores(logits: Tensor, targets: Tensor) -> Tensor:

@@ -112,14 +112,14 @@ class BaseCodec:
             return []
         text = self.lead_text(lead)
         before, *after = self.tokens_of(text, *(f"{text} {label}{self.label_end}" for label in labels))
-        encoded = [self._behind(before, ids, label) for ids, label in zip(after, labels, strict=True)]
+        encoded = [self._continuation(before, ids, label) for ids, label in zip(after, labels, strict=True)]
         end = (self.tokenizer.convert_tokens_to_ids(self.label_end),) if self.label_end == END_OF_UTTERANCE else ()
         for ids in encoded:
             self._refuse_unknown(ids)
             self._refuse_others(ids, end)
         return encoded
 
-    def _behind(self, before: tuple[int, ...], ids: tuple[int, ...], label: str) -> tuple[int, ...]:
+    def _continuation(self, before: tuple[int, ...], ids: tuple[int, ...], label: str) -> tuple[int, ...]:
         if ids[: len(before)] == before:
             return ids[len(before) :]
         # The tokenizer merged the lead's end with the label's beginning: use the label's own tokens instead.

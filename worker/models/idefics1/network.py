@@ -96,8 +96,8 @@ class Prompts(NamedTuple):
     slots: Tensor
     #: (images, width, size): features of the distinct images of all rows.
     images: Tensor
-    #: (rows, most): index in `images` of each image of a row. Column n is the row's image number `first` + n, where
-    #: number 0 is the image before the new tokens.
+    #: (rows, shown images): index in `images` of each image of a row. Column n is the row's image number `first` + n,
+    #: where number 0 is the image before the new tokens.
     shown: Tensor
     #: (rows,): index in `images` of the image that the tokens after the prompt attend to.
     kept: Tensor
@@ -258,7 +258,7 @@ class TreeAttention(_Network):
 
 
 def _side_by_side(images: Tensor, shown: Tensor) -> Tensor:
-    """The keys or values (rows, heads, most * width, head size) of each row's images one after another, from those of
-    all `images` (images, heads, width, head size) and the index `shown` (rows, most) of each row's images."""
+    """The keys or values (rows, heads, shown images * width, head size) of each row's images one after another, from
+    those of all images, `images` (images, heads, width, head size), and the indices `shown` (rows, shown images)."""
     each = images[shown].transpose(1, 2)
     return each.flatten(2, 3)
