@@ -53,12 +53,12 @@ def tokens(rows: list[Row], place: int = 0, steps: int = STEPS) -> list[int]:
 def draws(logits: Tensor = LOGITS, **options: Any) -> Tensor:
     """What one row draws in its first steps on the same logits, the steps side by side (DRAWS,)."""
     one = sampler(**options)
-    return BatchSampler(dict.fromkeys(range(DRAWS), one), CPU).draw(logits.expand(DRAWS, -1), range(DRAWS))
+    return BatchSampler(dict.fromkeys(range(DRAWS), one), CPU, len(logits)).draw(logits.expand(DRAWS, -1), range(DRAWS))
 
 
 def draw_each(samplers: Mapping[int, RowSampler], logits: Tensor, steps: Sequence[int]) -> dict[int, int]:
     """The drawn tokens by row."""
-    return dict(zip(samplers, BatchSampler(samplers, CPU).draw(logits, steps).tolist(), strict=True))
+    return dict(zip(samplers, BatchSampler(samplers, CPU, logits.shape[1]).draw(logits, steps).tolist(), strict=True))
 
 
 def assert_distributed(found: Tensor, probabilities: Tensor) -> None:
@@ -248,7 +248,7 @@ def test_over_the_whole_range_a_sample_is_a_likely_token(dtype: torch.dtype, sca
     temperatures = [NEAR_GREEDY, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0]
     for temperature, top_p in itertools.product(temperatures, [None, 5e-324, 1e-9, 1.0]):
         rows = dict.fromkeys(range(20), sampler(temperature=temperature, top_p=top_p))
-        found = BatchSampler(rows, CPU).draw(logits.expand(20, -1), range(20))
+        found = BatchSampler(rows, CPU, len(logits)).draw(logits.expand(20, -1), range(20))
         assert ((found >= 0) & (found < 5)).all()
         if scale / temperature > 100 or (top_p or 1) < 0.1:
             assert (found == 3).all()

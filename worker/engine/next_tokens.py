@@ -64,7 +64,8 @@ class NextTokens:
         if not samplers:
             return likeliest
         if self._batch_sampler is None or samplers != self._samplers:
-            self._samplers, self._batch_sampler = samplers, BatchSampler(samplers, self._device)
+            self._samplers = samplers
+            self._batch_sampler = BatchSampler(samplers, self._device, logits.shape[1])
         drawn = self._batch_sampler.draw(logits, [len(rows[place].progress.new) for place in samplers])
         return likeliest.index_copy(0, self._batch_sampler.places, drawn)
 

@@ -30,6 +30,9 @@ BUCKETS = 4096
 #: The second pass looks a little further, since places in the first one are rounded.
 OVERLAP = 1.01
 
+#: Logits that a CPU draws from at once, of one row or more: what is computed of them stays in its caches.
+CPU_NUMBERS = 2**17
+
 #: Sets the scores (rows, vocabulary) of the tokens that may not be drawn to -inf.
 Truncate = Callable[[Tensor], Tensor]
 
@@ -49,28 +52,45 @@ class RowSampler:
 
 
 class BatchSampler:
-    """Draws the next tokens of a batch's sampled rows, all together."""
+    """Draws the next tokens of a batch's sampled rows: on a GPU all together, on a CPU in groups (see CPU_NUMBERS)."""
 
-    def __init__(self, samplers: Mapping[int, RowSampler], device: torch.device) -> None:
-        """`samplers`: those of the sampled rows, by the row's index in the batch."""
+    def __init__(self, samplers: Mapping[int, RowSampler], device: torch.device, vocabulary: int) -> None:
+        """`samplers`: those of the sampled rows, by the row's index in the batch. `vocabulary`: number of logits."""
         self._samplers = list(samplers.values())
         self._device = device
         #: Indices of the sampled rows (sampled rows,).
         self.places = to_device(list(samplers), device)
+        self._size = max(1, CPU_NUMBERS // vocabulary) if device.type == "cpu" else len(samplers)
         sampled = [sampler.sampling for sampler in self._samplers]
-        self._temperature = to_device([[sampling.temperature] for sampling in sampled], device)
-        self._truncations = list(_truncations(sampled, device))
+        self._groups = [
+            _Group(sampled[start : start + self._size], device) for start in range(0, len(sampled), self._size)
+        ]
 
     def draw(self, logits: Tensor, steps: Sequence[int]) -> Tensor:
         """Draw a token (sampled rows,) for each sampled row by the batch's `logits` (rows, vocabulary).
 
         `steps`: each sampled row's number of new tokens so far.
         """
-        uniforms = [sampler.uniform(step) for sampler, step in zip(self._samplers, steps, strict=True)]
-        scores = scaled(logits.index_select(0, self.places), self._temperature)
+        numbers = [sampler.uniform(step) for sampler, step in zip(self._samplers, steps, strict=True)]
+        uniforms = to_device(numbers, self._device, torch.float64)
+        parts = zip(self._groups, torch.split(self.places, self._size), torch.split(uniforms, self._size), strict=True)
+        return torch.cat([group.draw(logits.index_select(0, places), part) for group, places, part in parts])
+
+
+class _Group:
+    """Parameters of sampled rows that are drawn together, as tensors."""
+
+    def __init__(self, sampled: Sequence[Sampling], device: torch.device) -> None:
+        self._temperature = to_device([[sampling.temperature] for sampling in sampled], device)
+        self._truncations = list(_truncations(sampled, device))
+
+    def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """A token (rows,) of each row, by its logits (rows, vocabulary) and its number in [0, 1) of `uniforms`
+        (rows,)."""
+        scores = scaled(logits, self._temperature)
         for places, truncate in self._truncations:
             scores.index_copy_(0, places, truncate(scores.index_select(0, places)))
-        return drawn(scores, to_device(uniforms, self._device, torch.float64))
+        return drawn(scores, uniforms)
 
 
 class RowSampling(LogitsProcessor):  # type: ignore[misc]
@@ -88,7 +108,7 @@ class RowSampling(LogitsProcessor):  # type: ignore[misc]
         `input_ids`: (rows, length).
         """
         if self._samplers:
-            sampler = BatchSampler(self._samplers, scores.device)
+            sampler = BatchSampler(self._samplers, scores.device, scores.shape[1])
             tokens = sampler.draw(scores, [self._step] * len(self._samplers))
             only_drawn = scores.new_full((len(tokens), scores.shape[1]), -torch.inf).scatter_(1, tokens[:, None], 0.0)
             scores.index_copy_(0, sampler.places, only_drawn)
