@@ -108,7 +108,7 @@ def test_a_lost_job_is_kept_by_the_parent_with_its_link(stood: Stand, client: Cl
 def test_a_job_over_its_hard_limit_is_kept_with_its_link(stood: Stand, client: Client) -> None:
     producer, name, link = stood.producer, uuid.uuid4().hex, str(uuid.uuid4())
     follow = producer.complete("linked", immutable=True, task_id=link)
-    job = producer.show(stood.gallery.held(name), link=follow, time_limit=1.0, soft_time_limit=0.9).apply_async()
+    job = producer.show(stood.gallery.held(name), link=follow, time_limit=3.0, soft_time_limit=2.9).apply_async()
     assert fails(job) == "deadline_exceeded"
     eventually(lambda: codes(client) == {job.id: "deadline_exceeded"})
     stood.gallery.release(name)
