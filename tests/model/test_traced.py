@@ -70,9 +70,10 @@ def cropping() -> IdeficsImageProcessorPil:
 
 
 def assert_pixels_are_stock(processor: IdeficsImageProcessorPil, image: Image.Image) -> None:
-    pixels = Pixels(processor).picture(image).pixels
-    assert pixels is not None
-    assert torch.equal(pixels, processor([image], return_tensors="pt")[0])
+    pixels = Pixels(processor)
+    kept = pixels.picture(image).pixels
+    assert kept is not None
+    assert torch.equal(pixels.normalized(kept), processor([image], return_tensors="pt")[0])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (31, 200), (640, 480)])
@@ -81,6 +82,7 @@ def test_pixels_are_the_stock_processors(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     assert_pixels_are_stock(processor, image)
+    assert Pixels(processor).picture(image).nbytes == 3 * 64 * 64
 
 
 def test_a_processor_with_other_steps_is_not_replaced() -> None:

@@ -39,7 +39,7 @@ class Codec(Protocol):
     eos_ids: frozenset[int]
 
     def picture(self, image: Image) -> Picture:
-        """Scale and normalise an RGB image for the model."""
+        """Scale an RGB image for the model."""
 
     def min_token_count(self, parts: PromptContent) -> int:
         """A lower bound of a prompt's number of tokens, found without tokenizing it."""

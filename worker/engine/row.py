@@ -39,7 +39,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image as the vision encoder takes it: float pixels (channels, height, width)."""
+    """One image at the size of its vision encoder: pixels (channels, height, width), bytes or normalised floats."""
 
     #: Hash of the content: equal pictures have equal keys.
     key: bytes

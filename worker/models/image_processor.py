@@ -1,4 +1,8 @@
-"""A picture's pixels as its model takes them: stock arithmetic, looked up in a table instead of computed."""
+"""A picture's pixels as its model takes them: stock arithmetic, looked up in a table instead of computed.
+
+Pillow scales an image, and its bytes are kept, in a quarter of the memory; the values that rescaling and normalising
+give them are looked up where it is encoded.
+"""
 
 from __future__ import annotations
 
@@ -28,36 +32,46 @@ class Pixels:
         self._processor = processor
         ramp = Image.fromarray(np.arange(LEVELS, dtype=np.uint8).repeat(3).reshape(1, LEVELS, 3))
         #: (channels, levels)
-        self._table = processor([ramp], do_resize=False, return_tensors="pt")[0][:, 0].numpy()
+        self._table: Tensor = processor([ramp], do_resize=False, return_tensors="pt")[0][:, 0].contiguous()
         noise = Image.fromarray(np.random.default_rng(0).integers(0, LEVELS, (37, 53, 3), dtype=np.uint8))
-        self._is_exact = torch.equal(self._normalised(self._resized(noise)), self._stock(noise))
+        # A processor that crops gives fewer values.
+        self._is_exact = self._table.shape[1] == LEVELS and self._agrees_on(noise)
 
     def picture(self, image: Image.Image) -> Picture:
-        """An RGB image as float32 pixels (channels, height, width). Its key is a hash of the bytes before normalising,
-        which are fewer to hash."""
+        """An RGB image as bytes, or as float32 if the processor does more (channels, height, width)."""
         if not self._is_exact:
             pixels = self._stock(image)
             return Picture(_digest(pixels.numpy()), pixels)
         levels = self._resized(image)
-        return Picture(_digest(levels), self._normalised(levels))
+        return Picture(_digest(levels), _channels_first(levels))
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Bytes (..., channels, height, width) as float32 on the same device. Floats stay as they are."""
+        if pixels.is_floating_point():
+            return pixels
+        channels = [
+            values.index_select(0, levels.int().flatten()).view(levels.shape)
+            for values, levels in zip(self._table.to(pixels.device), pixels.unbind(-3), strict=True)
+        ]
+        return torch.stack(channels, dim=-3)
+
+    def _agrees_on(self, image: Image.Image) -> bool:
+        return torch.equal(self.normalized(_channels_first(self._resized(image))), self._stock(image))
 
     def _resized(self, image: Image.Image) -> Levels:
         """An image's bytes at the processor's size: (height, width, channels)."""
         size = self._processor.size
         return np.asarray(image.resize((size["width"], size["height"]), self._processor.resample))
 
-    def _normalised(self, levels: Levels) -> Tensor:
-        """Bytes (height, width, channels) as float32 pixels (channels, height, width)."""
-        pixels = np.empty((levels.shape[2], *levels.shape[:2]), self._table.dtype)
-        for channel, table in enumerate(self._table):
-            # Clipping changes nothing, and lets numpy write in place.
-            np.take(table, levels[..., channel], out=pixels[channel], mode="clip")
-        return torch.from_numpy(pixels)
-
     def _stock(self, image: Image.Image) -> Tensor:
         """The processor's own pixels (channels, height, width) of an image."""
         pixels: Tensor = self._processor([image], return_tensors="pt")[0]
         return pixels
+
+
+def _channels_first(levels: Levels) -> Tensor:
+    """Bytes (height, width, channels) as a tensor (channels, height, width)."""
+    return torch.from_numpy(np.ascontiguousarray(levels.transpose(2, 0, 1)))
 
 
 def _digest(content: NDArray[Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL.Image import Image
@@ -37,7 +37,7 @@ class IdeficsCodec(BaseCodec):
     def __init__(self, processor: IdeficsProcessor, model: CodecConfig) -> None:
         """Raises SetupFailed if the model has no embedding of a token that prompts need."""
         super().__init__(processor.tokenizer, model)
-        self._pixels = Pixels(processor.image_processor)
+        self.pixels = Pixels(processor.image_processor)
         #: The token that stands for an image.
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE)
 
@@ -58,8 +58,8 @@ class IdeficsCodec(BaseCodec):
         return ids
 
     def picture(self, image: Image) -> Picture:
-        """An RGB image as the vision encoder takes it."""
-        return self._pixels.picture(image)
+        """An RGB image at the vision encoder's size."""
+        return self.pixels.picture(image)
 
     def text(self, parts: PromptContent) -> str:
         """The whole prompt as text."""
@@ -71,16 +71,18 @@ class IdeficsCodec(BaseCodec):
 
 
 class _ImageEncoder(torch.nn.Module):
-    """The vision tower, and the resampler where there is one."""
+    """Normalising, the vision tower, and the resampler where there is one."""
 
-    def __init__(self, model: IdeficsForVisionText2Text) -> None:
+    def __init__(self, model: IdeficsForVisionText2Text, normalized: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.normalized, self.dtype = normalized, model.dtype
         self.tower = model.model.vision_model
         self.resampler = model.model.perceiver_resampler if model.config.use_resampler else torch.nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """From pixels (images, channels, height, width) to features (images, width, size)."""
-        features: Tensor = self.resampler(self.tower(pixel_values=pixels).last_hidden_state)
+        """From pixels (images, channels, height, width), as a Picture holds them, to features (images, width, size)."""
+        values = self.normalized(pixels).to(self.dtype)
+        features: Tensor = self.resampler(self.tower(pixel_values=values).last_hidden_state)
         return features
 
 
@@ -92,7 +94,7 @@ class IdeficsAdapter:
     ) -> None:
         self.model = model
         self.codec = IdeficsCodec(processor, CodecConfig.of(model))
-        self._encoder = Traced(_ImageEncoder(model))
+        self._encoder = Traced(_ImageEncoder(model, self.codec.pixels.normalized))
         #: Caches the features (width, size) of each picture.
         self.pictures = PictureEncoder(self._encode, feature_cache_bytes, model.device)
         self.prefetch, self.help, self.metrics = self.pictures.prefetch, self.pictures.help, self.pictures.metrics
@@ -145,4 +147,5 @@ class IdeficsAdapter:
     def _encode(self, pictures: Sequence[Picture]) -> Sequence[Tensor]:
         """The features (width, size) of each picture."""
         pixels = torch.stack([picture.pixels for picture in pictures if picture.pixels is not None])
-        return self._encoder(pixels.to(device=self.model.device, dtype=self.model.dtype)).unbind()
+        # Normalised on the device, which gets bytes, a quarter of what the values take.
+        return self._encoder(pixels.to(self.model.device)).unbind()
