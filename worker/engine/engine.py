@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 
 from tasks.errors import Internal, JobError, OutOfMemory
 from worker.engine.ceiling import Ceiling
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: Maximum seconds after the last join that a running batch waits for rows whose pictures are being encoded.
 JOIN_WAIT_S = 0.2
+#: For rows whose pictures are being decoded it waits as long as this many of its last steps: a step of a few rows takes
+#: nearly as long as one of many, and the cores that it needs are those that decode.
+DECODING_STEPS = 3
 #: Maximum seconds that an engine without rows encodes pictures at a time.
 HELP_S = 0.1
 #: For this many seconds after the last join, waiting rows join only in groups (see scheduler.JOINING_PART).
@@ -53,6 +57,8 @@ class Engine:
         self._meter = ThroughputMeter(limits.rows)
         self._queue = RowQueue()
         self._joined_at = 0.0
+        #: time.monotonic() at which the last step began.
+        self._stepped_at = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -91,6 +97,10 @@ class Engine:
         """What the engine runs, and how fast. Thread-safe."""
         return self._meter.throughput
 
+    def expecting(self) -> AbstractContextManager[None]:
+        """See RowQueue."""
+        return self._queue.expecting()
+
     def withdraw(self, rows: Sequence[Row], max_count: int) -> list[Row]:
         """Remove and return up to `max_count` of these rows that have not started within some time.
 
@@ -125,13 +135,13 @@ class Engine:
         # The runner supports joining only if it calls `admit`.
         self._meter.is_joinable = False
         self._update_throughput(batch, free=0)
-        self._joined_at = time.monotonic()
+        self._joined_at = self._stepped_at = time.monotonic()
 
         def admit(running: Sequence[Row]) -> Sequence[Row]:
             self._meter.is_joinable = joinable
             nonlocal widest
             if joinable:
-                self._queue.await_encoding(len(running), self.limits, self._joined_at + JOIN_WAIT_S)
+                self._await_joining(len(running))
             # Without a running row the next one starts a new run, since it may need beam search.
             joining = self._take(running) if joinable and running and not self._stopping else []
             if joining:
@@ -156,6 +166,12 @@ class Engine:
         unfinished = [row for row in batch if not row.is_done]
         if unfinished:
             self._recover(batch, unfinished, error)
+
+    def _await_joining(self, running: int) -> None:
+        now = time.monotonic()
+        step_s = min(now - self._stepped_at, JOIN_WAIT_S)
+        self._queue.await_joining(running, self.limits, self._joined_at + JOIN_WAIT_S, now + DECODING_STEPS * step_s)
+        self._stepped_at = time.monotonic()
 
     def _update_throughput(self, batch: Sequence[Row], free: int) -> None:
         self._meter.update(batch, free, others_wait=not self._queue.is_empty)

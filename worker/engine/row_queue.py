@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tasks.errors import DeadlineExceeded, Internal
 from worker.engine.row import Output, Row
@@ -25,6 +26,8 @@ class RowQueue:
         self._ready: list[Row] = []
         #: Rows whose pictures are being encoded.
         self._encoding: dict[Row, None] = {}
+        #: Number of rows whose pictures are being decoded.
+        self._expected = 0
         self._changed = threading.Condition()
         self._is_closed = False
 
@@ -37,6 +40,18 @@ class RowQueue:
         """Add a row whose pictures are still to be encoded."""
         with self._changed:
             self._encoding[row] = None
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Count a row whose pictures are being decoded, while the block runs."""
+        with self._changed:
+            self._expected += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._expected -= 1
+                self._changed.notify()
 
     def mark_ready(self, row: Row, cached_images: int = 0) -> None:
         """Make an added row ready to run, unless it was withdrawn. `cached_images`: see Row."""
@@ -109,12 +124,20 @@ class RowQueue:
                 if not self._changed.wait(ARRIVAL_GAP_S):
                     return
 
-    def await_encoding(self, running: int, limits: Limits, end: float) -> None:
-        """Let a batch of `running` rows that is far from full wait until time.monotonic() `end` for rows whose pictures
-        are being encoded: see scheduler.should_wait."""
+    def await_joining(self, running: int, limits: Limits, encoded_until: float, decoded_until: float) -> None:
+        """Let a batch of `running` rows that is far from full wait for more: see scheduler.should_wait.
+
+        It waits until time.monotonic() `encoded_until` for rows whose pictures are being encoded, and until
+        `decoded_until` for those whose pictures are being decoded.
+        """
         with self._changed:
-            while time.monotonic() < end and should_wait(running, len(self._ready), len(self._encoding), limits):
-                self._changed.wait(max(0.0, end - time.monotonic()))
+            while True:
+                now = time.monotonic()
+                coming = len(self._encoding) if now < encoded_until else 0
+                coming += self._expected if now < decoded_until else 0
+                if not should_wait(running, len(self._ready), coming, limits):
+                    return
+                self._changed.wait(min(end - now for end in (encoded_until, decoded_until) if end > now))
 
     def _remove(self, rows: Sequence[Row]) -> None:
         """Remove ready rows. The caller must hold the lock."""

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 from PIL.Image import Image
 
@@ -18,21 +19,29 @@ from worker.images.fetch import FetchPolicy
 from worker.images.host_limits import HostLimiter
 from worker.images.sources import SourceReader, is_remote
 from worker.runtime import gil
-from worker.runtime.cpu import all_cores
+from worker.runtime.cpu import all_cores, on_decoding_cores
 
 #: Simultaneous downloads for a job with several images. They run in threads of that job only, so that slow hosts of
 #: other jobs do not delay them.
 DOWNLOADS = 4
-#: A thread that decodes a file of more bytes releases its GIL permit meanwhile: other threads would wait too long.
-LARGE_BYTES = 200_000
+#: A thread that decodes a file of more bytes releases its GIL permit meanwhile, and uses any core: other threads would
+#: wait too long.
+LARGE_BYTES = 40_000
 
 
 class ImageLoader:
     """Loads the pictures of jobs. Thread-safe."""
 
-    def __init__(self, settings: Settings, preprocess: Callable[[Image], Picture]) -> None:
-        """`preprocess` scales and normalises a decoded RGB image for the model."""
+    def __init__(
+        self,
+        settings: Settings,
+        preprocess: Callable[[Image], Picture],
+        expecting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """`preprocess` scales a decoded RGB image for the model. `expecting` is entered while a large file is decoded:
+        see RowQueue."""
         self._preprocess = preprocess
+        self._expecting = expecting
         self._limits = ImageLimits(max_pixels=settings.image_max_pixels)
         self._sources = SourceReader(fetch_policy(settings))
         self._max_wait_s = settings.image_timeout_s
@@ -57,7 +66,7 @@ class ImageLoader:
 
     def open(self, data: bytes) -> Picture:
         """Decode and preprocess a file, without the cache. Raises a JobError."""
-        with self._decoders:
+        with self._decoders, on_decoding_cores() if len(data) > LARGE_BYTES else contextlib.nullcontext():
             return self._preprocess(open_image(data, self._limits))
 
     def _load(self, source: CheckedImage) -> Picture:
@@ -83,7 +92,9 @@ class ImageLoader:
 
     def _picture(self, data: bytes) -> Picture:
         # Around the whole call: otherwise a thread that holds a permit could wait for a decoder, or for this picture.
-        with gil.released() if len(data) > LARGE_BYTES else contextlib.nullcontext():
+        if len(data) <= LARGE_BYTES:
+            return self._cache.get(data)
+        with gil.released(), self._expecting():
             return self._cache.get(data)
 
 

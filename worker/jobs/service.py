@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +44,9 @@ class EngineProtocol(Protocol):
     def throughput(self) -> Throughput:
         """The number and speed of running rows."""
 
+    def expecting(self) -> AbstractContextManager[None]:
+        """While the block runs, a row is expected soon."""
+
     def withdraw(self, rows: Sequence[Row], most: int) -> list[Row]:
         """Remove rows that have not begun; the caller fails them."""
 
@@ -64,7 +68,7 @@ class Service:
         self._max_images = settings.max_images
         self._engine = engine
         self._answers = answers
-        self._images = ImageLoader(settings, codec.picture)
+        self._images = ImageLoader(settings, codec.picture, engine.expecting)
         self._rows = RowBuilder(settings, codec, rules)
         self._results = ResultBuilder(info, codec, rules)
         self._runs = RunRegistry()

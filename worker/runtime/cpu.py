@@ -9,17 +9,20 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 #: Niceness of the engine where it shares its cores with the job threads: under load it gets a tenth of a job thread's
 #: share. A step costs nearly the same for few rows as for many, so fewer, later steps do the same work. On two cores a
 #: niceness of 15 gave 7 to 10 % more jobs a second than 0; 10 as many as 15, and 5 slightly fewer.
 ENGINE_NICENESS = 10
+#: Of this many cores or more, decoding leaves two to the engine and the encoder.
+MANY_CORES = 8
 
 
 def all_cores() -> Collection[int]:
     """The cores that this process may use: those of its container or taskset, not of the machine."""
-    return os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    # Those of the main thread, since others are bound to some.
+    return os.sched_getaffinity(os.getpid()) if sys.platform == "linux" else range(os.cpu_count() or 1)
 
 
 def job_cores(cores: Collection[int]) -> list[int]:
@@ -34,8 +37,32 @@ def job_cores(cores: Collection[int]) -> list[int]:
 def leave_cores_to_the_engine() -> None:
     """Keep the calling thread on the cores for job threads."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(threading.get_native_id(), job_cores(all_cores()))
+        _bind(threading.get_native_id(), job_cores(all_cores()))
+
+
+def decoding_cores(cores: Collection[int]) -> list[int]:
+    """The cores for decoding large files, which needs no interpreter: all, or of many those for job threads."""
+    return sorted(cores) if len(cores) < MANY_CORES else job_cores(cores)
+
+
+@contextlib.contextmanager
+def on_decoding_cores() -> Iterator[None]:
+    """Let the calling thread use the cores for decoding while the block runs."""
+    if sys.platform != "linux":
+        yield
+        return
+    thread = threading.get_native_id()
+    own = os.sched_getaffinity(thread)
+    _bind(thread, decoding_cores(all_cores()))
+    try:
+        yield
+    finally:
+        _bind(thread, own)
+
+
+def _bind(thread: int, cores: Collection[int]) -> None:
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(thread, cores)
 
 
 def go_last() -> None:
