@@ -1,4 +1,8 @@
-"""Recognises errors after which a device is useless to this process. Pure; does not import torch."""
+"""Recognises errors after which a device is useless to this process. Pure; does not import torch.
+
+What follows: `_end_without_device` in `worker/model_process.py` ends the process, `worker/pool/supervisor.py` starts
+another one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which rows run together: pure functions of the waiting and the running rows."""
+"""Which rows run together: pure functions of the waiting and the running rows.
+
+Rows leave in `worker/engine/continuous.py`; `worker/engine/progress.py` ends them, canceled ones too.
+"""
 
 from __future__ import annotations
 
