@@ -47,13 +47,7 @@ class Pixels:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Bytes (..., channels, height, width) as float32 on the same device. Floats stay as they are."""
-        if pixels.is_floating_point():
-            return pixels
-        channels = [
-            values.index_select(0, levels.int().flatten()).view(levels.shape)
-            for values, levels in zip(self._table.to(pixels.device), pixels.unbind(-3), strict=True)
-        ]
-        return torch.stack(channels, dim=-3)
+        return pixels if pixels.is_floating_point() else looked_up(pixels, self._table)
 
     def _agrees_on(self, image: Image.Image) -> bool:
         return torch.equal(self.normalized(_channels_first(self._resized(image))), self._stock(image))
@@ -67,6 +61,16 @@ class Pixels:
         """The processor's own pixels (channels, height, width) of an image."""
         pixels: Tensor = self._processor([image], return_tensors="pt")[0]
         return pixels
+
+
+def looked_up(levels: Tensor, table: Tensor) -> Tensor:
+    """The values of bytes (..., channels, height, width) in a `table` (channels, levels), in the bytes' shape and on
+    their device."""
+    channels = [
+        values.index_select(0, channel.int().flatten()).view(channel.shape)
+        for values, channel in zip(table.to(levels.device), levels.unbind(-3), strict=True)
+    ]
+    return torch.stack(channels, dim=-3)
 
 
 def _channels_first(levels: Levels) -> Tensor:

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from worker.engine.row import Picture
+from worker.models.image_processor import LEVELS, looked_up
 
-LEVELS = 256
 #: Maximum pixels of a side of a scaled image in Idefics3.
 LONGEST = 4096
 
@@ -42,12 +42,7 @@ class Normalizer:
         """
         if pixels.is_floating_point():
             return pixels
-        table = self._table.to(pixels.device)
-        channels = [
-            values.index_select(0, levels.int().flatten()).view(levels.shape)
-            for values, levels in zip(table, pixels.unbind(-3), strict=True)
-        ]
-        return torch.stack(channels, dim=-3).masked_fill_(~mask.unsqueeze(-3), 0.0)
+        return looked_up(pixels, self._table).masked_fill_(~mask.unsqueeze(-3), 0.0)
 
 
 class Frame(NamedTuple):
