@@ -48,6 +48,7 @@ from worker.models.idefics1.decoder import IdeficsDecoder
 from worker.models.idefics2_3.adapter import Idefics2And3Adapter
 from worker.models.idefics2_3.decoder import MergedDecoder, has_decoder
 from worker.models.idefics2_3.encoder import FrameEncoder
+from worker.models.report import devices_of
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _serve_idefics2_or_3(
 def _is_spread(model: PreTrainedModel, settings: Settings) -> bool:
     """Whether a model is spread over several devices. It then runs through transformers' hooks, since our decoders need
     all weights on one device."""
-    if len({parameter.device for parameter in model.parameters()}) == 1:
+    if len(devices_of(model)) == 1:
         return False
     logger.warning(
         "%s is spread over several devices and runs through transformers' generate, which is slower: "

@@ -36,19 +36,32 @@ def report(model: Model, settings: Settings, max_prompt_tokens: int) -> list[str
     return [f"{name:<8} {text}" for name, text in facts]
 
 
+def devices_of(network: PreTrainedModel) -> list[torch.device]:
+    """The devices of a network's weights, the first one's first. `meta` stands for weights that are on no device, and
+    are copied to one whenever they are used."""
+    return list(dict.fromkeys(parameter.device for parameter in network.parameters()))
+
+
 def _engine(model: Model) -> str:
     if isinstance(model, ContinuousModel):
         return "continuous batching; beams through transformers' generate"
-    return "transformers' generate: no continuous batching, no prefix cache"
+    is_spread = len(devices_of(_stock(model).adapter.model)) > 1
+    reason = ", since the weights are on several devices" if is_spread else ""
+    return f"transformers' generate: no continuous batching, no prefix cache{reason}"
+
+
+def _stock(model: Model) -> StockModel:
+    stock = model.stock if isinstance(model, ContinuousModel) else model
+    assert isinstance(stock, StockModel)
+    return stock
 
 
 def _memory(model: Model, settings: Settings) -> Iterator[tuple[str, str]]:
-    stock = model.stock if isinstance(model, ContinuousModel) else model
-    assert isinstance(stock, StockModel)
-    network = stock.adapter.model
-    total, weights, token = _device_bytes(network.device), _weight_bytes(network), kv_bytes(network)
+    network = _stock(model).adapter.model
+    devices = devices_of(network)
+    total, weights, token = sum(map(_device_bytes, devices)), _weight_bytes(network), kv_bytes(network)
     batch = token * settings.max_batch_tokens
-    yield "Device", f"{_device_name(network.device)}, {_size(total)}"
+    yield "Device", f"{', '.join(map(_device_name, devices))}, {_size(total)}"
     yield "Weights", _size(weights)
     yield "K/V", f"{_size(token)} a token, {_size(batch)} for IDEFICS_MAX_BATCH_TOKENS={settings.max_batch_tokens}"
     if batch > BATCH_SHARE * (total - weights):
@@ -73,12 +86,16 @@ def _weight_bytes(network: PreTrainedModel) -> int:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "meta":
+        return "weights offloaded to memory or disk"
     return f"{device.type}, {torch.get_num_threads()} of torch's threads"
 
 
 def _device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
+    if device.type == "meta":
+        return 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
