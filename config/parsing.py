@@ -40,6 +40,15 @@ def holding_certificates(file: Path) -> Path:
     return file
 
 
+def listen_address(text: str) -> str:
+    """Return `host:port`, with 127.0.0.1 for a port alone. Raises ValueError for anything else."""
+    host, _, port = text.rpartition(":")
+    is_valid = port.isascii() and port.isdigit() and 0 < int(port) < 65_536 and "/" not in host
+    if text and not is_valid:
+        raise ValueError("an address as 127.0.0.1:9101, or a port alone for this machine's own programs")
+    return f"{host or '127.0.0.1'}:{port}" if text else ""
+
+
 #: Comma-separated in the environment.
 CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)]
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65_535)], ...], NoDecode, BeforeValidator(split)]

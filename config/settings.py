@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from config.parsing import CommaSeparated, Networks, Ports, Seconds, Steps, holding_certificates, is_secret, split
+from config.parsing import (
+    CommaSeparated,
+    Networks,
+    Ports,
+    Seconds,
+    Steps,
+    holding_certificates,
+    is_secret,
+    listen_address,
+    split,
+)
 from tasks.redis_urls import NOT_CERTAIN, Server, result_server, results_beside, server
 
 PREFIX = "IDEFICS_"
@@ -232,6 +242,11 @@ class Settings(BaseSettings):
     state_file: Path | None = None
     """File with the worker's state, read by `python -m worker.health`; one for each worker. Unset: a file in the
     temporary directory, where the probe looks."""
+
+    metrics_address: Annotated[str, AfterValidator(listen_address)] = ""
+    """Address where this worker serves its metrics to Prometheus, as `127.0.0.1:9101`. A port alone listens on
+    127.0.0.1 only; name `0.0.0.0` for other machines, in a private network, since there is no login. Each worker of a
+    machine needs a port of its own. Empty: not served."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the worker's log. `--loglevel` on Celery's command line takes precedence."""

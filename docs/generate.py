@@ -34,7 +34,7 @@ GROUPS = {
     "callback_keys": "Callbacks",
     "result_ttl_s": "Results, time and retries",
     "failed_max": "Failed jobs",
-    "state_file": "Health and logs",
+    "state_file": "Health, metrics and logs",
 }
 
 

@@ -18,7 +18,7 @@ from tasks.failed import FailedBounds
 from tasks.payloads import PAYLOADS
 from tasks.protocol import DEFAULT_PRIORITY
 from worker.jobs.task import JobApp, JobTask
-from worker.observability import log_setup
+from worker.observability import exposition, log_setup
 from worker.pool import PoolExitInTime, SoftShutdown, refuse_other_pools
 from worker.queue.cancellation import Cancellations
 from worker.queue.dead_letters import keep_failures
@@ -63,9 +63,11 @@ def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
 
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
-def _refuse_other_setups(sender: Any, **_: Any) -> None:
+def _prepare(sender: Any, **_: Any) -> None:
     # Celery's signals are sent for all apps of a process.
     if sender.app is app:
         if override_error:
             sys.exit(override_error)
         refuse_other_pools(sender)
+        # Before the model loads, since an address in use ends the start.
+        exposition.serve_worker(settings.metrics_address)

@@ -20,7 +20,7 @@ from config.settings import load
 from tasks.outbox import outbox_of
 from tasks.protocol import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from worker.delivery.callback_dispatcher import CallbackDispatcher
-from worker.observability import log_setup
+from worker.observability import exposition, log_setup
 from worker.queue.redis_check import BrokerCheck
 from worker.runtime.exit_watchdog import ExitInTime, HeldWork
 
@@ -96,7 +96,9 @@ def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
 
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
-def _refuse_overrides(sender: Any, **_: Any) -> None:
+def _prepare(sender: Any, **_: Any) -> None:
     # Celery's signals are sent for all apps of a process.
-    if sender.app is app and override_error:
-        sys.exit(override_error)
+    if sender.app is app:
+        if override_error:
+            sys.exit(override_error)
+        exposition.serve_callbacks(settings.metrics_address)

@@ -89,6 +89,18 @@ def test_lists_are_comma_separated(environment: Environment) -> None:
     assert settings.image_ports == (80, 8443)
 
 
+def test_a_port_alone_is_one_of_this_machine(environment: Environment) -> None:
+    assert environment(METRICS_ADDRESS="9101").metrics_address == "127.0.0.1:9101"
+    assert environment(METRICS_ADDRESS=":9101").metrics_address == "127.0.0.1:9101"
+    assert environment(METRICS_ADDRESS="[::]:9101").metrics_address == "[::]:9101"
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "http://a:9101"])
+def test_an_address_without_a_port_is_refused(address: str, environment: Environment) -> None:
+    with pytest.raises(ValidationError, match=r"an address as 127\.0\.0\.1:9101"):
+        environment(METRICS_ADDRESS=address)
+
+
 def test_an_empty_list_is_empty(environment: Environment) -> None:
     assert environment(IMAGE_ALLOW_DOMAINS="", IMAGE_ALLOW_NETWORKS="").image_allow_domains == ()
 
