@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import ssl
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -71,3 +72,10 @@ Steps = Annotated[
     Field(min_length=1, max_length=32),
     AfterValidator(_ascending),
 ]
+
+
+def naming_a_function(value: str) -> str:
+    """A name as `module:function`, or nothing."""
+    if value and not re.fullmatch(r"[\w.]+:\w+", value):
+        raise ValueError("a function as module:function, such as shop.sentry:set_up")
+    return value

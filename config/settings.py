@@ -22,6 +22,7 @@ from config.parsing import (
     holding_certificates,
     is_secret,
     listen_address,
+    naming_a_function,
     split,
 )
 from tasks.redis_urls import NOT_CERTAIN, Server, result_server, results_beside, server
@@ -250,6 +251,12 @@ class Settings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the worker's log. `--loglevel` on Celery's command line takes precedence."""
+    log_format: Literal["text", "json"] = "text"
+    """`json`: one object a line, for programs that collect logs, with the job's id, task and error code."""
+    setup: Annotated[str, AfterValidator(naming_a_function)] = ""
+    """A function of yours, as `module:function`, that is called once in each process of a worker, before the model
+    loads: to start Sentry or another SDK, or to add a log handler. If it requires an argument, it gets the process's
+    name: `parent`, `model` or `callbacks`."""
 
     @model_validator(mode="before")
     @classmethod

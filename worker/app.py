@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any
 
-from celery.signals import setup_logging, worker_init
+from celery.signals import celeryd_init, setup_logging, worker_init
 
 from config.celery import configuration, drop_overrides
 from config.settings import load
@@ -18,7 +18,7 @@ from tasks.failed import FailedBounds
 from tasks.payloads import PAYLOADS
 from tasks.protocol import DEFAULT_PRIORITY
 from worker.jobs.task import JobApp, JobTask
-from worker.observability import exposition, log_setup
+from worker.observability import exposition, log_setup, setup_hook
 from worker.pool import PoolExitInTime, SoftShutdown, refuse_other_pools
 from worker.queue.cancellation import Cancellations
 from worker.queue.dead_letters import keep_failures
@@ -59,15 +59,22 @@ app = _app()
 
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
 def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
-    log_setup.set_up(settings.log_level, logfile)
+    log_setup.set_up(settings, app.process_name, logfile)
+    setup_hook.run(settings.setup, app.process_name)
+
+
+@celeryd_init.connect(weak=False)  # type: ignore[untyped-decorator]
+def _use_log_for_all_lines(instance: Any, **_: Any) -> None:
+    # Celery's signals are sent for all apps of a process.
+    if instance.app is app:
+        log_setup.use_for_all_lines(instance, settings, app.process_name)
 
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
 def _prepare(sender: Any, **_: Any) -> None:
-    # Celery's signals are sent for all apps of a process.
     if sender.app is app:
-        if override_error:
-            sys.exit(override_error)
+        if error := override_error or log_setup.refusal(app.conf):
+            sys.exit(error)
         refuse_other_pools(sender)
         # Before the model loads, since an address in use ends the start.
         exposition.serve_worker(settings.metrics_address)

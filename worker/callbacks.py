@@ -13,18 +13,21 @@ import sys
 from typing import Any
 
 from celery import Celery, bootsteps
-from celery.signals import setup_logging, worker_init
+from celery.signals import celeryd_init, setup_logging, worker_init
 
 from config.celery import configuration, drop_overrides
 from config.settings import load
 from tasks.outbox import outbox_of
 from tasks.protocol import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from worker.delivery.callback_dispatcher import CallbackDispatcher
-from worker.observability import exposition, log_setup
+from worker.observability import exposition, log_setup, setup_hook
 from worker.queue.redis_check import BrokerCheck
 from worker.runtime.exit_watchdog import ExitInTime, HeldWork
 
 logger = logging.getLogger(__name__)
+
+#: In the log.
+PROCESS_NAME = "callbacks"
 
 settings = load()
 
@@ -92,13 +95,20 @@ app = _app()
 
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
 def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
-    log_setup.set_up(settings.log_level, logfile)
+    log_setup.set_up(settings, PROCESS_NAME, logfile)
+    setup_hook.run(settings.setup, PROCESS_NAME)
+
+
+@celeryd_init.connect(weak=False)  # type: ignore[untyped-decorator]
+def _use_log_for_all_lines(instance: Any, **_: Any) -> None:
+    # Celery's signals are sent for all apps of a process.
+    if instance.app is app:
+        log_setup.use_for_all_lines(instance, settings, PROCESS_NAME)
 
 
 @worker_init.connect(weak=False)  # type: ignore[untyped-decorator]
 def _prepare(sender: Any, **_: Any) -> None:
-    # Celery's signals are sent for all apps of a process.
     if sender.app is app:
-        if override_error:
-            sys.exit(override_error)
+        if error := override_error or log_setup.refusal(app.conf):
+            sys.exit(error)
         exposition.serve_callbacks(settings.metrics_address)

@@ -42,8 +42,9 @@ from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunReturned
 from worker.models.start import load_model, model_facts
+from worker.observability.job_fields import about_job
 from worker.observability.log_lines import Lines
-from worker.observability.redaction import without_values
+from worker.observability.redaction import without_message
 from worker.pool.wire import (
     Abandon,
     Away,
@@ -71,7 +72,8 @@ from worker.queue.result_backend import digest_of
 from worker.runtime import gil
 from worker.runtime.cpu import all_cores, go_last, job_cores, leave_cores_to_the_engine
 
-logger = logging.getLogger(__name__)
+# By its name as a module, not as the program.
+logger = logging.getLogger("worker.model_process")
 
 #: Seconds between two heartbeats, and the minimum between two if the capacity has changed.
 HEARTBEAT_S, MIN_HEARTBEAT_S = 0.5, 0.05
@@ -161,7 +163,9 @@ class JobThreads:
         if self._service.is_canceled(job.arguments[1]):
             return Canceled(job.serial)
         self._channel.send(Started(job.serial, time.monotonic()))
-        return traced(job)
+        name, id, *_ = job.arguments
+        with about_job(id, name):
+            return traced(job)
 
 
 def traced(job: RunJob) -> FinalMessage:
@@ -180,7 +184,7 @@ def traced(job: RunJob) -> FinalMessage:
         return Raised(job.serial, ExceptionInfo())
     except BaseException as error:
         # A SystemExit would otherwise end the thread, and the job would never end.
-        logger.error("A job ended outside Celery's tracer: %s", without_values(error))
+        logger.error("Job %s ended outside Celery's tracer.", id, exc_info=without_message(error))
         return Broken(job.serial, f"{type(error).__name__} in the worker.")
     return _reported(job.serial, outcome)
 
@@ -279,7 +283,13 @@ def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:
 def main() -> None:
     channel = BlockingChannel(socket.socket(fileno=int(sys.argv[1])))
     current_process()._name = "ModelProcess"
-    process_initializer(app, sys.argv[2])
+    app.process_name = "model"
+    try:
+        # It calls IDEFICS_SETUP too.
+        process_initializer(app, sys.argv[2])
+    except SystemExit as refusal:
+        channel.send(CannotServe(str(refusal)))
+        raise
     # The parent decides when this process ends.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_S)

@@ -1,22 +1,40 @@
-"""What a worker's log tells: a job's error in one line, defects whole, from the level that was asked for."""
+"""What a worker's log tells: a job's error in one line, defects whole, from the level and in the format asked for."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tasks import Caption, Client, Complete, ImageBlocked, PromptTooLong, WorkerLost
-from tests.support.waiting import eventually
+from tasks import Callback, Caption, Client, Complete, ImageBlocked, InvalidRequest, PromptTooLong, WorkerLost
+from tests.support.json_log import about, records
+from tests.support.pictures import data_uri, png
+from tests.support.receiver import SECRET as KEY
+from tests.support.receiver import Receiver
+from tests.support.sabotage import SECRET
+from tests.support.stand import callbacks_worker
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
+from worker.models import DEMO
 from worker.models.fake import POISON
 
 pytestmark = pytest.mark.timeout(120)
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TINY = data_uri(png())
+#: Settings with which a receiver on this machine gets callbacks.
+RECEIVING = {
+    "CALLBACK_KEYS": f"main={KEY}",
+    "CALLBACK_ALLOW_HTTP": "true",
+    "CALLBACK_ALLOW_NETWORKS": "127.0.0.0/8",
+}
 
 
 def test_a_jobs_error_is_one_line_without_a_traceback(tmp_path: Path) -> None:
@@ -72,18 +90,131 @@ def test_a_log_file_gets_the_lines_of_both_processes(tmp_path: Path) -> None:
     assert job.id not in log.read_text()
 
 
-def test_the_log_tells_what_the_model_needs_and_has_no_progress_bars(tmp_path: Path) -> None:
+def test_each_line_of_all_three_processes_is_a_record(tmp_path: Path) -> None:
+    log, callbacks_log = tmp_path / "log", tmp_path / "callbacks"
+    with Receiver().open() as receiver, stack.broker() as server, ExitStack() as workers:
+        settings = {
+            "LOG_FORMAT": "json",
+            "SETUP": "tests.support.sabotage:set_up",
+            "CALLBACK_PORTS": str(receiver.port),
+            **RECEIVING,
+        }
+        workers.enter_context(stack.worker(server, settings={"MODEL": "fake", "MAX_RETRIES": "0", **settings}, log=log))
+        workers.enter_context(callbacks_worker(server, callbacks_log, settings))
+        client = Client(server.url, check_callbacks=False)
+        callback = Callback(url=receiver.url, key_id="main")
+        for id in ("well", "blocked", "parent", "model", "callbacks"):
+            image = "http://10.1.2.3/cat.png" if id == "blocked" else TINY
+            client.submit(Caption(image=image, callback=callback), task_id=id)
+        eventually(lambda: all(_told(log, id) for id in ("well", "blocked", "parent", "model")))
+        eventually(lambda: all(_told(callbacks_log, id) for id in ("well", "blocked", "parent", "model", "callbacks")))
+    all_records = records(log) + records(callbacks_log)
+    assert {record["process"] for record in all_records} == {"parent", "model", "callbacks"}
+    assert SECRET not in log.read_text() + callbacks_log.read_text()
+    assert all(record["task"] == "idefics.caption" for record in all_records if "job_id" in record)
+    _has_no_defects(all_records, "well", None)
+    _has_no_defects(all_records, "blocked", "image_blocked")
+    for process in ("parent", "model", "callbacks"):
+        (defect,) = [record for record in all_records if record["level"] == "ERROR" and record["job_id"] == process]
+        assert defect["process"] == process
+        # The job of the failed callback has ended well.
+        assert defect.get("code") == (None if process == "callbacks" else "internal")
+        assert defect["traceback"].endswith("\nLookupError")
+
+
+def _told(log: Path, id: str) -> bool:
+    return len(about(log, id)) >= (2 if log.name == "log" else 1)
+
+
+def _has_no_defects(all_records: list[dict[str, Any]], id: str, code: str | None) -> None:
+    found = [record for record in all_records if record.get("job_id") == id]
+    assert {record["level"] for record in found} == {"INFO"}
+    assert not [record for record in found if "traceback" in record]
+    assert found[-1].get("code") == code
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_one_line_about_a_jobs_error_in_any_format(tmp_path: Path, log_format: str) -> None:
     log = tmp_path / "log"
-    with stack.broker() as server, stack.worker(server, settings={"MODEL": "demo"}, log=log):
+    settings = {"MODEL": "fake", "MAX_RETRIES": "0", "LOG_FORMAT": log_format}
+    with stack.broker() as server, stack.worker(server, settings=settings, log=log):
+        client = Client(server.url)
+        client.app.send_task("idefics.caption", kwargs={"image": 7}, queue="idefics", task_id="job-7")
+        client.app.send_task("idefics.unknown", queue="idefics", task_id="job-8")
+        with pytest.raises(InvalidRequest):
+            client.result("job-7", timeout=60)
+        with pytest.raises(InvalidRequest):
+            client.result("job-8", timeout=60)
+        eventually(lambda: len(_lines_with(log, "invalid_request")) >= 1)
+    told = [line for id in ("job-7", "job-8") for line in _lines_with(log, id) if "received" not in line]
+    assert len(told) == 2, told
+    assert not re.search("WARNING|ERROR|CRITICAL|Traceback", "".join(told))
+
+
+def test_a_json_log_file_gets_the_records_of_both_processes_from_the_commands_level_on(tmp_path: Path) -> None:
+    log, file = tmp_path / "log", tmp_path / "file"
+    with (
+        stack.broker() as server,
+        _worker(server, log, "--logfile", str(file), "-l", "debug", IDEFICS_LOG_FORMAT="json"),
+    ):
+        job = Client(server.url).submit(Complete(prompt=["Hello"], max_new_tokens=2))
+        assert job.result(timeout=60).text == "lo"
+    assert {record["process"] for record in about(file, job.id)} == {"parent", "model"}
+    assert "DEBUG" in {record["level"] for record in records(file)}
+    assert job.id not in log.read_text()
+
+
+@pytest.mark.parametrize("app", ["worker.app", "worker.callbacks"])
+@pytest.mark.parametrize("option", ["log_format=x", "redirect_stdouts=false", "log_color=true"])
+def test_celerys_own_options_of_a_log_are_refused_with_the_cure(tmp_path: Path, app: str, option: str) -> None:
+    log = tmp_path / "log"
+    with stack.broker() as server, _worker(server, log, "--", f"worker.{option}", app=app) as process:
+        assert process.wait(PATIENCE_S) != 0
+    assert f"worker_{option.partition('=')[0]} cannot be set" in log.read_text()
+    assert "IDEFICS_LOG_FORMAT" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("app", ["worker.app", "worker.callbacks"])
+@pytest.mark.parametrize(
+    ("setup", "told"),
+    [
+        ("nowhere:set_up", "No module named 'nowhere'"),
+        ("tests.support.sabotage:nothing", "has no attribute 'nothing'"),
+        ("tests.support.sabotage:SECRET", "is not a function"),
+        ("just_a_module", "such as shop.sentry:set_up"),
+    ],
+)
+def test_a_setup_that_cannot_be_called_ends_the_start_with_the_cure(
+    tmp_path: Path, app: str, setup: str, told: str
+) -> None:
+    log = tmp_path / "log"
+    with stack.broker() as server, _worker(server, log, app=app, IDEFICS_SETUP=setup) as process:
+        assert process.wait(PATIENCE_S) != 0
+    assert told in log.read_text()
+
+
+@pytest.mark.parametrize("source", ["folder", "hub cache"])
+def test_the_log_tells_what_the_model_needs_and_has_no_progress_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    log, settings = tmp_path / "log", {"MODEL": "demo"}
+    if source == "hub cache":
+        settings = {"MODEL": "some/model", "MODEL_REVISION": COMMIT, "OFFLINE": "true"}
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        shutil.copytree(DEMO, tmp_path / "hub" / "models--some--model" / "snapshots" / COMMIT)
+    with stack.broker() as server, stack.worker(server, settings=settings, log=log):
         pass
     assert "\n    Prompt   at most 2,048 tokens, pictures included\n" in log.read_text()
     assert "%|" not in log.read_text()
     assert "\r" not in log.read_text()
 
 
-def _worker(server: stack.Broker, log: Path, *arguments: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+def _worker(
+    server: stack.Broker, log: Path, *arguments: str, app: str = "worker.app", **variables: str
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """A worker of which the log need not tell that it is ready."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
-    environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
-    command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", *arguments]
+    environment |= {"IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results, **variables}
+    command = [sys.executable, "-m", "celery", "-A", app, "worker", *arguments]
     return stack.started(command, log=log, environment=environment | {"IDEFICS_MODEL": "fake"})

@@ -27,15 +27,15 @@ SECRET = "s3cr3t"
 MARKS = (SECRET, base64.b64encode(f"__{SECRET}".encode()).decode().strip("="))
 
 
-@pytest.fixture(scope="module", params=["INFO", "DEBUG"])
+@pytest.fixture(scope="module", params=[("INFO", "text"), ("DEBUG", "json")], ids="-".join)
 def stood(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     log = tmp_path_factory.mktemp("secrets") / "log"
+    level, log_format = request.param
+    settings = {"LOG_LEVEL": level, "LOG_FORMAT": log_format, "IMAGE_TIMEOUT_S": "5", "MAX_RETRIES": "1"}
     with (
         Gallery().open() as gallery,
         stack.broker() as server,
-        stand(
-            server, gallery, log, LOG_LEVEL=request.param, IMAGE_TIMEOUT_S="5", MAX_RETRIES="1", MAX_JOB_BYTES="20000"
-        ) as stood,
+        stand(server, gallery, log, MAX_JOB_BYTES="20000", **settings) as stood,
     ):
         yield stood
 
@@ -197,7 +197,8 @@ def test_no_message_forges_a_line_of_the_log(stood: Stand) -> None:
     lines = stood.log.read_text()[already:].removesuffix("\n").split("\n")
     assert all(line.isprintable() for line in lines), [line for line in lines if not line.isprintable()]
     # A record begins with its time, here and now; what belongs to it is indented.
-    assert not [line for line in lines if line.startswith("2026-01-02") or not line.startswith(("20", "    "))]
+    starts = ("20", "    ") if lines[0].startswith("20") else ('{"time": "20',)
+    assert not [line for line in lines if line.startswith("2026-01-02") or not line.startswith(starts)]
 
 
 def test_a_message_that_cannot_be_used_ends_its_job_with_the_cure(stood: Stand) -> None:

@@ -20,7 +20,7 @@ from worker.queue.redeliveries import History, RedeliveryCounter
 class Job:
     """In the place of Celery's request: it cannot be handed over, and perhaps not ended."""
 
-    id = "job"
+    id, task_name = "job", "idefics.caption"
 
     def __init__(self, error: BaseException | None, ends: BaseException | None = None) -> None:
         self._error, self._ends = error, ends

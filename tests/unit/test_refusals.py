@@ -20,9 +20,11 @@ def refusals() -> Refusals:
 def test_the_log_names_the_job_that_fails_by_a_dropped_message(
     refusals: Refusals, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     refusals(b"x" * 18_455, MessageRefused("Send less.", "a\x1b[2Jb"))
-    assert caplog.record_tuples == [
-        ("worker.queue.refusals", logging.ERROR, "Message 'a\\x1b[2Jb' of 18455 bytes is dropped. Send less.")
+    # At INFO: its sender can read the job's error.
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "Message 'a\\x1b[2Jb' of 18455 bytes is dropped. Send less.")
     ]
 
 

@@ -235,7 +235,7 @@ def test_a_chord_whose_keys_hold_something_else_loses_a_part_and_its_job_ends(
     request = Context(id=id, group=group, group_index=0, chord=body)
     backend.mark_as_done(id, {"text": "a cat"}, request)
     assert plain.get_result(id) == {"text": "a cat"}
-    assert f"Job {id!r} is left out of its chord {group!r}" in caplog.text
+    assert f"Job {id} is left out of its chord {group}" in caplog.text
 
 
 def test_a_failure_around_a_task_has_a_code(backend: Any, plain: Any, id: str) -> None:

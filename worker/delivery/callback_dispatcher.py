@@ -14,10 +14,12 @@ from urllib.parse import urlsplit
 from config.settings import Settings
 from tasks.availability import UNAVAILABLE
 from tasks.outbox import Delivery, Outbox
+from worker.delivery.about import about_delivery
 from worker.delivery.batching import admit, batch_of, group_by_target
 from worker.delivery.known_hosts import KnownHosts
 from worker.delivery.retry import AttemptResult, decide
 from worker.delivery.sender import Sender
+from worker.observability.redaction import without_message
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +88,8 @@ class CallbackDispatcher:
         except UNAVAILABLE as error:
             logger.warning("The deliveries cannot be read (%s): trying again.", error)
             return ERROR_INTERVAL_S
-        except Exception:
-            logger.exception("A defect in the dispatcher of callbacks; it continues.")
+        except Exception as error:
+            logger.error("A defect in the dispatcher of callbacks; it continues.", exc_info=without_message(error))
             return ERROR_INTERVAL_S
         return POLL_INTERVAL_S
 
@@ -142,6 +144,10 @@ class CallbackDispatcher:
 
     def _attempt(self, delivery: Delivery) -> None:
         """Attempt and settle a delivery, in its own thread. Raises nothing."""
+        with about_delivery(delivery):
+            self._attempt_and_settle(delivery)
+
+    def _attempt_and_settle(self, delivery: Delivery) -> None:
         try:
             if self._outbox.is_disabled(delivery.url):
                 self._outbox.end(delivery, "failed", "its URL is disabled since it answered 410", self._keep_s)
@@ -150,7 +156,7 @@ class CallbackDispatcher:
         except UNAVAILABLE as error:
             logger.warning("The result of delivery %s cannot be stored (%s): it is sent again.", delivery.id, error)
         except Exception as error:
-            logger.exception("A defect at delivery %s.", delivery.id)
+            logger.error("A defect at delivery %s.", delivery.id, exc_info=without_message(error))
             self._settle_defect(delivery, error)
         finally:
             with self._lock:
@@ -169,8 +175,9 @@ class CallbackDispatcher:
         """Count a defect as a failed attempt: otherwise the delivery would be sent again after each lease, forever."""
         try:
             self._settle(delivery, AttemptResult(note=f"a defect ({type(error).__name__}): see the log"))
-        except Exception:
-            logger.exception("Delivery %s is sent again when its lease ends.", delivery.id)
+        except Exception as again:
+            again_info = without_message(again)
+            logger.error("Delivery %s is sent again when its lease ends.", delivery.id, exc_info=again_info)
 
     def _settle(self, delivery: Delivery, result: AttemptResult) -> None:
         decision = decide(result, delivery.attempts, self._settings.callback_schedule_s)

@@ -26,6 +26,7 @@ from tasks.payload_fields import checked_metadata
 from tasks.payloads import Callback
 from tasks.redis_keys import broker_prefix
 from worker.delivery.callback_policy import check
+from worker.observability.job_fields import job_extra
 from worker.queue.redis_retry import RetryingRedis, with_retries
 from worker.queue.result_backend import is_of_another
 
@@ -99,7 +100,7 @@ class CallbackRecorder:
         first. One of another submission under the same id, which has a digest other than `digest`, is ignored. Raises
         one of UNAVAILABLE, or in a job's own thread RedisAway after waiting.
         """
-        callback = self._callback(id, arguments)
+        callback = self._callback(id, task, arguments)
         if callback is None:
             return
         state, value, ended_at = self._stored(id, terminal_state, digest) if is_stored else (*terminal_state, None)
@@ -114,7 +115,7 @@ class CallbackRecorder:
         delivery = Delivery(key, id, event, callback.url, callback.key_id, body)
         self._connected().add(delivery, self._settings.callback_batch_window_s)
 
-    def _callback(self, id: str, arguments: Mapping[str, Any]) -> Callback | None:
+    def _callback(self, id: str, task: str, arguments: Mapping[str, Any]) -> Callback | None:
         """The job's callback, if the policy allows it: a job with a forbidden one has failed for that reason."""
         if not arguments.get("callback"):
             return None
@@ -124,7 +125,8 @@ class CallbackRecorder:
             check(callback, self._settings, look_up=False)
         except (ValidationError, InvalidRequest) as error:
             why = error if isinstance(error, InvalidRequest) else "malformed"
-            logger.info("The callback of job %s is not recorded: %s", id, why)
+            job = job_extra(id, task, InvalidRequest.code)
+            logger.info("The callback of job %s is not recorded: %s", id, why, extra=job)
             return None
         return callback
 

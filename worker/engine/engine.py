@@ -183,8 +183,7 @@ class Engine:
     def _recover(self, batch: Sequence[Row], unfinished: list[Row], error: Exception) -> None:
         """Run the unfinished rows of a failed batch again in halves. A row that failed alone gets the error."""
         if len(batch) == 1:
-            logger.error("A job failed alone; its caller gets the error.", exc_info=error)
-            unfinished[0].fail(error if isinstance(error, JobError) else Internal(type(error).__name__))
+            unfinished[0].fail(error if isinstance(error, JobError) else _internal(error))
             return
         half = max(1, len(unfinished) // 2)
         fitted = self._ceiling.rows
@@ -200,6 +199,13 @@ class Engine:
                 self._run(part, joinable=False)
         if any(isinstance(row.output.exception(), OutOfMemory) for row in unfinished):
             self._ceiling.restore(fitted)
+
+
+def _internal(error: Exception) -> Internal:
+    """What a row that meets a defect ends with. Its job logs the cause (worker/jobs/task.py)."""
+    internal = Internal(type(error).__name__)
+    internal.__cause__ = error
+    return internal
 
 
 def _beams(rows: Sequence[Row]) -> int:

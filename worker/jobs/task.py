@@ -28,8 +28,8 @@ from worker.images.host_limits import HostLimitReached
 from worker.jobs.deduplication import FirstStillRuns, first_answer
 from worker.jobs.runs import CancellationError, JobContext
 from worker.jobs.service import Service
-from worker.observability import log_setup
-from worker.observability.redaction import without_values
+from worker.observability.job_fields import note_code
+from worker.observability.redaction import log_defect
 from worker.queue.publisher import OneProducerEach
 from worker.queue.result_backend import CANCELED, current_submission
 
@@ -44,6 +44,8 @@ class JobApp(OneProducerEach):
     recorder: CallbackRecorder
     #: Runs jobs; only in the model process, once the model is loaded.
     service: Service | None = None
+    #: In the log: `parent` or `model`.
+    process_name = "parent"
 
     def __init__(self, name: str, settings: Settings, **options: Any) -> None:
         super().__init__(name, **options)
@@ -81,8 +83,9 @@ class JobTask(Task):  # type: ignore[misc]
     app: JobApp
     # Logs and events must not contain answers.
     resultrepr_maxsize = 0
-    # Errors of these classes are logged in one line at INFO: they concern the producer, who reads them in the result.
-    throws = log_setup.EXPECTED
+    # A job's end is logged in one line at INFO, whatever its error: it concerns the producer, who reads it in the
+    # result. A defect has been logged at ERROR, with its traceback, where it happened.
+    throws = (JobError,)
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
         """Celery's, without the arguments in the message's headers. Used for retries."""
@@ -114,15 +117,23 @@ class JobTask(Task):  # type: ignore[misc]
         except TaskPredicate:
             raise
         except JobError as error:
+            if isinstance(error, Internal):
+                log_defect(logger, error.__cause__ or error, self.request.id, self.name)
             # Without its traceback, which is of no use and takes Celery a millisecond for each frame to copy.
             raise error.with_traceback(None) from None
         except Exception as error:
-            logger.error("Job %s hit a defect; it fails as internal: %s", self.request.id, without_values(error))
+            log_defect(logger, error, self.request.id, self.name)
             raise Internal(f"{type(error).__name__} in the worker: its log has the traceback.") from None
         if self.request.callbacks or self.request.chain:
             # Celery sends these before it stores the answer, so before it can know that another run was first.
             self._drop_if_ended()
         return answer.model_dump(mode="json")
+
+    def on_failure(self, exc: BaseException, *_: Any) -> None:
+        """Called by Celery's tracer before it logs the failure, as `on_retry` is before it logs the retry."""
+        note_code(getattr(exc, "code", Internal.code))
+
+    on_retry = on_failure
 
     def after_return(self, state: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         """Record the callback. Celery calls this once the state is stored."""

@@ -36,7 +36,7 @@ class LineFormatter(logging.Formatter):
         if _is_plain(record):
             return super().format(record)
         shown = logging.makeLogRecord(record.__dict__)
-        shown.msg, shown.args = _message(record), None
+        shown.msg, shown.args = shown_message(record), None
         return super().format(shown)
 
     def formatException(self, ei: _ExceptionInfo) -> str:  # noqa: N802 - logging's name
@@ -54,7 +54,8 @@ def _is_plain(record: logging.LogRecord) -> bool:
         return False
 
 
-def _message(record: logging.LogRecord) -> str:
+def shown_message(record: logging.LogRecord) -> str:
+    """A record's message with escapes for the control characters of its arguments."""
     if not record.args:
         return escaped(record.getMessage().strip("\n"))
     try:

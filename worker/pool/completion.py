@@ -13,6 +13,7 @@ from celery.worker import state as worker_state
 
 from tasks.availability import is_away
 from tasks.errors import Internal
+from worker.observability.job_fields import job_extra
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.job import PoolJob
 from worker.pool.wire import Away, Broken, Canceled, Done, JobEnd, Raised
@@ -92,7 +93,8 @@ class JobCompletion:
         """Requeue a job whose end could not be reported: after a defect only as often as one whose worker dies."""
         again = is_away(error) or self._may_return(job)
         what = "goes back to the queue" if again else "is dropped"
-        logger.error("The end of job %s could not be reported: it %s.", job.id, what, exc_info=error)
+        about = job_extra(job.id, job.trace_arguments[0])
+        logger.error("The end of job %s could not be reported: it %s.", job.id, what, exc_info=error, extra=about)
         job.fail(Reject("its outcome could not be stored", requeue=again))
 
     def _may_return(self, job: PoolJob) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from billiard.exceptions import Terminated
 
 from tasks.errors import Internal, WorkerLost
+from worker.observability.redaction import log_defect
 from worker.pool.completion import JobCompletion
 from worker.pool.defects import log_defects
 from worker.pool.dispatcher import Dispatcher
@@ -131,7 +132,7 @@ class JobLifecycle:
             job.state = JobState.SENT
         except Exception as defect:
             # The other jobs must run.
-            logger.exception("A defect: job %s cannot be sent to the model process.", ascii(job.id))
+            log_defect(logger, defect, job.id, job.trace_arguments[0])
             error = Internal(f"{type(defect).__name__} in the worker: its log has the traceback.")
             self._completion.fail(job, error)
 

@@ -20,6 +20,7 @@ from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import JobError
 from tasks.protocol import HIDDEN
 from worker.delivery.recorder import TerminalState
+from worker.observability.job_fields import about_job, job_extra
 from worker.pool.job import PoolJob
 from worker.queue.result_backend import current_submission, submission_of, taken_now
 
@@ -100,7 +101,8 @@ class JobRequest(Request):  # type: ignore[misc]
             self._ending_context()
         self._defers_acknowledgement = True
         try:
-            super().on_failure(exc_info, send_failed_event, return_ok)
+            with about_job(self.id, self.task_name, getattr(error, "code", None)):
+                super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
             self._defers_acknowledgement = False
         if self._owes_acknowledgement:
@@ -133,7 +135,8 @@ class JobRequest(Request):  # type: ignore[misc]
                 digest=submission.digest,
             )
         except UNAVAILABLE as error:
-            logger.error("Job %s ended, but its callback cannot be recorded (%s).", self.id, error)
+            job = job_extra(self.id, self.task_name)
+            logger.error("Job %s ended, but its callback cannot be recorded (%s).", self.id, error, extra=job)
             # While Redis is away the message stays unacknowledged. Any other error would occur at each redelivery.
             return not is_away(error)
         return True

@@ -19,6 +19,7 @@ from celery.worker import state as worker_state
 
 from tasks.outbox import connect
 from tasks.redis_keys import CANCELLATION, broker_prefix, results_prefix
+from worker.observability.job_fields import job_extra
 from worker.queue.due import DueJob, DueJobs
 from worker.queue.transport import Channel
 
@@ -108,7 +109,7 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
             self._canceled.discard(id)
             worker_state.revoked.discard(id)
         for id in self._poller.exchange(id for id in held if id not in worker_state.revoked) & held.keys():
-            logger.info("Job %s is canceled by its key.", id)
+            logger.info("Job %s is canceled by its key.", id, extra=job_extra(id, held[id][0].task_name))
             self._canceled.add(id)
             # For a request that still waits for a place in the pool.
             worker_state.revoked.add(id)

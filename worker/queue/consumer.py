@@ -16,7 +16,8 @@ from config.settings import Settings
 from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import Internal, InvalidRequest, JobError
 from tasks.failed import FailedBounds
-from worker.observability.redaction import without_values
+from worker.observability.job_fields import job_extra
+from worker.observability.redaction import log_defect, without_message
 from worker.queue.dead_letters import keep_misrouted, misrouted, unknown_task
 from worker.queue.due import delay_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, checked, readable, usable_id
@@ -88,7 +89,8 @@ class Consumer(ResilientConsumer):
         """Keep the whole message with the failed jobs, from where it can be sent on, and end its job."""
         why = InvalidRequest(unknown_task(message.headers["task"]))
         request = misrouted(message, self.hostname)
-        logger.error("Message %s is kept with the failed jobs. %s", request.id, why)
+        job = job_extra(request.id, request.task, why.code)
+        logger.info("Message %s is kept with the failed jobs. %s", request.id, why, extra=job)
         try:
             keep_misrouted(self.app, request, self._bounds, why)
             self.app.backend.mark_as_failure(request.id, why, request=request)
@@ -127,7 +129,10 @@ class Consumer(ResilientConsumer):
         """Requeue a message whose end cannot be stored, unless a defect is the cause: it would occur again."""
         requeue = is_away(error)
         what = f"Message {id!a}" if id else "A message"
-        logger.error("%s cannot be refused (%s): it is %s.", what, error, "requeued" if requeue else "dropped")
+        logger.error(
+            "%s cannot be refused (%s): it is %s.", what, error, "requeued" if requeue else "dropped",
+            extra=job_extra(id, code=InvalidRequest.code) if id else None,
+        )  # fmt: skip
         if requeue:
             message.reject_log_error(logger, self.connection_errors, requeue=True)
         return requeue
@@ -141,7 +146,7 @@ class Consumer(ResilientConsumer):
     def _end_by_defect(self, message: Any, payload: tuple[Any, Any, Any], error: Exception) -> None:
         """End a job whose message could not be handled, with its chord, chain and error links."""
         headers, (args, kwargs, embed) = message.headers, payload
-        logger.error("Job %s hit a defect; it fails as internal: %s", ascii(headers["id"]), without_values(error))
+        log_defect(logger, error, headers["id"], headers["task"])
         request = Context({**headers, **embed, "args": args, "kwargs": kwargs, "delivery_info": taken_now(message)})
         try:
             request.submission = submission_of(request, begins=True)
@@ -160,14 +165,15 @@ class Consumer(ResilientConsumer):
             pass
         except Exception as error:
             if is_away(error):
-                logger.error("Job %s cannot start (%s): it goes back to the queue.", ascii(request.id), error)
+                job = job_extra(request.id, request.task_name)
+                logger.error("Job %s cannot start (%s): it goes back to the queue.", request.id, error, extra=job)
                 request.reject(requeue=True)
             else:
                 self._fail(request, error)
         self._release_place()
 
     def _fail(self, request: Any, error: Exception) -> None:
-        logger.error("Job %s hit a defect; it fails as internal: %s", ascii(request.id), without_values(error))
+        log_defect(logger, error, request.id, request.task_name)
         try:
             request.on_failure(exception_info(_internal(error)))
         except Exception as again:
@@ -176,17 +182,18 @@ class Consumer(ResilientConsumer):
     def _return(self, headers: dict[str, Any], reject: Callable[..., None], error: Exception) -> None:
         """Requeue a job whose end could not be stored: as long as Redis is away, otherwise a few times."""
         id, key = headers["id"], (headers["id"], headers.get("retries") or 0)
+        job = job_extra(id, headers.get("task"), Internal.code)
         if is_away(error) or not self.redeliveries.is_lost(self.redeliveries.history(key).deaths):
-            logger.error("Job %s goes back to the queue: %s", ascii(id), without_values(error))
+            logger.error("Job %s goes back to the queue.", id, exc_info=without_message(error), extra=job)
             if not is_away(error):
                 self.redeliveries.count_return(key)
             reject(requeue=True)
             return
-        logger.critical("Job %s was requeued too often; it fails as internal.", ascii(id))
+        logger.critical("Job %s was requeued too often; it fails as internal.", id, extra=job)
         try:
             self.refusals.end(id, _internal(error))
         except Exception as away:
-            logger.critical("Its end cannot be stored: %s", without_values(away))
+            logger.critical("Its end cannot be stored.", exc_info=without_message(away), extra=job)
         reject(requeue=False)
 
     def _release_place(self) -> None:

@@ -23,6 +23,7 @@ from tasks.failed import FailedBounds, FailedJob, FailedJobs
 from tasks.payloads import PAYLOADS
 from tasks.printable import escaped
 from tasks.protocol import SUBMITTED_AT
+from worker.observability.job_fields import job_extra
 from worker.queue.result_backend import digest_of, is_of_another, submission_of, taken_now
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ def keep_failures(app: Celery, bounds: FailedBounds) -> None:
                 job = failed_job(sender.name, request, exception)
                 FailedJobs(app).keep(job, dict(sender.signature_from_request(request, retries=0)), bounds)
         except Exception as error:
-            logger.error("Job %s failed and cannot be kept on the list of failed jobs: %s", task_id, error)
+            about = job_extra(task_id, sender.name, from_exception(exception).code)
+            logger.error("Job %s failed and cannot be kept on the list of failed jobs: %s", task_id, error, extra=about)
 
     task_failure.connect(keep, weak=False)
 
@@ -97,7 +99,8 @@ def keep_misrouted(app: Celery, request: Context, bounds: FailedBounds, error: I
     try:
         FailedJobs(app).keep(job, dict(signature), bounds)
     except ValueError as too_large:
-        logger.error("Message %s cannot be kept on the list of failed jobs: %s", request.id, too_large)
+        about = job_extra(request.id, request.task, error.code)
+        logger.error("Message %s cannot be kept on the list of failed jobs: %s", request.id, too_large, extra=about)
 
 
 def _is_longer(value: Any, most: int) -> bool:

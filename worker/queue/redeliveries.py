@@ -26,6 +26,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from tasks.redis_keys import REDELIVERIES
+from worker.observability.job_fields import job_extra
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class RedeliveryCounter:
         try:
             record = self._client().hgetall(self._name(id))
         except Exception as error:
-            logger.warning("The redeliveries of job %s are unknown (%s): it runs.", ascii(id), error)
+            logger.warning("The redeliveries of job %s are unknown (%s): it runs.", id, error, extra=job_extra(id))
             return History()
         returns = int(record.get(str(retries).encode(), 0))
         started = sum(f"{retries}:{number}".encode() in record for number in range(1, returns))

@@ -14,6 +14,7 @@ from celery.utils.objects import Bunch
 
 from tasks.errors import InvalidRequest, JobError
 from tasks.failed import FailedBounds, FailedJob, FailedJobs
+from worker.observability.job_fields import job_extra
 from worker.queue.envelope import MessageRefused, described
 from worker.queue.result_backend import Submission
 
@@ -33,10 +34,14 @@ class Refusals:
 
     def __call__(self, raw: bytes, refused: MessageRefused, taken: str = "") -> Submission | None:
         """Store the refusal. Returns what it was stored for, if the message has an id. Raises Redis's errors."""
-        logger.error("%s is dropped. %s", described(raw, refused), refused)
+        what = described(raw, refused)
         if not refused.id:
+            # Its sender cannot read of it anywhere.
+            logger.warning("%s is dropped. %s", what, refused)
             self._keep(raw, refused)
             return None
+        job = job_extra(refused.id, code=InvalidRequest.code)
+        logger.info("%s is dropped. %s", what, refused, extra=job)
         # No submission has this digest, so a correct message under the same id still runs. The reason is hashed too,
         # since it may be in the headers, which `raw` does not include.
         digest = hashlib.blake2b(raw + str(refused).encode(), digest_size=16).hexdigest()

@@ -41,7 +41,8 @@ from tasks.availability import is_away
 from tasks.errors import Internal, JobError
 from tasks.protocol import CONTINUES
 from tasks.redis_keys import CANCELLATION, results_prefix
-from worker.observability.redaction import without_values
+from worker.observability.job_fields import job_extra
+from worker.observability.redaction import log_defect
 from worker.queue.redis_retry import RetryingRedis
 
 logger = logging.getLogger(__name__)
@@ -188,11 +189,14 @@ class FirstTerminalStateWins:
         return result
 
     def _on_not_stored(self: Any, task_id: str, kept: str, state: str, request: Any) -> None:
+        job = job_extra(task_id, getattr(request, "task", None))
         if kept == SUPERSEDED:
             # Its own links, errbacks, chain and chord follow its own end.
-            logger.info("Job %s was followed by another one under its id: its %s is not stored.", task_id, state)
+            logger.info(
+                "Job %s was followed by another one under its id: its %s is not stored.", task_id, state, extra=job
+            )
             return
-        logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept, state)
+        logger.info("Job %s has ended as %s already: this run's %s is dropped.", task_id, kept, state, extra=job)
         if request is not None:
             # The other run calls what follows.
             request.chain = request.errbacks = None
@@ -264,7 +268,7 @@ class FirstTerminalStateWins:
     def mark_as_failure(self: Any, task_id: str, exc: BaseException, *args: Any, **options: Any) -> None:
         """Celery's. An unexpected exception becomes a JobError with the code `internal`."""
         if options.get("request") is not None and not isinstance(exc, JobError):
-            logger.error("Job %s hit a defect; it fails as internal: %s", ascii(task_id), without_values(exc))
+            log_defect(logger, exc, task_id, getattr(options["request"], "task", None))
             exc = Internal(f"{type(exc).__name__} in the worker: its log has the traceback.")
         super().mark_as_failure(task_id, exc, *args, **options)  # type: ignore[misc]
 
@@ -275,7 +279,8 @@ class FirstTerminalStateWins:
         except RedisError as error:
             if is_away(error):
                 raise
-            logger.error("Job %s is left out of its chord %s: %s", ascii(request.id), ascii(request.group), error)
+            job = job_extra(request.id, getattr(request, "task", None))
+            logger.error("Job %s is left out of its chord %s: %s", request.id, request.group, error, extra=job)
 
     def replay_side_effects(self: Any, request: Any) -> None:
         """Repeat what follows a stored terminal state: the worker that stored it may have died before it did that.

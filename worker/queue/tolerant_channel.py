@@ -12,6 +12,7 @@ from redis.exceptions import ResponseError
 
 from tasks.availability import is_away
 from tasks.routing import priority_for
+from worker.observability.redaction import without_message
 from worker.queue.backoff import Backoff
 from worker.queue.due import purge
 from worker.queue.envelope import MessageRefused, opened
@@ -83,9 +84,10 @@ class TolerantChannel(stock.Channel):  # type: ignore[misc]
             self.connection._deliver(message, reserved.queue)
         except self.connection_errors:
             raise
-        except Exception:
+        except Exception as error:
             # Our own defect, not the sender's fault. The message is requeued once; a second time would loop.
-            logger.exception("A defect while a message of queue %s was delivered.", reserved.queue)
+            defect = without_message(error)
+            logger.error("A defect while a message of queue %s was delivered.", reserved.queue, exc_info=defect)
             if not reserved.tag:
                 pass
             elif message["properties"]["delivery_info"].get("redelivered"):
