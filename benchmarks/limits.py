@@ -25,6 +25,7 @@ from tasks import Caption, Client, Complete, ImagePath, Job
 from worker.demo import stack
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
+from worker.engine.pauses import without_pauses
 from worker.engine.row import Picture
 from worker.models.idefics1.decoder import IdeficsSegment
 from worker.models.loading import load
@@ -65,7 +66,7 @@ def steps(root: Path) -> dict[str, Any]:
     size = adapter.model.config.vision_config.image_size
     pictures = [Picture(bytes([number]), torch.randn(3, size, size)) for number in range(8)]
     with torch.inference_mode():
-        features = torch.stack(list(adapter.features(pictures).values()))
+        features = torch.stack(list(without_pauses(adapter.encode(pictures)).values()))
         # Prompts of the same length: the text between images is not what is compared.
         prompted = {count: _prompted(model, features[:count]) for count in (1, 8)}
         taken: dict[int, list[float]] = {count: [] for count in prompted}

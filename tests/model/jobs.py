@@ -11,8 +11,10 @@ from PIL import Image
 from tasks import Answer, Caption, CaptionExample, Chat, Complete, ImagePath, Job, Write
 from worker.engine.continuous import ContinuousModel
 from worker.engine.interfaces import Model
+from worker.engine.pauses import without_pauses
 from worker.engine.row import Row, Sampling, Tokens
 from worker.engine.stock import StockModel
+from worker.engine.stock_prefill import CHUNK_TOKENS, Prefilled, prefill
 from worker.jobs.prompts import ImageRef, Prompt, build
 
 Parts = list[str | Image.Image]
@@ -78,6 +80,13 @@ def stock_of(model: Model) -> StockModel:
     stock = model.stock if isinstance(model, ContinuousModel) else model
     assert isinstance(stock, StockModel)
     return stock
+
+
+def stock_prefilled(model: Model, prompts: Sequence[Tokens], chunk_tokens: int = CHUNK_TOKENS) -> Prefilled:
+    """Prompts after their prefill by transformers' own forward."""
+    adapter = stock_of(model).adapter
+    features = without_pauses(adapter.encode(picture for tokens in prompts for picture in tokens.pictures))
+    return prefill(adapter.model, adapter.padded(prompts, features), lambda: None, chunk_tokens)
 
 
 @torch.inference_mode()

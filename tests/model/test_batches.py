@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from tasks import Answer, Caption, CaptionExample, ImagePath, Job
 from tasks.errors import Internal, OutOfMemory
 from tests.model.conftest import Served, noise
-from tests.model.jobs import Parts, mixed_jobs, prepared, row_of
+from tests.model.jobs import Parts, mixed_jobs, prepared, row_of, stock_prefilled
 from worker.engine import prefix_cache
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import Step
@@ -331,15 +332,21 @@ def test_prompts_and_pixels_are_those_of_transformers_own_processor(served: Serv
         tokens = prepared(served.model, parts)
         stock = served.stock_inputs(parts)
         assert list(tokens.ids) == stock["input_ids"][0].tolist()
-        inputs = served.model.stock.adapter.inputs([tokens])
+        frames = [frame for picture in tokens.pictures for frame in picture.frames]
         if not served.is_first_family:
-            assert set(inputs) == set(stock)
-            assert all(torch.equal(inputs[name].to(value.dtype), value) for name, value in stock.items())
+            # Padded to the size of the largest frame.
+            masks = stock.get("pixel_attention_mask", [()])[0]
+            for frame, pixels, mask in zip(frames, stock.get("pixel_values", [()])[0], masks, strict=True):
+                height, width = frame.mask.shape
+                assert torch.equal(frame.mask, mask[:height, :width].bool())
+                assert mask.sum() == frame.mask.sum()
+                assert torch.equal(frame.normalize(frame.pixels, frame.mask), pixels[:, :height, :width])
             continue
-        if tokens.pictures:
-            pixels = served.model.codec.pixels.normalized(torch.stack([picture.pixels for picture in tokens.pictures]))
+        if frames:
+            pixels = served.model.codec.pixels.normalized(torch.stack([frame.pixels for frame in frames]))
             assert torch.equal(pixels, stock["pixel_values"][0])
-        assert torch.equal(inputs["image_attention_mask"], stock["image_attention_mask"].long())
+        mask = stock_prefilled(served.model, [tokens]).prompts.generate_inputs()["image_attention_mask"]
+        assert torch.equal(mask, stock["image_attention_mask"].long())
 
 
 @pytest.mark.parametrize(
@@ -404,9 +411,10 @@ def test_label_scores_in_a_batch_are_the_log_likelihoods_of_each_label_alone(
 
 @torch.inference_mode()
 def _log_likelihood(served: Served, row: Row, label: tuple[int, ...]) -> float:
-    adapter = served.model.stock.adapter
-    whole = type(row.tokens)(row.tokens.ids + label, row.tokens.pictures)
-    logits = adapter.model(**adapter.forward_inputs(adapter.inputs([whole]))).logits[0].log_softmax(dim=-1)
+    whole = dataclasses.replace(row.tokens, ids=row.tokens.ids + label)
+    prompts = stock_prefilled(served.model, [whole]).prompts
+    inputs = prompts.forward_inputs(0, len(whole.ids))
+    logits = served.stock.adapter.model(prompts.ids, prompts.mask, **inputs).logits[0].log_softmax(dim=-1)
     start = len(row.tokens.ids) - 1
     return sum(float(logits[start + n, token]) for n, token in enumerate(label))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from tasks import Chat, Internal, InvalidRequest
 from tasks.payloads import parse
 from tests.model.checkpoints import TEMPLATE, later_checkpoint
 from tests.model.conftest import Served, noise, random_model
-from tests.model.jobs import Parts, mixed_jobs, prepared, row_of
+from tests.model.jobs import Parts, mixed_jobs, prepared, row_of, stock_prefilled
 from tests.support.pictures import data_uri, encoded
 from worker.engine.continuous import ContinuousModel
 from worker.engine.engine import Engine
@@ -106,14 +105,13 @@ def test_a_row_whose_numbers_overflow_fails_alone(later: Served, beams: int) -> 
 
 
 def test_labels_score_in_a_batch_what_each_scores_alone(later: Served) -> None:
-    adapter = later.stock.adapter
     prompts: list[Parts] = [[image, "Category:"] for image in list(IMAGES.values())[:3]]
     prompts += [["Some text before.", *IMAGES.values(), "Category:"], ["No picture. Category:"]]
     choices = [("food", "animal", "hot dog", "a b c d e"), ("x", "a somewhat longer label")]
     labels = [later.model.codec.encode_labels(["Category:"], choices[n % 2]) for n in range(len(prompts))]
-    inputs = adapter.forward_inputs(adapter.inputs([prepared(later.model, parts) for parts in prompts]))
+    prefilled = stock_prefilled(later.model, [prepared(later.model, parts) for parts in prompts], chunk_tokens=100)
     # So few tokens at once that the labels are scored in several parts. Probabilities would hide all but the likeliest.
-    scores = label_log_likelihoods(adapter, inputs, labels, 1000, lambda: None)
+    scores = label_log_likelihoods(later.stock.adapter.model, prefilled, labels, 1000, lambda: None)
     for parts, own, scored in zip(prompts, labels, scores, strict=True):
         assert scored == pytest.approx([_log_likelihood(later, parts, label) for label in own], abs=1e-3)
 
@@ -205,20 +203,6 @@ def test_every_precision_answers_and_pictures_are_never_quantized(
     with _service(Served(settings, model, None, {})) as service:
         result = service.run(parse("idefics.classify", _tasks()["classify"]), JobContext("job"))
     assert result.label in ("cat", "dog")
-
-
-def test_a_rotary_embedding_that_changes_with_the_batch_runs_through_stock_generate(tmp_path: Path) -> None:
-    folder = later_checkpoint(tmp_path / "checkpoint", "idefics3", TEMPLATE)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    settings = Settings(model=str(folder), dtype="float32")
-    model = load(settings)
-    assert isinstance(model, StockModel)
-    with _service(Served(settings, model, None, {})) as service:  # type: ignore[arg-type]
-        result = service.run(parse("idefics.classify", _tasks()["classify"]), JobContext("job"))
-    assert result.label in ("cat", "dog")
-    assert model.metrics() == {}
 
 
 @contextlib.contextmanager

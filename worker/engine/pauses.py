@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -10,11 +10,12 @@ T = TypeVar("T")
 Pauses = Generator[None, None, T]
 
 
-def without_pauses(work: Pauses[T]) -> T:
-    """Do all of the work at once, and return its result."""
+def without_pauses(work: Pauses[T], heartbeat: Callable[[], None] = lambda: None) -> T:
+    """Do all of the work at once, with a heartbeat at each pause. Returns its result."""
     while True:
         try:
             next(work)
         except StopIteration as end:
             result: T = end.value
             return result
+        heartbeat()

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from tasks.errors import OutOfMemory
 from tasks.results import ModelInfo
 from worker.engine.generation_rules import NO_RULES, GenerationRules
-from worker.engine.interfaces import Admit, Codec, SendHeartbeat
+from worker.engine.interfaces import Admit, Codec, Encode, SendHeartbeat
 from worker.engine.logits_processors import BatchRules
+from worker.engine.pauses import without_pauses
 from worker.engine.progress import RowProgress
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
-from worker.engine.stock_scoring import ForwardAdapter, label_log_likelihoods
+from worker.engine.stock_prefill import CHUNK_TOKENS, PaddedPrompts, Prefilled, prefill
+from worker.engine.stock_scoring import label_log_likelihoods
 from worker.engine.stop_strings import Decode, StopStrings
 
 #: Messages of torch's plain RuntimeErrors for a lack of memory on a CPU or in a GPU's matrix library.
@@ -34,11 +42,21 @@ class StockCodec(Codec, Protocol):
     bad_words_ids: list[list[int]]
 
 
-class Adapter(ForwardAdapter, Protocol):
+class Adapter(Protocol):
     """A family's additions to transformers' common interface. Example: worker.models.idefics1.adapter."""
+
+    model: PreTrainedModel
 
     @property
     def codec(self) -> StockCodec: ...
+
+    @property
+    def encode(self) -> Encode: ...
+
+    @property
+    def steady_tokens(self) -> int | None:
+        """Maximum tokens of a prompt and its answer if a token's rotary embedding is to depend on its position only. In
+        longer rows it changes with the length of the longest row of their batch. None: it never does."""
 
     def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
         """Encode pictures, then call `then`, as interfaces.Runner.prefetch does."""
@@ -49,20 +67,23 @@ class Adapter(ForwardAdapter, Protocol):
     def metrics(self) -> dict[str, int]:
         """Counters of the family's caches."""
 
-    def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Arguments of `generate` for left-padded prompts: `input_ids` and `attention_mask` (rows, length), and the
-        family's own."""
-
-    def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn arguments of `generate`, as of `inputs`, into arguments of the model's forward, of the same shapes."""
+    def padded(self, prompts: Sequence[Tokens], features: Mapping[bytes, Tensor]) -> PaddedPrompts:
+        """Prompts padded on the left, with the features of their pictures by key."""
 
 
 class StockModel:
     """A checkpoint run by stock `generate`. In float32 a row's tokens do not depend on the other rows."""
 
-    def __init__(self, adapter: Adapter, info: ModelInfo, max_tokens: int, rules: GenerationRules = NO_RULES) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        info: ModelInfo,
+        max_tokens: int,
+        rules: GenerationRules = NO_RULES,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
         """`max_tokens`: maximum tokens whose keys and values label scoring holds, without those of the prompts.
-        `rules`: the checkpoint's, removed from the model's own generation config."""
+        `rules`: the checkpoint's, removed from the model's own generation config. `chunk_tokens`: see CHUNK_TOKENS."""
         self.info = info
         self.rules = rules
         self.codec = adapter.codec
@@ -70,6 +91,7 @@ class StockModel:
         self.help = adapter.help
         self.adapter = adapter
         self.max_tokens = max_tokens
+        self._chunk_tokens = chunk_tokens
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
@@ -82,37 +104,45 @@ class StockModel:
         return self.adapter.metrics()
 
     def _run(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
-        scored = [row for row in rows if row.labels and not row.is_done]
-        continued = [row for row in rows if not row.labels and not row.is_done]
-        if scored:
-            self._score(scored, heartbeat)
-        if continued and continued[0].sampling.num_beams == 1:
-            self._continue(continued, heartbeat)
-        elif continued:
-            self._search(continued, heartbeat)
+        for part in self._parts([row for row in rows if row.labels and not row.is_done]):
+            self._score(part, heartbeat)
+        for part in self._parts([row for row in rows if not row.labels and not row.is_done]):
+            if part[0].sampling.num_beams == 1:
+                self._continue(part, heartbeat)
+            else:
+                self._search(part, heartbeat)
+
+    def _parts(self, rows: Sequence[Row]) -> Sequence[Sequence[Row]]:
+        """Divide rows into those that run together: all, but for those that would change the others' embeddings."""
+        alone = [row for row in rows if not self._is_steady(row)]
+        together = [row for row in rows if self._is_steady(row)]
+        return [part for part in (together, *([row] for row in alone)) if part]
+
+    def _is_steady(self, row: Row) -> bool:
+        longest = len(row.tokens.ids) + max(row.max_steps, *map(len, row.labels), 0)
+        return self.adapter.steady_tokens is None or longest <= self.adapter.steady_tokens
 
     def _score(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
-        inputs = self.adapter.forward_inputs(self.adapter.inputs([row.tokens for row in rows]))
+        prefilled = self._prefill(rows, heartbeat)
         labels = [row.labels for row in rows]
-        likelihoods = label_log_likelihoods(self.adapter, inputs, labels, self.max_tokens, heartbeat)
+        likelihoods = label_log_likelihoods(self.adapter.model, prefilled, labels, self.max_tokens, heartbeat)
         finish_scored(rows, likelihoods)
 
     def _continue(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
-        inputs = self.adapter.inputs([row.tokens for row in rows])
-        self.adapter.model.generate(
-            **inputs,
-            do_sample=False,
+        self._generate(
+            rows,
+            heartbeat,
             num_beams=1,
             max_new_tokens=max(row.max_steps for row in rows),
             eos_token_id=sorted(self.codec.eos_ids),
             bad_words_ids=self.codec.bad_words_ids,
-            logits_processor=LogitsProcessorList([Overflow(rows), *self._batch_rules(rows, inputs), RowSampling(rows)]),
+            logits_processor=LogitsProcessorList([Overflow(rows), *self._batch_rules(rows), RowSampling(rows)]),
             stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.codec.decode, heartbeat)]),
         )
 
-    def _batch_rules(self, rows: Sequence[Row], inputs: dict[str, Tensor]) -> list[LogitsProcessor]:
-        ids = inputs["input_ids"]
-        return [BatchRules(rows, self.rules.scores, ids.device, ids.shape[1])] if self.rules.scores else []
+    def _batch_rules(self, rows: Sequence[Row]) -> list[LogitsProcessor]:
+        length = max(len(row.tokens.ids) for row in rows)
+        return [BatchRules(rows, self.rules.scores, self.adapter.model.device, length)] if self.rules.scores else []
 
     def _search(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         # With rules, each prompt runs alone: transformers would apply them to the padding of a batch.
@@ -120,11 +150,10 @@ class StockModel:
             self._search_together(part, heartbeat)
 
     def _search_together(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
-        inputs = self.adapter.inputs([row.tokens for row in rows])
         sampling = rows[0].sampling
-        sequences = self.adapter.model.generate(
-            **inputs,
-            do_sample=False,
+        sequences = self._generate(
+            rows,
+            heartbeat,
             num_beams=sampling.num_beams,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(sampling.eos_ids),
@@ -136,9 +165,35 @@ class StockModel:
             logits_processor=LogitsProcessorList([Overflow(rows)]),
             stopping_criteria=StoppingCriteriaList([AllAborted(rows, heartbeat)]),
         )
-        for row, sequence in zip(rows, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        for row, sequence in zip(rows, sequences.tolist(), strict=True):
             if not row.is_done:
                 row.finish(_search_output(row, sequence, self.codec.decode))
+
+    def _generate(self, rows: Sequence[Row], heartbeat: SendHeartbeat, num_beams: int, **options: Any) -> Tensor:
+        """The new tokens (rows, length) of stock `generate`, with padding after their end."""
+        prefilled = self._prefill(rows, heartbeat)
+        prompts = prefilled.prompts
+        sequences: Tensor = self.adapter.model.generate(
+            input_ids=prompts.ids,
+            attention_mask=prompts.mask,
+            past_key_values=prefilled.continued_cache(num_beams),
+            do_sample=False,
+            num_beams=num_beams,
+            **prompts.generate_inputs(),
+            **options,
+        )
+        return sequences[:, prompts.ids.shape[1] :]
+
+    def _prefill(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> Prefilled:
+        """Prefill the prompts of rows. Their pictures are encoded in chunks if they are not cached.
+
+        A row that is not steady is prefilled in one forward pass, as by stock `generate`: it sends no heartbeat.
+        """
+        pictures = (picture for row in rows for picture in row.tokens.pictures)
+        features = without_pauses(self.adapter.encode(pictures), heartbeat)
+        prompts = self.adapter.padded([row.tokens for row in rows], features)
+        chunk_tokens = self._chunk_tokens if self._is_steady(rows[0]) else prompts.ids.shape[1]
+        return prefill(self.adapter.model, prompts, heartbeat, chunk_tokens)
 
 
 @contextlib.contextmanager

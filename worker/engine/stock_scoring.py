@@ -1,13 +1,12 @@
 """The log-likelihood of each label after a prompt, by transformers' own forward. The prompt is prefilled once.
 
-For families without a fast path, and for prompts without pictures.
+For models without a fast path.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,46 +14,33 @@ from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from worker.engine.stock_prefill import Prefilled, positions_of
+
+#: Maximum label tokens, with padding, in one forward pass: each needs the logits of the whole vocabulary.
+LABEL_TOKENS = 1024
+
 Labels = Sequence[Sequence[int]]
-
-
-class ForwardAdapter(Protocol):
-    """The part of a family's adapter that its model's forward needs."""
-
-    model: PreTrainedModel
-
-    def continuation_inputs(self, inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
-        """The family's own forward arguments for `length` tokens after the prompts with indices `rows` (any,).
-
-        `inputs` are the arguments of all prompts (rows, ...). The result has no content that the prompts' keys and
-        values hold already.
-        """
 
 
 @torch.inference_mode()
 def label_log_likelihoods(
-    adapter: ForwardAdapter,
-    inputs: dict[str, Tensor],
+    model: PreTrainedModel,
+    prefilled: Prefilled,
     labels: Sequence[Labels],
     max_tokens: int,
     heartbeat: Callable[[], None],
 ) -> list[list[float]]:
     """The log-likelihood of each label for each prompt of a batch: the sum of its tokens' log-probabilities.
 
-    `inputs` are the model's forward arguments for left-padded prompts: `input_ids` and `attention_mask` (rows, length),
-    and the family's own. `labels[row]` are the token ids of the row's labels. `max_tokens`: about the maximum tokens
-    whose keys and values are held at a time, without those of the prompts.
+    `labels[row]` are the token ids of the row's labels. `max_tokens`: about the maximum tokens whose keys and values
+    are held at a time, without those of the prompts.
     """
-    positions = _positions(inputs["attention_mask"])
-    prompt = adapter.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
-    heartbeat()
-    first = log_softmax(prompt.logits[:, -1].float(), dim=-1)
-    scores = _begun(first, labels)
+    scores = _begun(log_softmax(prefilled.logits.float(), dim=-1), labels)
     longer = [(row, n) for row, choices in enumerate(labels) for n, label in enumerate(choices) if len(label) > 1]
     longest = max((len(label) for choices in labels for label in choices), default=0)
-    size = max(1, max_tokens // (inputs["input_ids"].shape[1] + longest))
+    size = max(1, min(max_tokens // (prefilled.prompts.ids.shape[1] + longest), LABEL_TOKENS // max(1, longest)))
     for chunk in _chunks(longer, size):
-        likelihoods = _rest(adapter, inputs, prompt.past_key_values, chunk, labels)
+        likelihoods = _rest(model, prefilled, chunk, labels)
         for (row, n), likelihood in zip(chunk, likelihoods, strict=True):
             scores[row][n] += likelihood
         heartbeat()
@@ -69,36 +55,32 @@ def _begun(likelihoods: Tensor, labels: Sequence[Labels]) -> list[list[float]]:
 
 
 def _rest(
-    adapter: ForwardAdapter,
-    inputs: dict[str, Tensor],
-    cache: DynamicCache,
+    model: PreTrainedModel,
+    prefilled: Prefilled,
     chunk: Sequence[tuple[int, int]],
     labels: Sequence[Labels],
 ) -> list[float]:
-    """Log-likelihoods of labels without their first tokens.
-
-    `chunk`: the labels, by row and number. `inputs` (rows, ...) and `cache` (rows, heads, length, head size) are those
-    of all prompts.
-    """
-    device = inputs["input_ids"].device
+    """Log-likelihoods of labels without their first tokens. `chunk`: the labels, by row and number."""
+    prompts = prefilled.prompts
+    device = prompts.ids.device
     rows = torch.tensor([row for row, _ in chunk], device=device)
     ids = [torch.tensor(labels[row][n], device=device) for row, n in chunk]
     padded = pad_sequence(ids, batch_first=True, padding_value=0)
     tokens, targets = padded[:, :-1], padded[:, 1:]
     lengths = torch.tensor([len(label) - 1 for label in ids], device=device)
     # Padding on the right needs no mask: no kept token attends to it.
-    mask = torch.cat([inputs["attention_mask"][rows], torch.ones_like(tokens)], dim=1)
-    continued = {"input_ids": tokens, "attention_mask": mask, "position_ids": _positions(mask)[:, -tokens.shape[1] :]}
-    continued |= adapter.continuation_inputs(inputs, rows, tokens.shape[1])
-    logits = adapter.model(**continued, past_key_values=_selected(cache, rows), use_cache=True).logits
+    mask = torch.cat([prompts.mask[rows], torch.ones_like(tokens)], dim=1)
+    logits = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=positions_of(mask)[:, -tokens.shape[1] :],
+        past_key_values=_selected(prefilled.cache, rows),
+        use_cache=True,
+        **prompts.continuation_inputs(rows, tokens.shape[1]),
+    ).logits
     picked = log_softmax(logits.float(), dim=-1).gather(2, targets[..., None])[..., 0]
     kept = torch.arange(targets.shape[1], device=device) < lengths[:, None]
     return torch.where(kept, picked, 0.0).sum(dim=1).tolist()
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Position ids (rows, length) for a mask (rows, length). As in `generate`, left padding has no positions."""
-    return (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 1)
 
 
 def _selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:

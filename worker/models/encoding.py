@@ -1,4 +1,4 @@
-"""Encodes each picture once, ahead of its rows. For families with a fast path; `NoEncoder` stands in for the others."""
+"""Encodes each picture once, ahead of its rows."""
 
 from __future__ import annotations
 
@@ -44,19 +44,3 @@ class PictureEncoder:
     def metrics(self) -> dict[str, int]:
         """Counters of the encoder cache."""
         return self._cache.metrics()
-
-
-class NoEncoder:
-    """Takes PictureEncoder's place where stock `generate` encodes the pictures: none is encoded ahead or cached."""
-
-    def prefetch(self, pictures: Sequence[Picture], then: Callable[[int], None]) -> None:
-        """Call `then` with 0, the number of cached pictures, at once."""
-        then(0)
-
-    def help(self, within_s: float) -> bool:
-        """False: nothing was encoded."""
-        return False
-
-    def metrics(self) -> dict[str, int]:
-        """No counters."""
-        return {}

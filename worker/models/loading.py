@@ -46,7 +46,7 @@ from worker.models.encoding import PictureEncoder
 from worker.models.idefics1.adapter import IdeficsAdapter
 from worker.models.idefics1.decoder import IdeficsDecoder
 from worker.models.idefics2_3.adapter import Idefics2And3Adapter
-from worker.models.idefics2_3.decoder import MergedDecoder, has_decoder
+from worker.models.idefics2_3.decoder import MergedDecoder, has_decoder, steady_tokens
 from worker.models.idefics2_3.encoder import FrameEncoder
 from worker.models.report import devices_of
 
@@ -140,17 +140,18 @@ def _serve_idefics(
     stock = StockModel(adapter, info, settings.max_batch_tokens, rules)
     if _is_spread(model, settings):
         return stock
-    return _continuous(stock, IdeficsDecoder(model, adapter.codec.image_id), adapter.pictures.features, settings)
+    return _continuous(stock, IdeficsDecoder(model, adapter.codec.image_id), adapter.encode, settings)
 
 
 def _serve_idefics2_or_3(
     model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
 ) -> Model:
-    if not has_decoder(model) or _is_spread(model, settings):
-        return StockModel(Idefics2And3Adapter(model, processor), info, settings.max_batch_tokens, rules)
     frames = FrameEncoder(model)
     encoder = PictureEncoder(frames.encode, settings.feature_cache_bytes, model.device, frames.chunk)
-    stock = StockModel(Idefics2And3Adapter(model, processor, encoder), info, settings.max_batch_tokens, rules)
+    adapter = Idefics2And3Adapter(model, processor, encoder, steady_tokens(model))
+    stock = StockModel(adapter, info, settings.max_batch_tokens, rules)
+    if not has_decoder(model) or _is_spread(model, settings):
+        return stock
     return _continuous(stock, MergedDecoder(model), encoder.features, settings)
 
 

@@ -130,15 +130,15 @@ class BaseCodec:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def padded(self, prompts: Collection[Tokens]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, each (prompts, length) of integers: the prompts, padded on the left."""
+    def padded(self, prompts: Collection[Tokens]) -> tuple[Tensor, Tensor]:
+        """The token ids of prompts, padded on the left, and their mask, 0 for padding: each (prompts, length)."""
         length = max(len(prompt.ids) for prompt in prompts)
         ids = torch.full((len(prompts), length), self._pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[row, length - len(prompt.ids) :] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        return ids, mask
 
     def refuse_reserved(self, text: str) -> None:
         """Raise InvalidRequest if a text holds a special token."""

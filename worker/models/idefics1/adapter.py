@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL.Image import Image
@@ -10,7 +11,6 @@ from torch import Tensor
 from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
 from worker.engine.interfaces import PromptContent
-from worker.engine.pauses import without_pauses
 from worker.engine.row import ImageSpan, Picture, Tokens
 from worker.engine.traced import Traced
 from worker.models.encoding import PictureEncoder
@@ -86,8 +86,39 @@ class _ImageEncoder(torch.nn.Module):
         return features
 
 
+@dataclass(frozen=True, slots=True)
+class IdeficsPrompts:
+    """Implements stock_prefill.PaddedPrompts: the text model attends to the features of the last picture."""
+
+    ids: Tensor
+    mask: Tensor
+    #: (rows, length, images): 1 where a token attends to an image.
+    image_mask: Tensor
+    #: (rows, images, width, size): the features of each row's pictures, padded with zeros.
+    features: Tensor
+    #: The name of the features among the arguments of the model's forward.
+    features_name: str
+
+    def forward_inputs(self, start: int, end: int) -> dict[str, Tensor]:
+        """Forward's features (rows, images, width, size) and `image_attention_mask` (rows, end - start, images)."""
+        return {self.features_name: self.features, "image_attention_mask": self.image_mask[:, start:end]}
+
+    def continuation_inputs(self, rows: Tensor, length: int) -> dict[str, Tensor]:
+        """Forward's features (rows, images, width, size), and `image_attention_mask` (rows, length, images) of the
+        prompts' last token. `rows` (rows,): the indices of the prompts."""
+        mask = self.image_mask[rows, -1:].expand(-1, length, -1)
+        return {self.features_name: self.features[rows], "image_attention_mask": mask}
+
+    def generate_inputs(self) -> dict[str, Tensor]:
+        """`image_hidden_states` (rows, images, width, size) and `image_attention_mask` (rows, length, images)."""
+        return {"image_hidden_states": self.features, "image_attention_mask": self.image_mask}
+
+
 class IdeficsAdapter:
     """A loaded IDEFICS checkpoint for stock `generate`, and its cached image features for the decoder too."""
+
+    #: Its rotary embedding depends on a token's position only.
+    steady_tokens = None
 
     def __init__(
         self, model: IdeficsForVisionText2Text, processor: IdeficsProcessor, feature_cache_bytes: int = 2**29
@@ -95,33 +126,23 @@ class IdeficsAdapter:
         self.model = model
         self.codec = IdeficsCodec(processor, CodecConfig.of(model))
         self._encoder = Traced(_ImageEncoder(model, self.codec.pixels.normalized))
-        #: Caches the features (width, size) of each picture.
-        self.pictures = PictureEncoder(self._encode, feature_cache_bytes, model.device)
-        self.prefetch, self.help, self.metrics = self.pictures.prefetch, self.pictures.help, self.pictures.metrics
+        pictures = PictureEncoder(self._encode, feature_cache_bytes, model.device)
+        self.prefetch, self.help, self.metrics = pictures.prefetch, pictures.help, pictures.metrics
+        #: The features (width, size) of each picture.
+        self.encode = pictures.features
 
-    def inputs(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Arguments of `generate` for left-padded prompts: `input_ids` and `attention_mask` (rows, length),
-        `image_hidden_states` (rows, images, width, size), the features of each row's pictures, and
-        `image_attention_mask` (rows, length, images), 1 where a token attends to an image."""
-        inputs = self.codec.padded(prompts)
-        inputs["image_attention_mask"] = self._image_mask(inputs["input_ids"], prompts)
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        return {**inputs, "image_hidden_states": self._hidden_states(prompts)}
-
-    def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn arguments of `generate` into arguments of the model's forward, of the same shapes: there the features
-        have another name, which depends on whether there is a resampler."""
-        named = dict(inputs)
-        features = named.pop("image_hidden_states")
-        resampled = self.model.config.use_resampler
-        return {**named, "perceiver_embeddings" if resampled else "image_encoder_embeddings": features}
-
-    def continuation_inputs(self, inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
-        """The family's arguments of the model's forward for `length` tokens after the prompts `rows` (rows,): features
-        (rows, images, width, size), and `image_attention_mask` (rows, length, images) of the prompt's last token."""
-        features = next(name for name in inputs if name.endswith("_embeddings"))
-        mask = inputs["image_attention_mask"][rows]
-        return {features: inputs[features][rows], "image_attention_mask": mask[:, -1:].expand(-1, length, -1)}
+    def padded(self, prompts: Sequence[Tokens], features: Mapping[bytes, Tensor]) -> IdeficsPrompts:
+        """Prompts padded on the left, with the features (width, size) of their pictures by key."""
+        device = self.model.device
+        ids, mask = self.codec.padded(prompts)
+        return IdeficsPrompts(
+            ids.to(device),
+            mask.to(device),
+            self._image_mask(ids, prompts).to(device),
+            self._features(prompts, features),
+            # Of forward's arguments; `generate` has one name for both.
+            "perceiver_embeddings" if self.model.config.use_resampler else "image_encoder_embeddings",
+        )
 
     def _image_mask(self, ids: Tensor, prompts: Sequence[Tokens]) -> Tensor:
         """The mask (rows, length, images) for `ids` (rows, length): 1 for the last image up to a token, otherwise 0."""
@@ -129,15 +150,14 @@ class IdeficsAdapter:
         seen = (ids == self.codec.image_id).cumsum(dim=1)
         return (seen[..., None] == torch.arange(1, images + 1)).long()
 
-    def _hidden_states(self, prompts: Sequence[Tokens]) -> Tensor:
+    def _features(self, prompts: Sequence[Tokens], features: Mapping[bytes, Tensor]) -> Tensor:
         """The features (rows, images, width, size) of each prompt's pictures, padded with zeros."""
-        found = without_pauses(self.pictures.features(picture for prompt in prompts for picture in prompt.pictures))
         images = max(1, *(len(prompt.pictures) for prompt in prompts))
-        shape = next(iter(found.values())).shape if found else (1, self._feature_width)
+        shape = next(iter(features.values())).shape if features else (1, self._feature_width)
         states = torch.zeros(len(prompts), images, *shape, dtype=self.model.dtype, device=self.model.device)
         for row, prompt in enumerate(prompts):
             for place, picture in enumerate(prompt.pictures):
-                states[row, place] = found[picture.key]
+                states[row, place] = features[picture.key]
         return states
 
     @property

@@ -27,8 +27,16 @@ STEADY_ROPE = ("default", "linear", "llama3", "yarn")
 
 def has_decoder(model: PreTrainedModel) -> bool:
     """Whether `MergedDecoder` supports a checkpoint's text model."""
+    return type(model.model.text_model) in (LlamaModel, MistralModel) and steady_tokens(model) is None
+
+
+def steady_tokens(model: PreTrainedModel) -> int | None:
+    """See engine/stock.Adapter."""
     text = model.model.text_model
-    return type(text) in (LlamaModel, MistralModel) and text.rotary_emb.rope_type in STEADY_ROPE
+    if text.rotary_emb.rope_type in STEADY_ROPE:
+        return None
+    trained: int | None = text.config.rope_parameters.get("original_max_position_embeddings")
+    return trained or int(text.config.max_position_embeddings)
 
 
 @dataclass(frozen=True, slots=True)
