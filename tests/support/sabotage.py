@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from worker.observability import sentry
+
 #: In the errors' messages, as a prompt or a URL would be.
 SECRET = "s3cr3t"
 
@@ -11,6 +13,12 @@ SECRET = "s3cr3t"
 def set_up(process: str) -> None:
     """Have this process hit a defect at the jobs whose ids begin with its name."""
     {"parent": _break_sending, "model": _break_running, "callbacks": _break_posting}[process]()
+
+
+def set_up_with_sentry(process: str) -> None:
+    """The same, with Sentry."""
+    sentry.set_up(process)
+    set_up(process)
 
 
 def _break_sending() -> None:
