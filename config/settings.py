@@ -157,6 +157,10 @@ class Settings(BaseSettings):
     """Bytes of image features kept on the device, so that an image used by several jobs is encoded once."""
     prefix_cache_bytes: int = Field(default=2**29, ge=0)
     """Bytes of shared prompt prefixes (examples, instructions) kept on the device."""
+    kv_layout: Literal["auto", "slots", "blocks"] = "auto"
+    """How keys and values are kept. In slots each job of a batch has as much room as the longest. In blocks a job costs
+    what it is long, and jobs share the blocks of common prefixes. auto: blocks on a GPU; slots on a CPU, where reading
+    blocks takes longer."""
     cuda_graphs: bool = False
     """Record a decode step once for each shape and replay it, which saves the launch of each kernel on a GPU. Not yet
     tried on a GPU, so off by default."""

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -37,6 +37,8 @@ RANDOM = {
 }
 #: One of each family, and the bundled one.
 FAMILIES = ["demo", "with resampler", "without resampler", "idefics2 chat", "idefics3 base", "smolvlm chat"]
+#: Those that also run with their keys and values in blocks.
+IN_BLOCKS = ["with resampler", "idefics2 chat", "smolvlm chat"]
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=[*FAMILIES, *(f"{name}, in blocks" for name in IN_BLOCKS)])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    if request.param == "demo":
+    name, *layout = request.param.split(", in ")
+    if name == "demo":
         return _demo()
-    return random_model(tmp_path_factory.mktemp("random") / "checkpoint", request.param)
+    return random_model(tmp_path_factory.mktemp("random") / "checkpoint", name, *layout)
 
 
 @pytest.fixture(scope="session")
@@ -99,21 +102,25 @@ def demo() -> Served:
 
 
 def _demo() -> Served:
-    return _served("demo", DEMO, {path.name: open_image(path.read_bytes()) for path in PICTURES.glob("*.png")})
+    return _served(
+        Settings(model="demo", dtype="float32"),
+        DEMO,
+        {path.name: open_image(path.read_bytes()) for path in PICTURES.glob("*.png")},
+    )
 
 
-def random_model(folder: Path, name: str) -> Served:
+def random_model(folder: Path, name: str, kv_layout: Literal["slots", "blocks"] = "slots") -> Served:
     """One of RANDOM, saved in a folder and loaded."""
     family, opening = RANDOM[name]
     if family == "idefics":
         random_checkpoint(folder, use_resampler=name == "with resampler")
     else:
         later_checkpoint(folder, family, None if opening is None else opening + TEMPLATE)
-    return _served(str(folder), folder, {f"{n}.png": noise(n) for n in range(12)}, opening or "")
+    images = {f"{n}.png": noise(n) for n in range(12)}
+    return _served(Settings(model=str(folder), dtype="float32", kv_layout=kv_layout), folder, images, opening or "")
 
 
-def _served(name: str, folder: Path, images: dict[str, Image.Image], opening: str = "") -> Served:
-    settings = Settings(model=name, dtype="float32")
+def _served(settings: Settings, folder: Path, images: dict[str, Image.Image], opening: str = "") -> Served:
     model = load(settings)
     assert isinstance(model, ContinuousModel)
     return Served(settings, model, AutoProcessor.from_pretrained(folder), images, opening)

@@ -35,11 +35,19 @@ def test_a_shape_is_recorded_once_and_replayed_with_new_numbers() -> None:
 
 
 def test_caches_in_another_place_or_of_another_form_are_recorded_anew() -> None:
-    record, whole = Recorder(), torch.zeros(4, 4)
+    record, whole = Recorder(), torch.zeros(4, 4, 1)
     run = Graphed(lambda numbers, cache: cache + numbers, record)
     for cache in (whole[:2, :2], whole[2:, :2], whole[:2], whole[:, :2][::2], whole[:2, :2]):
-        run(torch.zeros(2, 1), [cache])
+        run(torch.zeros(2, 1, 1), [cache])
     assert record.recorded == 4
+
+
+def test_a_block_table_is_an_input_and_not_recorded() -> None:
+    record, pool = Recorder(), torch.arange(3.0).view(3, 1, 1, 1)
+    run = Graphed(lambda numbers, table, pool: pool[table].sum() + numbers, record)
+    tables = [[[1, 2]], [[2, 2]], [[0, 1]]]
+    assert [run(torch.zeros(1), [torch.tensor(table), pool]).item() for table in tables] == [3, 4, 1]
+    assert record.recorded == 1
 
 
 def test_the_latest_shapes_are_kept() -> None:

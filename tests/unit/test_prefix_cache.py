@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from worker.engine.interfaces import Prefix
 from worker.engine.prefix_cache import MIN_TOKENS, PrefixCache, PrefixKey, prefix_keys
 from worker.engine.row import ImageSpan, Picture, Tokens
+from worker.engine.slot_cache import CopiedPrefix
 
 TOKEN_BYTES = 8
 
@@ -15,8 +15,8 @@ def key(name: str, length: int = 20) -> PrefixKey:
     return PrefixKey(name.encode(), length, 1)
 
 
-def prefix(length: int = 20) -> Prefix:
-    return Prefix((torch.zeros(1, length, 1), torch.zeros(1, length, 1)), None)
+def prefix(length: int = 20) -> CopiedPrefix:
+    return CopiedPrefix((torch.zeros(1, length, 1), torch.zeros(1, length, 1)), None)
 
 
 def cache(tokens: int) -> PrefixCache:
@@ -72,7 +72,7 @@ def test_no_prefix_is_prefilled_on_its_own_if_none_may_be_kept() -> None:
 
 def test_tensors_carried_by_a_prefix_count() -> None:
     kept = PrefixCache(20 * TOKEN_BYTES + 4_000, TOKEN_BYTES, carry_bytes=4_000)
-    large = Prefix((torch.zeros(1, 20, 1), torch.zeros(1, 20, 1)), torch.zeros(10, 100))
+    large = CopiedPrefix((torch.zeros(1, 20, 1), torch.zeros(1, 20, 1)), torch.zeros(10, 100))
     assert large.nbytes == 20 * TOKEN_BYTES + 4_000
     # One fits, and two do not: the second is not read, only to be dropped.
     assert [one.key for _, one in kept.worth_keeping([[key("a")], [key("a")], [key("b")], [key("b")]])] == [b"a"]

@@ -46,18 +46,20 @@ class ContinuousModel:
         prefix_cache_bytes: int = 2**29,
         record: Callable[[Step], Step] | None = None,
         *,
+        blocks: int = 0,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         label_tokens: int = LABEL_TOKENS,
     ) -> None:
-        """`stock`: the same checkpoint. `record`: see cuda_graphs.Graphed. `chunk_tokens`, `label_tokens`: see
+        """`stock`: the same checkpoint. `record`, `blocks`: see SlotDecoder. `chunk_tokens`, `label_tokens`: see
         PREFILL_CHUNK_TOKENS and LABEL_TOKENS."""
         self.stock = stock
         self.info, self.rules, self.codec = stock.info, stock.rules, stock.codec
         self.prefetch, self.help = stock.prefetch, stock.help
-        self.decoder = SlotDecoder(decoder, stock.max_tokens, record)
+        self.decoder = SlotDecoder(decoder, stock.max_tokens, record, blocks)
         #: Slots for prefixes and scored rows, which are not continued and need no slot among the running rows.
         self.scratch = self.decoder.empty_like(PREFILL_TOKENS + LABEL_TOKENS)
         prefixes = PrefixCache(prefix_cache_bytes, self.decoder.cache.position_bytes, decoder.spec.carry_bytes)
+        self.decoder.cache.reclaim_from(prefixes.evict)
         self._prefiller = PromptPrefiller(self.scratch, prefixes, encode, chunk_tokens)
         self.encode = encode
         self._label_tokens = label_tokens
@@ -80,6 +82,7 @@ class ContinuousModel:
         except BaseException:
             self._running.clear()
             self._prefilling.clear()
+            self._prefiller.clear()
             self.decoder.clear()
             self.scratch.clear()
             raise
@@ -135,9 +138,10 @@ class ContinuousModel:
     def _prefill_a_chunk(self, heartbeat: SendHeartbeat) -> None:
         """Prefill one chunk of the most urgent long prompt."""
         now = time.monotonic()
-        for row, _ in self._prefilling:
+        for row, prompt in self._prefilling:
             reason = row.abort_reason(now)
             if reason:
+                prompt.release()
                 row.finish(Output((), reason))
         self._prefilling = [pair for pair in self._prefilling if not pair[0].is_done]
         if not self._prefilling:
@@ -170,10 +174,11 @@ class ContinuousModel:
         for part in others:
             yield
             add_likelihoods(scores, part, self.scratch.score_continuations([row.labels[part] for row in rows]))
-        self.scratch.release(slots)
         finish_scored(rows, scores)
-        if any(row.output.exception() for row in rows):
-            self.scratch.clear()
+        for slot, row in zip(slots, rows, strict=True):
+            if row.output.exception():
+                self.scratch.cache.spoil(slot)
+        self.scratch.release(slots)
 
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in `slots` their next tokens by `logits` (slots, vocabulary), and free the slots of rows that
@@ -184,8 +189,7 @@ class ContinuousModel:
         for place, run in running.items():
             if tokens[place] == NO_TOKEN:
                 run.progress.row.fail(overflow())
-                # NaN would spoil the sums of the next row in this slot, although that row does not attend to it.
-                self.decoder.cache.zero_slot(slots[place])
+                self.decoder.cache.spoil(slots[place])
                 continue
             run.progress.take(tokens[place], now)
         done = [slots[place] for place, run in running.items() if run.progress.row.is_done]

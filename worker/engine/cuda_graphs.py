@@ -11,11 +11,13 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from worker.engine.traced import TABLE_DIMENSIONS
+
 #: A step whose arguments have fixed addresses in memory.
 Step = Callable[[], Tensor]
 
 #: Maximum graphs that are kept, the least recently used are dropped. Rows are rounded up by `bucket`, lengths by
-#: kv_cache.grown, so that there are few shapes.
+#: KVCache.rounded, so that there are few shapes.
 MAX_GRAPHS = 64
 
 
@@ -30,24 +32,32 @@ class Graphed:
         """`function` takes the numbers (kinds, rows) and the caches. `record` turns a step into a replayable one."""
         self._function = function
         self._record = record
-        #: By shape and address: the tensor that the numbers are copied to, and the recorded step.
-        self._graphs: OrderedDict[Hashable, tuple[Tensor, Step]] = OrderedDict()
+        #: By shape and address: the tensors that the inputs are copied to, and the recorded step.
+        self._graphs: OrderedDict[Hashable, tuple[Sequence[Tensor], Step]] = OrderedDict()
 
-    def __call__(self, numbers: Tensor, caches: Sequence[Tensor]) -> Tensor:
-        """The function's result, valid until the next call. `numbers`: (kinds, rows); `caches`: any shapes."""
-        key = numbers.shape, *((cache.data_ptr(), cache.shape, cache.stride()) for cache in caches)
+    def __call__(self, numbers: Tensor, self_kv: Sequence[Tensor], extra: Sequence[Tensor] = ()) -> Tensor:
+        """The function's result, valid until the next call. `numbers`: (kinds, rows); `self_kv` and `extra`: see
+        interfaces.Decoder."""
+        # A block table changes with the rows, while the blocks stay where they are.
+        tables = [cache for cache in self_kv if cache.dim() == TABLE_DIMENSIONS]
+        inputs, caches = [numbers, *tables], [*self_kv[len(tables) :], *extra]
+        key = (
+            *(tensor.shape for tensor in inputs),
+            *((cache.data_ptr(), cache.shape, cache.stride()) for cache in caches),
+        )
         found = self._graphs.get(key)
         if found is None:
-            found = self._graphs[key] = self._recorded(numbers.clone(), caches)
+            found = self._graphs[key] = self._recorded([tensor.clone() for tensor in inputs], caches)
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        place, replay = found
-        place.copy_(numbers)
+        places, replay = found
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor)
         return replay()
 
-    def _recorded(self, place: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, Step]:
-        return place, self._record(lambda: self._function(place, *caches))
+    def _recorded(self, places: Sequence[Tensor], caches: Sequence[Tensor]) -> tuple[Sequence[Tensor], Step]:
+        return places, self._record(lambda: self._function(*places, *caches))
 
 
 class CudaGraphs:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worker.engine.block_cache import BlockCache, BlockPool
 from worker.engine.cuda_graphs import Graphed, Step, bucket
-from worker.engine.interfaces import Decoder, PendingPrompt, Prefix
-from worker.engine.kv_cache import SlotCache, grown
+from worker.engine.interfaces import CacheSpec, Decoder, PendingPrompt, Prefix
+from worker.engine.kv_cache import KVCache
 from worker.engine.row import Tokens
 from worker.engine.scoring import Continuations, TokenTree, by_sequence
+from worker.engine.slot_cache import SlotCache
 from worker.engine.slots import Move, SlotTable
 from worker.engine.tensors import to_device
 from worker.engine.traced import Traced
@@ -23,52 +25,65 @@ class SlotDecoder:
     """Prefills prompts into slots, appends one token to every slot per step, and scores continuations of slots."""
 
     def __init__(
-        self, decoder: Decoder, max_idle_positions: int = 2**16, record: Callable[[Step], Step] | None = None
+        self,
+        decoder: Decoder,
+        max_idle_positions: int = 2**16,
+        record: Callable[[Step], Step] | None = None,
+        blocks: int = 0,
     ) -> None:
         """`max_idle_positions`: see kv_cache.KVPool.
 
-        `record`: see cuda_graphs.Graphed; None runs steps without recording.
+        `record`: see cuda_graphs.Graphed; None runs steps without recording. `blocks`: number of blocks of keys and
+        values; 0 keeps them in slots.
         """
-        self.slots = SlotTable()
-        self.cache = SlotCache(decoder.spec, max_idle_positions)
+        self.cache = new_cache(decoder.spec, max_idle_positions, blocks)
         self.family = decoder
         self._device = decoder.spec.device
         self._step = Traced(decoder.step)
         self._graphed = Graphed(decoder.step, record) if record else None
         self._branch = Traced(decoder.branch)
 
+    @property
+    def slots(self) -> SlotTable:
+        """The slots in use."""
+        return self.cache.slots
+
     def empty_like(self, max_idle_positions: int) -> SlotDecoder:
-        """The same decoder with an empty cache of its own. `max_idle_positions`: see kv_cache.KVPool."""
+        """The same decoder with an empty cache of its own, on the same blocks if there are any. `max_idle_positions`:
+        see kv_cache.KVPool."""
         other = copy.copy(self)
-        other.slots, other.cache = SlotTable(), self.cache.empty_like(max_idle_positions)
+        other.cache = self.cache.empty_like(max_idle_positions)
         return other
 
     def pending(self, tokens: Tokens, prefix: Prefix | None, features: Mapping[bytes, Tensor]) -> PendingPrompt:
-        """A pending prompt of the tokens after a prefix. `features`: those of their pictures, by key, in any shape."""
+        """A pending prompt of the tokens after a prefix. `features`: those of their pictures, by key, in any shape.
+
+        It is the prefix's holder now: it must be prefilled or released.
+        """
         return PendingPrompt(self.family.segment(tokens, features, prefix.carry if prefix else None), prefix)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[PendingPrompt]) -> tuple[Sequence[int], Tensor]:
-        """Prefill prompts into free slots.
+        """Prefill prompts into free slots, and release their prefixes.
 
         Returns the slots in the prompts' order, and the logits (prompts, vocabulary) of the next tokens.
         """
         segments = [prompt.segment for prompt in prompts]
-        # Rows without a carry get the last slots in order, so that views of the caches need no copy.
-        in_order = all(segment.carry is None for segment in segments)
-        slots = self._take(prompts, at_end=in_order)
-        self_kv, extra = self._prompt_views(prompts, slots, max(len(segment.ids) for segment in segments))
         starts = [prompt.start for prompt in prompts]
-        if not in_order:
-            return slots, self.family.prefill(segments, starts, slots, self_kv, extra)
-        row_views = [view[slots[0] :] for view in self_kv]
-        return slots, self.family.prefill(segments, starts, range(len(slots)), row_views, ())
+        tokens = [start + len(segment.ids) for start, segment in zip(starts, segments, strict=True)]
+        is_plain = all(segment.carry is None for segment in segments)
+        room = max(starts) + max(len(segment.ids) for segment in segments)
+        slots = self._begin(prompts, tokens, room, at_end=is_plain)
+        self_kv = self.cache.prompt_views(slots, room, at_end=is_plain)
+        if is_plain:
+            return slots, self.family.prefill(segments, starts, range(len(slots)), self_kv, ())
+        return slots, self.family.prefill(segments, starts, slots, self_kv, self.cache.extra_views(len(self.slots)))
 
     @torch.inference_mode()
     def prefill_prefix(self, prompt: PendingPrompt) -> Prefix:
-        """Prefill the beginning of a prompt, copy it, and free its slot."""
+        """Prefill the beginning of a prompt, keep it as a prefix, and free its slot."""
         (slot,), _ = self.prefill([prompt])
-        prefix = self.cache.copy_prefix(slot, self.slots.lengths[slot], prompt.segment.carry)
+        prefix = self.cache.keep_prefix(slot, prompt.segment.carry)
         self.release([slot])
         return prefix
 
@@ -82,12 +97,16 @@ class SlotDecoder:
         `score_continuations` returns.
         """
         assert not len(self.slots), "a slot is in use"
-        slots = self._take(prompts, at_end=True)
         segments = [prompt.segment for prompt in prompts]
+        starts = [prompt.start for prompt in prompts]
         tree = TokenTree.build([segment.ids for segment in segments], continuations, self._device)
         assert tree, "a prompt has tokens"
-        self_kv, extra = self._prompt_views(prompts, slots, tree.ids.shape[1])
-        starts = [prompt.start for prompt in prompts]
+        lengths = [start + len(segment.ids) for start, segment in zip(starts, segments, strict=True)]
+        room = max(starts) + tree.ids.shape[1]
+        slots = self._begin(prompts, _with_continuations(lengths, continuations), room, at_end=True)
+        self_kv = self.cache.prompt_views(slots, room, at_end=True)
+        has_extra = any(segment.carry is not None for segment in segments)
+        extra = self.cache.extra_views(len(slots)) if has_extra else []
         scores = self.family.prefill_scored(segments, starts, tree, firsts, self_kv, extra).tolist()
         behind = max(map(len, firsts))
         return (
@@ -99,15 +118,17 @@ class SlotDecoder:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each slot and return the logits (slots, vocabulary) of the next. Free slots take any."""
-        rows, length = len(self.slots), self.slots.longest + 1
+        rows, room = len(self.slots), self.slots.longest + 1
         if self._graphed:
             # Rounded up, so that few shapes are recorded; the additional rows are free slots.
-            rows, length = bucket(rows), grown(length)
+            rows, room = bucket(rows), self.cache.rounded(room)
+        self.cache.reserve([length and length + 1 for length in self.slots.lengths])
         free = [0] * (rows - len(self.slots))
         # One tensor, since making each one releases and reacquires the interpreter lock.
         numbers = self._tensor([[*tokens, *free], [*self.slots.lengths, *free], [*self.slots.has_extra, *free]])
-        views = self._views(rows, length)
-        logits = self._graphed(numbers, views) if self._graphed else self._step(numbers, *views)
+        self_kv, extra = self._views(rows, room)
+        step = self._graphed or self._step
+        logits = step(numbers, self_kv=self_kv, extra=extra)
         self.slots.advance()
         return logits[: len(self.slots)]
 
@@ -122,64 +143,51 @@ class SlotDecoder:
         if tree is None:
             return [[[] for _ in sequences] for sequences in continuations]
         starts, has_extra = self._tensor([self.slots.lengths, self.slots.has_extra]).unbind()
-        views = self._views(len(self.slots), self.slots.longest + tree.ids.shape[1])
-        scores = self._branch(tree.ids, starts, tree.targets, tree.owner, tree.depth, has_extra, *views).tolist()
+        self.cache.reserve(_with_continuations(self.slots.lengths, continuations))
+        self_kv, extra = self._views(len(self.slots), self.slots.longest + tree.ids.shape[1])
+        inputs = tree.ids, starts, tree.targets, tree.owner, tree.depth, has_extra
+        scores = self._branch(*inputs, self_kv=self_kv, extra=extra).tolist()
         return [by_sequence(row, sequences) for row, sequences in zip(scores, continuations, strict=True)]
 
     def release(self, slots: Sequence[int]) -> None:
         """Free slots. Once none is in use, also free memory beyond `max_idle_positions`."""
-        self.slots.release(slots)
-        if not len(self.slots):
-            self.cache.shrink()
+        self.cache.release(slots)
 
     @torch.inference_mode()
     def compact(self) -> list[Move]:
         """Move the last rows to free slots if many slots are free. Returns the moves."""
-        rows, has_extra = len(self.slots), any(self.slots.has_extra)
-        moves = self.slots.compact()
-        if moves:
-            longest = self.slots.longest
-            extra = self.cache.extra_views(rows) if has_extra else []
-            self.cache.compact(moves, self.cache.self_views(rows, longest, longest) + extra)
-        return moves
+        return self.cache.compact()
 
     def clear(self) -> None:
         """Free all slots and their memory, after a failure."""
-        self.slots.clear()
         self.cache.clear()
 
-    def _take(self, prompts: Sequence[PendingPrompt], *, at_end: bool) -> list[int]:
-        """Take slots for prompts."""
-        lengths = [prompt.start + len(prompt.segment.ids) for prompt in prompts]
-        return self.slots.take(lengths, [prompt.segment.carry is not None for prompt in prompts], at_end=at_end)
+    def _begin(self, prompts: Sequence[PendingPrompt], tokens: Sequence[int], room: int, *, at_end: bool) -> list[int]:
+        """Take slots for prompts: see KVCache.begin. Their prefixes are in the slots then."""
+        slots = self.cache.begin(prompts, tokens, room, at_end=at_end)
+        for prompt in prompts:
+            prompt.release()
+        return slots
 
-    def _prompt_views(
-        self, prompts: Sequence[PendingPrompt], slots: Sequence[int], length: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the self K/V pool and the extra pools, each (slots, heads, positions, head size).
-
-        The prompts' prefixes are in their slots, with room for `length` tokens after them.
-        """
-        rows = len(self.slots)
-        self_kv = self.cache.self_views(rows, max(prompt.start for prompt in prompts) + length, self.slots.longest)
-        self._restore_prefixes(prompts, slots)
-        has_extra = any(prompt.segment.carry is not None for prompt in prompts)
-        return self_kv, self.cache.extra_views(rows) if has_extra else []
-
-    def _restore_prefixes(self, prompts: Sequence[PendingPrompt], slots: Sequence[int]) -> None:
-        """Copy the prompts' prefixes into their slots, each distinct prefix in one call."""
-        places: dict[int, list[int]] = {}
-        prefixes = {id(prompt.prefix): prompt.prefix for prompt in prompts if prompt.prefix}
-        for slot, prompt in zip(slots, prompts, strict=True):
-            places.setdefault(id(prompt.prefix), []).append(slot)
-        for key, prefix in prefixes.items():
-            self.cache.restore_prefix(prefix, places[key])
-
-    def _views(self, rows: int, length: int) -> list[Tensor]:
-        """Views of the first `rows` slots, each (slots, heads, positions, head size): `length` positions of the self
-        K/V pool, and the extra pools if a row has content there."""
-        views = self.cache.self_views(rows, length, self.slots.longest)
-        return views + self.cache.extra_views(rows) if any(self.slots.has_extra) else views
+    def _views(self, rows: int, room: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the first `rows` slots: `room` positions of the keys and values, and the extra pools if a row has
+        content there."""
+        return self.cache.views(rows, room), self.cache.extra_views(rows) if any(self.slots.has_extra) else []
 
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return to_device(numbers, self._device)
+
+
+def _with_continuations(lengths: Sequence[int], continuations: Continuations) -> list[int]:
+    """The number of tokens of each row whose keys and values are stored: its own, and those of its continuations."""
+    return [
+        length + sum(len(sequence) - 1 for sequence in sequences)
+        for length, sequences in zip(lengths, continuations, strict=True)
+    ]
+
+
+def new_cache(spec: CacheSpec, max_idle_positions: int, blocks: int) -> KVCache:
+    """A cache with this many blocks; 0: a cache of slots."""
+    if blocks:
+        return BlockCache(spec, max_idle_positions, BlockPool(spec, blocks))
+    return SlotCache(spec, max_idle_positions)

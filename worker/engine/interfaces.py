@@ -138,23 +138,26 @@ class PromptSegment(Protocol):
         """Split into the first `length` tokens and the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """The prefilled beginning of a prompt."""
-
-    #: Keys and values (heads, length, head size) of each layer in turn.
-    tensors: tuple[Tensor, ...]
-    carry: Tensor | None
+class Prefix(Protocol):
+    """The prefilled beginning of a prompt, as a K/V cache keeps it."""
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return int(self.tensors[0].shape[1])
+
+    @property
+    def carry(self) -> Tensor | None:
+        """See PromptSegment."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys, values and carry."""
-        return sum(tensor.nbytes for tensor in self.tensors) + (0 if self.carry is None else self.carry.nbytes)
+
+    def share(self) -> Self:
+        """The prefix for another holder, who must release it, too."""
+
+    def release(self) -> None:
+        """Give the prefix up. What no holder needs any more is freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,11 @@ class PendingPrompt:
         """Number of tokens of the prefix."""
         return self.prefix.length if self.prefix else 0
 
+    def release(self) -> None:
+        """Give the prefix up: the prompt is in a slot now, or is not prefilled."""
+        if self.prefix:
+            self.prefix.release()
+
 
 #: Returns the features of each distinct picture by its key; encodes those that are not cached, with pauses.
 Encode = Callable[[Iterable[Picture]], Pauses[Mapping[bytes, "Tensor"]]]
@@ -177,9 +185,17 @@ Encode = Callable[[Iterable[Picture]], Pauses[Mapping[bytes, "Tensor"]]]
 class Decoder(Protocol):
     """A family's text decoder as stateless functions of tensors. The engine owns the caches.
 
-    `self_kv` and `extra` hold the keys and values of each layer in turn, each (slots, heads, positions, head size),
-    with room for the new tokens, which the functions write. `extra` is empty if no row has content in the extra pools.
-    `step` and `branch` take only tensors and do not branch on their content, so the engine can record them as graphs.
+    `self_kv` holds the keys and values of each layer in turn, with room for the new tokens, which the functions write.
+    The engine has two layouts (worker/models/self_attention.py reads and writes both):
+
+    - slots: each tensor is (slots, heads, positions, head size);
+    - blocks: a block table (rows, width) comes first, then tensors (blocks, block tokens, heads, head size). A row's
+      position p is at index p % block tokens of block table[row, p // block tokens]. The table is padded with 0, a
+      block that is never written: keys and values of positions that it shows there go to the last block.
+
+    `extra` are the keys and values of the extra pools, each (slots, heads, width, head size); it is empty if no row has
+    content there. `step` and `branch` take only tensors and do not branch on their content, so the engine can record
+    them as graphs.
     """
 
     spec: CacheSpec
@@ -205,7 +221,8 @@ class Decoder(Protocol):
         """Write the keys and values of segments into `slots`, after `starts` tokens each.
 
         Returns the logits (segments, vocabulary) after each segment's last token. If `extra` is empty, `slots` are all
-        slots in order, and no segment has a carry.
+        slots in order, and no segment has a carry. With a block table, segment n is in its row n, and `slots` are those
+        of the extra pools.
         """
 
     def prefill_scored(

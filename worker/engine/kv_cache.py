@@ -1,24 +1,146 @@
-"""The keys and values of a batch's rows, in preallocated slots that grow in steps.
+"""The keys and values of a batch's rows, in one of two layouts.
 
-`worker/engine/slots.py` says which slots are in use; `ContinuousModel` in `worker/engine/continuous.py` which row has
-which slot.
+In slots (`slot_cache.py`) each row has as much room as the longest one: attention reads keys and values where they are.
+In blocks (`block_cache.py`) a row costs what it is long, and rows share the blocks of common prefixes. Which slots are
+in use says `slots.py`, which row has which slot `ContinuousModel` in `continuous.py`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import abc
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from worker.engine.interfaces import CacheSpec, KVSpec, Prefix
-from worker.engine.slots import Move
+from worker.engine.blocks import OutOfBlocks
+from worker.engine.interfaces import CacheSpec, KVSpec, PendingPrompt, Prefix
+from worker.engine.slots import Move, SlotTable
 from worker.engine.tensors import to_device
 from worker.engine.traced import Traced
 
-#: Positions that a pool grows by: few enough to waste little memory, enough to make its copies rare.
+#: Positions that a pool of slots grows by: few enough to waste little memory, enough to make its copies rare.
 GROWTH = 64
+
+
+class KVCache(abc.ABC):
+    """A decoder's caches, by slot: the keys and values of the tokens, and the family's extra pools of fixed width.
+
+    Views are lists of tensors in the form that interfaces.Decoder describes.
+    """
+
+    #: Whether prompts that are prefilled without the extra pools must be in the last slots, in order.
+    prefills_at_end: ClassVar[bool]
+
+    def __init__(self, spec: CacheSpec, max_idle_positions: int) -> None:
+        """`max_idle_positions`: see KVPool; it holds for each pool."""
+        self.slots = SlotTable()
+        self.spec = spec
+        self._extra = [KVPool(extra, spec.dtype, spec.device, max_idle_positions) for extra in spec.extra]
+        self._move = Traced(move)
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        kv = self.spec.self_kv
+        return 2 * kv.layers * kv.heads * kv.head_size * self.spec.dtype.itemsize
+
+    @abc.abstractmethod
+    def empty_like(self, max_idle_positions: int) -> KVCache:
+        """An empty cache of the same shape, for other rows."""
+
+    def begin(self, prompts: Sequence[PendingPrompt], tokens: Sequence[int], room: int, *, at_end: bool) -> list[int]:
+        """Take slots for prompts, put their prefixes there, and make room for `tokens` tokens in each, those of the
+        prefix included. Returns the slots in the prompts' order.
+
+        `room`: number of positions of the views that will show these slots. `at_end`: take the last slots in order.
+        Raises OutOfBlocks, and takes none then.
+        """
+        lengths = [prompt.start + len(prompt.segment.ids) for prompt in prompts]
+        has_extra = [prompt.segment.carry is not None for prompt in prompts]
+        slots = self.slots.take(lengths, has_extra, at_end=at_end and self.prefills_at_end)
+        try:
+            self._fill(slots, [prompt.prefix for prompt in prompts], tokens, room)
+        except OutOfBlocks:
+            self.release(slots)
+            raise
+        return slots
+
+    @abc.abstractmethod
+    def _fill(self, slots: Sequence[int], prefixes: Sequence[Prefix | None], tokens: Sequence[int], room: int) -> None:
+        """Put prefixes into slots that were taken, and make room for `tokens` tokens in each."""
+
+    @abc.abstractmethod
+    def reserve(self, tokens: Sequence[int]) -> None:
+        """Make room for this many tokens in each slot; 0 for a free one. Raises OutOfBlocks."""
+
+    @abc.abstractmethod
+    def prompt_views(self, slots: Sequence[int], room: int, *, at_end: bool) -> list[Tensor]:
+        """Keys and values of prompts in `slots`, with `room` positions.
+
+        `at_end`: prompt n is row n of the views; otherwise, in a layout of slots, its row is its slot.
+        """
+
+    @abc.abstractmethod
+    def views(self, rows: int, room: int) -> list[Tensor]:
+        """Keys and values of the first `rows` slots, with `room` positions."""
+
+    def extra_views(self, rows: int) -> list[Tensor]:
+        """Keys and values (rows, heads, width, head size) of each layer of each extra pool in turn."""
+        views: list[Tensor] = []
+        for pool, spec in zip(self._extra, self.spec.extra, strict=True):
+            pool.reserve(rows, spec.width)
+            views += pool.views(rows, spec.width)
+        return views
+
+    @abc.abstractmethod
+    def rounded(self, room: int) -> int:
+        """A number of positions rounded up, so that there are few shapes."""
+
+    @abc.abstractmethod
+    def keep_prefix(self, slot: int, carry: Tensor | None) -> Prefix:
+        """The tokens of a slot as a prefix, which stays when the slot is released. `carry`: that of these tokens."""
+
+    def spoil(self, slot: int) -> None:
+        """Have a slot's content overwritten with zeros before it is used again. NaN spoils sums even where it is
+        masked."""
+        for pool in self._extra:
+            pool.zero_slot(slot)
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Free slots. Once none is in use, also free memory beyond `max_idle_positions`."""
+        self.slots.release(slots)
+        if not len(self.slots):
+            self._shrink()
+
+    def _shrink(self) -> None:
+        for pool in self._extra:
+            pool.shrink()
+
+    def compact(self) -> list[Move]:
+        """Move the last rows to free slots if many slots are free. Returns the moves."""
+        rows, has_extra = len(self.slots), any(self.slots.has_extra)
+        moves = self.slots.compact()
+        if moves:
+            self._compact(moves, rows, self.extra_views(rows) if has_extra else [])
+        return moves
+
+    def _compact(self, moves: Sequence[Move], rows: int, views: Sequence[Tensor]) -> None:
+        """Make moves among the first `rows` slots. `views`: tensors (slots, ...) to move the content in."""
+        if views:
+            sources, targets = to_device(moves, self.spec.device).unbind(dim=1)
+            self._move(sources, targets, *views)
+
+    @abc.abstractmethod
+    def reclaim_from(self, evict: Callable[[], bool]) -> None:
+        """Call `evict` when blocks are short. It evicts a prefix and returns whether there was one."""
+
+    def clear(self) -> None:
+        """Free all slots and their memory, after a failure."""
+        self.slots.clear()
+        for pool in self._extra:
+            pool.clear()
 
 
 def grown(positions: int) -> int:
@@ -41,11 +163,6 @@ class KVPool:
     def positions(self) -> int:
         """Allocated positions of all slots together, in use or not."""
         return self.tensors[0].shape[0] * self.tensors[0].shape[2]
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one position's keys and values in all layers."""
-        return 2 * self._spec.layers * self._spec.heads * self._spec.head_size * self._empty.element_size()
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for `slots` slots of `capacity` positions each, and keep their content."""
@@ -86,80 +203,6 @@ class KVPool:
         self.tensors = [self._empty] * len(self.tensors)
 
 
-class SlotCache:
-    """A decoder's caches: a pool for the keys and values of the tokens, and the family's extra pools of fixed width."""
-
-    def __init__(self, spec: CacheSpec, max_idle_positions: int) -> None:
-        """`max_idle_positions`: see KVPool; it holds for each pool."""
-        self._spec = spec
-        self._move = Traced(move)
-        self._restore = Traced(restore)
-        self._allocate(max_idle_positions)
-
-    def _allocate(self, max_idle_positions: int) -> None:
-        spec = self._spec
-        self.self_kv = KVPool(spec.self_kv, spec.dtype, spec.device, max_idle_positions)
-        self.extra = [KVPool(extra, spec.dtype, spec.device, max_idle_positions) for extra in spec.extra]
-
-    @property
-    def _pools(self) -> list[KVPool]:
-        return [self.self_kv, *self.extra]
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one token's keys and values."""
-        return self.self_kv.position_bytes
-
-    def empty_like(self, max_idle_positions: int) -> SlotCache:
-        """An empty cache of the same shape."""
-        other = copy.copy(self)
-        other._allocate(max_idle_positions)
-        return other
-
-    def self_views(self, slots: int, length: int, longest: int) -> list[Tensor]:
-        """Keys and values (slots, heads, length, head size) of each layer in turn, with room for rows of `longest`
-        tokens."""
-        self.self_kv.reserve(slots, max(length, longest))
-        return self.self_kv.views(slots, length)
-
-    def extra_views(self, slots: int) -> list[Tensor]:
-        """Keys and values (slots, heads, width, head size) of each layer of each extra pool in turn."""
-        views: list[Tensor] = []
-        for pool, spec in zip(self.extra, self._spec.extra, strict=True):
-            pool.reserve(slots, spec.width)
-            views += pool.views(slots, spec.width)
-        return views
-
-    def zero_slot(self, slot: int) -> None:
-        """Overwrite a slot's content with zeros. NaN would spoil sums even where it is masked."""
-        for pool in self._pools:
-            pool.zero_slot(slot)
-
-    def compact(self, moves: Sequence[Move], views: Sequence[Tensor]) -> None:
-        """Copy slots' content to other slots in `views` of this cache, each (slots, heads, positions, head size)."""
-        sources, targets = to_device(moves, self._spec.device).unbind(dim=1)
-        self._move(sources, targets, *views)
-
-    def restore_prefix(self, prefix: Prefix, slots: Sequence[int]) -> None:
-        """Copy a prefix into slots, which must have room for it."""
-        places = to_device(list(slots), self._spec.device)
-        self._restore(places, *self.self_kv.tensors, *prefix.tensors)
-
-    def copy_prefix(self, slot: int, length: int, carry: Tensor | None) -> Prefix:
-        """Copy a slot's first `length` positions. `carry`: that of the copied tokens."""
-        return Prefix(tuple(tensor[slot, :, :length].clone() for tensor in self.self_kv.tensors), carry)
-
-    def shrink(self) -> None:
-        """Free the memory of each pool with more than `max_idle_positions` positions. For a cache without rows."""
-        for pool in self._pools:
-            pool.shrink()
-
-    def clear(self) -> None:
-        """Free the memory."""
-        for pool in self._pools:
-            pool.clear()
-
-
 def move(sources: Tensor, targets: Tensor, *tensors: Tensor) -> Tensor:
     """In each of `tensors` (slots, ...), copy the slots `sources` (moves,) to the slots `targets` (moves,).
 
@@ -168,16 +211,3 @@ def move(sources: Tensor, targets: Tensor, *tensors: Tensor) -> Tensor:
     for tensor in tensors:
         tensor.index_copy_(0, targets, tensor.index_select(0, sources))
     return targets
-
-
-def restore(slots: Tensor, *tensors: Tensor) -> Tensor:
-    """Copy one prefix into `slots` (any,) and return `slots`.
-
-    The first half of `tensors` are caches (slots, heads, positions, head size), the second half the prefix's content
-    for each of them (heads, length, head size).
-    """
-    half = len(tensors) // 2
-    for cache, prefix in zip(tensors[:half], tensors[half:], strict=True):
-        whole = prefix.expand(slots.shape[0], *prefix.shape)
-        cache[:, :, : prefix.shape[1]].index_copy_(0, slots, whole)
-    return slots

@@ -30,8 +30,15 @@ class PromptPrefiller:
         """Counters of the prefix cache."""
         return self._prefixes.metrics()
 
+    def clear(self) -> None:
+        """Drop all cached prefixes."""
+        self._prefixes.clear()
+
     def pending(self, rows: Sequence[Row]) -> Pauses[list[tuple[Row, PendingPrompt]]]:
-        """Each row's prompt after its longest cached prefix. Prefills and caches recurring prefixes first."""
+        """Each row's prompt after its longest cached prefix. Prefills and caches recurring prefixes first.
+
+        Each prompt must be prefilled or released.
+        """
         keys = [prefix_keys(row.tokens) for row in rows]
         for index, key in self._prefixes.worth_keeping(keys):
             self._prefixes.keep(key, (yield from self._prefix(rows[index].tokens, key, keys[index])))

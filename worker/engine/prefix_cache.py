@@ -68,13 +68,13 @@ class PrefixCache:
         self._recent_keys: OrderedDict[bytes, None] = OrderedDict()
 
     def longest(self, keys: Sequence[PrefixKey]) -> tuple[PrefixKey, Prefix] | None:
-        """The longest cached prefix of a prompt. `keys`: its `prefix_keys`."""
+        """The longest cached prefix of a prompt, which the caller must release. `keys`: its `prefix_keys`."""
         for key in keys:
             prefix = self._kept.get(key.key)
             if prefix is not None:
                 self._kept.move_to_end(key.key)
                 self._hits += 1
-                return key, prefix
+                return key, prefix.share()
         return None
 
     def worth_keeping(self, batch: Sequence[Sequence[PrefixKey]]) -> list[tuple[int, PrefixKey]]:
@@ -108,9 +108,22 @@ class PrefixCache:
         return {"prefix_hits": self._hits, "prefixes": len(self._kept), "prefix_bytes": self._bytes}
 
     def keep(self, key: PrefixKey, prefix: Prefix) -> None:
-        """Add a prefix, and evict the least recently used ones beyond `max_bytes`."""
+        """Add a prefix, which the cache releases later, and evict the least recently used ones beyond `max_bytes`."""
         self._kept[key.key] = prefix
         self._bytes += prefix.nbytes
         while self._bytes > self._max_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self._bytes -= dropped.nbytes
+            self.evict()
+
+    def evict(self) -> bool:
+        """Evict the least recently used prefix. Returns whether there was one."""
+        if not self._kept:
+            return False
+        _, dropped = self._kept.popitem(last=False)
+        self._bytes -= dropped.nbytes
+        dropped.release()
+        return True
+
+    def clear(self) -> None:
+        """Evict all prefixes."""
+        while self.evict():
+            pass

@@ -15,7 +15,7 @@ Move = tuple[int, int]
 class SlotTable:
     """The rows of a batch by slot, up to the last slot in use. A slot is free if its length is 0.
 
-    Each kv_cache.SlotCache has one table.
+    Each kv_cache.KVCache has one table.
     """
 
     def __init__(self) -> None:

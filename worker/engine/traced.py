@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 #: For this many shapes of the first argument, a graph's first result is compared with the function's.
 CHECKED_SHAPES = 8
+#: A block table is the only one of the caches' tensors with so few.
+TABLE_DIMENSIONS = 2
 
 
 class Traced:
@@ -31,20 +34,23 @@ class Traced:
         self._graphs: dict[int, Callable[..., Tensor]] = {}
         self._checked: dict[int, set[torch.Size]] = {}
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        """The function's result, for tensors of the shapes that it takes."""
-        graph = self._graphs.get(len(arguments))
+    def __call__(self, *inputs: Tensor, self_kv: Sequence[Tensor] = (), extra: Sequence[Tensor] = ()) -> Tensor:
+        """The function's result, for tensors of the shapes that it takes: `inputs`, then the caches `self_kv` and
+        `extra`, if it reads or writes any (see interfaces.Decoder)."""
+        arguments = Arguments(inputs, self_kv, extra)
+        count = len(arguments.all)
+        graph = self._graphs.get(count)
         if graph is None:
-            graph = self._graphs[len(arguments)] = self._record(arguments)
-        checked = self._checked.setdefault(len(arguments), set())
-        shape = arguments[0].shape
+            graph = self._graphs[count] = self._record(arguments)
+        checked = self._checked.setdefault(count, set())
+        shape = inputs[0].shape
         if graph is self._function or shape in checked or len(checked) >= CHECKED_SHAPES:
-            return graph(*arguments)
+            return graph(*arguments.all)
         checked.add(shape)
         return self._compared(graph, arguments)
 
-    def _record(self, arguments: Sequence[Tensor]) -> Callable[..., Tensor]:
-        copies = tuple(argument.clone() for argument in arguments)
+    def _record(self, arguments: Arguments) -> Callable[..., Tensor]:
+        copies = arguments.copied().all
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -62,15 +68,41 @@ class Traced:
 
         return run
 
-    def _compared(self, graph: Callable[..., Tensor], arguments: Sequence[Tensor]) -> Tensor:
+    def _compared(self, graph: Callable[..., Tensor], arguments: Arguments) -> Tensor:
         """The function's result. If the graph's result differs, the function replaces the graph from now on."""
-        copies = [argument.clone() for argument in arguments]
-        result = self._function(*arguments)
+        copies = arguments.copied()
+        result = self._function(*arguments.all)
         try:
-            agree = torch.equal(graph(*copies), result) and all(map(torch.equal, copies, arguments))
+            agree = torch.equal(graph(*copies.all), result) and all(
+                map(torch.equal, copies.all, arguments.copied().all)
+            )
         except RuntimeError:
             agree = False
         if not agree:
             logger.info("The recorded network gives another result; it runs operation by operation.")
-            self._graphs[len(arguments)] = self._function
+            self._graphs[len(arguments.all)] = self._function
         return result
+
+
+class Arguments(NamedTuple):
+    """The arguments of a traced function."""
+
+    inputs: Sequence[Tensor]
+    self_kv: Sequence[Tensor]
+    extra: Sequence[Tensor]
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        """All tensors in order."""
+        return *self.inputs, *self.self_kv, *self.extra
+
+    def copied(self) -> Arguments:
+        """Copies, in which functions give the same results. Of a pool of blocks, which may fill the device's memory,
+        only the blocks in the block table are copied."""
+        inputs, extra = ([tensor.clone() for tensor in tensors] for tensors in (self.inputs, self.extra))
+        if not self.self_kv or self.self_kv[0].dim() != TABLE_DIMENSIONS:
+            return Arguments(inputs, [tensor.clone() for tensor in self.self_kv], extra)
+        table, *pools = self.self_kv
+        # Sorted: the null block is the first, and the block for padding the last.
+        used = torch.unique(torch.cat((table.flatten(), table.new_tensor([0, len(pools[0]) - 1]))))
+        return Arguments(inputs, [torch.searchsorted(used, table.contiguous()), *(pool[used] for pool in pools)], extra)

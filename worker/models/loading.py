@@ -35,6 +35,7 @@ from transformers import (
 
 from config.settings import Settings
 from tasks.results import ModelInfo
+from worker.engine.blocks import blocks_for
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.generation_rules import NO_RULES, GenerationRules, generation_rules
@@ -170,7 +171,15 @@ def _is_spread(model: PreTrainedModel, settings: Settings) -> bool:
 
 def _continuous(stock: StockModel, decoder: Decoder, encode: Encode, settings: Settings) -> ContinuousModel:
     record = CudaGraphs() if settings.cuda_graphs and decoder.spec.device.type == "cuda" else None
-    return ContinuousModel(stock, decoder, encode, settings.prefix_cache_bytes, record)
+    blocks = blocks_for(settings.max_batch_tokens) if _layout(settings, decoder.spec.device) == "blocks" else 0
+    return ContinuousModel(stock, decoder, encode, settings.prefix_cache_bytes, record, blocks=blocks)
+
+
+def _layout(settings: Settings, device: torch.device) -> str:
+    """The layout of keys and values: `slots` or `blocks`."""
+    if settings.kv_layout != "auto":
+        return settings.kv_layout
+    return "blocks" if device.type == "cuda" else "slots"
 
 
 class Family(NamedTuple):

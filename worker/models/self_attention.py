@@ -1,26 +1,116 @@
-"""Self-attention of a batch's new tokens over the slots of a K/V cache; shared by the families' decoders."""
+"""Self-attention of a batch's new tokens over a K/V cache in slots or in blocks; shared by the families' decoders."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from worker.engine.scoring import PROMPT
+from worker.engine.traced import TABLE_DIMENSIONS
 from worker.models.layers import Attend, CosSin, DecoderLayer, KeysValues
+
+
+class Places(Protocol):
+    """The new tokens' places in a batch's K/V cache. `cache`: a layer's keys and values there."""
+
+    def store(self, cache: KeysValues, new: KeysValues) -> None:
+        """Write the new tokens' keys and values, each (rows, key heads, length, head size)."""
+
+    def load(self, cache: KeysValues) -> KeysValues:
+        """The keys and values of the rows, each (rows, key heads, keys, head size)."""
+
+
+class SlotPlaces(NamedTuple):
+    """Places in slots: keys and values (slots, key heads, positions, head size)."""
+
+    #: (rows, length): the tokens' positions in their rows.
+    positions: Tensor
+    #: (rows,): the slot of each row; None: row n is in slot n.
+    slots: Tensor | None
+
+    def store(self, cache: KeysValues, new: KeysValues) -> None:
+        """Write the new tokens' keys and values, each (rows, key heads, length, head size)."""
+        positions = self.positions
+        slots = torch.arange(positions.shape[0], device=positions.device) if self.slots is None else self.slots
+        for kept, each in zip(cache, new, strict=True):
+            # Not kept[slots, :, positions] = ...: in a recorded graph, that would fix the number of rows.
+            kept.transpose(1, 2).index_put_((slots[:, None], positions), each.transpose(1, 2))
+
+    def load(self, cache: KeysValues) -> KeysValues:
+        """The keys and values of the rows, each (rows, key heads, positions, head size)."""
+        if self.slots is None:
+            return cache
+        keys, values = (kept.index_select(0, self.slots) for kept in cache)
+        return keys, values
+
+
+class BlockPlaces(NamedTuple):
+    """Places in blocks: keys and values (blocks, block tokens, key heads, head size)."""
+
+    #: (rows, width): the blocks of each row.
+    table: Tensor
+    #: (rows, length): the block of each token, and the token's index in it.
+    blocks: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor, positions: Tensor, block_tokens: int) -> BlockPlaces:
+        """The places of tokens at `positions` (rows, length) of rows with the block table `table` (rows, width)."""
+        blocks = table.gather(1, positions // block_tokens)
+        # What would be written to the null block goes to the last one.
+        return cls(table, blocks - (blocks == 0).long(), positions % block_tokens)
+
+    def store(self, cache: KeysValues, new: KeysValues) -> None:
+        """Write the new tokens' keys and values, each (rows, key heads, length, head size)."""
+        for kept, each in zip(cache, new, strict=True):
+            kept.index_put_((self.blocks, self.offsets), each.transpose(1, 2))
+
+    def load(self, cache: KeysValues) -> KeysValues:
+        """Copies of the rows' keys and values, each (rows, key heads, width * block tokens, head size)."""
+        keys, values = (kept[self.table].flatten(1, 2).transpose(1, 2) for kept in cache)
+        return keys, values
+
+
+class Caches(NamedTuple):
+    """A batch's caches in either layout, as interfaces.Decoder describes them."""
+
+    #: (rows, width): the rows' block table; None in slots.
+    table: Tensor | None
+    #: The keys and values of each layer in turn, then those of the extra pools' layers.
+    layers: list[KeysValues]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Caches:
+        """`tensors`: the self-attention's caches, then the extra pools."""
+        has_table = tensors[0].dim() == TABLE_DIMENSIONS
+        rest = tensors[has_table:]
+        return cls(tensors[0] if has_table else None, list(zip(rest[::2], rest[1::2], strict=True)))
+
+    @property
+    def keys(self) -> int:
+        """Number of keys of a row."""
+        keys = self.layers[0][0]
+        return keys.shape[2] if self.table is None else self.table.shape[1] * keys.shape[1]
+
+    def places(self, positions: Tensor, slots: Tensor | None = None) -> Places:
+        """The places of tokens at `positions` (rows, length) of their rows. `slots` (rows,): the slots of the rows,
+        unless there is a block table; None: row n is in slot n."""
+        if self.table is None:
+            return SlotPlaces(positions, slots)
+        return BlockPlaces.of(self.table, positions, self.layers[0][0].shape[1])
 
 
 @dataclass(frozen=True)
 class SelfAttention:
     """Where the keys and values of new tokens are stored, and what the tokens attend to."""
 
-    #: (rows, length): the tokens' positions in the caches.
-    positions: Tensor
+    places: Places
     #: (rows, 1, length, keys): True where a token attends to a key.
     mask: Tensor
-    #: (rows,): the slot of each row; None: row n is in slot n.
-    slots: Tensor | None = None
     #: (rows, selected): indices of the tokens whose states are computed; None: all.
     selected: Tensor | None = None
     #: True if no row has tokens before the new ones, so that the caches need not be read.
@@ -28,7 +118,7 @@ class SelfAttention:
 
     def of_all(self) -> SelfAttention:
         """The same, but with the states of all tokens."""
-        return SelfAttention(self.positions, self.mask, self.slots, None, self.only_new)
+        return SelfAttention(self.places, self.mask, None, self.only_new)
 
 
 def run_layer(
@@ -42,21 +132,15 @@ def run_layer(
     """Run a layer on new tokens and store their keys and values in `cache`.
 
     From `states` (rows, length, hidden) to the same shape, or to (rows, selected, hidden) if `attention` selects some.
-    `cache`: keys and values, each (slots, key heads, positions, head size). `rotary`: see layers.rotary_cos_sin.
+    `cache`: the layer's keys and values, in either layout. `rotary`: see layers.rotary_cos_sin.
     """
     query, key, value = layer.query_keys_values(states, rotary)
-    slots = torch.arange(states.shape[0], device=states.device) if attention.slots is None else attention.slots
-    for kept, new in zip(cache, (key, value), strict=True):
-        # Not kept[slots, :, positions] = ...: in a recorded graph, that would fix the number of rows.
-        kept.transpose(1, 2).index_put_((slots[:, None], attention.positions), new.transpose(1, 2))
+    attention.places.store(cache, (key, value))
     mask = attention.mask
     if attention.selected is not None:
         states, query = states_at(states, attention.selected), _queries_at(query, attention.selected)
         mask = _queries_at(mask, attention.selected)
-    if attention.only_new:
-        keys, values = key, value
-    else:
-        keys, values = cache if attention.slots is None else (kept.index_select(0, slots) for kept in cache)
+    keys, values = (key, value) if attention.only_new else attention.places.load(cache)
     return layer.output(states, attend(query, keys, values, mask))
 
 

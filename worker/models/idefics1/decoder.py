@@ -95,15 +95,15 @@ class IdeficsDecoder:
         extra: Sequence[Tensor],
     ) -> Tensor:
         """Write the keys and values of segments into `slots`, after `starts` tokens each. Returns the logits (segments,
-        vocabulary) after each segment. `self_kv` and `extra`: each (slots, heads, positions, head size)."""
+        vocabulary) after each segment. `self_kv` and `extra`: see interfaces.Decoder."""
         length = max(len(segment.ids) for segment in segments)
         # Padding on the right needs no mask: no real token attends to it, and later tokens overwrite it.
         ids = padded([segment.ids for segment in segments], length, 0, self.spec.device)
         numbers = self._numbers(segments, starts, slots)
         if not extra:
-            return self._text_prefill(ids, *numbers[:2], *self_kv)
+            return self._text_prefill(ids, *numbers[:2], self_kv=self_kv)
         prefill = self._prefills[not any(starts), length <= FEW]
-        return prefill(ids, *numbers, *self._image_tensors(segments), *self_kv, *extra)
+        return prefill(ids, *numbers, *self._image_tensors(segments), self_kv=self_kv, extra=extra)
 
     def prefill_scored(
         self,
@@ -115,14 +115,14 @@ class IdeficsDecoder:
         extra: Sequence[Tensor],
     ) -> Tensor:
         """Prefill segments into the first slots, and score sequences after them. Returns log-probabilities (segments,
-        firsts + targets). `self_kv` and `extra`: each (slots, heads, positions, head size)."""
+        firsts + targets). `self_kv` and `extra`: see interfaces.Decoder."""
         first = padded(firsts, max(map(len, firsts)), 0, self.spec.device)
         numbers = self._numbers(segments, starts, range(len(segments)))
         scored = tree.owner, tree.depth, first, tree.targets
         if not extra:
-            return self._scored_text_prefill(tree.ids, *numbers[:2], *scored, *self_kv)
+            return self._scored_text_prefill(tree.ids, *numbers[:2], *scored, self_kv=self_kv)
         score = self._scored_prefills[tree.ids.shape[1] <= FEW]
-        return score(tree.ids, *numbers, *self._image_tensors(segments), *scored, *self_kv, *extra)
+        return score(tree.ids, *numbers, *self._image_tensors(segments), *scored, self_kv=self_kv, extra=extra)
 
     def _numbers(
         self, segments: Sequence[IdeficsSegment], starts: Sequence[int], slots: Sequence[int]

@@ -2,14 +2,14 @@
 graph (engine/traced.py).
 
 Common arguments: `ids` (rows, length) are new tokens, `starts` (rows,) the number of tokens before them. `caches` are
-the keys and values of each decoder layer in turn, each (slots, heads, positions, head size), with room for the new
-tokens, whose keys and values the modules write; then those of each cross-attention block, for the image that the tokens
-after a prompt attend to. Row n is in slot n, unless `slots` says otherwise.
+those of the self-attention (see engine/interfaces.Decoder), with room for the new tokens, whose keys and values the
+modules write; then the keys and values of each cross-attention block, (slots, heads, width, head size), for the image
+that the tokens after a prompt attend to. Row n is in slot n, unless `slots` says otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from worker.models.idefics1.layers import GatedCrossAttention, TextModel
 from worker.models.layers import KeysValues
 from worker.models.self_attention import (
+    Caches,
     SelfAttention,
     causal_mask,
     new_positions,
@@ -47,15 +48,14 @@ class _Network(torch.nn.Module):
         self,
         ids: Tensor,
         positions: Tensor,
-        caches: Sequence[Tensor],
+        caches: Caches,
         cross_attend: CrossAttend,
         attention: SelfAttention,
     ) -> Tensor:
         """The last layer's states (rows, length, hidden), or (rows, selected, hidden) if `attention` selects tokens.
         `positions` (rows, length): the tokens' positions in the text, for the rotary embedding."""
         text = self.text
-        pairs = list(zip(caches[::2], caches[1::2], strict=True))
-        self_kv, cross_kv = pairs[: len(text.layers)], pairs[len(text.layers) :]
+        self_kv, cross_kv = caches.layers[: len(text.layers)], caches.layers[len(text.layers) :]
         states: Tensor = text.embedding(ids)
         rotary = text.rotary_cos_sin(states, positions)
         for index, (layer, cache) in enumerate(zip(text.layers, self_kv, strict=True)):
@@ -154,10 +154,11 @@ class Prefill(_PromptNetwork):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Logits (rows, vocabulary) after each row's last token. `tensors`: those of `Prompts`, then the caches."""
-        prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), tensors[_PROMPT_TENSORS:]
+        prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), Caches.of(tensors[_PROMPT_TENSORS:])
         positions = prompts.positions
-        mask = causal_mask(positions, positions.shape[1] if self.begins else caches[0].shape[2])
-        attention = SelfAttention(positions, mask, prompts.slots, prompts.lasts[:, None], self.begins)
+        mask = causal_mask(positions, positions.shape[1] if self.begins else caches.keys)
+        places = caches.places(positions, prompts.slots)
+        attention = SelfAttention(places, mask, prompts.lasts[:, None], self.begins)
         states = self.states(prompts.ids, positions, caches, self.cross_attend_shown(prompts), attention)
         return self.text.logits(states[:, 0])
 
@@ -176,17 +177,18 @@ class _ScoredNetwork(_Network):
         depth: Tensor,
         firsts: Tensor,
         targets: Tensor,
-        *caches: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
         """Log-probabilities (rows, firsts + targets): see self_attention.prompt_scores.
 
         `ids` (rows, length): the prompt's new tokens, then those of the sequences. `lasts` (rows,): the index of the
         prompt's last token in `ids`. `firsts` (rows, firsts). `owner` and `depth` (rows, length), `targets` (rows,
-        targets): see engine/scoring.TokenTree.
+        targets): see engine/scoring.TokenTree. `tensors`: the caches.
         """
-        positions = new_positions(starts, ids)
-        mask = tree_mask(starts, owner, depth, caches[0].shape[2])
-        attention = SelfAttention(positions, mask, selected=scored_places(lasts, targets, ids.shape[1]))
+        caches = Caches.of(tensors)
+        mask = tree_mask(starts, owner, depth, caches.keys)
+        selected = scored_places(lasts, targets, ids.shape[1])
+        attention = SelfAttention(caches.places(new_positions(starts, ids)), mask, selected)
         states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
         return prompt_scores(self.text.logits(states), firsts, targets)
 
@@ -214,10 +216,11 @@ class ScoredTextPrefill(_ScoredNetwork):
 class TextPrefill(_Network):
     """Prefills prompts without images."""
 
-    def forward(self, ids: Tensor, starts: Tensor, lasts: Tensor, *caches: Tensor) -> Tensor:
-        """Logits (rows, vocabulary) after each row's last token, which is at index `lasts` (rows,) of `ids`."""
-        positions = new_positions(starts, ids)
-        attention = SelfAttention(positions, causal_mask(positions, caches[0].shape[2]))
+    def forward(self, ids: Tensor, starts: Tensor, lasts: Tensor, *tensors: Tensor) -> Tensor:
+        """Logits (rows, vocabulary) after each row's last token, which is at index `lasts` (rows,) of `ids`. `tensors`:
+        the caches."""
+        caches, positions = Caches.of(tensors), new_positions(starts, ids)
+        attention = SelfAttention(caches.places(positions), causal_mask(positions, caches.keys))
         states = self.states(ids, positions, caches, _cross_attend_nothing, attention)
         return self.text.logits(states_at(states, lasts[:, None])[:, 0])
 
@@ -225,12 +228,13 @@ class TextPrefill(_Network):
 class DecodeStep(_Network):
     """Appends a token to each row (`step` of engine/interfaces.Decoder)."""
 
-    def forward(self, numbers: Tensor, *caches: Tensor) -> Tensor:
+    def forward(self, numbers: Tensor, *tensors: Tensor) -> Tensor:
         """Logits (rows, vocabulary) of the next token. `numbers` (3, rows): each row's token, the number of tokens
-        before it, and whether it attends to an image. If no row does, the cross-attention's caches may be left out."""
+        before it, and whether it attends to an image. `tensors`: the caches. If no row attends to an image, those of
+        the cross-attention may be left out."""
         ids, starts, attends_image = numbers.unbind()
-        positions = starts[:, None]
-        attention = SelfAttention(positions, causal_mask(positions, caches[0].shape[2]))
+        caches, positions = Caches.of(tensors), starts[:, None]
+        attention = SelfAttention(caches.places(positions), causal_mask(positions, caches.keys))
         states = self.states(ids[:, None], positions, caches, self.cross_attend_cached(attends_image), attention)
         return self.text.logits(states[:, 0])
 
@@ -246,12 +250,13 @@ class TreeAttention(_Network):
         owner: Tensor,
         depth: Tensor,
         attends_image: Tensor,
-        *caches: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
         """Log-probabilities (rows, length) of `targets` (rows, length), the next tokens of `ids`. `owner` and `depth`
-        (rows, length): see engine/scoring.TokenTree. `attends_image` (rows,): 0 for a row without an image."""
-        positions = new_positions(starts, ids)
-        attention = SelfAttention(positions, tree_mask(starts, owner, depth, caches[0].shape[2]))
+        (rows, length): see engine/scoring.TokenTree. `attends_image` (rows,): 0 for a row without an image.
+        `tensors`: the caches."""
+        caches, positions = Caches.of(tensors), new_positions(starts, ids)
+        attention = SelfAttention(caches.places(positions), tree_mask(starts, owner, depth, caches.keys))
         cross_attend = self.cross_attend_cached(attends_image)
         states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
         return target_scores(self.text.logits(states), targets)

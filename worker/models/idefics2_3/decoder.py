@@ -95,10 +95,10 @@ class MergedDecoder:
         extra: Sequence[Tensor],
     ) -> Tensor:
         """Write the keys and values of segments into the first slots, after `starts` tokens each. Returns the logits
-        (segments, vocabulary) after each segment. `self_kv`: each (slots, key heads, positions, head size)."""
+        (segments, vocabulary) after each segment. `self_kv`: see interfaces.Decoder."""
         length = max(len(segment.ids) for segment in segments)
         ids = padded([segment.ids for segment in segments], length, 0, self.spec.device)
-        return self._prefills[not any(starts)](*self._prompts(ids, segments, starts), *self_kv)
+        return self._prefills[not any(starts)](*self._prompts(ids, segments, starts), self_kv=self_kv)
 
     def prefill_scored(
         self,
@@ -110,10 +110,10 @@ class MergedDecoder:
         extra: Sequence[Tensor],
     ) -> Tensor:
         """Prefill segments into the first slots, and score sequences after them. Returns log-probabilities (segments,
-        firsts + targets). `self_kv`: each (slots, key heads, positions, head size)."""
+        firsts + targets). `self_kv`: see interfaces.Decoder."""
         first = padded(firsts, max(map(len, firsts)), 0, self.spec.device)
         prompts = self._prompts(tree.ids, segments, starts)
-        return self._scored_prefill(*prompts, tree.owner, tree.depth, first, tree.targets, *self_kv)
+        return self._scored_prefill(*prompts, tree.owner, tree.depth, first, tree.targets, self_kv=self_kv)
 
     def _prompts(self, ids: Tensor, segments: Sequence[MergedSegment], starts: Sequence[int]) -> tuple[Tensor, ...]:
         """The tensors of network.Prompts. `ids` (segments, length) begin with the ids of the segments."""

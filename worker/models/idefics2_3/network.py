@@ -2,14 +2,12 @@
 replace the embeddings of image tokens.
 
 The modules take tensors only, so that each can be recorded as one graph (engine/traced.py). Common arguments: `ids`
-(rows, length) are new tokens, `starts` (rows,) the number of tokens before them. `caches` are the keys and values of
-each layer in turn, each (rows, key heads, positions, head size), with room for the new tokens, whose keys and values
-the modules write.
+(rows, length) are new tokens, `starts` (rows,) the number of tokens before them. `caches` are those of the engine (see
+engine/interfaces.Decoder), with room for the new tokens, whose keys and values the modules write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +25,7 @@ from worker.models.layers import (
     runs_eagerly,
 )
 from worker.models.self_attention import (
+    Caches,
     SelfAttention,
     causal_mask,
     new_positions,
@@ -69,15 +68,14 @@ class _Network(torch.nn.Module):
         self.text = text
         self.attend = grouped(scaled_dot_product_attention)
 
-    def states(self, embedded: Tensor, positions: Tensor, caches: Sequence[Tensor], attention: SelfAttention) -> Tensor:
+    def states(self, embedded: Tensor, positions: Tensor, caches: Caches, attention: SelfAttention) -> Tensor:
         """The last layer's states (rows, length, hidden), or (rows, selected, hidden) if `attention` selects tokens.
         `embedded` (rows, length, hidden): the tokens' embeddings. `positions` (rows, length): the tokens' positions in
         the text, for the rotary embedding."""
         states = embedded
         rotary = rotary_cos_sin(self.text.rotary, states, positions)
         last = len(self.text.layers) - 1
-        for index, layer in enumerate(self.text.layers):
-            cache = caches[2 * index], caches[2 * index + 1]
+        for index, (layer, cache) in enumerate(zip(self.text.layers, caches.layers, strict=True)):
             # The last layer stores keys and values of all tokens, but computes states of the selected ones only.
             asked = attention if index == last else attention.of_all()
             states = run_layer(layer, states, rotary, cache, asked, self.attend)
@@ -124,10 +122,10 @@ class Prefill(_Network):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Logits (rows, vocabulary) after each row's last token. `tensors`: those of `Prompts`, then the caches."""
-        prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), tensors[_PROMPT_TENSORS:]
+        prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), Caches.of(tensors[_PROMPT_TENSORS:])
         positions = prompts.positions
-        mask = causal_mask(positions, positions.shape[1] if self.begins else caches[0].shape[2], self.text.window)
-        attention = SelfAttention(positions, mask, selected=prompts.lasts[:, None], only_new=self.begins)
+        mask = causal_mask(positions, positions.shape[1] if self.begins else caches.keys, self.text.window)
+        attention = SelfAttention(caches.places(positions), mask, prompts.lasts[:, None], only_new=self.begins)
         return self.text.logits(self.states(prompts.embedded(self.text), positions, caches, attention)[:, 0])
 
 
@@ -141,10 +139,11 @@ class ScoredPrefill(_Network):
         length), `firsts` (rows, firsts), `targets` (rows, targets), as in engine/scoring.TokenTree; then the caches.
         """
         prompts = Prompts(*tensors[:_PROMPT_TENSORS])
-        owner, depth, firsts, targets, *caches = tensors[_PROMPT_TENSORS:]
-        mask = tree_mask(prompts.starts, owner, depth, caches[0].shape[2], self.text.window)
+        owner, depth, firsts, targets, *rest = tensors[_PROMPT_TENSORS:]
+        caches = Caches.of(rest)
+        mask = tree_mask(prompts.starts, owner, depth, caches.keys, self.text.window)
         selected = scored_places(prompts.lasts, targets, prompts.ids.shape[1])
-        attention = SelfAttention(prompts.positions, mask, selected=selected)
+        attention = SelfAttention(caches.places(prompts.positions), mask, selected)
         positions = prompts.starts[:, None] + depth
         states = self.states(prompts.embedded(self.text), positions, caches, attention)
         return prompt_scores(self.text.logits(states), firsts, targets)
@@ -158,12 +157,12 @@ class DecodeStep(_Network):
         if runs_eagerly(text.norm.weight):
             self.attend = grouped(eager_attention)
 
-    def forward(self, numbers: Tensor, *caches: Tensor) -> Tensor:
+    def forward(self, numbers: Tensor, *tensors: Tensor) -> Tensor:
         """Logits (rows, vocabulary) of the next token. `numbers` (3, rows): each row's token, the number of tokens
-        before it, and 0."""
+        before it, and 0. `tensors`: the caches."""
         ids, starts, _ = numbers.unbind()
-        positions = starts[:, None]
-        attention = SelfAttention(positions, causal_mask(positions, caches[0].shape[2], self.text.window))
+        caches, positions = Caches.of(tensors), starts[:, None]
+        attention = SelfAttention(caches.places(positions), causal_mask(positions, caches.keys, self.text.window))
         states = self.states(self.text.embedding(ids[:, None]), positions, caches, attention)
         return self.text.logits(states[:, 0])
 
@@ -179,13 +178,14 @@ class TreeAttention(_Network):
         owner: Tensor,
         depth: Tensor,
         has_extra: Tensor,
-        *caches: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
         """Log-probabilities (rows, length) of `targets` (rows, length), the next tokens of `ids`. `owner` and `depth`
-        (rows, length): see engine/scoring.TokenTree. `has_extra` (rows,): zeros."""
-        positions = new_positions(starts, ids)
-        mask = tree_mask(starts, owner, depth, caches[0].shape[2], self.text.window)
-        states = self.states(self.text.embedding(ids), starts[:, None] + depth, caches, SelfAttention(positions, mask))
+        (rows, length): see engine/scoring.TokenTree. `has_extra` (rows,): zeros. `tensors`: the caches."""
+        caches = Caches.of(tensors)
+        mask = tree_mask(starts, owner, depth, caches.keys, self.text.window)
+        attention = SelfAttention(caches.places(new_positions(starts, ids)), mask)
+        states = self.states(self.text.embedding(ids), starts[:, None] + depth, caches, attention)
         return target_scores(self.text.logits(states), targets)
 
 
