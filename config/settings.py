@@ -253,6 +253,11 @@ class Settings(BaseSettings):
     127.0.0.1 only; name `0.0.0.0` for other machines, in a private network, since there is no login. Each worker of a
     machine needs a port of its own. Empty: not served."""
 
+    queue_metrics_address: Annotated[str, AfterValidator(listen_address), Field(min_length=1)] = "127.0.0.1:9102"
+    """Address where the queue exporter (`python -m worker.observability.queue`) serves its metrics to Prometheus. A
+    port alone listens on 127.0.0.1 only; name `0.0.0.0` for other machines, in a private network, since there is no
+    login."""
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Level of the worker's log. `--loglevel` on Celery's command line takes precedence."""
     log_format: Literal["text", "json"] = "text"

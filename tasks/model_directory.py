@@ -89,10 +89,15 @@ def read_models(app: Celery) -> Reading:
             entries = redis.zrange(models_key(app), 0, -1, withscores=True)
     except (OperationalError, RedisError) as error:
         return Reading(time.monotonic(), error=error)
-    known = [(registered_at < now - SILENT_S, ServedModel.read(text)) for text, registered_at in entries]
-    known.sort(key=lambda each: (each[0], each[1].queue, each[1].id))
+    known = known_models(entries, now)
     served = [model for is_silent, model in known if not is_silent]
     return Reading(time.monotonic(), served, queues(model for _, model in known))
+
+
+def known_models(entries: Iterable[tuple[bytes, float]], now: float) -> list[tuple[bool, ServedModel]]:
+    """The models in the workers' register, each with whether its workers are silent, those of live workers first."""
+    known = [(registered_at < now - SILENT_S, ServedModel.read(text)) for text, registered_at in entries]
+    return sorted(known, key=lambda each: (each[0], each[1].queue, each[1].id))
 
 
 def queues(models: Iterable[ServedModel]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from celery import Celery
 Database = Literal["queues", "results"]
 Type = Literal["string", "list", "hash", "set", "zset"]
 #: The users of config/redis/users.acl.template. The operator's commands run with the worker's rights.
-User = Literal["producer", "worker", "callbacks", "monitor"]
+User = Literal["producer", "worker", "callbacks", "monitor", "exporter"]
 
 _PLACEHOLDER = re.compile(r"\{\w+\}")
 
@@ -53,11 +53,13 @@ class RedisKey:
 
 def _of_callbacks(part: str, type: Type, ttl: str, meaning: str) -> RedisKey:
     writers: tuple[User, ...] = ("worker", "callbacks")
-    return RedisKey(f"idefics:callbacks:{part}", "queues", type, ttl, writers, (*writers, "monitor"), meaning)
+    return RedisKey(
+        f"idefics:callbacks:{part}", "queues", type, ttl, writers, (*writers, "monitor", "exporter"), meaning
+    )
 
 
 def _of_failed(part: str, type: Type, meaning: str) -> RedisKey:
-    readers: tuple[User, ...] = ("worker",) if part else ("worker", "monitor")
+    readers: tuple[User, ...] = ("worker",) if part else ("worker", "monitor", "exporter")
     return RedisKey(f"idefics:failed{part}", "results", type, "IDEFICS_FAILED_TTL_S", ("worker",), readers, meaning)
 
 
@@ -69,7 +71,7 @@ QUEUE_LIST = RedisKey(
     "list",
     None,
     ("producer", "worker", "callbacks"),
-    ("producer", "worker", "callbacks", "monitor"),
+    ("producer", "worker", "callbacks", "monitor", "exporter"),
     "Waiting messages of priority 0. Permanent: they are jobs.",
 )
 PRIORITY_LIST = RedisKey(
@@ -78,7 +80,7 @@ PRIORITY_LIST = RedisKey(
     "list",
     None,
     ("producer", "worker", "callbacks"),
-    ("producer", "worker", "callbacks", "monitor"),
+    ("producer", "worker", "callbacks", "monitor", "exporter"),
     "Waiting messages of another priority. Permanent: they are jobs.",
 )
 UNACKED = RedisKey(
@@ -87,7 +89,7 @@ UNACKED = RedisKey(
     "hash",
     None,
     ("worker",),
-    ("worker", "monitor"),
+    ("worker", "monitor", "exporter"),
     "Messages that a worker has taken and not acknowledged, by tag. Permanent: they are jobs.",
 )
 UNACKED_INDEX = RedisKey(
@@ -162,7 +164,7 @@ DUE = RedisKey(
     "zset",
     None,
     ("worker",),
-    ("worker", "monitor"),
+    ("worker", "monitor", "exporter"),
     "Messages of a queue's list that wait for their `eta` or `countdown`, by due time. Permanent: they are jobs.",
 )
 DUE_IDS = RedisKey(
@@ -208,7 +210,7 @@ WORKERS = RedisKey(
     "zset",
     "30",
     ("worker",),
-    ("producer", "worker"),
+    ("producer", "worker", "monitor", "exporter"),
     "The workers that take from a queue, by the time when each last registered.",
 )
 MODELS = RedisKey(
@@ -217,7 +219,7 @@ MODELS = RedisKey(
     "zset",
     "86400",
     ("worker",),
-    ("producer", "worker"),
+    ("producer", "worker", "monitor", "exporter"),
     "The models that workers serve, each with its queue, by the second at which a worker last said so.",
 )
 DELIVERY = _of_callbacks(

@@ -69,7 +69,7 @@ sed -e '/^[[:space:]]*#$/d' -e '/^[[:space:]]*#[^+]/d' "$template" | awk -v mode
 
 tls="ssl_cert_reqs=required&ssl_ca_certs=/run/idefics/ca.crt"
 tls="$tls&ssl_certfile=/run/idefics/tls.crt&ssl_keyfile=/run/idefics/tls.key"
-for user in producer worker callbacks monitor; do
+for user in producer worker callbacks monitor exporter; do
     mkdir -p $user
     certificate $user "extendedKeyUsage=clientAuth"
     [ -e $user/password ] || openssl rand -hex 24 > $user/password
@@ -91,7 +91,7 @@ mv users.acl redis/users.acl
 
 # The containers' users are others than the one who runs this: they may read what they mount. On this machine the folder
 # itself keeps everybody else out.
-for name in redis producer worker callbacks monitor; do
+for name in redis producer worker callbacks monitor exporter; do
     cp ca.crt $name/ca.crt
     chmod 755 $name
     chmod 644 $name/*

@@ -2,79 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import click
-from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import NoPermissionError, RedisError
 
 from ..errors import IdeficsError
-from ..outbox import connect
-from ..redis_keys import DUE, GUIDES_SEPARATOR, OUR_STEPS, SEPARATOR, UNACKED, broker_prefix, list_name, separator
+from ..queue_state import QueueReader, QueueState
 from .console import away, echo_json, echo_rows, json_option
 from .jobs import fail
 
 
-@dataclass(frozen=True, slots=True)
-class QueueState:
-    """The current state of a queue. None: this Redis user may not know."""
-
-    queue: str
-    #: Jobs that are due and that no worker has taken yet.
-    waiting: int
-    #: The same by priority, 0 to 9.
-    by_priority: dict[int, int]
-    #: Jobs with a countdown or an eta that a worker has set aside until their time.
-    due_later: int | None
-    #: Jobs that workers hold, running or prefetched, of all queues of this Redis together.
-    in_flight: int | None
-    #: Names of the workers that take from the queue.
-    workers: list[str] | None
-    #: Ids of the models that they serve.
-    models: list[str] | None
-
-
 def queue_state(client: Any) -> QueueState:
-    """Read the state of the client's queue. Raises RedisError or OperationalError if Redis is away."""
-    by_priority = {priority: client.queued(priority) for priority in OUR_STEPS}
-    due_later, in_flight = _held(client.app, client.queue)
-    workers, models = _workers(client)
-    return QueueState(client.queue, sum(by_priority.values()), by_priority, due_later, in_flight, workers, models)
-
-
-def _workers(client: Any) -> tuple[list[str] | None, list[str] | None]:
-    """Who takes from the queue, and the models that they serve; None for what this user may not know."""
-    try:
-        return client.workers(), [model.id for model in client.models() if model.queue == client.queue]
-    except NoPermissionError:
-        return None, None
-
-
-def _held(app: Celery, queue: str) -> tuple[int | None, int | None]:
-    """The numbers of jobs that wait for their time and that are in flight; None where this user may not count."""
-    prefix = broker_prefix(app)
-    separators = {separator(app), SEPARATOR, GUIDES_SEPARATOR}
-    lists = {list_name(queue, priority, sep) for priority in OUR_STEPS for sep in separators}
-    with connect(app).pipeline(transaction=False) as pipe:
-        pipe.hlen(f"{prefix}{UNACKED.named()}")
-        for name in lists:
-            pipe.zcard(f"{prefix}{DUE.named(prefix + name)}")
-        in_flight, *due = pipe.execute(raise_on_error=False)
-    return _total(due), _total([in_flight])
-
-
-def _total(replies: Iterable[Any]) -> int | None:
-    total = 0
-    for reply in replies:
-        if isinstance(reply, NoPermissionError):
-            return None
-        if isinstance(reply, Exception):
-            raise reply
-        total += reply
-    return total
+    """Read the state of the client's queue. Raises RedisError or OperationalError if Redis is away, or refuses."""
+    found = QueueReader(client.app).read(client.queue)
+    if client.queue not in found:
+        raise NoPermissionError(f"This Redis user may not count the jobs in {client.queue}.")
+    return found[client.queue]
 
 
 @click.command("queue")
@@ -83,9 +29,10 @@ def _total(replies: Iterable[Any]) -> int | None:
 def show_queue(client: Any, as_json: bool) -> None:
     """Show how many jobs wait, and which workers take them.
 
-    The rows: jobs that wait, in all and for each priority that has some; jobs whose time has not come (countdown,
-    eta); jobs in flight, those of all queues of this Redis; the workers that take from the queue, and their model.
-    What this Redis user may not know is "unknown", in JSON null.
+    The rows: jobs that wait, in all and for each priority that has some; the age of the oldest; jobs whose time has
+    not come (countdown, eta); jobs in flight, those of all queues of this Redis; the workers that take from the queue,
+    and their model. What this Redis user may not know is "unknown", in JSON null. The age needs the rights of the
+    user worker or exporter, and messages that say when they were sent, as those of our client.
 
     \b
     idefics-jobs --queue idefics.large queue
@@ -108,6 +55,7 @@ def _rows(state: QueueState) -> list[tuple[str, str]]:
     return [
         ("waiting", f"{state.waiting:,}"),
         *((f"waiting, priority {priority}", f"{count:,}") for priority, count in state.by_priority.items() if count),
+        *([("oldest waiting", seconds(state.oldest_age_s))] if state.waiting else ()),
         ("due later", _number(state.due_later)),
         ("in flight (all queues)", _number(state.in_flight)),
         ("workers", "unknown" if workers is None else str(len(workers))),
@@ -118,3 +66,7 @@ def _rows(state: QueueState) -> list[tuple[str, str]]:
 
 def _number(count: int | None) -> str:
     return "unknown" if count is None else f"{count:,}"
+
+
+def seconds(age_s: float | None) -> str:
+    return "unknown" if age_s is None else f"{age_s:,.1f} s"

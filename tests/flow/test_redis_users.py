@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 from celery import Celery, chord, group
 from redis import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
+from config.settings import Settings
 from tasks import Client, Complete, InvalidRequest, JobCanceled, batch
 from tasks.cli.queue import queue_state
 from tasks.failed import FailedJobs
 from tasks.outbox import Delivery, Outbox, delivery_id
-from tests.support.guarded import as_user, binaries, make_secrets
+from tests.support.guarded import USERS, as_user, binaries, make_secrets
+from tests.support.outbox import delivery
 from tests.support.stand import Producer, callbacks_worker
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
+from worker.observability.queue import GAUGES, QueueCollector, exporter_app
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -126,7 +129,7 @@ def test_a_producer_cancels_by_the_key_alone(guarded: Guarded) -> None:
 
 @pytest.mark.parametrize(
     ("user", "knows_held", "knows_workers"),
-    [("producer", False, True), ("worker", True, True), ("monitor", True, False)],
+    [("producer", False, True), ("worker", True, True), ("monitor", True, True), ("exporter", True, True)],
 )
 def test_the_queue_command_shows_what_a_user_may_know(
     guarded: Guarded, user: str, knows_held: bool, knows_workers: bool
@@ -182,7 +185,7 @@ def test_a_producer_cannot_forge_or_follow_others_answers(guarded: Guarded) -> N
         _refused(redis.execute_command, "PSUBSCRIBE", pattern)
 
 
-@pytest.mark.parametrize("user", ["producer", "worker", "callbacks", "monitor"])
+@pytest.mark.parametrize("user", USERS)
 def test_no_user_administers_the_server(guarded: Guarded, user: str) -> None:
     redis = guarded[user].connect()
     for command in ("FLUSHALL", "CONFIG GET dir", "SHUTDOWN", "ACL LIST", "KEYS *", "SCAN 0", "SAVE"):
@@ -283,6 +286,43 @@ def test_a_monitor_cannot_submit_read_or_order(guarded: Guarded) -> None:
     _refused(redis.hget, "idefics:failed:signatures", "x")
     _refused(redis.publish, "/0.celery.pidbox", "x")
     _refused(redis.publish, "/0.celeryev/task.succeeded", "x")
+    _refused(redis.eval, "return redis.call('LINDEX', KEYS[1], -1)", 1, "idefics")
+
+
+# --- The queue exporter ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("user", ["exporter", "monitor"])
+def test_the_queue_exporter_needs_no_other_rights(guarded: Guarded, user: str) -> None:
+    app = exporter_app(Settings(broker_url=guarded[user].url))
+    outbox = Outbox(guarded["worker"].connect())
+    for number in (1, 2):
+        outbox.add(delivery(number))
+    try:
+        names = {metric.name for metric in QueueCollector(app, "idefics").collect()}
+    finally:
+        guarded.admin.delete(*guarded.admin.keys("idefics:callbacks:*"))
+    assert names == set(GAUGES)
+    assert guarded.refusals(user) == set()
+
+
+def test_an_exporter_looks_at_waiting_jobs_and_changes_and_orders_nothing(guarded: Guarded) -> None:
+    redis = guarded["exporter"].connect()
+    assert redis.eval("return redis.call('LINDEX', KEYS[1], -1)", 1, "idefics") is None
+    for queue in ("idefics", "idefics\x06\x165"):
+        _refused(redis.lpush, queue, "x")
+        _refused(redis.rpop, queue)
+        _refused(redis.delete, queue)
+        with pytest.raises(ResponseError, match=r"(?i)permission.*rpop"):
+            redis.eval("return redis.call('RPOP', KEYS[1])", 1, queue)
+    for key in ("celery-task-meta-x", "idefics:key:x", "idefics:cancel:x", "idefics:worker:options"):
+        _refused(redis.get, key)
+        _refused(redis.set, key, "x")
+    _refused(redis.hgetall, "unacked")
+    _refused(redis.hgetall, "idefics:callbacks:delivery:x")
+    _refused(redis.zrange, "idefics:failed", 0, -1)
+    _refused(redis.publish, "/0.celery.pidbox", "x")
+    _refused(redis.execute_command, "SUBSCRIBE", "celery-task-meta-x")
 
 
 # --- Callbacks ------------------------------------------------------------------------------------

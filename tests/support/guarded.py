@@ -17,7 +17,7 @@ from typing import Any
 
 from worker.demo import stack
 
-USERS = ("producer", "worker", "callbacks", "monitor")
+USERS = ("producer", "worker", "callbacks", "monitor", "exporter")
 SCRIPT = stack.CHECKOUT / "config" / "redis" / "secrets.sh"
 #: Where containers mount their folder of the secrets.
 MOUNT = "/run/idefics"

@@ -58,6 +58,8 @@ WORST: dict[str, list[tuple[str, str, str]]] = {
     "tasks/payload_fields.py:_CONTROL": [("", "\x1b", ""), ("", "a", "\x1b")],
     "tasks/payload_fields.py:_LINE_OR_CONTROL": [("", "\x1b", ""), ("", "a", "\x1b")],
     "tasks/validation.py:_NAME": [("", "a", "!")],
+    "tasks/queue_state.py:_SENT_AT": [("", '"idefics_submitted_at": 1', ""), ('"idefics_submitted_at": ', "1", "")],
+    "tasks/queue_state.py:_TAG": [("", '"delivery_tag": "', ""), ("", '"delivery_tag": "a', "")],
     "tasks/redis_keys.py:_NOT_QUEUES": [("", "pidbo", ""), ("", "a", ""), ("", "celery-task", "")],
     "tasks/redis_keys.py:_PLACEHOLDER": [("", "{", ""), ("{", "a", "")],
     "tasks/printable.py:_UNPRINTABLE": [("", "\x1b", ""), ("", "a", "\x1b")],

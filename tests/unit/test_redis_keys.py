@@ -26,7 +26,7 @@ from tasks.redis_keys import (
 )
 from worker.demo.stack import CHECKOUT
 
-USERS = ("producer", "worker", "callbacks", "monitor")
+USERS = ("producer", "worker", "callbacks", "monitor", "exporter")
 #: Keys of kombu's whose names say which app they belong to: rights name some of them.
 _PER_APP = (QUEUE_LIST, PRIORITY_LIST, BINDING, PERMANENT_BINDING, MAILBOX_REPLY, EVENT_QUEUE)
 ids = {key: key.pattern for key in REDIS_KEYS}.get

@@ -120,13 +120,16 @@ def _serve(address: str, metrics: Collector) -> None:
     serve(address, exposed)
 
 
-def serve(address: str, registry: CollectorRegistry) -> None:
-    """Serve a registry at `address` (host:port), in threads. Ends the program with the cure if it cannot."""
+def serve(address: str, registry: CollectorRegistry, setting: str = "IDEFICS_METRICS_ADDRESS") -> None:
+    """Serve a registry at `address` (host:port), in threads. Ends the program with the cure if it cannot.
+
+    `setting`: the name of the setting that the address is from.
+    """
     host, _, port = address.rpartition(":")
     try:
         start_http_server(int(port), host.strip("[]"), registry)
     except OSError as error:
         sys.exit(
-            f"IDEFICS_METRICS_ADDRESS={address} cannot be used ({error.strerror or error}): stop what listens there, "
-            "or name another address. Each worker of a machine needs a port of its own."
+            f"{setting}={address} cannot be used ({error.strerror or error}): stop what listens there, "
+            "or name another address. Each process of a machine needs a port of its own."
         )
