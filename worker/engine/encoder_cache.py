@@ -17,6 +17,7 @@ from torch import Tensor
 
 from worker.engine.pauses import Pauses
 from worker.engine.row import Picture
+from worker.engine.streams import Results, at_once
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ CHUNK = 8
 NEWEST_WEIGHT = 0.1
 #: Maximum seconds between two pictures that enter the average; a longer time counts as this.
 MAX_GAP_S = 1.0
+
+#: Calls a function and returns its results once the device has computed them: see streams.CudaStream.
+InStream = Callable[[Callable[[], Results[Picture]]], Results[Picture]]
 
 
 class EncoderCache:
@@ -142,12 +146,14 @@ class AdaptiveBatchWindow:
 class EncoderThread:
     """A thread that encodes pictures before their rows run, while the engine thread decodes other rows.
 
-    On a CPU the two threads share the cores, and an engine without rows may help. On a GPU their kernels alternate, and
-    launching the encoder's kernels does not delay the decoder.
+    On a CPU the two threads share the cores, and an engine without rows may help. On a GPU the encoder has a stream of
+    its own: no decode step waits for a chunk, and a row enters the engine only when its features are complete.
     """
 
-    def __init__(self, cache: EncoderCache) -> None:
+    def __init__(self, cache: EncoderCache, in_stream: InStream = at_once) -> None:
+        """`in_stream`: calls a function that encodes, and returns its result once the device has computed it."""
         self._cache = cache
+        self._in_stream = in_stream
         #: Frames by their pictures and numbers.
         self._queue: queue.SimpleQueue[tuple[Picture, int]] = queue.SimpleQueue()
         #: By key.
@@ -219,7 +225,7 @@ class EncoderThread:
         chunk = [(picture, number) for picture, number in chunk if picture.key in self._waiting]
         started = time.monotonic()
         try:
-            features = self._cache.encode([picture.frames[number] for picture, number in chunk]) if chunk else []
+            encoded = self._in_stream(lambda: self._encoded(chunk)) if chunk else []
         except Exception:
             # The engine encodes them again when it needs them, and handles a lack of memory.
             logger.warning("Encoding %d images ahead failed; the engine tries again.", len(chunk), exc_info=True)
@@ -228,20 +234,31 @@ class EncoderThread:
             return
         self._window.encoding_s = time.monotonic() - started
         self._frame_s = self._window.encoding_s / max(1, len(chunk))
-        for (picture, number), feature in zip(chunk, features, strict=True):
-            self._collect(picture, number, feature)
+        for picture, features in encoded:
+            self._cache.keep(picture.key, features)
+            self._finish(picture)
 
-    def _collect(self, picture: Picture, number: int, feature: Tensor) -> None:
-        """Store a frame's features (any shape), and with the last frame those of the picture."""
+    def _encoded(self, chunk: Sequence[tuple[Picture, int]]) -> list[tuple[Picture, Tensor]]:
+        """Encode frames, and return the pictures of which no other frame is missing, with their features (any
+        shape)."""
+        features = self._cache.encode([picture.frames[number] for picture, number in chunk])
+        complete: list[tuple[Picture, Tensor]] = []
+        for (picture, number), feature in zip(chunk, features, strict=True):
+            frames = self._collect(picture, number, feature)
+            if frames:
+                complete.append((picture, joined(frames)))
+        return complete
+
+    def _collect(self, picture: Picture, number: int, feature: Tensor) -> Sequence[Tensor]:
+        """Store a frame's features (any shape). With the last frame, return those of all frames in order."""
         with self._lock:
             waiting = self._waiting.get(picture.key)
             if waiting is None:
-                return
+                return ()
             waiting.features[number] = feature
             if len(waiting.features) < len(picture.frames):
-                return
-        self._cache.keep(picture.key, joined([feature for _, feature in sorted(waiting.features.items())]))
-        self._finish(picture)
+                return ()
+        return [feature for _, feature in sorted(waiting.features.items())]
 
     def _finish(self, picture: Picture) -> None:
         """Count down the latches that wait for a picture, if any."""

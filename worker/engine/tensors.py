@@ -1,4 +1,4 @@
-"""Lists of numbers as tensors."""
+"""Numbers and tensors of the host, copied to the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def to_device(numbers: Any, device: torch.device, dtype: torch.dtype | None = No
 def padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch.device) -> Tensor:
     """One integer tensor (rows, length) of rows of any lengths, padded with `fill` on the right."""
     return to_device([[*row, *[fill] * (length - len(row))] for row in rows], device)
+
+
+def upload(content: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device of a tensor (any shape) in the host's memory; see `to_device`. On a CPU it is the same."""
+    return content.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else content.to(device)

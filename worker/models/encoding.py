@@ -11,6 +11,7 @@ from torch import Tensor
 from worker.engine.encoder_cache import CHUNK, EncoderCache, EncoderThread
 from worker.engine.pauses import Pauses
 from worker.engine.row import Picture
+from worker.engine.streams import CudaStream, at_once
 
 
 class PictureEncoder:
@@ -26,7 +27,7 @@ class PictureEncoder:
         """`encode` returns the features of each of up to `chunk` frames, in any shape. `max_bytes`: maximum bytes of
         cached features. `device`: where `encode` computes."""
         self._cache = EncoderCache(encode, max_bytes, chunk)
-        self._thread = EncoderThread(self._cache)
+        self._thread = EncoderThread(self._cache, CudaStream(device) if device.type == "cuda" else at_once)
         self._is_on_cpu = device.type == "cpu"
         self.prefetch = self._thread.prefetch
 

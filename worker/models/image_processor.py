@@ -31,11 +31,10 @@ class Pixels:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         ramp = Image.fromarray(np.arange(LEVELS, dtype=np.uint8).repeat(3).reshape(1, LEVELS, 3))
-        #: (channels, levels)
-        self._table: Tensor = processor([ramp], do_resize=False, return_tensors="pt")[0][:, 0].contiguous()
+        self._table = ByteTable(processor([ramp], do_resize=False, return_tensors="pt")[0][:, 0].contiguous())
         noise = Image.fromarray(np.random.default_rng(0).integers(0, LEVELS, (37, 53, 3), dtype=np.uint8))
         # A processor that crops gives fewer values.
-        self._is_exact = self._table.shape[1] == LEVELS and self._agrees_on(noise)
+        self._is_exact = self._table.levels == LEVELS and self._agrees_on(noise)
 
     def picture(self, image: Image.Image) -> Picture:
         """An RGB image as bytes, or as float32 if the processor does more (channels, height, width)."""
@@ -47,7 +46,11 @@ class Pixels:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Bytes (..., channels, height, width) as float32 on the same device. Floats stay as they are."""
-        return pixels if pixels.is_floating_point() else looked_up(pixels, self._table)
+        return pixels if pixels.is_floating_point() else self._table(pixels)
+
+    def copy_to(self, device: torch.device) -> None:
+        """Copy the table to a device before `normalized` is recorded there: a recorded copy would be made each time."""
+        self._table.on(device)
 
     def _agrees_on(self, image: Image.Image) -> bool:
         return torch.equal(self.normalized(_channels_first(self._resized(image))), self._stock(image))
@@ -63,14 +66,28 @@ class Pixels:
         return pixels
 
 
-def looked_up(levels: Tensor, table: Tensor) -> Tensor:
-    """The values of bytes (..., channels, height, width) in a `table` (channels, levels), in the bytes' shape and on
-    their device."""
-    channels = [
-        values.index_select(0, channel.int().flatten()).view(channel.shape)
-        for values, channel in zip(table.to(levels.device), levels.unbind(-3), strict=True)
-    ]
-    return torch.stack(channels, dim=-3)
+class ByteTable:
+    """The value of each byte in each channel, copied to each device once."""
+
+    def __init__(self, values: Tensor) -> None:
+        """`values`: (channels, levels)."""
+        self.levels = values.shape[1]
+        self._values = {values.device: values}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The values (channels, levels) on a device."""
+        found = self._values.get(device)
+        if found is None:
+            found = self._values[device] = next(iter(self._values.values())).to(device)
+        return found
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        """The values of bytes (..., channels, height, width), in their shape and on their device."""
+        channels = [
+            values.index_select(0, channel.int().flatten()).view(channel.shape)
+            for values, channel in zip(self.on(levels.device), levels.unbind(-3), strict=True)
+        ]
+        return torch.stack(channels, dim=-3)
 
 
 def _channels_first(levels: Levels) -> Tensor:

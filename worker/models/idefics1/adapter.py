@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from transformers import IdeficsForVisionText2Text, IdeficsProcessor
 
 from worker.engine.interfaces import PromptContent
 from worker.engine.row import ImageSpan, Picture, Tokens
+from worker.engine.tensors import upload
 from worker.engine.traced import Traced
 from worker.models.encoding import PictureEncoder
 from worker.models.image_processor import Pixels
@@ -73,9 +74,10 @@ class IdeficsCodec(BaseCodec):
 class _ImageEncoder(torch.nn.Module):
     """Normalising, the vision tower, and the resampler where there is one."""
 
-    def __init__(self, model: IdeficsForVisionText2Text, normalized: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: IdeficsForVisionText2Text, pixels: Pixels) -> None:
         super().__init__()
-        self.normalized, self.dtype = normalized, model.dtype
+        pixels.copy_to(model.device)
+        self.normalized, self.dtype = pixels.normalized, model.dtype
         self.tower = model.model.vision_model
         self.resampler = model.model.perceiver_resampler if model.config.use_resampler else torch.nn.Identity()
 
@@ -125,7 +127,7 @@ class IdeficsAdapter:
     ) -> None:
         self.model = model
         self.codec = IdeficsCodec(processor, CodecConfig.of(model))
-        self._encoder = Traced(_ImageEncoder(model, self.codec.pixels.normalized))
+        self._encoder = Traced(_ImageEncoder(model, self.codec.pixels))
         pictures = PictureEncoder(self._encode, feature_cache_bytes, model.device)
         self.prefetch, self.help, self.metrics = pictures.prefetch, pictures.help, pictures.metrics
         #: The features (width, size) of each picture.
@@ -168,4 +170,4 @@ class IdeficsAdapter:
         """The features (width, size) of each picture."""
         pixels = torch.stack([picture.pixels for picture in pictures if picture.pixels is not None])
         # Normalised on the device, which gets bytes, a quarter of what the values take.
-        return self._encoder(pixels.to(self.model.device)).unbind()
+        return self._encoder(upload(pixels, self.model.device)).unbind()

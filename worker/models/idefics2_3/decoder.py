@@ -17,7 +17,7 @@ from transformers import LlamaModel, MistralModel, PreTrainedModel
 from worker.engine.interfaces import CacheSpec, KVSpec
 from worker.engine.row import Tokens
 from worker.engine.scoring import TokenTree
-from worker.engine.tensors import padded
+from worker.engine.tensors import padded, to_device
 from worker.engine.traced import Traced
 from worker.models.idefics2_3.network import DecodeStep, Prefill, ScoredPrefill, TextModel, TreeAttention
 
@@ -118,12 +118,12 @@ class MergedDecoder:
     def _prompts(self, ids: Tensor, segments: Sequence[MergedSegment], starts: Sequence[int]) -> tuple[Tensor, ...]:
         """The tensors of network.Prompts. `ids` (segments, length) begin with the ids of the segments."""
         lasts = [len(segment.ids) - 1 for segment in segments]
-        starts_and_lasts = torch.tensor([[*starts], lasts], device=self.spec.device)
+        starts_and_lasts = to_device([[*starts], lasts], self.spec.device)
         length = ids.shape[1]
         places = [row * length + place for row, segment in enumerate(segments) for place in segment.places]
         shown = [segment.features for segment in segments]
         features = shown[0] if len(shown) == 1 else torch.cat(shown)
-        return (ids, *starts_and_lasts.unbind(), torch.tensor(places, dtype=torch.long, device=ids.device), features)
+        return (ids, *starts_and_lasts.unbind(), to_device(places, self.spec.device, torch.long), features)
 
 
 def _cache_spec(model: PreTrainedModel) -> CacheSpec:

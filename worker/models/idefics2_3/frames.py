@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from worker.engine.row import Picture
-from worker.models.image_processor import LEVELS, looked_up
+from worker.models.image_processor import LEVELS, ByteTable
 
 #: Maximum pixels of a side of a scaled image in Idefics3.
 LONGEST = 4096
@@ -31,18 +31,18 @@ class Normalizer:
         ramp = np.broadcast_to(np.arange(LEVELS, dtype=np.uint8), (3, 1, LEVELS))
         values = processor.rescale(ramp, processor.rescale_factor)
         values = processor.normalize(values, processor.image_mean, processor.image_std)
-        #: (channels, levels)
-        self._table = torch.from_numpy(np.ascontiguousarray(values[:, 0]))
+        self._table = ByteTable(torch.from_numpy(np.ascontiguousarray(values[:, 0])))
 
-    def __call__(self, pixels: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
         """From bytes (..., channels, height, width) to values of the same shape on the same device. Floats are returned
         unchanged.
 
-        The value is 0 where `mask` (..., height, width) is False.
+        The value is 0 where `mask` (..., height, width) is False; None: nowhere.
         """
         if pixels.is_floating_point():
             return pixels
-        return looked_up(pixels, self._table).masked_fill_(~mask.unsqueeze(-3), 0.0)
+        values = self._table(pixels)
+        return values if mask is None else values.masked_fill_(~mask.unsqueeze(-3), 0.0)
 
 
 class Frame(NamedTuple):
