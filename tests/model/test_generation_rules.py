@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, Idefics2ForConditionalGeneration, IdeficsForVisionText2Text
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+)
 
 from config.settings import Settings
 from tasks.payloads import parse
@@ -18,6 +22,7 @@ from tests.model.jobs import mixed_jobs, parts_of, row_of
 from worker.engine.engine import Engine
 from worker.engine.generation_rules import UNSUPPORTED
 from worker.engine.interfaces import Model
+from worker.engine.logits_processors import NGRAM_RULES, NGramBan, RowRules
 from worker.engine.row import Row, Sampling, Tokens
 from worker.engine.scheduler import Limits
 from worker.jobs.runs import JobContext
@@ -189,10 +194,29 @@ def test_another_way_to_decode_is_refused_at_load(tmp_path: Path, name: str) -> 
         load(Settings(model=str(folder), dtype="float32"))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", NGRAM_RULES)
+def test_a_ban_of_ngrams_is_that_of_transformers_at_each_step(name: str, size: int) -> None:
+    torch.manual_seed(size)
+    prompt, new = torch.randint(0, 4, (3,)).tolist(), torch.randint(0, 4, (40,)).tolist()
+    ban = NGramBan(prompt, size, counts_new=NGRAM_RULES[name])
+    stock = (
+        NoRepeatNGramLogitsProcessor(size)
+        if name == "no_repeat_ngram_size"
+        else EncoderNoRepeatNGramLogitsProcessor(size, torch.tensor([prompt]))
+    )
+    banned = 0
+    # Several tokens may be new, as after a row was preempted.
+    for length in (0, 1, 2, 3, 7, *range(8, 40)):
+        scores = torch.randn(1, 4)
+        found = ban.apply(new[:length], scores)
+        assert torch.equal(found, stock(torch.tensor([[*prompt, *new[:length]]]), scores))
+        banned += int(found.isinf().sum())
+    assert banned or size == 5
+
+
 def test_a_prompts_padding_is_no_part_of_a_rule() -> None:
     # Stock `generate` counts a batch's padding towards `min_length`: here a row's own tokens count.
-    from worker.engine.logits_processors import RowRules
-
     row = Row(Tokens((5, 6, 7)), Sampling(9, eos_ids=frozenset({2})))
     rules = RowRules(row, {"min_length": 5}, torch.device("cpu"))
     scores = torch.zeros(4)

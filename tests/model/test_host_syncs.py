@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import pytest
@@ -12,13 +13,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.model.conftest import Served
+from tests.model.conftest import Served, noise
 from tests.model.jobs import prepared
-from worker.engine.row import Row, Sampling
+from worker.engine.generation_rules import SCORE_RULES
+from worker.engine.logits_processors import RowRules
+from worker.engine.pauses import without_pauses
+from worker.engine.row import Row, Sampling, Tokens
 
 #: Calls that read a tensor's content on the host, and make it wait on a GPU.
-READS = {"tolist", "numpy", "cpu"}
-OPERATORS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "repeat_interleave", "allclose"}
+READS = {"tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
+#: Operators that do, in recorded graphs, too. In inference mode torch does not show that of a single number, which the
+#: calls above count.
+OPERATORS = {"nonzero", "equal", "masked_select", "_unique2", "repeat_interleave", "allclose"}
 STEPS = 12
 
 
@@ -79,15 +85,18 @@ def _has_mask(indices: Sequence[torch.Tensor | None]) -> bool:
         lambda tensor: tensor[0].item(),
         lambda tensor: float(tensor[0]),
         lambda tensor: bool(tensor[0]),
+        lambda tensor: int(tensor[0]),
+        lambda tensor: range(9)[tensor[0].long()],
         lambda tensor: tensor[tensor > 0],
         lambda tensor: tensor.nonzero(),
         lambda tensor: torch.equal(tensor, tensor),
         lambda tensor: tensor.numpy(),
     ],
 )
-def test_each_kind_of_read_is_counted_once(read: Callable[[torch.Tensor], Any]) -> None:
+@pytest.mark.parametrize("inference", [True, False])
+def test_each_kind_of_read_is_counted_once(read: Callable[[torch.Tensor], Any], inference: bool) -> None:
     tensor = torch.ones(3)
-    with Transfers() as transfers:
+    with torch.inference_mode(inference), Transfers() as transfers:
         tensor.add_(tensor.sum())
         assert not transfers.reads
         read(tensor)
@@ -142,3 +151,61 @@ def test_the_host_reads_a_batchs_labels_once(served: Served) -> None:
 
     reads()
     assert reads() == {"tolist": 1}
+
+
+#: Each rule of a checkpoint's generation config, with a value that changes scores at each step.
+RULES: dict[str, Any] = {
+    "sequence_bias": [[[5], 1.0], [[5, 6], -1.0]],
+    "encoder_repetition_penalty": 2.0,
+    "repetition_penalty": 2.0,
+    "no_repeat_ngram_size": 2,
+    "encoder_no_repeat_ngram_size": 2,
+    "bad_words_ids": [[7], [8, 9]],
+    "min_length": 60,
+    "min_new_tokens": 60,
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": (2, 1.01),
+    "suppress_tokens": [10, 11],
+    "begin_suppress_tokens": [12],
+}
+
+
+@pytest.mark.parametrize("name", SCORE_RULES)
+def test_a_rule_of_the_checkpoint_reads_nothing_from_the_device(name: str) -> None:
+    row = Row(Tokens((3, 4, 5, 6, 5)), Sampling(STEPS, eos_ids=frozenset({2})))
+    rules = RowRules(row, {name: RULES[name]}, torch.device("cpu"))
+    scores = torch.randn(50)
+    # A processor prepares its tensors at the first step.
+    rules.apply([], scores.clone())
+    with Transfers() as transfers:
+        for new in ([5], [5, 6]):
+            rules.apply(new, scores.clone())
+    assert not transfers.reads
+    # The new tokens, and those that an n-gram bans.
+    assert transfers.uploads <= 2 * 2
+
+
+def test_pictures_are_encoded_without_a_read_from_the_device(served: Served) -> None:
+    picture = served.model.codec.picture(noise(100))
+
+    def reads(number: int) -> Counter[str]:
+        unseen = replace(picture, key=picture.key + bytes([number]))
+        with Transfers() as transfers:
+            without_pauses(served.model.encode([unseen]))
+        return transfers.reads
+
+    # Records the graph of this shape, and compares it once.
+    reads(0)
+    found = reads(1)
+    if served.is_first_family:
+        assert found == {}
+        return
+    # Of the frames' masks, which are in the host's memory: whether there is padding, and in Idefics2 how much in each
+    # direction.
+    is_idefics2 = served.model.info.family == "idefics2"
+    assert found.pop("__int__", 0) == (2 * len(picture.frames) if is_idefics2 else 0)
+    # In Idefics2, after frames of two sizes, the connector runs operation by operation, and transformers reads its
+    # mask. The engine does not wait for that, since the encoder has a stream of its own.
+    assert found.pop("__bool__") in ((1, 2) if is_idefics2 else (1,))
+    assert not found

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import (
-    EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
@@ -20,7 +19,6 @@ from transformers.generation.logits_process import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
@@ -29,6 +27,9 @@ from transformers.generation.logits_process import (
 
 from worker.engine.row import Row
 from worker.engine.tensors import to_device
+
+#: Rules about n-grams: whether n-grams with new tokens count, or only those of the prompt.
+NGRAM_RULES = {"no_repeat_ngram_size": True, "encoder_no_repeat_ngram_size": False}
 
 
 class RowRules:
@@ -39,15 +40,49 @@ class RowRules:
         eos_ids = to_device(sorted(row.sampling.eos_ids), device)
         limit = len(row.tokens.ids) + row.sampling.max_new_tokens
         # SCORE_RULES has the order in which stock `generate` applies them.
-        self._processors = [_MAKERS[name](value, self._ids, eos_ids, limit) for name, value in rules.items()]
+        self._processors = [
+            NGramBan(row.tokens.ids, value, counts_new=NGRAM_RULES[name])
+            if name in NGRAM_RULES
+            else _MAKERS[name](value, self._ids, eos_ids, limit)
+            for name, value in rules.items()
+        ]
 
     def apply(self, new: Sequence[int], scores: Tensor) -> Tensor:
         """Apply the rules to the next token's scores (vocabulary), after the new tokens `new`; same shape."""
         ids = torch.cat([self._ids, to_device([new], self._ids.device, self._ids.dtype)], dim=1)
         changed = scores[None]
         for processor in self._processors:
-            changed = processor(ids, changed)
+            changed = processor.apply(new, changed) if isinstance(processor, NGramBan) else processor(ids, changed)
         return changed[0]
+
+
+class NGramBan:
+    """Bans each token that would complete an n-gram which the row has already, or which its prompt has.
+
+    The same as transformers' NoRepeatNGramLogitsProcessor and its Encoder variant, which read the tokens back from the
+    device, and count all n-grams again at each step.
+    """
+
+    def __init__(self, prompt: Sequence[int], size: int, *, counts_new: bool) -> None:
+        """`prompt`: its tokens. `size`: tokens of an n-gram. `counts_new`: whether n-grams with new tokens count."""
+        self._prompt = prompt
+        self._size = size
+        self._counts_new = counts_new
+        #: By an n-gram's other tokens: its last tokens.
+        self._last: dict[tuple[int, ...], set[int]] = {}
+        #: Tokens whose n-grams are counted.
+        self._counted = 0
+
+    def apply(self, new: Sequence[int], scores: Tensor) -> Tensor:
+        """Set the scores (1, vocabulary) of banned tokens to -inf, after the new tokens `new`. Returns a copy."""
+        ids = (*self._prompt, *new)
+        counted = len(ids) if self._counts_new else len(self._prompt)
+        for end in range(max(self._counted + 1, self._size), counted + 1):
+            *others, last = ids[end - self._size : end]
+            self._last.setdefault(tuple(others), set()).add(last)
+        self._counted = counted
+        banned = self._last.get(ids[len(ids) + 1 - self._size :], ())
+        return scores.index_fill(1, to_device(list(banned), scores.device, torch.long), -torch.inf)
 
 
 class BatchRules(LogitsProcessor):  # type: ignore[misc]
@@ -72,8 +107,6 @@ _MAKERS: Mapping[str, _Maker] = {
     "sequence_bias": lambda value, ids, eos, limit: SequenceBiasLogitsProcessor(value),
     "encoder_repetition_penalty": lambda value, ids, eos, limit: EncoderRepetitionPenaltyLogitsProcessor(value, ids),
     "repetition_penalty": lambda value, ids, eos, limit: RepetitionPenaltyLogitsProcessor(value),
-    "no_repeat_ngram_size": lambda value, ids, eos, limit: NoRepeatNGramLogitsProcessor(value),
-    "encoder_no_repeat_ngram_size": lambda value, ids, eos, limit: EncoderNoRepeatNGramLogitsProcessor(value, ids),
     "bad_words_ids": lambda value, ids, eos, limit: NoBadWordsLogitsProcessor(value, eos),
     "min_length": lambda value, ids, eos, limit: MinLengthLogitsProcessor(value, eos, ids.device),
     "min_new_tokens": lambda value, ids, eos, limit: MinNewTokensLengthLogitsProcessor(
