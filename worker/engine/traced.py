@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from worker.engine.products import FasterProducts
+
 logger = logging.getLogger(__name__)
 
 #: For this many shapes of the first argument, a graph's first result is compared with the function's.
@@ -22,9 +24,9 @@ class Traced:
     """Runs a function of tensors as a recorded graph, if the graph gives the same result bit for bit.
 
     In Python, each operation of a network releases the interpreter lock and competes for it with dozens of threads. A
-    graph does so once, and spends a fifth less time between operations. `torch.jit.trace` records it at the first call;
-    at new shapes of the first argument it is compared with the function. Thread-safe: if two threads record at once,
-    either graph may be used.
+    graph does so once, and spends a fifth less time between operations. Its linear layers use the faster library (see
+    worker/engine/products.py). `torch.jit.trace` records it at the first call; at new shapes of the first argument it
+    is compared with the function. Thread-safe: if two threads record at once, either graph may be used.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -52,7 +54,7 @@ class Traced:
     def _record(self, arguments: Arguments) -> Callable[..., Tensor]:
         copies = arguments.copied().all
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), FasterProducts():
                 warnings.simplefilter("ignore")
                 graph = torch.jit.trace(self._function, copies, check_trace=False)  # type: ignore[no-untyped-call]
         except Exception:
@@ -71,7 +73,8 @@ class Traced:
     def _compared(self, graph: Callable[..., Tensor], arguments: Arguments) -> Tensor:
         """The function's result. If the graph's result differs, the function replaces the graph from now on."""
         copies = arguments.copied()
-        result = self._function(*arguments.all)
+        with FasterProducts():
+            result = self._function(*arguments.all)
         try:
             agree = torch.equal(graph(*copies.all), result) and all(
                 map(torch.equal, copies.all, arguments.copied().all)
