@@ -18,6 +18,8 @@ from tasks.errors import ERRORS, IdeficsError, JobError
 from tasks.payloads import PAYLOADS, Job
 from tasks.redis_keys import REDIS_KEYS
 from tasks.results import Result
+from worker.observability.metrics import CALLBACKS, DEFINITIONS, WORKER, Definition
+from worker.observability.queue import GAUGES as QUEUE_METRICS
 
 CHECKOUT = Path(__file__).parents[1]
 MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
@@ -97,6 +99,21 @@ def redis_keys() -> str:
     return "\n".join(rows)
 
 
+def worker_metrics() -> str:
+    """A table of a GPU worker's metrics."""
+    return _metrics(DEFINITIONS[WORKER])
+
+
+def callbacks_metrics() -> str:
+    """A table of a callbacks worker's metrics."""
+    return _metrics(DEFINITIONS[CALLBACKS])
+
+
+def queue_metrics() -> str:
+    """A table of the queue exporter's metrics."""
+    return _metrics(Definition(name, "gauge", each.labels, each.meaning) for name, each in QUEUE_METRICS.items())
+
+
 def wire() -> str:
     """The protocol's description, which stands beside its example: without its heading and its links to files there."""
     text = (CHECKOUT / "examples" / "wire" / "README.md").read_text()
@@ -105,8 +122,28 @@ def wire() -> str:
 
 #: By the name in a page's mark.
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (settings, errors, client_errors, fields, result, redis_keys, wire)
+    part.__name__: part
+    for part in (
+        settings,
+        errors,
+        client_errors,
+        fields,
+        result,
+        redis_keys,
+        worker_metrics,
+        callbacks_metrics,
+        queue_metrics,
+        wire,
+    )
 }
+
+
+def _metrics(definitions: Iterable[Definition]) -> str:
+    rows = ["| Metric | Type | Labels | |", "| --- | --- | --- | --- |"]
+    for each in definitions:
+        labels = ", ".join(f"`{label}`" for label in each.labels)
+        rows.append(_row(f"`{each.name}`", each.type, labels, each.meaning))
+    return "\n".join(rows)
 
 
 def _errors(kinds: Iterable[type[IdeficsError]]) -> str:

@@ -6,6 +6,7 @@ chords and retries.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
@@ -42,10 +43,13 @@ from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunReturned
 from worker.models.start import load_model, model_facts
+from worker.observability.exposition import ChangedValues
 from worker.observability.job_fields import about_job
 from worker.observability.log_lines import Lines
+from worker.observability.metrics import MODEL
 from worker.observability.redaction import without_message
 from worker.pool.wire import (
+    DEVICE_LOST,
     Abandon,
     Away,
     BlockingChannel,
@@ -57,6 +61,7 @@ from worker.pool.wire import (
     FinalMessage,
     GiveBack,
     Heartbeat,
+    Metrics,
     Raised,
     Ready,
     Returned,
@@ -80,8 +85,8 @@ HEARTBEAT_S, MIN_HEARTBEAT_S = 0.5, 0.05
 #: Seconds that a Python thread keeps the GIL while another thread waits for it. Job threads must not delay the engine:
 #: with the default of 5 ms, 162 steps of an ideal 213 ran in a second, and with this value 192.
 SWITCH_S = 0.0005
-#: Exit status of a process whose device is lost.
-DEVICE_LOST = 74
+#: Minimum seconds between two messages with metrics. An idle engine's heartbeats come every second.
+METRICS_S = 0.9
 
 # Billiard copies all positions in the code of each frame of a traceback, which took milliseconds for each failure. The
 # cache copies them once for each code object.
@@ -222,13 +227,36 @@ def _bare(info: ExceptionInfo) -> BaseException:
     return bare
 
 
+class MetricsSender:
+    """Sends the values of metrics that have changed to the parent. Thread-safe."""
+
+    def __init__(self, channel: BlockingChannel, *, is_on: bool) -> None:
+        self._channel = channel
+        self._is_on = is_on
+        self._values = ChangedValues()
+        self._sent_at = 0.0
+        self._lock = threading.Lock()
+
+    def send_if_due(self) -> None:
+        if time.monotonic() - self._sent_at >= METRICS_S:
+            self.send()
+
+    def send(self) -> None:
+        if not self._is_on:
+            return
+        with self._lock:
+            self._sent_at = time.monotonic()
+            self._channel.send(Metrics(self._values.take()))
+
+
 class HeartbeatSender:
     """Called at each step of the engine; sends heartbeats with metrics and throughput to the parent."""
 
-    def __init__(self, channel: BlockingChannel, model: Model, max_rows: int) -> None:
+    def __init__(self, channel: BlockingChannel, model: Model, max_rows: int, metrics: MetricsSender) -> None:
         self.throughput: Callable[[], Throughput] = lambda: Throughput(max_rows, max_rows, 0.0)
         self._channel = channel
         self._model = model
+        self._metrics = metrics
         self._sent_at = 0.0
         self._sent_capacity = 0
 
@@ -240,13 +268,15 @@ class HeartbeatSender:
         if since_s >= HEARTBEAT_S or throughput.capacity != self._sent_capacity:
             self._sent_at, self._sent_capacity = time.monotonic(), throughput.capacity
             self._channel.send(Heartbeat(self._model.metrics(), *throughput))
+            self._metrics.send_if_due()
 
 
-def _service(settings: Settings, channel: BlockingChannel) -> Service:
+def _service(settings: Settings, channel: BlockingChannel, metrics: MetricsSender) -> Service:
     """Load the model, start its engine, and check its golden answer. Raises SetupFailed."""
     model, folder = load_model(settings)
+    _describe(model)
     limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
-    heartbeat = HeartbeatSender(channel, model, limits.rows)
+    heartbeat = HeartbeatSender(channel, model, limits.rows, metrics)
     engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
     service = Service(settings, model.info, model.codec, engine, _answers(settings, folder), model.rules)
     heartbeat.throughput = lambda: service.throughput
@@ -255,6 +285,13 @@ def _service(settings: Settings, channel: BlockingChannel) -> Service:
     facts = model_facts(model, settings, prompt_bound(settings, model.codec.context_tokens)[0])
     logger.info("The model answers.\n%s", Lines("\n".join(facts)))
     return service
+
+
+def _describe(model: Model) -> None:
+    """Set the metric with the model's description."""
+    info, engine = model.info, type(model).__name__.removesuffix("Model").lower()
+    quantization = info.quantization or "none"
+    MODEL.labels(info.id, info.revision or "", info.family, info.dtype, quantization, engine).set(1)
 
 
 def _prepare_engine() -> None:
@@ -296,8 +333,9 @@ def main() -> None:
     settings = app.settings
     # Kombu's own attempts to connect would hold the GIL permit; the publisher waits without it.
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "max_retries": 0}
+    metrics = MetricsSender(channel, is_on=bool(settings.metrics_address))
     try:
-        service = _service(settings, channel)
+        service = _service(settings, channel, metrics)
     except RuntimeError as error:
         if is_device_lost(error):
             # Another process may find it well again.
@@ -308,6 +346,9 @@ def main() -> None:
     # Objects made while loading live as long as the process, so the garbage collector can skip them.
     gc.freeze()
     JobThreads(channel, service, settings).serve()
+    # The parent may be gone.
+    with contextlib.suppress(OSError):
+        metrics.send()
     # Threads that still wait in downloads or in the engine have nothing to save.
     os._exit(0)
 

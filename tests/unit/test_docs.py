@@ -15,6 +15,7 @@ from config.settings import PREFIX, Settings
 from tasks.errors import ERRORS
 from tasks.redis_keys import REDIS_KEYS
 from worker.demo.stack import CHECKOUT
+from worker.observability.metrics import CALLBACKS, DEFINITIONS, WORKER
 
 DOCS = CHECKOUT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -84,6 +85,11 @@ def test_the_errors_page_has_every_code(generate: ModuleType) -> None:
     assert [code for code in ERRORS if f"| `{code}` |" not in generate.errors()] == []
 
 
+def test_the_page_of_metrics_has_every_metric(generate: ModuleType) -> None:
+    for registry, part in ((WORKER, generate.worker_metrics), (CALLBACKS, generate.callbacks_metrics)):
+        assert [each.name for each in DEFINITIONS[registry] if f"| `{each.name}` |" not in part()] == []
+
+
 def test_no_table_has_an_empty_description(generate: ModuleType) -> None:
     for part in (
         generate.settings,
@@ -92,6 +98,7 @@ def test_no_table_has_an_empty_description(generate: ModuleType) -> None:
         generate.errors,
         generate.client_errors,
         generate.redis_keys,
+        generate.queue_metrics,
     ):
         assert [line for line in part().splitlines() if re.search(r"` \|[^|]*\|\s+\|$", line)] == []
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from typing import Literal
 from urllib.parse import urlsplit
 
 from config.settings import Settings
@@ -19,6 +20,7 @@ from worker.delivery.batching import admit, batch_of, group_by_target
 from worker.delivery.known_hosts import KnownHosts
 from worker.delivery.retry import AttemptResult, decide
 from worker.delivery.sender import Sender
+from worker.observability.metrics import CALLBACK_ATTEMPTS, CALLBACK_DELIVERIES, CALLBACK_SECONDS
 from worker.observability.redaction import without_message
 
 logger = logging.getLogger(__name__)
@@ -150,7 +152,7 @@ class CallbackDispatcher:
     def _attempt_and_settle(self, delivery: Delivery) -> None:
         try:
             if self._outbox.is_disabled(delivery.url):
-                self._outbox.end(delivery, "failed", "its URL is disabled since it answered 410", self._keep_s)
+                self._end(delivery, "failed", "its URL is disabled since it answered 410")
             else:
                 self._settle(delivery, self._posted(delivery))
         except UNAVAILABLE as error:
@@ -167,8 +169,11 @@ class CallbackDispatcher:
     def _posted(self, delivery: Delivery) -> AttemptResult:
         started = time.monotonic()
         result = self._post(delivery)
+        seconds = time.monotonic() - started
+        CALLBACK_SECONDS.observe(seconds)
+        CALLBACK_ATTEMPTS.labels(result.kind).inc()
         with self._lock:
-            self._hosts.note(delivery.host, has_answered=result.status is not None, seconds=time.monotonic() - started)
+            self._hosts.note(delivery.host, has_answered=result.status is not None, seconds=seconds)
         return result
 
     def _settle_defect(self, delivery: Delivery, error: Exception) -> None:
@@ -190,7 +195,12 @@ class CallbackDispatcher:
             return
         log = logger.info if decision.state == "delivered" else logger.warning
         log("Delivery %s (%s of %s) to %s: %s; %s.", *what, decision.state)
-        self._outbox.end(delivery, decision.state, result.note, self._keep_s)
+        self._end(delivery, decision.state, result.note)
+
+    def _end(self, delivery: Delivery, state: Literal["delivered", "failed"], note: str) -> None:
+        # False if its lease has expired: another worker settles it.
+        if self._outbox.end(delivery, state, note, self._keep_s):
+            CALLBACK_DELIVERIES.labels(state).inc()
 
     @property
     def _keep_s(self) -> int:

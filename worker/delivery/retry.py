@@ -27,6 +27,17 @@ class AttemptResult:
     #: True where the operator's policy forbids the attempt.
     is_refused: bool = False
 
+    @property
+    def kind(self) -> str:
+        """The result as a label of `CALLBACK_ATTEMPTS`."""
+        if self.status is None:
+            return "forbidden" if self.is_refused else "unreachable"
+        return "accepted" if self.is_success else "rejected"
+
+    @property
+    def is_success(self) -> bool:
+        return self.status is not None and 200 <= self.status < 300
+
 
 @dataclass(frozen=True, slots=True)
 class RetryDecision:
@@ -44,7 +55,7 @@ def decide(result: AttemptResult, attempts: int, schedule: Sequence[float]) -> R
 
     `attempts`: number of attempts before this one. `schedule`: seconds to wait before each attempt.
     """
-    if result.status is not None and 200 <= result.status < 300:
+    if result.is_success:
         return RetryDecision("delivered")
     if result.status == 410:
         return RetryDecision("failed", disables_url=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from worker.engine.pauses import Pauses
 from worker.engine.row import Picture
 from worker.engine.streams import Results, at_once
+from worker.observability import metrics
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,10 @@ class EncoderCache:
         features: dict[bytes, list[Tensor]] = {picture.key: [] for picture in pictures}
         for start in range(0, len(frames), self.chunk):
             keys, chunk = zip(*frames[start : start + self.chunk], strict=True)
+            began = time.monotonic()
             for key, feature in zip(keys, self.encode(chunk), strict=True):
                 features[key].append(feature)
+            metrics.PHASES["encode"].inc(time.monotonic() - began)
             yield
         return {key: joined(each) for key, each in features.items()}
 
@@ -94,6 +97,7 @@ class EncoderCache:
             while self._bytes > self._max_bytes:
                 _, dropped = self._features.popitem(last=False)
                 self._bytes -= dropped.nbytes
+            metrics.ENCODER_CACHE_BYTES.set(self._bytes)
 
 
 @torch.inference_mode()
@@ -177,6 +181,8 @@ class EncoderThread:
         for picture in missing.values():
             encoded += self._enqueue(picture, latch)
         latch.count_down()
+        metrics.ENCODER_CACHE.queries.inc(len(pictures))
+        metrics.ENCODER_CACHE.hits.inc(len(pictures) - encoded)
 
     def help(self, within_s: float) -> bool:
         """If a chunk or more waits, encode up to half of the waiting frames for about `within_s` seconds, one at least.
@@ -233,6 +239,7 @@ class EncoderThread:
                 self._finish(picture)
             return
         self._window.encoding_s = time.monotonic() - started
+        metrics.PHASES["encode"].inc(self._window.encoding_s)
         self._frame_s = self._window.encoding_s / max(1, len(chunk))
         for picture, features in encoded:
             self._cache.keep(picture.key, features)

@@ -19,6 +19,7 @@ from worker.engine.row import Output, Row
 from worker.engine.row_queue import RowQueue
 from worker.engine.scheduler import Limits
 from worker.engine.throughput import Throughput, ThroughputMeter
+from worker.observability.metrics import MAX_ROWS, PHASES, REQUESTS_RUNNING, REQUESTS_WAITING
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,9 @@ class Engine:
 
     def start(self) -> None:
         """Start the thread."""
+        REQUESTS_RUNNING.set_function(lambda: self._meter.running)
+        REQUESTS_WAITING.set_function(self._queue.__len__)
+        MAX_ROWS.set_function(lambda: self.limits.rows)
         self._thread.start()
 
     def stop(self) -> None:
@@ -121,7 +125,9 @@ class Engine:
     def _first_batch(self) -> list[Row]:
         """Wait for rows, help the encoder meanwhile, and take the rows of the next batch."""
         if not self._queue.is_empty or not self._runner.help(HELP_S):
+            started = time.monotonic()
             self._queue.await_rows(self.limits.rows, IDLE_HEARTBEAT_S)
+            PHASES["idle"].inc(time.monotonic() - started)
         return self._take(())
 
     def _take(self, running: Sequence[Row]) -> list[Row]:
@@ -172,6 +178,7 @@ class Engine:
         step_s = min(now - self._stepped_at, JOIN_WAIT_S)
         self._queue.await_joining(running, self.limits, self._joined_at + JOIN_WAIT_S, now + DECODING_STEPS * step_s)
         self._stepped_at = time.monotonic()
+        PHASES["idle"].inc(self._stepped_at - now)
 
     def _update_throughput(self, batch: Sequence[Row], free: int) -> None:
         self._meter.update(batch, free, others_wait=not self._queue.is_empty)

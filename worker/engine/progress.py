@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from worker.engine.row import FinishReason, Output, Row
 from worker.engine.stop_strings import Decode, StopStrings
+from worker.observability.metrics import TIME_TO_FIRST_TOKEN
 
 
 class RowProgress:
@@ -28,6 +29,9 @@ class RowProgress:
 
     def take(self, token: int, now: float) -> None:
         """Append the next token. `now`: time.monotonic()."""
+        if not self.row.first_token:
+            self.row.first_token = now
+            TIME_TO_FIRST_TOKEN.observe(now - self.row.arrived)
         if token in self.row.sampling.eos_ids:
             self.row.finish(Output(tuple(self._new), "stop"))
             return

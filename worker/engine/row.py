@@ -122,9 +122,12 @@ class Row:
     canceled: bool = False
     #: Number of pictures whose features were cached.
     cached_images: int = 0
-    #: time.monotonic(); `started` is 0.0 until the row runs.
+    #: time.monotonic(). 0.0 until its pictures are encoded (`ready`), it runs (`started`), it has a new token
+    #: (`first_token`).
     arrived: float = field(default_factory=time.monotonic)
+    ready: float = 0.0
     started: float = 0.0
+    first_token: float = 0.0
     output: Future[Output] = field(default_factory=Future)
 
     @property

@@ -36,6 +36,10 @@ class RowQueue:
         """Whether no row is ready to run."""
         return not self._ready
 
+    def __len__(self) -> int:
+        """Number of waiting rows."""
+        return len(self._ready) + len(self._encoding)
+
     def add(self, row: Row) -> None:
         """Add a row whose pictures are still to be encoded."""
         with self._changed:
@@ -56,6 +60,7 @@ class RowQueue:
     def mark_ready(self, row: Row, cached_images: int = 0) -> None:
         """Make an added row ready to run, unless it was withdrawn. `cached_images`: see Row."""
         row.cached_images = cached_images
+        row.ready = time.monotonic()
         with self._changed:
             if row not in self._encoding:
                 return

@@ -52,6 +52,11 @@ class ThroughputMeter:
         closed_s = 0.0 if self.is_joinable or not running else left_s
         return Throughput(len(running) + self._free, self._width, max(usual_s, age_s), closed_s)
 
+    @property
+    def running(self) -> int:
+        """Number of running rows."""
+        return len(self._running)
+
     def update(self, running: Sequence[Row], free: int, *, others_wait: bool) -> None:
         """Record the running rows, the number of rows that could start at once, and whether others wait."""
         known = set(running)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from worker.engine.row import Picture
+from worker.observability.metrics import PICTURE_CACHE, PICTURE_CACHE_BYTES
 
 
 class PictureCache:
@@ -32,8 +33,10 @@ class PictureCache:
                 self._kept[key] = mine
             else:
                 self._kept.move_to_end(key)
+        PICTURE_CACHE.queries.inc()
         if known is None:
             return self._made(key, data, mine)
+        PICTURE_CACHE.hits.inc()
         # A failed decoding is repeated: each job needs its own exception object, since Celery clears tracebacks.
         return self._make(data) if known.exception() else known.result()
 
@@ -56,3 +59,4 @@ class PictureCache:
                 # Unfinished pictures are not in the sum, so there is always a finished one to evict.
                 oldest = next(key for key, future in self._kept.items() if future.done())
                 self._bytes -= self._kept.pop(oldest).result().nbytes
+            PICTURE_CACHE_BYTES.set(self._bytes)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from worker.observability.metrics import WAITING_FOR_HOST
+
 #: Default maximum seconds that a job's thread waits for a slot.
 MAX_WAIT_S = 1.0
 #: Minimum and maximum seconds of the countdown of a job that is sent back. With less, its message could arrive before
@@ -103,7 +105,8 @@ class HostLimiter:
 
     def _wait(self, host: _Host, seconds: float) -> None:
         host.waiting += 1
-        is_free = self._changed.wait_for(lambda: len(host.began) < self._host_concurrency, seconds)
+        with WAITING_FOR_HOST.track_inprogress():
+            is_free = self._changed.wait_for(lambda: len(host.began) < self._host_concurrency, seconds)
         host.waiting -= 1
         if not is_free:
             raise HostLimitReached(self._book(host, time.monotonic()))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from PIL.Image import Image
 
@@ -18,6 +20,7 @@ from worker.images.decode import ImageLimits, open_image
 from worker.images.fetch import FetchPolicy
 from worker.images.host_limits import HostLimiter
 from worker.images.sources import SourceReader, is_remote
+from worker.observability.metrics import STAGES
 from worker.runtime import gil
 from worker.runtime.cpu import all_cores, on_decoding_cores
 
@@ -27,6 +30,13 @@ DOWNLOADS = 4
 #: A thread that decodes a file of more bytes releases its GIL permit meanwhile, and uses any core: other threads would
 #: wait too long.
 LARGE_BYTES = 40_000
+
+
+class _Decoded(NamedTuple):
+    """A picture, and the seconds that its decoding took or that it was waited for."""
+
+    picture: Picture
+    seconds: float
 
 
 class ImageLoader:
@@ -59,36 +69,46 @@ class ImageLoader:
 
     def load(self, sources: Sequence[CheckedImage]) -> list[Picture]:
         """A job's pictures, in order. Raises a JobError, or HostLimitReached."""
+        if not sources:
+            return []
+        started = time.monotonic()
         if sum(map(is_remote, sources)) < 2:
-            return [self._load(source) for source in sources]
-        with gil.released(), self._network.acquire(""):
-            return self._load_at_once(sources)
+            decoded = [self._load(source) for source in sources]
+        else:
+            with gil.released(), self._network.acquire(""):
+                decoded = self._load_at_once(sources)
+        _observe(time.monotonic() - started, sum(each.seconds for each in decoded))
+        return [each.picture for each in decoded]
 
     def open(self, data: bytes) -> Picture:
         """Decode and preprocess a file, without the cache. Raises a JobError."""
         with self._decoders, on_decoding_cores() if len(data) > LARGE_BYTES else contextlib.nullcontext():
             return self._preprocess(open_image(data, self._limits))
 
-    def _load(self, source: CheckedImage) -> Picture:
+    def _load(self, source: CheckedImage) -> _Decoded:
         if not is_remote(source):
-            return self._picture(self._sources.read(source))
+            return self._decoded(self._sources.read(source))
         with gil.released(), self._network.acquire(""):
             data = self._sources.read(source)
-        return self._picture(data)
+        return self._decoded(data)
 
-    def _load_at_once(self, sources: Sequence[CheckedImage]) -> list[Picture]:
+    def _load_at_once(self, sources: Sequence[CheckedImage]) -> list[_Decoded]:
         threads = ThreadPoolExecutor(min(DOWNLOADS, len(sources)), thread_name_prefix="download")
         try:
             return list(threads.map(self._load_in_thread, sources))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _load_in_thread(self, source: CheckedImage) -> Picture:
+    def _load_in_thread(self, source: CheckedImage) -> _Decoded:
         # A long wait for the host, since a job that is sent back loses the images that it has loaded.
         data = self._sources.read(source, wait_s=self._max_wait_s)
         # Decoded without waiting for the other files, which take much more memory than the decoded pictures.
         with gil.held():
-            return self._picture(data)
+            return self._decoded(data)
+
+    def _decoded(self, data: bytes) -> _Decoded:
+        started = time.monotonic()
+        return _Decoded(self._picture(data), time.monotonic() - started)
 
     def _picture(self, data: bytes) -> Picture:
         # Around the whole call: otherwise a thread that holds a permit could wait for a decoder, or for this picture.
@@ -96,6 +116,13 @@ class ImageLoader:
             return self._cache.get(data)
         with gil.released(), self._expecting():
             return self._cache.get(data)
+
+
+def _observe(seconds: float, decoding_s: float) -> None:
+    """Observe the stages of a job's images. Several may be decoded at the same time."""
+    decode_s = min(seconds, decoding_s)
+    STAGES["fetch"].observe(seconds - decode_s)
+    STAGES["decode"].observe(decode_s)
 
 
 def fetch_policy(settings: Settings) -> FetchPolicy:

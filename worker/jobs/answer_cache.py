@@ -26,6 +26,7 @@ from redis.exceptions import RedisError
 from tasks.redis_keys import ANSWER
 from tasks.results import ModelInfo
 from worker.engine.row import Output, Row
+from worker.observability.metrics import ANSWER_CACHE
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class AnswerCache:
         key = digest(row, model)
         if key is None:
             return compute(row)
+        ANSWER_CACHE.queries.inc()
         while True:
             mine: Future[Output | None] = Future()
             with self._lock:
@@ -156,6 +158,7 @@ def _follow(running: Future[Output | None], row: Row) -> Output | None:
 
 def _reused(row: Row, output: Output) -> Output:
     """Account for a shared output: the row only waited, and its images were not encoded."""
+    ANSWER_CACHE.hits.inc()
     row.started = time.monotonic()
     row.cached_images = len(row.tokens.pictures)
     return output

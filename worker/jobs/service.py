@@ -28,7 +28,9 @@ from worker.jobs.golden_check import GoldenCheck
 from worker.jobs.prompts import ImageRef, Prompt
 from worker.jobs.result_builder import ResultBuilder
 from worker.jobs.row_builder import RowBuilder
+from worker.jobs.run_metrics import count_answer, observe_row
 from worker.jobs.runs import CancellationError, JobContext, Run, RunRegistry, deadline_of
+from worker.observability.metrics import JOBS_LOADING_IMAGES, STAGES
 from worker.runtime import gil
 
 
@@ -92,6 +94,7 @@ class Service:
     def run(self, job: Job, context: JobContext) -> Result:
         """Answer a job. Raises a JobError, CancellationError, HostLimitReached, or NotBegun where it was withdrawn."""
         run = Run(context, deadline_of(job, context))
+        STAGES["queued"].observe(run.queued_s)
         with self._runs.running(run):
             try:
                 return self._answer(job, run)
@@ -150,6 +153,7 @@ class Service:
         with gil.released():
             output = self._answers.output(row, self._info, self._compute) if self._answers else self._compute(row)
         ended = time.monotonic()
+        observe_row(row, ended)
         timing = Timing(
             queued_s=round(run.queued_s, 6),
             fetch_s=round(fetched - started, 6),
@@ -157,6 +161,7 @@ class Service:
             generate_s=round(ended - (row.started or ended), 6),
         )
         result = self._results.build(job, row, output, timing)
+        count_answer(result.usage)
         if output.finish_reason == "canceled":
             raise CancellationError(result)
         return result
@@ -166,7 +171,8 @@ class Service:
         sources = [part.source for part in prompt if isinstance(part, ImageRef)]
         if len(sources) > self._max_images:
             raise InvalidRequest(f"The job shows {len(sources)} images: this worker takes at most {self._max_images}.")
-        pictures = iter(self._images.load(sources))
+        with JOBS_LOADING_IMAGES.track_inprogress() if sources else contextlib.nullcontext():
+            pictures = iter(self._images.load(sources))
         return [next(pictures) if isinstance(part, ImageRef) else part for part in prompt]
 
     def _compute(self, row: Row) -> Output:

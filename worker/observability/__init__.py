@@ -5,6 +5,6 @@ two formats), `job_fields.py` (the job that a record is about), `redaction.py` (
 
 Errors out: `setup_hook.py` calls the operator's function in each process, `sentry.py` is one for Sentry.
 
-Metrics have no module of their own: each is counted where it happens, as in `worker/engine/prefix_cache.py`.
-`worker/model_process.py` sends them with its heartbeat, and `worker/pool/pool.py` shows them in `inspect stats`.
+Metrics: `metrics.py` defines them, each is counted where it happens, as in `worker/images/cache.py`. `exposition.py`
+serves them; `worker/model_process.py` sends its own to the parent with the heartbeat. `queue.py` is the queue exporter.
 """

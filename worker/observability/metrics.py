@@ -126,9 +126,21 @@ STAGE_SECONDS = _histogram(
     "row waits for its pictures' features), wait (its row waits for the batch), generate.",
     "stage",
 )
+STAGES = {stage: STAGE_SECONDS.labels(stage) for stage in ("queued", "fetch", "decode", "encode", "wait", "generate")}
 PROMPT_TOKENS = _counter("idefics_prompt_tokens_total", "Tokens of the prompts of jobs that were answered.")
 GENERATION_TOKENS = _counter("idefics_generation_tokens_total", "New tokens of jobs that were answered.")
 IMAGES = _counter("idefics_images_total", "Images of jobs that were answered.")
+
+# The engine
+
+ENGINE_SECONDS = _counter(
+    "idefics_engine_seconds_total",
+    "Seconds of the engine's thread in each phase; encode: also those of the encoder's own thread, at the same time. "
+    "idle: it waits for rows.",
+    "phase",
+)
+PHASES = {phase: ENGINE_SECONDS.labels(phase) for phase in ("prefill", "decode", "score", "encode", "idle")}
+MAX_ROWS = _gauge("idefics_engine_max_rows", "Rows that the batch may have now: fewer after memory was short.")
 
 # Caches
 
@@ -165,11 +177,14 @@ RESIDENT_MEMORY = _gauge("idefics_model_process_resident_memory_bytes", "Residen
 
 CALLBACK_ATTEMPTS = _counter(
     "idefics_callback_attempts_total",
-    "POSTs: accepted (2xx), refused (another status), unreachable (no answer).",
+    "POSTs: accepted (2xx), rejected (another status), unreachable (no answer), forbidden (by this worker's settings).",
     "result",
     registry=CALLBACKS,
 )
 CALLBACK_DELIVERIES = _counter(
-    "idefics_callbacks_total", "Callbacks that ended: delivered or failed.", "state", registry=CALLBACKS
+    "idefics_callbacks_total",
+    "Callbacks that ended: delivered or failed. A batch counts once.",
+    "state",
+    registry=CALLBACKS,
 )
 CALLBACK_SECONDS = _histogram("idefics_callback_attempt_seconds", "Seconds of one POST.", registry=CALLBACKS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import assert_never
+from typing import Any, assert_never
 
 from billiard.exceptions import Terminated
 from celery.exceptions import Reject
@@ -16,6 +16,7 @@ from tasks.errors import Internal
 from worker.observability.job_fields import job_extra
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.job import PoolJob
+from worker.pool.job_metrics import count_end
 from worker.pool.wire import Away, Broken, Canceled, Done, JobEnd, Raised
 from worker.queue.redeliveries import RedeliveryCounter
 
@@ -36,7 +37,7 @@ class JobCompletion:
         match outcome:
             case Done():
                 # Its result, failure or retry is stored: Celery acknowledges.
-                self.end(job, lambda: job.callbacks.success(outcome.outcome))
+                self.end(job, lambda: _succeed(job, outcome.outcome))
             case Raised():
                 self.end(job, lambda: self._reject(job, outcome))
             case Broken(_, message):
@@ -101,3 +102,12 @@ class JobCompletion:
         """Count a requeue for another reason than Redis's absence. False if there were too many."""
         self._redeliveries.count_return(job.key)
         return not self._redeliveries.is_lost(self._redeliveries.history(job.key).deaths)
+
+
+def _succeed(job: PoolJob, outcome: tuple[Any, ...]) -> None:
+    job.callbacks.success(outcome)
+    failed, *_ = outcome
+    # Celery's request handles a failure or a retry, and counts it (worker/pool/request.py).
+    if not failed:
+        task, _, headers, *_ = job.trace_arguments
+        count_end(task, headers, "succeeded")

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from worker.observability.metrics import QUARANTINED
 from worker.pool import quarantine
 from worker.pool.job import JobState, PoolJob
 
@@ -76,6 +77,7 @@ class Dispatcher:
     def quarantine(self, job: PoolJob) -> None:
         """Have a job run alone, after the jobs that are in quarantine already."""
         self._quarantine.append([job])
+        QUARANTINED.inc()
 
     @property
     def in_flight(self) -> list[PoolJob]:
@@ -124,6 +126,7 @@ class Dispatcher:
         if len(suspects) == 1 and _has_died_alone(suspects[0]):
             return NotRunAgain(canceled, lost=suspects)
         self._quarantine.extendleft(reversed(quarantine.groups(suspects)))
+        QUARANTINED.inc(len(suspects))
         return NotRunAgain(canceled)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from billiard.exceptions import Terminated
 
 from tasks.errors import Internal, WorkerLost
+from worker.observability.metrics import REDELIVERIES
 from worker.observability.redaction import log_defect
 from worker.pool.completion import JobCompletion
 from worker.pool.defects import log_defects
@@ -91,6 +92,7 @@ class JobLifecycle:
         """Have a job run alone, or fail, if workers died while they had it."""
         history = self._redeliveries.history(job.key)
         job.returns, job.is_uncounted = history.returns, history.returns > 0
+        REDELIVERIES.inc(job.is_uncounted)
         job.is_suspect = self._redeliveries.is_suspect(history.deaths)
         if self._redeliveries.is_lost(history.deaths):
             why = f"{history.deaths} workers died with this job: look at their logs for the reason."

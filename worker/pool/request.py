@@ -22,6 +22,7 @@ from tasks.protocol import HIDDEN
 from worker.delivery.recorder import TerminalState
 from worker.observability.job_fields import about_job, job_extra
 from worker.pool.job import PoolJob
+from worker.pool.job_metrics import count_end, count_error
 from worker.queue.result_backend import current_submission, submission_of, taken_now
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class JobRequest(Request):  # type: ignore[misc]
             self._defers_acknowledgement = False
         if self._owes_acknowledgement:
             self.acknowledge()
+        count_error(self.task_name, self.request_dict, exc_info.exception)
 
     def give_back(self) -> None:
         """Put the message back as if it had never been taken. A rejected one would be marked as redelivered."""
@@ -114,6 +116,7 @@ class JobRequest(Request):  # type: ignore[misc]
         self.acknowledged = True
         self.send_event("task-rejected", requeue=True)
         self.message.channel.qos.hand_back(self.message)
+        count_end(self.task_name, self.request_dict, "returned")
 
     def acknowledge(self) -> None:
         self._owes_acknowledgement = self._defers_acknowledgement
@@ -152,6 +155,7 @@ class JobRequest(Request):  # type: ignore[misc]
         self._terminal_state = states.REVOKED, None
         self.acknowledge()
         self._already_revoked = True
+        count_end(self.task_name, self.request_dict, "expired" if expired else "canceled")
         task_revoked.send(self.task, request=self._context, terminated=terminated, signum=signum, expired=expired)
 
     def _store_revocation(self, reason: str) -> None:

@@ -1,11 +1,13 @@
-"""Computes the state in the worker's state file, for the probe (worker/health.py)."""
+"""The worker's state: in its state file, for the probe (worker/health.py), and in metrics."""
 
 from __future__ import annotations
 
 from worker.health import StateFile, WorkerState
+from worker.observability.metrics import JOBS_IN_FLIGHT, RESIDENT_MEMORY, WORKER_STATE
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.supervisor import Supervisor
 from worker.queue.redis_check import RedisCheck
+from worker.runtime.process_memory import resident_bytes
 
 
 class StateReport:
@@ -20,10 +22,15 @@ class StateReport:
         self._process = process
         self._jobs = jobs
         self._places = places
+        JOBS_IN_FLIGHT.set_function(jobs.__len__)
+        RESIDENT_MEMORY.set_function(lambda: resident_bytes(process.pid))
 
     def renew(self, now: float) -> None:
         """Write the state at time.monotonic() `now`, if it is new or was written a while ago."""
-        self._file.show(*self._state(now))
+        state, why = self._state(now)
+        self._file.show(state, why)
+        for each in WorkerState:
+            WORKER_STATE.labels(each.name.lower()).set(each is state)
 
     def _state(self, now: float) -> tuple[WorkerState, str]:
         if not self._redis_check.have_answered:

@@ -7,6 +7,7 @@ What happens to the jobs of a process that died: `worker/pool/lifecycle.py` hear
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,10 +16,22 @@ from kombu.asynchronous.hub import Hub
 
 from config.settings import Settings
 from worker.health import WorkerState
+from worker.observability.exposition import MODEL_PROCESS
+from worker.observability.metrics import RESTARTS
 from worker.pool.defects import log_defects
 from worker.pool.launch import ModelProcess
 from worker.pool.process_io import ProcessIO
-from worker.pool.wire import CannotServe, FromModelProcess, Heartbeat, JobMessage, Ready, Stop, ToModelProcess
+from worker.pool.wire import (
+    DEVICE_LOST,
+    CannotServe,
+    FromModelProcess,
+    Heartbeat,
+    JobMessage,
+    Metrics,
+    Ready,
+    Stop,
+    ToModelProcess,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +124,7 @@ class Supervisor:
         self._restarts = RestartSchedule(settings.restart_backoff_s)
         self._has_been_ready = False
         self._is_closed = False
+        self._killed_because = ""  # a label of RESTARTS
         self._heard_at = time.monotonic()
         self._io = ProcessIO(self.receive)
 
@@ -170,20 +184,15 @@ class Supervisor:
 
     def replace_if_hung(self, now: float) -> None:
         """Kill a process that sends no heartbeats or loads for too long; `receive` then notices its death."""
-        process = self._process
-        if process is None:
-            return
-        if process.is_ready:
-            is_hung = now - process.last_heartbeat > self._settings.hang_timeout_s
-        else:
-            is_hung = now - process.started_at > self._settings.load_timeout_s
-        if is_hung:
-            logger.error(HUNG if process.is_ready else LOADS_TOO_LONG)
-            process.kill()
+        cause = _fault(self._process, self._settings, now) if self._process is not None else ""
+        if cause:
+            logger.error(HUNG if cause == "hung" else LOADS_TOO_LONG)
+            self.kill(cause)
 
-    def kill(self) -> None:
-        """Kill the process; `receive` then notices its death."""
+    def kill(self, because: str = "") -> None:
+        """Kill the process; `receive` then notices its death. `because`: the cause for `RESTARTS`."""
         if self._process is not None:
+            self._killed_because = because
             self._process.kill()
 
     def close(self) -> None:
@@ -198,8 +207,7 @@ class Supervisor:
         self._io.unwatch(process)
         if process.is_ready and grace_s:
             process.channel.send(Stop())
-        status = process.end(grace_s)
-        process.close()
+        status = _end(process, grace_s)
         self._process = None
         return status
 
@@ -239,6 +247,8 @@ class Supervisor:
             case CannotServe(reason):
                 logger.critical("The model cannot be served: %s The worker stops.", reason)
                 self.give_up(reason)
+            case Metrics(changed):
+                MODEL_PROCESS.update(changed)
             case Heartbeat():
                 # Sent by the engine's thread. Job threads' messages do not count: they continue while the engine is
                 # stuck.
@@ -261,7 +271,11 @@ class Supervisor:
         assert status is not None
         assert self._listener is not None
         self._listener.process_ended(status)
-        if not self._is_closed and not self._restarts.died(time.monotonic(), was_ready=was_ready):
+        if self._is_closed or self.has_given_up:
+            return
+        RESTARTS.labels(self._killed_because or _cause(status)).inc()
+        self._killed_because = ""
+        if not self._restarts.died(time.monotonic(), was_ready=was_ready):
             logger.critical(DIED_LOADING, self._restarts.failures + 1)
             self.give_up("its process died each time while loading: see the log")
 
@@ -290,3 +304,30 @@ class Supervisor:
         """Send to the process. There must be one."""
         assert self._process is not None
         self._io.send(self._process, message)
+
+
+def _fault(process: ModelProcess, settings: Settings, now: float) -> str:
+    """Why a process must be replaced, as a label of `RESTARTS`; empty if it must not."""
+    if process.is_ready:
+        return "hung" if now - process.last_heartbeat > settings.hang_timeout_s else ""
+    return "load_timeout" if now - process.started_at > settings.load_timeout_s else ""
+
+
+def _end(process: ModelProcess, grace_s: float) -> int:
+    """End a process and keep what it counted: it sends the last values at an orderly end. Returns its exit status."""
+    status = process.end(grace_s)
+    for message in process.receive()[0]:
+        if isinstance(message, Metrics):
+            MODEL_PROCESS.update(message.changed)
+    MODEL_PROCESS.process_ended()
+    process.close()
+    return status
+
+
+def _cause(status: int) -> str:
+    """The label of `RESTARTS` for a process that ended by itself with an exit status."""
+    if status == DEVICE_LOST:
+        return "device_lost"
+    if status == -signal.SIGKILL:
+        return "killed"
+    return "crashed" if status < 0 else "exited"

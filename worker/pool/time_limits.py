@@ -41,7 +41,7 @@ class TimeLimits:
         if stuck:
             logger.warning("%d jobs passed IDEFICS_TIME_LIMIT_S: the model process is replaced.", len(stuck))
             self._jobs.culprit_is_known = True
-            self._process.kill()
+            self._process.kill("time_limit")
         return bool(stuck)
 
     def _overdue(self, now: float) -> list[PoolJob]:

@@ -17,8 +17,13 @@ from typing import Any, get_args
 
 from billiard.einfo import ExceptionInfo
 
+from worker.observability.exposition import Values
+
 _LENGTH = struct.Struct("!I")
 _CHUNK = 1 << 18
+
+#: Exit status of a model process whose device is lost.
+DEVICE_LOST = 74
 
 # A job is identified by its serial number, which the parent gives it.
 
@@ -90,6 +95,13 @@ class Heartbeat:
     job_s: float
     #: Seconds until further jobs may join the running ones.
     closed_s: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The values of metrics that have changed since the last message of this class."""
+
+    changed: Values
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,7 @@ JobEnd = Done | Raised | Broken | Away | Canceled
 FinalMessage = JobEnd | Returned
 #: Messages to the parent about jobs.
 JobMessage = Started | Waited | Withdrawn | FinalMessage
-FromModelProcess = Ready | CannotServe | Heartbeat | JobMessage
+FromModelProcess = Ready | CannotServe | Heartbeat | Metrics | JobMessage
 Message = ToModelProcess | FromModelProcess
 
 _CLASSES: tuple[type[Message], ...] = get_args(Message)

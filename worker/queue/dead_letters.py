@@ -24,6 +24,7 @@ from tasks.payloads import PAYLOADS
 from tasks.printable import escaped
 from tasks.protocol import SUBMITTED_AT
 from worker.observability.job_fields import job_extra
+from worker.observability.metrics import DEAD_LETTERS
 from worker.queue.result_backend import digest_of, is_of_another, submission_of, taken_now
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def keep_failures(app: Celery, bounds: FailedBounds) -> None:
                 request = _request(sender, task_id, args, kwargs)
                 job = failed_job(sender.name, request, exception)
                 FailedJobs(app).keep(job, dict(sender.signature_from_request(request, retries=0)), bounds)
+                DEAD_LETTERS.inc()
         except Exception as error:
             about = job_extra(task_id, sender.name, from_exception(exception).code)
             logger.error("Job %s failed and cannot be kept on the list of failed jobs: %s", task_id, error, extra=about)
@@ -98,6 +100,7 @@ def keep_misrouted(app: Celery, request: Context, bounds: FailedBounds, error: I
     signature = Signature(request.task, request.args, request.kwargs, {**options, "priority": priority}, app=app)
     try:
         FailedJobs(app).keep(job, dict(signature), bounds)
+        DEAD_LETTERS.inc()
     except ValueError as too_large:
         about = job_extra(request.id, request.task, error.code)
         logger.error("Message %s cannot be kept on the list of failed jobs: %s", request.id, too_large, extra=about)

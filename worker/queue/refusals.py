@@ -15,6 +15,7 @@ from celery.utils.objects import Bunch
 from tasks.errors import InvalidRequest, JobError
 from tasks.failed import FailedBounds, FailedJob, FailedJobs
 from worker.observability.job_fields import job_extra
+from worker.observability.metrics import DEAD_LETTERS, JOBS, UNKNOWN_TASK
 from worker.queue.envelope import MessageRefused, described
 from worker.queue.result_backend import Submission
 
@@ -35,6 +36,7 @@ class Refusals:
     def __call__(self, raw: bytes, refused: MessageRefused, taken: str = "") -> Submission | None:
         """Store the refusal. Returns what it was stored for, if the message has an id. Raises Redis's errors."""
         what = described(raw, refused)
+        JOBS.labels(UNKNOWN_TASK, "failed", InvalidRequest.code).inc()
         if not refused.id:
             # Its sender cannot read of it anywhere.
             logger.warning("%s is dropped. %s", what, refused)
@@ -71,3 +73,4 @@ class Refusals:
             is_whole=False,
         )
         FailedJobs(self._app).keep(job, {}, self._bounds)
+        DEAD_LETTERS.inc()
