@@ -170,13 +170,11 @@ def load(before: Mapping[str, float], stood: Stand, client: Client, metrics: Met
     eventually(lambda: metrics.value("idefics_jobs_total{idefics.complete,canceled,}"))
     for job in (canceled, expired):
         assert job.status == "canceled"
-    prompts = sum(result.usage.prompt_tokens for result in results)
-    counted = before["idefics_prompt_tokens_total{}"] + prompts
-    # The model process reports once a second.
-    eventually(lambda: metrics.value("idefics_prompt_tokens_total{}") == counted)
+    # The model process reports once a second. Images are counted last.
+    eventually(lambda: metrics.value("idefics_images_total{}") == len(results))
     after = metrics.samples()
-    spent = sum(result.usage.completion_tokens for result in results)
-    assert after["idefics_generation_tokens_total{}"] - before["idefics_generation_tokens_total{}"] == spent
+    assert after["idefics_prompt_tokens_total{}"] == sum(each.usage.prompt_tokens for each in results)
+    assert after["idefics_generation_tokens_total{}"] == sum(each.usage.completion_tokens for each in results)
     return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 
