@@ -246,7 +246,13 @@ class MetricsSender:
             return
         with self._lock:
             self._sent_at = time.monotonic()
-            self._channel.send(Metrics(self._values.take()))
+            try:
+                changed = self._values.take()
+            except Exception as error:
+                # The engine must go on.
+                logger.error("The metrics cannot be read.", exc_info=without_message(error))
+                return
+            self._channel.send(Metrics(changed))
 
 
 class HeartbeatSender:

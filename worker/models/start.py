@@ -36,8 +36,10 @@ def load_model(settings: Settings) -> tuple[Model, Path | None]:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    from worker.engine.gpu_metrics import watch_gpus
     from worker.models.loading import load
 
+    watch_gpus()
     return load(settings), checkpoint_folder(settings)
 
 
