@@ -13,12 +13,11 @@ from transformers import AutoProcessor
 
 from config.settings import Settings
 from tasks import Job
-from tests.model.checkpoints import TEMPLATE, later_checkpoint, random_checkpoint
+from tests.model.checkpoints import TEMPLATE, later_checkpoint
 from tests.model.conftest import Served, noise
 from tests.model.jobs import mixed_jobs, prepared, row_of
 from worker.engine.row import Row, Sampling
 from worker.engine.stock import StockModel
-from worker.models import loading
 from worker.models.loading import load
 
 #: Tokens prefilled at a time.
@@ -103,10 +102,6 @@ def longrope(tmp_path: Path) -> Served:
         "long_factor": [8.0] * 8,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    return _served(folder)
-
-
-def _served(folder: Path) -> Served:
     settings = Settings(model=str(folder), dtype="float32")
     return Served(settings, load(settings), AutoProcessor.from_pretrained(folder), IMAGES)  # type: ignore[arg-type]
 
@@ -120,34 +115,3 @@ def test_a_row_that_would_change_the_others_rotary_embedding_runs_alone(longrope
     assert {len(row.tokens.ids) // 80 for row in rows} >= {0, 1, 2}
     run(longrope.model, rows)
     assert_answers_are_stocks(longrope, jobs, rows)
-
-
-LATER = "vision_model connector text_model.embed_tokens text_model.layers.0 text_model.norm text_model.rotary_emb"
-FIRST = "vision_model perceiver_resampler embed_tokens layers.0 layers.2 layers.3 gated_cross_attn_layers norm"
-#: The modules of a checkpoint, without a layer.
-PARTS = {
-    family: ["lm_head", *(f"model.{name}" for name in names.split())]
-    for family, names in (("idefics", FIRST), ("idefics2", LATER), ("smolvlm", LATER))
-}
-
-
-@pytest.mark.parametrize("family", PARTS)
-def test_a_model_on_several_devices_answers_as_stock_generate(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "checkpoint"
-    if family == "idefics":
-        random_checkpoint(folder, use_resampler=True)
-    else:
-        later_checkpoint(folder, family, None)
-    # In place of a second GPU, a layer stays on the disk.
-    text = "model" if family == "idefics" else "model.text_model"
-    monkeypatch.setattr(
-        loading, "device_map_of", lambda settings: dict.fromkeys(PARTS[family], "cpu") | {f"{text}.layers.1": "disk"}
-    )
-    spread = _served(folder)
-    assert isinstance(spread.model, StockModel)
-    jobs = mixed_jobs(4, sorted(IMAGES))
-    rows = rows_of(spread, jobs)
-    run(spread.model, rows)
-    assert_answers_are_stocks(spread, jobs, rows)

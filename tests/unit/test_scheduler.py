@@ -197,6 +197,35 @@ def test_later_rows_of_the_same_priority_never_starve_a_row(seed: int) -> None:
     pytest.fail("the row still waits although all that was older has run")
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_beams_and_single_rows_that_keep_arriving_wait_for_one_batch_of_the_others_at_most(seed: int) -> None:
+    dice = random.Random(seed)
+    limits = Limits(rows=64, tokens=10_000)
+    waiting: list[Row] = []
+    #: The rows that run, with the steps that each still takes.
+    running: dict[Row, int] = {}
+    batches = 0
+    #: Batches that had begun when a row arrived, and those that began until it ran itself.
+    begun: dict[Row, int] = {}
+    waited: dict[Row, int] = {}
+    for now in range(300):
+        arriving = [row(wanted=6, beams=beams, arrived=now) for beams in (1, 4) if dice.random() < 0.7]
+        waiting += arriving
+        begun |= dict.fromkeys(arriving, batches)
+        running = {each: steps - 1 for each, steps in running.items() if steps > 1}
+        # A running batch of beams admits no row.
+        if running and next(iter(running)).sampling.num_beams > 1:
+            continue
+        joining = next_batch(waiting, limits, list(running))
+        batches += bool(joining and not running)
+        waited |= {each: batches - begun[each] for each in joining}
+        waiting = [each for each in waiting if each not in joining]
+        running |= dict.fromkeys(joining, 6)
+    assert batches > 20
+    assert {each.sampling.num_beams for each in waited} == {1, 4}
+    assert max(waited.values()) <= 2
+
+
 @pytest.mark.parametrize(
     ("running", "waiting", "coming", "expected"),
     [
