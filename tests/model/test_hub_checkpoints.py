@@ -21,6 +21,7 @@ from tests.model.conftest import noise
 from tests.model.hub import END, HUB
 from tests.model.jobs import generated, prepared, row_of
 from worker.engine.engine import Engine
+from worker.engine.generation_rules import NO_RULES
 from worker.engine.interfaces import Model
 from worker.engine.scheduler import Limits
 from worker.jobs.prompts import in_turns
@@ -166,6 +167,11 @@ def test_a_picture_may_be_one_pixel_high_or_wide(served: Served) -> None:
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(caption, [(50, 1), (1, 50), (1, 1), (40, 30)]))
     assert all(result.finish_reason in ("stop", "length") for result in results)
+
+
+def test_no_published_rule_slows_each_step(served: Served) -> None:
+    # Some forbid the image tokens, which no answer contains anyway.
+    assert served.model.rules == NO_RULES
 
 
 def test_a_prompt_may_be_as_long_as_the_models_context(served: Served) -> None:

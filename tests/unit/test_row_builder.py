@@ -31,6 +31,12 @@ def test_every_tasks_answer_ends_where_the_model_ends_one(task: str) -> None:
     assert row.sampling.eos_ids == {END}
 
 
+@pytest.mark.parametrize(("task", "beams"), [("caption", 4), ("classify", 1)])
+def test_labels_are_scored_without_beams(task: str, beams: int) -> None:
+    job = parse(f"idefics.{task}", {**TASKS[task], "num_beams": 4})
+    assert RowBuilder(Settings(), FakeCodec(), NO_RULES).build(job, ["a"], 4).sampling.num_beams == beams
+
+
 @pytest.mark.parametrize(
     ("settings", "context", "bound", "cure"),
     [

@@ -6,8 +6,8 @@ applied to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: Results show a longer list as its length only.
@@ -28,6 +28,14 @@ SCORE_RULES: Mapping[str, tuple[Any, ...]] = {
     "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
 }
+#: Rules that do not depend on a prompt, nor on the padding before it.
+NEW_TOKEN_RULES = frozenset({
+    "min_new_tokens",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+})  # fmt: skip
 #: Defaults of sampled jobs.
 SAMPLING_RULES: Mapping[str, tuple[Any, ...]] = {
     "top_k": (None, 0),
@@ -70,6 +78,16 @@ class GenerationRules:
     scores: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     beams: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def depend_on_padding(self) -> bool:
+        """Whether stock `generate` would score a prompt in another way if it is padded."""
+        return not self.scores.keys() <= NEW_TOKEN_RULES
+
+    def without_bad_words(self, bad_words_ids: Sequence[list[int]]) -> GenerationRules:
+        """The rules without those bad words that no answer contains anyway."""
+        words = [word for word in self.scores.get("bad_words_ids", ()) if word not in bad_words_ids]
+        return replace(self, scores=_set({**self.scores, "bad_words_ids": words}, SCORE_RULES))
 
     def abbreviated(self) -> GenerationRules:
         """The rules for a result, with each long list replaced by its length."""

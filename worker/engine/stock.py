@@ -145,8 +145,8 @@ class StockModel:
         return [BatchRules(rows, self.rules.scores, self.adapter.model.device, length)] if self.rules.scores else []
 
     def _search(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
-        # With rules, each prompt runs alone: transformers would apply them to the padding of a batch.
-        for part in [[row] for row in rows] if self.rules.scores else [rows]:
+        # Each prompt runs alone if transformers would apply the rules to the padding of a batch.
+        for part in [[row] for row in rows] if self.rules.depend_on_padding else [rows]:
             self._search_together(part, heartbeat)
 
     def _search_together(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:

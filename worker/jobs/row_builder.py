@@ -59,7 +59,8 @@ class RowBuilder:
     def _sampling(self, job: Job, new_tokens: int) -> Sampling:
         return Sampling(
             max_new_tokens=new_tokens,
-            num_beams=job.num_beams,
+            # Labels are scored without beams; with them, the row would wait for rows with as many.
+            num_beams=1 if isinstance(job, Classify) else job.num_beams,
             temperature=job.temperature,
             **truncation(job, self._rules),
             seed=job.seed,

@@ -40,7 +40,7 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.generation_rules import NO_RULES, GenerationRules, generation_rules
 from worker.engine.interfaces import Decoder, Encode, Model
-from worker.engine.stock import StockModel
+from worker.engine.stock import Adapter, StockModel
 from worker.models import SetupFailed, checkpoint_folder
 from worker.models.checkpoint import inspect, require_safetensors
 from worker.models.encoding import PictureEncoder
@@ -138,7 +138,7 @@ def _serve_idefics(
     model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
 ) -> Model:
     adapter = IdeficsAdapter(model, processor, settings.feature_cache_bytes)
-    stock = StockModel(adapter, info, settings.max_batch_tokens, rules)
+    stock = _stock(adapter, info, settings, rules)
     if _is_spread(model, settings):
         return stock
     return _continuous(stock, IdeficsDecoder(model, adapter.codec.image_id), adapter.encode, settings)
@@ -150,7 +150,7 @@ def _serve_idefics2_or_3(
     frames = FrameEncoder(model)
     encoder = PictureEncoder(frames.encode, settings.feature_cache_bytes, model.device, frames.chunk)
     adapter = Idefics2And3Adapter(model, processor, encoder, steady_tokens(model))
-    stock = StockModel(adapter, info, settings.max_batch_tokens, rules)
+    stock = _stock(adapter, info, settings, rules)
     if not has_decoder(model) or _is_spread(model, settings):
         return stock
     return _continuous(stock, MergedDecoder(model), encoder.features, settings)
@@ -167,6 +167,12 @@ def _is_spread(model: PreTrainedModel, settings: Settings) -> bool:
         settings.model,
     )
     return True
+
+
+def _stock(adapter: Adapter, info: ModelInfo, settings: Settings, rules: GenerationRules) -> StockModel:
+    # Published checkpoints of Idefics2 forbid the image tokens themselves. Rules take time for each row at each step.
+    rules = rules.without_bad_words(adapter.codec.bad_words_ids)
+    return StockModel(adapter, info, settings.max_batch_tokens, rules)
 
 
 def _continuous(stock: StockModel, decoder: Decoder, encode: Encode, settings: Settings) -> ContinuousModel:
