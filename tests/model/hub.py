@@ -13,11 +13,15 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
     Idefics2ForConditionalGeneration,
     Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     IdeficsForVisionText2Text,
     PreTrainedModel,
     SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
 )
 
 from tests.model.checkpoints import randomize
@@ -78,7 +82,7 @@ class HubCheckpoint:
 
     def with_files(self, **changes: Mapping[str, Any]) -> HubCheckpoint:
         """The same with other values in its files, which are named without `.json`."""
-        changed = {f"{name}.json": {**self.files[f"{name}.json"], **values} for name, values in changes.items()}
+        changed = {f"{name}.json": {**self.files.get(f"{name}.json", {}), **values} for name, values in changes.items()}
         return replace(self, files={**self.files, **changed})
 
 
@@ -458,3 +462,14 @@ HUB: Mapping[str, HubCheckpoint] = {
         SmolVLMForConditionalGeneration, "SmolVLM", SMALL_SMOL_TOKENS, **SMALL_SMOL
     ),
 }
+
+
+def stock_processor(name: str, folder: Path) -> Any:
+    """transformers' own processor of a saved checkpoint, by its name in HUB."""
+    if "SmolVLM2" not in name:
+        return AutoProcessor.from_pretrained(folder)
+    # Its own needs torchvision.
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    images = SmolVLMImageProcessorPil.from_pretrained(folder)
+    template = HUB[name].files["chat_template.json"]["chat_template"]
+    return Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=template)

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, Idefics3Processor, SmolVLMImageProcessorPil
 
 from config.settings import Settings
 from tasks import InvalidRequest, Result
 from tasks.payloads import Chat, parse
 from tests.model.conftest import noise
-from tests.model.hub import END, HUB
+from tests.model.hub import END, HUB, stock_processor
 from tests.model.jobs import generated, prepared, row_of
 from worker.engine.engine import Engine
 from worker.engine.generation_rules import NO_RULES
@@ -86,15 +85,6 @@ class Served:
     def ask(self, task: str, arguments: dict[str, Any]) -> Result:
         return self.service.run(parse(f"idefics.{task}", {"max_new_tokens": 6, **arguments}), JobContext("job"))
 
-    def stock_processor(self) -> Any:
-        if "SmolVLM2" not in self.name:
-            return AutoProcessor.from_pretrained(self.folder)
-        # Its own needs torchvision.
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        images = SmolVLMImageProcessorPil.from_pretrained(self.folder)
-        template = HUB[self.name].files["chat_template.json"]["chat_template"]
-        return Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=template)
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -140,7 +130,7 @@ def told(message: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("served", WITH_TEMPLATE, indirect=True)
 def test_a_chat_with_a_system_message_is_what_transformers_makes_of_it(served: Served) -> None:
     arguments = TASKS[-1][1]
-    processor = served.stock_processor()
+    processor = stock_processor(served.name, served.folder)
     text = processor.apply_chat_template([told(each) for each in arguments["messages"]], add_generation_prompt=True)
     assert "System: Be brief.<end_of_utterance>\nUser:<image>Who?" in text
     opened = bool(processor.tokenizer.bos_token) and text.startswith(processor.tokenizer.bos_token)
