@@ -4,6 +4,9 @@ Three workers do the same jobs by turns: one of this checkout, one of the other,
 which shows what noise alone makes of two equal workers. Processes that run the same code differ in speed for as long as
 they live, so all three are started several times, and each start counts as one sample. With `--save` the samples are
 added to those that the file holds of the same two commits.
+
+What a setting costs: `python -m benchmarks.against . --setting TRACES=otlp` gives it to this checkout's worker only.
+Spans are sent to a receiver that drops them.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -63,24 +69,50 @@ def _started_from(checkout: Path) -> Iterator[None]:
         stack.CHECKOUT = ours
 
 
+class _Dropping(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not into the figures."""
+
+
 @contextlib.contextmanager
-def _worker(name: str, checkout: Path, model: str, root: Path) -> Iterator[Queued]:
-    """A worker with a broker of its own."""
+def receiver_of_spans() -> Iterator[None]:
+    """Have OpenTelemetry's exporters of new processes send to a receiver that drops what it gets."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Dropping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        yield
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def _worker(name: str, checkout: Path, model: str, root: Path, extra: Mapping[str, str]) -> Iterator[Queued]:
+    """A worker with a broker of its own. `extra`: settings beside the usual ones."""
     with stack.broker() as broker, contextlib.ExitStack() as opened:
         with _started_from(checkout):
-            settings = {"MODEL": model, "IMAGE_ROOT": str(root), "TORCH_THREADS": "1"}
+            settings = {"MODEL": model, "IMAGE_ROOT": str(root), "TORCH_THREADS": "1", **extra}
             process = opened.enter_context(stack.worker(broker, "-n", f"{name}@bench", settings=settings))
         client = Client(broker.url)
         yield Queued(name, "idefics", f"{name}@bench", client.app, psutil.Process(process.pid), broker, client)
 
 
-def sample(other: Path, model: str, order: Sequence[str], pictures: str, samples: Samples) -> None:
-    """Start the three workers in this order, and add one sample of each of the model's workloads."""
+def sample(
+    other: Path, model: str, order: Sequence[str], pictures: str, samples: Samples, extra: Mapping[str, str]
+) -> None:
+    """Start the three workers in this order, and add one sample of each of the model's workloads. `extra`: settings of
+    this checkout's worker."""
     with contextlib.ExitStack() as opened:
         root = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         book = PICTURES[pictures](root, None)
         checkouts = {name: stack.CHECKOUT if name == "this" else other for name in order}
-        workers = [opened.enter_context(_worker(name, path, model, root)) for name, path in checkouts.items()]
+        workers = [
+            opened.enter_context(_worker(name, path, model, root, extra if name == "this" else {}))
+            for name, path in checkouts.items()
+        ]
         for workload, (jobs, make) in COMPARED[model].items():
             turns = _rounds(workers, functools.partial(make, jobs, book))
             for name, figure in {"cpu_ms_per_job": _cpu_ms, "wall_ms_per_job": _wall_ms}.items():
@@ -131,16 +163,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="the other commit's working tree")
     parser.add_argument("--pictures", choices=PICTURES, default="drawn")
+    parser.add_argument("--setting", action="append", default=[], help="NAME=VALUE, for this checkout's worker only")
+    parser.add_argument("--model", choices=COMPARED, action="append", help="by default all")
     parser.add_argument("--starts", type=int, default=4)
     parser.add_argument("--save", help="the name of the file in results/")
     asked = parser.parse_args()
-    commits = {"this": _commit(stack.CHECKOUT), "other": _commit(asked.checkout)}
+    extra = dict(setting.split("=", 1) for setting in asked.setting)
+    commits = {"this": " ".join([_commit(stack.CHECKOUT), *asked.setting]), "other": _commit(asked.checkout)}
     path = RESULTS / f"{asked.save}.json"
     known = json.loads(path.read_text()) if asked.save and path.exists() else {}
     samples: Samples = known["samples"] if known.get("commits") == commits else {}
-    for _ in range(asked.starts):
-        for model in COMPARED:
-            sample(asked.checkout, model, random.sample(WORKERS, len(WORKERS)), asked.pictures, samples)
+    with receiver_of_spans():
+        for _, model in itertools.product(range(asked.starts), asked.model or COMPARED):
+            sample(asked.checkout, model, random.sample(WORKERS, len(WORKERS)), asked.pictures, samples, extra)
     summary = {
         workload: {name: ratios(each) for name, each in figures.items()} for workload, figures in samples.items()
     }

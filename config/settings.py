@@ -262,6 +262,9 @@ class Settings(BaseSettings):
     """Level of the worker's log. `--loglevel` on Celery's command line takes precedence."""
     log_format: Literal["text", "json"] = "text"
     """`json`: one object a line, for programs that collect logs, with the job's id, task and error code."""
+    traces: Literal["off", "otlp"] = "off"
+    """`otlp`: send traces of jobs and callbacks over OTLP, set up by OpenTelemetry's own variables such as
+    OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_TRACES_SAMPLER. Needs the extra `otel`."""
     setup: Annotated[str, AfterValidator(naming_a_function)] = ""
     """A function of yours, as `module:function`, that is called once in each process of a worker, before the model
     loads: to start Sentry or another SDK, or to add a log handler. If it requires an argument, it gets the process's

@@ -87,6 +87,8 @@ class Delivery:
     batch: str = ""
     #: Lease token of the worker that has claimed it.
     token: str = ""
+    #: W3C's `traceparent` of its job, or those of its members' jobs with blanks between them.
+    traces: str = ""
 
     @property
     def host(self) -> str:

@@ -20,6 +20,7 @@ from .payloads import Job, check_size
 from .protocol import HIDDEN, SUBMITTED_AT
 from .redis_keys import results_prefix
 from .setup_check import setup_check_of
+from .trace_headers import trace_headers
 from .webhooks import check_public
 
 
@@ -104,7 +105,7 @@ class Submitter:
                 priority=priority,
                 # Not the app's default serializer: the workers read JSON only.
                 serializer="json",
-                headers={SUBMITTED_AT: time.time(), **options.pop("headers", {})},
+                headers={SUBMITTED_AT: time.time(), **trace_headers(), **options.pop("headers", {})},
                 **HIDDEN,
                 **options,
             )

@@ -18,7 +18,7 @@ from tasks.failed import FailedBounds
 from tasks.payloads import PAYLOADS
 from tasks.protocol import DEFAULT_PRIORITY
 from worker.jobs.task import JobApp, JobTask
-from worker.observability import exposition, log_setup, setup_hook
+from worker.observability import exposition, log_setup, setup_hook, tracing
 from worker.pool import PoolExitInTime, SoftShutdown, refuse_other_pools
 from worker.queue.cancellation import Cancellations
 from worker.queue.dead_letters import keep_failures
@@ -61,6 +61,7 @@ app = _app()
 def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
     log_setup.set_up(settings, app.process_name, logfile)
     setup_hook.run(settings.setup, app.process_name)
+    tracing.start(settings.traces, app.process_name)
 
 
 @celeryd_init.connect(weak=False)  # type: ignore[untyped-decorator]

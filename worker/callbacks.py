@@ -20,7 +20,7 @@ from config.settings import load
 from tasks.outbox import outbox_of
 from tasks.protocol import CALLBACK_QUEUE, DEFAULT_PRIORITY
 from worker.delivery.callback_dispatcher import CallbackDispatcher
-from worker.observability import exposition, log_setup, setup_hook
+from worker.observability import exposition, log_setup, setup_hook, tracing
 from worker.queue.redis_check import BrokerCheck
 from worker.runtime.exit_watchdog import ExitInTime, HeldWork
 
@@ -97,6 +97,7 @@ app = _app()
 def _set_up_logging(logfile: str | None = None, **_: Any) -> None:
     log_setup.set_up(settings, PROCESS_NAME, logfile)
     setup_hook.run(settings.setup, PROCESS_NAME)
+    tracing.start(settings.traces, PROCESS_NAME)
 
 
 @celeryd_init.connect(weak=False)  # type: ignore[untyped-decorator]

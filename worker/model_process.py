@@ -43,6 +43,7 @@ from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunReturned
 from worker.models.start import load_model, model_facts
+from worker.observability import tracing
 from worker.observability.exposition import ChangedValues
 from worker.observability.job_fields import about_job
 from worker.observability.log_lines import Lines
@@ -168,8 +169,8 @@ class JobThreads:
         if self._service.is_canceled(job.arguments[1]):
             return Canceled(job.serial)
         self._channel.send(Started(job.serial, time.monotonic()))
-        name, id, *_ = job.arguments
-        with about_job(id, name):
+        name, id, headers, *_ = job.arguments
+        with about_job(id, name), tracing.job(name, id, headers):
             return traced(job)
 
 
@@ -260,6 +261,8 @@ class HeartbeatSender:
 
     def __init__(self, channel: BlockingChannel, model: Model, max_rows: int, metrics: MetricsSender) -> None:
         self.throughput: Callable[[], Throughput] = lambda: Throughput(max_rows, max_rows, 0.0)
+        #: The number of running rows.
+        self.rows: Callable[[], int] = int
         self._channel = channel
         self._model = model
         self._metrics = metrics
@@ -267,6 +270,7 @@ class HeartbeatSender:
         self._sent_capacity = 0
 
     def __call__(self) -> None:
+        tracing.step(self.rows)
         since_s = time.monotonic() - self._sent_at
         if since_s < MIN_HEARTBEAT_S:
             return
@@ -285,7 +289,7 @@ def _service(settings: Settings, channel: BlockingChannel, metrics: MetricsSende
     heartbeat = HeartbeatSender(channel, model, limits.rows, metrics)
     engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
     service = Service(settings, model.info, model.codec, engine, _answers(settings, folder), model.rules)
-    heartbeat.throughput = lambda: service.throughput
+    heartbeat.throughput, heartbeat.rows = lambda: service.throughput, lambda: engine.running
     engine.start()
     service.check_golden(folder)
     facts = model_facts(model, settings, prompt_bound(settings, model.codec.context_tokens)[0])
@@ -349,12 +353,14 @@ def main() -> None:
         channel.send(CannotServe(str(error)))
         sys.exit(1)
     app.service = service
+    tracing.describe(service.model.id)
     # Objects made while loading live as long as the process, so the garbage collector can skip them.
     gc.freeze()
     JobThreads(channel, service, settings).serve()
     # The parent may be gone.
     with contextlib.suppress(OSError):
         metrics.send()
+    tracing.stop()
     # Threads that still wait in downloads or in the engine have nothing to save.
     os._exit(0)
 

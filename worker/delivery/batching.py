@@ -69,4 +69,5 @@ def batch_of(members: Sequence[Delivery], now: datetime) -> Delivery:
     first = members[0]
     body = batch_body(now.isoformat(), [(member.id, member.body) for member in members])
     id = batch_id(member.id for member in members)
-    return Delivery(id, "", "job.batch", first.url, first.key_id, body, token=first.token)
+    traces = " ".join(filter(None, (member.traces for member in members)))
+    return Delivery(id, "", "job.batch", first.url, first.key_id, body, token=first.token, traces=traces)

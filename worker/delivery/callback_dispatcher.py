@@ -20,6 +20,7 @@ from worker.delivery.batching import admit, batch_of, group_by_target
 from worker.delivery.known_hosts import KnownHosts
 from worker.delivery.retry import AttemptResult, decide
 from worker.delivery.sender import Sender
+from worker.observability import tracing
 from worker.observability.metrics import CALLBACK_ATTEMPTS, CALLBACK_DELIVERIES, CALLBACK_SECONDS
 from worker.observability.redaction import without_message
 
@@ -168,7 +169,9 @@ class CallbackDispatcher:
 
     def _posted(self, delivery: Delivery) -> AttemptResult:
         started = time.monotonic()
-        result = self._post(delivery)
+        with tracing.attempt(delivery) as note:
+            result = self._post(delivery)
+            note(result)
         seconds = time.monotonic() - started
         CALLBACK_SECONDS.observe(seconds)
         CALLBACK_ATTEMPTS.labels(result.kind).inc()

@@ -26,6 +26,7 @@ from tasks.payload_fields import checked_metadata
 from tasks.payloads import Callback
 from tasks.redis_keys import broker_prefix
 from worker.delivery.callback_policy import check
+from worker.observability import tracing
 from worker.observability.job_fields import job_extra
 from worker.queue.redis_retry import RetryingRedis, with_retries
 from worker.queue.result_backend import is_of_another
@@ -112,7 +113,7 @@ class CallbackRecorder:
         )
         # Jobs with the same id may end several times: each end has its own delivery.
         key = delivery_id(id, event, digest, ended_at or "")
-        delivery = Delivery(key, id, event, callback.url, callback.key_id, body)
+        delivery = Delivery(key, id, event, callback.url, callback.key_id, body, traces=tracing.traceparent())
         self._connected().add(delivery, self._settings.callback_batch_window_s)
 
     def _callback(self, id: str, task: str, arguments: Mapping[str, Any]) -> Callback | None:

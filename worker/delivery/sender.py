@@ -29,6 +29,7 @@ from worker.net.session import (
     tls_context,
     user_agent,
 )
+from worker.observability import tracing
 
 #: Longest wait in seconds that a Retry-After may ask for.
 MAX_RETRY_AFTER_S = 86_400.0
@@ -71,6 +72,7 @@ class Sender:
             "Content-Type": "application/json",
             "Accept-Encoding": "identity",
             "Connection": "close",
+            **_trace(),
             **signed(delivery.id, delivery.body, secrets, datetime.now(UTC)),
         }
         request = requests.Request("POST", delivery.url, headers=headers, data=delivery.body.encode())
@@ -80,6 +82,12 @@ class Sender:
                 response.raw.read(RESPONSE_BYTES, decode_content=False)
             status = response.status_code
             return AttemptResult(status, f"status {status}", retry_after_s(response.headers, time.time()))
+
+
+def _trace() -> dict[str, str]:
+    """The header by which a receiver continues the trace, if there is one."""
+    traceparent = tracing.traceparent()
+    return {"traceparent": traceparent} if traceparent else {}
 
 
 def signed(id: str, body: str, secrets: Sequence[SecretStr], now: datetime) -> dict[str, str]:

@@ -97,6 +97,11 @@ class Engine:
         self._queue.wake()
 
     @property
+    def running(self) -> int:
+        """The number of running rows."""
+        return self._meter.running
+
+    @property
     def throughput(self) -> Throughput:
         """What the engine runs, and how fast. Thread-safe."""
         return self._meter.throughput

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from typing import NamedTuple
 
 from PIL.Image import Image
@@ -20,6 +21,7 @@ from worker.images.decode import ImageLimits, open_image
 from worker.images.fetch import FetchPolicy
 from worker.images.host_limits import HostLimiter
 from worker.images.sources import SourceReader, is_remote
+from worker.observability import tracing
 from worker.observability.metrics import STAGES
 from worker.runtime import gil
 from worker.runtime.cpu import all_cores, on_decoding_cores
@@ -82,7 +84,8 @@ class ImageLoader:
 
     def open(self, data: bytes) -> Picture:
         """Decode and preprocess a file, without the cache. Raises a JobError."""
-        with self._decoders, on_decoding_cores() if len(data) > LARGE_BYTES else contextlib.nullcontext():
+        cores = on_decoding_cores() if len(data) > LARGE_BYTES else contextlib.nullcontext()
+        with self._decoders, cores, tracing.stage("decode"):
             return self._preprocess(open_image(data, self._limits))
 
     def _load(self, source: CheckedImage) -> _Decoded:
@@ -95,7 +98,9 @@ class ImageLoader:
     def _load_at_once(self, sources: Sequence[CheckedImage]) -> list[_Decoded]:
         threads = ThreadPoolExecutor(min(DOWNLOADS, len(sources)), thread_name_prefix="download")
         try:
-            return list(threads.map(self._load_in_thread, sources))
+            # Each thread has a copy of this one's context: its log records and stages are the job's.
+            loads = [threads.submit(copy_context().run, self._load_in_thread, source) for source in sources]
+            return [load.result() for load in loads]
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 

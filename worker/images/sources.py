@@ -13,6 +13,7 @@ from tasks.image_sources import BLANKS, base64_bytes, data_head, is_inner_path
 from tasks.payload_fields import CheckedImage
 from worker.images.fetch import Fetcher, FetchPolicy, requested_host, too_large
 from worker.images.host_limits import HostLimiter
+from worker.observability import tracing
 
 #: Bytes that one read asks for in addition to the file's stated size.
 READ_AHEAD_BYTES = 16_384
@@ -39,7 +40,7 @@ class SourceReader:
             return read_below(self._policy.root, source.path, self._policy.max_bytes)
         if not is_remote(source):
             return decode_data_uri(source, self._policy.max_bytes)
-        with self._hosts.acquire(requested_host(source), wait_s):
+        with tracing.stage("fetch"), self._hosts.acquire(requested_host(source), wait_s):
             return self._fetcher.fetch(source)
 
 

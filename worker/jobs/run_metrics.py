@@ -1,10 +1,11 @@
-"""Counts what an answered job took: the stages of its row, its tokens and images."""
+"""Counts what an answered job took: the stages of its row, which are parts of its trace, its tokens and images."""
 
 from __future__ import annotations
 
 from tasks.results import Usage
 from worker.engine.row import Row
 from worker.observability.metrics import GENERATION_TOKENS, IMAGES, PROMPT_TOKENS, STAGES
+from worker.observability.tracing import add_stage
 
 
 def observe_row(row: Row, ended: float) -> None:
@@ -13,9 +14,14 @@ def observe_row(row: Row, ended: float) -> None:
         return
     ready = row.ready or row.arrived
     if row.tokens.pictures:
-        STAGES["encode"].observe(ready - row.arrived)
-    STAGES["wait"].observe(max(0.0, row.started - ready))
-    STAGES["generate"].observe(ended - row.started)
+        _observe("encode", row.arrived, ready)
+    _observe("wait", ready, max(row.started, ready))
+    _observe("generate", row.started, ended)
+
+
+def _observe(stage: str, started: float, ended: float) -> None:
+    STAGES[stage].observe(ended - started)
+    add_stage(stage, started, ended)
 
 
 def count_answer(usage: Usage) -> None:

@@ -10,7 +10,7 @@ import random
 import time
 from typing import Any, NoReturn
 
-from celery import Task
+from celery import Task, states
 from celery.exceptions import Ignore, Retry, TaskPredicate
 
 from config.settings import Settings
@@ -28,6 +28,7 @@ from worker.images.host_limits import HostLimitReached
 from worker.jobs.deduplication import FirstStillRuns, first_answer
 from worker.jobs.runs import CancellationError, JobContext
 from worker.jobs.service import Service
+from worker.observability import tracing
 from worker.observability.job_fields import note_code
 from worker.observability.redaction import log_defect
 from worker.queue.publisher import OneProducerEach
@@ -111,6 +112,7 @@ class JobTask(Task):  # type: ignore[misc]
                 )
             answer = self._answer(parse(self.name, arguments))
         except CancellationError as canceled:
+            tracing.note_state(states.REVOKED)
             raise RunCanceled(canceled.partial) from canceled
         except NotBegun:
             raise RunReturned from None
@@ -130,13 +132,16 @@ class JobTask(Task):  # type: ignore[misc]
         return answer.model_dump(mode="json")
 
     def on_failure(self, exc: BaseException, *_: Any) -> None:
-        """Called by Celery's tracer before it logs the failure, as `on_retry` is before it logs the retry."""
+        """Called by Celery's tracer before it logs the failure."""
         note_code(getattr(exc, "code", Internal.code))
 
-    on_retry = on_failure
+    def on_retry(self, exc: BaseException, *_: Any) -> None:
+        note_code(getattr(exc, "code", ""))
+        tracing.note_state(states.RETRY)
 
     def after_return(self, state: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         """Record the callback. Celery calls this once the state is stored."""
+        tracing.note_state(state, retval if state == states.SUCCESS else None)
         self._record_callback(kwargs, (state, retval), is_stored=not self._ignores_result)
 
     def _answer(self, job: Job) -> Result:

@@ -44,6 +44,11 @@ def note_code(code: str) -> None:
         fields["code"] = code
 
 
+def current_code() -> str:
+    """The code that was noted for this thread's job; empty if there is none."""
+    return (_current.get() or {}).get("code") or ""
+
+
 def job_extra(id: str, task: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The argument `extra` of a log call about a job."""
     return {"job_fields": {"job_id": id, "task": task, "code": code}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from tasks.availability import UNAVAILABLE, is_away
 from tasks.errors import JobError
 from tasks.protocol import HIDDEN
 from worker.delivery.recorder import TerminalState
+from worker.observability import tracing
 from worker.observability.job_fields import about_job, job_extra
 from worker.pool.job import PoolJob
 from worker.pool.job_metrics import count_end, count_error
@@ -97,18 +99,27 @@ class JobRequest(Request):  # type: ignore[misc]
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Store a failure, then acknowledge. Celery acknowledges a lost job first; a kill in between loses its end."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
+        span: AbstractContextManager[None] = nullcontext()
         if isinstance(error, JobError) and not return_ok:
             self._terminal_state = states.FAILURE, error
             self._ending_context()
+            span = self._span(states.FAILURE, error.code)
+        with about_job(self.id, self.task_name, getattr(error, "code", None)), span:
+            self._end_by(exc_info, send_failed_event, return_ok)
+        count_error(self.task_name, self.request_dict, exc_info.exception)
+
+    def _end_by(self, *failure: Any) -> None:
         self._defers_acknowledgement = True
         try:
-            with about_job(self.id, self.task_name, getattr(error, "code", None)):
-                super().on_failure(exc_info, send_failed_event, return_ok)
+            super().on_failure(*failure)
         finally:
             self._defers_acknowledgement = False
         if self._owes_acknowledgement:
             self.acknowledge()
-        count_error(self.task_name, self.request_dict, exc_info.exception)
+
+    def _span(self, state: str, code: str = "") -> AbstractContextManager[None]:
+        """A span for a job that ends in this process, which its callback continues."""
+        return tracing.job_ended(self.task_name, self.id, self.request_dict, state, code)
 
     def give_back(self) -> None:
         """Put the message back as if it had never been taken. A rejected one would be marked as redelivered."""
@@ -153,7 +164,8 @@ class JobRequest(Request):  # type: ignore[misc]
             # Otherwise Celery would also revoke later jobs with this id.
             worker_state.revoked.discard(self.id)
         self._terminal_state = states.REVOKED, None
-        self.acknowledge()
+        with self._span(states.REVOKED):
+            self.acknowledge()
         self._already_revoked = True
         count_end(self.task_name, self.request_dict, "expired" if expired else "canceled")
         task_revoked.send(self.task, request=self._context, terminated=terminated, signum=signum, expired=expired)
