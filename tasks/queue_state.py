@@ -14,16 +14,17 @@ from typing import Any, cast
 
 from celery import Celery
 from redis import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from .model_directory import known_models
 from .protocol import CANCEL_TTL_S
 from .redis_keys import DUE, GUIDES_SEPARATOR, OUR_STEPS, SEPARATOR, UNACKED, broker_prefix, list_name, separator, steps
 from .setup_check import registry
-from .worker_registry import SILENT_S, ServedModel, models_key, workers_key
+from .worker_registry import SILENT_S, ServedModel, models_key, status_key, workers_key
+from .worker_status import WorkerStatus
 
-#: Queues that are read at most.
-MAX_QUEUES = 100
+#: Queues and workers that are read at most.
+MAX_QUEUES, MAX_WORKERS = 100, 1_000
 #: Bytes at a message's end that hold its headers: kombu writes them behind the body, which may have megabytes.
 TAIL_BYTES = 8_192
 #: The end of the message that is taken next from a list. In Lua, so that no body leaves the server.
@@ -145,6 +146,15 @@ class QueueReader:
             if each.lengths[queue] is not None
         }
 
+    def statuses(self, workers: Iterable[str]) -> dict[str, WorkerStatus]:
+        """What workers say about their work; those that say nothing, or may not be asked, are left out.
+
+        Raises RedisError.
+        """
+        names = list(workers)[:MAX_WORKERS]
+        texts = self._ask([("get", status_key(self._app, name)) for name in names])
+        return {name: WorkerStatus.read(text) for name, text in zip(names, texts, strict=True) if text}
+
     def _ask_about_all(self) -> _BrokerReplies:
         models, unacked = models_key(self._app), f"{self._prefix}{UNACKED.named()}"
         time, entries, in_flight = self._ask([("time",), ("zrange", models, 0, -1, False, True), ("hlen", unacked)])
@@ -170,7 +180,8 @@ class QueueReader:
 
     def _ages(self, names: list[str], now: float) -> dict[str, float | None]:
         """The ages of the next messages of lists that have some."""
-        tails = self._ask([("eval", PEEK, 1, self._prefix + name) for name in names])
+        # Redis has other words for a command within a script that this user may not give. Some servers allow no script.
+        tails = self._ask([("eval", PEEK, 1, self._prefix + name) for name in names], ResponseError)
         self._first_seen.forget_all_but(names)
         return {name: self._first_seen.age(name, tail, now) for name, tail in zip(names, tails, strict=True)}
 
@@ -192,13 +203,16 @@ class QueueReader:
             oldest_age_s=max((age for name in replies.lengths if (age := ages.get(name)) is not None), default=None),
         )
 
-    def _ask(self, commands: list[tuple[Any, ...]]) -> list[Any]:
-        """The replies to some commands in one round trip; None for one that this user may not give."""
+    def _ask(self, commands: list[tuple[Any, ...]], refusal: type[ResponseError] = NoPermissionError) -> list[Any]:
+        """The replies to some commands in one round trip; None for one that is refused, as this user may not give it.
+
+        Raises RedisError, also for another answer than `refusal`.
+        """
         with self._redis.pipeline(transaction=False) as pipe:
             for name, *arguments in commands:
                 getattr(pipe, name)(*arguments)
             replies = pipe.execute(raise_on_error=False)
-        return [_allowed(reply) for reply in replies]
+        return [_allowed(reply, refusal) for reply in replies]
 
 
 def _connect(app: Celery) -> Redis:
@@ -206,8 +220,8 @@ def _connect(app: Celery) -> Redis:
         return cast(Redis, redis)
 
 
-def _allowed(reply: Any) -> Any:
-    if isinstance(reply, Exception) and not isinstance(reply, NoPermissionError):
+def _allowed(reply: Any, refusal: type[ResponseError]) -> Any:
+    if isinstance(reply, Exception) and not isinstance(reply, refusal):
         raise reply
     return None if isinstance(reply, Exception) else reply
 

@@ -213,6 +213,15 @@ WORKERS = RedisKey(
     ("producer", "worker", "monitor", "exporter"),
     "The workers that take from a queue, by the time when each last registered.",
 )
+WORKER_STATUS = RedisKey(
+    "idefics:worker:status:{worker}",
+    "queues",
+    "string",
+    "30",
+    ("worker",),
+    ("producer", "worker", "monitor", "exporter"),
+    "A worker's state and recent work, for `idefics-jobs top` (tasks/worker_status.py).",
+)
 MODELS = RedisKey(
     "idefics:worker:models",
     "queues",

@@ -6,6 +6,7 @@ Workers renew these keys while they live:
   results' address. `idefics:worker:results` in the results' database: the same fingerprint. Neither key has a prefix,
   since a client may have the wrong one. Clients compare both with their own options (`tasks/setup_check.py`).
 - A key for each queue, under the app's prefix: the workers that take jobs from it.
+- A key for each worker, under the app's prefix: its state and recent work (`tasks/worker_status.py`).
 - A key for all models, under the app's prefix: which model is served from which queue (`tasks/model_directory.py`).
 """
 
@@ -25,12 +26,14 @@ from .redis_keys import (
     RESULTS_FINGERPRINT,
     SEPARATOR,
     WORKER_OPTIONS,
+    WORKER_STATUS,
     WORKERS,
     broker_prefix,
     results_prefix,
     separator,
     steps,
 )
+from .worker_status import WorkerStatus
 
 #: Seconds between two renewals, and seconds for which the keys live without one.
 RENEW_S = 5.0
@@ -105,7 +108,7 @@ def publish(app: Celery, options: WorkerOptions, broker: Redis) -> None:
     broker.set(WORKER_OPTIONS.named(), options.written(), ex=TTL_S)
 
 
-def register(app: Celery, worker: str, model: str, broker: Redis) -> None:
+def register(app: Celery, worker: str, model: str, broker: Redis, status: WorkerStatus | None = None) -> None:
     """Enter a worker and its model for each of its queues. Raises RedisError."""
     now, _ = broker.time()
     models = models_key(app)
@@ -116,6 +119,8 @@ def register(app: Celery, worker: str, model: str, broker: Redis) -> None:
             pipe.zremrangebyscore(key, "-inf", now - TTL_S)
             pipe.expire(key, TTL_S)
             pipe.zadd(models, {ServedModel(model, queue).written(): now})
+        if status is not None:
+            pipe.set(status_key(app, worker), status.written(), ex=TTL_S)
         pipe.zremrangebyscore(models, "-inf", now - MODEL_TTL_S)
         pipe.expire(models, MODEL_TTL_S)
         pipe.execute()
@@ -125,10 +130,15 @@ def deregister(app: Celery, worker: str, broker: Redis) -> None:
     """Remove a worker from its queues: it takes no more jobs. Raises RedisError."""
     for queue in app.amqp.queues.consume_from:
         broker.zrem(workers_key(app, queue), worker)
+    broker.delete(status_key(app, worker))
 
 
 def workers_key(app: Celery, queue: str) -> str:
     return f"{broker_prefix(app)}{WORKERS.named(queue)}"
+
+
+def status_key(app: Celery, worker: str) -> str:
+    return f"{broker_prefix(app)}{WORKER_STATUS.named(worker)}"
 
 
 def models_key(app: Celery) -> str:

@@ -31,6 +31,7 @@ from celery.states import FAILURE
 
 from config.settings import Settings
 from tasks.redis_keys import results_prefix
+from tasks.worker_registry import RENEW_S
 from worker.app import app
 from worker.delivery.recorder import TerminalState
 from worker.engine.device_errors import is_device_lost
@@ -88,6 +89,8 @@ HEARTBEAT_S, MIN_HEARTBEAT_S = 0.5, 0.05
 SWITCH_S = 0.0005
 #: Minimum seconds between two messages with metrics. An idle engine's heartbeats come every second.
 METRICS_S = 0.9
+#: The same where no metrics are served: the parent then needs some for the worker's status in Redis only.
+UNSERVED_METRICS_S = RENEW_S - 0.1
 
 # Billiard copies all positions in the code of each frame of a traceback, which took milliseconds for each failure. The
 # cache copies them once for each code object.
@@ -231,20 +234,18 @@ def _bare(info: ExceptionInfo) -> BaseException:
 class MetricsSender:
     """Sends the values of metrics that have changed to the parent. Thread-safe."""
 
-    def __init__(self, channel: BlockingChannel, *, is_on: bool) -> None:
+    def __init__(self, channel: BlockingChannel, interval_s: float) -> None:
         self._channel = channel
-        self._is_on = is_on
+        self._interval_s = interval_s
         self._values = ChangedValues()
         self._sent_at = 0.0
         self._lock = threading.Lock()
 
     def send_if_due(self) -> None:
-        if time.monotonic() - self._sent_at >= METRICS_S:
+        if time.monotonic() - self._sent_at >= self._interval_s:
             self.send()
 
     def send(self) -> None:
-        if not self._is_on:
-            return
         with self._lock:
             self._sent_at = time.monotonic()
             try:
@@ -343,7 +344,7 @@ def main() -> None:
     settings = app.settings
     # Kombu's own attempts to connect would hold the GIL permit; the publisher waits without it.
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "max_retries": 0}
-    metrics = MetricsSender(channel, is_on=bool(settings.metrics_address))
+    metrics = MetricsSender(channel, METRICS_S if settings.metrics_address else UNSERVED_METRICS_S)
     try:
         service = _service(settings, channel, metrics)
     except RuntimeError as error:

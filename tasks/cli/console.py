@@ -18,6 +18,7 @@ from ..printable import escaped, escaped_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 #: `--json`: the command's parameter is called `as_json`.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON: one object a line.")
@@ -27,7 +28,7 @@ json_line_option = click.option("--json", "as_json", is_flag=True, help="Print t
 _WHOLE_CHARS = 40
 _STYLES = {
     "succeeded": "green", "delivered": "green", "running": "cyan", "retrying": "yellow", "canceled": "yellow",
-    "failed": "red",
+    "failed": "red", "ready": "green", "busy": "cyan", "unhealthy": "red",
 }  # fmt: skip
 #: The columns whose cells have a style.
 _STYLED = ("status", "state")
@@ -73,6 +74,11 @@ def echo_rows(
         for row in rows:
             click.echo(plain(row))
         return
+    console.print(table(columns, rows, console.width))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> Table:
+    """Rows as a table for a terminal with `width` columns."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -81,13 +87,13 @@ def echo_rows(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(columns):
         longest = max((len(row[number]) for row in cells), default=0)
-        is_whole = name == "id" and longest <= min(_WHOLE_CHARS, console.width // 2)
+        is_whole = name == "id" and longest <= min(_WHOLE_CHARS, width // 2)
         table.add_column(name, overflow="fold", no_wrap=is_whole)
     for row in cells:
         # Text, not str: rich would read markup in a string.
         pairs = zip(columns, row, strict=True)
         table.add_row(*(Text(cell, _STYLES.get(cell, "") if name in _STYLED else "") for name, cell in pairs))
-    console.print(table)
+    return table
 
 
 def echo_error(text: str, label: str = "") -> None:

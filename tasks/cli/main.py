@@ -16,6 +16,7 @@ from .failed import failed
 from .jobs import cancel, result, status, submit
 from .models import show_models
 from .queue import show_queue
+from .top import top
 
 
 @click.group()
@@ -47,5 +48,5 @@ def print_schema(as_json: bool) -> None:
     echo_json(schema(), on_one_line=as_json)
 
 
-for command in (submit, result, status, cancel, show_queue, show_models, batch, failed, deliveries, print_schema):
+for command in (submit, result, status, cancel, show_queue, top, show_models, batch, failed, deliveries, print_schema):
     main.add_command(command)

@@ -56,15 +56,15 @@ def _rows(state: QueueState) -> list[tuple[str, str]]:
         ("waiting", f"{state.waiting:,}"),
         *((f"waiting, priority {priority}", f"{count:,}") for priority, count in state.by_priority.items() if count),
         *([("oldest waiting", seconds(state.oldest_age_s))] if state.waiting else ()),
-        ("due later", _number(state.due_later)),
-        ("in flight (all queues)", _number(state.in_flight)),
+        ("due later", number(state.due_later)),
+        ("in flight (all queues)", number(state.in_flight)),
         ("workers", "unknown" if workers is None else str(len(workers))),
         *(("worker", name) for name in workers or ()),
         *(("model", id) for id in state.models or ()),
     ]
 
 
-def _number(count: int | None) -> str:
+def number(count: int | None) -> str:
     return "unknown" if count is None else f"{count:,}"
 
 

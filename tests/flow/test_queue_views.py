@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import urllib.request
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from tasks import Client, Complete
+from tasks.cli import main
 from tests.support.guarded import as_user, make_secrets
 from tests.support.waiting import PATIENCE_S
 from worker.demo import stack
@@ -36,6 +39,22 @@ def server(secrets: Path) -> Iterator[stack.Broker]:
             for _ in range(count):
                 client.submit(Complete(prompt=["Hello"]), priority=priority)
         yield server
+
+
+@pytest.mark.parametrize("user", ["producer", "worker", "monitor", "exporter"])
+def test_top_counts_them_all(server: stack.Broker, secrets: Path, user: str) -> None:
+    servers = as_user(server, secrets, user)
+    outcome = CliRunner().invoke(
+        main, ["--broker", servers.url, "--results", servers.results, "top", "--once", "--json"]
+    )
+    found = json.loads(outcome.stdout)
+    (queue,) = found["queues"]
+    assert queue["by_priority"] == {str(priority): JOBS.get(priority, 0) for priority in range(10)}
+    assert queue["waiting"] == sum(JOBS.values())
+    # The others may look at no message.
+    assert (queue["oldest_age_s"] is not None) == (user in ("worker", "exporter"))
+    assert (found["in_flight"] is not None) == (user != "producer")
+    assert found["workers"] == {}
 
 
 def test_the_exporter_counts_them_all(server: stack.Broker, secrets: Path, tmp_path: Path) -> None:

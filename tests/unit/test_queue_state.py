@@ -155,9 +155,12 @@ def _bytes_sent(server: Broker) -> int:
     return int(server.connect().info("stats")["total_net_output_bytes"])
 
 
-def test_a_user_who_may_not_read_messages_gets_the_time_since_the_list_had_some(server: Broker) -> None:
-    admin = server.connect()
-    admin.acl_setuser("counter", enabled=True, nopass=True, keys=["idefics*"], commands=["+llen", "+select", "+ping"])
+@pytest.mark.parametrize("more", [[], ["+eval"]], ids=["no script", "not in a script"])
+def test_a_user_who_may_not_read_messages_gets_the_time_since_the_list_had_some(
+    server: Broker, more: list[str]
+) -> None:
+    admin, rights = server.connect(), ["+llen", "+select", "+ping", *more]
+    admin.acl_setuser("counter", enabled=True, nopass=True, keys=["idefics*"], commands=rights)
     try:
         reader = QueueReader(app_at(replace(server, credentials="counter:x@").url, None))
         admin.lpush("idefics", sent(100))

@@ -28,7 +28,6 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
-from config.logging import configure
 from config.settings import PREFIX, Settings, load
 from tasks.apps import app_at
 from tasks.outbox import connect
@@ -43,8 +42,8 @@ from tasks.redis_keys import (
     broker_prefix,
     results_prefix,
 )
+from worker.observability import log_setup, setup_hook
 from worker.observability.exposition import serve
-from worker.observability.log_lines import LineFormatter
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +202,8 @@ def _add_callbacks(redis: Any, prefix: str, families: _Families) -> None:
 def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
     settings = load()
-    configure(settings.log_level, LineFormatter())
+    log_setup.set_up(settings, "queue")
+    setup_hook.run(settings.setup, "queue")
     registry = CollectorRegistry()
     registry.register(QueueCollector(exporter_app(settings), settings.queue))
     ProcessCollector(registry=registry)

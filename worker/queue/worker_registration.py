@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from typing import Any
 
 from celery import bootsteps
@@ -13,6 +14,8 @@ from redis import RedisError
 from tasks.availability import is_away
 from tasks.outbox import connect
 from tasks.worker_registry import RENEW_S, WorkerOptions, deregister, publish, register
+from worker.observability.exposition import MODEL_PROCESS, BothProcesses
+from worker.observability.recent_work import RecentWork
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +50,12 @@ class WorkerRegistration(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _renew(self, app: Any, name: str) -> None:
         options, broker, is_logged = WorkerOptions.of(app), None, False
+        work = RecentWork(BothProcesses(MODEL_PROCESS).collect, app.settings.model)
         while not self._is_ending.is_set():
             try:
                 broker = broker or connect(app)
                 publish(app, options, broker)
-                register(app, name, app.settings.model, broker)
+                register(app, name, app.settings.model, broker, work.status(time.monotonic()))
             except Exception as error:
                 if not is_logged and not is_away(error):
                     logger.warning("This worker cannot be registered for clients: %s", error)
