@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from worker.models import paged_attention as paged
+from tests.model.conftest import random_model
+from tests.model.jobs import mixed_jobs, row_of
+from worker.engine.blocks import BLOCK_TOKENS
+from worker.engine.continuous import ContinuousModel
+from worker.engine.cuda_graphs import Step
+from worker.engine.traced import Traced
+from worker.models import paged_attention, self_attention
 from worker.models.idefics2_3.network import grouped
-from worker.models.paged_attention import KERNEL_BLOCK, PagedRows, can_page, gathered_attention, paged_attention
+from worker.models.layers import KeysValues
+from worker.models.paged_attention import KERNEL_BLOCK, PagedRows, block_tokens, can_page
+from worker.models.self_attention import Caches, causal_attention
 
 HEAD_SIZE = 16
 
@@ -44,27 +55,36 @@ def kernel_model(
     assert block_table.stride(-1) == query.stride(-1) == key.stride(-1) == 1
     assert key.shape == value.shape
     assert key.shape[1] % KERNEL_BLOCK == 0
-    assert max_k >= int(seqused_k.max())
-    assert int(seqused_k.max()) <= block_table.shape[1] * key.shape[1]
+    assert int(seqused_k.max()) <= max_k <= block_table.shape[1] * key.shape[1]
     assert num_splits == 1, "wrong results, see pytorch issue 194167"
-    heads, key_heads = query.shape[1], key.shape[2]
-    assert heads == key_heads or (enable_gqa and heads % key_heads == 0)
-    left, right = window_size
+    assert window_size[1] == 0
+    group, rest = divmod(query.shape[1], key.shape[2])
+    assert not rest
+    assert group == 1 or enable_gqa
     result = torch.full_like(query, torch.nan)
-    for row in range(rows):
-        first, last = cu_seq_q.tolist()[row : row + 2]
+    for row, (first, last) in enumerate(itertools.pairwise(cu_seq_q.tolist())):
         assert last - first <= max_q
         used = int(seqused_k[row])
-        keys, values = (pool[block_table[row].long()].flatten(0, 1)[:used] for pool in (key, value))
-        for number in range(first, last):
-            end = used - (last - number) + 1
-            begin = max(0, end - 1 - left) if left >= 0 else 0
-            seen = range(begin, min(used, end + right) if right >= 0 else used)
-            for head in range(heads):
-                key_head = head // (heads // key_heads)
-                scores = keys[seen.start : seen.stop, key_head] @ query[number, head] * query.shape[2] ** -0.5
-                result[number, head] = scores.softmax(dim=0) @ values[seen.start : seen.stop, key_head]
+        keys, values = (
+            pool[block_table[row].long()].flatten(0, 1)[:used].repeat_interleave(group, dim=1) for pool in (key, value)
+        )
+        ends = torch.arange(used - (last - first), used)[:, None]
+        columns = torch.arange(used)
+        mask = columns <= ends
+        if window_size[0] >= 0:
+            mask &= columns >= ends - window_size[0]
+        scores = torch.einsum("qhd,khd->hqk", query[first:last], keys) * query.shape[2] ** -0.5
+        chances = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        result[first:last] = torch.einsum("hqk,khd->qhd", chances, values)
     return result
+
+
+@pytest.fixture
+def paging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model take the kernel's place, on a CPU."""
+    monkeypatch.setattr(paged_attention, "varlen_attn", kernel_model)
+    monkeypatch.setattr(paged_attention, "can_page", lambda *_: True)
+    monkeypatch.setattr(self_attention, "can_page", lambda *_: True)
 
 
 #: Key heads, heads, new tokens, each row's keys, window.
@@ -80,35 +100,50 @@ CASES: dict[str, tuple[int, int, int, list[int], int | None]] = {
 }
 
 
+def new_cache(blocks: int, key_heads: int) -> KeysValues:
+    """Random keys and values, but zeros in the block that pads tables."""
+    keys, values = torch.randn(2, blocks, KERNEL_BLOCK, key_heads, HEAD_SIZE)
+    keys[0] = values[0] = 0.0
+    return keys, values
+
+
+def attended(
+    query: Tensor, cache: KeysValues, table: Tensor, ends: Sequence[int], window: int | None = None, last: bool = False
+) -> Tensor:
+    """The attention of a layer's last new tokens. `ends`: each row's keys. `last`: of each row's last token only."""
+    positions = torch.tensor(ends)[:, None] + torch.arange(-query.shape[2], 0)
+    lasts = torch.full((len(ends),), query.shape[2] - 1) if last else None
+    attention = causal_attention(Caches(table, [cache]), positions, window=window, lasts=lasts)
+    asked = query[:, :, -1:] if last else query
+    return attention.attended(asked, cache, cache, grouped(scaled_dot_product_attention))
+
+
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernels_contract_is_that_of_gathered_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_contract_is_that_of_gathered_blocks(name: str, last: bool, request: pytest.FixtureRequest) -> None:
     key_heads, heads, queries, ends, window = CASES[name]
-    monkeypatch.setattr(paged, "varlen_attn", kernel_model)
     torch.manual_seed(0)
-    keys, values = torch.randn(2, 8, KERNEL_BLOCK, key_heads, HEAD_SIZE)
-    # Each row's blocks are in any order, and behind them the table names the scratch block.
+    # Each row's blocks are in any order, and behind them the table names the null block.
     blocks = iter([7, 2, 5, 1, 6, 3, 4])
     counts = [-(-end // KERNEL_BLOCK) for end in ends]
     table = torch.tensor([[next(blocks) for _ in range(count)] + [0] * (2 - count) for count in counts])
-    keys[0] = values[0] = torch.nan
-    rows = PagedRows.of(table, torch.tensor(ends), queries)
-    query = torch.randn(len(ends), heads, queries, HEAD_SIZE)
-    attended = paged_attention(query, keys, values, rows, window)
-    assert attended.shape == query.shape
-    keys[0] = values[0] = 0.0
-    reference = gathered_attention(query, keys, values, rows, grouped(scaled_dot_product_attention), window)
-    torch.testing.assert_close(attended, reference)
+    cache, query = new_cache(8, key_heads), torch.randn(len(ends), heads, queries, HEAD_SIZE)
+    reference = attended(query, cache, table, ends, window, last)
+    request.getfixturevalue("paging")
+    for each in cache:
+        each[0] = torch.nan
+    found = attended(query, cache, table, ends, window, last)
+    assert found.shape == reference.shape
+    torch.testing.assert_close(found, reference)
 
 
-def test_padding_behind_a_shorter_segment_changes_no_real_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Row 0 has 5 new tokens after 250, row 1 has 2 after 3, padded to 5: its padding may lie in the scratch block.
-    monkeypatch.setattr(paged, "varlen_attn", kernel_model)
+def test_padding_behind_a_shorter_segment_changes_no_real_token(paging: None) -> None:
+    # Row 0 has 5 new tokens after 250, row 1 has 2 after 3, padded to 5.
     torch.manual_seed(0)
-    keys, values = torch.randn(2, 3, KERNEL_BLOCK, 1, HEAD_SIZE)
-    query = torch.randn(2, 1, 5, HEAD_SIZE)
+    cache, query = new_cache(3, 1), torch.randn(2, 1, 5, HEAD_SIZE)
     table = torch.tensor([[1], [2]])
-    padded = paged_attention(query, keys, values, PagedRows.of(table, torch.tensor([255, 8]), 5))
-    alone = paged_attention(query[1:, :, :2], keys, values, PagedRows.of(table[1:], torch.tensor([5]), 2))
+    padded = attended(query, cache, table, [255, 8])
+    alone = attended(query[1:, :, :2], cache, table[1:], [5])
     torch.testing.assert_close(padded[1:, :, :2], alone)
 
 
@@ -117,8 +152,56 @@ def test_torchs_own_function_takes_the_arguments() -> None:
     with torch.device("meta"):
         keys, values = torch.empty(2, 8, KERNEL_BLOCK, 2, HEAD_SIZE, dtype=torch.bfloat16)
         query = torch.empty(3, 4, 5, HEAD_SIZE, dtype=torch.bfloat16)
-        rows = PagedRows.of(torch.zeros(3, 2, dtype=torch.long), torch.full((3,), 300), 5)
-        assert paged_attention(query, keys, values, rows, window=100).shape == query.shape
+        rows = PagedRows.of(torch.zeros(3, 2, dtype=torch.long), torch.full((3,), 300), 5, window=100)
+        assert paged_attention.paged_attention(query, keys, values, rows).shape == query.shape
+
+
+def test_a_traced_function_that_uses_the_kernel_runs_operation_by_operation(paging: None) -> None:
+    # A trace would keep the number of queries and keys of the first call.
+    cache, calls = new_cache(3, 1), []
+
+    def layer(query: Tensor, table: Tensor, *pools: Tensor) -> Tensor:
+        calls.append(query.shape[2])
+        return attended(query, (pools[0], pools[1]), table, [300])
+
+    traced = Traced(layer)
+    for length in (2, 5, 5):
+        query, table = torch.randn(1, 1, length, HEAD_SIZE), torch.tensor([[1, 2]])
+        found = traced(query, self_kv=[table, *cache])
+        torch.testing.assert_close(found, attended(query, cache, table, [300]))
+    assert calls[-2:] == [5, 5]
+
+
+class Recorder:
+    """Runs a recorded step at each replay, as a CUDA graph does; counts the recorded ones."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.recorded += 1
+        return step
+
+
+@pytest.mark.parametrize("name", ["with resampler", "idefics2 chat", "smolvlm chat"])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_batch_with_the_kernel_says_what_stock_generate_says_to_each_job_alone(
+    name: str, graphs: bool, tmp_path: Path, paging: None
+) -> None:
+    served, record = random_model(tmp_path / "checkpoint", name, "blocks"), Recorder()
+    decoder = served.model.decoder.family
+    assert decoder.spec.block_tokens == KERNEL_BLOCK
+    model = ContinuousModel(
+        served.stock, decoder, served.model.encode, record=record if graphs else None, blocks=200, chunk_tokens=40
+    )
+    jobs = mixed_jobs(16, sorted(served.images))
+    prompts = [served.parts(job) for job in jobs]
+    rows = [row_of(model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    model.run(rows, lambda: None, lambda running: ())
+    for job, parts, row in zip(jobs, prompts, rows, strict=True):
+        assert list(row.output.result().ids) == served.stock_ids(job, parts), job
+    # One for each power of two of rows, with and without pictures among them.
+    assert record.recorded <= 10 if graphs else not record.recorded
 
 
 class Cuda:
@@ -135,8 +218,8 @@ class Cuda:
         ({"dtype": torch.float32}, False),
         ({"head_size": 84}, False),
         ({"head_size": 320}, False),
-        ({"block_size": 64}, False),
-        ({"block_size": 512}, True),
+        ({"block_tokens": 64}, False),
+        ({"block_tokens": 512}, True),
         ({"capability": (7, 5)}, False),
         ({"hip": "6.0"}, False),
         ({"kernel": None}, False),
@@ -149,11 +232,12 @@ def test_the_kernel_is_used_only_where_it_runs(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: changed.get("capability", (9, 0)))
     monkeypatch.setattr(torch.version, "hip", changed.get("hip"))
     if "kernel" in changed:
-        monkeypatch.setattr(paged, "varlen_attn", changed["kernel"])
+        monkeypatch.setattr(paged_attention, "varlen_attn", changed["kernel"])
     device: Any = Cuda()
     dtype = changed.get("dtype", torch.bfloat16)
-    assert can_page(device, dtype, changed.get("head_size", 128), changed.get("block_size", KERNEL_BLOCK)) is expected
+    assert can_page(device, dtype, changed.get("head_size", 128), changed.get("block_tokens", KERNEL_BLOCK)) is expected
 
 
 def test_a_cpu_gathers() -> None:
     assert not can_page(torch.device("cpu"), torch.bfloat16, 128, KERNEL_BLOCK)
+    assert block_tokens(torch.device("cpu"), torch.bfloat16, 128) == BLOCK_TOKENS

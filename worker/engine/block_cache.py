@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from worker.engine.blocks import BLOCK_TOKENS, NULL_BLOCK, BlockAllocator, BlockTables, CopiedBlock, blocks_for
+from worker.engine.blocks import NULL_BLOCK, BlockAllocator, BlockTables, CopiedBlock, blocks_for
 from worker.engine.interfaces import CacheSpec, Prefix
 from worker.engine.kv_cache import KVCache
 from worker.engine.slots import Move
@@ -22,10 +22,10 @@ MIN_WIDTH = 4
 class BlockPool:
     """The blocks of all layers, allocated once."""
 
-    def __init__(self, spec: CacheSpec, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
+    def __init__(self, spec: CacheSpec, blocks: int) -> None:
         """`blocks`: blocks that rows can take. Two more are reserved: NULL_BLOCK, and the last one, where the keys and
         values of padding are written."""
-        kv = spec.self_kv
+        kv, block_tokens = spec.self_kv, spec.block_tokens
         self._device = spec.device
         self._whole = zeros((2 * kv.layers, blocks + 2, block_tokens, kv.heads, kv.head_size), spec.dtype, spec.device)
         #: Keys and values (blocks, block tokens, heads, head size) of each layer in turn, at fixed addresses.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tasks.results import ModelInfo
+from worker.engine.blocks import BLOCK_TOKENS
 from worker.engine.generation_rules import GenerationRules
 from worker.engine.pauses import Pauses
 from worker.engine.row import Picture, Row, Tokens
@@ -118,6 +119,8 @@ class CacheSpec:
     extra: tuple[KVSpec, ...] = ()
     #: Maximum bytes of a segment's `carry`.
     carry_bytes: int = 0
+    #: Tokens of a block, if keys and values are kept in blocks.
+    block_tokens: int = BLOCK_TOKENS
 
 
 class PromptSegment(Protocol):

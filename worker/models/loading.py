@@ -177,7 +177,9 @@ def _stock(adapter: Adapter, info: ModelInfo, settings: Settings, rules: Generat
 
 def _continuous(stock: StockModel, decoder: Decoder, encode: Encode, settings: Settings) -> ContinuousModel:
     record = CudaGraphs() if settings.cuda_graphs and decoder.spec.device.type == "cuda" else None
-    blocks = blocks_for(settings.max_batch_tokens) if _layout(settings, decoder.spec.device) == "blocks" else 0
+    spec = decoder.spec
+    in_blocks = _layout(settings, spec.device) == "blocks"
+    blocks = blocks_for(settings.max_batch_tokens, spec.block_tokens) if in_blocks else 0
     return ContinuousModel(stock, decoder, encode, settings.prefix_cache_bytes, record, blocks=blocks)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from worker.engine.scoring import PROMPT
 from worker.engine.traced import TABLE_DIMENSIONS
 from worker.models.layers import Attend, CosSin, DecoderLayer, KeysValues
+from worker.models.paged_attention import PagedRows, can_page, paged_attention
 
 
 class Places(Protocol):
@@ -96,6 +97,14 @@ class Caches(NamedTuple):
         keys = self.layers[0][0]
         return keys.shape[2] if self.table is None else self.table.shape[1] * keys.shape[1]
 
+    def paged(self, positions: Tensor, window: int | None) -> PagedRows | None:
+        """For torch's paged kernel: rows with consecutive new tokens at `positions` (rows, queries), the last of which
+        is each row's last; None if the kernel does not run here. `window`: see causal_mask."""
+        keys = self.layers[0][0]
+        if self.table is None or not can_page(keys.device, keys.dtype, keys.shape[3], keys.shape[1]):
+            return None
+        return PagedRows.of(self.table, positions[:, -1] + 1, positions.shape[1], window)
+
     def places(self, positions: Tensor, slots: Tensor | None = None) -> Places:
         """The places of tokens at `positions` (rows, length) of their rows. `slots` (rows,): the slots of the rows,
         unless there is a block table; None: row n is in slot n."""
@@ -109,16 +118,56 @@ class SelfAttention:
     """Where the keys and values of new tokens are stored, and what the tokens attend to."""
 
     places: Places
-    #: (rows, 1, length, keys): True where a token attends to a key.
-    mask: Tensor
-    #: (rows, selected): indices of the tokens whose states are computed; None: all.
-    selected: Tensor | None = None
+    #: (rows, 1, queries, keys): True where a token attends to a key; None for torch's paged kernel.
+    mask: Tensor | None
+    paged: PagedRows | None = None
     #: True if no row has tokens before the new ones, so that the caches need not be read.
     only_new: bool = False
+    #: (rows, selected): indices of the tokens whose states are computed; None: all.
+    selected: Tensor | None = None
+    #: The same, but with the states of all tokens; None if it has them.
+    whole: SelfAttention | None = None
 
     def of_all(self) -> SelfAttention:
         """The same, but with the states of all tokens."""
-        return SelfAttention(self.places, self.mask, None, self.only_new)
+        return self.whole or self
+
+    def at(self, selected: Tensor, paged: PagedRows | None = None) -> SelfAttention:
+        """The same, but with the states of the tokens at `selected` (rows, selected) only. `paged`: for these."""
+        mask = None if self.mask is None else _queries_at(self.mask, selected)
+        return SelfAttention(self.places, mask, paged, self.only_new, selected, self)
+
+    def attended(self, query: Tensor, new: KeysValues, cache: KeysValues, attend: Attend) -> Tensor:
+        """The result of attention for `query`, in its shape (rows, heads, queries, head size). `new`: the new tokens'
+        keys and values, which are in `cache` already."""
+        if self.paged is not None:
+            return paged_attention(query, *cache, self.paged)
+        keys, values = new if self.only_new else self.places.load(cache)
+        return attend(query, keys, values, self.mask)
+
+
+def causal_attention(
+    caches: Caches,
+    positions: Tensor,
+    *,
+    window: int | None = None,
+    slots: Tensor | None = None,
+    lasts: Tensor | None = None,
+    only_new: bool = False,
+) -> SelfAttention:
+    """Attention of consecutive new tokens at `positions` (rows, length) to the tokens up to themselves.
+
+    `window`: see causal_mask. `slots`: see Caches.places. `lasts` (rows,): the index of the only token of each row
+    whose state the last layer computes; None: of all. `only_new`: whether no row has tokens before the new ones.
+    """
+    length = positions.shape[1]
+    places, paged = caches.places(positions, slots), caches.paged(positions, window)
+    mask = causal_mask(positions, length if only_new else caches.keys, window) if paged is None else None
+    whole = SelfAttention(places, mask, paged, only_new)
+    if lasts is None:
+        return whole
+    selected = lasts[:, None]
+    return whole.at(selected, paged and caches.paged(positions.gather(1, selected), window))
 
 
 def run_layer(
@@ -136,12 +185,9 @@ def run_layer(
     """
     query, key, value = layer.query_keys_values(states, rotary)
     attention.places.store(cache, (key, value))
-    mask = attention.mask
     if attention.selected is not None:
         states, query = states_at(states, attention.selected), _queries_at(query, attention.selected)
-        mask = _queries_at(mask, attention.selected)
-    keys, values = (key, value) if attention.only_new else attention.places.load(cache)
-    return layer.output(states, attend(query, keys, values, mask))
+    return layer.output(states, attention.attended(query, (key, value), cache, attend))
 
 
 def new_positions(starts: Tensor, ids: Tensor) -> Tensor:

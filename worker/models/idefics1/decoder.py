@@ -29,6 +29,7 @@ from worker.models.idefics1.network import (
     TextPrefill,
     TreeAttention,
 )
+from worker.models.paged_attention import block_tokens
 
 #: Maximum new tokens of a row that count as few (see layers.eager_attention).
 FEW = 24
@@ -163,6 +164,7 @@ def cache_spec(model: IdeficsForVisionText2Text) -> CacheSpec:
         weight.device,
         (KVSpec(len(blocks), cross_attention.num_heads, cross_attention.head_dim, width),),
         width * size * weight.dtype.itemsize,
+        block_tokens(weight.device, weight.dtype, self_attention.head_dim),
     )
 
 

@@ -20,7 +20,7 @@ from worker.models.layers import KeysValues
 from worker.models.self_attention import (
     Caches,
     SelfAttention,
-    causal_mask,
+    causal_attention,
     new_positions,
     prompt_scores,
     run_layer,
@@ -156,9 +156,7 @@ class Prefill(_PromptNetwork):
         """Logits (rows, vocabulary) after each row's last token. `tensors`: those of `Prompts`, then the caches."""
         prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), Caches.of(tensors[_PROMPT_TENSORS:])
         positions = prompts.positions
-        mask = causal_mask(positions, positions.shape[1] if self.begins else caches.keys)
-        places = caches.places(positions, prompts.slots)
-        attention = SelfAttention(places, mask, prompts.lasts[:, None], self.begins)
+        attention = causal_attention(caches, positions, slots=prompts.slots, lasts=prompts.lasts, only_new=self.begins)
         states = self.states(prompts.ids, positions, caches, self.cross_attend_shown(prompts), attention)
         return self.text.logits(states[:, 0])
 
@@ -188,7 +186,7 @@ class _ScoredNetwork(_Network):
         caches = Caches.of(tensors)
         mask = tree_mask(starts, owner, depth, caches.keys)
         selected = scored_places(lasts, targets, ids.shape[1])
-        attention = SelfAttention(caches.places(new_positions(starts, ids)), mask, selected)
+        attention = SelfAttention(caches.places(new_positions(starts, ids)), mask).at(selected)
         states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
         return prompt_scores(self.text.logits(states), firsts, targets)
 
@@ -220,7 +218,7 @@ class TextPrefill(_Network):
         """Logits (rows, vocabulary) after each row's last token, which is at index `lasts` (rows,) of `ids`. `tensors`:
         the caches."""
         caches, positions = Caches.of(tensors), new_positions(starts, ids)
-        attention = SelfAttention(caches.places(positions), causal_mask(positions, caches.keys))
+        attention = causal_attention(caches, positions)
         states = self.states(ids, positions, caches, _cross_attend_nothing, attention)
         return self.text.logits(states_at(states, lasts[:, None])[:, 0])
 
@@ -234,7 +232,7 @@ class DecodeStep(_Network):
         the cross-attention may be left out."""
         ids, starts, attends_image = numbers.unbind()
         caches, positions = Caches.of(tensors), starts[:, None]
-        attention = SelfAttention(caches.places(positions), causal_mask(positions, caches.keys))
+        attention = causal_attention(caches, positions)
         states = self.states(ids[:, None], positions, caches, self.cross_attend_cached(attends_image), attention)
         return self.text.logits(states[:, 0])
 

@@ -20,6 +20,7 @@ from worker.engine.scoring import TokenTree
 from worker.engine.tensors import padded, to_device
 from worker.engine.traced import Traced
 from worker.models.idefics2_3.network import DecodeStep, Prefill, ScoredPrefill, TextModel, TreeAttention
+from worker.models.paged_attention import block_tokens
 
 #: Types of rotary embedding that depend on a token's position only. Others change with the longest row of a batch.
 STEADY_ROPE = ("default", "linear", "llama3", "yarn")
@@ -131,7 +132,10 @@ def _cache_spec(model: PreTrainedModel) -> CacheSpec:
     text = model.model.text_model
     # In a quantized model, other weights have another dtype.
     weight = text.norm.weight
-    key_heads = text.config.num_key_value_heads
+    heads, head_size = text.config.num_key_value_heads, text.layers[0].self_attn.head_dim
     return CacheSpec(
-        KVSpec(len(text.layers), key_heads, text.layers[0].self_attn.head_dim), weight.dtype, weight.device
+        KVSpec(len(text.layers), heads, head_size),
+        weight.dtype,
+        weight.device,
+        block_tokens=block_tokens(weight.device, weight.dtype, head_size),
     )

@@ -27,7 +27,7 @@ from worker.models.layers import (
 from worker.models.self_attention import (
     Caches,
     SelfAttention,
-    causal_mask,
+    causal_attention,
     new_positions,
     prompt_scores,
     run_layer,
@@ -124,8 +124,9 @@ class Prefill(_Network):
         """Logits (rows, vocabulary) after each row's last token. `tensors`: those of `Prompts`, then the caches."""
         prompts, caches = Prompts(*tensors[:_PROMPT_TENSORS]), Caches.of(tensors[_PROMPT_TENSORS:])
         positions = prompts.positions
-        mask = causal_mask(positions, positions.shape[1] if self.begins else caches.keys, self.text.window)
-        attention = SelfAttention(caches.places(positions), mask, prompts.lasts[:, None], only_new=self.begins)
+        attention = causal_attention(
+            caches, positions, window=self.text.window, lasts=prompts.lasts, only_new=self.begins
+        )
         return self.text.logits(self.states(prompts.embedded(self.text), positions, caches, attention)[:, 0])
 
 
@@ -143,7 +144,7 @@ class ScoredPrefill(_Network):
         caches = Caches.of(rest)
         mask = tree_mask(prompts.starts, owner, depth, caches.keys, self.text.window)
         selected = scored_places(prompts.lasts, targets, prompts.ids.shape[1])
-        attention = SelfAttention(caches.places(prompts.positions), mask, selected)
+        attention = SelfAttention(caches.places(prompts.positions), mask).at(selected)
         positions = prompts.starts[:, None] + depth
         states = self.states(prompts.embedded(self.text), positions, caches, attention)
         return prompt_scores(self.text.logits(states), firsts, targets)
@@ -162,7 +163,7 @@ class DecodeStep(_Network):
         before it, and 0. `tensors`: the caches."""
         ids, starts, _ = numbers.unbind()
         caches, positions = Caches.of(tensors), starts[:, None]
-        attention = SelfAttention(caches.places(positions), causal_mask(positions, caches.keys, self.text.window))
+        attention = causal_attention(caches, positions, window=self.text.window)
         states = self.states(self.text.embedding(ids[:, None]), positions, caches, attention)
         return self.text.logits(states[:, 0])
 
