@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 
 #: A layer's keys and values.
 KeysValues = tuple[Tensor, Tensor]
@@ -76,22 +76,30 @@ def concatenated(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
 
 
 class RMSNorm(torch.nn.Module):
-    """Root mean square normalization (Zhang and Sennrich, 2019), in half the operations of transformers' module."""
+    """Root mean square normalization (Zhang and Sennrich, 2019), in half the operations of transformers' module, on a
+    GPU in one."""
 
     eps: Tensor
 
     def __init__(self, norm: StockModule) -> None:
         super().__init__()
         self.weight = norm.weight
+        self.epsilon = float(norm.variance_epsilon)
         self.register_buffer("eps", torch.tensor(norm.variance_epsilon, device=norm.weight.device))
 
     def forward(self, states: Tensor) -> Tensor:
         """From (..., size) to the same shape."""
+        if states.is_cuda and states.dtype == self.weight.dtype:
+            return self.fused(states)
         exact = states.float()
         squares = torch.linalg.vecdot(exact, exact)[..., None]
         scale = torch.add(self.eps, squares, alpha=1 / states.shape[-1]).rsqrt()
         normed: Tensor = (states * scale).to(self.weight.dtype) * self.weight
         return normed
+
+    def fused(self, states: Tensor) -> Tensor:
+        """The same by torch's function, which is one kernel on a GPU. On a CPU it is more operations than `forward`."""
+        return rms_norm(states, self.weight.shape, self.weight, self.epsilon)
 
 
 class GatedMlp(torch.nn.Module):
