@@ -1,160 +1,252 @@
-"""The engine on a GPU: idefics-9b's shape with random weights in bf16. `python -m benchmarks.gpu --save gpu`.
+"""The engine on a GPU, in bfloat16, with random weights in a published checkpoint's shape.
 
-Milliseconds of a decode step at 1, 16 and 64 rows, launched directly and as recorded CUDA graphs, compared with the
-time that the GPU needs to read the weights once (the lower bound) and with a step of stock `generate` in the same
-process; images a second of the vision tower and resampler.
-`--tiny --device cpu` runs the same code without a GPU, for its own test.
+`python -m benchmarks.gpu --family idefics3 --save gpu-idefics3`. With keys and values in slots and in blocks, and with
+decode steps launched directly and as recorded CUDA graphs:
+
+- a decode step at 1, 16 and 64 rows, against the time that the card needs to read the weights and the rows' keys and
+  values once, and against a step of stock `generate`;
+- a step of the whole engine, which also chooses tokens: alone, and while pictures are encoded; and its host gap, the
+  part of it in which the GPU has nothing to do;
+- prefill: tokens a second, against the card's peak;
+- encoding: pictures and frames a second, from bytes in the host's memory.
+
+`--tiny --device cpu` runs the same code without a GPU; there is neither a host gap then nor a bound.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu_models import SHAPES, TINY, Card, Measured, card
 from benchmarks.measures import RESULTS
+from worker.engine.blocks import blocks_for
+from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.decoder import SlotDecoder
-from worker.engine.interfaces import PendingPrompt
-from worker.models.idefics1.decoder import IdeficsDecoder, IdeficsSegment
+from worker.engine.next_tokens import NextTokens
+from worker.engine.pauses import without_pauses
+from worker.engine.row import Picture, Row, Sampling, Tokens
 
 ROWS = (1, 16, 64)
-PROMPT_TOKENS, STEPS = 64, 32
-#: Bytes a second that a card reads from its memory, by a part of its name.
-BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
-IMAGE_ID = 5
+PICTURES = (1, 8, 32)
+STEPS = 32
+#: Tokens of the measured prefills, and least tokens of a prompt.
+PREFILL_TOKENS, PROMPT_TOKENS = 4096, 256
+#: Repetitions, after one that is not measured.
+REPEATS = 5
 
 
-def idefics_9b() -> IdeficsConfig:
-    """The shape of HuggingFaceM4/idefics-9b: 8.93 billion parameters."""
-    vision = {"embed_dim": 1280, "image_size": 224, "patch_size": 14, "intermediate_size": 5120,
-              "num_hidden_layers": 32, "num_attention_heads": 16}  # fmt: skip
-    perceiver = {"resampler_n_latents": 64, "resampler_depth": 6, "resampler_n_heads": 16, "resampler_head_dim": 96,
-                 "qk_layer_norms_perceiver": True}  # fmt: skip
-    return IdeficsConfig(
-        vocab_size=32000, additional_vocab_size=2, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, cross_layer_interval=4, qk_layer_norms=True, use_resampler=True, vision_config=vision,
-        perceiver_config=perceiver,
-    )  # fmt: skip
-
-
-def tiny() -> IdeficsConfig:
-    """The same network, small enough for any machine."""
-    vision = {"embed_dim": 32, "image_size": 32, "patch_size": 8, "intermediate_size": 64, "num_hidden_layers": 2,
-              "num_attention_heads": 2}  # fmt: skip
-    perceiver = {"resampler_n_latents": 8, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16}
-    return IdeficsConfig(
-        vocab_size=200, additional_vocab_size=2, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, cross_layer_interval=2, use_resampler=True, vision_config=vision,
-        perceiver_config=perceiver,
-    )  # fmt: skip
-
-
-def new_model(config: IdeficsConfig, device: str) -> IdeficsForVisionText2Text:
-    """Random weights, made where they stay: 9 billion take a minute to make elsewhere."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return IdeficsForVisionText2Text(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def seconds(run: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """The median over repeats, the first left out."""
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The median time of a run, until the device has done its work."""
     times = []
-    for _ in range(repeats + 1):
-        _settle(device)
+    for _ in range(REPEATS + 1):
+        settle(device)
         started = time.perf_counter()
         run()
-        _settle(device)
+        settle(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
 
-def _settle(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def settle(device: torch.device) -> None:
+    """Wait until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def our_step_s(model: IdeficsForVisionText2Text, rows: int, device: str, *, graphs: bool = False) -> float:
-    """One decode step of our decoder, prompts of one image already read."""
-    latents = model.config.perceiver_config.resampler_n_latents
-    image = torch.randn(latents, model.config.vision_config.embed_dim, device=device, dtype=torch.bfloat16)
-    decoder = SlotDecoder(IdeficsDecoder(model, IMAGE_ID), record=CudaGraphs() if graphs else None)
-    segment = IdeficsSegment([1, IMAGE_ID, *range(10, 8 + PROMPT_TOKENS)], [image], [1])
-    decoder.prefill([PendingPrompt(segment)] * rows)
+def busy_s(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that the GPU's kernels take in a run; 0 on a CPU."""
+    settle(device)
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as profiled:
+        run()
+        settle(device)
+    return float(sum(event.self_device_time_total for event in profiled.key_averages())) / 1e6
 
-    def steps() -> None:
-        for _ in range(STEPS):
-            decoder.step([7] * rows)
 
-    return seconds(steps, device) / STEPS
+@dataclass(frozen=True)
+class Setup:
+    """A model with its keys and values in one layout, and with CUDA graphs or without."""
+
+    measured: Measured
+    layout: str
+    graphs: bool
+    prompt: Tokens
+    features: Mapping[bytes, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.measured.device
+
+    def options(self, rows: int) -> dict[str, Any]:
+        """Arguments of SlotDecoder and of ContinuousModel for this many rows, which all grow by twice the measured
+        steps of the longest row."""
+        tokens = len(self.prompt.ids) + 2 * (rows + (REPEATS + 2) * STEPS)
+        size = self.measured.model.decoder.family.spec.block_tokens
+        return {
+            "record": CudaGraphs() if self.graphs else None,
+            "blocks": (rows + 1) * blocks_for(tokens, size) if self.layout == "blocks" else 0,
+        }
+
+    def decoder(self, rows: int) -> SlotDecoder:
+        """A decoder with a prefilled prompt in each of its slots."""
+        decoder = SlotDecoder(self.measured.model.decoder.family, 2**20, **self.options(rows))
+        for _ in range(rows):
+            self.prefill(decoder, 1)
+        return decoder
+
+    def prefill(self, decoder: SlotDecoder, prompts: int) -> Sequence[int]:
+        """Prefill prompts. Returns their slots."""
+        return decoder.prefill([decoder.pending(self.prompt, None, self.features)] * prompts)[0]
+
+    def model(self, rows: int) -> ContinuousModel:
+        """The whole engine's model, which prefills each prompt at once and shares no prefixes."""
+        of = self.measured.model
+        return ContinuousModel(of.stock, of.decoder.family, of.encode, 0, chunk_tokens=2**20, **self.options(rows))
+
+
+def setups(measured: Measured) -> Iterator[Setup]:
+    """Those that the device supports."""
+    prompt = measured.prompt(PROMPT_TOKENS)
+    features = without_pauses(measured.model.encode(prompt.pictures))
+    for layout, graphs in itertools.product(("slots", "blocks"), (False, True)):
+        if measured.device.type == "cuda" or not graphs:
+            yield Setup(measured, layout, graphs, prompt, features)
 
 
 @torch.inference_mode()
-def stock_step_s(model: IdeficsForVisionText2Text, rows: int, device: str) -> float:
-    """One step of stock `generate`: the time for STEPS tokens less the time for one, images given as features."""
-    latents = model.config.perceiver_config.resampler_n_latents
-    inputs = {
-        "input_ids": torch.full((rows, PROMPT_TOKENS), 7, device=device),
-        "attention_mask": torch.ones(rows, PROMPT_TOKENS, dtype=torch.long, device=device),
-        "image_attention_mask": torch.ones(rows, PROMPT_TOKENS, 1, dtype=torch.long, device=device),
-        "image_hidden_states": torch.randn(
-            rows, 1, latents, model.config.vision_config.embed_dim, device=device, dtype=torch.bfloat16
-        ),
+def decode_step(setup: Setup, rows: int, bound: Card | None) -> dict[str, Any]:
+    """Milliseconds of a step of the decoder, and of the engine."""
+    decoder, choose = setup.decoder(rows), NextTokens([], setup.device).choose
+
+    def steps(*, choosing: bool) -> None:
+        for _ in range(STEPS):
+            logits = decoder.step([7] * rows)
+            if choosing:
+                choose(logits, {})
+
+    step_s = seconds(functools.partial(steps, choosing=False), setup.device) / STEPS
+    busy = busy_s(functools.partial(steps, choosing=True), setup.device) / STEPS
+    model = setup.model(rows)
+    engine_s = engine_step_s(model, setup.prompt, rows)
+    seen = [setup.measured.picture(seed) for seed in range(1, 1 + PICTURES[-1])]
+    model.prefetch(seen, lambda cached: None)
+    encoding_s = engine_step_s(model, setup.prompt, rows)
+    least = setup.measured.step_bytes(rows, len(setup.prompt.ids)) / bound.bandwidth if bound else None
+    return {
+        "rows": rows,
+        "layout": setup.layout,
+        "graphs": setup.graphs,
+        "step_ms": milliseconds(step_s),
+        "least_ms": milliseconds(least),
+        "of_bandwidth": least and round(least / step_s, 3),
+        "engine_step_ms": milliseconds(engine_s),
+        "engine_step_ms_while_encoding": milliseconds(encoding_s),
+        "host_gap_ms": milliseconds(engine_s - busy) if busy else None,
     }
 
-    def generate(tokens: int) -> float:
-        return seconds(
-            lambda: model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens), device, 3
-        )
 
-    return (generate(STEPS) - generate(1)) / (STEPS - 1)
+def engine_step_s(model: ContinuousModel, prompt: Tokens, rows: int) -> float:
+    """The median time of a step of the engine with this many running rows."""
+    times: list[float] = []
+
+    def admit(running: Sequence[Row]) -> Sequence[Row]:
+        if len(running) == rows:
+            times.append(time.perf_counter())
+        return ()
+
+    # The first row may have as many steps as there are rows before the last one joins.
+    model.run([Row(prompt, Sampling(rows + STEPS)) for _ in range(rows)], lambda: None, admit)
+    return statistics.median(after - before for before, after in itertools.pairwise(times))
 
 
 @torch.inference_mode()
-def images_per_s(model: IdeficsForVisionText2Text, device: str, chunk: int) -> float:
-    """Images a second through the vision tower and the resampler."""
-    side = model.config.vision_config.image_size
-    pixels = torch.randn(chunk, 3, side, side, device=device, dtype=torch.bfloat16)
-    encode = lambda: model.model.perceiver_resampler(model.model.vision_model(pixel_values=pixels).last_hidden_state)  # noqa: E731
-    return chunk / seconds(encode, device)
+def stock_step_ms(setup: Setup, rows: int) -> float | None:
+    """A step of stock `generate`: the time for STEPS tokens less the time for one."""
+    inputs = setup.measured.stock_inputs(rows, len(setup.prompt.ids))
+
+    def generate(tokens: int) -> float:
+        options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+        return seconds(lambda: setup.measured.network.generate(**inputs, **options), setup.device)
+
+    return milliseconds((generate(STEPS) - generate(1)) / (STEPS - 1))
 
 
-def measure(model: IdeficsForVisionText2Text, device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    bandwidth = next((speed for part, speed in BANDWIDTHS.items() if part in name), None)
-    vision = sum(p.nbytes for m in (model.model.vision_model, model.model.perceiver_resampler) for p in m.parameters())
-    read = sum(p.nbytes for p in model.parameters()) - vision - model.model.embed_tokens.weight.nbytes
-    ours = {rows: our_step_s(model, rows, device) for rows in ROWS}
-    graphed = {rows: our_step_s(model, rows, device, graphs=True) for rows in ROWS} if device == "cuda" else {}
-    stock = {rows: stock_step_s(model, rows, device) for rows in ROWS}
+def prefill(setup: Setup, bound: Card | None) -> dict[str, Any]:
+    """Tokens a second of prompts that are prefilled together."""
+    tokens = len(setup.prompt.ids)
+    prompts = max(1, PREFILL_TOKENS // tokens)
+    decoder = SlotDecoder(setup.measured.model.decoder.family, 2**20, **setup.options(prompts))
+    taken_s = seconds(lambda: decoder.release(setup.prefill(decoder, prompts)), setup.device)
+    flops = setup.measured.prefill_flops(prompts, tokens) / taken_s
+    return {
+        "layout": setup.layout,
+        "prompts": prompts,
+        "prompt_tokens": tokens,
+        "tokens_per_s": round(prompts * tokens / taken_s),
+        "of_peak": round(flops / bound.flops, 3) if bound else None,
+    }
+
+
+def encoding(measured: Measured, count: int) -> dict[str, Any]:
+    """Pictures and frames a second, scaled before."""
+    pictures: Sequence[Picture] = [measured.picture(seed) for seed in range(count)]
+    turns = itertools.count()
+
+    def encode() -> None:
+        # With keys of their own, so that none is cached.
+        turn = str(next(turns)).encode()
+        without_pauses(measured.model.encode([replace(each, key=each.key + turn) for each in pictures]))
+
+    taken_s = seconds(encode, measured.device)
+    frames = sum(len(picture.frames) for picture in pictures)
+    return {"pictures": count, "per_s": round(count / taken_s, 2), "frames_per_s": round(frames / taken_s, 2)}
+
+
+def milliseconds(value_s: float | None) -> float | None:
+    """Seconds as rounded milliseconds."""
+    return None if value_s is None else round(1000 * value_s, 3)
+
+
+def measure(measured: Measured) -> dict[str, Any]:
+    """All figures."""
+    device = measured.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    bound, each = card(name), list(setups(measured))
+    spec = measured.model.decoder.family.spec
     return {
         "device": name,
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "floor_ms": round(1000 * read / bandwidth, 2) if bandwidth else None,
-        "step_ms": {rows: round(1000 * value, 2) for rows, value in ours.items()},
-        "graphed_step_ms": {rows: round(1000 * value, 2) for rows, value in graphed.items()},
-        "stock_step_ms": {rows: round(1000 * value, 2) for rows, value in stock.items()},
-        "images_per_s": {chunk: round(images_per_s(model, device, chunk), 1) for chunk in (1, 8, 32)},
+        "family": measured.model.info.family,
+        "parameters": sum(parameter.numel() for parameter in measured.network.parameters()),
+        "block_tokens": spec.block_tokens,
+        "decode_steps": [decode_step(setup, rows, bound) for setup in each for rows in ROWS],
+        "stock_step_ms": {rows: stock_step_ms(each[0], rows) for rows in ROWS},
+        "prefill": [prefill(setup, bound) for setup in each if not setup.graphs],
+        "encoding": [encoding(measured, count) for count in PICTURES],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(SHAPES), default="idefics")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small network, to try the script")
     parser.add_argument("--save", help="the name of the file in results/")
     asked = parser.parse_args()
-    figures = measure(new_model(tiny() if asked.tiny else idefics_9b(), asked.device), asked.device)
+    shapes = TINY if asked.tiny else SHAPES
+    figures = measure(Measured.new(shapes[asked.family], asked.device))
     print(json.dumps(figures, indent=2))
     if asked.save:
         (RESULTS / f"{asked.save}.json").write_text(json.dumps(figures, indent=2) + "\n")

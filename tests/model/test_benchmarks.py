@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor
 
-from benchmarks import divergence, gpu
+from benchmarks import divergence, gpu, gpu_models
 from benchmarks.checkpoints import CHECKPOINTS
 from benchmarks.contenders import StockLoop, request_of
 from benchmarks.pictures import PICTURES, Drawings
@@ -17,12 +19,61 @@ from benchmarks.workloads import WORKLOADS
 from tests.model.checkpoints import random_checkpoint
 
 
-def test_the_gpu_benchmark_measures_steps_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "ROWS", (1, 2))
-    monkeypatch.setattr(gpu, "STEPS", 4)
-    figures = gpu.measure(gpu.new_model(gpu.tiny(), "cpu"), "cpu")
-    assert all(milliseconds > 0 for milliseconds in figures["step_ms"].values())
-    assert set(figures["step_ms"]) == set(figures["stock_step_ms"]) == {1, 2}
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the GPU's benchmark measure as little as it can."""
+    for name, value in {"ROWS": (1, 2), "STEPS": 4, "PICTURES": (1, 2), "REPEATS": 1, "PROMPT_TOKENS": 32}.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "PREFILL_TOKENS", 256)
+
+
+@pytest.mark.parametrize("family", gpu_models.TINY)
+def test_the_gpu_benchmark_measures_steps_prefills_and_encoding(
+    family: str, briefly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gpu_models.CARDS, "cpu", gpu_models.Card(1e9, 1e12))
+    figures = gpu.measure(gpu_models.Measured.new(gpu_models.TINY[family], "cpu"))
+    assert [(step["rows"], step["layout"]) for step in figures["decode_steps"]] == [
+        (1, "slots"), (2, "slots"), (1, "blocks"), (2, "blocks"),
+    ]  # fmt: skip
+    for step in figures["decode_steps"]:
+        assert min(step["step_ms"], step["engine_step_ms"], step["engine_step_ms_while_encoding"]) > 0
+        assert step["of_bandwidth"] == pytest.approx(step["least_ms"] / step["step_ms"], rel=0.1)
+        assert step["host_gap_ms"] is None, "there is no GPU"
+    assert set(figures["stock_step_ms"]) == {1, 2}
+    assert all(prefill["tokens_per_s"] > 0 for prefill in figures["prefill"])
+    frames = 1 if family == "idefics" else figures["encoding"][0]["frames_per_s"] / figures["encoding"][0]["per_s"]
+    assert round(frames) == {"idefics": 1, "idefics3": 5, "smolvlm": 1}[family]
+
+
+@torch.inference_mode()
+def test_the_operations_of_a_prefill_are_those_that_torch_counts(briefly: None) -> None:
+    measured = gpu_models.Measured.new(gpu_models.TINY["idefics3"], "cpu")
+    setup = next(gpu.setups(measured))
+    decoder = setup.decoder(0)
+    setup.prefill(decoder, 2)
+    decoder.clear()
+    with FlopCounterMode(display=False) as counter:
+        setup.prefill(decoder, 2)
+    # torch does not count a CPU's attention.
+    assert 1 < measured.prefill_flops(2, len(setup.prompt.ids)) / counter.get_total_flops() < 1.25
+
+
+def test_a_step_reads_the_weights_once_and_each_rows_keys_and_values() -> None:
+    measured = gpu_models.Measured.new(gpu_models.TINY["smolvlm"], "cpu")
+    none, one, two = (measured.step_bytes(rows, 10) for rows in range(3))
+    # 10 tokens, 4 layers, keys and values of hidden size 64, 2 bytes each.
+    assert two - one == one - none == 10 * 4 * 2 * 64 * 2
+    text = measured.network.model.text_model
+    weights = sum(parameter.nbytes for parameter in (*text.layers.parameters(), *text.norm.parameters()))
+    assert none == weights + measured.network.lm_head.weight.nbytes
+
+
+def test_a_card_is_known_by_its_name() -> None:
+    known = gpu_models.card("NVIDIA H100 PCIe")
+    assert known is not None
+    assert known.bandwidth < gpu_models.CARDS["H100"].bandwidth
+    assert gpu_models.card("cpu") is None
 
 
 def test_divergence_is_none_in_float32(tmp_path: Path) -> None:

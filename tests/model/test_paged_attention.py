@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import paged_kernel
 from tests.model.conftest import random_model
 from tests.model.jobs import mixed_jobs, row_of
 from worker.engine.blocks import BLOCK_TOKENS
@@ -145,6 +146,18 @@ def test_padding_behind_a_shorter_segment_changes_no_real_token(paging: None) ->
     padded = attended(query, cache, table, [255, 8])
     alone = attended(query[1:, :, :2], cache, table[1:], [5])
     torch.testing.assert_close(padded[1:, :, :2], alone)
+
+
+def test_the_comparison_on_a_gpu_finds_the_kernel_right_and_a_wrong_one_wrong(
+    paging: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_kernel, "REPEATS", 1)
+    case = paged_kernel.Case(3, 500, queries=2, heads=4, key_heads=2, head_size=16, window=300)
+    assert paged_kernel.compare(case, torch.device("cpu"))["error"] < 2e-2
+    monkeypatch.setattr(paged_attention, "varlen_attn", lambda query, *args, **options: kernel_model(
+        query, *args, **options | {"seqused_k": options["seqused_k"] - 1}
+    ))  # fmt: skip
+    assert paged_kernel.compare(case, torch.device("cpu"))["error"] > 0.1
 
 
 def test_torchs_own_function_takes_the_arguments() -> None:
