@@ -100,7 +100,8 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(default=64, ge=1, le=1024)
     """Jobs that the model runs at the same time."""
     max_batch_tokens: int = Field(default=65_536, ge=1)
-    """Tokens in the batch, prompts, answers and padding together: the bound on its memory."""
+    """Tokens in the batch, prompts, answers and padding together: the bound on its memory. In blocks (kv_layout) there
+    is no padding, and on a GPU the bound is what fits into its memory, unless this is set to less."""
     max_prompt_tokens: int = Field(default=0, ge=0)
     """Tokens in a prompt. A longer one is refused, since truncating could remove images. 0: what the model reads (its
     `max_position_embeddings`), at most max_batch_tokens."""
@@ -161,6 +162,9 @@ class Settings(BaseSettings):
     """How keys and values are kept. In slots each job of a batch has as much room as the longest. In blocks a job costs
     what it is long, and jobs share the blocks of common prefixes. auto: blocks on a GPU; slots on a CPU, where reading
     blocks takes longer."""
+    kv_bytes: int = Field(default=0, ge=0)
+    """Bytes of keys and values in blocks. 0: on a GPU, what is left of its memory when the largest batch of pictures is
+    encoded and the largest prefill runs, measured at start; on a CPU, enough for max_batch_tokens."""
     cuda_graphs: bool = False
     """Record a decode step once for each shape and replay it, which saves the launch of each kernel on a GPU. Not yet
     tried on a GPU, so off by default."""

@@ -14,11 +14,10 @@ from config.settings import Settings
 from tasks.payloads import Caption
 from tasks.results import Result
 from worker.engine.engine import Engine
-from worker.engine.scheduler import Limits
 from worker.jobs.row_builder import prompt_bound
 from worker.jobs.runs import JobContext
 from worker.jobs.service import Service
-from worker.models.start import load_model, model_facts
+from worker.models.start import batch_limits, load_model, model_facts
 
 #: Seconds of work in the captions that are measured together, if each took as long as one alone.
 MEASURED_S = 20.0
@@ -33,7 +32,7 @@ def check(settings: Settings, *, measure: bool = True) -> Iterator[str]:
     model, folder = load_model(settings)
     yield f"Loaded   in {time.monotonic() - started:.1f} s"
     yield from model_facts(model, settings, prompt_bound(settings, model.codec.context_tokens)[0])
-    engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens))
+    engine = Engine(model, batch_limits(model, settings))
     service = Service(settings, model.info, model.codec, engine, None, model.rules)
     engine.start()
     try:

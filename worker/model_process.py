@@ -37,13 +37,12 @@ from worker.delivery.recorder import TerminalState
 from worker.engine.device_errors import is_device_lost
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Model
-from worker.engine.scheduler import Limits
 from worker.engine.throughput import Throughput
 from worker.jobs.answer_cache import AnswerCache, fingerprint
 from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunReturned
-from worker.models.start import load_model, model_facts
+from worker.models.start import batch_limits, load_model, model_facts
 from worker.observability import tracing
 from worker.observability.exposition import ChangedValues
 from worker.observability.job_fields import about_job
@@ -286,7 +285,7 @@ def _service(settings: Settings, channel: BlockingChannel, metrics: MetricsSende
     """Load the model, start its engine, and check its golden answer. Raises SetupFailed."""
     model, folder = load_model(settings)
     _describe(model)
-    limits = Limits(settings.max_batch_size, settings.max_batch_tokens)
+    limits = batch_limits(model, settings)
     heartbeat = HeartbeatSender(channel, model, limits.rows, metrics)
     engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
     service = Service(settings, model.info, model.codec, engine, _answers(settings, folder), model.rules)

@@ -44,6 +44,13 @@ def test_it_checks_a_later_family_and_measures_its_speed(
     assert re.search(r"^Speed    \d+\.\d\d images and \d+\.\d new tokens a second", said, re.MULTILINE)
 
 
+def test_blocks_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IDEFICS_KV_LAYOUT", "blocks")
+    monkeypatch.setenv("IDEFICS_KV_BYTES", "100000000")
+    assert main(["check", "demo", "--no-speed"]) == 0
+    assert "K/V      6.14 kB a token, 1,017 blocks of 16 tokens, 100 MB\n" in capsys.readouterr().out
+
+
 def test_a_batch_that_does_not_fit_is_told_with_its_cure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 
 import pytest
+import torch
+from torch import Tensor
 
+from tasks.errors import Internal, OutOfMemory
 from tests.model.conftest import Served, random_model
-from tests.model.jobs import prepared
+from tests.model.jobs import mixed_jobs, prepared, row_of
 from worker.engine import prefix_cache
 from worker.engine.block_cache import BlockCache
 from worker.engine.blocks import BLOCK_TOKENS, BlockAllocator, blocks_for
 from worker.engine.continuous import ContinuousModel
-from worker.engine.row import Row, Sampling
+from worker.engine.interfaces import Admit
+from worker.engine.pauses import Pauses
+from worker.engine.row import Picture, Row, Sampling
 
 
 @pytest.fixture(scope="module", params=["with resampler", "smolvlm chat"])
@@ -64,3 +70,168 @@ def test_many_questions_on_one_picture_hold_its_keys_and_values_once(
     # The last block of the prefix, which no row shares, is that of the cache.
     assert used <= common + 1 + own
     assert shared == common
+
+
+def answered(served: Served, count: int, seed: int) -> tuple[list[Row], list[list[int]]]:
+    """Rows of mixed jobs, and what stock `generate` says to each alone."""
+    jobs = mixed_jobs(count, sorted(served.images), seed=seed)
+    prompts = [served.parts(job) for job in jobs]
+    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    return rows, [served.stock_ids(job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+
+
+def smallest(rows: Sequence[Row]) -> int:
+    """Blocks for the longest row alone, and one for the copy of a prefix's last block."""
+    return max(blocks_for(len(row.tokens.ids) + row.max_steps) for row in rows) + 1
+
+
+def test_preempted_rows_say_what_stock_generate_says_to_each_alone(in_blocks: Served) -> None:
+    rows, expected = answered(in_blocks, 16, seed=11)
+    model = with_blocks(in_blocks, smallest(rows))
+    model.run(rows[:10], lambda: None, in_turn([[], rows[10:]]))
+    assert [list(row.output.result().ids) for row in rows] == expected
+    assert model.metrics()["preemptions"] > 0
+    assert is_empty(model)
+
+
+def test_a_preempted_row_goes_on_with_its_samples(in_blocks: Served) -> None:
+    texts = [f"Say {n}" + " and more" * n for n in range(8)]
+
+    def sampled(model: ContinuousModel) -> list[tuple[int, ...]]:
+        rows = [
+            Row(prepared(in_blocks.model, [text]), Sampling(30, temperature=1.0, top_p=0.9, seed=n))
+            for n, text in enumerate(texts)
+        ]
+        model.run(rows, lambda: None, _nobody)
+        return [row.output.result().ids for row in rows]
+
+    roomy, tight = with_blocks(in_blocks, 400), with_blocks(in_blocks, 10)
+    assert sampled(tight) == sampled(roomy)
+    assert tight.metrics()["preemptions"] > 0 == roomy.metrics()["preemptions"]
+
+
+def test_the_youngest_of_the_least_urgent_rows_is_preempted(in_blocks: Served) -> None:
+    prompt = prepared(in_blocks.model, ["Say"])
+    rows = [Row(prompt, Sampling(40), priority=priority, arrived=arrived)
+            for priority, arrived in ((5, 1.0), (9, 0.0), (0, 3.0), (5, 2.0))]  # fmt: skip
+    ended: list[Row] = []
+
+    def heartbeat() -> None:
+        ended.extend(row for row in rows if row.is_done and row not in ended)
+
+    model = with_blocks(in_blocks, smallest(rows))
+    model.run(rows, heartbeat, _nobody)
+    heartbeat()
+    assert model.metrics()["preemptions"] > 0
+    assert ended[-1] is rows[1]
+    assert rows.index(ended[0]) == 2 or ended[0] is rows[0]
+
+
+def test_a_row_that_is_too_long_for_all_blocks_fails_alone(in_blocks: Served) -> None:
+    fits = [Row(prepared(in_blocks.model, [f"Say {n}"]), Sampling(6)) for n in range(4)]
+    long_prompt = Row(prepared(in_blocks.model, ["Say " * 300]), Sampling(6))
+    long_answer = Row(prepared(in_blocks.model, ["Say"]), Sampling(400))
+    many_labels = Row(prepared(in_blocks.model, ["Say"]), Sampling(1), labels=tuple((5, 6, 7) for _ in range(200)))
+    model = with_blocks(in_blocks, 8)
+    model.run([long_prompt, long_answer, many_labels, *fits], lambda: None, _nobody)
+    for row in (long_prompt, long_answer, many_labels):
+        with pytest.raises(OutOfMemory):
+            row.output.result()
+    assert all(len(row.output.result().ids) == 6 for row in fits)
+    assert is_empty(model)
+
+
+def test_a_long_prompt_waits_for_blocks_while_shorter_ones_run(in_blocks: Served) -> None:
+    given = in_blocks.model
+    long = Row(prepared(given, ["Say " * 100]), Sampling(4), arrived=0.0)
+    short = [Row(prepared(given, [f"Say {n}"]), Sampling(30), arrived=1.0) for n in range(8)]
+    model = ContinuousModel(
+        given.stock, given.decoder.family, given.encode, blocks=smallest([long]) + 4, chunk_tokens=BLOCK_TOKENS
+    )
+    model.run([long, *short], lambda: None, _nobody)
+    alone = [Row(row.tokens, row.sampling) for row in (long, *short)]
+    for row, again in zip((long, *short), alone, strict=True):
+        given.run([again], lambda: None, _nobody)
+        assert row.output.result() == again.output.result()
+    assert is_empty(model)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_block_is_lost_whatever_becomes_of_the_rows(in_blocks: Served, seed: int) -> None:
+    dice, given = random.Random(seed), in_blocks.model
+    names = sorted(in_blocks.images)
+    broken = given.codec.picture(in_blocks.images[names[0]]).key
+
+    def encode(pictures: Iterable[Picture]) -> Pauses[dict[bytes, Tensor]]:
+        found = yield from given.encode(pictures)
+        return {key: features * torch.nan if key == broken else features for key, features in found.items()}
+
+    model = ContinuousModel(
+        given.stock, given.decoder.family, encode, blocks=40, chunk_tokens=dice.choice([16, 512]), label_tokens=40
+    )
+    rows = [some_row(in_blocks, dice) for _ in range(40)]
+    waiting = rows[8:]
+
+    def heartbeat() -> None:
+        for row in rows:
+            row.canceled = row.canceled or dice.random() < 0.005
+
+    def admit(running: Sequence[Row]) -> Sequence[Row]:
+        count = dice.randrange(4) if running else 3
+        joining, waiting[:] = waiting[:count], waiting[count:]
+        return joining
+
+    model.run(rows[:8], heartbeat, admit)
+    while waiting:
+        model.run([waiting.pop()], heartbeat, admit)
+    for row in rows:
+        error = row.output.exception()
+        assert error is None or isinstance(error, Internal | OutOfMemory)
+        shows_broken = any(picture.key == broken for picture in row.tokens.pictures)
+        assert shows_broken or not isinstance(error, Internal)
+    assert sum(row.output.exception() is None for row in rows) > 20
+    assert is_empty(model)
+
+
+def test_after_a_failure_all_blocks_are_free(in_blocks: Served) -> None:
+    model = with_blocks(in_blocks, 60)
+    dice = random.Random(5)
+    rows = [some_row(in_blocks, dice) for _ in range(8)]
+    beats: list[int] = []
+
+    def fails() -> None:
+        beats.append(1)
+        if len(beats) == 4:
+            raise ValueError("a part broke")
+
+    with pytest.raises(ValueError, match="broke"):
+        model.run(rows, fails, _nobody)
+    assert allocator(model).used == 0
+    again = [Row(row.tokens, row.sampling, row.labels) for row in rows]
+    model.run(again, lambda: None, _nobody)
+    assert all(row.output.result() for row in again)
+    assert is_empty(model)
+
+
+def some_row(served: Served, dice: random.Random) -> Row:
+    """A row of any kind: with and without pictures, labels, shared beginnings and samples."""
+    shown = served.images[dice.choice(sorted(served.images)[:4])]
+    example = [served.images[sorted(served.images)[5]], "An example. " * 6]
+    parts = [*dice.choice([[], example]), *dice.choice([[], [shown]]), "Say " * dice.randint(1, 12)]
+    labels = tuple(tuple(dice.choices(range(5, 30), k=dice.randint(1, 6))) for _ in range(dice.choice([0, 0, 5])))
+    sampling = Sampling(dice.randint(1, 40), temperature=dice.choice([0.0, 1.0]), seed=dice.randrange(99))
+    return Row(prepared(served.model, parts), sampling, labels)
+
+
+def in_turn(groups: list[list[Row]]) -> Admit:
+    """They join, one group at each step."""
+    return lambda running: groups.pop(0) if groups else []
+
+
+def is_empty(model: ContinuousModel) -> bool:
+    """Whether no block is held but by cached prefixes, which are evicted."""
+    prefixes = allocator(model).holder
+    assert prefixes
+    while prefixes.evict():
+        pass
+    return allocator(model).used == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -38,21 +39,43 @@ def test_more_blocks_than_are_free_cannot_be_taken() -> None:
     assert blocks.free == 3
 
 
-def test_blocks_that_are_short_are_reclaimed_one_holder_after_another() -> None:
-    blocks = allocator(6)
-    holders = [blocks.take(2) for _ in range(3)]
+class Prefixes:
+    """Holds blocks as the prefix cache does: the oldest prefix is evicted first."""
 
-    def reclaim() -> bool:
-        if holders:
-            blocks.release(holders.pop(0))
+    def __init__(self, blocks: BlockAllocator) -> None:
+        self.kept: list[tuple[list[int], int]] = []
+        self._allocator = blocks
+        blocks.holder = self
+
+    def blocks(self) -> Iterator[int]:
+        for prefix, _ in self.kept:
+            yield from prefix
+
+    def evict(self) -> bool:
+        if self.kept:
+            self._allocator.release(self.kept.pop(0)[0])
             return True
         return False
 
-    blocks.reclaim = reclaim
+
+def test_prefixes_are_evicted_one_after_another_until_enough_blocks_are_free() -> None:
+    blocks = allocator(6)
+    prefixes = Prefixes(blocks)
+    prefixes.kept = [(blocks.take(2), 8) for _ in range(3)]
     assert len(blocks.take(3)) == 3
-    assert len(holders) == 1
+    assert len(prefixes.kept) == 1
+
+
+def test_no_prefix_is_evicted_if_that_frees_too_few_blocks() -> None:
+    blocks = allocator(6)
+    prefixes = Prefixes(blocks)
+    prefixes.kept = [(blocks.take(2), 8), (blocks.take(2), 8)]
+    # A row shares one of them.
+    blocks.share(prefixes.kept[0][0])
+    assert [blocks.can_take(count) for count in (4, 5)] == [True, False]
     with pytest.raises(OutOfBlocks):
-        blocks.take(4)
+        blocks.take(5)
+    assert len(prefixes.kept) == 2
 
 
 def test_a_shared_block_is_free_after_its_last_holder() -> None:
@@ -129,23 +152,17 @@ def test_a_row_that_does_not_fit_takes_nothing() -> None:
     assert [blocks.references(block) for block in prefix] == [2, 2]
 
 
-def test_a_row_may_evict_the_prefix_that_it_begins_with() -> None:
+def test_a_row_keeps_the_prefix_that_it_begins_with() -> None:
     blocks = allocator(3)
-    tables = BlockTables(blocks)
+    tables, prefixes = BlockTables(blocks), Prefixes(blocks)
     tables.begin(0, (), 0, 6)
-    prefix = tables.first(0, 6)
+    prefixes.kept = [(tables.first(0, 6), 6)]
     tables.release(0)
-
-    def evict() -> bool:
-        blocks.release(prefix)
-        blocks.reclaim = lambda: False
-        return True
-
-    blocks.reclaim = evict
-    # Two blocks are the prefix's, and one is free: its own two follow only if the prefix's last is free after the copy.
+    # One block is free, and evicting the prefix would free none: the row shares the first, and copies the second.
     with pytest.raises(OutOfBlocks):
-        tables.begin(1, prefix, 6, 11)
-    assert blocks.used == 0
+        tables.begin(1, *prefixes.kept[0], 12)
+    assert tables.begin(1, *prefixes.kept[0], 8)
+    assert (blocks.used, blocks.shared) == (3, 1)
 
 
 def test_a_row_grows_by_a_block_when_its_last_one_is_full() -> None:
@@ -161,15 +178,8 @@ def test_no_block_is_lost_or_held_twice_in_any_order_of_operations(seed: int) ->
     dice, blocks = random.Random(seed), allocator(40)
     tables = BlockTables(blocks)
     rows: dict[int, int] = {}
-    prefixes: list[tuple[list[int], int]] = []
-
-    def evict() -> bool:
-        if not prefixes:
-            return False
-        blocks.release(prefixes.pop(0)[0])
-        return True
-
-    blocks.reclaim = evict
+    cache = Prefixes(blocks)
+    prefixes = cache.kept
 
     def begin() -> None:
         slot = min(set(range(len(rows) + 1)) - set(rows))
@@ -205,9 +215,8 @@ def test_no_block_is_lost_or_held_twice_in_any_order_of_operations(seed: int) ->
 
     for _ in range(500):
         try:
-            dice.choice([begin, grow, grow, keep, end, move, evict])()
+            dice.choice([begin, grow, grow, keep, end, move, cache.evict])()
         except OutOfBlocks:
-            assert not prefixes
             end()
         held = Counter(block for slot in rows for block in tables[slot])
         held.update(block for prefix, _ in prefixes for block in prefix)
@@ -219,6 +228,6 @@ def test_no_block_is_lost_or_held_twice_in_any_order_of_operations(seed: int) ->
         assert all(sum(block in tables[slot] for slot in rows) == 1 for block in writable)
     for slot in rows:
         tables.release(slot)
-    while evict():
+    while cache.evict():
         pass
     assert blocks.free == 40

@@ -20,12 +20,12 @@ from tasks.results import Result
 from worker.demo.sayings import FORMS, expected_answer, expected_caption, prompted_caption, story
 from worker.demo.world import Scene
 from worker.engine.engine import Engine
-from worker.engine.scheduler import Limits
 from worker.jobs.golden import read_golden
 from worker.jobs.runs import JobContext
 from worker.jobs.service import Service
 from worker.models import DEMO
 from worker.models.loading import load
+from worker.models.start import batch_limits
 
 FILE = "golden.png"
 SHOWN = Scene("cat", "blue", 1)
@@ -61,7 +61,7 @@ def answers(folder: Path, jobs: Sequence[Job], precision: Mapping[str, str]) -> 
     """The checkpoint's answers in a precision."""
     settings = Settings(model=str(folder), image_root=folder, **precision)  # type: ignore[arg-type]
     model = load(settings)
-    engine = Engine(model, Limits(settings.max_batch_size, settings.max_batch_tokens))
+    engine = Engine(model, batch_limits(model, settings))
     engine.start()
     service = Service(settings, model.info, model.codec, engine, rules=model.rules)
     try:

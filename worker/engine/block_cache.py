@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
 import torch
 from torch import Tensor
 
-from worker.engine.blocks import NULL_BLOCK, BlockAllocator, BlockTables, CopiedBlock, blocks_for
+from worker.engine.blocks import (
+    NULL_BLOCK,
+    BlockAllocator,
+    BlockHolder,
+    BlockTables,
+    CopiedBlock,
+    blocks_for,
+)
 from worker.engine.interfaces import CacheSpec, Prefix
 from worker.engine.kv_cache import KVCache
 from worker.engine.slots import Move
@@ -60,7 +67,8 @@ class SharedPrefix:
 
     def release(self) -> None:
         """Give the prefix up: blocks without other references are free."""
-        self.allocator.release(self.blocks)
+        # No logits were computed of a prefix, so nobody knows whether it holds NaN.
+        self.allocator.spoil(self.allocator.release(self.blocks))
 
 
 class BlockCache(KVCache):
@@ -74,6 +82,11 @@ class BlockCache(KVCache):
         self._tables = BlockTables(self.pool.allocator)
         #: (slots, width): the tables, padded with NULL_BLOCK.
         self._table = numpy.zeros((0, 0), numpy.int64)
+
+    @property
+    def block_tokens(self) -> int:
+        """Number of tokens for which there are blocks."""
+        return self.pool.allocator.count * self.pool.allocator.block_tokens
 
     def empty_like(self, max_idle_positions: int) -> BlockCache:
         """A cache of other rows on the same pool."""
@@ -96,9 +109,19 @@ class BlockCache(KVCache):
             if count and self._tables.reserve(slot, count):
                 self._show(slot)
 
-    def missing(self, tokens: Sequence[int]) -> int:
-        """Number of blocks that `reserve` would take."""
-        return sum(self._tables.missing(slot, count) for slot, count in enumerate(tokens) if count)
+    def fitting(self, rows: Sequence[tuple[int, int]], spare: int = 0) -> int:
+        """How many of these rows, the first ones, can begin: see KVCache.fitting."""
+        allocator, needed = self.pool.allocator, spare
+        for count, (prefix, tokens) in enumerate(rows):
+            needed += blocks_for(tokens, allocator.block_tokens) - prefix // allocator.block_tokens
+            if not allocator.can_take(needed):
+                return count
+        return len(rows)
+
+    def has_room(self, tokens: Sequence[int]) -> bool:
+        """Whether `reserve` would succeed."""
+        missing = sum(self._tables.missing(slot, count) for slot, count in enumerate(tokens) if count)
+        return self.pool.allocator.can_take(missing)
 
     def blocks(self, slot: int) -> Sequence[int]:
         """The blocks of a slot, in the order of its tokens."""
@@ -175,9 +198,14 @@ class BlockCache(KVCache):
             self._show(target)
             self._table[source] = NULL_BLOCK
 
-    def reclaim_from(self, evict: Callable[[], bool]) -> None:
-        """Call `evict` when blocks are short. It evicts a prefix and returns whether there was one."""
-        self.pool.allocator.reclaim = evict
+    def reclaim_from(self, holder: BlockHolder) -> None:
+        """Have the holder of prefixes give up blocks when blocks are short."""
+        self.pool.allocator.holder = holder
+
+    def metrics(self) -> dict[str, int]:
+        """The number of blocks, of those in use, and of those with more than one holder."""
+        allocator = self.pool.allocator
+        return {"kv_blocks": allocator.count, "kv_blocks_used": allocator.used, "kv_blocks_shared": allocator.shared}
 
     def clear(self) -> None:
         """Free all slots and all blocks of the pool, after a failure. The pool's other caches must be cleared and its

@@ -6,8 +6,9 @@ long, and rows can share the blocks of a common prefix (Kwon et al., "PagedAtten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 #: Tokens of a block: few, since on average half a block of each row is empty.
 BLOCK_TOKENS = 16
@@ -17,6 +18,16 @@ NULL_BLOCK = 0
 
 class OutOfBlocks(MemoryError):
     """Fewer blocks are free than are needed."""
+
+
+class BlockHolder(Protocol):
+    """Holds blocks that it can give up, such as cached prefixes."""
+
+    def blocks(self) -> Iterable[int]:
+        """Its blocks, each once for each of its references."""
+
+    def evict(self) -> bool:
+        """Give up some of its references. Returns False if it had none."""
 
 
 class CopiedBlock(NamedTuple):
@@ -38,8 +49,8 @@ class BlockAllocator:
         """`count`: blocks that can be taken, numbered from 1. `block_tokens`: tokens of a block."""
         self.count = count
         self.block_tokens = block_tokens
-        #: Called when blocks are short: has another holder release blocks, and returns whether there was one.
-        self.reclaim: Callable[[], bool] = lambda: False
+        #: Gives up blocks when blocks are short.
+        self.holder: BlockHolder | None = None
         #: Called with blocks that must be overwritten with zeros before they are used again.
         self.wipe: Callable[[Sequence[int]], None] = lambda blocks: None
         self._spoiled: set[int] = set()
@@ -49,6 +60,7 @@ class BlockAllocator:
         # The block released last is taken first, so that memory that was never used is touched last.
         self._free = list(range(self.count, 0, -1))
         self._references = [0] * (self.count + 1)
+        self._shared = 0
 
     @property
     def free(self) -> int:
@@ -63,22 +75,25 @@ class BlockAllocator:
     @property
     def shared(self) -> int:
         """Number of blocks with more than one reference."""
-        return sum(references > 1 for references in self._references)
+        return self._shared
 
     def references(self, block: int) -> int:
         """Number of references to a block."""
         return self._references[block]
 
-    def make_free(self, count: int) -> bool:
-        """Whether this many blocks are free, if need be after `reclaim`."""
-        while count > self.free and self.reclaim():
-            pass
-        return count <= self.free
+    def can_take(self, count: int) -> bool:
+        """Whether this many blocks are free, or would be if the holder gave up all of its own."""
+        if count <= self.free or self.holder is None:
+            return count <= self.free
+        held = Counter(self.holder.blocks())
+        return count <= self.free + sum(self._references[block] == number for block, number in held.items())
 
     def take(self, count: int) -> list[int]:
         """Take free blocks, each with one reference. Raises OutOfBlocks, and takes none then."""
-        if not self.make_free(count):
+        if not self.can_take(count):
             raise OutOfBlocks
+        while count > self.free and self.holder and self.holder.evict():
+            pass
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
             self._references[block] = 1
@@ -92,15 +107,20 @@ class BlockAllocator:
         """Add a reference to each of some blocks in use."""
         for block in blocks:
             assert self._references[block], "a free block cannot be shared"
+            self._shared += self._references[block] == 1
             self._references[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Remove a reference to each of some blocks in use."""
+    def release(self, blocks: Sequence[int]) -> list[int]:
+        """Remove a reference to each of some blocks in use. Returns those that are free now."""
+        freed = []
         for block in blocks:
             assert self._references[block], "a block was released twice"
             self._references[block] -= 1
+            self._shared -= self._references[block] == 1
             if not self._references[block]:
-                self._free.append(block)
+                freed.append(block)
+        self._free += freed
+        return freed
 
     def spoil(self, blocks: Sequence[int]) -> None:
         """Have blocks wiped before they are taken again: they may hold NaN."""

@@ -70,10 +70,9 @@ class SlotDecoder:
         """
         segments = [prompt.segment for prompt in prompts]
         starts = [prompt.start for prompt in prompts]
-        tokens = [start + len(segment.ids) for start, segment in zip(starts, segments, strict=True)]
         is_plain = all(segment.carry is None for segment in segments)
         room = max(starts) + max(len(segment.ids) for segment in segments)
-        slots = self._begin(prompts, tokens, room, at_end=is_plain)
+        slots = self._begin(prompts, [prompt.end for prompt in prompts], room, at_end=is_plain)
         self_kv = self.cache.prompt_views(slots, room, at_end=is_plain)
         if is_plain:
             return slots, self.family.prefill(segments, starts, range(len(slots)), self_kv, ())
@@ -89,21 +88,25 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def prefill_scored(
-        self, prompts: Sequence[PendingPrompt], firsts: Sequence[Sequence[int]], continuations: Continuations
+        self,
+        prompts: Sequence[PendingPrompt],
+        firsts: Sequence[Sequence[int]],
+        continuations: Continuations,
+        most_tokens: Sequence[int],
     ) -> tuple[Sequence[int], list[list[float]], list[list[list[float]]]]:
         """Prefill prompts, and score continuations in the same forward. No slot may be in use.
 
-        Returns the prompts' slots; for each prompt, the log-probabilities of its `firsts` as the next token; and what
-        `score_continuations` returns.
+        `most_tokens`: the number of tokens that each slot needs room for, of its prompt and of continuations that are
+        scored together. Returns the prompts' slots; for each prompt, the log-probabilities of its `firsts` as the next
+        token; and what `score_continuations` returns.
         """
         assert not len(self.slots), "a slot is in use"
         segments = [prompt.segment for prompt in prompts]
         starts = [prompt.start for prompt in prompts]
         tree = TokenTree.build([segment.ids for segment in segments], continuations, self._device)
         assert tree, "a prompt has tokens"
-        lengths = [start + len(segment.ids) for start, segment in zip(starts, segments, strict=True)]
         room = max(starts) + tree.ids.shape[1]
-        slots = self._begin(prompts, _with_continuations(lengths, continuations), room, at_end=True)
+        slots = self._begin(prompts, most_tokens, room, at_end=True)
         self_kv = self.cache.prompt_views(slots, room, at_end=True)
         has_extra = any(segment.carry is not None for segment in segments)
         extra = self.cache.extra_views(len(slots)) if has_extra else []
@@ -115,6 +118,13 @@ class SlotDecoder:
             [by_sequence(row[behind:], sequences) for row, sequences in zip(scores, continuations, strict=True)],
         )
 
+    def has_room(self) -> bool:
+        """Whether each slot has room for one more token."""
+        return self.cache.has_room(self._next_lengths())
+
+    def _next_lengths(self) -> list[int]:
+        return [length and length + 1 for length in self.slots.lengths]
+
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each slot and return the logits (slots, vocabulary) of the next. Free slots take any."""
@@ -122,7 +132,7 @@ class SlotDecoder:
         if self._graphed:
             # Rounded up, so that few shapes are recorded; the additional rows are free slots.
             rows, room = bucket(rows), self.cache.rounded(room)
-        self.cache.reserve([length and length + 1 for length in self.slots.lengths])
+        self.cache.reserve(self._next_lengths())
         free = [0] * (rows - len(self.slots))
         # One tensor, since making each one releases and reacquires the interpreter lock.
         numbers = self._tensor([[*tokens, *free], [*self.slots.lengths, *free], [*self.slots.has_extra, *free]])
@@ -134,7 +144,8 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def score_continuations(self, continuations: Continuations) -> list[list[list[float]]]:
-        """Log-probabilities of continuations of each slot. The slots' content is not changed.
+        """Log-probabilities of continuations of each slot, which must have room for them. The slots' content is not
+        changed.
 
         `continuations[slot]` are token sequences, each of which follows the slot's prompt. The result has, for each
         sequence, a number for each token except the first, whose probability the prompt's prefill gave.
@@ -143,7 +154,6 @@ class SlotDecoder:
         if tree is None:
             return [[[] for _ in sequences] for sequences in continuations]
         starts, has_extra = self._tensor([self.slots.lengths, self.slots.has_extra]).unbind()
-        self.cache.reserve(_with_continuations(self.slots.lengths, continuations))
         self_kv, extra = self._views(len(self.slots), self.slots.longest + tree.ids.shape[1])
         inputs = tree.ids, starts, tree.targets, tree.owner, tree.depth, has_extra
         scores = self._branch(*inputs, self_kv=self_kv, extra=extra).tolist()
@@ -176,14 +186,6 @@ class SlotDecoder:
 
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return to_device(numbers, self._device)
-
-
-def _with_continuations(lengths: Sequence[int], continuations: Continuations) -> list[int]:
-    """The number of tokens of each row whose keys and values are stored: its own, and those of its continuations."""
-    return [
-        length + sum(len(sequence) - 1 for sequence in sequences)
-        for length, sequences in zip(lengths, continuations, strict=True)
-    ]
 
 
 def new_cache(spec: CacheSpec, max_idle_positions: int, blocks: int) -> KVCache:

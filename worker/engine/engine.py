@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -51,7 +52,7 @@ class Engine:
         batch would succeed in this process."""
         self._runner = runner
         self._ceiling = Ceiling(limits.rows)
-        self._max_tokens = limits.tokens
+        self._limits = limits
         self._heartbeat = heartbeat
         self._prepare = prepare
         self._on_device_lost = on_device_lost
@@ -66,7 +67,7 @@ class Engine:
     @property
     def limits(self) -> Limits:
         """Current limits: the configured ones, with fewer rows after memory was short."""
-        return Limits(self._ceiling.rows, self._max_tokens)
+        return dataclasses.replace(self._limits, rows=self._ceiling.rows)
 
     def start(self) -> None:
         """Start the thread."""

@@ -107,6 +107,10 @@ class KVSpec:
     #: Positions for each row; 0 means one for each of its tokens.
     width: int = 0
 
+    def position_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one position in all layers."""
+        return 2 * self.layers * self.heads * self.head_size * dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
@@ -156,6 +160,10 @@ class Prefix(Protocol):
     def nbytes(self) -> int:
         """Bytes of the keys, values and carry."""
 
+    @property
+    def blocks(self) -> Sequence[int]:
+        """Its blocks; empty if its keys and values are not in blocks."""
+
     def share(self) -> Self:
         """The prefix for another holder, who must release it, too."""
 
@@ -174,6 +182,11 @@ class PendingPrompt:
     def start(self) -> int:
         """Number of tokens of the prefix."""
         return self.prefix.length if self.prefix else 0
+
+    @property
+    def end(self) -> int:
+        """Number of tokens of the prefix and the segment."""
+        return self.start + len(self.segment.ids)
 
     def release(self) -> None:
         """Give the prefix up: the prompt is in a slot now, or is not prefilled."""

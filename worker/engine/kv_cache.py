@@ -8,13 +8,13 @@ in use says `slots.py`, which row has which slot `ContinuousModel` in `continuou
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from worker.engine.blocks import OutOfBlocks
+from worker.engine.blocks import BlockHolder, OutOfBlocks
 from worker.engine.interfaces import CacheSpec, KVSpec, PendingPrompt, Prefix
 from worker.engine.slots import Move, SlotTable
 from worker.engine.tensors import to_device
@@ -43,8 +43,12 @@ class KVCache(abc.ABC):
     @property
     def position_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        kv = self.spec.self_kv
-        return 2 * kv.layers * kv.heads * kv.head_size * self.spec.dtype.itemsize
+        return self.spec.self_kv.position_bytes(self.spec.dtype)
+
+    @property
+    @abc.abstractmethod
+    def block_tokens(self) -> int:
+        """Number of tokens for which there are blocks; 0 in slots, which grow."""
 
     @abc.abstractmethod
     def empty_like(self, max_idle_positions: int) -> KVCache:
@@ -57,7 +61,7 @@ class KVCache(abc.ABC):
         `room`: number of positions of the views that will show these slots. `at_end`: take the last slots in order.
         Raises OutOfBlocks, and takes none then.
         """
-        lengths = [prompt.start + len(prompt.segment.ids) for prompt in prompts]
+        lengths = [prompt.end for prompt in prompts]
         has_extra = [prompt.segment.carry is not None for prompt in prompts]
         slots = self.slots.take(lengths, has_extra, at_end=at_end and self.prefills_at_end)
         try:
@@ -70,6 +74,15 @@ class KVCache(abc.ABC):
     @abc.abstractmethod
     def _fill(self, slots: Sequence[int], prefixes: Sequence[Prefix | None], tokens: Sequence[int], room: int) -> None:
         """Put prefixes into slots that were taken, and make room for `tokens` tokens in each."""
+
+    @abc.abstractmethod
+    def fitting(self, rows: Sequence[tuple[int, int]], spare: int = 0) -> int:
+        """How many of these rows, the first ones, can begin so that `spare` blocks are left. Each row has the number of
+        tokens of its prefix, and that of all tokens to make room for."""
+
+    @abc.abstractmethod
+    def has_room(self, tokens: Sequence[int]) -> bool:
+        """Whether `reserve` would succeed."""
 
     @abc.abstractmethod
     def reserve(self, tokens: Sequence[int]) -> None:
@@ -133,8 +146,12 @@ class KVCache(abc.ABC):
             self._move(sources, targets, *views)
 
     @abc.abstractmethod
-    def reclaim_from(self, evict: Callable[[], bool]) -> None:
-        """Call `evict` when blocks are short. It evicts a prefix and returns whether there was one."""
+    def reclaim_from(self, holder: BlockHolder) -> None:
+        """Have the holder of prefixes give up blocks when blocks are short."""
+
+    @abc.abstractmethod
+    def metrics(self) -> dict[str, int]:
+        """The number of blocks, of those in use, and of those with more than one holder."""
 
     def clear(self) -> None:
         """Free all slots and their memory, after a failure."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from worker.engine.blocks import OutOfBlocks
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Encode, PendingPrompt, Prefix
 from worker.engine.pauses import Pauses
 from worker.engine.prefix_cache import PrefixCache, PrefixKey, prefix_keys
-from worker.engine.row import Row, Tokens
+from worker.engine.row import Tokens
 
 #: Maximum tokens of one prompt in one prefill. A longer prompt is prefilled in chunks, with a decode step between them.
 PREFILL_CHUNK_TOKENS = 512
 
 
 class PromptPrefiller:
-    """Makes pending prompts of rows: finds and prefills their prefixes, and prefills chunks of long prompts."""
+    """Makes pending prompts: finds and prefills their prefixes, and prefills chunks of long prompts."""
 
     def __init__(
         self, decoder: SlotDecoder, prefixes: PrefixCache, encode: Encode, chunk_tokens: int = PREFILL_CHUNK_TOKENS
@@ -34,22 +35,27 @@ class PromptPrefiller:
         """Drop all cached prefixes."""
         self._prefixes.clear()
 
-    def pending(self, rows: Sequence[Row]) -> Pauses[list[tuple[Row, PendingPrompt]]]:
-        """Each row's prompt after its longest cached prefix. Prefills and caches recurring prefixes first.
+    def cached_length(self, tokens: Tokens) -> int:
+        """Number of tokens of a prompt's longest cached prefix."""
+        return self._prefixes.longest_length(prefix_keys(tokens))
 
-        Each prompt must be prefilled or released.
+    def pending(self, prompts: Sequence[Tokens], *, are_new: bool = True) -> Pauses[list[PendingPrompt]]:
+        """Each prompt after its longest cached prefix: it must be prefilled or released.
+
+        Prefills and caches recurring prefixes first, unless the prompts were here before (`are_new`).
         """
-        keys = [prefix_keys(row.tokens) for row in rows]
-        for index, key in self._prefixes.worth_keeping(keys):
-            self._prefixes.keep(key, (yield from self._prefix(rows[index].tokens, key, keys[index])))
+        keys = [prefix_keys(tokens) for tokens in prompts]
+        for index, key in self._prefixes.worth_keeping(keys) if are_new else ():
+            prefix = yield from self._prefix(prompts[index], key, keys[index])
+            if prefix:
+                self._prefixes.keep(key, prefix)
             yield
-        known = [self._prefixes.longest(row_keys) for row_keys in keys]
-        rests = [_rest(row.tokens, found) for row, found in zip(rows, known, strict=True)]
+        known = [self._prefixes.longest(prompt_keys) for prompt_keys in keys]
+        rests = [_rest(tokens, found) for tokens, found in zip(prompts, known, strict=True)]
         # All in one call, so that pictures are encoded in chunks.
         features = yield from self._encode(picture for rest in rests for picture in rest.pictures)
         return [
-            (row, self._decoder.pending(rest, _prefix_of(found), features))
-            for row, rest, found in zip(rows, rests, known, strict=True)
+            self._decoder.pending(rest, _prefix_of(found), features) for rest, found in zip(rests, known, strict=True)
         ]
 
     def is_long(self, prompt: PendingPrompt) -> bool:
@@ -61,17 +67,25 @@ class PromptPrefiller:
         chunk, rest = prompt.segment.split(self._chunk_tokens)
         return PendingPrompt(rest, self._decoder.prefill_prefix(PendingPrompt(chunk, prompt.prefix)))
 
-    def _prefix(self, tokens: Tokens, key: PrefixKey, keys: Sequence[PrefixKey]) -> Pauses[Prefix]:
-        """Prefill the prefix that ends at `key`, one of the prompt's `keys`."""
+    def chunk_end(self, prompt: PendingPrompt) -> int:
+        """Number of tokens of a prompt when its next chunk is prefilled, or all of it if it is not long."""
+        return min(prompt.end, prompt.start + self._chunk_tokens)
+
+    def _prefix(self, tokens: Tokens, key: PrefixKey, keys: Sequence[PrefixKey]) -> Pauses[Prefix | None]:
+        """Prefill the prefix that ends at `key`, one of the prompt's `keys`. Returns None if blocks are short."""
         # After a shorter cached prefix only the rest is prefilled, as for cached examples and one more.
         shorter = self._prefixes.longest([each for each in keys if each.length < key.length])
         rest = _rest(tokens.until(key.length), shorter)
         features = yield from self._encode(rest.pictures)
         prompt = self._decoder.pending(rest, _prefix_of(shorter), features)
-        while self.is_long(prompt):
-            prompt = self.prefill_chunk(prompt)
-            yield
-        return self._decoder.prefill_prefix(prompt)
+        try:
+            while self.is_long(prompt):
+                prompt = self.prefill_chunk(prompt)
+                yield
+            return self._decoder.prefill_prefix(prompt)
+        except OutOfBlocks:
+            prompt.release()
+            return None
 
 
 Known = tuple[PrefixKey, Prefix] | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from worker.engine.interfaces import Prefix
@@ -77,6 +77,10 @@ class PrefixCache:
                 return key, prefix.share()
         return None
 
+    def longest_length(self, keys: Sequence[PrefixKey]) -> int:
+        """Number of tokens of the prefix that `longest` would return; 0 for none."""
+        return next((key.length for key in keys if key.key in self._kept), 0)
+
     def worth_keeping(self, batch: Sequence[Sequence[PrefixKey]]) -> list[tuple[int, PrefixKey]]:
         """Choose prefixes to prefill and keep, each with the index of a prompt of the batch that begins with it.
 
@@ -122,6 +126,11 @@ class PrefixCache:
         self._bytes -= dropped.nbytes
         dropped.release()
         return True
+
+    def blocks(self) -> Iterator[int]:
+        """The blocks of all prefixes, each once for each prefix that has it."""
+        for prefix in self._kept.values():
+            yield from prefix.blocks
 
     def clear(self) -> None:
         """Evict all prefixes."""

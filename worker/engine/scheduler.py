@@ -5,18 +5,35 @@ Rows leave in `worker/engine/continuous.py`; `worker/engine/progress.py` ends th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from worker.engine.row import Row
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What fits on the device at once: rows, where one with four beams counts four, and tokens with padding."""
+    """What fits on the device at once: rows, where one with four beams counts four, and tokens."""
 
     rows: int
     tokens: int
+    #: Whether each row counts with as many tokens as the longest, as in slots. In blocks it counts with its own.
+    is_padded: bool = True
+
+
+class Size(NamedTuple):
+    """The size of a batch: its rows, the tokens of the longest, and those of all together."""
+
+    rows: int = 0
+    longest: int = 0
+    tokens: int = 0
+
+    def plus(self, row: Row) -> Size:
+        """The size with one more row."""
+        length = _length(row)
+        return Size(self.rows + 1, max(self.longest, length), self.tokens + length)
 
 
 #: While others run and more wait than fit, rows join in groups of at least limit / JOINING_PART: each group delays the
@@ -48,8 +65,8 @@ def next_batch(
     if not waiting:
         return []
     first = min(waiting, key=lambda row: (row.priority, row.arrived))
-    batch, longest = [first], max(map(_length, (*running, first)))
-    if running and not _may_join(first, longest, limits, running):
+    batch, size = [first], functools.reduce(Size.plus, (*running, first), Size())
+    if running and not _may_join(first, size, limits, running):
         return []
     if running and in_groups and not _is_group(len(waiting), limits.rows - len(running), limits):
         return []
@@ -58,16 +75,16 @@ def next_batch(
         key=lambda row: (row.priority, _distance(row, first), row.arrived),
     )
     for row in companions:
-        longer = max(longest, _length(row))
-        if _fits(len(running) + len(batch) + 1, longer, first, limits):
+        larger = size.plus(row)
+        if _fits(larger, first, limits):
             batch.append(row)
-            longest = longer
+            size = larger
     return batch
 
 
-def _may_join(first: Row, longest: int, limits: Limits, running: Sequence[Row]) -> bool:
+def _may_join(first: Row, size: Size, limits: Limits, running: Sequence[Row]) -> bool:
     """Whether the most urgent row may join. If not, none joins: the batch drains, then this row starts the next."""
-    return _group(first) == _group(running[0]) and _fits(len(running) + 1, longest, first, limits)
+    return _group(first) == _group(running[0]) and _fits(size, first, limits)
 
 
 def _is_group(waiting: int, free: int, limits: Limits) -> bool:
@@ -87,10 +104,13 @@ def _distance(row: Row, first: Row) -> tuple[int, int]:
     return abs(row.max_steps - first.max_steps), abs(len(row.tokens.ids) - len(first.tokens.ids))
 
 
-def _fits(rows: int, longest: int, like: Row, limits: Limits) -> bool:
-    """Whether this many rows fit, if the longest has `longest` tokens and each as many beams as `like`."""
-    rows *= like.sampling.num_beams
-    return rows <= limits.rows and rows * longest <= limits.tokens
+def _fits(size: Size, like: Row, limits: Limits) -> bool:
+    """Whether a batch of this size fits, if each row has as many beams as `like`."""
+    beams = like.sampling.num_beams
+    # Beams run through stock `generate`, which pads.
+    is_padded = limits.is_padded or beams > 1
+    rows = size.rows * beams
+    return rows <= limits.rows and (rows * size.longest if is_padded else size.tokens) <= limits.tokens
 
 
 def _length(row: Row) -> int:

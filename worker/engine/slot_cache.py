@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from torch import Tensor
 
+from worker.engine.blocks import BlockHolder
 from worker.engine.interfaces import CacheSpec, Prefix
 from worker.engine.kv_cache import KVCache, KVPool, grown
 from worker.engine.slots import Move
@@ -32,6 +33,11 @@ class CopiedPrefix:
     def nbytes(self) -> int:
         """Bytes of the keys, values and carry."""
         return sum(tensor.nbytes for tensor in self.tensors) + (0 if self.carry is None else self.carry.nbytes)
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """None."""
+        return ()
 
     def share(self) -> Self:
         """The prefix for another holder."""
@@ -62,6 +68,11 @@ class SlotCache(KVCache):
         """Keys and values (slots, heads, capacity, head size) of each layer in turn."""
         return self._pool.tensors
 
+    @property
+    def block_tokens(self) -> int:
+        """0: slots grow."""
+        return 0
+
     def empty_like(self, max_idle_positions: int) -> SlotCache:
         """An empty cache of the same shape, with memory of its own."""
         return SlotCache(self.spec, max_idle_positions)
@@ -76,6 +87,14 @@ class SlotCache(KVCache):
         for key, prefix in distinct.items():
             assert isinstance(prefix, CopiedPrefix)
             self._restore(to_device(places[key], self.spec.device), *self._pool.tensors, *prefix.tensors)
+
+    def fitting(self, rows: Sequence[tuple[int, int]], spare: int = 0) -> int:
+        """All: slots grow until the device's memory is full."""
+        return len(rows)
+
+    def has_room(self, tokens: Sequence[int]) -> bool:
+        """True: the views make room for their positions."""
+        return True
 
     def reserve(self, tokens: Sequence[int]) -> None:
         """Nothing: the views make room for their positions."""
@@ -111,8 +130,12 @@ class SlotCache(KVCache):
     def _compact(self, moves: Sequence[Move], rows: int, views: Sequence[Tensor]) -> None:
         super()._compact(moves, rows, [*self.views(rows, self.slots.longest), *views])
 
-    def reclaim_from(self, evict: Callable[[], bool]) -> None:
+    def reclaim_from(self, holder: BlockHolder) -> None:
         """Nothing: prefixes have memory of their own."""
+
+    def metrics(self) -> dict[str, int]:
+        """None."""
+        return {}
 
     def clear(self) -> None:
         """Free all slots and their memory, after a failure."""

@@ -35,7 +35,6 @@ from transformers import (
 
 from config.settings import Settings
 from tasks.results import ModelInfo
-from worker.engine.blocks import blocks_for
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import CudaGraphs
 from worker.engine.generation_rules import NO_RULES, GenerationRules, generation_rules
@@ -49,6 +48,7 @@ from worker.models.idefics1.decoder import IdeficsDecoder
 from worker.models.idefics2_3.adapter import Idefics2And3Adapter
 from worker.models.idefics2_3.decoder import MergedDecoder, has_decoder, steady_tokens
 from worker.models.idefics2_3.encoder import FrameEncoder
+from worker.models.kv_memory import CudaMemory, number_of_blocks
 from worker.models.report import devices_of
 
 logger = logging.getLogger(__name__)
@@ -177,17 +177,9 @@ def _stock(adapter: Adapter, info: ModelInfo, settings: Settings, rules: Generat
 
 def _continuous(stock: StockModel, decoder: Decoder, encode: Encode, settings: Settings) -> ContinuousModel:
     record = CudaGraphs() if settings.cuda_graphs and decoder.spec.device.type == "cuda" else None
-    spec = decoder.spec
-    in_blocks = _layout(settings, spec.device) == "blocks"
-    blocks = blocks_for(settings.max_batch_tokens, spec.block_tokens) if in_blocks else 0
+    memory = CudaMemory() if decoder.spec.device.type == "cuda" else None
+    blocks = number_of_blocks(settings, decoder, encode, stock.codec, memory)
     return ContinuousModel(stock, decoder, encode, settings.prefix_cache_bytes, record, blocks=blocks)
-
-
-def _layout(settings: Settings, device: torch.device) -> str:
-    """The layout of keys and values: `slots` or `blocks`."""
-    if settings.kv_layout != "auto":
-        return settings.kv_layout
-    return "blocks" if device.type == "cuda" else "slots"
 
 
 class Family(NamedTuple):

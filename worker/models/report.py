@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from config.settings import Settings
+from worker.engine.blocks import BLOCK_TOKENS, blocks_for
 from worker.engine.continuous import ContinuousModel
 from worker.engine.interfaces import Codec, Model
 from worker.engine.stock import StockModel
@@ -60,9 +61,14 @@ def _memory(model: Model, settings: Settings) -> Iterator[tuple[str, str]]:
     network = _stock(model).adapter.model
     devices = devices_of(network)
     total, weights, token = sum(map(_device_bytes, devices)), _weight_bytes(network), kv_bytes(network)
-    batch = token * settings.max_batch_tokens
     yield "Device", f"{', '.join(map(_device_name, devices))}, {_size(total)}"
     yield "Weights", _size(weights)
+    block_tokens = model.decoder.cache.block_tokens if isinstance(model, ContinuousModel) else 0
+    if block_tokens:
+        blocks, kept = blocks_for(block_tokens), _size(token * block_tokens)
+        yield "K/V", f"{_size(token)} a token, {blocks:,} blocks of {BLOCK_TOKENS} tokens, {kept}"
+        return
+    batch = token * settings.max_batch_tokens
     yield "K/V", f"{_size(token)} a token, {_size(batch)} for IDEFICS_MAX_BATCH_TOKENS={settings.max_batch_tokens}"
     if batch > BATCH_SHARE * (total - weights):
         fitting = max(1, int(BATCH_SHARE * (total - weights) / token))

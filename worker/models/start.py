@@ -7,6 +7,7 @@ from pathlib import Path
 
 from config.settings import Settings
 from worker.engine.interfaces import Model
+from worker.engine.scheduler import Limits
 from worker.models import checkpoint_folder
 from worker.models.fake import FakeModel, fake_model
 from worker.runtime.cpu import all_cores
@@ -41,6 +42,16 @@ def load_model(settings: Settings) -> tuple[Model, Path | None]:
 
     watch_gpus()
     return load(settings), checkpoint_folder(settings)
+
+
+def batch_limits(model: Model, settings: Settings) -> Limits:
+    """What fits into a batch of the model. In blocks, each row counts with its own length."""
+    if isinstance(model, FakeModel):
+        return Limits(settings.max_batch_size, settings.max_batch_tokens)
+    # Imported here, since it imports torch.
+    from worker.models import kv_memory
+
+    return kv_memory.batch_limits(model, settings)
 
 
 def model_facts(model: Model, settings: Settings, max_prompt_tokens: int) -> list[str]:

@@ -1,0 +1,97 @@
+"""The rows of a running batch, by what they do: run, have their prompt prefilled, or wait for blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from worker.engine.decoder import SlotDecoder
+from worker.engine.interfaces import PendingPrompt
+from worker.engine.next_tokens import Running
+from worker.engine.row import Output, Row, Tokens
+
+
+class Batch:
+    """Rows that were admitted and are not done."""
+
+    def __init__(self) -> None:
+        #: By slot of the decoder.
+        self.running: dict[int, Running] = {}
+        #: Rows whose prompt is prefilled in chunks, with the rest of it.
+        self.prefilling: list[tuple[Row, PendingPrompt]] = []
+        #: Rows that wait until enough blocks are free.
+        self.waiting: list[Row] = []
+        #: Number of times that a row was preempted.
+        self.preemptions = 0
+        #: The state of preempted rows.
+        self._preempted: dict[Row, Running] = {}
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [
+            *(run.progress.row for run in self.running.values()),
+            *(row for row, _ in self.prefilling),
+            *self.waiting,
+        ]
+
+    @property
+    def holders(self) -> int:
+        """Number of rows that hold slots or blocks."""
+        return len(self.running) + len(self.prefilling)
+
+    def tokens(self, row: Row) -> Tokens:
+        """What is to be prefilled for a row: its prompt, and the new tokens that it had when it was preempted."""
+        run = self._preempted.get(row)
+        return dataclasses.replace(row.tokens, ids=(*row.tokens.ids, *run.progress.new)) if run else row.tokens
+
+    def state(self, row: Row) -> Running | None:
+        """The state of a row that runs again after it was preempted; None for another row."""
+        return self._preempted.pop(row, None)
+
+    def next_waiting(self, count: int) -> list[Row]:
+        """Remove and return the most urgent waiting rows."""
+        self.waiting.sort(key=urgency)
+        rows, self.waiting = self.waiting[:count], self.waiting[count:]
+        return rows
+
+    def preempt(self, decoder: SlotDecoder) -> None:
+        """Take the blocks of the last row in order of urgency: it waits then, and keeps its new tokens and state."""
+        self.preemptions += 1
+        slot = max(self.running, key=lambda slot: urgency(self.running[slot].progress.row), default=None)
+        pair = max(self.prefilling, key=lambda pair: urgency(pair[0]), default=None)
+        if pair and (slot is None or urgency(pair[0]) > urgency(self.running[slot].progress.row)):
+            self.prefilling.remove(pair)
+            pair[1].release()
+            self.waiting.append(pair[0])
+        elif slot is not None:
+            run = self.running.pop(slot)
+            decoder.release([slot])
+            self._preempted[run.progress.row] = run
+            self.waiting.append(run.progress.row)
+
+    def end_aborted(self, now: float) -> None:
+        """End rows that are canceled or passed their deadline while they do not run. `now`: time.monotonic()."""
+        for row, prompt in [pair for pair in self.prefilling if pair[0].abort_reason(now)]:
+            prompt.release()
+            self._abort(row, now)
+        for row in [row for row in self.waiting if row.abort_reason(now)]:
+            self._abort(row, now)
+        self.prefilling = [pair for pair in self.prefilling if not pair[0].is_done]
+        self.waiting = [row for row in self.waiting if not row.is_done]
+
+    def _abort(self, row: Row, now: float) -> None:
+        run, reason = self.state(row), row.abort_reason(now)
+        assert reason, "the row goes on"
+        row.finish(Output(tuple(run.progress.new) if run else (), reason))
+
+    def clear(self) -> None:
+        """Forget all rows, after a failure."""
+        self.running.clear()
+        self.prefilling.clear()
+        self.waiting.clear()
+        self._preempted.clear()
+
+
+def urgency(row: Row) -> tuple[int, float]:
+    """A key that orders rows, the most urgent first, and among equals the oldest."""
+    return row.priority, row.arrived
