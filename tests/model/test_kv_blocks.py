@@ -16,6 +16,7 @@ from worker.engine import prefix_cache
 from worker.engine.block_cache import BlockCache
 from worker.engine.blocks import BLOCK_TOKENS, BlockAllocator, blocks_for
 from worker.engine.continuous import ContinuousModel
+from worker.engine.cuda_graphs import Step
 from worker.engine.interfaces import Admit
 from worker.engine.pauses import Pauses
 from worker.engine.row import Picture, Row, Sampling
@@ -139,6 +140,22 @@ def test_a_row_that_is_too_long_for_all_blocks_fails_alone(in_blocks: Served) ->
             row.output.result()
     assert all(len(row.output.result().ids) == 6 for row in fits)
     assert is_empty(model)
+
+
+def test_rows_that_grow_are_recorded_as_few_graphs(in_blocks: Served) -> None:
+    recorded: list[int] = []
+
+    def record(step: Step) -> Step:
+        recorded.append(len(model.decoder.slots))
+        return step
+
+    given = in_blocks.model
+    model = ContinuousModel(given.stock, given.decoder.family, given.encode, record=record, blocks=400)
+    rows = [Row(prepared(given, [f"Say {n}"]), Sampling(150 + n)) for n in range(5)]
+    model.run(rows, lambda: None, _nobody)
+    assert all(row.output.result() for row in rows)
+    # Eight rows until some end, in tables of 4, 8 and 16 blocks.
+    assert len(recorded) <= 6
 
 
 def test_a_long_prompt_waits_for_blocks_while_shorter_ones_run(in_blocks: Served) -> None:
