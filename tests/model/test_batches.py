@@ -114,18 +114,18 @@ def test_a_long_prompt_is_prefilled_in_chunks_between_the_steps_of_the_others(
     prompts = [served.parts(job) for job in jobs]
     rows = [row_of(model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
     events: list[str] = []
-    stock_step, stock_prefix = model.decoder.step, model.scratch.prefill_prefix
+    stock_step, stock_prefix = model.decoder.step, model.scratch.prefill_prefixes
 
     def step(tokens: Sequence[int]) -> Tensor:
         events.append("step")
         return stock_step(tokens)
 
-    def prefill_prefix(prompt: PendingPrompt) -> Prefix:
+    def prefill_prefixes(prompts: Sequence[PendingPrompt]) -> list[Prefix]:
         events.append("chunk")
-        return stock_prefix(prompt)
+        return stock_prefix(prompts)
 
     monkeypatch.setattr(model.decoder, "step", step)
-    monkeypatch.setattr(model.scratch, "prefill_prefix", prefill_prefix)
+    monkeypatch.setattr(model.scratch, "prefill_prefixes", prefill_prefixes)
     model.run(rows, _nothing, _nobody)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == served.stock_ids(job, parts), job

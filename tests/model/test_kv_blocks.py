@@ -17,7 +17,7 @@ from worker.engine.block_cache import BlockCache
 from worker.engine.blocks import BLOCK_TOKENS, BlockAllocator, blocks_for
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import Step
-from worker.engine.interfaces import Admit
+from worker.engine.interfaces import Admit, PendingPrompt, Prefix
 from worker.engine.pauses import Pauses
 from worker.engine.row import Picture, Row, Sampling
 
@@ -156,6 +156,30 @@ def test_rows_that_grow_are_recorded_as_few_graphs(in_blocks: Served) -> None:
     assert all(row.output.result() for row in rows)
     # Eight rows until some end, in tables of 4, 8 and 16 blocks.
     assert len(recorded) <= 6
+
+
+def test_chunks_of_several_long_prompts_are_prefilled_together_within_a_budget(
+    in_blocks: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = in_blocks.model
+    model = ContinuousModel(
+        given.stock, given.decoder.family, given.encode, blocks=400, chunk_tokens=16, budget_tokens=3 * 16
+    )
+    rows = [Row(prepared(given, [f"Say {n} " * 20]), Sampling(4)) for n in range(4)]
+    together: list[int] = []
+    stock_prefill = model.scratch.prefill_prefixes
+
+    def prefill_prefixes(prompts: Sequence[PendingPrompt]) -> list[Prefix]:
+        together.append(len(prompts))
+        return stock_prefill(prompts)
+
+    monkeypatch.setattr(model.scratch, "prefill_prefixes", prefill_prefixes)
+    model.run(rows, lambda: None, _nobody)
+    assert max(together) == 3
+    again = [Row(row.tokens, row.sampling) for row in rows]
+    given.run(again, lambda: None, _nobody)
+    assert [row.output.result() for row in rows] == [row.output.result() for row in again]
+    assert is_empty(model)
 
 
 def test_a_long_prompt_waits_for_blocks_while_shorter_ones_run(in_blocks: Served) -> None:

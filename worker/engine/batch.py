@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
+from tasks.errors import OutOfMemory
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
 from worker.engine.next_tokens import Running
@@ -11,9 +13,10 @@ from worker.engine.row import Output, Row, Tokens
 
 
 class Batch:
-    """Rows that were admitted and are not done."""
+    """Rows that were admitted and are not done, and the blocks of a decoder that they need."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: SlotDecoder) -> None:
+        self._decoder = decoder
         #: By slot of the decoder.
         self.running: dict[int, Running] = {}
         #: Rows whose prompt is prefilled in chunks, with the rest of it.
@@ -54,7 +57,53 @@ class Batch:
         rows, self.waiting = self.waiting[:count], self.waiting[count:]
         return rows
 
-    def preempt(self, decoder: SlotDecoder) -> None:
+    def fitting(self, rows: Sequence[tuple[int, int]]) -> int:
+        """How many of these rows, the first ones, can begin so that a block is left for each running row: see
+        KVCache.fitting."""
+        return self._decoder.cache.fitting(rows, len(self.running))
+
+    def that_fit(
+        self, group: Sequence[tuple[Row, PendingPrompt]], room: Callable[[Row], int]
+    ) -> Sequence[tuple[Row, PendingPrompt]]:
+        """The rows whose blocks are free, the most urgent first. The others wait. `room`: number of tokens that a row
+        needs room for."""
+        ordered = sorted(group, key=lambda pair: urgency(pair[0]))
+        count = self.fitting([(prompt.start, room(row)) for row, prompt in ordered])
+        for row, prompt in ordered[count:]:
+            prompt.release()
+            self.waiting.append(row)
+        return ordered[:count]
+
+    def make_room(self) -> bool:
+        """Preempt rows until each running one has room for a token. Returns False if the last one has none."""
+        while self.running and not self._decoder.has_room():
+            if self.holders == 1:
+                return False
+            self._preempt()
+        return True
+
+    def fail_last(self) -> None:
+        """Fail the only running row: all blocks together are too few for it."""
+        ((slot, run),) = self.running.items()
+        run.progress.row.fail(OutOfMemory())
+        del self.running[slot]
+        self._decoder.release([slot])
+
+    def free_for_chunk(self) -> None:
+        """Preempt a row whose prompt is prefilled, or fail the only one: all blocks together are too few for it.
+
+        While rows run, their end frees blocks.
+        """
+        if self.running:
+            return
+        if self.holders > 1:
+            self._preempt()
+            return
+        row, prompt = self.prefilling.pop()
+        prompt.release()
+        row.fail(OutOfMemory())
+
+    def _preempt(self) -> None:
         """Take the blocks of the last row in order of urgency: it waits then, and keeps its new tokens and state."""
         self.preemptions += 1
         slot = max(self.running, key=lambda slot: urgency(self.running[slot].progress.row), default=None)
@@ -65,7 +114,7 @@ class Batch:
             self.waiting.append(pair[0])
         elif slot is not None:
             run = self.running.pop(slot)
-            decoder.release([slot])
+            self._decoder.release([slot])
             self._preempted[run.progress.row] = run
             self.waiting.append(run.progress.row)
 

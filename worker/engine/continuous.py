@@ -6,6 +6,7 @@ limit. `_advance` then frees the row's slot.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,6 +18,7 @@ from worker.engine.batch import Batch, urgency
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Admit, Decoder, Encode, PendingPrompt, SendHeartbeat
+from worker.engine.label_scorer import LABEL_TOKENS, LabelScorer
 from worker.engine.logits_processors import RowRules
 from worker.engine.next_tokens import NO_TOKEN, NextTokens, Running
 from worker.engine.pauses import Pauses
@@ -25,13 +27,14 @@ from worker.engine.prefix_cache import PrefixCache
 from worker.engine.progress import RowProgress
 from worker.engine.row import Row
 from worker.engine.sampling import RowSampler
-from worker.engine.scoring import add_likelihoods, finish_scored, label_parts, overflow
+from worker.engine.scoring import overflow
 from worker.engine.stock import StockModel, memory_errors
 
 #: Maximum prompt tokens, with padding, in one prefill: more would delay the running rows and need more memory.
 PREFILL_TOKENS = 4096
-#: Maximum label tokens scored at once: each needs the logits of the whole vocabulary.
-LABEL_TOKENS = 2048
+#: Maximum tokens of long prompts that are prefilled between two steps, in chunks of several prompts: so many on a GPU,
+#: which has work for all its cores then. On a CPU one chunk, since the running rows wait for it.
+BUDGET_TOKENS = 2048
 
 
 class ContinuousModel:
@@ -51,9 +54,10 @@ class ContinuousModel:
         blocks: int = 0,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         label_tokens: int = LABEL_TOKENS,
+        budget_tokens: int | None = None,
     ) -> None:
-        """`stock`: the same checkpoint. `record`, `blocks`: see SlotDecoder. `chunk_tokens`, `label_tokens`: see
-        PREFILL_CHUNK_TOKENS and LABEL_TOKENS."""
+        """`stock`: the same checkpoint. `record`, `blocks`: see SlotDecoder. `chunk_tokens`, `label_tokens`,
+        `budget_tokens`: see PREFILL_CHUNK_TOKENS, LABEL_TOKENS and BUDGET_TOKENS."""
         self.stock = stock
         self.info, self.rules, self.codec = stock.info, stock.rules, stock.codec
         self.prefetch, self.help = stock.prefetch, stock.help
@@ -64,10 +68,11 @@ class ContinuousModel:
         self.decoder.cache.reclaim_from(prefixes)
         self._prefiller = PromptPrefiller(self.scratch, prefixes, encode, chunk_tokens)
         self.encode = encode
-        self._label_tokens = label_tokens
+        self._labels = LabelScorer(self.scratch, label_tokens)
         self._device = decoder.spec.device
+        self._budget_tokens = budget_tokens or (BUDGET_TOKENS if self._device.type == "cuda" else chunk_tokens)
         self._next_tokens = NextTokens([id for ids in stock.codec.bad_words_ids for id in ids], self._device)
-        self._batch = Batch()
+        self._batch = Batch(self.decoder)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
@@ -95,9 +100,9 @@ class ContinuousModel:
         self._go_through(self._prefill(rows), heartbeat)
         while batch.rows:
             batch.end_aborted(time.monotonic())
-            has_blocks = self._prefill_a_chunk(heartbeat)
-            if not self._make_room():
-                self._fail_last()
+            has_blocks = self._prefill_chunks(heartbeat)
+            if not batch.make_room():
+                batch.fail_last()
             self._step()
             heartbeat()
             # New rows come after those that wait for blocks, and these after a long prompt that does.
@@ -105,21 +110,6 @@ class ContinuousModel:
                 self._resume(heartbeat)
             elif has_blocks and (joining := admit(batch.rows)):
                 self._go_through(self._prefill(joining), heartbeat)
-
-    def _make_room(self) -> bool:
-        """Preempt rows until each running one has room for a token. Returns False if the last one has none."""
-        while self._batch.running and not self.decoder.has_room():
-            if self._batch.holders == 1:
-                return False
-            self._batch.preempt(self.decoder)
-        return True
-
-    def _fail_last(self) -> None:
-        """Fail the only running row: all blocks together are too few for it."""
-        ((slot, run),) = self._batch.running.items()
-        run.progress.row.fail(OutOfMemory())
-        del self._batch.running[slot]
-        self.decoder.release([slot])
 
     def _step(self) -> None:
         running = self._batch.running
@@ -136,7 +126,7 @@ class ContinuousModel:
         for _ in work:
             heartbeat()
             # What is prefilled meanwhile may hold blocks that a running row will have later.
-            if self._make_room():
+            if self._batch.make_room():
                 self._step()
 
     def _resume(self, heartbeat: SendHeartbeat) -> None:
@@ -146,7 +136,7 @@ class ContinuousModel:
         if batch.holders:
             tokens = [batch.tokens(row) for row in batch.waiting]
             cached = map(self._prefiller.cached_length, tokens)
-            count = self._fitting(list(zip(cached, map(self._room, batch.waiting), strict=True)))
+            count = batch.fitting(list(zip(cached, map(self._room, batch.waiting), strict=True)))
             if count:
                 self._go_through(self._prefill(batch.next_waiting(count), are_new=False), heartbeat)
             return
@@ -160,19 +150,9 @@ class ContinuousModel:
             self._prefiller.clear()
         row.fail(OutOfMemory())
 
-    def _fitting(self, rows: Sequence[tuple[int, int]]) -> int:
-        """How many of these rows, the first ones, can begin so that a block is left for each running row: see
-        KVCache.fitting."""
-        return self.decoder.cache.fitting(rows, len(self._batch.running))
-
     def _room(self, row: Row) -> int:
-        """Number of tokens for which a row needs room when it begins."""
-        tokens = len(self._batch.tokens(row).ids)
-        if not row.labels:
-            return tokens
-        lengths = [len(label) for label in row.labels]
-        # Labels are scored in parts (see label_parts).
-        return tokens + min(sum(lengths), max(self._label_tokens, *lengths))
+        """Number of tokens that a row needs room for when it begins."""
+        return len(self._batch.tokens(row).ids) + self._labels.room(row)
 
     def _prefill(self, rows: Sequence[Row], *, are_new: bool = True) -> Pauses[None]:
         """Prefill the prompts of rows. `are_new`: see PromptPrefiller.pending."""
@@ -180,49 +160,41 @@ class ContinuousModel:
         pairs = list(zip(rows, found, strict=True))
         self._batch.prefilling += [pair for pair in pairs if self._prefiller.is_long(pair[1])]
         short = [pair for pair in pairs if not self._prefiller.is_long(pair[1])]
-        labeled = [pair for pair in short if pair[0].labels]
-        continued = [pair for pair in short if not pair[0].labels]
+        yield from self._begin_all(short)
+
+    def _begin_all(self, pairs: Sequence[tuple[Row, PendingPrompt]]) -> Pauses[None]:
+        """Prefill prompts that are not long, with pauses between groups of them."""
+        labeled = [pair for pair in pairs if pair[0].labels]
+        continued = [pair for pair in pairs if not pair[0].labels]
         for number, group in enumerate((*_groups(labeled), *_groups(continued))):
             if number:
                 yield
-            yield from self._begin(self._that_fit(group))
+            yield from self._begin(self._batch.that_fit(group, self._room))
 
-    def _that_fit(self, group: Sequence[tuple[Row, PendingPrompt]]) -> Sequence[tuple[Row, PendingPrompt]]:
-        """The prompts of a group whose blocks are free. The other rows wait."""
-        ordered = sorted(group, key=lambda pair: urgency(pair[0]))
-        count = self._fitting([(prompt.start, self._room(row)) for row, prompt in ordered])
-        for row, prompt in ordered[count:]:
-            prompt.release()
-            self._batch.waiting.append(row)
-        return ordered[:count]
-
-    def _prefill_a_chunk(self, heartbeat: SendHeartbeat) -> bool:
-        """Prefill one chunk of the most urgent long prompt, if there is one. Returns False if blocks are short."""
-        batch = self._batch
+    def _prefill_chunks(self, heartbeat: SendHeartbeat) -> bool:
+        """Prefill chunks of the most urgent long prompts within the budget. Returns False if blocks are short."""
+        batch, prefiller = self._batch, self._prefiller
         if not batch.prefilling:
             return True
-        row, prompt = pair = min(batch.prefilling, key=lambda pair: urgency(pair[0]))
-        is_long = self._prefiller.is_long(prompt)
-        if not self._fitting([(prompt.start, self._prefiller.chunk_end(prompt) if is_long else self._room(row))]):
-            if not batch.running:
-                self._free_for_chunk(pair)
+        batch.prefilling.sort(key=lambda pair: urgency(pair[0]))
+        needs = [(prompt.start, self._chunk_end(row, prompt)) for row, prompt in batch.prefilling]
+        totals = itertools.accumulate(end - start for start, end in needs)
+        within = sum(total <= self._budget_tokens for total in totals)
+        count = batch.fitting(needs[: max(1, within)])
+        if not count:
+            batch.free_for_chunk()
             return False
-        batch.prefilling.remove(pair)
-        if is_long:
-            batch.prefilling.append((row, self._prefiller.prefill_chunk(prompt)))
-        else:
-            self._go_through(self._begin([pair]), heartbeat)
+        chosen, batch.prefilling = batch.prefilling[:count], batch.prefilling[count:]
+        long = [pair for pair in chosen if prefiller.is_long(pair[1])]
+        if long:
+            rests = prefiller.prefill_chunks([prompt for _, prompt in long])
+            batch.prefilling += [(row, rest) for (row, _), rest in zip(long, rests, strict=True)]
+        self._go_through(self._begin_all([pair for pair in chosen if pair not in long]), heartbeat)
         return True
 
-    def _free_for_chunk(self, pair: tuple[Row, PendingPrompt]) -> None:
-        """Preempt a row whose prompt is prefilled, or fail the only one: all blocks together are too few for it."""
-        if self._batch.holders > 1:
-            self._batch.preempt(self.decoder)
-            return
-        row, prompt = pair
-        self._batch.prefilling.remove(pair)
-        prompt.release()
-        row.fail(OutOfMemory())
+    def _chunk_end(self, row: Row, prompt: PendingPrompt) -> int:
+        """Number of tokens that a row needs room for when its next chunk is prefilled."""
+        return self._prefiller.chunk_end(prompt) if self._prefiller.is_long(prompt) else self._room(row)
 
     def _begin(self, group: Sequence[tuple[Row, PendingPrompt]]) -> Pauses[None]:
         """Prefill the prompts of rows that are continued, or score the labels of rows with labels."""
@@ -230,7 +202,7 @@ class ContinuousModel:
             return
         rows, prompts = zip(*group, strict=True)
         if rows[0].labels:
-            yield from self._score_labels(rows, prompts)
+            yield from self._labels.score(rows, prompts)
         else:
             self._continue(rows, prompts)
 
@@ -245,22 +217,6 @@ class ContinuousModel:
         sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
         rules = RowRules(row, self.rules.scores, self._device) if self.rules.scores else None
         return Running(RowProgress(row, self.codec.decode), sampler, rules)
-
-    def _score_labels(self, rows: Sequence[Row], prompts: Sequence[PendingPrompt]) -> Pauses[None]:
-        """Prefill prompts together with their first labels, then score the other labels."""
-        part, *others = label_parts(rows, self._label_tokens)
-        firsts = [[label[0] for label in row.labels] for row in rows]
-        room = [self._room(row) for row in rows]
-        slots, scores, behind = self.scratch.prefill_scored(prompts, firsts, [row.labels[part] for row in rows], room)
-        add_likelihoods(scores, part, behind)
-        for part in others:
-            yield
-            add_likelihoods(scores, part, self.scratch.score_continuations([row.labels[part] for row in rows]))
-        finish_scored(rows, scores)
-        for slot, row in zip(slots, rows, strict=True):
-            if row.output.exception():
-                self.scratch.cache.spoil(slot)
-        self.scratch.release(slots)
 
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in `slots` their next tokens by `logits` (slots, vocabulary), and free the slots of rows that

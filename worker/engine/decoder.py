@@ -79,12 +79,12 @@ class SlotDecoder:
         return slots, self.family.prefill(segments, starts, slots, self_kv, self.cache.extra_views(len(self.slots)))
 
     @torch.inference_mode()
-    def prefill_prefix(self, prompt: PendingPrompt) -> Prefix:
-        """Prefill the beginning of a prompt, keep it as a prefix, and free its slot."""
-        (slot,), _ = self.prefill([prompt])
-        prefix = self.cache.keep_prefix(slot, prompt.segment.carry)
-        self.release([slot])
-        return prefix
+    def prefill_prefixes(self, prompts: Sequence[PendingPrompt]) -> list[Prefix]:
+        """Prefill the beginnings of prompts, keep them as prefixes, and free their slots."""
+        slots, _ = self.prefill(prompts)
+        kept = [self.cache.keep_prefix(slot, prompt.segment.carry) for slot, prompt in zip(slots, prompts, strict=True)]
+        self.release(slots)
+        return kept
 
     @torch.inference_mode()
     def prefill_scored(

@@ -62,14 +62,16 @@ class PromptPrefiller:
         """Whether a prompt must be prefilled in chunks."""
         return len(prompt.segment.ids) > self._chunk_tokens
 
-    def prefill_chunk(self, prompt: PendingPrompt) -> PendingPrompt:
-        """Prefill the first chunk of a long prompt. Returns the rest."""
-        chunk, rest = prompt.segment.split(self._chunk_tokens)
-        return PendingPrompt(rest, self._decoder.prefill_prefix(PendingPrompt(chunk, prompt.prefix)))
+    def prefill_chunks(self, prompts: Sequence[PendingPrompt]) -> list[PendingPrompt]:
+        """Prefill the first chunk of each long prompt, all together. Returns the rests."""
+        parts = [prompt.segment.split(self._chunk_tokens) for prompt in prompts]
+        chunks = [PendingPrompt(chunk, prompt.prefix) for (chunk, _), prompt in zip(parts, prompts, strict=True)]
+        prefixes = self._decoder.prefill_prefixes(chunks)
+        return [PendingPrompt(rest, prefix) for (_, rest), prefix in zip(parts, prefixes, strict=True)]
 
     def chunk_end(self, prompt: PendingPrompt) -> int:
-        """Number of tokens of a prompt when its next chunk is prefilled, or all of it if it is not long."""
-        return min(prompt.end, prompt.start + self._chunk_tokens)
+        """Number of tokens of a long prompt when its next chunk is prefilled."""
+        return prompt.start + self._chunk_tokens
 
     def _prefix(self, tokens: Tokens, key: PrefixKey, keys: Sequence[PrefixKey]) -> Pauses[Prefix | None]:
         """Prefill the prefix that ends at `key`, one of the prompt's `keys`. Returns None if blocks are short."""
@@ -80,9 +82,9 @@ class PromptPrefiller:
         prompt = self._decoder.pending(rest, _prefix_of(shorter), features)
         try:
             while self.is_long(prompt):
-                prompt = self.prefill_chunk(prompt)
+                (prompt,) = self.prefill_chunks([prompt])
                 yield
-            return self._decoder.prefill_prefix(prompt)
+            return self._decoder.prefill_prefixes([prompt])[0]
         except OutOfBlocks:
             prompt.release()
             return None

@@ -10,9 +10,10 @@ from PIL import Image
 
 from config.settings import Settings
 from worker.engine.blocks import BLOCK_TOKENS, blocks_for
-from worker.engine.continuous import LABEL_TOKENS, PREFILL_TOKENS, ContinuousModel
+from worker.engine.continuous import PREFILL_TOKENS, ContinuousModel
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import CacheSpec, Codec, Decoder, Encode, Model
+from worker.engine.label_scorer import LABEL_TOKENS
 from worker.engine.pauses import without_pauses
 from worker.engine.prefill import PREFILL_CHUNK_TOKENS
 from worker.engine.row import Tokens
