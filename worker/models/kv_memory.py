@@ -82,7 +82,7 @@ def number_of_blocks(
     elif memory is None:
         blocks = blocks_for(settings.max_batch_tokens)
     else:
-        peak = memory.peak_bytes(lambda: largest_work(decoder, encode, codec))
+        peak = peak_bytes(memory, decoder, encode, codec)
         reserved = peak + settings.feature_cache_bytes + settings.max_batch_size * extra_bytes(spec)
         blocks = blocks_that_fit(memory.free_bytes(), reserved, block_bytes)
     if blocks < blocks_for(PREFILL_CHUNK_TOKENS):
@@ -98,23 +98,25 @@ def extra_bytes(spec: CacheSpec) -> int:
     return sum(extra.width * extra.position_bytes(spec.dtype) for extra in spec.extra)
 
 
-def largest_work(decoder: Decoder, encode: Encode, codec: Codec) -> None:
-    """Encode pictures, prefill as many tokens as are prefilled at once, and score as many label tokens."""
+def peak_bytes(memory: DeviceMemory, decoder: Decoder, encode: Encode, codec: Codec) -> int:
+    """Bytes that computing needs at most at a time, beside keys and values: to encode pictures, to prefill as many
+    tokens as are prefilled at once, and to score as many label tokens."""
     picture = Image.linear_gradient("L").resize(PICTURE_SIZE).convert("RGB")
-    # Each other pixel makes another picture.
     shown = [codec.picture(picture.rotate(angle)) for angle in range(PICTURES)]
-    features = without_pauses(encode(shown))
-    rows = PREFILL_TOKENS // PREFILL_CHUNK_TOKENS
-    tokens = codec.prepare([shown[0], "a"])
-    room = rows * (len(tokens.ids) + PREFILL_CHUNK_TOKENS) + 2 * LABEL_TOKENS
-    slots = SlotDecoder(decoder, blocks=blocks_for(room) + 2 * rows)
-    text = Tokens(tokens.ids[-1:] * PREFILL_CHUNK_TOKENS)
-    for prompts in ([text] * rows, [tokens]):
-        taken, _ = slots.prefill([slots.pending(each, None, features) for each in prompts])
+    prompt = codec.prepare([shown[0], "a"])
+    rows, token = PREFILL_TOKENS // PREFILL_CHUNK_TOKENS, prompt.ids[-1:]
+    text = Tokens(token * PREFILL_CHUNK_TOKENS)
+    labels: Sequence[Sequence[int]] = [token * (LABEL_TOKENS // PICTURES + 1)] * PICTURES
+    slots = SlotDecoder(decoder, blocks=blocks_for(PREFILL_TOKENS) + blocks_for(len(prompt.ids) + LABEL_TOKENS))
+
+    def work() -> None:
+        features = without_pauses(encode(shown))
+        taken, _ = slots.prefill([slots.pending(text, None, {})] * rows)
         slots.release(taken)
-    labels: Sequence[Sequence[int]] = [tokens.ids[-1:] * (LABEL_TOKENS // PICTURES + 1)] * PICTURES
-    prompt = slots.pending(tokens, None, features)
-    slots.prefill_scored([prompt], [[labels[0][0]]], [labels], [prompt.end + LABEL_TOKENS])
+        shows = slots.pending(prompt, None, features)
+        slots.prefill_scored([shows], [token], [labels], [shows.end + LABEL_TOKENS])
+
+    return memory.peak_bytes(work)
 
 
 def batch_limits(model: Model, settings: Settings) -> Limits:
