@@ -85,7 +85,7 @@ def test_too_little_memory_is_told_at_start(small: Served) -> None:
 
 def test_in_blocks_a_row_counts_with_its_own_length(small: Served, demo: Served) -> None:
     settings = Settings(max_batch_size=9)
-    held = small.model.decoder.cache.block_tokens
-    assert batch_limits(small.model, settings) == Limits(9, held, is_padded=False)
-    assert batch_limits(small.model, Settings(max_batch_size=9, max_batch_tokens=100)) == Limits(9, 100, False)
-    assert batch_limits(demo.model, settings) == Limits(9, settings.max_batch_tokens)
+    tokens, held = settings.max_batch_tokens, small.model.decoder.cache.block_tokens
+    assert batch_limits(small.model, settings) == Limits(9, tokens, held)
+    assert batch_limits(small.model, Settings(max_batch_size=9, max_batch_tokens=100)) == Limits(9, 100, 100)
+    assert batch_limits(demo.model, settings) == Limits(9, tokens)

@@ -104,18 +104,18 @@ def test_padding_and_answers_count_as_tokens() -> None:
 
 def test_in_blocks_each_row_counts_with_its_own_tokens() -> None:
     head, long = row("a" * 10, wanted=10, arrived=0), row("a" * 70, wanted=10, arrived=1)
-    assert next_batch([head, long], Limits(rows=9, tokens=100, is_padded=False)) == [head, long]
-    assert next_batch([head, long], Limits(rows=9, tokens=99, is_padded=False)) == [head]
+    assert next_batch([head, long], Limits(rows=9, tokens=1, block_tokens=100)) == [head, long]
+    assert next_batch([head, long], Limits(rows=9, tokens=1, block_tokens=99)) == [head]
     assert next_batch([head, long], Limits(rows=9, tokens=100)) == [head]
     running = [row("a" * 60, wanted=0, arrived=0)]
-    assert next_batch([head], Limits(rows=9, tokens=80, is_padded=False), running) == [head]
-    assert next_batch([head], Limits(rows=9, tokens=79, is_padded=False), running) == []
+    assert next_batch([head], Limits(rows=9, tokens=1, block_tokens=80), running) == [head]
+    assert next_batch([head], Limits(rows=9, tokens=1, block_tokens=79), running) == []
 
 
-def test_beams_are_padded_in_blocks_too() -> None:
-    beams = [row("a" * length, wanted=10, beams=2, arrived=length) for length in (10, 40)]
-    assert next_batch(beams, Limits(rows=9, tokens=200, is_padded=False)) == beams
-    assert next_batch(beams, Limits(rows=9, tokens=199, is_padded=False)) == beams[:1]
+def test_beams_are_padded_and_not_in_blocks() -> None:
+    beams = [row("a" * 10, wanted=length, beams=2, arrived=length) for length in (10, 10)]
+    assert next_batch(beams, Limits(rows=9, tokens=80, block_tokens=1)) == beams
+    assert next_batch(beams, Limits(rows=9, tokens=79, block_tokens=999)) == beams[:1]
 
 
 def test_a_row_that_does_not_fit_is_passed_over_for_one_that_does() -> None:

@@ -15,12 +15,16 @@ from worker.engine.row import Row
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What fits on the device at once: rows, where one with four beams counts four, and tokens."""
+    """What fits on the device at once: rows, where one with four beams counts four, and tokens.
+
+    In blocks each row counts with its own tokens; otherwise, and with beams, with those of the longest one.
+    """
 
     rows: int
+    #: Tokens with padding.
     tokens: int
-    #: Whether each row counts with as many tokens as the longest, as in slots. In blocks it counts with its own.
-    is_padded: bool = True
+    #: Tokens for which there are blocks; 0 if keys and values are not in blocks.
+    block_tokens: int = 0
 
 
 class Size(NamedTuple):
@@ -107,10 +111,11 @@ def _distance(row: Row, first: Row) -> tuple[int, int]:
 def _fits(size: Size, like: Row, limits: Limits) -> bool:
     """Whether a batch of this size fits, if each row has as many beams as `like`."""
     beams = like.sampling.num_beams
-    # Beams run through stock `generate`, which pads.
-    is_padded = limits.is_padded or beams > 1
     rows = size.rows * beams
-    return rows <= limits.rows and (rows * size.longest if is_padded else size.tokens) <= limits.tokens
+    # Beams run through stock `generate`, which pads.
+    in_blocks = limits.block_tokens and beams == 1
+    fits = size.tokens <= limits.block_tokens if in_blocks else rows * size.longest <= limits.tokens
+    return rows <= limits.rows and fits
 
 
 def _length(row: Row) -> int:

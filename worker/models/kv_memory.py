@@ -121,9 +121,12 @@ def peak_bytes(memory: DeviceMemory, decoder: Decoder, encode: Encode, codec: Co
 
 def batch_limits(model: Model, settings: Settings) -> Limits:
     """See worker.models.start.batch_limits."""
-    tokens = model.decoder.cache.block_tokens if isinstance(model, ContinuousModel) else 0
-    if not tokens:
-        return Limits(settings.max_batch_size, settings.max_batch_tokens)
-    if "max_batch_tokens" in settings.model_fields_set:
-        tokens = min(tokens, settings.max_batch_tokens)
-    return Limits(settings.max_batch_size, tokens, is_padded=False)
+    tokens, in_blocks = settings.max_batch_tokens, 0
+    if isinstance(model, ContinuousModel) and model.decoder.cache.block_tokens:
+        in_blocks = model.decoder.cache.block_tokens
+        if "max_batch_tokens" in settings.model_fields_set:
+            in_blocks = min(in_blocks, tokens)
+        if model.decoder.cache.spec.device.type == "cuda":
+            # Beams have their keys and values in the memory beside the blocks.
+            tokens = min(tokens, int(in_blocks * (1 / BLOCKS_SHARE - 1)))
+    return Limits(settings.max_batch_size, tokens, in_blocks)
