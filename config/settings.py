@@ -159,12 +159,10 @@ class Settings(BaseSettings):
     prefix_cache_bytes: int = Field(default=2**29, ge=0)
     """Bytes of shared prompt prefixes (examples, instructions) kept on the device."""
     kv_layout: Literal["auto", "slots", "blocks"] = "auto"
-    """How keys and values are kept. In slots each job of a batch has as much room as the longest. In blocks a job costs
-    what it is long, and jobs share the blocks of common prefixes. auto: blocks on a GPU; slots on a CPU, where reading
-    blocks takes longer."""
+    """Keys and values in slots as long as the batch's longest job, or in blocks: a job costs what it is long, and shares
+    the blocks of common prefixes. auto: blocks on a GPU; slots on a CPU, where blocks take longer."""
     kv_bytes: int = Field(default=0, ge=0)
-    """Bytes of keys and values in blocks. 0: on a GPU, what is left of its memory when the largest batch of pictures is
-    encoded and the largest prefill runs, measured at start; on a CPU, enough for max_batch_tokens."""
+    """Bytes of blocks. 0: on a GPU, what its largest work leaves, measured at start; on a CPU, for max_batch_tokens."""
     cuda_graphs: bool = False
     """Record a decode step once for each shape and replay it, which saves the launch of each kernel on a GPU. Not yet
     tried on a GPU, so off by default."""
