@@ -159,8 +159,8 @@ class Settings(BaseSettings):
     prefix_cache_bytes: int = Field(default=2**29, ge=0)
     """Bytes of shared prompt prefixes (examples, instructions) kept on the device."""
     kv_layout: Literal["auto", "slots", "blocks"] = "auto"
-    """Keys and values in slots as long as the batch's longest job, or in blocks: a job costs what it is long, and shares
-    the blocks of common prefixes. auto: blocks on a GPU; slots on a CPU, where blocks take longer."""
+    """Keys and values in slots as long as the batch's longest job, or in blocks: a job costs what it is long, and
+    shares the blocks of common prefixes. auto: blocks on a GPU; slots on a CPU, where blocks take longer."""
     kv_bytes: int = Field(default=0, ge=0)
     """Bytes of blocks. 0: on a GPU, what its largest work leaves, measured at start; on a CPU, for max_batch_tokens."""
     cuda_graphs: bool = False

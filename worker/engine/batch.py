@@ -11,6 +11,10 @@ from worker.engine.interfaces import PendingPrompt
 from worker.engine.next_tokens import Running
 from worker.engine.row import Output, Row, Tokens
 
+#: Room for this many tokens of each running row is left when others begin: a preempted row would be prefilled often if
+#: it was preempted again at once.
+SPARE_TOKENS = 16
+
 
 class Batch:
     """Rows that were admitted and are not done, and the blocks of a decoder that they need."""
@@ -58,9 +62,9 @@ class Batch:
         return rows
 
     def fitting(self, rows: Sequence[tuple[int, int]]) -> int:
-        """How many of these rows, the first ones, can begin so that a block is left for each running row: see
-        KVCache.fitting."""
-        return self._decoder.cache.fitting(rows, len(self.running))
+        """How many of these rows, the first ones, can begin so that the running ones have room for SPARE_TOKENS more
+        each: see KVCache.fitting."""
+        return self._decoder.cache.fitting(rows, SPARE_TOKENS * len(self.running))
 
     def that_fit(
         self, group: Sequence[tuple[Row, PendingPrompt]], room: Callable[[Row], int]

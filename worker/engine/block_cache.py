@@ -109,9 +109,9 @@ class BlockCache(KVCache):
             if count and self._tables.reserve(slot, count):
                 self._show(slot)
 
-    def fitting(self, rows: Sequence[tuple[int, int]], spare: int = 0) -> int:
+    def fitting(self, rows: Sequence[tuple[int, int]], spare_tokens: int = 0) -> int:
         """How many of these rows, the first ones, can begin: see KVCache.fitting."""
-        allocator, needed = self.pool.allocator, spare
+        allocator, needed = self.pool.allocator, self._width(spare_tokens)
         for count, (prefix, tokens) in enumerate(rows):
             needed += blocks_for(tokens, allocator.block_tokens) - prefix // allocator.block_tokens
             if not allocator.can_take(needed):

@@ -76,9 +76,9 @@ class KVCache(abc.ABC):
         """Put prefixes into slots that were taken, and make room for `tokens` tokens in each."""
 
     @abc.abstractmethod
-    def fitting(self, rows: Sequence[tuple[int, int]], spare: int = 0) -> int:
-        """How many of these rows, the first ones, can begin so that `spare` blocks are left. Each row has the number of
-        tokens of its prefix, and that of all tokens to make room for."""
+    def fitting(self, rows: Sequence[tuple[int, int]], spare_tokens: int = 0) -> int:
+        """How many of these rows, the first ones, can begin so that room for `spare_tokens` is left. Each row has the
+        number of tokens of its prefix, and that of all tokens to make room for."""
 
     @abc.abstractmethod
     def has_room(self, tokens: Sequence[int]) -> bool:

@@ -88,7 +88,7 @@ class SlotCache(KVCache):
             assert isinstance(prefix, CopiedPrefix)
             self._restore(to_device(places[key], self.spec.device), *self._pool.tensors, *prefix.tensors)
 
-    def fitting(self, rows: Sequence[tuple[int, int]], spare: int = 0) -> int:
+    def fitting(self, rows: Sequence[tuple[int, int]], spare_tokens: int = 0) -> int:
         """All: slots grow until the device's memory is full."""
         return len(rows)
 

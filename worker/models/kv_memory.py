@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from config.settings import Settings
-from worker.engine.blocks import BLOCK_TOKENS, blocks_for
+from worker.engine.blocks import blocks_for
 from worker.engine.continuous import PREFILL_TOKENS, ContinuousModel
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import CacheSpec, Codec, Decoder, Encode, Model
@@ -76,18 +76,18 @@ def number_of_blocks(
     spec = decoder.spec
     if layout(settings, spec.device) == "slots":
         return 0
-    block_bytes = BLOCK_TOKENS * spec.self_kv.position_bytes(spec.dtype)
+    block_bytes = spec.block_tokens * spec.self_kv.position_bytes(spec.dtype)
     if settings.kv_bytes:
         blocks = settings.kv_bytes // block_bytes
     elif memory is None:
-        blocks = blocks_for(settings.max_batch_tokens)
+        blocks = blocks_for(settings.max_batch_tokens, spec.block_tokens)
     else:
         peak = peak_bytes(memory, decoder, encode, codec)
         reserved = peak + settings.feature_cache_bytes + settings.max_batch_size * extra_bytes(spec)
         blocks = blocks_that_fit(memory.free_bytes(), reserved, block_bytes)
-    if blocks < blocks_for(PREFILL_CHUNK_TOKENS):
+    if blocks < blocks_for(PREFILL_CHUNK_TOKENS, spec.block_tokens):
         raise SetupFailed(
-            f"There is memory for the keys and values of {blocks * BLOCK_TOKENS} tokens only: set "
+            f"There is memory for the keys and values of {blocks * spec.block_tokens} tokens only: set "
             "IDEFICS_QUANTIZATION=8bit or 4bit, raise IDEFICS_KV_BYTES if it is set, or free memory on the device."
         )
     return blocks
@@ -107,7 +107,9 @@ def peak_bytes(memory: DeviceMemory, decoder: Decoder, encode: Encode, codec: Co
     rows, token = PREFILL_TOKENS // PREFILL_CHUNK_TOKENS, prompt.ids[-1:]
     text = Tokens(token * PREFILL_CHUNK_TOKENS)
     labels: Sequence[Sequence[int]] = [token * (LABEL_TOKENS // PICTURES + 1)] * PICTURES
-    slots = SlotDecoder(decoder, blocks=blocks_for(PREFILL_TOKENS) + blocks_for(len(prompt.ids) + LABEL_TOKENS))
+    size = decoder.spec.block_tokens
+    blocks = rows * blocks_for(len(text.ids), size) + blocks_for(len(prompt.ids) + LABEL_TOKENS, size)
+    slots = SlotDecoder(decoder, blocks=blocks)
 
     def work() -> None:
         features = without_pauses(encode(shown))

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from config.settings import Settings
-from worker.engine.blocks import BLOCK_TOKENS, blocks_for
 from worker.engine.continuous import ContinuousModel
 from worker.engine.interfaces import Codec, Model
 from worker.engine.stock import StockModel
@@ -63,10 +62,10 @@ def _memory(model: Model, settings: Settings) -> Iterator[tuple[str, str]]:
     total, weights, token = sum(map(_device_bytes, devices)), _weight_bytes(network), kv_bytes(network)
     yield "Device", f"{', '.join(map(_device_name, devices))}, {_size(total)}"
     yield "Weights", _size(weights)
-    block_tokens = model.decoder.cache.block_tokens if isinstance(model, ContinuousModel) else 0
-    if block_tokens:
-        blocks, kept = blocks_for(block_tokens), _size(token * block_tokens)
-        yield "K/V", f"{_size(token)} a token, {blocks:,} blocks of {BLOCK_TOKENS} tokens, {kept}"
+    if isinstance(model, ContinuousModel) and model.decoder.cache.block_tokens:
+        cache = model.decoder.cache
+        size, kept = cache.spec.block_tokens, _size(token * cache.block_tokens)
+        yield "K/V", f"{_size(token)} a token, {cache.block_tokens // size:,} blocks of {size} tokens, {kept}"
         return
     batch = token * settings.max_batch_tokens
     yield "K/V", f"{_size(token)} a token, {_size(batch)} for IDEFICS_MAX_BATCH_TOKENS={settings.max_batch_tokens}"
