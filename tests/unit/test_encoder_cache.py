@@ -216,7 +216,7 @@ def came(window: AdaptiveBatchWindow, pictures: int, gap_s: float) -> float:
 
 def test_a_chunk_waits_for_pictures_that_come_fast() -> None:
     window = AdaptiveBatchWindow()
-    window.encoding_s = 0.03
+    window.record_encoding(0.03)
     now = came(window, 100, gap_s=0.005)
     assert window.wait_s(now, now) == pytest.approx(0.01, rel=0.1)
     # But not longer than it takes to encode it.
@@ -227,12 +227,24 @@ def test_a_chunk_waits_for_pictures_that_come_fast() -> None:
 def test_a_chunk_does_not_wait_where_pictures_come_seldom() -> None:
     window = AdaptiveBatchWindow()
     assert window.wait_s(0, 0) == 0
-    window.encoding_s = 0.03
+    window.record_encoding(0.03)
     came(window, 100, gap_s=0.04)
     assert window.wait_s(4, 4) == 0
     # Nor for what comes after a pause.
     window.record_arrival(100)
     assert window.wait_s(100, 100) == 0
+
+
+def test_chunks_wait_on_after_a_few_of_one_picture() -> None:
+    window = AdaptiveBatchWindow()
+    now = came(window, 100, gap_s=0.005)
+    window.record_encoding(0.03)
+    waited = []
+    for _ in range(50):
+        window.record_encoding(0.003)
+        waited.append(window.wait_s(now, now) > 0)
+    assert waited[:10] == [True] * 10
+    assert not waited[-1]
 
 
 class Cut(Picture):

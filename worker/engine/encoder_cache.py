@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 #: Maximum frames encoded at once: larger chunks are not faster and need more memory.
 CHUNK = 8
-#: Weight of the newest value in the moving average of the time between two pictures.
+#: Weight of the newest value in moving averages.
 NEWEST_WEIGHT = 0.1
 #: Maximum seconds between two pictures that enter the average; a longer time counts as this.
 MAX_GAP_S = 1.0
@@ -129,8 +129,7 @@ class AdaptiveBatchWindow:
     longer than a chunk takes to encode. Times are time.monotonic(), in seconds."""
 
     def __init__(self) -> None:
-        #: Seconds that the last chunk took to encode.
-        self.encoding_s = 0.0
+        self._encoding_s = 0.0
         self._gap_s = MAX_GAP_S
         self._arrived_at = float("-inf")
 
@@ -140,11 +139,16 @@ class AdaptiveBatchWindow:
         self._gap_s += (gap_s - self._gap_s) * NEWEST_WEIGHT
         self._arrived_at = now
 
+    def record_encoding(self, taken_s: float) -> None:
+        """Record the time that a chunk took to encode. The longest recent one counts: after a chunk of one picture,
+        which is encoded before the next one arrives, no chunk would wait any more."""
+        self._encoding_s = max(taken_s, (1 - NEWEST_WEIGHT) * self._encoding_s)
+
     def wait_s(self, begun: float, now: float) -> float:
         """Seconds from `now` that a chunk waits for its next picture. `begun`: when it got its first picture."""
-        if self._gap_s >= self.encoding_s:
+        if self._gap_s >= self._encoding_s:
             return 0.0
-        return max(0.0, min(2 * self._gap_s, begun + self.encoding_s - now))
+        return max(0.0, min(2 * self._gap_s, begun + self._encoding_s - now))
 
 
 class EncoderThread:
@@ -238,9 +242,10 @@ class EncoderThread:
             for picture, _ in chunk:
                 self._finish(picture)
             return
-        self._window.encoding_s = time.monotonic() - started
-        metrics.PHASES["encode"].inc(self._window.encoding_s)
-        self._frame_s = self._window.encoding_s / max(1, len(chunk))
+        encoding_s = time.monotonic() - started
+        self._window.record_encoding(encoding_s)
+        metrics.PHASES["encode"].inc(encoding_s)
+        self._frame_s = encoding_s / max(1, len(chunk))
         for picture, features in encoded:
             self._cache.keep(picture.key, features)
             self._finish(picture)
