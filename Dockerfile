@@ -5,7 +5,7 @@ ARG PYTHON_VERSION=3.12
 FROM python:${PYTHON_VERSION}-slim
 
 ARG TORCH_INDEX_URL=""
-# `callbacks` makes the callbacks worker's image: small, without torch.
+# `callbacks` makes the callbacks worker's image, `flower` that of Flower: small, without torch.
 ARG EXTRA=worker
 
 ENV PYTHONUNBUFFERED=1 \

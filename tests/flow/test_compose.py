@@ -43,6 +43,8 @@ def compose(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 SERVICES: dict[str, Any] = compose()["services"]
 WORKERS = ("worker", "worker-cpu")
+#: They watch the others, and come up with `--profile monitoring` only.
+MONITORING = ("flower",)
 
 
 # --- What the compose file says -------------------------------------------------------------------
@@ -50,7 +52,7 @@ WORKERS = ("worker", "worker-cpu")
 
 def test_the_file_is_of_the_compose_specification_and_has_our_services() -> None:
     assert "version" not in compose()
-    assert set(SERVICES) == {"redis", "callbacks", "client", *WORKERS}
+    assert set(SERVICES) == {"redis", "callbacks", "client", *WORKERS, *MONITORING}
 
 
 def test_redis_keeps_what_it_accepted_and_refuses_what_it_cannot_hold() -> None:
@@ -62,15 +64,30 @@ def test_redis_keeps_what_it_accepted_and_refuses_what_it_cannot_hold() -> None:
     assert "redis-data:/data" in SERVICES["redis"]["volumes"]
 
 
-def test_no_service_publishes_a_port() -> None:
-    assert not [name for name, service in SERVICES.items() if "ports" in service or "network_mode" in service]
+def test_only_monitoring_publishes_ports_and_only_to_this_machine() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) <= set(MONITORING)
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+    assert not [name for name, service in SERVICES.items() if "network_mode" in service]
+
+
+def test_flower_has_a_login_reads_only_and_has_the_rights_of_a_monitor() -> None:
+    service = SERVICES["flower"]
+    assert service["profiles"] == ["monitoring"]
+    assert service["command"][:4] == ["celery", "-A", "worker.monitor", "flower"]
+    assert "--read_only" in service["command"]
+    required = [file["path"] for file in service["env_file"] if file.get("required", True)]
+    # Compose starts no service whose required file is missing: never without a login.
+    assert required == ["secrets/monitor/env", "secrets/flower/env"]
+    assert service["volumes"] == [f"./secrets/monitor:{MOUNT}:ro"]
+    assert service["build"]["args"] == {"EXTRA": "flower"}
 
 
 def test_volumes_are_named_and_the_secrets_are_read_only() -> None:
     used = {tuple(volume.split(":")) for service in SERVICES.values() for volume in service["volumes"]}
     bound = {volume for volume in used if volume[0].startswith(".")}
     assert {volume[0] for volume in used - bound} == set(compose()["volumes"])
-    secrets = {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks", "producer")}
+    secrets = {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks", "producer", "monitor")}
     assert bound == {*secrets, ("./examples", "/app/examples", "ro")}
 
 

@@ -160,13 +160,31 @@ def test_the_shell_block_of_the_settings_prints_them() -> None:
     assert "IDEFICS_MODEL=demo" in done.stdout
 
 
+def test_the_shell_block_of_the_screen_and_the_queue_shows_both(demo_broker: Broker) -> None:
+    [code] = [code for code in SHELL if "idefics-jobs top" in code]
+    screen, queue = _said(code, demo_broker)
+    assert "queue\tidefics\t" in screen
+    assert "\tdemo\t" in screen
+    assert "waiting\t" in queue
+
+
+def test_the_shell_block_of_celerys_inspect_shows_the_worker(demo_broker: Broker) -> None:
+    [code] = [code for code in SHELL if "celery -A worker.app inspect" in code]
+    stats, queues = _said(code, demo_broker)
+    assert "InferencePool" in stats
+    assert "'name': 'idefics'" in queues
+
+
 def test_every_shell_block_is_covered() -> None:
     covered = (
         "make demo",
         "make up",
         "idefics-jobs",
         "celery -A worker.app worker",
+        "celery -A worker.app inspect",
         "celery -A worker.callbacks worker",
+        # tests/flow/test_queue_views.py
+        "celery -A worker.monitor flower",
         "python -m config",
         "python -m worker.health",
     )

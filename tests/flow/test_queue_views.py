@@ -1,22 +1,29 @@
-"""A thousand jobs in four priorities: every tool that an operator has tells their number, by a user's rights."""
+"""A thousand jobs in four priorities: each of the operator's tools counts them, with the rights of its Redis user."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
-import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from tasks import Client, Complete
 from tasks.cli import main
-from tests.support.guarded import as_user, make_secrets
-from tests.support.waiting import PATIENCE_S
+from tests.support.guarded import as_user, environment, make_secrets, tls_proxy
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
 pytestmark = pytest.mark.timeout(120)
@@ -59,16 +66,16 @@ def test_top_counts_them_all(server: stack.Broker, secrets: Path, user: str) -> 
 
 def test_the_exporter_counts_them_all(server: stack.Broker, secrets: Path, tmp_path: Path) -> None:
     user, port = as_user(server, secrets, "exporter"), stack.free_port()
-    environment = {
+    variables = {
         **os.environ,
         "IDEFICS_BROKER_URL": user.url,
         "IDEFICS_RESULT_BACKEND": user.results,
         "IDEFICS_QUEUE_METRICS_ADDRESS": f"127.0.0.1:{port}",
     }
     command = [sys.executable, "-m", "worker.observability.queue"]
-    with stack.started(command, log=tmp_path / "log", environment=environment) as process:
+    with stack.started(command, log=tmp_path / "log", environment=variables) as process:
         stack.await_line(process, tmp_path / "log", "/metrics", PATIENCE_S)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
             families = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
     found = {sample.labels["priority"]: sample.value for sample in families["idefics_queue_jobs"].samples}
     assert found == {str(priority): JOBS.get(priority, 0) for priority in range(10)}
@@ -76,3 +83,70 @@ def test_the_exporter_counts_them_all(server: stack.Broker, secrets: Path, tmp_p
     assert waiting.value == sum(JOBS.values())
     (age,) = families["idefics_queue_oldest_job_age_seconds"].samples
     assert 0 < age.value < 60
+
+
+def test_flower_counts_them_all_and_shows_how_they_end(server: stack.Broker, secrets: Path, tmp_path: Path) -> None:
+    client = Client(as_user(server, secrets, "producer").url)
+    with _flower(server, secrets, tmp_path / "flower") as flower:
+        assert flower.get("/api/queues/length") == {
+            "active_queues": [{"name": "idefics", "messages": sum(JOBS.values())}]
+        }
+        failed = client.submit(Complete(prompt=["Hello"], max_new_tokens=5_000), priority=0)
+        canceled = client.submit(Complete(prompt=["Hello"]), priority=9)
+        canceled.cancel()
+        # Flower knows a job from its worker's first event on.
+        settings = {"MODEL": "fake", "PREFETCH": "64"}
+        with stack.worker(as_user(server, secrets, "worker"), settings=settings, log=tmp_path / "worker"):
+            ended = {"SUCCESS": sum(JOBS.values()), "FAILURE": 1, "REVOKED": 1}
+            eventually(lambda: flower.states() == ended)
+            (worker,) = flower.get("/workers?json=1")["data"]
+        assert worker["task-succeeded"] == ended["SUCCESS"]
+        tasks = flower.tasks()
+        assert (tasks[failed.id]["state"], tasks[canceled.id]["state"]) == ("FAILURE", "REVOKED")
+        assert {task["name"] for task in tasks.values()} == {"idefics.complete"}
+        assert flower.get("/api/queues/length") == {"active_queues": [{"name": "idefics", "messages": 0}]}
+        for login in ("", "flower:guess"):
+            with pytest.raises(HTTPError, match="401"):
+                flower.get("/api/tasks", login)
+    assert "Hello" not in json.dumps(tasks)
+    assert "ERROR" not in (tmp_path / "flower").read_text()
+    assert not [line for line in (tmp_path / "flower").read_text().splitlines() if line.startswith("[E")]
+
+
+@dataclass(frozen=True, slots=True)
+class Flower:
+    port: int
+    login: str
+
+    def get(self, path: str, login: str | None = None) -> Any:
+        credentials = base64.b64encode((self.login if login is None else login).encode()).decode()
+        request = Request(f"http://127.0.0.1:{self.port}{path}", headers={"Authorization": f"Basic {credentials}"})
+        with urlopen(request, timeout=PATIENCE_S) as answer:
+            return json.load(answer)
+
+    def tasks(self) -> dict[str, Any]:
+        return dict(self.get("/api/tasks?limit=5000"))
+
+    def states(self) -> Counter[str]:
+        return Counter(task["state"] for task in self.tasks().values())
+
+
+@contextmanager
+def _flower(server: stack.Broker, secrets: Path, log: Path) -> Iterator[Flower]:
+    """Flower by docker-compose.yml's command, with TLS and the login that secrets.sh made."""
+    service = yaml.safe_load((stack.CHECKOUT / "docker-compose.yml").read_text())["services"]["flower"]
+    assert [file["path"] for file in service["env_file"]] == ["secrets/monitor/env", "secrets/flower/env", ".env"]
+    name, _, login = (secrets / "flower" / "env").read_text().strip().partition("=")
+    program, *arguments = service["command"]
+    port = stack.free_port()
+    command = [str(Path(sys.executable).parent / program), *arguments, f"--port={port}", "--address=127.0.0.1"]
+    with tls_proxy(server.port, secrets) as encrypted:
+        urls = {
+            key: url.replace("@redis:6379", f"@localhost:{encrypted}")
+            for key, url in environment(secrets, "monitor").items()
+        }
+        variables = {**os.environ, **urls, name: login, "PYTHONUNBUFFERED": "1"}
+        with stack.started(command, log=log, environment=variables) as process:
+            # It has subscribed to the events.
+            stack.await_line(process, log, "Connected to rediss://monitor:**@", PATIENCE_S)
+            yield Flower(port, login)

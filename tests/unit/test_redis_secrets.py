@@ -33,6 +33,13 @@ def test_passwords_are_long_and_each_is_another(made: Path) -> None:
     assert all(len(password(made, user)) == 48 for user in USERS)
 
 
+def test_flowers_login_is_random_and_stays(made: Path, tmp_path: Path) -> None:
+    first = (made / "flower" / "env").read_text()
+    assert re.fullmatch(r"FLOWER_BASIC_AUTH=flower:[0-9a-f]{32}\n", first)
+    assert (make_secrets(made, "redis.example.com") / "flower" / "env").read_text() == first
+    assert (make_secrets(tmp_path / "other") / "flower" / "env").read_text() != first
+
+
 def test_the_urls_spell_out_tls_and_name_the_first_host(made: Path) -> None:
     found = environment(made, "worker")
     url = found["IDEFICS_BROKER_URL"]
