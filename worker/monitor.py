@@ -53,14 +53,17 @@ def _certificates(url: str) -> dict[str, str] | None:
     return options if parts.scheme == "rediss" else None
 
 
+def known_queues(app: Celery, queue: str) -> list[Queue]:
+    """The queues of all models that workers have registered, and `queue`."""
+    return [Queue(name) for name in sorted({queue, *read_models(app).queues.values()})]
+
+
 settings = load()
 app = monitor_app(settings)
 
 
 @import_modules.connect(sender=app, weak=False)  # type: ignore[untyped-decorator]
 def _prepare(sender: Celery, **_: Any) -> None:
-    """Show the queues of all models that workers have registered, and IDEFICS_QUEUE."""
-    names = {settings.queue, *read_models(sender).queues.values()}
-    sender.conf.task_queues = [Queue(name) for name in sorted(names)]
+    sender.conf.task_queues = known_queues(sender, settings.queue)
     # It warns each time that no worker answers.
     logging.getLogger("flower.inspector").setLevel(logging.ERROR)

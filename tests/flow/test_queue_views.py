@@ -18,13 +18,16 @@ from urllib.request import Request, urlopen
 import pytest
 import yaml
 from click.testing import CliRunner
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from config.settings import Settings
 from tasks import Client, Complete
 from tasks.cli import main
 from tests.support.guarded import as_user, environment, make_secrets, tls_proxy
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
+from worker.observability.queue import QueueCollector, exporter_app
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -48,13 +51,14 @@ def server(secrets: Path) -> Iterator[stack.Broker]:
         yield server
 
 
+def _top(user: stack.Broker) -> dict[str, Any]:
+    outcome = CliRunner().invoke(main, ["--broker", user.url, "--results", user.results, "top", "--once", "--json"])
+    return dict(json.loads(outcome.stdout))
+
+
 @pytest.mark.parametrize("user", ["producer", "worker", "monitor", "exporter"])
 def test_top_counts_them_all(server: stack.Broker, secrets: Path, user: str) -> None:
-    servers = as_user(server, secrets, user)
-    outcome = CliRunner().invoke(
-        main, ["--broker", servers.url, "--results", servers.results, "top", "--once", "--json"]
-    )
-    found = json.loads(outcome.stdout)
+    found = _top(as_user(server, secrets, user))
     (queue,) = found["queues"]
     assert queue["by_priority"] == {str(priority): JOBS.get(priority, 0) for priority in range(10)}
     assert queue["waiting"] == sum(JOBS.values())
@@ -100,6 +104,7 @@ def test_flower_counts_them_all_and_shows_how_they_end(server: stack.Broker, sec
             ended = {"SUCCESS": sum(JOBS.values()), "FAILURE": 1, "REVOKED": 1}
             eventually(lambda: flower.states() == ended)
             (worker,) = flower.get("/workers?json=1")["data"]
+            _await_the_end_in_top_and_exporter(server, secrets)
         assert worker["task-succeeded"] == ended["SUCCESS"]
         tasks = flower.tasks()
         assert (tasks[failed.id]["state"], tasks[canceled.id]["state"]) == ("FAILURE", "REVOKED")
@@ -111,6 +116,31 @@ def test_flower_counts_them_all_and_shows_how_they_end(server: stack.Broker, sec
     assert "Hello" not in json.dumps(tasks)
     assert "ERROR" not in (tmp_path / "flower").read_text()
     assert not [line for line in (tmp_path / "flower").read_text().splitlines() if line.startswith("[E")]
+
+
+def _await_the_end_in_top_and_exporter(server: stack.Broker, secrets: Path) -> None:
+    """The worker renews its numbers every five seconds."""
+    exporter = as_user(server, secrets, "exporter")
+
+    def has_ended() -> bool:
+        found = _top(exporter)
+        (status,) = found["workers"].values()
+        return bool(status and found["failures"] == {"invalid_request": 1} and status["tokens_per_s"] > 0)
+
+    eventually(has_ended)
+    found = _top(exporter)
+    (status,) = found["workers"].values()
+    assert (status["state"], status["jobs"], status["max_rows"]) == ("ready", 0, 64)
+    assert found["jobs_per_s"] == status["jobs_per_s"] > 10
+    registry = CollectorRegistry()
+    settings = Settings(broker_url=exporter.url, result_backend=exporter.results)
+    registry.register(QueueCollector(exporter_app(settings), "idefics"))
+    queue = {"queue": "idefics"}
+    assert registry.get_sample_value("idefics_queue_jobs_waiting", queue) == 0
+    assert registry.get_sample_value("idefics_queue_oldest_job_age_seconds", queue) == 0
+    assert registry.get_sample_value("idefics_queue_workers", queue) == 1
+    assert registry.get_sample_value("idefics_queue_jobs_in_flight") == 0
+    assert registry.get_sample_value("idefics_queue_dead_letters") == 1
 
 
 @dataclass(frozen=True, slots=True)
