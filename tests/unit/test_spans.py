@@ -8,11 +8,12 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBased
 
 from tasks.outbox import Delivery
 from worker.delivery.retry import AttemptResult
 from worker.observability.otel import STEP, Spans
-from worker.observability.otel_sampling import default_sampler
+from worker.observability.otel_sampling import RateSampler, default_sampler
 
 PARENT = "00-dca8376339abc1b7014df5282fa568c5-272f242a75c80779-0"
 
@@ -28,22 +29,28 @@ class Recorded:
         return [span for span in self._exporter.get_finished_spans() if span.name == name]
 
 
-def test_by_default_one_in_ten_jobs_is_recorded_and_each_of_a_sampled_trace() -> None:
-    recorded = Recorded(sampler=default_sampler(STEP))
-    for number in range(1_000):
-        with recorded.spans.job("idefics.chat", str(number), {}):
-            recorded.spans.note_state("SUCCESS", None)
-    assert 50 < len(recorded.named("idefics.chat")) < 170
-    for flag, count in (("1", 20), ("0", 0)):
+def test_by_default_ten_jobs_a_second_are_recorded() -> None:
+    now = [5.5]
+    recorded = Recorded(sampler=ParentBased(RateSampler(lambda: now[0])))
+    for seconds, count in ((0.0, 10), (0.4, 10), (0.6, 20)):
+        now[0] = 5.5 + seconds
+        for number in range(30):
+            with recorded.spans.job("idefics.chat", str(number), {}):
+                """It runs."""
+        assert len(recorded.named("idefics.chat")) == count
+
+
+def test_by_default_each_job_of_a_sampled_trace_is_recorded() -> None:
+    recorded = Recorded(sampler=default_sampler())
+    for flag, count in (("0", 0), ("1", 20)):
         for _ in range(20):
             with recorded.spans.job("idefics.caption", "x", {"traceparent": PARENT + flag}):
                 """It runs."""
-        assert len(recorded.named("idefics.caption")) == count or flag == "0"
-    assert len(recorded.named("idefics.caption")) == 20
+        assert len(recorded.named("idefics.caption")) == count
 
 
 def test_one_step_a_second_is_recorded_while_rows_run() -> None:
-    recorded = Recorded(sampler=default_sampler(STEP))
+    recorded = Recorded()
     for rows in (0, 3, 3, 4, 4):
         recorded.spans.steps.passed(lambda rows=rows: rows)
     (step,) = recorded.named(STEP)

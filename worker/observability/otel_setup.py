@@ -46,11 +46,10 @@ def _provider(process: str) -> Any:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    from worker.observability.otel import STEP
     from worker.observability.otel_sampling import default_sampler
 
     # Of `None` the SDK reads the variable.
-    sampler = None if os.environ.get("OTEL_TRACES_SAMPLER") else default_sampler(STEP)
+    sampler = None if os.environ.get("OTEL_TRACES_SAMPLER") else default_sampler()
     resource = Resource.create(_described(process))
     # `Spans.stop` ends it, in bounded time.
     provider = TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
