@@ -91,7 +91,7 @@ def test_the_exporter_counts_them_all(server: stack.Broker, secrets: Path, tmp_p
 
 def test_flower_counts_them_all_and_shows_how_they_end(server: stack.Broker, secrets: Path, tmp_path: Path) -> None:
     client = Client(as_user(server, secrets, "producer").url)
-    with _flower(server, secrets, tmp_path / "flower") as flower:
+    with _flower(server, secrets, tmp_path / "flower") as flower, _events(server, secrets, tmp_path / "events"):
         assert flower.get("/api/queues/length") == {
             "active_queues": [{"name": "idefics", "messages": sum(JOBS.values())}]
         }
@@ -114,8 +114,21 @@ def test_flower_counts_them_all_and_shows_how_they_end(server: stack.Broker, sec
             with pytest.raises(HTTPError, match="401"):
                 flower.get("/api/tasks", login)
     assert "Hello" not in json.dumps(tasks)
-    assert "ERROR" not in (tmp_path / "flower").read_text()
+    events = (tmp_path / "events").read_text()
+    assert events.count("task succeeded: idefics.complete(") == ended["SUCCESS"]
+    assert "Hello" not in events
     assert not [line for line in (tmp_path / "flower").read_text().splitlines() if line.startswith("[E")]
+
+
+@contextmanager
+def _events(server: stack.Broker, secrets: Path, log: Path) -> Iterator[None]:
+    """`celery events`, which docs/monitoring.md names."""
+    user = as_user(server, secrets, "monitor")
+    command = [sys.executable, "-u", "-m", "celery", "-A", "worker.monitor", "events", "--dump"]
+    urls = {"IDEFICS_BROKER_URL": user.url, "IDEFICS_RESULT_BACKEND": user.results}
+    with stack.started(command, log=log, environment={**os.environ, **urls}) as process:
+        stack.await_line(process, log, "starting capture", PATIENCE_S)
+        yield
 
 
 def _await_the_end_in_top_and_exporter(server: stack.Broker, secrets: Path) -> None:
