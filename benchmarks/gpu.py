@@ -126,8 +126,8 @@ def setups(measured: Measured) -> Iterator[Setup]:
 
 
 @torch.inference_mode()
-def decode_step(setup: Setup, rows: int, bound: Card | None) -> dict[str, Any]:
-    """Milliseconds of a step of the decoder, and of the engine."""
+def decode_step_s(setup: Setup, rows: int) -> tuple[float, float]:
+    """The time of a step of the decoder, and that of the GPU's kernels in a step that also chooses tokens."""
     decoder, choose = setup.decoder(rows), NextTokens([], setup.device).choose
 
     def steps(*, choosing: bool) -> None:
@@ -137,7 +137,13 @@ def decode_step(setup: Setup, rows: int, bound: Card | None) -> dict[str, Any]:
                 choose(logits, {})
 
     step_s = seconds(functools.partial(steps, choosing=False), setup.device) / STEPS
-    busy = busy_s(functools.partial(steps, choosing=True), setup.device) / STEPS
+    return step_s, busy_s(functools.partial(steps, choosing=True), setup.device) / STEPS
+
+
+def decode_step(setup: Setup, rows: int, bound: Card | None) -> dict[str, Any]:
+    """Milliseconds of a step of the decoder, and of the engine."""
+    # One after the other, since the caches of both may not fit on the device.
+    step_s, busy = decode_step_s(setup, rows)
     model = setup.model(rows)
     engine_s = engine_step_s(model, setup.prompt, rows)
     seen = [setup.measured.picture(seed) for seed in range(1, 1 + PICTURES[-1])]

@@ -25,7 +25,7 @@ def test_the_command_checks_the_bundled_checkpoint() -> None:
     facts = dict(re.split(r"\s+", line, maxsplit=1) for line in ended.stdout.splitlines())
     assert " ".join(facts) == "Loaded Model Family Engine Device Weights K/V Picture Prompt Answer"
     assert facts["Family"] == "idefics, float32"
-    assert facts["Engine"].startswith("continuous batching")
+    assert facts["Engine"].startswith("continuous batching, keys and values in slots")
     assert facts["K/V"] == "6.14 kB a token, 403 MB for IDEFICS_MAX_BATCH_TOKENS=65536"
     assert facts["Picture"] == "3 tokens wide, 3 tokens square"
     assert facts["Prompt"].startswith("at most 2,048 tokens")

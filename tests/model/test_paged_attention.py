@@ -20,9 +20,12 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import Step
 from worker.engine.traced import Traced
 from worker.models import paged_attention, self_attention
+from worker.models import report as reports
 from worker.models.idefics2_3.network import grouped
 from worker.models.layers import KeysValues
+from worker.models.loading import load
 from worker.models.paged_attention import KERNEL_BLOCK, PagedRows, block_tokens, can_page
+from worker.models.report import report
 from worker.models.self_attention import Caches, causal_attention
 
 HEAD_SIZE = 16
@@ -84,8 +87,8 @@ def kernel_model(
 def paging(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model take the kernel's place, on a CPU."""
     monkeypatch.setattr(paged_attention, "varlen_attn", kernel_model)
-    monkeypatch.setattr(paged_attention, "can_page", lambda *_: True)
-    monkeypatch.setattr(self_attention, "can_page", lambda *_: True)
+    for module in (paged_attention, self_attention, reports):
+        monkeypatch.setattr(module, "can_page", lambda *_: True)
 
 
 #: Key heads, heads, new tokens, each row's keys, window.
@@ -194,6 +197,14 @@ class Recorder:
     def __call__(self, step: Step) -> Step:
         self.recorded += 1
         return step
+
+
+def test_the_report_says_whether_the_kernel_reads_the_blocks(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    served = random_model(tmp_path / "checkpoint", "smolvlm chat", "blocks")
+    assert "in blocks of 16 tokens, gathered at each step" in "".join(report(served.model, served.settings, 100))
+    request.getfixturevalue("paging")
+    paged = load(served.settings)
+    assert "in blocks of 256 tokens, read by torch's paged kernel" in "".join(report(paged, served.settings, 100))
 
 
 @pytest.mark.parametrize("name", ["with resampler", "idefics2 chat", "smolvlm chat"])

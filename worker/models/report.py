@@ -11,9 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from config.settings import Settings
+from worker.engine.block_cache import BlockCache
 from worker.engine.continuous import ContinuousModel
 from worker.engine.interfaces import Codec, Model
+from worker.engine.kv_cache import KVCache
 from worker.engine.stock import StockModel
+from worker.models.paged_attention import can_page
 
 #: Width and height in pixels of the pictures whose tokens are counted.
 SHAPES = {"wide": (640, 480), "square": (640, 640)}
@@ -44,10 +47,20 @@ def devices_of(network: PreTrainedModel) -> list[torch.device]:
 
 def _engine(model: Model) -> str:
     if isinstance(model, ContinuousModel):
-        return "continuous batching; beams through transformers' generate"
+        return f"continuous batching, {_layout(model.decoder.cache)}; beams through transformers' generate"
     is_spread = len(devices_of(_stock(model).adapter.model)) > 1
     reason = ", since the weights are on several devices" if is_spread else ""
     return f"transformers' generate: no continuous batching, no prefix cache{reason}"
+
+
+def _layout(cache: KVCache) -> str:
+    """Where keys and values are, and how attention reads them."""
+    if not isinstance(cache, BlockCache):
+        return "keys and values in slots"
+    spec = cache.spec
+    is_paged = can_page(spec.device, spec.dtype, spec.self_kv.head_size, spec.block_tokens)
+    reading = "read by torch's paged kernel" if is_paged else "gathered at each step"
+    return f"keys and values in blocks of {spec.block_tokens} tokens, {reading}"
 
 
 def _stock(model: Model) -> StockModel:

@@ -30,16 +30,22 @@ class SlotPlaces(NamedTuple):
 
     #: (rows, length): the tokens' positions in their rows.
     positions: Tensor
-    #: (rows,): the slot of each row; None: row n is in slot n.
+    #: (rows, 1): the slot of each row.
+    row_slots: Tensor
+    #: (rows,): the same; None: row n is in slot n, so that the caches are read where they are.
     slots: Tensor | None
+
+    @classmethod
+    def of(cls, positions: Tensor, slots: Tensor | None) -> SlotPlaces:
+        """The places of tokens at `positions` (rows, length) in `slots` (rows,); None: row n is in slot n."""
+        row_slots = torch.arange(positions.shape[0], device=positions.device) if slots is None else slots
+        return cls(positions, row_slots[:, None], slots)
 
     def store(self, cache: KeysValues, new: KeysValues) -> None:
         """Write the new tokens' keys and values, each (rows, key heads, length, head size)."""
-        positions = self.positions
-        slots = torch.arange(positions.shape[0], device=positions.device) if self.slots is None else self.slots
         for kept, each in zip(cache, new, strict=True):
             # Not kept[slots, :, positions] = ...: in a recorded graph, that would fix the number of rows.
-            kept.transpose(1, 2).index_put_((slots[:, None], positions), each.transpose(1, 2))
+            kept.transpose(1, 2).index_put_((self.row_slots, self.positions), each.transpose(1, 2))
 
     def load(self, cache: KeysValues) -> KeysValues:
         """The keys and values of the rows, each (rows, key heads, positions, head size)."""
@@ -109,7 +115,7 @@ class Caches(NamedTuple):
         """The places of tokens at `positions` (rows, length) of their rows. `slots` (rows,): the slots of the rows,
         unless there is a block table; None: row n is in slot n."""
         if self.table is None:
-            return SlotPlaces(positions, slots)
+            return SlotPlaces.of(positions, slots)
         return BlockPlaces.of(self.table, positions, self.layers[0][0].shape[1])
 
 
