@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from config.settings import Settings
 from worker.engine.blocks import blocks_for
@@ -99,8 +100,8 @@ def extra_bytes(spec: CacheSpec) -> int:
 
 
 def peak_bytes(memory: DeviceMemory, decoder: Decoder, encode: Encode, codec: Codec) -> int:
-    """Bytes that computing needs at most at a time, beside keys and values: to encode pictures, to prefill as many
-    tokens as are prefilled at once, and to score as many label tokens."""
+    """Bytes that computing needs at most at a time, beside keys and values: to encode pictures, and meanwhile, on
+    another stream, to prefill as many tokens as are prefilled at once or to score as many label tokens."""
     picture = Image.linear_gradient("L").resize(PICTURE_SIZE).convert("RGB")
     shown = [codec.picture(picture.rotate(angle)) for angle in range(PICTURES)]
     prompt = codec.prepare([shown[0], "a"])
@@ -111,14 +112,19 @@ def peak_bytes(memory: DeviceMemory, decoder: Decoder, encode: Encode, codec: Co
     blocks = rows * blocks_for(len(text.ids), size) + blocks_for(len(prompt.ids) + LABEL_TOKENS, size)
     slots = SlotDecoder(decoder, blocks=blocks)
 
-    def work() -> None:
-        features = without_pauses(encode(shown))
+    features: dict[bytes, Tensor] = {}
+
+    def encode_pictures() -> None:
+        features.update(without_pauses(encode(shown)))
+
+    def prefill() -> None:
         taken, _ = slots.prefill([slots.pending(text, None, {})] * rows)
         slots.release(taken)
         shows = slots.pending(prompt, None, features)
         slots.prefill_scored([shows], [token], [labels], [shows.end + LABEL_TOKENS])
 
-    return memory.peak_bytes(work)
+    # The encoder has a stream of its own, whose memory torch's allocator does not give to others meanwhile.
+    return memory.peak_bytes(encode_pictures) + memory.peak_bytes(prefill)
 
 
 def batch_limits(model: Model, settings: Settings) -> Limits:
