@@ -18,6 +18,7 @@ from tests.model.jobs import mixed_jobs, row_of
 from worker.engine.blocks import BLOCK_TOKENS
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import Step
+from worker.engine.row import Row, Sampling
 from worker.engine.traced import Traced
 from worker.models import paged_attention, self_attention
 from worker.models import report as reports
@@ -224,6 +225,12 @@ def test_a_batch_with_the_kernel_says_what_stock_generate_says_to_each_job_alone
     model.run(rows, lambda: None, lambda running: ())
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == served.stock_ids(job, parts), job
+    # Labels are scored by tree attention, whose rows are in the same blocks.
+    labeled = [Row(row.tokens, Sampling(1), ((5, 6, 2), (7, 2), (8, 9, 10, 2))) for row in rows[:3] for _ in (1, 2)]
+    model.run(labeled[::2], lambda: None, lambda running: ())
+    served.stock.run(labeled[1::2], lambda: None, lambda running: ())
+    scored = torch.tensor([row.output.result().probabilities for row in labeled])
+    torch.testing.assert_close(scored[::2], scored[1::2], rtol=1e-4, atol=1e-6)
     # One for each power of two of rows, with and without pictures among them.
     assert record.recorded <= 10 if graphs else not record.recorded
 
