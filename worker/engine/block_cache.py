@@ -17,8 +17,10 @@ from worker.engine.blocks import (
     CopiedBlock,
     blocks_for,
 )
-from worker.engine.interfaces import CacheSpec, Prefix
+from worker.engine.cuda_graphs import bucket
+from worker.engine.interfaces import CacheSpec, PendingPrompt, Prefix
 from worker.engine.kv_cache import KVCache
+from worker.engine.shared_entries import SharedEntries
 from worker.engine.slots import Move
 from worker.engine.tensors import to_device
 
@@ -47,6 +49,19 @@ class BlockPool:
 
     def _wipe(self, blocks: Sequence[int]) -> None:
         self._whole.index_fill_(1, to_device(list(blocks), self._device), 0)
+
+
+class Carry:
+    """A segment's carry: equal to another with the same memory, which it keeps alive."""
+
+    def __init__(self, carry: Tensor) -> None:
+        self._carry = carry
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Carry) and self._carry.data_ptr() == other._carry.data_ptr()
+
+    def __hash__(self) -> int:
+        return self._carry.data_ptr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +95,8 @@ class BlockCache(KVCache):
         super().__init__(spec, max_idle_positions)
         self.pool = pool
         self._tables = BlockTables(self.pool.allocator)
+        #: The entries of the extra pools, by the address of a row's carry.
+        self._entries = SharedEntries()
         #: (slots, width): the tables, padded with NULL_BLOCK.
         self._table = numpy.zeros((0, 0), numpy.int64)
 
@@ -108,6 +125,27 @@ class BlockCache(KVCache):
         for slot, count in enumerate(tokens):
             if count and self._tables.reserve(slot, count):
                 self._show(slot)
+
+    def begin(self, prompts: Sequence[PendingPrompt], tokens: Sequence[int], room: int, *, at_end: bool) -> list[int]:
+        """Take slots for prompts: see KVCache.begin. Prompts with the same carry share what is computed from it."""
+        slots = super().begin(prompts, tokens, room, at_end=at_end)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            if prompt.segment.carry is not None:
+                self._entries.take(slot, Carry(prompt.segment.carry))
+        return slots
+
+    @property
+    def extra_numbers(self) -> list[int]:
+        """The entry of each slot in the extra pools; 0 if it has none."""
+        return [self._entries[slot] for slot in range(len(self.slots))]
+
+    def extra_slots(self, slots: Sequence[int]) -> Sequence[int]:
+        """The entries of these slots in the extra pools."""
+        return [self._entries[slot] for slot in slots]
+
+    def extra_views(self, rows: int) -> list[Tensor]:
+        """Keys and values (entries, heads, width, head size) of each layer of each extra pool in turn."""
+        return super().extra_views(bucket(len(self._entries)))
 
     def fitting(self, rows: Sequence[tuple[int, int]], spare_tokens: int = 0) -> int:
         """How many of these rows, the first ones, can begin: see KVCache.fitting."""
@@ -180,21 +218,22 @@ class BlockCache(KVCache):
 
     def spoil(self, slot: int) -> None:
         """Have a slot's blocks wiped before they are taken again."""
-        super().spoil(slot)
+        super().spoil(self._entries[slot])
         self.pool.allocator.spoil(self._tables[slot])
 
     def release(self, slots: Sequence[int]) -> None:
         """Free slots and their blocks, which other rows and prefixes may hold, too."""
         for slot in slots:
             self._tables.release(slot)
+            self._entries.release(slot)
             if slot < len(self._table):
                 self._table[slot] = NULL_BLOCK
         super().release(slots)
 
     def _compact(self, moves: Sequence[Move], rows: int, views: Sequence[Tensor]) -> None:
-        super()._compact(moves, rows, views)
         for source, target in moves:
             self._tables.move(source, target)
+            self._entries.move(source, target)
             self._show(target)
             self._table[source] = NULL_BLOCK
 
@@ -212,6 +251,7 @@ class BlockCache(KVCache):
         prefixes dropped, too."""
         super().clear()
         self._tables.clear()
+        self._entries.clear()
         self._table[:] = NULL_BLOCK
         self.pool.allocator.clear()
 

@@ -76,7 +76,8 @@ class SlotDecoder:
         self_kv = self.cache.prompt_views(slots, room, at_end=is_plain)
         if is_plain:
             return slots, self.family.prefill(segments, starts, range(len(slots)), self_kv, ())
-        return slots, self.family.prefill(segments, starts, slots, self_kv, self.cache.extra_views(len(self.slots)))
+        extra = self.cache.extra_views(len(self.slots))
+        return slots, self.family.prefill(segments, starts, self.cache.extra_slots(slots), self_kv, extra)
 
     @torch.inference_mode()
     def prefill_prefixes(self, prompts: Sequence[PendingPrompt]) -> list[Prefix]:
@@ -110,7 +111,8 @@ class SlotDecoder:
         self_kv = self.cache.prompt_views(slots, room, at_end=True)
         has_extra = any(segment.carry is not None for segment in segments)
         extra = self.cache.extra_views(len(slots)) if has_extra else []
-        scores = self.family.prefill_scored(segments, starts, tree, firsts, self_kv, extra).tolist()
+        rows = self.cache.extra_slots(slots)
+        scores = self.family.prefill_scored(segments, starts, rows, tree, firsts, self_kv, extra).tolist()
         behind = max(map(len, firsts))
         return (
             slots,
@@ -135,7 +137,7 @@ class SlotDecoder:
         self.cache.reserve(self._next_lengths())
         free = [0] * (rows - len(self.slots))
         # One tensor, since making each one releases and reacquires the interpreter lock.
-        numbers = self._tensor([[*tokens, *free], [*self.slots.lengths, *free], [*self.slots.has_extra, *free]])
+        numbers = self._tensor([[*tokens, *free], [*self.slots.lengths, *free], [*self.cache.extra_numbers, *free]])
         self_kv, extra = self._views(rows, room)
         step = self._graphed or self._step
         logits = step(numbers, self_kv=self_kv, extra=extra)
@@ -153,7 +155,7 @@ class SlotDecoder:
         tree = TokenTree.build([()] * len(continuations), continuations, self._device)
         if tree is None:
             return [[[] for _ in sequences] for sequences in continuations]
-        starts, has_extra = self._tensor([self.slots.lengths, self.slots.has_extra]).unbind()
+        starts, has_extra = self._tensor([self.slots.lengths, self.cache.extra_numbers]).unbind()
         self_kv, extra = self._views(len(self.slots), self.slots.longest + tree.ids.shape[1])
         inputs = tree.ids, starts, tree.targets, tree.owner, tree.depth, has_extra
         scores = self._branch(*inputs, self_kv=self_kv, extra=extra).tolist()

@@ -216,8 +216,9 @@ class Decoder(Protocol):
 
     spec: CacheSpec
     #: `step(numbers, *self_kv, *extra)` appends a token to each row and returns the logits (rows, vocabulary) of the
-    #: next one. `numbers` (3, rows) holds each row's token, the number of tokens before it, and whether the row has
-    #: content in the extra pools. Row n is in slot n.
+    #: next one. `numbers` (3, rows) holds each row's token, the number of tokens before it, and 0 if the row has no
+    #: content in the extra pools. With a block table, another number is the row's slot there. Otherwise row n is in
+    #: slot n.
     step: Callable[..., Tensor]
     #: `branch(ids, starts, targets, owner, depth, has_extra, *self_kv, *extra)` runs the tensors of a TokenTree after
     #: each row and returns log-probabilities (rows, targets). `starts` (rows,): tokens before; `has_extra` (rows,).
@@ -245,12 +246,13 @@ class Decoder(Protocol):
         self,
         segments: Sequence[Any],
         starts: Sequence[int],
+        slots: Sequence[int],
         tree: TokenTree,
         firsts: Sequence[Sequence[int]],
         self_kv: Sequence[Tensor],
         extra: Sequence[Tensor],
     ) -> Tensor:
-        """Prefill segments into the first slots, and score sequences after them.
+        """Prefill segments into the first slots, and score sequences after them. `slots`: those of the extra pools.
 
         Returns log-probabilities (rows, firsts and targets): of `firsts` after each segment, then of the tree's
         targets. The tree's ids begin with the ids of the segments.

@@ -99,8 +99,17 @@ class KVCache(abc.ABC):
     def views(self, rows: int, room: int) -> list[Tensor]:
         """Keys and values of the first `rows` slots, with `room` positions."""
 
+    @property
+    def extra_numbers(self) -> list[int]:
+        """For each slot 0 if it has no content in the extra pools, otherwise another number: in blocks its entry."""
+        return [int(has_extra) for has_extra in self.slots.has_extra]
+
+    def extra_slots(self, slots: Sequence[int]) -> Sequence[int]:
+        """Where in the extra pools the content of these slots is."""
+        return slots
+
     def extra_views(self, rows: int) -> list[Tensor]:
-        """Keys and values (rows, heads, width, head size) of each layer of each extra pool in turn."""
+        """Keys and values (slots, heads, width, head size) of each layer of each extra pool in turn, of `rows` rows."""
         views: list[Tensor] = []
         for pool, spec in zip(self._extra, self.spec.extra, strict=True):
             pool.reserve(rows, spec.width)

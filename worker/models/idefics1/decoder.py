@@ -110,6 +110,7 @@ class IdeficsDecoder:
         self,
         segments: Sequence[IdeficsSegment],
         starts: Sequence[int],
+        slots: Sequence[int],
         tree: TokenTree,
         firsts: Sequence[Sequence[int]],
         self_kv: Sequence[Tensor],
@@ -118,7 +119,7 @@ class IdeficsDecoder:
         """Prefill segments into the first slots, and score sequences after them. Returns log-probabilities (segments,
         firsts + targets). `self_kv` and `extra`: see interfaces.Decoder."""
         first = padded(firsts, max(map(len, firsts)), 0, self.spec.device)
-        numbers = self._numbers(segments, starts, range(len(segments)))
+        numbers = self._numbers(segments, starts, slots)
         scored = tree.owner, tree.depth, first, tree.targets
         if not extra:
             return self._scored_text_prefill(tree.ids, *numbers[:2], *scored, self_kv=self_kv)

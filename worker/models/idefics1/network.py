@@ -67,13 +67,16 @@ class _Network(torch.nn.Module):
             states = run_layer(layer, states, rotary, cache, asked, self.attend)
         return states
 
-    def cross_attend_cached(self, attends_image: Tensor) -> CrossAttend:
+    def cross_attend_cached(self, image: Tensor, caches: Caches) -> CrossAttend:
         """Cross-attention of tokens after the prompt, to their row's last image, whose keys and values are cached.
-        `attends_image` (rows,): 0 for a row without an image."""
-        no_image = (attends_image == 0)[:, None, None]
+        `image` (rows,): 0 for a row without an image; with a block table the image's slot."""
+        no_image = (image == 0)[:, None, None]
 
         def cross_attend(block: GatedCrossAttention, states: Tensor, kept: KeysValues | None) -> Tensor:
-            return block.output(states) if kept is None else block.cross_attend(states, *kept, no_image, self.attend)
+            if kept is None:
+                return block.output(states)
+            keys, values = kept if caches.table is None else (each.index_select(0, image) for each in kept)
+            return block.cross_attend(states, keys, values, no_image, self.attend)
 
         return cross_attend
 
@@ -228,12 +231,12 @@ class DecodeStep(_Network):
 
     def forward(self, numbers: Tensor, *tensors: Tensor) -> Tensor:
         """Logits (rows, vocabulary) of the next token. `numbers` (3, rows): each row's token, the number of tokens
-        before it, and whether it attends to an image. `tensors`: the caches. If no row attends to an image, those of
+        before it, and `image` of `cross_attend_cached`. `tensors`: the caches. If no row attends to an image, those of
         the cross-attention may be left out."""
-        ids, starts, attends_image = numbers.unbind()
+        ids, starts, image = numbers.unbind()
         caches, positions = Caches.of(tensors), starts[:, None]
         attention = causal_attention(caches, positions)
-        states = self.states(ids[:, None], positions, caches, self.cross_attend_cached(attends_image), attention)
+        states = self.states(ids[:, None], positions, caches, self.cross_attend_cached(image, caches), attention)
         return self.text.logits(states[:, 0])
 
 
@@ -247,15 +250,15 @@ class TreeAttention(_Network):
         targets: Tensor,
         owner: Tensor,
         depth: Tensor,
-        attends_image: Tensor,
+        image: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
         """Log-probabilities (rows, length) of `targets` (rows, length), the next tokens of `ids`. `owner` and `depth`
-        (rows, length): see engine/scoring.TokenTree. `attends_image` (rows,): 0 for a row without an image.
-        `tensors`: the caches."""
+        (rows, length): see engine/scoring.TokenTree. `image` (rows,): see `cross_attend_cached`. `tensors`:
+        the caches."""
         caches, positions = Caches.of(tensors), new_positions(starts, ids)
         attention = SelfAttention(caches.places(positions), tree_mask(starts, owner, depth, caches.keys))
-        cross_attend = self.cross_attend_cached(attends_image)
+        cross_attend = self.cross_attend_cached(image, caches)
         states = self.states(ids, starts[:, None] + depth, caches, cross_attend, attention)
         return target_scores(self.text.logits(states), targets)
 

@@ -105,6 +105,7 @@ class MergedDecoder:
         self,
         segments: Sequence[MergedSegment],
         starts: Sequence[int],
+        slots: Sequence[int],
         tree: TokenTree,
         firsts: Sequence[Sequence[int]],
         self_kv: Sequence[Tensor],
