@@ -16,8 +16,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[worker,dev,docs]'
 	touch $@
 
-demo: setup ## ask the bundled model one question for each task; write demo.html
-	$(BIN)/python -m worker.demo
+demo: setup ## ask a bundled model one question for each task; write demo.html [MODEL=smolvlm]
+	$(BIN)/python -m worker.demo $(if $(MODEL),--model '$(MODEL)')
 
 up: setup ## run a broker and a worker until Ctrl-C [PORT=6379] [CALLBACKS=http://localhost:8000/hook]
 	$(BIN)/python -m worker.demo.up $(if $(PORT),--port '$(PORT)') $(if $(CALLBACKS),--callbacks '$(CALLBACKS)')

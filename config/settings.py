@@ -83,8 +83,8 @@ class Settings(BaseSettings):
     countdown fill its memory."""
 
     model: str = "demo"
-    """Hub id, folder, or `demo` (the checkpoint in worker/demo). `fake` answers without a model, for tests; `fake:0.05`
-    takes that many seconds for each token."""
+    """Hub id, folder, or one of the checkpoints in worker/demo: `demo` (IDEFICS) or `demo-smolvlm` (SmolVLM). `fake`
+    answers without a model, for tests; `fake:0.05` takes that many seconds for each token."""
     model_revision: str | None = None
     """Commit of the hub repository. Pin it so that the weights change only when you change it."""
     offline: bool = False

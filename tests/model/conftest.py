@@ -1,4 +1,4 @@
-"""The bundled checkpoint, and random ones of every family."""
+"""The bundled checkpoints, and random ones of every family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.stock import StockModel
 from worker.images.decode import open_image
 from worker.jobs.prompts import build, in_turns
-from worker.models import DEMO
+from worker.models import BUNDLED
 from worker.models.loading import load
 
 #: Random checkpoints by name: the family, and of the later ones what its chat template opens with, if it has one.
@@ -35,8 +35,10 @@ RANDOM = {
     "idefics3 chat": ("idefics3", "<s>"),
     "smolvlm chat": ("smolvlm", "<s>"),
 }
-#: One of each family, and the bundled one.
-FAMILIES = ["demo", "with resampler", "without resampler", "idefics2 chat", "idefics3 base", "smolvlm chat"]
+#: What opens the prompts of the bundled ones.
+OPENINGS = {"demo": "", "demo-smolvlm": "<|im_start|>"}
+#: One of each family, and the bundled ones.
+FAMILIES = [*BUNDLED, "with resampler", "without resampler", "idefics2 chat", "idefics3 base", "smolvlm chat"]
 #: Those that also run with their keys and values in blocks.
 IN_BLOCKS = ["with resampler", "idefics2 chat", "smolvlm chat"]
 
@@ -91,22 +93,19 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", params=[*FAMILIES, *(f"{name}, in blocks" for name in IN_BLOCKS)])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     name, *layout = request.param.split(", in ")
-    if name == "demo":
-        return _demo()
+    if name in BUNDLED:
+        return _bundled(name)
     return random_model(tmp_path_factory.mktemp("random") / "checkpoint", name, *layout)
 
 
 @pytest.fixture(scope="session")
 def demo() -> Served:
-    return _demo()
+    return _bundled("demo")
 
 
-def _demo() -> Served:
-    return _served(
-        Settings(model="demo", dtype="float32"),
-        DEMO,
-        {path.name: open_image(path.read_bytes()) for path in PICTURES.glob("*.png")},
-    )
+def _bundled(name: str) -> Served:
+    images = {path.name: open_image(path.read_bytes()) for path in PICTURES.glob("*.png")}
+    return _served(Settings(model=name, dtype="float32"), BUNDLED[name], images, OPENINGS[name])
 
 
 def random_model(folder: Path, name: str, kv_layout: Literal["slots", "blocks"] = "slots") -> Served:

@@ -22,7 +22,7 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.jobs.service import Service
-from worker.models import DEMO, checkpoint_folder, loading
+from worker.models import BUNDLED, DEMO, checkpoint_folder, loading
 from worker.models.loading import NOT_QUANTIZED, SetupFailed, load
 
 
@@ -39,15 +39,17 @@ def _checked(settings: Settings) -> ContinuousModel:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_bundled_checkpoint_passes_its_golden_check(dtype: str) -> None:
-    model = _checked(Settings(model="demo", dtype=dtype))
+@pytest.mark.parametrize(("name", "family"), [("demo", "idefics"), ("demo-smolvlm", "idefics3")])
+def test_a_bundled_checkpoint_passes_its_golden_check(name: str, family: str, dtype: str) -> None:
+    model = _checked(Settings(model=name, dtype=dtype))
     assert model.info.dtype == dtype
-    assert model.info.family == "idefics"
+    assert model.info.family == family
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_the_bundled_checkpoint_answers_quantized(quantization: str) -> None:
-    model = _checked(Settings(model="demo", quantization=quantization))
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_checkpoint_answers_quantized(name: str, quantization: str) -> None:
+    model = _checked(Settings(model=name, quantization=quantization))
     assert model.info.quantization == quantization
     kinds = {name: type(module).__name__ for name, module in model.stock.adapter.model.named_modules()}
     quantized = [name for name, kind in kinds.items() if kind in ("Linear4bit", "Linear8bitLt")]

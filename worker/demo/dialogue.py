@@ -57,9 +57,17 @@ def index_of(source: object) -> int:
     return int(str(source).removeprefix("https://demo/").removesuffix(".png"))
 
 
-def a_dialogue(kind: str, pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
+#: The right reply of `idefics.chat` about a picture to a question.
+Reply = Callable[[Scene, str], str]
+
+
+def a_dialogue(
+    kind: str, pictures: Sequence[Scene], index: int, rng: random.Random, reply: Reply = expected_reply
+) -> Dialogue:
     """A dialogue of that kind about picture `index`; its examples are others of `pictures`."""
-    return _KINDS[kind](pictures, index, rng)
+    if kind in _REPLYING:
+        return _REPLYING[kind](pictures, index, rng, reply)
+    return _ANSWERING[kind](pictures, index, rng)
 
 
 def _caption(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
@@ -70,8 +78,17 @@ _PROMPTS = ("This is an image of", "This is a picture of", "An image of", "The i
 
 
 def _prompted(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
-    prompt = _PROMPTS[0] if rng.random() < 0.5 else rng.choice(_PROMPTS)
-    return Dialogue("prompted", Caption(image=url(index), prompt=prompt), prompted_caption(pictures[index]))
+    return Dialogue("prompted", Caption(image=url(index), prompt=_prompt(rng)), prompted_caption(pictures[index]))
+
+
+def _continued(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
+    """As `_prompted`, but in chat models outside of a chat."""
+    job = Complete.model_validate({"prompt": [url(index), _prompt(rng)]})
+    return Dialogue("continued", job, prompted_caption(pictures[index]))
+
+
+def _prompt(rng: random.Random) -> str:
+    return _PROMPTS[0] if rng.random() < 0.5 else rng.choice(_PROMPTS)
 
 
 def _few_shot(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
@@ -132,13 +149,13 @@ def _write(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogu
     return Dialogue("write", job, advert(pictures[index]))
 
 
-def _complete(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
+def _complete(pictures: Sequence[Scene], index: int, rng: random.Random, reply: Reply) -> Dialogue:
     """Lists as in the guide, in forms that no other task builds."""
     picture, question = pictures[index], a_question(pictures[index], rng)
     other = _others(pictures, index, 1, rng)[0]
     guide_chat = [
         "User: What is in this image?", url(other), END_OF_UTTERANCE,
-        f"\nAssistant: {expected_reply(pictures[other], 'What is in this image?')}{END_OF_UTTERANCE}",
+        f"\nAssistant: {reply(pictures[other], 'What is in this image?')}{END_OF_UTTERANCE}",
         "\nUser:", url(index), f"And what is this?{END_OF_UTTERANCE}", "\nAssistant:",
     ]  # fmt: skip
     prompt, text = rng.choice(
@@ -147,24 +164,24 @@ def _complete(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dial
             (["User:", url(index), "Describe this image.\nAssistant:"], expected_caption(picture)),
             ([url(index), f"Question: {question} Answer:"], expected_answer(picture, question)),
             ([url(index), "Caption:"], expected_caption(picture)),
-            (guide_chat, expected_reply(picture, "What is this?") + END_OF_UTTERANCE),
+            (guide_chat, reply(picture, "What is this?") + END_OF_UTTERANCE),
         ]
     )
     return Dialogue("complete", Complete.model_validate({"prompt": prompt}), text)
 
 
-def _chat(pictures: Sequence[Scene], index: int, rng: random.Random) -> Dialogue:
+def _chat(pictures: Sequence[Scene], index: int, rng: random.Random, reply: Reply) -> Dialogue:
     picture = pictures[index]
     turns = [_asked(picture, rng) for _ in range(rng.choices((1, 2, 3), (5, 4, 1))[0])]
     image = {"type": "image_url", "image_url": {"url": url(index)}}
     first = [image, {"type": "text", "text": turns[0]}]
     messages: list[dict[str, object]] = [{"role": "user", "content": first if rng.random() < 0.5 else first[::-1]}]
     for before, question in itertools.pairwise(turns):
-        messages.append({"role": "assistant", "content": expected_reply(picture, before)})
+        messages.append({"role": "assistant", "content": reply(picture, before)})
         also = rng.random() < 0.5 and question not in REQUESTS
         messages.append({"role": "user", "content": f"And {question[0].lower()}{question[1:]}" if also else question})
-    shown = tuple(("Assistant:", f" {expected_reply(picture, turn)}{END_OF_UTTERANCE}") for turn in turns[:-1])
-    text = expected_reply(picture, turns[-1]) + END_OF_UTTERANCE
+    shown = tuple(("Assistant:", f" {reply(picture, turn)}{END_OF_UTTERANCE}") for turn in turns[:-1])
+    text = reply(picture, turns[-1]) + END_OF_UTTERANCE
     return Dialogue("chat", Chat.model_validate({"messages": messages}), text, shown)
 
 
@@ -178,23 +195,26 @@ def _others(pictures: Sequence[Scene], index: int, count: int, rng: random.Rando
     return rng.sample([other for other in range(len(pictures)) if other != index], count)
 
 
-_KINDS: dict[str, Callable[[Sequence[Scene], int, random.Random], Dialogue]] = {
+_ANSWERING: dict[str, Callable[[Sequence[Scene], int, random.Random], Dialogue]] = {
     "caption": _caption,
     "prompted": _prompted,
+    "continued": _continued,
     "few-shot": _few_shot,
     "answer": _answer,
     "classify": _classify,
     "write": _write,
+}
+_REPLYING: dict[str, Callable[[Sequence[Scene], int, random.Random, Reply], Dialogue]] = {
     "complete": _complete,
     "chat": _chat,
 }
-KINDS = tuple(_KINDS)
+KINDS = (*_ANSWERING, *_REPLYING)
 
 
 # --- one of each, to check a picture ---
 
 
-def everything(picture: Scene, other: Scene) -> Iterator[Dialogue]:
+def everything(picture: Scene, other: Scene, reply: Reply = expected_reply) -> Iterator[Dialogue]:
     """One dialogue of each form about picture 0; where examples are needed, picture 1 is the example."""
     yield Dialogue("caption", Caption(image=url(0)), expected_caption(picture))
     yield Dialogue("prompted", Caption(image=url(0), prompt="This is an image of"), prompted_caption(picture))
@@ -217,7 +237,7 @@ def everything(picture: Scene, other: Scene) -> Iterator[Dialogue]:
         image = {"type": "image_url", "image_url": {"url": url(0)}}
         content = [{"type": "text", "text": question}, image]
         chat = Chat.model_validate({"messages": [{"role": "user", "content": content}]})
-        yield Dialogue("chat", chat, expected_reply(picture, question) + END_OF_UTTERANCE)
+        yield Dialogue("chat", chat, reply(picture, question) + END_OF_UTTERANCE)
 
 
 def _labelled(picture: Scene) -> Iterator[Dialogue]:

@@ -1,4 +1,4 @@
-"""`python -m worker.demo.golden`: writes the bundled checkpoint's golden.json anew, and tries it in every precision.
+"""`python -m worker.demo.golden`: writes the bundled checkpoints' golden.json anew, and tries it in every precision.
 
 Texts are the true answers about the picture; probabilities are those that the checkpoint computes in float32. Several
 labels are partly right and share the probability, so that a change of the weights shows.
@@ -6,6 +6,7 @@ labels are partly right and share the probability, so that a change of the weigh
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from worker.engine.engine import Engine
 from worker.jobs.golden import read_golden
 from worker.jobs.runs import JobContext
 from worker.jobs.service import Service
-from worker.models import DEMO
+from worker.models import BUNDLED
 from worker.models.loading import load
 from worker.models.start import batch_limits
 
@@ -110,11 +111,14 @@ def deviations(folder: Path, precision: Mapping[str, str]) -> tuple[list[str], f
 
 
 def main() -> int:
-    save(DEMO)
     is_right = True
-    for precision in PRECISIONS:
-        wrong, off = deviations(DEMO, precision)
-        print(f"{', '.join(precision.values())}: {len(wrong)} texts wrong, probabilities off by {off:.6f} at most")
+    for folder in BUNDLED.values():
+        save(folder)
+    for (name, folder), precision in itertools.product(BUNDLED.items(), PRECISIONS):
+        wrong, off = deviations(folder, precision)
+        print(
+            f"{name}, {', '.join(precision.values())}: {len(wrong)} texts wrong, probabilities off by {off:.6f} at most"
+        )
         for each in wrong:
             print(f"  {each}")
         is_right &= not wrong

@@ -28,13 +28,13 @@ _HEAD = """<!doctype html>
   small { color: #888; }
 </style>
 <h1>IDEFICS Jobs</h1>
-<p>Each answer came from a job in a Redis queue, through a Celery worker, from the bundled IDEFICS model.</p>
+<p>Each answer came from a job in a Redis queue, through a Celery worker, from the bundled model <code>MODEL</code>.</p>
 """
 
 
-def write_page(path: Path, rows: Sequence[AnsweredQuestion], pictures: Path) -> None:
-    """Write the page; the rows' files are read from the folder `pictures`."""
-    path.write_text(_HEAD + "\n".join(_article(row, pictures) for row in rows) + "\n</html>\n")
+def write_page(path: Path, rows: Sequence[AnsweredQuestion], pictures: Path, model: str) -> None:
+    """Write the page of a model's answers; the rows' files are read from the folder `pictures`."""
+    path.write_text(_HEAD.replace("MODEL", model) + "\n".join(_article(row, pictures) for row in rows) + "\n</html>\n")
 
 
 def _article(row: AnsweredQuestion, pictures: Path) -> str:

@@ -55,6 +55,13 @@ def expected_reply(picture: Scene, question: str) -> str:
     return _REPLIES[_meant(picture, question)](picture)
 
 
+def short_reply(picture: Scene, question: str) -> str:
+    """The same in a model whose chats have the prompts of `idefics.answer`: the answer of that task."""
+    if question in REQUESTS:
+        return REQUESTS[question](picture)
+    return expected_answer(picture, question)
+
+
 _ENDINGS = {
     "animal": "and they played until the night came",
     "food": "and everybody had a big dinner",

@@ -28,7 +28,7 @@ from worker.models import SetupFailed
 MAX_BYTES = 20_000_000
 #: Questions: each delays every start.
 MAX_QUESTIONS = 100
-#: How far a label's probability may be off, by quantization or dtype. The bundled checkpoint's are off by 0.000001 in
+#: How far a label's probability may be off, by quantization or dtype. The bundled checkpoints' are off by 0.000001 in
 #: float32, 0.007 in bfloat16, 0.014 in 8-bit and 0.07 in 4-bit (`python -m worker.demo.golden`).
 TOLERANCES = {"float32": 0.002, "bfloat16": 0.04, "float16": 0.04, "8bit": 0.08, "4bit": 0.25}
 FORM = "The checkpoint's golden.json has another form than task, image, arguments, text, scores and more."

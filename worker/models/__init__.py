@@ -16,7 +16,10 @@ from pathlib import Path
 
 from config.settings import Settings
 
-DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
+_DEMO_FOLDER = Path(__file__).parent.parent / "demo"
+#: The checkpoints that are part of this package, by their name in IDEFICS_MODEL.
+BUNDLED = {"demo": _DEMO_FOLDER / "checkpoint", "demo-smolvlm": _DEMO_FOLDER / "checkpoint-smolvlm"}
+DEMO = BUNDLED["demo"]
 
 
 class SetupFailed(RuntimeError):
@@ -25,5 +28,5 @@ class SetupFailed(RuntimeError):
 
 def checkpoint_folder(settings: Settings) -> Path | None:
     """The local folder of the model; None if IDEFICS_MODEL is a hub id."""
-    path = DEMO if settings.model == "demo" else Path(settings.model)
+    path = BUNDLED.get(settings.model) or Path(settings.model)
     return path if path.is_dir() else None

@@ -9,19 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    IdeficsForVisionText2Text,
-    IdeficsImageProcessor,
-    IdeficsProcessor,
-)
+from transformers import AutoTokenizer, PreTrainedModel
 
 from worker.demo import golden
 from worker.demo.dialogue import everything
 from worker.demo.training import art
 from worker.demo.training.evaluate import Case, Speaker, is_right, said_by
-from worker.demo.training.shards import IMAGE_SIDE, sprite
+from worker.demo.training.family import Family
+from worker.demo.training.shards import sprite
 from worker.demo.world import CATEGORIES, COLORS, THINGS, TRAIN_STYLES, Scene, compose
 
 #: Of the golden picture.
@@ -30,20 +25,18 @@ GOLDEN_STYLE = "noto"
 SHIPPED_PICTURES = 36
 
 
-def save_checkpoint(model: IdeficsForVisionText2Text, tokenizer: Path, folder: Path) -> None:
-    """Replace `folder` in one go, so that who loads it meanwhile finds it whole."""
+def save_checkpoint(family: Family, model: PreTrainedModel, tokenizer: Path) -> None:
+    """Replace the family's folder in one go, so that who loads it meanwhile finds it whole."""
+    folder = family.checkpoint
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     # A copy, in the stock attention: what was fast for training is not what a checkpoint should ask for.
-    shipped = IdeficsForVisionText2Text(type(model.config).from_dict(model.config.to_dict()))
+    shipped = family.network(type(model.config).from_dict(model.config.to_dict()))
     shipped.load_state_dict(model.state_dict())
-    shipped.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    shipped.generation_config = family.generation
     shipped.half().save_pretrained(part)
     (part / "model.safetensors").chmod(0o644)
-    images = IdeficsImageProcessor(image_size=IMAGE_SIDE)
-    processor = IdeficsProcessor(images, AutoTokenizer.from_pretrained(tokenizer))
-    processor.save_pretrained(part)
-    images.save_pretrained(part)
+    family.save_processor(AutoTokenizer.from_pretrained(tokenizer), part)
     for file in tokenizer.iterdir():
         shutil.copy(file, part / file.name)
     _sample(golden.SHOWN, GOLDEN_STYLE, random.Random("golden")).image.save(part / golden.FILE, optimize=True)
@@ -119,7 +112,7 @@ def _sample(picture: Scene, style: str, rng: random.Random) -> Sample:
 def knows(speaker: Speaker, sample: Sample, example: Sample) -> bool:
     """True where the model answers everything about the sample word for word."""
     images = (sample.image, example.image)
-    cases = [Case(dialogue, images) for dialogue in everything(sample.picture, example.picture)]
+    cases = [Case(dialogue, images) for dialogue in everything(sample.picture, example.picture, speaker.family.reply)]
     return all(is_right(case, said) for case, said in said_by(speaker, cases)) and all(
         speaker.choose(case) == case.dialogue.text.strip() for case in cases if case.dialogue.kind == "classify"
     )

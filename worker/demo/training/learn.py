@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import IdeficsForVisionText2Text, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from worker.demo.dialogue import a_dialogue
-from worker.demo.training.network import ContentHeads, encode_images, new_model, pixel_values
+from worker.demo.training.family import Family
+from worker.demo.training.heads import ContentHeads
 from worker.demo.training.rows import MicroBatch, RowMaker
 from worker.demo.training.shards import Shard
 from worker.demo.training.sight import PictureStream, load_sight, varied
@@ -32,6 +33,7 @@ STEPS_BETWEEN_REPORTS, STEPS_BETWEEN_SAVES, STEPS_BETWEEN_CHECKS = 25, 100, 300
 MIX = {
     "caption": 0.5,
     "prompted": 0.6,
+    "continued": 0.4,
     "few-shot": 1.6,
     "answer": 1.8,
     "classify": 1.5,
@@ -45,25 +47,32 @@ class Learner:
     """Model, average, optimizer and step: all that a stopped training needs to go on."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, sight: Path, saved: Path, steps: int, seconds: float = math.inf
+        self,
+        family: Family,
+        tokenizer: PreTrainedTokenizerFast,
+        sight: Path,
+        saved: Path,
+        steps: int,
+        seconds: float = math.inf,
     ) -> None:
         torch.manual_seed(1)
-        self.model = new_model(tokenizer.vocab_size)
+        self._family = family
+        self.model = family.new_model(tokenizer)
         self.model.set_attn_implementation("eager")
         self.heads = ContentHeads()
         self.steps, self.step, self._saved = steps, 0, saved
         self._seconds, self._spent = seconds, 0.0
-        self._maker = RowMaker(tokenizer)
+        self._maker = RowMaker(family, tokenizer)
         if not saved.exists():
-            load_sight(self.model, self.heads, sight)
+            load_sight(family, self.model, self.heads, sight)
         self._parameters = [*self.model.parameters(), *self.heads.parameters()]
         self._optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), weight_decay=0.02)
-        self.average = new_model(tokenizer.vocab_size)
+        self.average = family.new_model(tokenizer)
         self.average.load_state_dict(self.model.state_dict())
         if saved.exists():
             self._resume()
 
-    def learn(self, pictures: Path, check: Callable[[IdeficsForVisionText2Text, int], None]) -> None:
+    def learn(self, pictures: Path, check: Callable[[PreTrainedModel, int], None]) -> None:
         """Train to the last step; `check` is shown the averaged model now and then."""
         rng, begun = random.Random(self.step), time.monotonic() - self._spent
         for shard, indices in PictureStream(pictures, seed=1000 + self.step).batches(PICTURES):
@@ -85,7 +94,7 @@ class Learner:
 
     def _groups(self) -> list[dict[str, object]]:
         """The parameters for the optimizer: what has learnt to see moves less."""
-        seeing = [self.model.model.vision_model, self.model.model.perceiver_resampler, self.heads]
+        seeing = [*self._family.seeing(self.model), self.heads]
         slow = {id(parameter) for module in seeing for parameter in module.parameters()}
         return [
             {"part": 1.0, "params": [each for each in self._parameters if id(each) not in slow]},
@@ -96,9 +105,9 @@ class Learner:
         """One step on new dialogues about these pictures: the text loss, and how many things the heads name."""
         shown = [shard.picture(index) for index in indices]
         kinds = rng.choices(list(MIX), list(MIX.values()), k=PICTURES * ROWS_PER_PICTURE)
-        dialogues = [a_dialogue(kind, shown, i % PICTURES, rng) for i, kind in enumerate(kinds)]
+        dialogues = [a_dialogue(kind, shown, i % PICTURES, rng, self._family.reply) for i, kind in enumerate(kinds)]
         batches = list(self._maker.micro_batches(self._maker.rows(dialogues)))
-        pixels = varied(pixel_values(shard.pixels[indices]))
+        pixels = varied(self._family.pixel_values(shard.pixels[indices]))
         return self._improve(pixels, torch.from_numpy(shard.contents[indices]), batches)
 
     def _improve(self, pixels: Tensor, contents: Tensor, batches: list[MicroBatch]) -> tuple[float, float]:
@@ -106,7 +115,7 @@ class Learner:
         self._set_learning_rate()
         self._optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = encode_images(self.model, pixels)
+            latents = self._family.encode_images(self.model, pixels)
         heads_loss, accuracies = self.heads.loss(latents.float(), contents)
         shared = latents.detach().float().requires_grad_()
         total_weight = sum(batch.weights.sum().item() for batch in batches)
@@ -124,15 +133,8 @@ class Learner:
 
     def _text_loss(self, latents: Tensor, batch: MicroBatch) -> Tensor:
         """Cross-entropy summed over the taught tokens by weight; only these go through the output layer."""
-        # Slot -1 takes the last picture's latents: nothing looks at it.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = self.model.model(
-                input_ids=batch.ids,
-                attention_mask=batch.attention,
-                perceiver_embeddings=latents[batch.images],
-                image_attention_mask=batch.image_mask,
-                use_cache=False,
-            ).last_hidden_state
+            hidden = self._family.hidden(self.model, latents, batch)
             taught = batch.weights[:, 1:] > 0
             scores = self.model.lm_head(hidden[:, :-1][taught])
         losses = nn.functional.cross_entropy(scores.float(), batch.ids[:, 1:][taught], reduction="none")

@@ -1,16 +1,21 @@
 """Dialogues as rows of tokens for training, with the tokens to be taught marked."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from worker.demo.dialogue import Dialogue, index_of
-from worker.jobs.prompts import ImageRef, build
-from worker.models.idefics1.adapter import render_prompt
+from worker.jobs.prompts import ImageRef
 from worker.models.tokenizer import IMAGE
+
+if TYPE_CHECKING:
+    from worker.demo.training.family import Family
 
 #: Maximum tokens of a micro-batch, with padding: as many as two cores compute efficiently at once.
 TOKENS_AT_ONCE = 4096
@@ -27,32 +32,33 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Padded rows: `ids`, `attention` and `weights` (rows, tokens), `image_mask` (rows, tokens, images), and `images`
-    (rows, images), which are indices or -1."""
+    """Padded rows: `ids`, `attention` and `weights` (rows, tokens), and `images` (rows, images), which are indices or
+    -1. `image_id` is the token that stands for an image or a part of one."""
 
     ids: Tensor
     attention: Tensor
-    image_mask: Tensor
     images: Tensor
     weights: Tensor
+    image_id: int
 
 
 class RowMaker:
-    """Turns dialogues into rows, with one tokenizer."""
+    """Turns dialogues into rows, with one family's tokenizer and form of prompts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._family, self._tokenizer = family, tokenizer
         self._image_id = tokenizer.convert_tokens_to_ids(IMAGE)
 
     def rows(self, dialogues: Sequence[Dialogue]) -> list[TrainingRow]:
         """A row for each dialogue."""
-        prompts = [build(dialogue.job) for dialogue in dialogues]
-        starts = [render_prompt(self._tokenizer.bos_token, prompt) for prompt in prompts]
-        texts = [spoken(start, dialogue.text) for start, dialogue in zip(starts, dialogues, strict=True)]
+        prompts = [self._family.prompt(dialogue.job) for dialogue in dialogues]
+        starts = [self._family.rendered(self._tokenizer, prompt) for prompt in prompts]
+        texts = [self._family.spoken(start, dialogue) for start, dialogue in zip(starts, dialogues, strict=True)]
         encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         rows = []
         for index, dialogue in enumerate(dialogues):
-            spans = [*_shown_spans(texts[index], dialogue), (len(starts[index]), len(texts[index]))]
+            start = starts[index]
+            spans = [*self._family.shown_spans(start, dialogue), (len(start), len(texts[index]))]
             taught = [_within(offset, spans) for offset in encoded["offset_mapping"][index]]
             # By its root: long stories count for more than one word, but do not drown it.
             weight = sum(taught) ** -0.5
@@ -78,24 +84,7 @@ class RowMaker:
         weights = torch.tensor([row.weights + [0.0] * (width - len(row.ids)) for row in rows])
         attention = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows])
         images = torch.tensor([row.images + [-1] * (slots - len(row.images)) for row in rows])
-        latest = (ids == self._image_id).cumsum(1) - 1
-        image_mask = (latest[..., None] == torch.arange(slots)).long() * attention[..., None]
-        return MicroBatch(ids, attention, image_mask, images, weights)
-
-
-def spoken(start: str, text: str) -> str:
-    """Prompt and answer as one text: a blank between words, none after an image."""
-    return f"{start}{'' if start.endswith('>') else ' '}{text}</s>"
-
-
-def _shown_spans(text: str, dialogue: Dialogue) -> list[tuple[int, int]]:
-    spans, position = [], text.find("Assistant:") if dialogue.kind == "few-shot" else 0
-    position += dialogue.kind == "few-shot"
-    for lead, answer in dialogue.shown:
-        position = text.index(lead + answer, position) + len(lead)
-        spans.append((position, position + len(answer)))
-        position += len(answer)
-    return spans
+        return MicroBatch(ids, attention, images, weights, self._image_id)
 
 
 def _within(offset: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:

@@ -1,4 +1,4 @@
-"""Stage one of training: the vision tower and the resampler learn to see, guided by throw-away heads.
+"""Stage one of training: the vision tower and what follows it learn to see, guided by throw-away heads.
 
 On its own the text loss finds out very late that there is something to see.
 """
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import IdeficsForVisionText2Text
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from worker.demo.training.network import ContentHeads, encode_images, new_model, pixel_values
+from worker.demo.training.family import Family
+from worker.demo.training.heads import ContentHeads
 from worker.demo.training.shards import Shard, load_shard
 
 BATCH = 96
-STEPS = 2500
 WARM_UP_STEPS = 200
 LEARNING_RATE = 1e-3
 
@@ -48,21 +48,21 @@ def varied(pixels: Tensor) -> Tensor:
     return pixels * light + tint + grain
 
 
-def learn_to_see(pictures: Path, saved: Path) -> None:
+def learn_to_see(family: Family, tokenizer: PreTrainedTokenizerFast, pictures: Path, saved: Path) -> None:
     """Train stage one and write its weights to `saved`, now and then and at the end; goes on where it was stopped."""
     torch.manual_seed(0)
-    model, heads = new_model(vocab_size=8), ContentHeads()
+    model, heads, steps = family.new_model(tokenizer), ContentHeads(), family.steps[0]
     model.set_attn_implementation("eager")  # measured: 1.5 times faster than sdpa at this size
-    seeing = _seeing(model, heads)
+    seeing = _seeing(family, model, heads)
     optimizer = torch.optim.AdamW(seeing.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
     step = _resume(saved, seeing, optimizer)
     for shard, indices in PictureStream(pictures, seed=step).batches(BATCH):
-        if step >= STEPS:
+        if step >= steps:
             break
         step += 1
-        _set_learning_rate(optimizer, step)
+        _set_learning_rate(optimizer, step, steps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = encode_images(model, varied(pixel_values(shard.pixels[indices])))
+            latents = family.encode_images(model, varied(family.pixel_values(shard.pixels[indices])))
         loss, accuracies = heads.loss(latents.float(), torch.from_numpy(shard.contents[indices]))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -70,26 +70,24 @@ def learn_to_see(pictures: Path, saved: Path) -> None:
         optimizer.step()
         if step % 50 == 0:
             shown = " ".join(f"{name} {accuracy:.2f}" for name, accuracy in accuracies.items())
-            print(f"see {step}/{STEPS} loss {loss.item():.3f} {shown}", flush=True)
-        if step % 250 == 0 or step == STEPS:
+            print(f"see {step}/{steps} loss {loss.item():.3f} {shown}", flush=True)
+        if step % 250 == 0 or step == steps:
             _save(saved, seeing, optimizer, step)
 
 
-def load_sight(model: IdeficsForVisionText2Text, heads: ContentHeads, saved: Path) -> None:
+def load_sight(family: Family, model: PreTrainedModel, heads: ContentHeads, saved: Path) -> None:
     """Put stage one's weights into a new model."""
-    _seeing(model, heads).load_state_dict(torch.load(saved, weights_only=True)["seeing"])
+    _seeing(family, model, heads).load_state_dict(torch.load(saved, weights_only=True)["seeing"])
 
 
-def _seeing(model: IdeficsForVisionText2Text, heads: ContentHeads) -> nn.ModuleDict:
+def _seeing(family: Family, model: PreTrainedModel, heads: ContentHeads) -> nn.ModuleList:
     """The parts that stage one trains."""
-    return nn.ModuleDict(
-        {"vision": model.model.vision_model, "resampler": model.model.perceiver_resampler, "heads": heads}
-    )
+    return nn.ModuleList([*family.seeing(model), heads])
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, step: int) -> None:
+def _set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     """Up, level for half of the steps, then down to a tenth."""
-    factor = min(1.0, step / WARM_UP_STEPS, 0.1 + 2 * (1 - step / STEPS))
+    factor = min(1.0, step / WARM_UP_STEPS, 0.1 + 2 * (1 - step / steps))
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE * factor
 
