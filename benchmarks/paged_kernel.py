@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu import settle
 from worker.models.idefics2_3.network import grouped
-from worker.models.layers import KeysValues
+from worker.models.layers import KeysValues, causal_mask
 from worker.models.paged_attention import KERNEL_BLOCK, can_page
-from worker.models.self_attention import BlockPlaces, Caches, SelfAttention, causal_attention, causal_mask
+from worker.models.self_attention import BlockPlaces, Caches, SelfAttention, causal_attention
 
 
 class Case(NamedTuple):

@@ -158,10 +158,39 @@ def test_the_comparison_on_a_gpu_finds_the_kernel_right_and_a_wrong_one_wrong(
     monkeypatch.setattr(paged_kernel, "REPEATS", 1)
     case = paged_kernel.Case(3, 500, queries=2, heads=4, key_heads=2, head_size=16, window=300)
     assert paged_kernel.compare(case, torch.device("cpu"))["error"] < 2e-2
-    monkeypatch.setattr(paged_attention, "varlen_attn", lambda query, *args, **options: kernel_model(
-        query, *args, **options | {"seqused_k": options["seqused_k"] - 1}
-    ))  # fmt: skip
+    monkeypatch.setattr(paged_attention, "varlen_attn", forgetful_kernel)
     assert paged_kernel.compare(case, torch.device("cpu"))["error"] > 0.1
+
+
+def failing_kernel(*args: Any, **options: Any) -> Tensor:
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+
+def forgetful_kernel(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Leaves out each row's last key."""
+    return kernel_model(query, *args, **options | {"seqused_k": options["seqused_k"] - 1})
+
+
+def unfinished_kernel(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Does not write the last row, as with split keys and values."""
+    result = kernel_model(query, *args, **options)
+    result[-1] = torch.nan
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told"),
+    [(failing_kernel, "only supports Ampere"), (forgetful_kernel, "is wrong here"), (unfinished_kernel, "nan")],
+)
+def test_a_kernel_that_is_wrong_on_this_device_is_not_used(
+    kernel: Any, told: str, paging: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = torch.device("cpu")
+    assert block_tokens(device, torch.bfloat16, HEAD_SIZE) == KERNEL_BLOCK
+    assert not caplog.text
+    monkeypatch.setattr(paged_attention, "varlen_attn", kernel)
+    assert block_tokens(device, torch.bfloat16, HEAD_SIZE) == BLOCK_TOKENS
+    assert told in caplog.text
 
 
 def test_torchs_own_function_takes_the_arguments() -> None:
@@ -253,6 +282,7 @@ class Cuda:
         ({"block_tokens": 512}, True),
         ({"capability": (7, 5)}, False),
         ({"hip": "6.0"}, False),
+        ({"flash": False}, False),
         ({"kernel": None}, False),
         ({"kernel": lambda query, key, value: query}, False),
     ],
@@ -262,6 +292,7 @@ def test_the_kernel_is_used_only_where_it_runs(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: changed.get("capability", (9, 0)))
     monkeypatch.setattr(torch.version, "hip", changed.get("hip"))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: changed.get("flash", True))
     if "kernel" in changed:
         monkeypatch.setattr(paged_attention, "varlen_attn", changed["kernel"])
     device: Any = Cuda()

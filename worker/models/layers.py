@@ -165,6 +165,16 @@ def rotary_cos_sin(rotary: StockModule, states: Tensor, positions: Tensor) -> Co
     return cosine[:, None], torch.cat((-first, second), dim=-1)[:, None]
 
 
+def causal_mask(positions: Tensor, keys: int, window: int | None = None) -> Tensor:
+    """The mask (rows, 1, length, keys) of tokens at `positions` (rows, length): each attends to the tokens up to
+    itself, and with a sliding window to the last `window` of them."""
+    columns = torch.arange(keys, device=positions.device)
+    mask = columns <= positions[..., None]
+    if window is not None:
+        mask = mask & (columns > positions[..., None] - window)
+    return mask[:, None]
+
+
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """Reshape (rows, length, heads * head size) to (rows, heads, length, head size)."""
     return states.view(*states.shape[:2], heads, -1).transpose(1, 2)

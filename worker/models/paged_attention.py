@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from worker.engine.blocks import BLOCK_TOKENS
+from worker.models.layers import causal_mask
 
 varlen_attn: Callable[..., Any] | None
 try:
@@ -24,18 +26,60 @@ except ImportError:
     # Before torch 2.10.
     varlen_attn = None
 
+logger = logging.getLogger(__name__)
+
 #: FlashAttention 2 takes blocks whose number of tokens is a multiple of this.
 KERNEL_BLOCK = 256
 #: It takes head sizes that are multiples of 8, up to this.
 MAX_HEAD_SIZE = 256
+#: Maximum error, as a part of the largest result, that half precision explains.
+MAX_ERROR = 0.03
 #: Compute capability of the first GPUs that it runs on (Ampere).
 FIRST_CAPABILITY = (8, 0)
 
 
 def block_tokens(device: torch.device, dtype: torch.dtype, head_size: int) -> int:
     """Tokens of a block on this device, for keys and values of this dtype and head size: such that the kernel takes
-    them, if it runs there."""
-    return KERNEL_BLOCK if can_page(device, dtype, head_size, KERNEL_BLOCK) else BLOCK_TOKENS
+    them, if it runs there and is right."""
+    is_paged = can_page(device, dtype, head_size, KERNEL_BLOCK) and is_right(device, dtype, head_size)
+    return KERNEL_BLOCK if is_paged else BLOCK_TOKENS
+
+
+@torch.inference_mode()
+def is_right(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether the kernel's results on this device are those of plain operations. If not, logs a warning."""
+    try:
+        errors = [
+            largest_error(device, dtype, head_size, queries, window) for queries in (1, 3) for window in (None, 100)
+        ]
+    except RuntimeError as error:
+        logger.warning("torch's paged attention fails here, so blocks are copied for attention: %s", error)
+        return False
+    # NaN is not within the bound either.
+    if not all(error < MAX_ERROR for error in errors):
+        logger.warning("torch's paged attention is wrong here by %s, so blocks are copied for attention.", errors)
+        return False
+    return True
+
+
+def largest_error(
+    device: torch.device, dtype: torch.dtype, head_size: int, queries: int, window: int | None = None
+) -> float:
+    """The kernel's largest error, as a part of the largest result, for random rows of different lengths and two query
+    heads for each key head."""
+    ends = torch.tensor([KERNEL_BLOCK + 44, 9, 2 * KERNEL_BLOCK], device=device)
+    table = torch.tensor([[3, 5], [1, 0], [4, 2]], device=device)
+    keys, values = torch.randn(2, 6, KERNEL_BLOCK, 2, head_size, device=device).to(dtype)
+    query = torch.randn(len(ends), 4, queries, head_size, device=device).to(dtype)
+    found = paged_attention(query, keys, values, PagedRows.of(table, ends, queries, window)).float()
+    # (rows, heads, keys, head size), in float32.
+    row_keys, row_values = (
+        pool[table].flatten(1, 2).transpose(1, 2).repeat_interleave(2, dim=1).float() for pool in (keys, values)
+    )
+    positions = ends[:, None] + torch.arange(-queries, 0, device=device)
+    mask = causal_mask(positions, row_keys.shape[2], window)
+    exact = scaled_dot_product_attention(query.float(), row_keys, row_values, mask)
+    return float((found - exact).abs().max() / exact.abs().max())
 
 
 def can_page(device: torch.device, dtype: torch.dtype, head_size: int, block_tokens: int) -> bool:
@@ -44,6 +88,7 @@ def can_page(device: torch.device, dtype: torch.dtype, head_size: int, block_tok
     return (
         device.type == "cuda"
         and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
         and dtype in (torch.float16, torch.bfloat16)
         and head_size % 8 == 0

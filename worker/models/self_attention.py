@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.engine.scoring import PROMPT
 from worker.engine.traced import TABLE_DIMENSIONS
-from worker.models.layers import Attend, CosSin, DecoderLayer, KeysValues
+from worker.models.layers import Attend, CosSin, DecoderLayer, KeysValues, causal_mask
 from worker.models.paged_attention import PagedRows, can_page, paged_attention
 
 
@@ -105,7 +105,7 @@ class Caches(NamedTuple):
 
     def paged(self, positions: Tensor, window: int | None) -> PagedRows | None:
         """For torch's paged kernel: rows with consecutive new tokens at `positions` (rows, queries), the last of which
-        is each row's last; None if the kernel does not run here. `window`: see causal_mask."""
+        is each row's last; None if the kernel does not run here. `window`: see layers.causal_mask."""
         keys = self.layers[0][0]
         if self.table is None or not can_page(keys.device, keys.dtype, keys.shape[3], keys.shape[1]):
             return None
@@ -163,8 +163,8 @@ def causal_attention(
 ) -> SelfAttention:
     """Attention of consecutive new tokens at `positions` (rows, length) to the tokens up to themselves.
 
-    `window`: see causal_mask. `slots`: see Caches.places. `lasts` (rows,): the index of the only token of each row
-    whose state the last layer computes; None: of all. `only_new`: whether no row has tokens before the new ones.
+    `window`: see layers.causal_mask. `slots`: see Caches.places. `lasts` (rows,): the index of the only token of each
+    row whose state the last layer computes; None: of all. `only_new`: whether no row has tokens before the new ones.
     """
     length = positions.shape[1]
     places, paged = caches.places(positions, slots), caches.paged(positions, window)
@@ -199,16 +199,6 @@ def run_layer(
 def new_positions(starts: Tensor, ids: Tensor) -> Tensor:
     """(rows, length): the positions in the caches of new tokens `ids` (rows, length), after `starts` (rows,) tokens."""
     return starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
-
-
-def causal_mask(positions: Tensor, keys: int, window: int | None = None) -> Tensor:
-    """The mask (rows, 1, length, keys) of tokens at `positions` (rows, length): each attends to the tokens up to
-    itself, and with a sliding window to the last `window` of them."""
-    columns = torch.arange(keys, device=positions.device)
-    mask = columns <= positions[..., None]
-    if window is not None:
-        mask = mask & (columns > positions[..., None] - window)
-    return mask[:, None]
 
 
 def tree_mask(starts: Tensor, owner: Tensor, depth: Tensor, keys: int, window: int | None = None) -> Tensor:
