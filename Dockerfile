@@ -7,6 +7,8 @@ FROM python:${PYTHON_VERSION}-slim
 ARG TORCH_INDEX_URL=""
 # `callbacks` makes the callbacks worker's image, `flower` that of Flower: small, without torch.
 ARG EXTRA=worker
+# Further extras, with commas between them: `otel` for traces, `sentry`.
+ARG WITH=""
 
 ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
@@ -27,7 +29,7 @@ RUN [ "$EXTRA" != worker ] \
 
 COPY pyproject.toml README.md LICENSE ./
 COPY tasks ./tasks
-RUN pip install --constraint constraints.txt ".[$EXTRA]"
+RUN pip install --constraint constraints.txt ".[$EXTRA${WITH:+,$WITH}]"
 
 # The worker runs from this folder; only the client, `tasks`, is installed.
 COPY config ./config

@@ -270,7 +270,7 @@ class Settings(BaseSettings):
     setup: Annotated[str, AfterValidator(naming_a_function)] = ""
     """A function of yours, as `module:function`, that is called once in each process of a worker, before the model
     loads: to start Sentry or another SDK, or to add a log handler. If it requires an argument, it gets the process's
-    name: `parent`, `model` or `callbacks`."""
+    name: `parent`, `model` or `callbacks`; `queue` in the queue exporter."""
 
     @model_validator(mode="before")
     @classmethod

@@ -246,7 +246,7 @@ def test_the_callbacks_image_installs_the_callbacks_extra_and_no_torch() -> None
     assert "EXTRA=worker" in _instructions("ARG")
     runs = [line for line in _instructions("RUN") if "pip install" in line or "EXTRA" in line]
     assert runs[0].startswith('[ "$EXTRA" != worker ]')
-    assert runs[-1].endswith('".[$EXTRA]"')
+    assert runs[-1].endswith('".[$EXTRA${WITH:+,$WITH}]"')
 
 
 def test_the_image_is_slim_and_runs_as_an_ordinary_user() -> None:

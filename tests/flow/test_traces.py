@@ -22,6 +22,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from tasks import Callback, Chat, Client, Complete, ImageBlocked, Job, WorkerLost
 from tests.flow.test_log import RECEIVING
 from tests.support.gallery import Gallery
+from tests.support.json_log import about
 from tests.support.otlp import ReceivedSpan, TraceReceiver
 from tests.support.receiver import Receiver
 from tests.support.stand import callbacks_worker
@@ -43,6 +44,8 @@ TRACER = TracerProvider().get_tracer("producer")
 class Traced:
     """Workers with traces, and who receives them."""
 
+    #: With the logs of both workers.
+    folder: Path
     url: str
     client: Client
     traces: TraceReceiver
@@ -73,11 +76,11 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
             patch.setenv(name, value)
         server, gallery = started.enter_context(stack.broker()), started.enter_context(Gallery().open())
         images = {"IMAGE_ALLOW_NETWORKS": "127.0.0.0/8", "IMAGE_PORTS": str(gallery.port)}
-        settings = {"TRACES": "otlp", "CALLBACK_PORTS": str(receiver.port), **images, **RECEIVING}
+        settings = {"LOG_FORMAT": "json", "TRACES": "otlp", "CALLBACK_PORTS": str(receiver.port), **images, **RECEIVING}
         model = {"MODEL": "fake:0.02", "MAX_RETRIES": "1", "RETRY_BACKOFF_S": "0.1"}
         started.enter_context(stack.worker(server, settings={**settings, **model}, log=folder / "log"))
         started.enter_context(callbacks_worker(server, folder / "callbacks", settings))
-        yield Traced(server.url, Client(server.url, check_callbacks=False), traces, receiver, gallery)
+        yield Traced(folder, server.url, Client(server.url, check_callbacks=False), traces, receiver, gallery)
 
 
 def test_one_trace_goes_from_the_producer_to_the_callback(traced: Traced) -> None:
@@ -104,6 +107,10 @@ def test_one_trace_goes_from_the_producer_to_the_callback(traced: Traced) -> Non
     assert job.attributes["celery.state"] == "SUCCESS"
     assert callback.attributes["http.response.status_code"] == 204
     assert not job.is_error | callback.is_error
+    # The log names it.
+    for log in ("log", "callbacks"):
+        ended = [record for record in about(traced.folder / log, "well") if record["process"] != "parent"]
+        assert {record["trace_id"] for record in ended} == {found}
     # The receiver may continue it.
     (call,) = [call for call in traced.receiver.calls if b'"well"' in call.body]
     assert call.headers["traceparent"].split("-")[1:3] == [found, callback.id]

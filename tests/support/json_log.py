@@ -9,7 +9,7 @@ from typing import Any
 
 #: The fields that a record may have, in their order.
 ALWAYS = ["time", "level", "logger", "message", "process", "pid"]
-SOMETIMES = ["job_id", "task", "code", "traceback", "stack"]
+SOMETIMES = ["job_id", "task", "code", "trace_id", "traceback", "stack"]
 
 
 def records(log: Path) -> list[dict[str, Any]]:

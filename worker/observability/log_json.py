@@ -12,6 +12,7 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
+from worker.observability import tracing
 from worker.observability.job_fields import job_fields
 from worker.observability.log_lines import shown_message
 
@@ -35,6 +36,8 @@ class JsonLineFormatter(JsonFormatter):
             "pid": record.process,
             **job_fields(record),
         }
+        if trace := tracing.trace_id():
+            fields["trace_id"] = trace
         if record.exc_info or record.exc_text:
             fields["traceback"] = self.formatException(record.exc_info) if record.exc_info else record.exc_text
         if record.stack_info:

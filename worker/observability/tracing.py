@@ -99,6 +99,11 @@ def traceparent() -> str:
     return carrier().get("traceparent", "")
 
 
+def trace_id() -> str:
+    """The id of this thread's trace, in hexadecimal digits; empty if there is none."""
+    return traceparent()[3:35]
+
+
 # The engine
 
 
