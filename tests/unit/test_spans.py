@@ -82,6 +82,18 @@ def test_a_batch_of_callbacks_is_linked_to_its_jobs() -> None:
     assert "s3cr3t" not in span.to_json()
 
 
+def test_a_defect_leaves_no_message_in_a_span() -> None:
+    recorded = Recorded()
+    delivery = Delivery("msg", "x", "job.failed", "https://example.com/", "main", "{}")
+    with pytest.raises(LookupError), recorded.spans.attempt(delivery):
+        raise LookupError("https://example.com/?s3cr3t")
+    with pytest.raises(LookupError), recorded.spans.job("idefics.caption", "x", {}):
+        raise LookupError("https://example.com/?s3cr3t")
+    told = [span.to_json() for name in ("callback", "idefics.caption") for span in recorded.named(name)]
+    assert len(told) == 2
+    assert "s3cr3t" not in "".join(told)
+
+
 @pytest.mark.parametrize("headers", [{"traceparent": 7}, {"traceparent": ["00"]}, {"tracestate": {}}, {"baggage": "%"}])
 def test_headers_of_other_forms_begin_a_trace(headers: dict[str, Any]) -> None:
     recorded = Recorded()

@@ -155,7 +155,10 @@ class CallbackDispatcher:
             if self._outbox.is_disabled(delivery.url):
                 self._end(delivery, "failed", "its URL is disabled since it answered 410")
             else:
-                self._settle(delivery, self._posted(delivery))
+                with tracing.attempt(delivery) as note:
+                    result = self._posted(delivery)
+                    note(result)
+                    self._settle(delivery, result)
         except UNAVAILABLE as error:
             logger.warning("The result of delivery %s cannot be stored (%s): it is sent again.", delivery.id, error)
         except Exception as error:
@@ -169,9 +172,7 @@ class CallbackDispatcher:
 
     def _posted(self, delivery: Delivery) -> AttemptResult:
         started = time.monotonic()
-        with tracing.attempt(delivery) as note:
-            result = self._post(delivery)
-            note(result)
+        result = self._post(delivery)
         seconds = time.monotonic() - started
         CALLBACK_SECONDS.observe(seconds)
         CALLBACK_ATTEMPTS.labels(result.kind).inc()

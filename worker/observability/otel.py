@@ -178,7 +178,8 @@ class Spans:
                 span.set_attribute("error.type", str(result.status or "no_response"))
                 span.set_status(Status(StatusCode.ERROR))
 
-        with trace.use_span(span, end_on_exit=True, record_exception=False):
+        # Not the error's message either, which may hold the URL.
+        with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             yield note
 
 
