@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor
 
-from benchmarks import divergence, gpu, gpu_models
+from benchmarks import divergence, gpu, gpu_models, layouts
 from benchmarks.checkpoints import CHECKPOINTS
 from benchmarks.contenders import StockLoop, request_of
 from benchmarks.pictures import PICTURES, Drawings
@@ -67,6 +67,11 @@ def test_a_step_reads_the_weights_once_and_each_rows_keys_and_values() -> None:
     text = measured.network.model.text_model
     weights = sum(parameter.nbytes for parameter in (*text.layers.parameters(), *text.norm.parameters()))
     assert none == weights + measured.network.lm_head.weight.nbytes
+
+
+def test_layouts_are_compared_by_the_same_texts() -> None:
+    figures = layouts.measure("shipped", ["plain"], jobs=2, rounds=1)
+    assert figures["plain"]["slots_to_blocks"] == figures["plain"]["rounds"][0] > 0
 
 
 def test_a_card_is_known_by_its_name() -> None:
