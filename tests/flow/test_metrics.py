@@ -27,13 +27,18 @@ from tests.support.receiver import Receiver
 from tests.support.stand import Stand, callbacks_worker, plain_stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
+from worker.engine.prefix_cache import MIN_TOKENS
 from worker.observability.metrics import CALLBACKS, DEFINITIONS, UNKNOWN_TASK, WORKER
 
 pytestmark = pytest.mark.timeout(120)
 
 SHOWN = sorted(path.name for path in PICTURES.glob("1-*.png"))
-#: Pictures that the load shows, each once, and one of them again.
-PICTURES_SHOWN = 12
+#: Jobs of the load: captions of a picture each, captions after an example and with beams (see `few_shot_and_beams`).
+CAPTIONS, FEW_SHOT, BEAMS = 12, 3, 1
+#: With a classification, a caption of the first picture again, and the job that waits for its picture's host.
+ANSWERED = CAPTIONS + FEW_SHOT + BEAMS + 3
+#: An example is a picture, too.
+IMAGES = ANSWERED + FEW_SHOT
 #: Tokens that each caption may have.
 TOKENS = 6
 
@@ -132,6 +137,13 @@ def show(picture: str) -> Caption:
     return Caption(image={"path": picture}, max_new_tokens=TOKENS)
 
 
+def few_shot_and_beams() -> list[Caption]:
+    """Jobs about pictures that were shown before: three with the same example, one with beams."""
+    example = {"image": {"path": SHOWN[0]}, "text": "A picture."}
+    shown = [Caption(image={"path": name}, examples=[example], max_new_tokens=TOKENS) for name in SHOWN[1:4]]
+    return [*shown, Caption(image={"path": SHOWN[4]}, num_beams=2, max_new_tokens=TOKENS)]
+
+
 @pytest.fixture(scope="module")
 def before(stood: Stand, metrics: Metrics) -> Mapping[str, float]:
     """What is counted before the first job: the check of the model's golden answers."""
@@ -142,11 +154,12 @@ def before(stood: Stand, metrics: Metrics) -> Mapping[str, float]:
 @pytest.fixture(scope="module")
 def load(before: Mapping[str, float], stood: Stand, client: Client, metrics: Metrics) -> Mapping[str, float]:
     """The metrics after jobs of all kinds, as differences from those before."""
-    jobs = client.submit_many(map(show, SHOWN[:PICTURES_SHOWN]))
+    jobs = client.submit_many(map(show, SHOWN[:CAPTIONS]))
     jobs.append(client.submit(Classify(image={"path": SHOWN[0]}, labels=["food", "animal", "thing"])))
     results = [job.result(timeout=PATIENCE_S) for job in jobs]
     # The first caption's answer is kept, and its picture.
     results.append(client.submit(show(SHOWN[0])).result(timeout=PATIENCE_S))
+    results += [client.submit(job).result(timeout=PATIENCE_S) for job in few_shot_and_beams()]
     failures = [
         client.submit(Caption(image={"path": "none.png"})),
         client.submit(Caption(image="http://10.0.0.1/a.png")),
@@ -171,7 +184,7 @@ def load(before: Mapping[str, float], stood: Stand, client: Client, metrics: Met
     for job in (canceled, expired):
         assert job.status == "canceled"
     # The model process reports once a second. Images are counted last.
-    eventually(lambda: metrics.value("idefics_images_total{}") == len(results))
+    eventually(lambda: metrics.value("idefics_images_total{}") == IMAGES)
     after = metrics.samples()
     assert after["idefics_prompt_tokens_total{}"] == sum(each.usage.prompt_tokens for each in results)
     assert after["idefics_generation_tokens_total{}"] == sum(each.usage.completion_tokens for each in results)
@@ -188,7 +201,7 @@ def test_every_metric_of_a_worker_is_served(load: Mapping[str, float], metrics: 
 
 def test_each_job_is_counted_by_its_state_and_code(load: Mapping[str, float], metrics: Metrics) -> None:
     assert metrics.jobs() == {
-        "{idefics.caption,succeeded,}": PICTURES_SHOWN + 1,
+        "{idefics.caption,succeeded,}": CAPTIONS + 1 + FEW_SHOT + BEAMS,
         "{idefics.classify,succeeded,}": 1,
         "{idefics.complete,succeeded,}": 1,
         "{idefics.caption,failed,image_invalid}": 1,
@@ -202,7 +215,7 @@ def test_each_job_is_counted_by_its_state_and_code(load: Mapping[str, float], me
     assert load["idefics_job_retries_total{idefics.complete,image_unreachable}"] == 1
     assert load["idefics_job_retries_total{idefics.complete,}"] >= 1
     assert load["idefics_dead_letters_total{}"] == 5
-    assert load["idefics_e2e_request_latency_seconds_count{idefics.caption}"] == PICTURES_SHOWN + 3
+    assert load["idefics_e2e_request_latency_seconds_count{idefics.caption}"] == CAPTIONS + 1 + FEW_SHOT + BEAMS + 2
 
 
 def test_the_stages_of_jobs_are_timed(load: Mapping[str, float]) -> None:
@@ -210,29 +223,45 @@ def test_the_stages_of_jobs_are_timed(load: Mapping[str, float]) -> None:
         stage: load[f"idefics_request_stage_seconds_count{{{stage}}}"]
         for stage in ("fetch", "decode", "encode", "wait", "generate")
     }
-    answered = PICTURES_SHOWN + 3
     # The canceled job's picture came, too.
-    loaded = answered + 1
-    assert counts == {"fetch": loaded, "decode": loaded, "encode": answered, "wait": answered, "generate": answered}
+    loaded = ANSWERED + 1
+    assert counts == {"fetch": loaded, "decode": loaded, "encode": ANSWERED, "wait": ANSWERED, "generate": ANSWERED}
     for stage in ("queued", "fetch", "decode", "encode", "generate"):
         assert 0 < load[f"idefics_request_stage_seconds_sum{{{stage}}}"] < PATIENCE_S, stage
-    # The classified row has no token, and the answer of the last caption was kept.
-    assert load["idefics_time_to_first_token_seconds_count{}"] == PICTURES_SHOWN + 1
+    # The classified row has no token, beams have none before they end, and the second answer of a caption was kept.
+    assert load["idefics_time_to_first_token_seconds_count{}"] == ANSWERED - 3
 
 
 def test_caches_count_queries_and_hits(load: Mapping[str, float], metrics: Metrics) -> None:
-    pictures = PICTURES_SHOWN + 3
-    assert load["idefics_images_total{}"] == pictures
-    # With the canceled job's, which is another job's, too.
-    assert load["idefics_picture_cache_queries_total{}"] == pictures + 1
-    assert load["idefics_picture_cache_hits_total{}"] == 3
+    # With the canceled job's, which is another job's, too. The pictures of 3 + FEW_SHOT + BEAMS jobs were known.
+    assert load["idefics_picture_cache_queries_total{}"] == IMAGES + 1
+    known = 2 + 2 * FEW_SHOT + BEAMS
+    assert load["idefics_picture_cache_hits_total{}"] == known + 1
     # Kept answers need no features.
-    assert load["idefics_encoder_cache_queries_total{}"] == pictures - 1
-    assert load["idefics_encoder_cache_hits_total{}"] == 1
-    assert load["idefics_answer_cache_queries_total{}"] == pictures
+    assert load["idefics_encoder_cache_queries_total{}"] == IMAGES - 1
+    assert load["idefics_encoder_cache_hits_total{}"] == known - 1
+    assert load["idefics_answer_cache_queries_total{}"] == ANSWERED
     assert load["idefics_answer_cache_hits_total{}"] == 1
+    # The prefix is kept with the second prompt that begins with it, and found for that and the third.
+    hits, queries = (load[f"idefics_prefix_cache_{each}_total{{}}"] for each in ("hits", "queries"))
+    assert 2 * MIN_TOKENS <= hits < queries <= load["idefics_prompt_tokens_total{}"]
+    assert metrics.value("idefics_prefix_cache_bytes{}") > 0
     assert metrics.value("idefics_picture_cache_bytes{}") > 0
     assert metrics.value("idefics_encoder_cache_bytes{}") > 0
+
+
+def test_the_engine_counts_its_steps_and_its_time(load: Mapping[str, float], metrics: Metrics) -> None:
+    steps = load["idefics_engine_steps_total{}"]
+    assert TOKENS <= steps == load["idefics_engine_step_rows_count{}"]
+    # Each step gives each of its rows a token; the first token of a row is the prefill's.
+    assert load["idefics_engine_step_rows_sum{}"] >= steps
+    assert load["idefics_engine_step_rows_bucket{64.0}"] == steps
+    assert 0 < load["idefics_engine_step_tokens_sum{}"] <= load["idefics_prompt_tokens_total{}"]
+    for phase in ("prefill", "decode", "score", "encode", "idle"):
+        assert 0 < load[f"idefics_engine_seconds_total{{{phase}}}"] < PATIENCE_S, phase
+    assert metrics.value("idefics_kv_cache_bytes{}") > 0
+    assert 0 <= metrics.value("idefics_gpu_cache_usage_perc{}") <= 1
+    assert metrics.value("idefics_num_preemptions_total{}") == 0
 
 
 def test_gauges_say_what_the_worker_does(load: Mapping[str, float], metrics: Metrics) -> None:
@@ -245,7 +274,6 @@ def test_gauges_say_what_the_worker_does(load: Mapping[str, float], metrics: Met
     assert [name for name in now if name.startswith("idefics_model_info{") and ",continuous" in name]
     assert now["idefics_engine_max_rows{}"] == 64
     assert now["idefics_model_process_resident_memory_bytes{}"] > 10**8
-    assert load["idefics_engine_seconds_total{idle}"] > 0
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="Debian's package `prometheus` has it")

@@ -20,6 +20,9 @@ from worker.engine.cuda_graphs import Step
 from worker.engine.interfaces import Admit, PendingPrompt, Prefix
 from worker.engine.pauses import Pauses
 from worker.engine.row import Picture, Row, Sampling
+from worker.observability.metrics import WORKER
+
+PREEMPTIONS = "idefics_num_preemptions_total"
 
 
 @pytest.fixture(scope="module", params=["with resampler", "smolvlm chat"])
@@ -98,9 +101,19 @@ def smallest(rows: Sequence[Row]) -> int:
 def test_preempted_rows_say_what_stock_generate_says_to_each_alone(in_blocks: Served) -> None:
     rows, expected = answered(in_blocks, 16, seed=11)
     model = with_blocks(in_blocks, smallest(rows))
-    model.run(rows[:10], lambda: None, in_turn([[], rows[10:]]))
+    before = WORKER.get_sample_value(PREEMPTIONS)
+    usages: list[float | None] = []
+
+    def heartbeat() -> None:
+        usages.append(WORKER.get_sample_value("idefics_gpu_cache_usage_perc"))
+
+    model.run(rows[:10], heartbeat, in_turn([[], rows[10:]]))
     assert [list(row.output.result().ids) for row in rows] == expected
-    assert model.metrics()["preemptions"] > 0
+    preemptions = model.metrics()["preemptions"]
+    assert preemptions > 0
+    assert (WORKER.get_sample_value(PREEMPTIONS) or 0.0) - (before or 0.0) == preemptions
+    # It takes nearly all blocks before rows are preempted.
+    assert 0.5 < max(usage or 0.0 for usage in usages) <= 1
     assert is_empty(model)
 
 

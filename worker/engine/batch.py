@@ -10,6 +10,7 @@ from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
 from worker.engine.next_tokens import Running
 from worker.engine.row import Output, Row, Tokens
+from worker.observability.metrics import PREEMPTIONS
 
 #: Room for this many tokens of each running row is left when others begin: a preempted row would be prefilled often if
 #: it was preempted again at once.
@@ -110,6 +111,7 @@ class Batch:
     def _preempt(self) -> None:
         """Take the blocks of the last row in order of urgency: it waits then, and keeps its new tokens and state."""
         self.preemptions += 1
+        PREEMPTIONS.inc()
         slot = max(self.running, key=lambda slot: urgency(self.running[slot].progress.row), default=None)
         pair = max(self.prefilling, key=lambda pair: urgency(pair[0]), default=None)
         if pair and (slot is None or urgency(pair[0]) > urgency(self.running[slot].progress.row)):

@@ -105,6 +105,16 @@ class BlockCache(KVCache):
         """Number of tokens for which there are blocks."""
         return self.pool.allocator.count * self.pool.allocator.block_tokens
 
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that are in use, by rows or prefixes."""
+        return self.pool.allocator.used / self.pool.allocator.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, in use or not."""
+        return sum(tensor.nbytes for tensor in self.pool.tensors)
+
     def empty_like(self, max_idle_positions: int) -> BlockCache:
         """A cache of other rows on the same pool."""
         return BlockCache(self.spec, max_idle_positions, self.pool)

@@ -28,6 +28,7 @@ from worker.engine.progress import RowProgress
 from worker.engine.row import Row
 from worker.engine.sampling import RowSampler
 from worker.engine.scoring import overflow
+from worker.engine.step_metrics import phase
 from worker.engine.stock import StockModel, memory_errors
 
 #: Maximum prompt tokens, with padding, in one prefill: more would delay the running rows and need more memory.
@@ -111,6 +112,7 @@ class ContinuousModel:
             elif has_blocks and (joining := admit(batch.rows)):
                 self._go_through(self._prefill(joining), heartbeat)
 
+    @phase("decode")
     def _step(self) -> None:
         running = self._batch.running
         if not running:
@@ -206,6 +208,7 @@ class ContinuousModel:
         else:
             self._continue(rows, prompts)
 
+    @phase("prefill")
     def _continue(self, rows: Sequence[Row], prompts: Sequence[PendingPrompt]) -> None:
         """Prefill the prompts of rows that are continued, and add the rows to the running ones."""
         slots, logits = self.decoder.prefill(prompts)

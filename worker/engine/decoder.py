@@ -12,13 +12,15 @@ from torch import Tensor
 from worker.engine.block_cache import BlockCache, BlockPool
 from worker.engine.cuda_graphs import Graphed, Step, bucket
 from worker.engine.interfaces import CacheSpec, Decoder, PendingPrompt, Prefix
-from worker.engine.kv_cache import KVCache
+from worker.engine.kv_cache import KVCache, watch
 from worker.engine.row import Tokens
 from worker.engine.scoring import Continuations, TokenTree, by_sequence
 from worker.engine.slot_cache import SlotCache
 from worker.engine.slots import Move, SlotTable
+from worker.engine.step_metrics import count_step, phase
 from worker.engine.tensors import to_device
 from worker.engine.traced import Traced
+from worker.observability.metrics import STEP_TOKENS
 
 
 class SlotDecoder:
@@ -37,6 +39,7 @@ class SlotDecoder:
         values; 0 keeps them in slots.
         """
         self.cache = new_cache(decoder.spec, max_idle_positions, blocks)
+        watch(self.cache)
         self.family = decoder
         self._device = decoder.spec.device
         self._step = Traced(decoder.step)
@@ -79,6 +82,7 @@ class SlotDecoder:
         extra = self.cache.extra_views(len(self.slots))
         return slots, self.family.prefill(segments, starts, self.cache.extra_slots(slots), self_kv, extra)
 
+    @phase("prefill")
     @torch.inference_mode()
     def prefill_prefixes(self, prompts: Sequence[PendingPrompt]) -> list[Prefix]:
         """Prefill the beginnings of prompts, keep them as prefixes, and free their slots."""
@@ -87,6 +91,7 @@ class SlotDecoder:
         self.release(slots)
         return kept
 
+    @phase("score")
     @torch.inference_mode()
     def prefill_scored(
         self,
@@ -141,9 +146,11 @@ class SlotDecoder:
         self_kv, extra = self._views(rows, room)
         step = self._graphed or self._step
         logits = step(numbers, self_kv=self_kv, extra=extra)
+        count_step(len(self.slots) - self.slots.lengths.count(0))
         self.slots.advance()
         return logits[: len(self.slots)]
 
+    @phase("score")
     @torch.inference_mode()
     def score_continuations(self, continuations: Continuations) -> list[list[list[float]]]:
         """Log-probabilities of continuations of each slot, which must have room for them. The slots' content is not
@@ -176,6 +183,7 @@ class SlotDecoder:
 
     def _begin(self, prompts: Sequence[PendingPrompt], tokens: Sequence[int], room: int, *, at_end: bool) -> list[int]:
         """Take slots for prompts: see KVCache.begin. Their prefixes are in the slots then."""
+        STEP_TOKENS.observe(sum(len(prompt.segment.ids) for prompt in prompts))
         slots = self.cache.begin(prompts, tokens, room, at_end=at_end)
         for prompt in prompts:
             prompt.release()

@@ -8,6 +8,7 @@ in use says `slots.py`, which row has which slot `ContinuousModel` in `continuou
 from __future__ import annotations
 
 import abc
+import weakref
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from worker.engine.interfaces import CacheSpec, KVSpec, PendingPrompt, Prefix
 from worker.engine.slots import Move, SlotTable
 from worker.engine.tensors import to_device
 from worker.engine.traced import Traced
+from worker.observability.metrics import KV_BYTES, KV_USAGE
 
 #: Positions that a pool of slots grows by: few enough to waste little memory, enough to make its copies rare.
 GROWTH = 64
@@ -49,6 +51,16 @@ class KVCache(abc.ABC):
     @abc.abstractmethod
     def block_tokens(self) -> int:
         """Number of tokens for which there are blocks; 0 in slots, which grow."""
+
+    @property
+    @abc.abstractmethod
+    def usage(self) -> float:
+        """Share of the room for tokens that is in use, 0 to 1."""
+
+    @property
+    @abc.abstractmethod
+    def nbytes(self) -> int:
+        """Allocated bytes of the tokens' keys and values."""
 
     @abc.abstractmethod
     def empty_like(self, max_idle_positions: int) -> KVCache:
@@ -167,6 +179,14 @@ class KVCache(abc.ABC):
         self.slots.clear()
         for pool in self._extra:
             pool.clear()
+
+
+def watch(cache: KVCache) -> None:
+    """Have the metrics of keys and values read this cache whenever they are collected. They do not keep it alive: a
+    model may be loaded twice to measure its memory."""
+    known = weakref.ref(cache)
+    KV_USAGE.set_function(lambda: held.usage if (held := known()) else 0.0)
+    KV_BYTES.set_function(lambda: held.nbytes if (held := known()) else 0)
 
 
 def grown(positions: int) -> int:

@@ -10,6 +10,7 @@ from worker.engine.interfaces import Encode, PendingPrompt, Prefix
 from worker.engine.pauses import Pauses
 from worker.engine.prefix_cache import PrefixCache, PrefixKey, prefix_keys
 from worker.engine.row import Tokens
+from worker.observability.metrics import PREFIX_CACHE
 
 #: Maximum tokens of one prompt in one prefill. A longer prompt is prefilled in chunks, with a decode step between them.
 PREFILL_CHUNK_TOKENS = 512
@@ -51,6 +52,9 @@ class PromptPrefiller:
                 self._prefixes.keep(key, prefix)
             yield
         known = [self._prefixes.longest(prompt_keys) for prompt_keys in keys]
+        if are_new:
+            PREFIX_CACHE.queries.inc(sum(len(tokens.ids) for tokens in prompts))
+            PREFIX_CACHE.hits.inc(sum(found[0].length for found in known if found))
         rests = [_rest(tokens, found) for tokens, found in zip(prompts, known, strict=True)]
         # All in one call, so that pictures are encoded in chunks.
         features = yield from self._encode(picture for rest in rests for picture in rest.pictures)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from worker.engine.interfaces import Prefix
 from worker.engine.row import Tokens
+from worker.observability.metrics import PREFIX_CACHE_BYTES
 
 #: Minimum tokens of a prefix, or of a picture that ends one: prefilling fewer is as fast as copying them.
 MIN_TOKENS = 16
@@ -117,6 +118,7 @@ class PrefixCache:
         self._bytes += prefix.nbytes
         while self._bytes > self._max_bytes:
             self.evict()
+        PREFIX_CACHE_BYTES.set(self._bytes)
 
     def evict(self) -> bool:
         """Evict the least recently used prefix. Returns whether there was one."""
@@ -125,6 +127,7 @@ class PrefixCache:
         _, dropped = self._kept.popitem(last=False)
         self._bytes -= dropped.nbytes
         dropped.release()
+        PREFIX_CACHE_BYTES.set(self._bytes)
         return True
 
     def blocks(self) -> Iterator[int]:

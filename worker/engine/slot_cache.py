@@ -73,6 +73,16 @@ class SlotCache(KVCache):
         """0: slots grow."""
         return 0
 
+    @property
+    def usage(self) -> float:
+        """Share of the allocated positions that hold tokens."""
+        return sum(self.slots.lengths) / (self.positions or 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of all slots together, in use or not."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
     def empty_like(self, max_idle_positions: int) -> SlotCache:
         """An empty cache of the same shape, with memory of its own."""
         return SlotCache(self.spec, max_idle_positions)

@@ -27,6 +27,7 @@ from worker.engine.progress import RowProgress
 from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
+from worker.engine.step_metrics import count_step, phase
 from worker.engine.stock_prefill import CHUNK_TOKENS, PaddedPrompts, Prefilled, prefill
 from worker.engine.stock_scoring import label_log_likelihoods
 from worker.engine.stop_strings import Decode, StopStrings
@@ -125,7 +126,8 @@ class StockModel:
     def _score(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         prefilled = self._prefill(rows, heartbeat)
         labels = [row.labels for row in rows]
-        likelihoods = label_log_likelihoods(self.adapter.model, prefilled, labels, self.max_tokens, heartbeat)
+        with phase("score"):
+            likelihoods = label_log_likelihoods(self.adapter.model, prefilled, labels, self.max_tokens, heartbeat)
         finish_scored(rows, likelihoods)
 
     def _continue(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
@@ -173,15 +175,16 @@ class StockModel:
         """The new tokens (rows, length) of stock `generate`, with padding after their end."""
         prefilled = self._prefill(rows, heartbeat)
         prompts = prefilled.prompts
-        sequences: Tensor = self.adapter.model.generate(
-            input_ids=prompts.ids,
-            attention_mask=prompts.mask,
-            past_key_values=prefilled.continued_cache(num_beams),
-            do_sample=False,
-            num_beams=num_beams,
-            **prompts.generate_inputs(),
-            **options,
-        )
+        with phase("decode"):
+            sequences: Tensor = self.adapter.model.generate(
+                input_ids=prompts.ids,
+                attention_mask=prompts.mask,
+                past_key_values=prefilled.continued_cache(num_beams),
+                do_sample=False,
+                num_beams=num_beams,
+                **prompts.generate_inputs(),
+                **options,
+            )
         return sequences[:, prompts.ids.shape[1] :]
 
     def _prefill(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> Prefilled:
@@ -193,7 +196,8 @@ class StockModel:
         features = without_pauses(self.adapter.encode(pictures), heartbeat)
         prompts = self.adapter.padded([row.tokens for row in rows], features)
         chunk_tokens = self._chunk_tokens if self._is_steady(rows[0]) else prompts.ids.shape[1]
-        return prefill(self.adapter.model, prompts, heartbeat, chunk_tokens)
+        with phase("prefill"):
+            return prefill(self.adapter.model, prompts, heartbeat, chunk_tokens)
 
 
 @contextlib.contextmanager
@@ -251,6 +255,7 @@ class RowStopping(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         """Which rows are done (rows,). `input_ids`: all tokens (rows, length)."""
         self._heartbeat()
+        count_step(sum(not progress.row.is_done for progress in self._progress))
         now = time.monotonic()
         for progress, token in zip(self._progress, input_ids[:, -1].tolist(), strict=True):
             if not progress.row.is_done:
@@ -268,6 +273,7 @@ class AllAborted(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         """Whether the beams are done (rows times beams,), all or none. `input_ids`: (rows times beams, length)."""
         self._heartbeat()
+        count_step(input_ids.shape[0])
         now = time.monotonic()
         is_done = all(row.is_done or row.abort_reason(now) for row in self._rows)
         return torch.full((input_ids.shape[0],), is_done, device=input_ids.device)

@@ -140,6 +140,13 @@ ENGINE_SECONDS = _counter(
     "phase",
 )
 PHASES = {phase: ENGINE_SECONDS.labels(phase) for phase in ("prefill", "decode", "score", "encode", "idle")}
+STEPS = _counter("idefics_engine_steps_total", "Steps, each of which gives every running row a token.")
+STEP_ROWS = _histogram("idefics_engine_step_rows", "Rows of a step.", buckets=ROWS)
+STEP_TOKENS = _histogram(
+    "idefics_engine_step_tokens",
+    "Tokens of the prompts that are prefilled together, without their cached prefixes.",
+    buckets=TOKENS,
+)
 MAX_ROWS = _gauge("idefics_engine_max_rows", "Rows that the batch may have now: fewer after memory was short.")
 
 # Caches
@@ -148,7 +155,18 @@ PICTURE_CACHE = _cache("picture", "Image files")
 PICTURE_CACHE_BYTES = _gauge("idefics_picture_cache_bytes", "Bytes of decoded pictures in memory.")
 ENCODER_CACHE = _cache("encoder", "Pictures of rows")
 ENCODER_CACHE_BYTES = _gauge("idefics_encoder_cache_bytes", "Bytes of pictures' features on the device.")
+#: As vLLM counts them.
+PREFIX_CACHE = _cache("prefix", "Tokens of prompts")
+PREFIX_CACHE_BYTES = _gauge("idefics_prefix_cache_bytes", "Bytes of prefixes' keys and values.")
 ANSWER_CACHE = _cache("answer", "Jobs whose answer may be shared")
+
+# Keys and values
+
+KV_USAGE = _gauge("idefics_gpu_cache_usage_perc", "Share of the room for keys and values that is in use, 0 to 1.")
+KV_BYTES = _gauge("idefics_kv_cache_bytes", "Bytes that are allocated for keys and values.")
+PREEMPTIONS = _counter(
+    "idefics_num_preemptions_total", "Rows that were interrupted since there was no room for keys and values."
+)
 
 # Faults
 
