@@ -82,9 +82,10 @@ for user in producer worker callbacks monitor exporter; do
         "IDEFICS_RESULT_BACKEND=rediss://$user:$password@$host:6379/1?$tls" > $user/env
 done
 
-# The login of Flower.
-mkdir -p flower
+# The logins of Flower and of Grafana's administrator.
+mkdir -p flower grafana
 [ -e flower/env ] || echo "FLOWER_BASIC_AUTH=flower:$(openssl rand -hex 16)" > flower/env
+[ -e grafana/env ] || echo "GF_SECURITY_ADMIN_PASSWORD=$(openssl rand -hex 16)" > grafana/env
 
 mkdir -p redis
 # Its health check is a client.

@@ -42,9 +42,10 @@ def compose(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 SERVICES: dict[str, Any] = compose()["services"]
+GRAFANA = "deploy/grafana/provisioning"
 WORKERS = ("worker", "worker-cpu")
 #: They watch the others, and come up with `--profile monitoring` only.
-MONITORING = ("flower",)
+MONITORING = ("flower", "queue-metrics", "prometheus", "grafana")
 
 
 # --- What the compose file says -------------------------------------------------------------------
@@ -83,12 +84,39 @@ def test_flower_has_a_login_reads_only_and_has_the_rights_of_a_monitor() -> None
     assert service["build"]["args"] == {"EXTRA": "flower"}
 
 
+def test_monitoring_has_a_profile_and_reads_only_what_ships() -> None:
+    assert all(SERVICES[name]["profiles"] == ["monitoring"] for name in MONITORING)
+    for name in ("prometheus", "grafana"):
+        mounted = [volume.split(":") for volume in SERVICES[name]["volumes"] if volume.startswith("./")]
+        assert mounted
+        assert all((CHECKOUT / source).is_dir() and mode == "ro" for source, _, mode in mounted)
+
+
+def test_prometheus_scrapes_services_that_exist_and_grafana_asks_prometheus() -> None:
+    scraping = yaml.safe_load((CHECKOUT / "deploy/prometheus/prometheus.yaml").read_text())["scrape_configs"]
+    names = {name for job in scraping for found in job["dns_sd_configs"] for name in found["names"]}
+    assert names == {*WORKERS, "callbacks", "queue-metrics"}
+    (source,) = yaml.safe_load((CHECKOUT / GRAFANA / "datasources/prometheus.yaml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((CHECKOUT / GRAFANA / "dashboards/idefics.yaml").read_text())["providers"]
+    assert f"./deploy/grafana:{provider['options']['path']}:ro" in SERVICES["grafana"]["volumes"]
+
+
+def test_the_queue_exporter_has_the_rights_of_its_own_redis_user_only() -> None:
+    service = SERVICES["queue-metrics"]
+    assert service["command"] == ["python", "-m", "worker.observability.queue"]
+    assert service["env_file"] == "secrets/exporter/env"
+    assert service["volumes"] == [f"./secrets/exporter:{MOUNT}:ro"]
+
+
 def test_volumes_are_named_and_the_secrets_are_read_only() -> None:
     used = {tuple(volume.split(":")) for service in SERVICES.values() for volume in service["volumes"]}
     bound = {volume for volume in used if volume[0].startswith(".")}
     assert {volume[0] for volume in used - bound} == set(compose()["volumes"])
-    secrets = {(f"./secrets/{user}", MOUNT, "ro") for user in ("redis", "worker", "callbacks", "producer", "monitor")}
-    assert bound == {*secrets, ("./examples", "/app/examples", "ro")}
+    users = ("redis", "worker", "callbacks", "producer", "monitor", "exporter")
+    secrets = {(f"./secrets/{user}", MOUNT, "ro") for user in users}
+    shipped = {volume for volume in bound if volume[0].startswith("./deploy/")}
+    assert bound == {*secrets, *shipped, ("./examples", "/app/examples", "ro")}
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -21,6 +21,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from config.settings import PREFIX, Settings
 from worker.demo.stack import CHECKOUT
+from worker.observability import metrics, queue
 
 DEPLOY = CHECKOUT / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yaml"
@@ -85,6 +86,15 @@ def test_a_dashboard_has_grafanas_form(path: Path) -> None:
     read = json.loads(json.dumps(Dashboard.from_json(written), cls=JSONEncoder))
     # Grafana's own model drops what it does not know.
     assert read == written
+
+
+def test_alerts_and_dashboards_name_only_metrics_that_are_exported() -> None:
+    # That each of these is exported under load is tested where they are counted.
+    exported = {each.name for registry in metrics.DEFINITIONS.values() for each in registry} | set(queue.GAUGES)
+    rules = [rule["expr"] for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    scaled = [trigger["metadata"]["query"] for trigger in _of_kind(SCALED_OBJECT)[0]["spec"]["triggers"]]
+    named = {name for query in (*_queries(), *rules, *scaled) for name in re.findall(r"\bidefics_\w+", query)}
+    assert {re.sub("_(bucket|sum|count)$", "", name) for name in named} <= exported
 
 
 # --- Kubernetes -----------------------------------------------------------------------------------
