@@ -61,7 +61,9 @@ def hit_share(cache: str) -> str:
     return f"{hits} / {queries}"
 
 
-CACHES = ("picture", "encoder", "prefix", "answer")
+#: Answers are kept in Redis.
+CACHES_IN_MEMORY = ("picture", "encoder", "prefix")
+CACHES = (*CACHES_IN_MEMORY, "answer")
 
 DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
     "queue": ("Queue", [
@@ -120,7 +122,7 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
               {"{{instance}}": f"idefics_gpu_cache_usage_perc{WORKERS}"}),
         Panel("Cache hits", SHARE, "Share of lookups.", {cache: hit_share(cache) for cache in CACHES}),
         Panel("Caches", BYTES, "Bytes held.",
-              {cache: f"sum(idefics_{cache}_cache_bytes{WORKERS})" for cache in CACHES}, is_stacked=True),
+              {cache: f"sum(idefics_{cache}_cache_bytes{WORKERS})" for cache in CACHES_IN_MEMORY}, is_stacked=True),
         Panel("Memory of the device", BYTES, "Only with a GPU.",
               {"{{kind}} {{instance}}": f"idefics_gpu_memory_bytes{WORKERS}"}),
         Panel("Use of the device", SHARE, "Only with a GPU.",
