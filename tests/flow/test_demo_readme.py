@@ -185,6 +185,7 @@ def test_every_shell_block_is_covered() -> None:
         "celery -A worker.callbacks worker",
         # tests/flow/test_queue_views.py
         "celery -A worker.monitor flower",
+        "python -m worker.observability.queue",
         "python -m config",
         "python -m worker.health",
     )
