@@ -67,7 +67,7 @@ class ModelDirectory:
         return list(self._read(0.0).served)
 
     def _read(self, age_s: float) -> Reading:
-        """A reading younger than `age_s` seconds. Threads that wait meanwhile share it, since each reading may take
+        """A reading younger than `age_s` seconds. Threads that wait for it share it, since each reading may take
         seconds.
 
         Raises BrokerUnavailable or BrokerRefused.
