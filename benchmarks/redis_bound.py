@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measures
@@ -35,7 +36,7 @@ def workers(count: int) -> dict[str, Any]:
         client = Client(broker.url)
         _round(broker, client)
         rounds = [_round(broker, client) for _ in range(ROUNDS)]
-    return {name: _median([each[name] for each in rounds]) for name in rounds[0]}
+    return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
 
 
 def _round(broker: stack.Broker, client: Client) -> dict[str, float]:
@@ -50,13 +51,8 @@ def _round(broker: stack.Broker, client: Client) -> dict[str, float]:
 def _counters(broker: stack.Broker) -> dict[str, float]:
     """Microseconds of Redis' main thread, and its counters."""
     info = broker.connect(0).info("everything")
-    # INFO has seconds of all threads where the system does not count the main one's.
     cpu = info["used_cpu_user_main_thread"] + info["used_cpu_sys_main_thread"]
     return {"redis_us": 1e6 * cpu, **{short: info[name] for name, short in COUNTERS.items()}}
-
-
-def _median(numbers: Sequence[float]) -> float:
-    return sorted(numbers)[len(numbers) // 2]
 
 
 MEASURES: dict[str, Callable[[], Any]] = {f"workers_{count}": functools.partial(workers, count) for count in (1, 2, 3)}

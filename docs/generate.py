@@ -111,7 +111,7 @@ def callbacks_metrics() -> str:
 
 def queue_metrics() -> str:
     """A table of the queue exporter's metrics."""
-    return _metrics(Definition(name, "gauge", each.labels, each.meaning) for name, each in QUEUE_METRICS.items())
+    return _metrics(QUEUE_METRICS.values())
 
 
 def wire() -> str:

@@ -5,6 +5,8 @@ Keys in Redis are in redis_keys.py.
 
 from __future__ import annotations
 
+import time
+
 #: The queue that the workers read.
 QUEUE = "idefics"
 #: The callbacks worker's queue.
@@ -33,3 +35,8 @@ MAX_JOB_BYTES = 31_900_000
 END_OF_UTTERANCE = "<end_of_utterance>"
 #: In a user's text these would become the real tokens and change the meaning of other images.
 RESERVED_TOKENS = ("<image>", "<fake_token_around_image>", "<s>", "</s>", "<unk>", "<pad>")
+
+
+def seconds_since(submitted_at: float | None) -> float:
+    """Seconds since a submission, by SUBMITTED_AT: 0 if it is unknown, or if the producer's clock is ahead of ours."""
+    return 0.0 if submitted_at is None else max(0.0, time.time() - submitted_at)

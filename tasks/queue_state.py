@@ -1,4 +1,4 @@
-"""The states of queues, read from Redis in a few round trips, whatever the number of jobs.
+"""The states of queues, read from Redis in as few round trips for many jobs as for one.
 
 A queue has a list for each priority, and two or three names for each of these lists (`tasks/redis_keys.py`). Tools that
 read one list, such as Flower on the broker's URL alone, miss most jobs.

@@ -20,6 +20,7 @@ import yaml
 
 from tasks import Callback, Caption, Classify, Client, Complete, SubmittedJob
 from tests.conftest import PICTURES, callback_settings
+from tests.support.dashboards import queries
 from tests.support.gallery import Gallery
 from tests.support.receiver import Receiver
 from tests.support.stand import callbacks_worker, plain_stand
@@ -47,14 +48,6 @@ class Prometheus:
     def rules(self) -> list[dict[str, Any]]:
         with urlopen(f"http://{self.address}/api/v1/rules", timeout=5) as answer:
             return [rule for group in json.load(answer)["data"]["groups"] for rule in group["rules"]]
-
-
-def queries() -> list[str]:
-    found = []
-    for path in sorted((DEPLOY / "grafana").glob("*.json")):
-        for panel in json.loads(path.read_text())["panels"]:
-            found += [target["expr"] for target in panel["targets"]]
-    return [query.replace("$__rate_interval", "1m").replace("$worker", ".*") for query in found]
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.cuda_graphs import MAX_GRAPHS, Graphed, Step, bucket
-
-
-class Recorder:
-    """Counts what is recorded, and runs it at each replay."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-
-    def __call__(self, step: Step) -> Step:
-        self.recorded += 1
-        return step
+from tests.support.recording import StepRecorder
+from worker.engine.cuda_graphs import MAX_GRAPHS, Graphed, bucket
 
 
 def added(numbers: Tensor, cache: Tensor) -> Tensor:
@@ -27,7 +17,7 @@ def added(numbers: Tensor, cache: Tensor) -> Tensor:
 
 
 def test_a_shape_is_recorded_once_and_replayed_with_new_numbers() -> None:
-    record, cache = Recorder(), torch.zeros(3)
+    record, cache = StepRecorder(), torch.zeros(3)
     run = Graphed(added, record)
     assert run(torch.tensor([[1.0] * 3, [0.0] * 3]), [cache]).tolist() == [3, 3, 3]
     assert run(torch.tensor([[2.0] * 3, [1.0] * 3]), [cache]).tolist() == [10, 10, 10]
@@ -35,7 +25,7 @@ def test_a_shape_is_recorded_once_and_replayed_with_new_numbers() -> None:
 
 
 def test_caches_in_another_place_or_of_another_form_are_recorded_anew() -> None:
-    record, whole = Recorder(), torch.zeros(4, 4, 1)
+    record, whole = StepRecorder(), torch.zeros(4, 4, 1)
     run = Graphed(lambda numbers, cache: cache + numbers, record)
     for cache in (whole[:2, :2], whole[2:, :2], whole[:2], whole[:, :2][::2], whole[:2, :2]):
         run(torch.zeros(2, 1, 1), [cache])
@@ -43,7 +33,7 @@ def test_caches_in_another_place_or_of_another_form_are_recorded_anew() -> None:
 
 
 def test_a_block_table_is_an_input_and_not_recorded() -> None:
-    record, pool = Recorder(), torch.arange(3.0).view(3, 1, 1, 1)
+    record, pool = StepRecorder(), torch.arange(3.0).view(3, 1, 1, 1)
     run = Graphed(lambda numbers, table, pool: pool[table].sum() + numbers, record)
     tables = [[[1, 2]], [[2, 2]], [[0, 1]]]
     assert [run(torch.zeros(1), [torch.tensor(table), pool]).item() for table in tables] == [3, 4, 1]
@@ -51,7 +41,7 @@ def test_a_block_table_is_an_input_and_not_recorded() -> None:
 
 
 def test_the_latest_shapes_are_kept() -> None:
-    record, caches = Recorder(), torch.zeros(MAX_GRAPHS + 1, 1)
+    record, caches = StepRecorder(), torch.zeros(MAX_GRAPHS + 1, 1)
     run = Graphed(added, record)
     for cache in (*caches, caches[-1], caches[0]):
         run(torch.zeros(2, 1), [cache])

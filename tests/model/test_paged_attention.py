@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import paged_kernel
 from tests.model.conftest import random_model
 from tests.model.jobs import mixed_jobs, row_of
+from tests.support.recording import StepRecorder
 from worker.engine.blocks import BLOCK_TOKENS
 from worker.engine.continuous import ContinuousModel
-from worker.engine.cuda_graphs import Step
 from worker.engine.row import Row, Sampling
 from worker.engine.traced import Traced
 from worker.models import paged_attention, self_attention
@@ -218,17 +218,6 @@ def test_a_traced_function_that_uses_the_kernel_runs_operation_by_operation(pagi
     assert calls[-2:] == [5, 5]
 
 
-class Recorder:
-    """Runs a recorded step at each replay, as a CUDA graph does; counts the recorded ones."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-
-    def __call__(self, step: Step) -> Step:
-        self.recorded += 1
-        return step
-
-
 def test_the_report_says_whether_the_kernel_reads_the_blocks(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     served = random_model(tmp_path / "checkpoint", "smolvlm chat", "blocks")
     assert "in blocks of 16 tokens, gathered at each step" in "".join(report(served.model, served.settings, 100))
@@ -242,7 +231,7 @@ def test_the_report_says_whether_the_kernel_reads_the_blocks(tmp_path: Path, req
 def test_a_batch_with_the_kernel_says_what_stock_generate_says_to_each_job_alone(
     name: str, graphs: bool, tmp_path: Path, paging: None
 ) -> None:
-    served, record = random_model(tmp_path / "checkpoint", name, "blocks"), Recorder()
+    served, record = random_model(tmp_path / "checkpoint", name, "blocks"), StepRecorder()
     decoder = served.model.decoder.family
     assert decoder.spec.block_tokens == KERNEL_BLOCK
     model = ContinuousModel(

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from config.settings import PREFIX, Settings
+from tests.support.dashboards import DASHBOARDS, queries
 from worker.demo.stack import CHECKOUT
 from worker.observability import metrics, queue
 
@@ -44,17 +44,6 @@ def _generator() -> ModuleType:
     return module
 
 
-def _dashboards() -> list[Path]:
-    return sorted((DEPLOY / "grafana").glob("*.json"))
-
-
-def _queries() -> Iterator[str]:
-    for path in _dashboards():
-        for panel in json.loads(path.read_text())["panels"]:
-            for target in panel["targets"]:
-                yield target["expr"].replace("$__rate_interval", "5m").replace("$worker", ".*")
-
-
 # --- Prometheus and Grafana -----------------------------------------------------------------------
 
 
@@ -67,7 +56,7 @@ def test_promtool_accepts_the_alerts_and_their_tests_pass() -> None:
 
 @needs_promtool
 def test_promtool_accepts_the_dashboards_queries(tmp_path: Path) -> None:
-    rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(_queries())]
+    rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(queries())]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
     done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yaml"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -75,12 +64,12 @@ def test_promtool_accepts_the_dashboards_queries(tmp_path: Path) -> None:
 
 def test_the_dashboards_are_what_their_generator_writes() -> None:
     made = dict(_generator().dashboards())
-    assert set(made) == set(_dashboards())
+    assert set(made) == set(DASHBOARDS)
     stale = [path.name for path, text in made.items() if path.read_text() != text]
     assert not stale, "run python deploy/grafana/generate.py"
 
 
-@pytest.mark.parametrize("path", _dashboards(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 def test_a_dashboard_has_grafanas_form(path: Path) -> None:
     written = json.loads(path.read_text())
     read = json.loads(json.dumps(Dashboard.from_json(written), cls=JSONEncoder))
@@ -93,7 +82,7 @@ def test_alerts_and_dashboards_name_only_metrics_that_are_exported() -> None:
     exported = {each.name for registry in metrics.DEFINITIONS.values() for each in registry} | set(queue.GAUGES)
     rules = [rule["expr"] for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
     scaled = [trigger["metadata"]["query"] for trigger in _of_kind(SCALED_OBJECT)[0]["spec"]["triggers"]]
-    named = {name for query in (*_queries(), *rules, *scaled) for name in re.findall(r"\bidefics_\w+", query)}
+    named = {name for query in (*queries(), *rules, *scaled) for name in re.findall(r"\bidefics_\w+", query)}
     assert {re.sub("_(bucket|sum|count)$", "", name) for name in named} <= exported
 
 

@@ -9,7 +9,7 @@ from tasks.errors import OutOfMemory
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
 from worker.engine.next_tokens import Running
-from worker.engine.row import Output, Row, Tokens
+from worker.engine.row import Output, Row, Tokens, urgency
 from worker.observability.metrics import PREEMPTIONS
 
 #: Room for this many tokens of each running row is left when others begin: a preempted row would be prefilled often if
@@ -57,8 +57,7 @@ class Batch:
         return self._preempted.pop(row, None)
 
     def next_waiting(self, count: int) -> list[Row]:
-        """Remove and return the most urgent waiting rows."""
-        self.waiting.sort(key=urgency)
+        """Remove and return the first waiting rows."""
         rows, self.waiting = self.waiting[:count], self.waiting[count:]
         return rows
 
@@ -145,8 +144,3 @@ class Batch:
         self.prefilling.clear()
         self.waiting.clear()
         self._preempted.clear()
-
-
-def urgency(row: Row) -> tuple[int, float]:
-    """A key that orders rows, the most urgent first, and among equals the oldest."""
-    return row.priority, row.arrived

@@ -22,7 +22,7 @@ from worker.engine.interfaces import CacheSpec, PendingPrompt, Prefix
 from worker.engine.kv_cache import KVCache
 from worker.engine.shared_entries import SharedEntries
 from worker.engine.slots import Move
-from worker.engine.tensors import to_device
+from worker.engine.tensors import to_device, upload
 
 #: Minimum width of block tables, which are rounded up to powers of two.
 MIN_WIDTH = 4
@@ -197,26 +197,20 @@ class BlockCache(KVCache):
         """The table (prompts, width) of the slots, then the pool's tensors."""
         width = self._width(room)
         self._widen(max(slots) + 1, width)
-        return [self._on_device(self._table[list(slots), :width]), *self.pool.tensors]
+        return [upload(torch.from_numpy(self._table[list(slots), :width]), self.spec.device), *self.pool.tensors]
 
     def views(self, rows: int, room: int) -> list[Tensor]:
         """The table (rows, width), then the pool's tensors."""
         width = self._width(room)
         self._widen(rows, width)
-        return [self._on_device(self._table[:rows, :width]), *self.pool.tensors]
+        return [upload(torch.from_numpy(self._table[:rows, :width]), self.spec.device), *self.pool.tensors]
 
     def _width(self, room: int) -> int:
         return blocks_for(room, self.pool.allocator.block_tokens)
 
-    def _on_device(self, table: numpy.ndarray) -> Tensor:
-        tensor = torch.from_numpy(table)
-        if self.spec.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.spec.device, non_blocking=True)
-
     def rounded(self, room: int) -> int:
         """The positions of a table whose width is a power of two."""
-        width = max(MIN_WIDTH, 1 << (self._width(room) - 1).bit_length())
+        width = max(MIN_WIDTH, bucket(self._width(room)))
         return width * self.pool.allocator.block_tokens
 
     def keep_prefix(self, slot: int, carry: Tensor | None) -> SharedPrefix:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tasks.errors import OutOfMemory
-from worker.engine.batch import Batch, urgency
+from worker.engine.batch import Batch
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Admit, Decoder, Encode, PendingPrompt, SendHeartbeat
@@ -25,7 +25,7 @@ from worker.engine.pauses import Pauses
 from worker.engine.prefill import PREFILL_CHUNK_TOKENS, PromptPrefiller
 from worker.engine.prefix_cache import PrefixCache
 from worker.engine.progress import RowProgress
-from worker.engine.row import Row
+from worker.engine.row import Row, urgency
 from worker.engine.sampling import RowSampler
 from worker.engine.scoring import overflow
 from worker.engine.step_metrics import phase

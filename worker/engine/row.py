@@ -153,3 +153,8 @@ class Row:
     def fail(self, error: BaseException) -> None:
         """Resolve the row with an error."""
         self.output.set_exception(error)
+
+
+def urgency(row: Row) -> tuple[int, float]:
+    """A key that orders rows, the most urgent first, and among equals the oldest."""
+    return row.priority, row.arrived

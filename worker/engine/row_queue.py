@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from tasks.errors import DeadlineExceeded, Internal
-from worker.engine.row import Output, Row
+from worker.engine.row import Output, Row, urgency
 from worker.engine.scheduler import Limits, next_batch, should_wait
 
 #: An idle engine starts after this many seconds without a new row. Jobs that are sent together arrive within it.
@@ -93,7 +93,7 @@ class RowQueue:
         with self._changed:
             unstarted = {*self._ready, *self._encoding}
             late = [row for row in rows if row in unstarted and row.arrived < since and not row.canceled]
-            withdrawn = sorted(late, key=lambda row: (row.priority, row.arrived), reverse=True)[:max_count]
+            withdrawn = sorted(late, key=urgency, reverse=True)[:max_count]
             self._remove(withdrawn)
             for row in withdrawn:
                 self._encoding.pop(row, None)

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from worker.engine.row import Row
+from worker.engine.row import Row, urgency
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def next_batch(
     """
     if not waiting:
         return []
-    first = min(waiting, key=lambda row: (row.priority, row.arrived))
+    first = min(waiting, key=urgency)
     batch, size = [first], functools.reduce(Size.plus, (*running, first), Size())
     if running and not _may_join(first, size, limits, running):
         return []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tasks.errors import DeadlineExceeded
 from tasks.payloads import Job
+from tasks.protocol import seconds_since
 from tasks.results import Result
 from worker.engine.row import Row
 
@@ -44,8 +45,7 @@ class Run:
         #: None until its images are loaded.
         self.row: Row | None = None
         self.is_canceled = False
-        submitted_at = context.submitted_at
-        self.queued_s = 0.0 if submitted_at is None else max(0.0, time.time() - submitted_at)
+        self.queued_s = seconds_since(context.submitted_at)
 
     def check(self) -> None:
         """Raise CancellationError or DeadlineExceeded if the job must not go on."""

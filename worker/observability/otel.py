@@ -22,7 +22,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, Tracer
 
 from tasks.outbox import Delivery
-from tasks.protocol import SUBMITTED_AT
+from tasks.protocol import SUBMITTED_AT, seconds_since
 from worker.observability.job_fields import current_code
 
 NAME = "idefics"
@@ -87,7 +87,7 @@ class Spans:
                 yield
             return
         started = time.monotonic()
-        job = JobSpan(span, [Stage("queued", started - _seconds_since_submission(headers), started)])
+        job = JobSpan(span, [Stage("queued", started - seconds_since(headers.get(SUBMITTED_AT) or None), started)])
         token = _job.set(job)
         try:
             with trace.use_span(span, record_exception=False, set_status_on_exception=False):
@@ -249,11 +249,6 @@ def _described(result: Mapping[str, Any]) -> dict[str, Any]:
         "gen_ai.usage.output_tokens": usage["completion_tokens"],
         "idefics.usage.images": usage["images"],
     }
-
-
-def _seconds_since_submission(headers: Mapping[str, Any]) -> float:
-    submitted_at = headers.get(SUBMITTED_AT)
-    return max(0.0, time.time() - submitted_at) if submitted_at else 0.0
 
 
 def _ns(seconds: float) -> int:

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -44,6 +44,7 @@ from tasks.redis_keys import (
 )
 from worker.observability import log_setup, setup_hook
 from worker.observability.exposition import serve
+from worker.observability.metrics import Definition
 
 logger = logging.getLogger(__name__)
 
@@ -64,29 +65,30 @@ def exporter_app(settings: Settings) -> Celery:
     return app
 
 
-class Definition(NamedTuple):
-    """A gauge's description and labels."""
-
-    meaning: str
-    labels: tuple[str, ...] = ()
+def _gauge(name: str, meaning: str, *labels: str) -> Definition:
+    return Definition(name, "gauge", labels, meaning)
 
 
 #: By name, in the order of the documentation.
 GAUGES = {
-    "idefics_redis_up": Definition("1 if Redis answers, by database: queues or results.", ("database",)),
-    "idefics_queue_jobs": Definition("Jobs that no worker has taken yet, by priority.", ("queue", "priority")),
-    "idefics_queue_jobs_waiting": Definition("Jobs that no worker has taken yet, of all priorities.", ("queue",)),
-    "idefics_queue_oldest_job_age_seconds": Definition(
-        "Age of the oldest waiting job; 0 if none waits. Of a message without the header `idefics_submitted_at`, which "
-        "our client sends: seconds since the exporter first saw it next in its list.",
-        ("queue",),
-    ),
-    "idefics_queue_jobs_scheduled": Definition("Jobs that wait for their countdown or eta.", ("queue",)),
-    "idefics_queue_jobs_in_flight": Definition("Jobs that workers hold, of all queues."),
-    "idefics_queue_workers": Definition("Workers that take from the queue.", ("queue",)),
-    "idefics_queue_dead_letters": Definition("Failed jobs and refused messages that are kept: `idefics-jobs failed`."),
-    "idefics_callbacks": Definition("Callbacks in Redis: pending, delivered or failed.", ("state",)),
-    "idefics_callbacks_oldest_pending_age_seconds": Definition("Age of the oldest pending callback; 0 without one."),
+    gauge.name: gauge
+    for gauge in (
+        _gauge("idefics_redis_up", "1 if Redis answers, by database: queues or results.", "database"),
+        _gauge("idefics_queue_jobs", "Jobs that no worker has taken yet, by priority.", "queue", "priority"),
+        _gauge("idefics_queue_jobs_waiting", "Jobs that no worker has taken yet, of all priorities.", "queue"),
+        _gauge(
+            "idefics_queue_oldest_job_age_seconds",
+            "Age of the oldest waiting job; 0 if none waits. Of a message without the header `idefics_submitted_at`, "
+            "which our client sends: seconds since the exporter first saw it next in its list.",
+            "queue",
+        ),
+        _gauge("idefics_queue_jobs_scheduled", "Jobs that wait for their countdown or eta.", "queue"),
+        _gauge("idefics_queue_jobs_in_flight", "Jobs that workers hold, of all queues."),
+        _gauge("idefics_queue_workers", "Workers that take from the queue.", "queue"),
+        _gauge("idefics_queue_dead_letters", "Failed jobs and refused messages that are kept: `idefics-jobs failed`."),
+        _gauge("idefics_callbacks", "Callbacks in Redis: pending, delivered or failed.", "state"),
+        _gauge("idefics_callbacks_oldest_pending_age_seconds", "Age of the oldest pending callback; 0 without one."),
+    )
 }
 
 

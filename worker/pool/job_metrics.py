@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
@@ -10,7 +9,7 @@ from billiard.exceptions import Terminated
 from celery.exceptions import Ignore, Reject, Retry
 
 from tasks.errors import from_exception
-from tasks.protocol import SUBMITTED_AT
+from tasks.protocol import SUBMITTED_AT, seconds_since
 from worker.observability.metrics import E2E_SECONDS, JOBS, RETRIES
 from worker.pool.defects import log_defects
 
@@ -21,7 +20,7 @@ def count_end(task: str, headers: dict[str, Any], state: str, code: str = "") ->
     JOBS.labels(task, state, code).inc()
     submitted_at = headers.get(SUBMITTED_AT)
     if submitted_at is not None and state in ("succeeded", "failed"):
-        E2E_SECONDS.labels(task).observe(max(0.0, time.time() - submitted_at))
+        E2E_SECONDS.labels(task).observe(seconds_since(submitted_at))
 
 
 @log_defects
