@@ -33,16 +33,18 @@ class ModelInfo(_Reply):
 
 
 class Timing(_Reply):
-    """Seconds of a job."""
+    """Seconds of a job's last run, and how many runs came before it."""
 
     queued_s: float
-    """From submission to its start in a worker."""
+    """From submission to its start in a worker, earlier runs included."""
     fetch_s: float
     """Download and decoding of its images."""
     wait_s: float
     """In the engine, before its first step."""
     generate_s: float
     """From its first step to its last."""
+    retries: int = 0
+    """Runs before it that ended with a temporary error, such as an unreachable image."""
 
 
 class Result(_Reply):

@@ -15,6 +15,28 @@ RATES_S, FAILURES_S = 30.0, 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLimits:
+    """A worker's settings that bound how fast images are downloaded; by default those of a worker without any."""
+
+    #: Simultaneous downloads from one host, and from all hosts.
+    host_concurrency: int = 8
+    image_jobs: int = 64
+    #: Seconds for one download.
+    image_timeout_s: float = 20.0
+    #: Retries after a temporary error, and the seconds before the first one.
+    max_retries: int = 3
+    retry_backoff_s: float = 2.0
+
+    @staticmethod
+    def read(said: dict[str, Any]) -> WorkerLimits:
+        """Without the fields that a newer worker has added."""
+        return WorkerLimits(**{each.name: said[each.name] for each in fields(WorkerLimits) if each.name in said})
+
+
+DEFAULT_LIMITS = WorkerLimits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
     """A worker's state and recent work."""
 
@@ -32,6 +54,7 @@ class WorkerStatus:
     tokens_per_s: float = 0.0
     #: Failed jobs of the last FAILURES_S, by error code.
     failures: dict[str, int] = field(default_factory=dict)
+    limits: WorkerLimits = DEFAULT_LIMITS
 
     def written(self) -> str:
         return json.dumps(asdict(self))
@@ -40,4 +63,5 @@ class WorkerStatus:
     def read(text: bytes | str) -> WorkerStatus:
         """Without the fields that a newer worker has added."""
         said: dict[str, Any] = json.loads(text)
+        said["limits"] = WorkerLimits.read(said.get("limits", {}))
         return WorkerStatus(**{each.name: said[each.name] for each in fields(WorkerStatus) if each.name in said})

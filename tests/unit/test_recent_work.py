@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from config.settings import Settings
+from tasks.worker_status import DEFAULT_LIMITS, WorkerStatus
 from worker.observability import metrics
 from worker.observability.recent_work import RecentWork
+from worker.queue.worker_registration import limits_of
 
 
 class Counted:
@@ -88,3 +93,18 @@ def test_the_names_are_those_of_the_workers_metrics() -> None:
         "idefics_engine_max_rows",
         "idefics_worker_state",
     }
+
+
+def test_a_status_has_the_workers_limits_and_reads_those_of_other_versions(counted: Counted) -> None:
+    limits = limits_of(Settings(image_host_concurrency=3, prefetch=30, max_retries=1))
+    assert (limits.host_concurrency, limits.image_jobs, limits.max_retries) == (3, 10, 1)
+    status = RecentWork(counted.registry.collect, "demo", limits).status(0.0)
+    assert WorkerStatus.read(status.written()) == status
+    older = {name: value for name, value in json.loads(status.written()).items() if name != "limits"}
+    assert WorkerStatus.read(json.dumps(older)).limits == DEFAULT_LIMITS
+    newer = {**older, "limits": {"host_concurrency": 2, "unheard_of": 1}}
+    assert WorkerStatus.read(json.dumps(newer)).limits.host_concurrency == 2
+
+
+def test_the_limits_of_a_worker_that_tells_none_are_those_of_the_default_settings() -> None:
+    assert limits_of(Settings()) == DEFAULT_LIMITS

@@ -33,6 +33,8 @@ class JobContext:
     submitted_at: float | None = None
     #: Seconds from now after which the job ends with the text so far.
     soft_limit_s: float | None = None
+    #: Runs before this one that ended with a temporary error.
+    retries: int = 0
 
 
 class Run:

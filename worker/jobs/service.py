@@ -159,6 +159,7 @@ class Service:
             fetch_s=round(fetched - started, 6),
             wait_s=round(max(0.0, row.started - fetched), 6),
             generate_s=round(ended - (row.started or ended), 6),
+            retries=run.context.retries,
         )
         result = self._results.build(job, row, output, timing)
         count_answer(result.usage)

@@ -183,6 +183,7 @@ class JobTask(Task):  # type: ignore[misc]
             priority=(request.delivery_info or {}).get("priority") or 0,
             submitted_at=request.get(SUBMITTED_AT),
             soft_limit_s=(request.timelimit or [None, None])[1] or self.soft_time_limit,
+            retries=request.retries or 0,
         )
 
     def _drop_if_ended(self) -> None:

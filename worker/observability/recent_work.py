@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Metric
 
-from tasks.worker_status import FAILURES_S, RATES_S, WorkerStatus
+from tasks.worker_status import DEFAULT_LIMITS, FAILURES_S, RATES_S, WorkerLimits, WorkerStatus
 
 
 @dataclass(slots=True)
@@ -27,10 +27,13 @@ class Totals:
 class RecentWork:
     """Keeps the totals of the last minutes. Used by one thread."""
 
-    def __init__(self, collect: Callable[[], Iterable[Metric]], model: str) -> None:
+    def __init__(
+        self, collect: Callable[[], Iterable[Metric]], model: str, limits: WorkerLimits = DEFAULT_LIMITS
+    ) -> None:
         """`collect` returns the worker's metrics, those of both its processes."""
         self._collect = collect
         self._model = model
+        self._limits = limits
         self._kept: deque[Totals] = deque()
 
     def status(self, now: float) -> WorkerStatus:
@@ -51,6 +54,7 @@ class RecentWork:
             jobs_per_s=round((totals.jobs - recent.jobs) / seconds, 2) if seconds else 0.0,
             tokens_per_s=round((totals.tokens - recent.tokens) / seconds, 1) if seconds else 0.0,
             failures=dict(totals.failures - self._kept[0].failures),
+            limits=self._limits,
         )
 
 

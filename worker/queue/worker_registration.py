@@ -11,9 +11,11 @@ from typing import Any
 from celery import bootsteps
 from redis import RedisError
 
+from config.settings import Settings
 from tasks.availability import is_away
 from tasks.outbox import connect
 from tasks.worker_registry import RENEW_S, WorkerOptions, deregister, publish, register
+from tasks.worker_status import WorkerLimits
 from worker.observability.exposition import MODEL_PROCESS, BothProcesses
 from worker.observability.recent_work import RecentWork
 
@@ -50,7 +52,7 @@ class WorkerRegistration(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _renew(self, app: Any, name: str) -> None:
         options, broker, is_logged = WorkerOptions.of(app), None, False
-        work = RecentWork(BothProcesses(MODEL_PROCESS).collect, app.settings.model)
+        work = RecentWork(BothProcesses(MODEL_PROCESS).collect, app.settings.model, limits_of(app.settings))
         while not self._is_ending.is_set():
             try:
                 broker = broker or connect(app)
@@ -64,3 +66,14 @@ class WorkerRegistration(bootsteps.StartStopStep):  # type: ignore[misc]
         if broker is not None:
             with contextlib.suppress(RedisError):
                 deregister(app, name, broker)
+
+
+def limits_of(settings: Settings) -> WorkerLimits:
+    """The limits that a worker with these settings has."""
+    return WorkerLimits(
+        host_concurrency=settings.image_host_concurrency,
+        image_jobs=settings.image_job_concurrency,
+        image_timeout_s=settings.image_timeout_s,
+        max_retries=settings.max_retries,
+        retry_backoff_s=settings.retry_backoff_s,
+    )

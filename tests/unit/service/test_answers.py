@@ -92,6 +92,10 @@ def test_a_producer_with_a_fast_clock_waited_no_negative_time(service: Service) 
     assert service.run(complete("a"), JobContext(id="job", submitted_at=time.time() + 60)).timing.queued_s == 0
 
 
+def test_a_result_tells_the_runs_before_it(service: Service) -> None:
+    assert service.run(complete("a"), JobContext(id="job", retries=2)).timing.retries == 2
+
+
 def test_the_models_time_is_told(start: Start) -> None:
     service = start(FakeModel(step_s=0.01))
     assert service.run(complete("a" * 9, max_new_tokens=5), CONTEXT).timing.generate_s >= 0.05
