@@ -17,6 +17,9 @@ DEFAULT_PRIORITY = 5
 SUBMITTED_AT = "idefics_submitted_at"
 #: The message header of a job that a worker has sent again: the message continues the same submission.
 CONTINUES = "idefics_continues"
+#: The message header of a campaign's job: the id under which others see the campaign (tasks/campaign/record.py). By it
+#: workers hold back the jobs of a paused campaign and end those of a canceled one. Retries keep it.
+CAMPAIGN = "idefics_campaign"
 #: Celery's options that hide a job's arguments in logs, events and monitors: prompts and signed URLs.
 HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
 #: Seconds that a cancellation's key is kept (tasks/redis_keys.py): longer than a job may wait, also for its `eta`.

@@ -7,7 +7,7 @@ so that two deployments can share a database; `results_prefix` and `broker_prefi
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -63,6 +63,16 @@ def _of_failed(part: str, type: Type, meaning: str) -> RedisKey:
     return RedisKey(f"idefics:failed{part}", "results", type, "IDEFICS_FAILED_TTL_S", ("worker",), readers, meaning)
 
 
+def _of_workers(part: str, type: Type, ttl: str, meaning: str) -> RedisKey:
+    readers: tuple[User, ...] = ("producer", "worker", "monitor", "exporter")
+    return RedisKey(f"idefics:worker:{part}", "queues", type, ttl, ("worker",), readers, meaning)
+
+
+def _of_campaigns(part: str, type: Type, meaning: str) -> RedisKey:
+    users: tuple[User, ...] = ("producer", "worker")
+    return RedisKey(f"idefics:campaign:{part}", "queues", type, "604800", users, (*users, "monitor"), meaning)
+
+
 # The queues' database: Celery's and kombu's keys
 
 QUEUE_LIST = RedisKey(
@@ -74,14 +84,10 @@ QUEUE_LIST = RedisKey(
     ("producer", "worker", "callbacks", "monitor", "exporter"),
     "Waiting messages of priority 0. Permanent: they are jobs.",
 )
-PRIORITY_LIST = RedisKey(
-    "{queue}{separator}{priority}",
-    "queues",
-    "list",
-    None,
-    ("producer", "worker", "callbacks"),
-    ("producer", "worker", "callbacks", "monitor", "exporter"),
-    "Waiting messages of another priority. Permanent: they are jobs.",
+PRIORITY_LIST = replace(
+    QUEUE_LIST,
+    pattern="{queue}{separator}{priority}",
+    meaning="Waiting messages of another priority. Permanent: they are jobs.",
 )
 UNACKED = RedisKey(
     "unacked",
@@ -119,14 +125,10 @@ BINDING = RedisKey(
     ("worker", "callbacks", "monitor"),
     "Queues of an exchange. Permanent: kombu declares them once.",
 )
-PERMANENT_BINDING = RedisKey(
-    "_kombu.binding_permanent.{exchange}",
-    "queues",
-    "set",
-    None,
-    ("producer", "worker", "callbacks", "monitor"),
-    ("worker", "callbacks", "monitor"),
-    "Queues of an exchange that do not expire. Permanent: kombu declares them once.",
+PERMANENT_BINDING = replace(
+    BINDING,
+    pattern="_kombu.binding_permanent.{exchange}",
+    meaning="Queues of an exchange that do not expire. Permanent: kombu declares them once.",
 )
 BINDING_DEADLINES = RedisKey(
     "_kombu.binding_deadlines",
@@ -204,33 +206,31 @@ WORKER_OPTIONS = RedisKey(
     "Options by which workers read messages, and a fingerprint of the results' address. Has no prefix, since a client "
     "may have the wrong one.",
 )
-WORKERS = RedisKey(
-    "idefics:worker:queue:{queue}",
-    "queues",
-    "zset",
-    "30",
-    ("worker",),
-    ("producer", "worker", "monitor", "exporter"),
-    "The workers that take from a queue, by the time when each last registered.",
+WORKERS = _of_workers(
+    "queue:{queue}", "zset", "30", "The workers that take from a queue, by the time when each last registered."
 )
-WORKER_STATUS = RedisKey(
-    "idefics:worker:status:{worker}",
-    "queues",
+WORKER_STATUS = _of_workers(
+    "status:{worker}",
     "string",
     "30",
-    ("worker",),
-    ("producer", "worker", "monitor", "exporter"),
     "A worker's state and recent work, for `idefics-jobs top` (tasks/worker_status.py).",
 )
-MODELS = RedisKey(
-    "idefics:worker:models",
-    "queues",
+MODELS = _of_workers(
+    "models",
     "zset",
     "86400",
-    ("worker",),
-    ("producer", "worker", "monitor", "exporter"),
     "The models that workers serve, each with its queue, by the second at which a worker last said so.",
 )
+CAMPAIGN_ABOUT = _of_campaigns(
+    "about:{id}", "hash", "A campaign's names, host and progress, which its producer renews every few seconds."
+)
+CAMPAIGN_WANTED = _of_campaigns(
+    "wanted:{id}",
+    "string",
+    "`paused` or `canceled`, and since when: what a campaign's users want. Absent if it is to run. Renewed with its "
+    "record.",
+)
+CAMPAIGN_INDEX = _of_campaigns("index", "zset", "The newest 1,000 campaigns, by the time of their last report.")
 DELIVERY = _of_callbacks(
     "delivery:{id}", "hash", "30 days, then IDEFICS_CALLBACK_KEEP_S", "A callback's event, URL, state and attempts."
 )

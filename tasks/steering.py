@@ -1,0 +1,46 @@
+"""What its users want of a campaign: that it runs, that it pauses, or that it ends.
+
+One key in the queues' Redis for each campaign that is not simply to run. Its producer reads it, and the workers read it
+before they begin one of its jobs. So pausing a campaign is one write, however many of its jobs are in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from .redis_keys import CAMPAIGN_WANTED
+
+State = Literal["running", "paused", "canceled"]
+
+#: Seconds for which producers and workers use what they have read.
+READ_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What users want, and since when, in unix seconds by the server's clock."""
+
+    state: State = "running"
+    since: float = 0.0
+
+    def written(self) -> str:
+        return f"{self.state} {self.since:.3f}"
+
+    @staticmethod
+    def read(text: bytes | None) -> Wanted:
+        """From a key's value; a missing one and one in another form mean that the campaign is to run."""
+        state, _, since = (text or b"").decode(errors="replace").partition(" ")
+        if state not in get_args(State):
+            return Wanted()
+        try:
+            return Wanted(cast(State, state), float(since))
+        except ValueError:
+            return Wanted(cast(State, state))
+
+
+def read_wanted(redis: Any, prefix: str, campaigns: Sequence[str]) -> dict[str, Wanted]:
+    """What users want of some campaigns, in one command; none for none. `prefix`: of all keys. Raises RedisError."""
+    found = redis.mget([prefix + CAMPAIGN_WANTED.named(id) for id in campaigns]) if campaigns else []
+    return {id: Wanted.read(text) for id, text in zip(campaigns, found, strict=True)}
