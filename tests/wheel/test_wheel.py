@@ -52,7 +52,7 @@ def _copy_sources(target: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (target / name).write_bytes((CHECKOUT / name).read_bytes())
     for path in (CHECKOUT / "tasks").rglob("*"):
-        if path.suffix in (".py", ".typed"):
+        if path.suffix in (".css", ".html", ".js", ".py", ".typed"):
             copy = target / path.relative_to(CHECKOUT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
@@ -65,6 +65,8 @@ def test_the_wheel_holds_the_client_alone(wheel: Path) -> None:
     assert "idefics_jobs/py.typed" in names
     assert "idefics_jobs/client.py" in names
     assert "idefics_jobs/cli/main.py" in names
+    parts = {name for name in names if name.endswith((".css", ".html", ".js"))}
+    assert len(parts) == sum(len(list((CHECKOUT / "tasks").rglob(f"*.{kind}"))) for kind in ("css", "html", "js"))
 
 
 @pytest.mark.parametrize(

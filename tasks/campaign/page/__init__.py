@@ -1,0 +1,75 @@
+"""One self-contained HTML page that loads nothing: inert data, a script and a style sheet known by their hashes.
+
+The data stands in the page as JSON, which no browser runs; the script builds the page from it with `textContent` alone.
+The page's policy (CSP) admits that one script, that one style sheet and pictures in the page itself, so even a text
+that got into the page as HTML could run and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from ...printable import escaped, escaped_json
+
+#: Shared by all pages: colors and layout; building elements; plots.
+BASE_STYLES = ("base.css",)
+BASE_SCRIPTS = ("dom.js", "plots.js")
+#: Could end the script element that holds the data, or begin a comment in it.
+_MARKUP = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
+
+_DOCUMENT = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+<noscript><p class="notice">This page draws itself with its own script, which is switched off here.</p></noscript>
+<script type="application/json" id="data">{data}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def part(name: str, package: str = __name__) -> str:
+    """A file of a package: a part of a page."""
+    return files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+def document(title: str, body: str, data: Mapping[str, Any], styles: Sequence[str], scripts: Sequence[str]) -> str:
+    """The page. `body`, `styles` and `scripts` are trusted text; `title` and `data` may hold anything JSON can."""
+    style, script = "\n".join(styles), _one_scope(scripts)
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    return _DOCUMENT.format(
+        policy=policy, title=escape(escaped(title)), style=style, body=body, data=inert_json(data), script=script
+    )
+
+
+def inert_json(data: Any) -> str:
+    """JSON for a script element of type application/json: no text in it ends the element or reorders the source."""
+    return escaped_json(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))).translate(_MARKUP)
+
+
+def _one_scope(scripts: Sequence[str]) -> str:
+    return '(() => {\n"use strict";\n' + "\n".join(scripts) + "\n})();\n"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,1 @@
+"""A campaign's output as one page for a browser."""
