@@ -20,6 +20,7 @@ import tasks
 from tasks import errors
 from tasks.batch import JobsLost
 from tasks.batch_input import NotJsonLines
+from tasks.campaign.errors import CampaignError
 from tasks.errors import (
     ERRORS,
     PUBLIC_MODULE,
@@ -186,6 +187,7 @@ KINDS = {
     errors.ConfigurationError: ValueError,
     errors.NotFound: LookupError,
     errors.ModelNotFound: LookupError,
+    CampaignError: ValueError,
     JobsLost: Exception,
     NotJsonLines: ValueError,
     InvalidWebhook: ValueError,
