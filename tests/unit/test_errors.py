@@ -20,7 +20,7 @@ import tasks
 from tasks import errors
 from tasks.batch import JobsLost
 from tasks.batch_input import NotJsonLines
-from tasks.campaign.errors import CampaignError
+from tasks.campaign.errors import CampaignError, PlanError, TableError
 from tasks.errors import (
     ERRORS,
     PUBLIC_MODULE,
@@ -187,9 +187,11 @@ KINDS = {
     errors.ConfigurationError: ValueError,
     errors.NotFound: LookupError,
     errors.ModelNotFound: LookupError,
-    CampaignError: ValueError,
     JobsLost: Exception,
     NotJsonLines: ValueError,
+    CampaignError: ValueError,
+    PlanError: ValueError,
+    TableError: ValueError,
     InvalidWebhook: ValueError,
 }
 

@@ -1,0 +1,159 @@
+"""Opens a table's file: local or at a URL, compressed or not; and replaces an output when it is whole."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from ..errors import TableError
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://|[a-z0-9+.-]+::", re.IGNORECASE)
+INSTALL = "pip install 'idefics-jobs[data]'"
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is fsspec's to open: s3://, https://, memory://."""
+    return bool(_URL.match(path))
+
+
+def suffixes(path: str) -> tuple[str, str]:
+    """The suffix of a file's format and that of its compression: `.csv` and `.gz`; empty where it has none."""
+    name = path.partition("?")[0].partition("#")[0] if is_url(path) else path
+    name = PurePosixPath(name.rstrip("/")).name.lower()
+    stem, dot, last = name.rpartition(".")
+    compression = dot + last if dot and dot + last in _COMPRESSED else ""
+    return PurePosixPath(stem if compression else name).suffix, compression
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """A file's content, decompressed by its suffix. Raises TableError if it cannot be opened or read."""
+    compression = suffixes(path)[1]
+    with reported(path), contextlib.ExitStack() as stack:
+        yield _decompressed(stack.enter_context(raw(path)), compression, stack)
+
+
+@contextlib.contextmanager
+def raw(path: str) -> Iterator[BinaryIO]:
+    """A file as it is, seekable where its place allows."""
+    if not is_url(path):
+        with Path(path).open("rb") as file:
+            yield file
+        return
+    with filesystem(path).open(stripped(path), "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def reported(path: str) -> Iterator[None]:
+    """Turns the exceptions of files and filesystems into TableError."""
+    try:
+        yield
+    except TableError:
+        raise
+    except FileNotFoundError:
+        raise TableError(f"There is no file {path}.") from None
+    except ImportError as error:
+        raise TableError(f"{path}: {error}") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise TableError(f"Cannot read {path}: {told}.") from None
+
+
+def filesystem(path: str) -> Any:
+    """fsspec's filesystem of a URL. Raises TableError."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise TableError(f"{path} is a URL, which needs fsspec: {INSTALL}.") from None
+    try:
+        return url_to_fs(path)[0]
+    except (ImportError, ValueError) as error:
+        raise TableError(f"Cannot open {path}: {error}") from None
+
+
+def stripped(path: str) -> str:
+    """A URL as its filesystem takes it."""
+    from fsspec.core import url_to_fs
+
+    return str(url_to_fs(path)[1])
+
+
+def arrow(path: str) -> Any:
+    """The module pyarrow. Raises TableError if it is not installed."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise TableError(f"{path} needs pyarrow: {INSTALL}.") from None
+    return pyarrow
+
+
+def _decompressed(file: BinaryIO, compression: str, stack: contextlib.ExitStack) -> BinaryIO:
+    if compression == ".zst":
+        return cast(BinaryIO, stack.enter_context(arrow("A .zst file").CompressedInputStream(file, "zstd")))
+    unpack: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast(BinaryIO, stack.enter_context(unpack[compression](file))) if compression else file
+
+
+# Outputs
+
+
+class Replacement:
+    """A file that takes an output's place when it is whole. Written beside it, or for a URL in a temporary folder."""
+
+    def __init__(self, path: str) -> None:
+        """Raises TableError if it cannot be made."""
+        self._path = path
+        folder = None if is_url(path) else str(Path(path).absolute().parent)
+        name = PurePosixPath(path.rstrip("/")).name
+        try:
+            number, self.path = tempfile.mkstemp(prefix=f".{name[:100]}.", suffix=".part", dir=folder)
+        except OSError as error:
+            raise TableError(f"Cannot write {path}: {error.strerror}.") from None
+        os.close(number)
+
+    def opened(self) -> Any:
+        """The new file, compressed by the output's suffix."""
+        compression = suffixes(self._path)[1]
+        if compression == ".zst":
+            return arrow(self._path).CompressedOutputStream(self.path, "zstd")
+        pack: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}
+        return pack[compression](self.path, "wb")
+
+    def commit(self) -> None:
+        """Put the closed file in the output's place. Raises TableError."""
+        try:
+            if is_url(self._path):
+                filesystem(self._path).put_file(self.path, stripped(self._path))
+                return
+            with Path(self.path).open("rb") as file:
+                os.fsync(file.fileno())
+            self._take_permissions()
+            Path(self.path).replace(self._path)
+        except (OSError, ImportError, NotImplementedError) as error:
+            raise TableError(f"Cannot write {self._path}: {error}.") from None
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the new file, if it is still there."""
+        Path(self.path).unlink(missing_ok=True)
+
+    def _take_permissions(self) -> None:
+        """Those of the file that is replaced, else of any new file: a temporary one is private."""
+        try:
+            mode = Path(self._path).stat().st_mode & 0o777
+        except FileNotFoundError:
+            mask = os.umask(0)
+            os.umask(mask)
+            mode = 0o666 & ~mask
+        Path(self.path).chmod(mode)
