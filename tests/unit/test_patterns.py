@@ -33,6 +33,9 @@ WORST: dict[str, list[tuple[str, str, str]]] = {
         ("ERR Error running script (call to a): @user_script: ", " ", ""),
         ("ERR Error running script (call to a): @user_script: ", "1", ""),
     ],
+    "tasks/campaign/picture_cells.py:_URL": [("", " ", ""), ("", "a", ""), ("", "a:/", "")],
+    "tasks/campaign/tables/files.py:_URL": [("", "a", ""), ("", "a:", "/")],
+    "tasks/campaign/tables/jsonl_table.py:_ESCAPED_SURROGATE": [("", "\\u", ""), ("", "\\ud", "")],
     "tasks/cli/failed.py:_AGE": [("", "9", "x"), ("9.", "9", "x")],
     "tasks/cli/redaction.py:_DATA_URI": [
         ("", "data:", ""),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from ..errors import TableError
@@ -12,9 +11,8 @@ from .text import chosen_encoding, is_readable, lines, opened_text, repaired
 
 _OTHER_DELIMITERS = ";\t|"
 _URLS = ("http://", "https://", "data:image/")
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')
-#: Excel's line before the header.
-_TOLD = re.compile(r"sep=(.)\s*\Z")
+#: Begins Excel's line before the header.
+_TOLD = "sep="
 
 
 class CsvTable:
@@ -53,9 +51,7 @@ class CsvTable:
     def _row(self, record: Record) -> Row | BadRow:
         cells: Sequence[str | None] = record.cells
         if "" in cells:
-            cells = [
-                None if is_null else cell for cell, is_null in zip(cells, nulls(record, self._delimiter), strict=True)
-            ]
+            cells = [None if is_null else cell for cell, is_null in zip(cells, nulls(record), strict=True)]
         if len(cells) == len(self.columns) and is_readable(record.text):
             return dict(zip(self.columns, cells, strict=True))
         values = {name: cell and repaired(cell) for name, cell in zip(self.columns, cells, strict=False)}
@@ -79,13 +75,13 @@ class CsvTable:
         with opened_text(self._path, self._encoding, "") as text:
             found = (line for line in lines(text) if line.strip())
             first = next(found, "")
-            told = _TOLD.match(first)
-            return (told[1], next(found, "")) if told else ("", first)
+            told = first.rstrip("\r\n").removeprefix(_TOLD)
+            return (told, next(found, "")) if first.startswith(_TOLD) and len(told) == 1 else ("", first)
 
 
 def _recognized(header: str, path: str) -> str:
     """The delimiter of a header. Raises TableError if it could be several."""
-    bare = _QUOTED.sub("", header)
+    bare = "".join(header.split('"')[::2])
     found = [delimiter for delimiter in _OTHER_DELIMITERS if delimiter in bare]
     if "," in bare or not found:
         return ","
