@@ -12,6 +12,7 @@ from .batch import batch
 from .connection import open_client
 from .console import echo_json
 from .deliveries import deliveries
+from .evaluate import evaluate_output
 from .failed import failed
 from .jobs import cancel, result, status, submit
 from .models import show_models
@@ -48,5 +49,8 @@ def print_schema(as_json: bool) -> None:
     echo_json(schema(), on_one_line=as_json)
 
 
-for command in (submit, result, status, cancel, show_queue, top, show_models, batch, failed, deliveries, print_schema):
+for command in (
+    submit, result, status, cancel, show_queue, top, show_models, batch, evaluate_output, failed, deliveries,
+    print_schema,
+):  # fmt: skip
     main.add_command(command)

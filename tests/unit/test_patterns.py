@@ -33,6 +33,8 @@ WORST: dict[str, list[tuple[str, str, str]]] = {
         ("ERR Error running script (call to a): @user_script: ", " ", ""),
         ("ERR Error running script (call to a): @user_script: ", "1", ""),
     ],
+    "tasks/campaign/evaluation/matching.py:_COMMA_IN_NUMBER": [("", "1,", ""), ("", ",", "")],
+    "tasks/campaign/evaluation/matching.py:_PERIOD_OF_TEXT": [("", "1.", ""), ("", ".", "")],
     "tasks/campaign/picture_cells.py:_URL": [("", " ", ""), ("", "a", ""), ("", "a:/", "")],
     "tasks/campaign/tables/files.py:_URL": [("", "a", ""), ("", "a:", "/")],
     "tasks/campaign/tables/jsonl_table.py:_ESCAPED_SURROGATE": [("", "\\u", ""), ("", "\\ud", "")],
