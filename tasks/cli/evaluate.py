@@ -71,9 +71,9 @@ def evaluate_output(
     if as_json:
         echo_json(found.as_dict())
     elif isinstance(found, EvaluatedOutput):
-        show_evaluation(found)
+        show_evaluation(found, rows)
     else:
-        show_comparison(found)
+        show_comparison(found, rows)
 
 
 def _opened(path: str, wanted: Columns, kind: Kind | None) -> tuple[Table, Columns]:

@@ -2,70 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from ..campaign.evaluation import ComparedOutputs, Difference, Estimate, EvaluatedOutput, JudgedRow, LabelFigures
+from ..campaign.evaluation import ComparedOutputs, Difference, EvaluatedOutput, JudgedRow, LabelFigures
+from ..campaign.evaluation.wording import (
+    NAMES,
+    NO_ANSWER,
+    chance,
+    interval,
+    interval_in_points,
+    pairs_told,
+    percent,
+    points,
+    rows_told,
+    verdict,
+)
 from .console import echo, echo_rows
 
 #: Classes of a confusion matrix that fits a terminal; of more, the pairs that are mixed up most are listed.
 _MATRIX_CLASSES = 10
 _CONFUSIONS = 10
-_NAMES = {
-    "accuracy": "accuracy",
-    "accuracy_answered": "accuracy, answered rows only",
-    "macro_f1": "macro F1",
-    "calibration_error": "calibration error (ECE)",
-    "exact": "exact match",
-    "exact_answered": "exact match, answered rows only",
-    "normalised": "normalised match",
-    "normalised_answered": "normalised match, answered rows only",
-}
-#: Smaller p-values are shown as smaller than this.
-_LEAST_P = 0.001
-_NO_ANSWER = "(no answer)"
 
 
-def show_evaluation(found: EvaluatedOutput) -> None:
-    """Print one output's numbers and its worst mistakes."""
-    figures = found.figures
-    echo(f"{figures.rows:,} rows with a truth{_without(found.without_truth)}, {_unanswered(figures.unanswered)}.")
-    estimates = {name: getattr(figures, name, None) for name in _NAMES}
-    echo_rows(("number", "value", "95 % interval", "rows"), _estimates(estimates))
+def show_evaluation(found: EvaluatedOutput, rows: int) -> None:
+    """Print one output's numbers and its worst mistakes, `rows` at most."""
+    figures, mistakes = found.figures, found.mistakes[:rows]
+    echo(rows_told(figures.rows, figures.unanswered, found.without_truth))
+    estimates = [(name, getattr(figures, name, None)) for name in NAMES]
+    echo_rows(
+        ("number", "value", "95 % interval", "rows"),
+        ((NAMES[name], percent(each.value), interval(each), f"{each.rows:,}") for name, each in estimates if each),
+    )
     if isinstance(figures, LabelFigures):
         _show_labels(figures)
-    if found.mistakes:
-        echo("Mistakes, the most confident first:" if found.mistakes[0].score is not None else "Mistakes:")
+    if mistakes:
+        echo("Mistakes, the most confident first:" if mistakes[0].score is not None else "Mistakes:")
         columns = ("row", "truth", "answer", "score")
-        echo_rows(columns, ((row.id, _truth(row), row.answer or "", _score(row)) for row in found.mistakes))
+        echo_rows(columns, ((row.id, _truth(row), row.answer or "", _score(row)) for row in mistakes))
 
 
-def show_comparison(found: ComparedOutputs) -> None:
-    """Print two outputs' numbers, which one is better, and the rows where they differ."""
-    comparison = found.comparison
-    echo(f"{comparison.rows:,} rows with a truth are in both{_without(found.without_truth)}.")
-    echo(f"{comparison.answered:,} of them are answered in both; a row without an answer counts as wrong.")
-    if comparison.only_in_a or comparison.only_in_b:
-        echo(f"{comparison.only_in_a:,} more rows are only in A, {comparison.only_in_b:,} only in B.")
+def show_comparison(found: ComparedOutputs, rows: int) -> None:
+    """Print two outputs' numbers, which one is better, and the rows where they differ, `rows` at most."""
+    told = found.comparison
+    for line in pairs_told(told.rows, told.answered, told.only_in_a, told.only_in_b, found.without_truth):
+        echo(line)
     echo_rows(
         ("number", "A", "B", "B - A", "95 % interval", "p", "only A right", "only B right"),
-        (_difference(name, each) for name, each in comparison.differences.items()),
+        (_difference(name, each) for name, each in told.differences.items()),
     )
-    echo(verdict(_NAMES[comparison.headline], comparison.differences[comparison.headline]))
-    if found.differing:
+    echo(verdict(told.headline, told.differences[told.headline]))
+    differing = found.differing[:rows]
+    if differing:
         echo("Rows where one is right and the other is not:")
-        rows = ((pair.a.id, _truth(pair.a), _answer(pair.a), _answer(pair.b)) for pair in found.differing)
-        echo_rows(("row", "truth", "A", "B"), rows)
-
-
-def verdict(name: str, difference: Difference) -> str:
-    """Which is better by this number, by how much, and how sure that is."""
-    gain = difference.difference
-    told = f"B less A in {name}: {_points(gain.value)} points"
-    if gain.low is not None and gain.high is not None:
-        told += f" (95 %: {_points(gain.low)} to {_points(gain.high)})"
-    chance = _p(difference.p_value) if difference.p_value < _LEAST_P else f"= {_p(difference.p_value)}"
-    better = f"{difference.better.upper()} is better" if difference.better else "No difference can be told"
-    return f"{told}, p {chance} by McNemar's exact test. {better}."
+        shown = ((pair.a.id, _truth(pair.a), _answer(pair.a), _answer(pair.b)) for pair in differing)
+        echo_rows(("row", "truth", "A", "B"), shown)
 
 
 def _show_labels(figures: LabelFigures) -> None:
@@ -78,16 +68,12 @@ def _show_labels(figures: LabelFigures) -> None:
         ),
     )
     labels = {cell.answer for cell in figures.confusion} | {each.label for each in figures.classes}
-    answers = sorted(labels, key=lambda label: (label is None, label))
-    if len(figures.classes) <= _MATRIX_CLASSES and len(answers) <= _MATRIX_CLASSES:
-        echo("Rows by truth (down) and answer (across):")
-        echo_rows(
-            ("truth", *(_NO_ANSWER if answer is None else answer for answer in answers)), _matrix(figures, answers)
-        )
+    if len(labels) <= _MATRIX_CLASSES:
+        _show_matrix(figures, sorted(labels, key=lambda label: (label is None, label)))
     else:
         echo("Most frequent confusions:")
         wrong = sorted((cell for cell in figures.confusion if cell.truth != cell.answer), key=lambda cell: -cell.rows)
-        cells = ((cell.truth, cell.answer or _NO_ANSWER, f"{cell.rows:,}") for cell in wrong[:_CONFUSIONS])
+        cells = ((cell.truth, cell.answer or NO_ANSWER, f"{cell.rows:,}") for cell in wrong[:_CONFUSIONS])
         echo_rows(("truth", "answer", "rows"), cells)
     if figures.calibration:
         echo("Calibration:")
@@ -100,53 +86,23 @@ def _show_labels(figures: LabelFigures) -> None:
         )
 
 
+def _show_matrix(figures: LabelFigures, answers: Sequence[str | None]) -> None:
+    echo("Rows by truth (down) and answer (across):")
+    columns = ("truth", *(NO_ANSWER if answer is None else answer for answer in answers))
+    echo_rows(columns, _matrix(figures, answers))
+
+
 def _matrix(figures: LabelFigures, answers: Sequence[str | None]) -> Iterator[tuple[str, ...]]:
     rows = {(cell.truth, cell.answer): cell.rows for cell in figures.confusion}
     for each in figures.classes:
         yield each.label, *(f"{rows.get((each.label, answer), 0):,}" for answer in answers)
 
 
-def _estimates(estimates: dict[str, Estimate | None]) -> Iterable[tuple[str, ...]]:
-    for name, each in estimates.items():
-        if each is not None:
-            yield _NAMES[name], percent(each.value), interval(each), f"{each.rows:,}"
-
-
 def _difference(name: str, each: Difference) -> tuple[str, ...]:
-    gain = each.difference
-    between = "-" if gain.low is None or gain.high is None else f"{_points(gain.low)} to {_points(gain.high)}"
     return (
-        _NAMES[name], percent(each.a.value), percent(each.b.value), _points(gain.value), between, _p(each.p_value),
-        f"{each.only_a_right:,}", f"{each.only_b_right:,}",
+        NAMES[name], percent(each.a.value), percent(each.b.value), points(each.difference.value),
+        interval_in_points(each.difference), chance(each.p_value), f"{each.only_a_right:,}", f"{each.only_b_right:,}",
     )  # fmt: skip
-
-
-def percent(value: float | None) -> str:
-    """A share from 0 to 1 in per cent."""
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def interval(each: Estimate) -> str:
-    """An estimate's interval in per cent."""
-    if each.low is None or each.high is None:
-        return "-"
-    return f"{100 * each.low:.1f} to {100 * each.high:.1f} %"
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f}"
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= _LEAST_P else f"< {_LEAST_P}"
-
-
-def _without(rows: int) -> str:
-    return f" ({rows:,} without one are left out)" if rows else ""
-
-
-def _unanswered(rows: int) -> str:
-    return f"{rows:,} of them not answered, which counts as wrong" if rows else "all answered"
 
 
 def _truth(row: JudgedRow) -> str:
@@ -154,7 +110,7 @@ def _truth(row: JudgedRow) -> str:
 
 
 def _answer(row: JudgedRow) -> str:
-    return _NO_ANSWER if row.answer is None else row.answer
+    return NO_ANSWER if row.answer is None else row.answer
 
 
 def _score(row: JudgedRow) -> str:

@@ -43,6 +43,8 @@ class EvaluatedOutput:
     figures: LabelFigures | TextFigures
     without_truth: int
     mistakes: list[JudgedRow]
+    #: Wrong answers in all, of which `mistakes` are the worst.
+    wrong: int
 
     def as_dict(self) -> dict[str, Any]:
         return {"without_truth": self.without_truth, **self.figures.as_dict()}
@@ -65,15 +67,17 @@ class _Mistakes:
     """The worst of the wrong answers: by probability, then the first ones."""
 
     most: int
+    wrong: int = 0
     _heap: list[tuple[float, int, JudgedRow]] = field(default_factory=list)
 
     def add(self, row: JudgedRow) -> None:
-        if not self.most or row.answer is None or row.match.is_normalised:
+        if row.answer is None or row.match.is_normalised:
             return
+        self.wrong += 1
         entry = (row.score or 0.0, -row.number, row)
         if len(self._heap) < self.most:
             heapq.heappush(self._heap, entry)
-        else:
+        elif self.most:
             heapq.heappushpop(self._heap, entry)
 
     def worst_first(self) -> list[JudgedRow]:
@@ -99,7 +103,7 @@ def evaluate(rows: Iterable[object], columns: Columns, *, keep: int = 20, seed: 
         mistakes.add(row)
     _check_truths(judge, columns)
     figures = label_figures(tally, seed) if isinstance(tally, LabelTally) else text_figures(tally, seed)
-    return EvaluatedOutput(figures, judge.without_truth, mistakes.worst_first())
+    return EvaluatedOutput(figures, judge.without_truth, mistakes.worst_first(), mistakes.wrong)
 
 
 def compare(

@@ -47,7 +47,8 @@ class JudgedRow:
     score: float | None
     #: The error's code if the row has no answer.
     code: str
-    image: str
+    #: The cell with the picture, as the table has it.
+    image: Any
     match: Match
 
 
@@ -113,7 +114,7 @@ class Judge:
             answer=answer,
             score=_score(row.get(columns.score or ""), self.read) if has_score else None,
             code=_code(row, columns),
-            image=as_text(row.get(columns.image)) if columns.image else "",
+            image=row.get(columns.image) if columns.image else None,
             match=self._match(answer, truths),
         )
 
