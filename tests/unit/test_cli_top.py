@@ -114,10 +114,10 @@ def test_the_screen_is_renewed_until_ctrl_c(broker: Broker, client: Client) -> N
         text = ""
         # The second screen has what came after the first.
         while "busy" not in text:
-            text += os.read(terminal, 65_536).decode()
+            text += os.read(terminal, 65_536).decode(errors="replace")
         client.submit(Complete(prompt=["Hello"]), priority=7)
         while "7: 1" not in text:
-            text += os.read(terminal, 65_536).decode()
+            text += os.read(terminal, 65_536).decode(errors="replace")
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_S) == 0
     finally:

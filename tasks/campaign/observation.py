@@ -1,0 +1,234 @@
+"""What the outcomes of a campaign's sample say about hosts and workers. Pure.
+
+A result tells how long its last run loaded images, the wait for a free download of the host included, and how many runs
+came before. Of a failed job the time is not known: it is that of its host's other downloads, or the whole timeout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..outcomes import Outcome
+from ..results import Result
+from ..worker_status import DEFAULT_LIMITS, WorkerLimits
+from .sample import OTHERS
+
+#: Assumed seconds of a download if none of the sample succeeded.
+DOWNLOAD_S = 0.25
+#: The share of a busy time's rows that shows the workers' speed.
+BUSY_SHARE = 0.4
+#: Rows of a host that are enough to know its downloads, and their least share of the host's rows.
+ENOUGH_ROWS, ENOUGH_SHARE = 5, 0.1
+#: The mean of a retry's random delay, as a share of the longest.
+MEAN_BACKOFF = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The workers that a campaign's jobs go to."""
+
+    workers: int = 1
+    #: Simultaneous downloads from one host, and from all hosts, of all workers together.
+    host_slots: int = DEFAULT_LIMITS.host_concurrency
+    downloads: int = DEFAULT_LIMITS.image_jobs
+    limits: WorkerLimits = DEFAULT_LIMITS
+
+    def backoff_s(self, retries: int) -> float:
+        """Mean seconds that a job waits between its runs."""
+        return MEAN_BACKOFF * self.limits.retry_backoff_s * float(2**retries - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledJob:
+    """A job of the sample that has ended."""
+
+    #: Its group in the sample.
+    host: str
+    #: Unix seconds when it was sent, and when its outcome was seen.
+    sent: float
+    seen: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one row of the sample says."""
+
+    host: str
+    #: The error's code; None for an answer.
+    code: str | None
+    #: Seconds for which it used one of its host's downloads, in all its runs.
+    download_s: float
+    #: Seconds from its start to its end without waiting for others: downloads, retries' delays, the model.
+    lasting_s: float
+    #: Unix seconds of its end.
+    ended: float
+    is_retried: bool
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    #: Seconds in the engine.
+    model_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """The rows a second that the workers run while they are busy."""
+
+    rows_per_s: float
+    #: Its relative standard error.
+    error: float
+    #: Whether jobs spend most of their time in the model.
+    is_models: bool
+    #: Unix seconds when the busy time ended.
+    until: float
+
+
+def observe(jobs: Sequence[SampledJob], fleet: Fleet) -> tuple[list[Observation], Speed]:
+    """Each job's observation, in order, and the workers' speed."""
+    answered = [job for job in jobs if isinstance(job.outcome, Result)]
+    until = _busy_end([_ended(job) for job in jobs if not _is_retried(job)])
+    downloads = dict(zip(map(id, answered), _downloads(answered, fleet, until), strict=True))
+    by_host: defaultdict[str, list[float]] = defaultdict(list)
+    for job in answered:
+        by_host[job.host].append(downloads[id(job)])
+    usual = {host: statistics.fmean(seconds) for host, seconds in by_host.items()}
+    anywhere = statistics.median(downloads.values()) if downloads else DOWNLOAD_S
+    failing = _failing_s(jobs, usual, anywhere, fleet)
+    observations = [
+        _of_answer(job, job.outcome, downloads[id(job)], failing.get(job.host, usual[job.host]), fleet)
+        if isinstance(job.outcome, Result)
+        else _of_failure(job, _failed_run_s(job, usual.get(job.host, anywhere), fleet), fleet)
+        for job in jobs
+    ]
+    return observations, _speed(observations, until)
+
+
+def _of_answer(job: SampledJob, result: Result, download_s: float, failing_s: float, fleet: Fleet) -> Observation:
+    timing, retries = result.timing, result.timing.retries
+    model_s = timing.wait_s + timing.generate_s
+    slot_s = download_s + retries * failing_s
+    return Observation(
+        job.host, None, slot_s, slot_s + fleet.backoff_s(retries) + model_s, _ended(job), retries > 0,
+        result.usage.prompt_tokens, result.usage.completion_tokens, model_s,
+    )  # fmt: skip
+
+
+def _of_failure(job: SampledJob, run_s: float, fleet: Fleet) -> Observation:
+    retries = fleet.limits.max_retries if _is_retried(job) else 0
+    slot_s = run_s * (retries + 1)
+    code = None if isinstance(job.outcome, Result) else job.outcome.code
+    return Observation(job.host, code, slot_s, slot_s + fleet.backoff_s(retries), _ended(job), retries > 0)
+
+
+def _failing_s(
+    jobs: Sequence[SampledJob], usual: Mapping[str, float], anywhere: float, fleet: Fleet
+) -> dict[str, float]:
+    """Mean seconds of a run that ends with a temporary error, for hosts of which some are known."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for job in jobs:
+        if not isinstance(job.outcome, Result) and _is_retried(job):
+            found[job.host].append(_failed_run_s(job, usual.get(job.host, anywhere), fleet))
+    return {host: statistics.fmean(seconds) for host, seconds in found.items()}
+
+
+def _failed_run_s(job: SampledJob, usual_s: float, fleet: Fleet) -> float:
+    return fleet.limits.image_timeout_s if job.outcome.detail == "timeout" else usual_s  # type: ignore[union-attr]
+
+
+def _is_retried(job: SampledJob) -> bool:
+    if isinstance(job.outcome, Result):
+        return job.outcome.timing.retries > 0
+    return job.outcome.retryable
+
+
+def _started(job: SampledJob, result: Result) -> float:
+    return job.sent + result.timing.queued_s
+
+
+def _ended(job: SampledJob) -> float:
+    """When a job ended: by its timing, which is more exact than when its outcome was seen."""
+    if not isinstance(job.outcome, Result):
+        return job.seen
+    timing = job.outcome.timing
+    return min(job.seen, _started(job, job.outcome) + timing.fetch_s + timing.wait_s + timing.generate_s)
+
+
+# Downloads
+
+
+def _downloads(answered: Sequence[SampledJob], fleet: Fleet, until: float) -> list[float]:
+    """Seconds that each answer's image used a download, without the wait for it.
+
+    While the workers are busy, downloads take longer than they do for a slow host alone, for which the campaign waits:
+    what is seen after `until` counts, if it is enough.
+    """
+    seconds = [0.0] * len(answered)
+    by_host: defaultdict[str, list[int]] = defaultdict(list)
+    for index, job in enumerate(answered):
+        by_host[job.host].append(index)
+    for host, indices in by_host.items():
+        spans = [_span(answered[index]) for index in indices]
+        used = used_s(spans, fleet.host_slots) if host != OTHERS else [end - start for start, end in spans]
+        late = [each for each, (start, _) in zip(used, spans, strict=True) if start > until]
+        if host != OTHERS and len(late) >= max(ENOUGH_ROWS, ENOUGH_SHARE * len(used)) and any(used):
+            ratio = statistics.fmean(late) / statistics.fmean(used)
+            used = [each * ratio for each in used]
+        for index, each in zip(indices, used, strict=True):
+            seconds[index] = each
+    return seconds
+
+
+def _span(job: SampledJob) -> tuple[float, float]:
+    assert isinstance(job.outcome, Result)  # nosec B101
+    start = _started(job, job.outcome)
+    return start, start + job.outcome.timing.fetch_s
+
+
+def used_s(spans: Sequence[tuple[float, float]], slots: int) -> list[float]:
+    """Seconds of a slot that each span used, where spans beyond the number of slots share them or wait."""
+    times = sorted({time for span in spans for time in span})
+    changes: defaultdict[float, int] = defaultdict(int)
+    for start, end in spans:
+        changes[start] += 1
+        changes[end] -= 1
+    used_until, running, total = {}, 0, 0.0
+    for time, following in itertools.pairwise([*times, *times[-1:]]):
+        used_until[time] = total
+        running += changes[time]
+        total += (following - time) * min(1.0, slots / running) if running else 0.0
+    return [used_until[end] - used_until[start] for start, end in spans]
+
+
+# The workers' speed
+
+
+def _busy_end(ended: Sequence[float]) -> float:
+    times = sorted(ended)
+    _, last = _busiest(times) if times else (0, -1)
+    return times[last] if times else 0.0
+
+
+def _busiest(times: Sequence[float]) -> tuple[int, int]:
+    """The first and last of the rows that ended in the shortest time: a BUSY_SHARE of all."""
+    length = min(len(times) - 1, max(20, round(len(times) * BUSY_SHARE)))
+    first = min(range(len(times) - length), key=lambda index: times[index + length] - times[index])
+    return first, first + length
+
+
+def _speed(observations: Sequence[Observation], until: float, slices: int = 10) -> Speed:
+    """The speed in the busiest part of the sample, and its error by that of equal parts of it."""
+    times = sorted(each.ended for each in observations if not each.is_retried) or sorted(
+        each.ended for each in observations
+    )
+    first, last = _busiest(times)
+    seconds = max(times[last] - times[first], 1e-3)
+    marks = [times[first + (last - first) * part // slices] for part in range(slices + 1)]
+    parts = [end - start for start, end in itertools.pairwise(marks)]
+    error = statistics.pstdev(parts) / (statistics.fmean(parts) or 1.0) / slices**0.5
+    answers = [each for each in observations if each.code is None]
+    model_s, lasting_s = sum(each.model_s for each in answers), sum(each.lasting_s for each in answers)
+    return Speed(max(1, last - first) / seconds, error, 2 * model_s > lasting_s, until)
