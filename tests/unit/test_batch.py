@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ResponseError
 
-from tasks import InvalidRequest, Job, QueueFull, WorkerLost, batch
+from tasks import InvalidRequest, Job, QueueFull, WorkerLost, batch, job_window
 from tasks.batch import Batch, JobsLost
 from tasks.batch_lines import Fingerprints, read_line
 from tasks.cli import connection, main, waiting
@@ -59,7 +59,7 @@ class SlowClient(FakeClient):
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "TROUBLE_PAUSE_S", 0.01)
+    monkeypatch.setattr(job_window, "TROUBLE_PAUSE_S", 0.01)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_jobs_of_another_batch_have_other_ids(client: SlowClient) -> None:
 
 
 def test_jobs_that_redis_has_lost_are_noticed(client: SlowClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "LOST_S", 0.05)
+    monkeypatch.setattr(job_window, "LOST_S", 0.05)
     monkeypatch.setattr(client, "job", lambda _: type("Job", (), {"status": "starting"}))
     client.is_open = False
     with pytest.raises(JobsLost, match="2 jobs"):
@@ -166,7 +166,7 @@ def test_jobs_that_redis_has_lost_are_noticed(client: SlowClient, monkeypatch: p
 def test_jobs_that_run_or_wait_are_not_lost(
     client: SlowClient, monkeypatch: pytest.MonkeyPatch, status: str, queued: int
 ) -> None:
-    monkeypatch.setattr(batch, "LOST_S", 0.0)
+    monkeypatch.setattr(job_window, "LOST_S", 0.0)
     monkeypatch.setattr(client, "job", lambda _: type("Job", (), {"status": status}))
     monkeypatch.setattr(client, "queued", {4: queued}.__getitem__)
     client.is_open = False
@@ -178,7 +178,7 @@ def test_a_broker_that_is_away_has_lost_nothing(client: SlowClient, monkeypatch:
     def refuse(priority: int) -> int:
         raise OperationalError("away")
 
-    monkeypatch.setattr(batch, "LOST_S", 0.0)
+    monkeypatch.setattr(job_window, "LOST_S", 0.0)
     monkeypatch.setattr(client, "job", lambda _: type("Job", (), {"status": "starting"}))
     monkeypatch.setattr(client, "queued", refuse)
     client.is_open = False
@@ -363,7 +363,7 @@ def test_two_runs_do_not_write_to_one_output(client: SlowClient, folder: Path) -
 def test_jobs_that_redis_has_lost_are_sent_again(
     client: SlowClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "LOST_S", 0.05)
+    monkeypatch.setattr(job_window, "LOST_S", 0.05)
     monkeypatch.setattr(client, "job", lambda _: type("Job", (), {"status": "starting"}))
     lost: list[str] = []
 
@@ -385,7 +385,7 @@ def test_jobs_that_redis_has_lost_are_sent_again(
 def test_an_unfinished_output_that_was_cut_by_hand_is_completed_within_seconds(
     client: SlowClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "RESUMED_LOST_S", 0.05)
+    monkeypatch.setattr(job_window, "RESUMED_LOST_S", 0.05)
     monkeypatch.setattr(client, "job", lambda _: type("Job", (), {"status": "starting"}))
     submit, refusals = client.submit, [ResponseError("no")]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tasks import Job, ModelNotFound, batch
+from tasks import Job, ModelNotFound, batch, job_window
 from tasks.batch import Batch
 from tasks.batch_models import MAX_REMEMBERED
 from tasks.testing import FakeClient
@@ -139,8 +139,8 @@ def test_jobs_that_wait_in_another_models_queue_are_not_lost(monkeypatch: pytest
             super().queued(priority, model=model)
             return int(model == "large")
 
-    monkeypatch.setattr(batch, "LOST_S", 0.0)
-    monkeypatch.setattr(batch, "RESUMED_LOST_S", 0.0)
+    monkeypatch.setattr(job_window, "LOST_S", 0.0)
+    monkeypatch.setattr(job_window, "RESUMED_LOST_S", 0.0)
     turns = Batch(Waiting(models=["large"]), [openais("a", "large"), openais("b", "fake")]).turns()
     assert [next(turns) for _ in range(4)] == [[]] * 4
     # That of an earlier run went to the client's own queue.
