@@ -6,16 +6,20 @@ before they begin one of its jobs. So pausing a campaign is one write, however m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+from .protocol import CAMPAIGN
 from .redis_keys import CAMPAIGN_WANTED
 
 State = Literal["running", "paused", "canceled"]
 
 #: Seconds for which producers and workers use what they have read.
 READ_S = 1.0
+#: The id under which others see a campaign (tasks/campaign/record.py).
+_ID = re.compile("[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +48,9 @@ def read_wanted(redis: Any, prefix: str, campaigns: Sequence[str]) -> dict[str, 
     """What users want of some campaigns, in one command; none for none. `prefix`: of all keys. Raises RedisError."""
     found = redis.mget([prefix + CAMPAIGN_WANTED.named(id) for id in campaigns]) if campaigns else []
     return {id: Wanted.read(text) for id, text in zip(campaigns, found, strict=True)}
+
+
+def campaign_of(headers: Mapping[str, Any]) -> str | None:
+    """The campaign of a job, by its message's headers; None for a job without one, or with a value of another form."""
+    id = headers.get(CAMPAIGN)
+    return id if isinstance(id, str) and _ID.fullmatch(id) else None

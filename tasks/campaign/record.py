@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -20,6 +19,8 @@ SILENT_S = 30.0
 MAX_CAMPAIGNS = 1_000
 #: Characters of a name, and error codes counted apart.
 MAX_CHARS, MAX_CODES = 200, 50
+#: A larger number is none of a campaign's: no count, and no time of this millennium.
+MAX_NUMBER = 1e11
 
 #: How a producer ended: all rows have an answer; it was interrupted or reached a limit, and can go on; it was canceled.
 Ended = Literal["", "finished", "stopped", "canceled"]
@@ -153,7 +154,7 @@ def _number(text: str | None) -> float | None:
         number = float(text or "")
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if 0 <= number <= MAX_NUMBER else None
 
 
 def _counts(text: str | None) -> dict[str, int]:

@@ -29,6 +29,7 @@ _WHOLE_CHARS = 40
 _STYLES = {
     "succeeded": "green", "delivered": "green", "running": "cyan", "retrying": "yellow", "canceled": "yellow",
     "failed": "red", "ready": "green", "busy": "cyan", "unhealthy": "red",
+    "paused": "yellow", "finished": "green", "stopped": "yellow", "silent": "red",
 }  # fmt: skip
 #: The columns whose cells have a style.
 _STYLED = ("status", "state")

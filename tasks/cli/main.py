@@ -9,6 +9,7 @@ import click
 from ..protocol import QUEUE
 from ..schema import schema
 from .batch import batch
+from .campaigns import campaigns
 from .connection import open_client
 from .console import echo_json
 from .deliveries import deliveries
@@ -50,7 +51,18 @@ def print_schema(as_json: bool) -> None:
 
 
 for command in (
-    submit, result, status, cancel, show_queue, top, show_models, batch, evaluate_output, failed, deliveries,
+    submit,
+    result,
+    status,
+    cancel,
+    show_queue,
+    top,
+    show_models,
+    batch,
+    campaigns,
+    evaluate_output,
+    failed,
+    deliveries,
     print_schema,
-):  # fmt: skip
+):
     main.add_command(command)

@@ -21,6 +21,7 @@ from tasks.protocol import CONTINUES, HIDDEN, SUBMITTED_AT
 from tasks.redis_keys import results_prefix
 from tasks.results import Result
 from tasks.routing import priority_for
+from tasks.steering import campaign_of
 from worker.delivery.callback_policy import check as check_callback
 from worker.delivery.recorder import CallbackRecorder, TerminalState
 from worker.engine.row import NotBegun
@@ -31,6 +32,7 @@ from worker.jobs.service import Service
 from worker.observability import tracing
 from worker.observability.job_fields import note_code
 from worker.observability.redaction import log_defect
+from worker.queue.campaigns import CampaignStates, held_back_s, reader
 from worker.queue.publisher import OneProducerEach
 from worker.queue.result_backend import CANCELED, current_submission
 
@@ -43,6 +45,8 @@ class JobApp(OneProducerEach):
     settings: Settings
     #: Records the callbacks of jobs that have ended, in both processes.
     recorder: CallbackRecorder
+    #: What users want of the campaigns whose jobs this process runs.
+    campaigns: CampaignStates
     #: Runs jobs; only in the model process, once the model is loaded.
     service: Service | None = None
     #: In the log: `parent` or `model`.
@@ -52,6 +56,7 @@ class JobApp(OneProducerEach):
         super().__init__(name, **options)
         self.settings = settings
         self.recorder = CallbackRecorder(self, settings)
+        self.campaigns = CampaignStates(reader(self))
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
         """Celery's, with a priority that the receiver reads: a producer's own worker reads only four of the ten."""
@@ -146,6 +151,7 @@ class JobTask(Task):  # type: ignore[misc]
 
     def _answer(self, job: Job) -> Result:
         """The answer of the first job with the same idempotency key, or this job's own."""
+        self._obey_campaign(job)
         if job.callback:
             check_callback(job.callback, self.app.settings)
         try:
@@ -153,6 +159,17 @@ class JobTask(Task):  # type: ignore[misc]
         except FirstStillRuns as wait:
             self._reschedule(job, wait.countdown, "the first job with this idempotency_key still ran")
         return known or self._compute(job)
+
+    def _obey_campaign(self, job: Job) -> None:
+        """Send the job again later if its campaign is paused. Raises CancellationError if the campaign is canceled."""
+        campaign = campaign_of(self.request)
+        if campaign is None:
+            return
+        wanted = self.app.campaigns.wanted(campaign)
+        if wanted.state == "canceled":
+            raise CancellationError
+        if wanted.state == "paused":
+            self._reschedule(job, held_back_s(time.time() - wanted.since), "its campaign was paused")
 
     def _first_answer(self, job: Job) -> Result | None:
         settings, service = self.app.settings, self.app.service

@@ -108,7 +108,7 @@ JOBS = _counter(
 RETRIES = _counter(
     "idefics_job_retries_total",
     "Runs that ended with another run to come, by the error's code. Without a code: the job waits for an image's host, "
-    "or for the first job with its idempotency key.",
+    "for the first job with its idempotency key, or because its campaign is paused.",
     "task", "code",
 )  # fmt: skip
 E2E_SECONDS = _histogram(

@@ -1,7 +1,9 @@
 """Cancellation by a key in the results' database, for producers that may not write to Celery's control mailbox.
 
 The parent process polls for the keys of the jobs that it holds and of the jobs that wait in Redis for their time; the
-model process checks once before it starts a job. docs/architecture.md follows a cancellation to the engine's next step.
+model process checks once before it starts a job. In the same way the parent ends the jobs that it holds of a canceled
+campaign; the model process ends the others when they come (worker/jobs/task.py). docs/architecture.md follows a
+cancellation to the engine's next step.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from celery import bootsteps
@@ -19,7 +21,9 @@ from celery.worker import state as worker_state
 
 from tasks.outbox import connect
 from tasks.redis_keys import CANCELLATION, broker_prefix, results_prefix
+from tasks.steering import READ_S, campaign_of
 from worker.observability.job_fields import job_extra
+from worker.queue.campaigns import reader
 from worker.queue.due import DueJob, DueJobs
 from worker.queue.transport import Channel
 
@@ -92,10 +96,14 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         self._canceled: set[str] = set()
         backend, prefix = worker.app.backend, results_prefix(worker.app)
         self._poller = CancellationPoller(lambda ids: canceled_among(ids, backend, prefix))
+        read_wanted = reader(worker.app)
+        self._campaign_poller = CancellationPoller(
+            lambda ids: {id for id, wanted in read_wanted(tuple(ids)).items() if wanted.state == "canceled"}, READ_S
+        )
         jobs = DueJobs(lambda: (connect(worker.app), broker_prefix(worker.app)))
         self._due_poller = CancellationPoller(lambda _: canceled_due_jobs(jobs, backend, prefix))
-        self._poller.start()
-        self._due_poller.start()
+        for poller in (self._poller, self._campaign_poller, self._due_poller):
+            poller.start()
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
         """Called at every reconnect to the broker, with an empty event loop."""
@@ -109,13 +117,25 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
             self._canceled.discard(id)
             worker_state.revoked.discard(id)
         for id in self._poller.exchange(id for id in held if id not in worker_state.revoked) & held.keys():
-            logger.info("Job %s is canceled by its key.", id, extra=job_extra(id, held[id][0].task_name))
-            self._canceled.add(id)
-            # For a request that still waits for a place in the pool.
-            worker_state.revoked.add(id)
-            for request in held[id]:
-                request.terminate(self._pool)
+            self._end(held[id], "by its key")
+        self._end_campaigns(held)
         self._end_due()
+
+    def _end_campaigns(self, held: Mapping[str, list[Any]]) -> None:
+        campaigns = {id: campaign_of(requests[0].request_dict) for id, requests in held.items()}
+        canceled = self._campaign_poller.exchange({campaign for campaign in campaigns.values() if campaign})
+        for id, campaign in campaigns.items():
+            if campaign in canceled and id not in worker_state.revoked:
+                self._end(held[id], f"with its campaign {campaign}")
+
+    def _end(self, requests: list[Any], how: str) -> None:
+        id = requests[0].id
+        logger.info("Job %s is canceled %s.", id, how, extra=job_extra(id, requests[0].task_name))
+        self._canceled.add(id)
+        # For a request that still waits for a place in the pool.
+        worker_state.revoked.add(id)
+        for request in requests:
+            request.terminate(self._pool)
 
     def _end_due(self) -> None:
         """Deliver canceled jobs before their time: Celery ends a revoked job when it is delivered."""
