@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from ..campaign.directory import Campaigns
 from ..campaign.record import CampaignRecord
 from ..errors import IdeficsError
 from ..steering import State
-from .console import away, echo, echo_json, echo_rows, json_line_option, json_option
+from .campaign_failures import failures
+from .console import CommandError, away, echo, echo_json, echo_rows, json_line_option, json_option
 from .jobs import fail
 
 COLUMNS = ("id", "name", "status", "done", "failed", "rows/s", "time left", "host", "last report")
@@ -26,6 +28,8 @@ class _Group(click.Group):
             return super().invoke(context)
         except (RedisError, OperationalError) as error:
             raise away(error) from None
+        except sqlite3.Error as error:
+            raise CommandError(f"The campaign's state cannot be read: {error}") from None
         except IdeficsError as error:
             fail(error)
 
@@ -36,6 +40,9 @@ def campaigns() -> None:
 
     A campaign is named by its id, the beginning of its id, or its name.
     """
+
+
+campaigns.add_command(failures)
 
 
 @campaigns.command("ls")

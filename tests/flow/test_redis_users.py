@@ -15,6 +15,8 @@ from redis.exceptions import AuthenticationError, NoPermissionError, ResponseErr
 
 from config.settings import Settings
 from tasks import Client, Complete, InvalidRequest, JobCanceled, batch
+from tasks.campaign.control import CampaignControl, CampaignInfo, CampaignProgress
+from tasks.campaign.directory import Campaigns
 from tasks.cli.queue import queue_state
 from tasks.failed import FailedJobs
 from tasks.outbox import Delivery, Outbox, delivery_id
@@ -138,6 +140,26 @@ def test_the_queue_command_shows_what_a_user_may_know(
     assert set(state.by_priority) == set(range(10))
     assert (state.due_later is not None, state.in_flight is not None) == (knows_held, knows_held)
     assert (state.workers is not None) == knows_workers
+
+
+def test_a_producer_reports_on_its_campaign_and_steers_those_of_all_producers(guarded: Guarded) -> None:
+    client = Client(guarded["producer"].url)
+    control = CampaignControl(client.app, "own id")
+    control.register(CampaignInfo("shoes", HELLO.task, "shoes.csv", "out.csv", "here"))
+    known = Campaigns(Client(guarded["producer"].url).app)
+    known.want(known.get("shoes").id, "canceled")
+    with pytest.raises(JobCanceled):
+        client.submit(HELLO, headers=control.headers).result(PATIENCE_S)
+    assert control.state() == "canceled"
+    known.want(control.id, "running")
+    control.report(CampaignProgress(rows=10, done=5))
+    control.end("finished", CampaignProgress(rows=10, done=10))
+    for user in ("producer", "worker", "monitor"):
+        (seen,) = Campaigns(Client(guarded[user].url).app).all()
+        assert (seen.info.name, seen.progress.done, seen.status) == ("shoes", 10, "finished")
+    assert control.trouble == ""
+    assert [guarded.refusals(user) for user in ("producer", "worker", "monitor")] == [set(), set(), set()]
+    guarded.admin.delete(*guarded.admin.keys("idefics:campaign:*"))
 
 
 def test_a_producer_with_a_plain_celery_app_sends_groups_chords_chains_and_countdowns(guarded: Guarded) -> None:
@@ -283,6 +305,7 @@ def test_a_monitor_cannot_submit_read_or_order(guarded: Guarded) -> None:
         _refused(redis.get, key)
         _refused(redis.set, key, "x")
     _refused(redis.hgetall, "unacked")
+    _refused(Campaigns(Client(guarded["monitor"].url).app).want, "x", "paused")
     _refused(redis.hget, "idefics:failed:signatures", "x")
     _refused(redis.publish, "/0.celery.pidbox", "x")
     _refused(redis.publish, "/0.celeryev/task.succeeded", "x")

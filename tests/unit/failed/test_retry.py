@@ -10,24 +10,21 @@ from celery import states
 
 from tasks import Client
 from tasks.failed import FailedJobs
-from tasks.protocol import CONTINUES, SUBMITTED_AT
+from tasks.protocol import CAMPAIGN, CONTINUES, SUBMITTED_AT
 from tests.unit.failed.kept import URL, WIDE, ids, job, keep, message, signature
 from worker.demo.stack import Broker
 
 
 def test_a_job_is_sent_again_as_it_was(client: Client, jobs: FailedJobs, broker: Broker) -> None:
     link = signature("link")
-    jobs.keep(
-        job("a"),
-        signature("a", link=[link], headers={"trace": "x", SUBMITTED_AT: 5.0, CONTINUES: True}, expires=6.0),
-        WIDE,
-    )
+    headers = {"trace": "x", SUBMITTED_AT: 5.0, CONTINUES: True, CAMPAIGN: "0123456789ab"}
+    jobs.keep(job("a"), signature("a", link=[link], headers=headers, expires=6.0), WIDE)
     client.app.backend.store_result("a", ValueError("x"), states.FAILURE)
     assert client.retry("a").id == "a"
     sent = message(broker)
     assert (sent["headers"]["id"], sent["headers"]["task"]) == ("a", "idefics.caption")
     assert sent["headers"]["trace"] == "x"
-    assert CONTINUES not in sent["headers"]
+    assert {CONTINUES, CAMPAIGN} & sent["headers"].keys() == set()
     assert sent["headers"]["expires"] is None
     assert abs(sent["headers"][SUBMITTED_AT] - time.time()) < 10
     assert URL not in sent["headers"]["kwargsrepr"]
