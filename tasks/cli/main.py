@@ -18,6 +18,7 @@ from .failed import failed
 from .jobs import cancel, result, status, submit
 from .models import show_models
 from .queue import show_queue
+from .report import report
 from .top import top
 
 
@@ -60,6 +61,7 @@ for command in (
     show_models,
     batch,
     campaigns,
+    report,
     evaluate_output,
     failed,
     deliveries,
