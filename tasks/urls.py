@@ -39,6 +39,16 @@ def fault_of(url: str) -> tuple[str, str] | None:
     return None
 
 
+def host_of(url: str) -> str | None:
+    """The host of an http(s) URL in lower case; None for any other text."""
+    if not url[:8].lower().startswith(("http://", "https://")):
+        return None
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
 def is_host(host: str) -> bool:
     """True for a name or an address. "%" is refused, in escaped names and in IPv6 zones, which select an interface."""
     if ":" not in host:

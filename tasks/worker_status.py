@@ -46,6 +46,8 @@ class WorkerStatus:
     model: str = ""
     #: Jobs that it has taken and that have not ended.
     jobs: int = 0
+    #: Those of them that wait for a slot of their image's host.
+    waiting_for_host: int = 0
     #: Rows in the batch, and how many it may have.
     rows: int = 0
     max_rows: int = 0

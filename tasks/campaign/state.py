@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,6 +31,8 @@ VERSION = 1
 CHUNK = 5_000
 #: Seconds that a reader or writer waits for another one.
 BUSY_S = 30.0
+#: Hosts that failures are counted by.
+MAX_HOSTS = 1_000
 
 _TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -94,6 +95,8 @@ class About:
     finished: str | None = None
     #: The codes of `--retry-failed` whose rows have not all run again; None otherwise. Empty: all codes.
     retrying: list[str] | None = None
+    #: Whether its last run ended because it was canceled.
+    canceled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ class StoredAnswer:
     row: int
     #: 8 bytes; changes with what the row asks.
     digest: bytes
-    #: The job's id; empty for a row that was refused without sending.
+    #: The job's id. A row that was refused without sending has one too.
     job: str
     #: The error's code; None if the job succeeded.
     code: str | None
@@ -144,7 +147,7 @@ class Counts:
     """Answered rows."""
 
     done: int
-    #: Failed ones by error code, and by the host of their image, the most frequent first.
+    #: Failed ones by error code, and by the host of their image, the most frequent first; MAX_HOSTS of these at most.
     by_code: dict[str, int]
     by_host: dict[str, int]
 
@@ -251,17 +254,17 @@ class CampaignState:
         found = self._chunks("SELECT * FROM answers WHERE row > ? ORDER BY row LIMIT ?")
         return (StoredAnswer(*each) for each in found)
 
-    def digests(self) -> Iterator[tuple[int, bytes]]:
-        """The row and the digest of each answer, in the rows' order."""
-        return self._chunks("SELECT row, digest FROM answers WHERE row > ? ORDER BY row LIMIT ?")
+    def digests(self) -> Iterator[tuple[int, bytes, str | None, str | None]]:
+        """The row, digest, code and host of each answer, in the rows' order."""
+        return self._chunks("SELECT row, digest, code, host FROM answers WHERE row > ? ORDER BY row LIMIT ?")
 
     def left_out(self) -> Iterator[int]:
         """The rows that are left out, in order."""
         return (row for (row,) in self._chunks("SELECT row FROM left_out WHERE row > ? ORDER BY row LIMIT ?"))
 
-    def retries(self) -> dict[int, int]:
-        """How often each row was taken up again; rows that were not are missing."""
-        return dict(self._sql.execute("SELECT row, times FROM retries"))
+    def retries(self) -> Iterator[tuple[int, int]]:
+        """The rows that were taken up again, in order, and how often."""
+        return self._chunks("SELECT row, times FROM retries WHERE row > ? ORDER BY row LIMIT ?")
 
     def _chunks(self, query: str) -> Iterator[Any]:
         last = 0
@@ -272,15 +275,15 @@ class CampaignState:
     def counts(self) -> Counts:
         """The number of answers, and of failed ones by code and host."""
         done = self._sql.execute("SELECT count(*) FROM answers").fetchone()[0]
-        by_code: Counter[str] = Counter()
-        by_host: Counter[str] = Counter()
-        for code, host, count in self._sql.execute(
-            "SELECT code, host, count(*) FROM answers WHERE code IS NOT NULL GROUP BY code, host"
-        ):
-            by_code[code] += count
-            if host is not None:
-                by_host[host] += count
-        return Counts(done, dict(by_code.most_common()), dict(by_host.most_common()))
+        by_code = self._sql.execute(
+            "SELECT code, count(*) FROM answers WHERE code IS NOT NULL GROUP BY code ORDER BY 2 DESC"
+        )
+        by_host = self._sql.execute(
+            "SELECT host, count(*) FROM answers WHERE code IS NOT NULL AND host IS NOT NULL "
+            "GROUP BY host ORDER BY 2 DESC LIMIT ?",
+            (MAX_HOSTS,),
+        )
+        return Counts(done, dict(by_code), dict(by_host))
 
     def left_out_count(self) -> int:
         return int(self._sql.execute("SELECT count(*) FROM left_out").fetchone()[0])
@@ -296,7 +299,8 @@ class CampaignState:
         with self.transaction():
             self._sql.execute(_COUNT_RETRIES, chosen)
             deleted = self._sql.execute(_DROP_FAILURES, chosen)
-            self.update(sent=0, finished=None, retrying=list(codes))
+            if deleted.rowcount:
+                self.update(sent=0, finished=None, retrying=list(codes))
         return deleted.rowcount
 
 

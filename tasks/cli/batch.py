@@ -9,7 +9,6 @@ jobs first.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,30 +21,10 @@ from ..batch_input import NotJsonLines
 from .batch_files import BatchInput, BatchOutput, Resume, open_output
 from .console import CommandError, echo, echo_json
 from .progress import ProgressDisplay
+from .stopping import INTERRUPTED, Stop
 from .waiting import watched
 
-#: The exit code after Ctrl-C.
-INTERRUPTED = 130
 ON_AGAIN = " Jobs in flight go on. Run the same command again to go on where it stopped."
-
-
-class _Stop:
-    """A stop requested by Ctrl-C or SIGTERM; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-
-    def __enter__(self) -> _Stop:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.is_asked = True
-        signal.signal(number, signal.SIG_DFL)
 
 
 @click.command("batch")
@@ -122,7 +101,7 @@ def _run(source: Any, lines: BatchInput, out: BatchOutput, note: Path | None, op
     resume, told = Resume(note, lines), ProgressDisplay(len(out.done))
     options = {**options, "on_note": told.note}
     try:
-        with _Stop() as stop, watched(source, told.note):
+        with Stop() as stop, watched(source, told.note):
             while not _carried_out(Batch(source, lines, **resume.options(out), **options), lines, out, told, stop):
                 resume.note(0)
                 if not lines.can_rewind:
@@ -149,7 +128,7 @@ def _note_beside(input: BinaryIO, output: str, retry_failed: bool) -> Path | Non
     return note
 
 
-def _carried_out(run: Batch, lines: BatchInput, out: BatchOutput, told: ProgressDisplay, stop: _Stop) -> bool:
+def _carried_out(run: Batch, lines: BatchInput, out: BatchOutput, told: ProgressDisplay, stop: Stop) -> bool:
     """Run the batch to its end or until it is stopped. False if jobs were lost and it must begin again."""
     try:
         for answers in run.turns():

@@ -1,4 +1,4 @@
-"""A batch's progress on standard error: a bar on a terminal, otherwise a line every ten seconds."""
+"""The progress of a long command on standard error: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -18,32 +18,30 @@ if TYPE_CHECKING:
 LIVE_S, LOGGED_S = 0.5, 10.0
 
 
-class ProgressDisplay:
-    """Shows a batch's progress. Safe to share between threads."""
+class Display:
+    """A bar with a line of text, or a line now and then. Notes may come from other threads."""
 
-    def __init__(self, already: int) -> None:
-        """`already`: number of lines that earlier runs have answered."""
-        self._already = already
+    def __init__(self) -> None:
         console = terminal(err=True)
         self._bar = _bar(console) if console else None
         self._task = self._bar.add_task("", total=None) if self._bar else None
-        self._started = time.monotonic()
-        self._told_at = 0.0 if self._bar else self._started
+        self._told_at = 0.0 if self._bar else time.monotonic()
         self._trouble = ""
 
-    def tell(self, out: BatchOutput, lines: BatchInput, run: Batch) -> None:
+    def is_due(self, trouble: str) -> bool:
+        """Whether it is time to show the progress: also when the reason to wait changes."""
         now = time.monotonic()
-        if now - self._told_at < (LIVE_S if self._bar else LOGGED_S) and run.trouble == self._trouble:
-            return
-        self._told_at, self._trouble = now, run.trouble
-        done = len(out.done)
-        told = progress(done, out.failed, (done - self._already) / (now - self._started), lines.share, run.in_flight)
-        told += f"; waiting: {run.trouble}" if run.trouble else ""
+        if now - self._told_at < (LIVE_S if self._bar else LOGGED_S) and trouble == self._trouble:
+            return False
+        self._told_at, self._trouble = now, trouble
+        return True
+
+    def show(self, text: str, done: float, total: float | None) -> None:
+        """Show the progress. `total` None: unknown."""
         if self._bar is None or self._task is None:
-            echo(told, err=True)
-            return
-        total = (done + run.in_flight) / lines.share if lines.share else None
-        self._bar.update(self._task, description=escaped(told), completed=done, total=total)
+            echo(text, err=True)
+        else:
+            self._bar.update(self._task, description=escaped(text), completed=done, total=total)
 
     def note(self, text: str) -> None:
         """Print a separate line."""
@@ -57,6 +55,25 @@ class ProgressDisplay:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class ProgressDisplay(Display):
+    """Shows a batch's progress."""
+
+    def __init__(self, already: int) -> None:
+        """`already`: number of lines that earlier runs have answered."""
+        super().__init__()
+        self._already = already
+        self._started = time.monotonic()
+
+    def tell(self, out: BatchOutput, lines: BatchInput, run: Batch) -> None:
+        if not self.is_due(run.trouble):
+            return
+        done, seconds = len(out.done), time.monotonic() - self._started
+        rate = (done - self._already) / seconds if seconds else 0.0
+        told = progress(done, out.failed, rate, lines.share, run.in_flight)
+        told += f"; waiting: {run.trouble}" if run.trouble else ""
+        self.show(told, done, (done + run.in_flight) / lines.share if lines.share else None)
 
 
 def _bar(console: Console) -> Bar:
@@ -86,11 +103,12 @@ def progress(done: int, failed: int, rate: float, share: float, in_flight: int) 
     told = f"{done:,} lines done, {failed:,} failed, {in_flight:,} in flight, {rate:,.1f}/s"
     if rate and share:
         left = (done + in_flight) / share - done
-        told += f", about {_duration(left / rate)} left"
+        told += f", about {duration(left / rate)} left"
     return told
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in two units, as in `1 h 05 min`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

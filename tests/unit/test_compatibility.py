@@ -45,6 +45,7 @@ NAMES = {
         body check_public shortened verify
     """,
     ".batch": "Batch JobsLost PRIORITY WINDOW run",
+    ".campaign": "CampaignError Limits Options Plan PlanError Progress Summary TableError Watch run",
     ".client": "Client Status SubmitOptions SubmittedJob",
 }
 

@@ -21,6 +21,8 @@ from tasks import errors
 from tasks.batch import JobsLost
 from tasks.batch_input import NotJsonLines
 from tasks.campaign.errors import CampaignError, PlanError, TableError
+from tasks.campaign.evaluation.rows import EvaluationError
+from tasks.campaign.output import NotRun
 from tasks.errors import (
     ERRORS,
     PUBLIC_MODULE,
@@ -190,6 +192,8 @@ KINDS = {
     JobsLost: Exception,
     NotJsonLines: ValueError,
     CampaignError: ValueError,
+    EvaluationError: ValueError,
+    NotRun: Exception,
     PlanError: ValueError,
     TableError: ValueError,
     InvalidWebhook: ValueError,
@@ -258,7 +262,7 @@ TOLD_AS_THEY_ARE = {errors.InvalidRequest, JobCanceled, errors.NotFound, NotJson
 @pytest.mark.parametrize(
     # A list: the order must be the same in each process of the tests.
     "kind",
-    [kind for kind in KINDS if kind not in {*TOLD_AS_THEY_ARE, JobsLost}],
+    [kind for kind in KINDS if kind not in {*TOLD_AS_THEY_ARE, JobsLost, NotRun}],
     ids=lambda kind: kind.__name__,
 )
 def test_visitors_see_neither_hosts_nor_settings(kind: type[IdeficsError]) -> None:

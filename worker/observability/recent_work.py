@@ -49,6 +49,7 @@ class RecentWork:
             state=totals.state,
             model=self._model,
             jobs=int(totals.gauges.get("idefics_num_jobs_in_flight", 0)),
+            waiting_for_host=int(totals.gauges.get("idefics_num_jobs_waiting_for_host", 0)),
             rows=int(totals.gauges.get("idefics_num_requests_running", 0)),
             max_rows=int(totals.gauges.get("idefics_engine_max_rows", 0)),
             jobs_per_s=round((totals.jobs - recent.jobs) / seconds, 2) if seconds else 0.0,
