@@ -18,6 +18,7 @@ from .failed import failed
 from .jobs import cancel, result, status, submit
 from .models import show_models
 from .queue import show_queue
+from .report import report
 from .run import run
 from .top import top
 
@@ -62,6 +63,7 @@ for command in (
     batch,
     run,
     campaigns,
+    report,
     evaluate_output,
     failed,
     deliveries,

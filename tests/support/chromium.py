@@ -49,13 +49,13 @@ _FLAGS = (
 
 
 class Browser:
-    """One tab. `requests` holds the URLs that the page asked for, `dialogs` and `errors` what its scripts did.
+    """One tab. `dialogs` and `errors` are what a page's scripts did.
 
     `violations` are what its Content-Security-Policy refused, as the console tells it.
     """
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
-        self.requests: list[str] = []
+        self._asked: dict[str, str] = {}
         self.dialogs: list[str] = []
         self.errors: list[str] = []
         self.violations: list[str] = []
@@ -67,6 +67,16 @@ class Browser:
         self._loaded = self._closed = False
         self._session = ""
         threading.Thread(target=self._read, daemon=True).start()
+
+    @property
+    def requests(self) -> list[str]:
+        """The URLs that pages asked for, without those that their policies refused."""
+        return list(self._asked.values())
+
+    def forget(self) -> None:
+        """Empty what was recorded."""
+        for heard in (self._asked, self.dialogs, self.errors, self.violations):
+            heard.clear()
 
     def start(self) -> None:
         """Make the tab."""
@@ -168,7 +178,9 @@ class Browser:
         if method == "Page.loadEventFired":
             self._loaded = True
         elif method == "Network.requestWillBeSent":
-            self.requests.append(event["request"]["url"])
+            self._asked[event["requestId"]] = event["request"]["url"]
+        elif method == "Network.loadingFailed" and event.get("blockedReason") == "csp":
+            self._asked.pop(event["requestId"], None)
         elif method == "Runtime.exceptionThrown":
             self.errors.append(json.dumps(event["exceptionDetails"]))
         elif method == "Page.javascriptDialogOpening":

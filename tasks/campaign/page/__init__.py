@@ -21,7 +21,7 @@ from ...printable import escaped, escaped_json
 BASE_STYLES = ("base.css",)
 BASE_SCRIPTS = ("dom.js", "plots.js")
 #: Could end the script element that holds the data, or begin a comment in it.
-_MARKUP = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
+_MARKUP = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 _DOCUMENT = """<!doctype html>
 <html lang="en">
@@ -64,7 +64,10 @@ def document(title: str, body: str, data: Mapping[str, Any], styles: Sequence[st
 
 def inert_json(data: Any) -> str:
     """JSON for a script element of type application/json: no text in it ends the element or reorders the source."""
-    return escaped_json(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))).translate(_MARKUP)
+    text = escaped_json(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+    for char, escape_ in _MARKUP.items():
+        text = text.replace(char, escape_)
+    return text
 
 
 def _one_scope(scripts: Sequence[str]) -> str:

@@ -30,6 +30,8 @@ class Gallery {
     this.data = data;
     this.items = data.items;
     for (const item of this.items) item.hay = haystack(item);
+    const prompts = new Set(this.items.map((item) => item.prompt ?? ""));
+    this.look = { hasPictures: data.thumbnails.shown > 0, hasPrompts: prompts.size > 1 };
     this.none = { query: "", outcome: "", label: "", host: "", low: null, high: null };
     this.filter = { ...this.none };
     this.order = "row";
@@ -96,7 +98,7 @@ class Gallery {
   draw() {
     const first = this.page * PAGE;
     const shown = this.found.slice(first, first + PAGE);
-    const cards = shown.map((item, index) => card(item, this.data.thumbnails.shown > 0, () => this.open(first + index)));
+    const cards = shown.map((item, index) => card(item, this.look, () => this.open(first + index)));
     this.list.replaceChildren(...cards);
     if (!shown.length) this.list.append(el("li", { class: "empty" }, "No row has all of this. Clear a filter to see more."));
     this.drawFound(first, shown.length);
@@ -230,7 +232,8 @@ function chip(label, kind, onclick = null, title = null) {
   return el(onclick ? "button" : "span", { class: `chip ${kind}`, type: onclick && "button", title, onclick }, el("span", { class: "name", dir: "auto" }, label));
 }
 
-function card(item, hasPictures, onclick) {
+/** A row in the list. A prompt that all rows share is left to the row's dialog. */
+function card(item, { hasPictures, hasPrompts }, onclick) {
   const isPlain = item.answer === undefined || item.answer === item.label;
   return el(
     "li",
@@ -248,7 +251,7 @@ function card(item, hasPictures, onclick) {
         item.label ? words(item.label, "div", "answer clamp two") : null,
         isPlain ? null : words(item.answer, "div", "answer clamp"),
         item.score === undefined ? null : meter(item.score),
-        item.prompt ? words(item.prompt, "div", "prompt clamp two") : null,
+        item.prompt && hasPrompts ? words(item.prompt, "div", "prompt clamp two") : null,
       ),
       el("div", { class: "foot" }, el("span", { dir: "auto" }, item.id ?? `row ${count(item.row)}`), el("span", {}, item.seconds === undefined ? "" : duration(item.seconds))),
     ),
@@ -260,6 +263,7 @@ function shot(item) {
   const box = el("div", { class: "shot" });
   if (/^data:image\/(?:jpeg|png|webp);base64,[A-Za-z0-9+/=]+$/.test(item.thumb ?? "")) {
     box.append(el("img", { src: item.thumb, alt: "", decoding: "async" }));
+    if (item.more > 0) box.append(el("span", { class: "more" }, `+${count(item.more)}`));
   } else {
     box.append(words(item.host ?? "no picture"));
   }
@@ -281,6 +285,7 @@ function details(item, data) {
   return [
     ["Id", item.id],
     ["Picture", item.image && link(item.image, item.image)],
+    ["More pictures", item.more > 0 ? count(item.more) : null],
     ["Prompt", item.prompt],
     ["Label", item.label],
     ["Score", item.score?.toFixed(4)],
@@ -290,6 +295,7 @@ function details(item, data) {
     ["Message", item.error],
     ["Ended because", item.finish],
     ["Time", item.seconds === undefined ? null : duration(item.seconds)],
+    ["Ended", item.ended && moment(item.ended)],
     ["Tokens", item.tokens && `${count(item.tokens[0])} in, ${count(item.tokens[1])} out`],
     ["Job", item.job],
     ...data.columns.map((name, index) => [name, item.others?.[index]]),
