@@ -23,7 +23,7 @@ MAX_OTHERS = 60
 MAX_SCORES = 20
 ANSWERED, FAILED, OPEN = "answered", "failed", "open"
 #: A result's timing, in order, as the page names it.
-STAGES = {"queued_s": "queue", "fetch_s": "download", "wait_s": "batching", "generate_s": "model"}
+STAGES = {"queued_s": "queue", "fetch_s": "download", "wait_s": "engine wait", "generate_s": "model"}
 
 
 @dataclass
