@@ -1,6 +1,7 @@
 """Tables as campaigns read and write them: `open_table` and `open_writer`.
 
-CSV, TSV and JSONL in local files need nothing further; Parquet, Arrow, .zst files and URLs need the extra `data`.
+CSV, TSV, JSONL, tar files and folders on a local disk need nothing further; Parquet, Arrow, .zst files and URLs need
+the extra `data`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import TableError
+from .arrow_tables import IpcTable, ParquetTable
 from .csv_table import CsvTable
-from .files import suffixes
+from .files import is_folder, suffixes
+from .folder_table import FolderTable
 from .jsonl_table import JsonlTable
+from .parquet_writer import ParquetWriter
 from .rows import BadRow, Picture, Row, Table, Writer
 from .text_writers import CsvWriter, JsonlWriter
+from .webdataset_table import WebDatasetTable
 
 __all__ = ["BadRow", "Picture", "Row", "Table", "TableError", "Writer", "open_table", "open_writer"]
 
 _JSONL = (".jsonl", ".ndjson")
 _DELIMITED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+_PARQUET = (".parquet", ".pq")
+_ARROW = (".arrow", ".feather", ".ipc")
 
 
 def open_table(path: str, *, encoding: str | None = None, delimiter: str | None = None) -> Table:
-    """The table of a file, by the suffix of its name. Its header or its first rows are read at once.
+    """The table of a file, by the suffix of its name, or of a folder. Its header or its first rows are read at once.
+
+    CSV, TSV, JSONL, Parquet, Arrow and Feather, WebDataset tar, a folder of pictures; text and tar also compressed.
 
     `encoding` and `delimiter` are those of a text file; None: recognized, and told in `notes` where it is a guess.
     Raises TableError.
@@ -32,7 +41,16 @@ def open_table(path: str, *, encoding: str | None = None, delimiter: str | None 
         return CsvTable(path, encoding=encoding, delimiter=delimiter, is_tsv=_DELIMITED[form] == "\t")
     if form in _JSONL:
         return JsonlTable(path, encoding=encoding)
-    raise TableError(f"{path}: {form or 'a file without a suffix'} is no known table: use .csv, .tsv or .jsonl.")
+    if form in _PARQUET:
+        return ParquetTable(path)
+    if form in _ARROW:
+        return IpcTable(path)
+    if form == ".tar":
+        return WebDatasetTable(path)
+    if is_folder(path):
+        return FolderTable(path)
+    known = ", ".join((*_DELIMITED, *_JSONL, *_PARQUET, *_ARROW, ".tar"))
+    raise TableError(f"{path}: {_named(form)} is no known table: use a folder of pictures, or one of {known}.")
 
 
 def open_writer(
@@ -48,4 +66,10 @@ def open_writer(
         return CsvWriter(path, columns, _DELIMITED[form])
     if form in _JSONL:
         return JsonlWriter(path)
-    raise TableError(f"{path}: {form or 'a file without a suffix'} cannot be written: use .parquet, .csv or .jsonl.")
+    if form in _PARQUET:
+        return ParquetWriter(path, columns, schema, types or {})
+    raise TableError(f"{path}: {_named(form)} cannot be written: use .parquet, .csv, .tsv or .jsonl.")
+
+
+def _named(form: str) -> str:
+    return form or "a file without a suffix"

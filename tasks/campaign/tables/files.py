@@ -29,6 +29,7 @@ def suffixes(path: str) -> tuple[str, str]:
     """The suffix of a file's format and that of its compression: `.csv` and `.gz`; empty where it has none."""
     name = path.partition("?")[0].partition("#")[0] if is_url(path) else path
     name = PurePosixPath(name.rstrip("/")).name.lower()
+    name = f"{name[:-4]}.tar.gz" if name.endswith(".tgz") else name
     stem, dot, last = name.rpartition(".")
     compression = dot + last if dot and dot + last in _COMPRESSED else ""
     return PurePosixPath(stem if compression else name).suffix, compression
@@ -49,7 +50,8 @@ def raw(path: str) -> Iterator[BinaryIO]:
         with Path(path).open("rb") as file:
             yield file
         return
-    with filesystem(path).open(stripped(path), "rb") as file:
+    files, place = located(path)
+    with files.open(place, "rb") as file:
         yield file
 
 
@@ -69,23 +71,26 @@ def reported(path: str) -> Iterator[None]:
         raise TableError(f"Cannot read {path}: {told}.") from None
 
 
-def filesystem(path: str) -> Any:
-    """fsspec's filesystem of a URL. Raises TableError."""
+def located(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem of a URL, and the path there. Raises TableError."""
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise TableError(f"{path} is a URL, which needs fsspec: {INSTALL}.") from None
+        raise TableError(f"{url} is a URL, which needs fsspec: {INSTALL}.") from None
     try:
-        return url_to_fs(path)[0]
+        return cast(tuple[Any, str], url_to_fs(url))
     except (ImportError, ValueError) as error:
-        raise TableError(f"Cannot open {path}: {error}") from None
+        # It names the package that is missing.
+        raise TableError(f"Cannot open {url}: {error}") from None
 
 
-def stripped(path: str) -> str:
-    """A URL as its filesystem takes it."""
-    from fsspec.core import url_to_fs
-
-    return str(url_to_fs(path)[1])
+def is_folder(path: str) -> bool:
+    """Whether a path is an existing folder. Raises TableError."""
+    with reported(path):
+        if not is_url(path):
+            return Path(path).is_dir()
+        files, place = located(path)
+        return bool(files.isdir(place))
 
 
 def arrow(path: str) -> Any:
@@ -133,7 +138,8 @@ class Replacement:
         """Put the closed file in the output's place. Raises TableError."""
         try:
             if is_url(self._path):
-                filesystem(self._path).put_file(self.path, stripped(self._path))
+                files, place = located(self._path)
+                files.put_file(self.path, place)
                 return
             with Path(self.path).open("rb") as file:
                 os.fsync(file.fileno())
