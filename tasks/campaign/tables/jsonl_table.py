@@ -17,6 +17,8 @@ HEAD_ROWS = 1_000
 #: More distinct keys are data rather than columns' names.
 MAX_COLUMNS = 10_000
 
+#: NaN and infinity, which JSON does not have, become null.
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -70,7 +72,7 @@ def _row(line: str, number: int) -> Row | BadRow:
     if len(line) == MAX_CHARS:
         return BadRow(f"Line {number} has {MAX_CHARS:,} characters or more: send its picture by URL.")
     try:
-        row = json.loads(line, parse_constant=lambda name: None)
+        row = _DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         return BadRow(f"Line {number} is not JSON: {error}.")
     if not isinstance(row, dict):

@@ -106,16 +106,19 @@ def text_cell(value: Any) -> str | None:
     return as_json(value) if isinstance(value, bool | dict | list | tuple) else str(value)
 
 
+def _for_json(value: Any) -> Any:
+    return _bytes(value) if isinstance(value, bytes | bytearray | memoryview) else str(value)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=_for_json, allow_nan=False)
+
+
 def as_json(value: Any) -> str:
     """A value as JSON on one line. Pictures' bytes, NaN and infinity become null."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=_for_json, allow_nan=False)
+        return _ENCODER.encode(value)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, default=_for_json)
-
-
-def _for_json(value: Any) -> Any:
-    return _bytes(value) if isinstance(value, bytes | bytearray | memoryview) else str(value)
+        return _ENCODER.encode(_finite(value))
 
 
 def _bytes(value: bytes | bytearray | memoryview) -> str | None:

@@ -106,7 +106,7 @@ def _row(key: str, files: list[_File]) -> Row | BadRow:
                 about.update(value)
             else:
                 row[file.column] = value
-    return {**about, **row}
+    return {**row, **{name: value for name, value in about.items() if name not in row}}
 
 
 def _picture(name: str, content: bytes) -> Picture:
