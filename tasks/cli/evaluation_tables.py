@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..campaign.evaluation import ComparedOutputs, Difference, EvaluatedOutput, JudgedRow, LabelFigures
+from ..campaign.evaluation import ComparedOutputs, EvaluatedOutput, JudgedRow, LabelFigures
 from ..campaign.evaluation.wording import (
+    DIFFERENCE_COLUMNS,
     NAMES,
     NO_ANSWER,
-    chance,
+    difference_cells,
     interval,
-    interval_in_points,
     pairs_told,
     percent,
-    points,
     rows_told,
     verdict,
 )
@@ -46,10 +45,7 @@ def show_comparison(found: ComparedOutputs, rows: int) -> None:
     told = found.comparison
     for line in pairs_told(told.rows, told.answered, told.only_in_a, told.only_in_b, found.without_truth):
         echo(line)
-    echo_rows(
-        ("number", "A", "B", "B - A", "95 % interval", "p", "only A right", "only B right"),
-        (_difference(name, each) for name, each in told.differences.items()),
-    )
+    echo_rows(DIFFERENCE_COLUMNS, (difference_cells(name, each) for name, each in told.differences.items()))
     echo(verdict(told.headline, told.differences[told.headline]))
     differing = found.differing[:rows]
     if differing:
@@ -96,13 +92,6 @@ def _matrix(figures: LabelFigures, answers: Sequence[str | None]) -> Iterator[tu
     rows = {(cell.truth, cell.answer): cell.rows for cell in figures.confusion}
     for each in figures.classes:
         yield each.label, *(f"{rows.get((each.label, answer), 0):,}" for answer in answers)
-
-
-def _difference(name: str, each: Difference) -> tuple[str, ...]:
-    return (
-        NAMES[name], percent(each.a.value), percent(each.b.value), points(each.difference.value),
-        interval_in_points(each.difference), chance(each.p_value), f"{each.only_a_right:,}", f"{each.only_b_right:,}",
-    )  # fmt: skip
 
 
 def _truth(row: JudgedRow) -> str:

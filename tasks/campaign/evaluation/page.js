@@ -27,15 +27,14 @@ function card(id, title, note, size, fill) {
 }
 
 function table(columns, rows, name = "") {
-  const head = el("thead", {}, el("tr", {}, columns.map((column, at) => el("th", { class: at ? "" : "text", scope: "col" }, column))));
+  const head = el("thead", {}, el("tr", {}, columns.map((column, at) => words(column, "th", at ? "value" : ""))));
   const line = ([first, ...rest]) => el("tr", {}, words(first, "th"), rest.map((cell) => (cell instanceof Node ? cell : el("td", {}, cell))));
   return el("table", { class: name }, head, el("tbody", {}, rows.map(line)));
 }
 
 function drawDifferences() {
   if (!data.differences) return;
-  const columns = ["number", "A", "B", "B − A", "95 % interval", "p", "only A right", "only B right"];
-  card("differences", "Both outputs", "p: McNemar's exact test", "wide", (box) => box.append(table(columns, data.differences)));
+  card("differences", "Both outputs", "p: McNemar's exact test", "wide", (box) => box.append(table(data.columns, data.differences)));
 }
 
 function drawConfusion() {
@@ -100,6 +99,8 @@ function drawRows() {
   box.append(el("h2", {}, data.heading + told), el("ul", { class: "items" }, items.map(item)));
 }
 
+const hasPictures = data.items.some(({ thumb }) => thumb);
+
 function item(row) {
   const answers = row.answers.map(({ name, text, is_right: isRight, score }) => [
     name,
@@ -109,7 +110,7 @@ function item(row) {
   return el(
     "li",
     { class: "item" },
-    data.has_pictures ? shot(row) : null,
+    hasPictures ? shot(row) : null,
     el("dl", {}, pairs.flatMap(([name, value]) => [el("dt", {}, name), value])),
   );
 }

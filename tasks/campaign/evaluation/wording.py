@@ -17,6 +17,7 @@ NAMES = {
     "normalised_answered": "normalised match, answered rows only",
 }
 NO_ANSWER = "(no answer)"
+DIFFERENCE_COLUMNS = ("number", "A", "B", "B - A", "95 % interval", "p", "only A right", "only B right")
 #: Smaller p-values are shown as smaller than this.
 LEAST_P = 0.001
 
@@ -56,6 +57,14 @@ def verdict(name: str, difference: Difference) -> str:
     p = chance(difference.p_value)
     better = f"{difference.better.upper()} is better" if difference.better else "No difference can be told"
     return f"{told}, p {p if p.startswith('<') else f'= {p}'} by McNemar's exact test. {better}."
+
+
+def difference_cells(name: str, each: Difference) -> tuple[str, ...]:
+    """A difference as a row of `DIFFERENCE_COLUMNS`."""
+    return (
+        NAMES[name], percent(each.a.value), percent(each.b.value), points(each.difference.value),
+        interval_in_points(each.difference), chance(each.p_value), f"{each.only_a_right:,}", f"{each.only_b_right:,}",
+    )  # fmt: skip
 
 
 def rows_told(rows: int, unanswered: int, without_truth: int) -> str:
