@@ -76,7 +76,7 @@ def find_columns(names: Sequence[str], wanted: Columns, kind: Kind | None = None
         answer=answer,
         kind=kind or ("labels" if score or answer == "label" else "text"),
         score=score,
-        error="error_code" if "error_code" in names else None,
+        error=wanted.error or ("error_code" if "error_code" in names else None),
     )
 
 

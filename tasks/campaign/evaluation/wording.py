@@ -69,14 +69,14 @@ def difference_cells(name: str, each: Difference) -> tuple[str, ...]:
 
 def rows_told(rows: int, unanswered: int, without_truth: int) -> str:
     """How many rows one output's numbers are of."""
-    left_out = f" ({without_truth:,} without one are left out)" if without_truth else ""
+    left_out = f" ({without_truth:,} without one or unreadable left out)" if without_truth else ""
     answered = f"{unanswered:,} of them not answered, which counts as wrong" if unanswered else "all answered"
     return f"{rows:,} rows with a truth{left_out}, {answered}."
 
 
 def pairs_told(rows: int, answered: int, only_in_a: int, only_in_b: int, without_truth: int) -> list[str]:
     """How many rows a comparison's numbers are of."""
-    left_out = f" ({without_truth:,} without one are left out)" if without_truth else ""
+    left_out = f" ({without_truth:,} without one or unreadable left out)" if without_truth else ""
     told = [
         f"{rows:,} rows with a truth are in both{left_out}.",
         f"{answered:,} of them are answered in both; a row without an answer counts as wrong.",

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tasks.campaign.plan import Plan
+from tasks.campaign.state import About, CampaignState, state_path
 from tasks.cli import main
+from tests.support.pictures import png
 
 A = """sku,truth,label,score,error_code
 1,cat,cat,0.9,
@@ -49,7 +52,10 @@ def _refused(*arguments: str) -> str:
 
 def test_one_output_is_told_in_numbers(a: str) -> None:
     said = _said(a, "--truth", "truth")
-    assert "3 rows with a truth (1 without one are left out), 1 of them not answered, which counts as wrong." in said
+    assert (
+        "3 rows with a truth (1 without one or unreadable left out), 1 of them not answered, which counts as wrong."
+        in said
+    )
     assert "accuracy\t33.3 %\t" in said
     assert "accuracy, answered rows only\t50.0 %\t" in said
     assert "dog\t-\t0.0 %\t0.0 %\t2" in said
@@ -91,6 +97,30 @@ def test_hostile_text_is_escaped(tmp_path: Path) -> None:
 def test_what_is_missing_is_said_with_the_cure(a: str, tmp_path: Path) -> None:
     assert "there is no column 'thruth'. Did you mean 'truth'?" in _refused(a, "--truth", "thruth")
     assert "Error: " in _refused(str(tmp_path / "none.csv"), "--truth", "truth")
+
+
+def test_a_page_shows_the_pictures_that_are_files_beside_the_output(tmp_path: Path) -> None:
+    (tmp_path / "dog.png").write_bytes(png("red"))
+    path = _written(tmp_path / "c.csv", "image,truth,label\ndog.png,dog,cat\ncat.png,cat,cat\n")
+    page = tmp_path / "page.html"
+    said = _said(path, "--truth", "truth", "-o", str(page))
+    assert "accuracy\t50.0 %" in said
+    assert f"{page}: written, 1 thumbnails" in said
+    assert '"thumb":"data:image/webp;base64,' in page.read_text(encoding="utf-8")
+    _said(path, path, "--truth", "truth", "-o", str(page), "--thumbnails", "none")
+    assert "data:image/webp" not in page.read_text(encoding="utf-8")
+
+
+def test_the_campaigns_plan_tells_the_columns(tmp_path: Path) -> None:
+    path = _written(tmp_path / "a.csv", "photo,truth,colour,sure\nx.png,red,red,0.9\n")
+    plan = Plan(
+        "classify", image="photo", set={"labels": ["red", "blue"]}, columns={"colour": "label", "sure": "score"}
+    )
+    about = About(id="0" * 32, name="n", plan=plan.as_dict(), input="in.csv", output=path, created=0.0)
+    CampaignState.begin(state_path(path), about).close()
+    told = json.loads(_said(path, "--truth", "truth", "--json"))
+    assert told["accuracy"]["value"] == 1
+    assert told["calibration_error"]["value"] == pytest.approx(0.1)
 
 
 def test_without_its_libraries_the_extra_is_named(a: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,109 @@
+"""Opens the outputs that are evaluated, with what `OUTPUT.campaign` knows of them, and writes the page."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...errors import ConfigurationError
+from ..plan import Plan
+from ..report.columns import OutputColumns, guessed, of_plan
+from ..report.pictures import PictureAdder, Thumbnails
+from ..report.rows import values_of
+from ..state import CampaignState, state_path
+from ..tables import Table, TableError, open_table
+from ..tables.files import Replacement, is_url
+from ..thumbnails import check_pillow
+from . import ComparedOutputs, EvaluatedOutput
+from .page import page, page_data, shown_rows
+from .rows import Columns, Kind, find_columns
+
+
+@dataclass(frozen=True)
+class Output:
+    """A table of answers."""
+
+    path: str
+    table: Table
+    columns: Columns
+    #: The campaign's plan; None without its file.
+    plan: Plan | None
+
+    @property
+    def pictures_folder(self) -> str | None:
+        """Where files that the output names may be read; nothing outside it is."""
+        folder = self.plan.images_in if self.plan is not None else None
+        if folder is None and not is_url(self.path):
+            folder = str(Path(self.path).absolute().parent)
+        return folder if folder is not None and Path(folder).is_dir() else None
+
+
+def open_output(path: str, wanted: Columns, kind: Kind | None = None) -> Output:
+    """An output and the columns to read: those `wanted`, then the campaign's own, then the usual ones.
+
+    Raises CampaignError if the table, the campaign's file or a column cannot be used, sqlite3.Error if that file fails.
+    """
+    table, plan = open_table(path), _plan(path)
+    of_output = (
+        of_plan(plan, table.columns) if plan else guessed(table.columns, map(values_of, itertools.islice(table, 20)))
+    )
+    return Output(path, table, find_columns(table.columns, _with(wanted, of_output), kind), plan)
+
+
+def _plan(output: str) -> Plan | None:
+    path = state_path(output)
+    if not path.exists():
+        return None
+    with CampaignState.read(path) as state:
+        return Plan.from_dict(state.about.plan)
+
+
+def _with(wanted: Columns, of_output: OutputColumns) -> Columns:
+    """The columns with the output's own where none is wanted."""
+    held = of_output.by_field
+    return replace(
+        wanted,
+        answer=wanted.answer or held.get("label") or held.get("text") or "",
+        score=wanted.score or (None if wanted.answer else held.get("score")),
+        error=held.get("error_code"),
+        image=wanted.image or of_output.image,
+    )
+
+
+def write_page(
+    path: str, found: EvaluatedOutput | ComparedOutputs, output: Output, title: str, thumbnails: Thumbnails
+) -> int:
+    """Write the page about an output, or about two of which `output` is the first. Returns its pictures' number.
+
+    Raises TableError if it cannot be written, ConfigurationError if `FETCH` needs Pillow and it is missing.
+    """
+    if thumbnails is Thumbnails.FETCH:
+        check_pillow()
+    data = page_data(found, title)
+    if thumbnails is Thumbnails.LOCAL and (problem := _without_pillow()):
+        thumbnails = Thumbnails.NONE
+        data["notes"].append(problem)
+    adder = PictureAdder(thumbnails, output.pictures_folder)
+    for item, row in zip(data["items"], shown_rows(found), strict=True):
+        adder(item, row.image)
+    adder.finish()
+    replacement = Replacement(path)
+    try:
+        with replacement.opened() as file:
+            file.write(page(data).encode())
+        replacement.commit()
+    except OSError as error:
+        raise TableError(f"Cannot write {path}: {error.strerror}.") from None
+    finally:
+        replacement.discard()
+    return adder.shown
+
+
+def _without_pillow() -> str | None:
+    """Why there are no thumbnails; None if they can be made."""
+    try:
+        check_pillow()
+    except ConfigurationError as error:
+        return str(error)
+    return None
