@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..campaign.evaluation import Columns, ComparedOutputs, EvaluatedOutput, Kind, compare, evaluate
-from ..campaign.evaluation.outputs import Output, open_output, write_page
+from ..campaign.evaluation.outputs import Output, open_output, write_evaluation
 from ..campaign.evaluation.page import MOST_ROWS
 from ..campaign.report import Thumbnails
 from ..errors import IdeficsError
@@ -68,7 +68,7 @@ def evaluate_output(
         found = _found(opened, keep, seed)
         if page:
             title = output if other is None else f"A: {output} · B: {other}"
-            pictures = write_page(page, found, opened[0], title, Thumbnails(thumbnails))
+            pictures = write_evaluation(page, found, opened[0], title, Thumbnails(thumbnails))
     except sqlite3.Error as error:
         raise CommandError(f"Cannot read the campaign's file beside the output: {error}.") from None
     except IdeficsError as error:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from ...errors import ConfigurationError
+from ..page import write_page
 from ..plan import Plan
 from ..report.columns import OutputColumns, guessed, of_plan
-from ..report.pictures import PictureAdder, Thumbnails
+from ..report.pictures import PictureAdder, Thumbnails, pictures_folder, possible
 from ..report.rows import values_of
 from ..state import CampaignState, state_path
-from ..tables import Table, TableError, open_table
-from ..tables.files import Replacement, is_url
-from ..thumbnails import check_pillow
+from ..tables import Table, open_table
 from . import ComparedOutputs, EvaluatedOutput
 from .page import page, page_data, shown_rows
 from .rows import Columns, Kind, find_columns
@@ -30,14 +27,6 @@ class Output:
     #: The campaign's plan; None without its file.
     plan: Plan | None
 
-    @property
-    def pictures_folder(self) -> str | None:
-        """Where files that the output names may be read; nothing outside it is."""
-        folder = self.plan.images_in if self.plan is not None else None
-        if folder is None and not is_url(self.path):
-            folder = str(Path(self.path).absolute().parent)
-        return folder if folder is not None and Path(folder).is_dir() else None
-
 
 def open_output(path: str, wanted: Columns, kind: Kind | None = None) -> Output:
     """An output and the columns to read: those `wanted`, then the campaign's own, then the usual ones.
@@ -45,9 +34,10 @@ def open_output(path: str, wanted: Columns, kind: Kind | None = None) -> Output:
     Raises CampaignError if the table, the campaign's file or a column cannot be used, sqlite3.Error if that file fails.
     """
     table, plan = open_table(path), _plan(path)
-    of_output = (
-        of_plan(plan, table.columns) if plan else guessed(table.columns, map(values_of, itertools.islice(table, 20)))
-    )
+    if plan is not None:
+        of_output = of_plan(plan, table.columns)
+    else:
+        of_output = guessed(table.columns, map(values_of, itertools.islice(table, 20)))
     return Output(path, table, find_columns(table.columns, _with(wanted, of_output), kind), plan)
 
 
@@ -71,39 +61,17 @@ def _with(wanted: Columns, of_output: OutputColumns) -> Columns:
     )
 
 
-def write_page(
+def write_evaluation(
     path: str, found: EvaluatedOutput | ComparedOutputs, output: Output, title: str, thumbnails: Thumbnails
 ) -> int:
-    """Write the page about an output, or about two of which `output` is the first. Returns its pictures' number.
+    """Write the page about an output, or about two of which `output` is the first. Returns its thumbnails' number.
 
     Raises TableError if it cannot be written, ConfigurationError if `FETCH` needs Pillow and it is missing.
     """
-    if thumbnails is Thumbnails.FETCH:
-        check_pillow()
     data = page_data(found, title)
-    if thumbnails is Thumbnails.LOCAL and (problem := _without_pillow()):
-        thumbnails = Thumbnails.NONE
-        data["notes"].append(problem)
-    adder = PictureAdder(thumbnails, output.pictures_folder)
+    adder = PictureAdder(possible(thumbnails, data["notes"]), pictures_folder(output.path, output.plan))
     for item, row in zip(data["items"], shown_rows(found), strict=True):
         adder(item, row.image)
     adder.finish()
-    replacement = Replacement(path)
-    try:
-        with replacement.opened() as file:
-            file.write(page(data).encode())
-        replacement.commit()
-    except OSError as error:
-        raise TableError(f"Cannot write {path}: {error.strerror}.") from None
-    finally:
-        replacement.discard()
+    write_page(path, page(data))
     return adder.shown
-
-
-def _without_pillow() -> str | None:
-    """Why there are no thumbnails; None if they can be made."""
-    try:
-        check_pillow()
-    except ConfigurationError as error:
-        return str(error)
-    return None

@@ -16,6 +16,8 @@ from importlib.resources import files
 from typing import Any
 
 from ...printable import escaped, escaped_json
+from ..errors import TableError
+from ..tables.files import Replacement
 
 #: Shared by all pages: colors and layout; building elements; plots.
 BASE_STYLES = ("base.css",)
@@ -60,6 +62,19 @@ def document(title: str, body: str, data: Mapping[str, Any], styles: Sequence[st
     return _DOCUMENT.format(
         policy=policy, title=escape(escaped(title)), style=style, body=body, data=inert_json(data), script=script
     )
+
+
+def write_page(path: str, page: str) -> None:
+    """Write a page's file whole or not at all. Raises TableError."""
+    replacement = Replacement(path)
+    try:
+        with replacement.opened() as file:
+            file.write(page.encode())
+        replacement.commit()
+    except OSError as error:
+        raise TableError(f"Cannot write {path}: {error.strerror}.") from None
+    finally:
+        replacement.discard()
 
 
 def inert_json(data: Any) -> str:

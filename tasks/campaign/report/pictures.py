@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
-from ...errors import IdeficsError
+from ...errors import ConfigurationError, IdeficsError
 from ..picture_cells import PictureCells
-from ..thumbnails import data_uri_bytes, fetched, is_web, thumbnail
+from ..plan import Plan
+from ..tables.files import is_url
+from ..thumbnails import check_pillow, data_uri_bytes, fetched, is_web, thumbnail
 
 #: Characters of all thumbnails of a page: more would open slowly.
 MAX_CHARS = 40_000_000
@@ -25,6 +28,28 @@ class Thumbnails(StrEnum):
     LOCAL = "local"
     #: Those at http(s) addresses, too, which this process downloads.
     FETCH = "fetch"
+
+
+def possible(thumbnails: Thumbnails, notes: list[str]) -> Thumbnails:
+    """NONE, with a note, instead of LOCAL where Pillow is missing. Raises ConfigurationError for FETCH."""
+    if thumbnails is Thumbnails.NONE:
+        return thumbnails
+    try:
+        check_pillow()
+    except ConfigurationError as error:
+        if thumbnails is Thumbnails.FETCH:
+            raise
+        notes.append(str(error))
+        return Thumbnails.NONE
+    return thumbnails
+
+
+def pictures_folder(output: str, plan: Plan | None) -> str | None:
+    """Where files that the output names may be read; nothing outside it is."""
+    folder = plan.images_in if plan is not None else None
+    if folder is None and not is_url(output):
+        folder = str(Path(output).absolute().parent)
+    return folder if folder is not None and Path(folder).is_dir() else None
 
 
 class PictureAdder:

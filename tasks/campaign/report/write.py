@@ -8,20 +8,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigurationError
 from ..errors import PlanError, TableError, nearest
-from ..page import BASE_SCRIPTS, BASE_STYLES, document, part
+from ..page import BASE_SCRIPTS, BASE_STYLES, document, part, write_page
 from ..plan import Plan
 from ..state import CampaignState, state_path
 from ..tables import Table, open_table
-from ..tables.files import Replacement, is_url, suffixes
-from ..thumbnails import check_pillow
+from ..tables.files import is_url, suffixes
 from .columns import OutputColumns, guessed, of_plan
 from .data import MAX_OTHERS, Overview, Shown, overview, shown
-from .pictures import PictureAdder, Thumbnails
+from .pictures import PictureAdder, Thumbnails, pictures_folder, possible
 from .rows import Campaign, output_rows, values_of
 
 #: Rows on a page, unless another number is asked for.
@@ -54,12 +51,12 @@ def write_report(
     where a file cannot be read or written, and ConfigurationError where `FETCH` needs Pillow and it is missing.
     """
     notes: list[str] = []
-    thumbnails = _possible(thumbnails, notes)
+    thumbnails = possible(thumbnails, notes)
     table = open_table(output)
     with _campaign(output) as campaign:
         columns = _columns(table, campaign, image)
         first = overview(output_rows(table, campaign), columns, rows)
-        adder = PictureAdder(thumbnails, _pictures_folder(output, campaign))
+        adder = PictureAdder(thumbnails, pictures_folder(output, campaign.plan if campaign is not None else None))
         beside = output_rows(table, campaign, _source(campaign, columns, thumbnails))
         found = shown(beside, columns, first.chosen, campaign, adder)
         adder.finish()
@@ -74,22 +71,8 @@ def write_report(
         "columns": columns.others[:MAX_OTHERS],
         "items": found.items,
     }
-    _replace(page, _document(told))
+    write_page(page, _document(told))
     return Written(first.statistics.rows, len(found.items), adder.shown)
-
-
-def _possible(thumbnails: Thumbnails, notes: list[str]) -> Thumbnails:
-    """NONE, with a note, instead of LOCAL where Pillow is missing. Raises ConfigurationError for FETCH."""
-    if thumbnails is Thumbnails.NONE:
-        return thumbnails
-    try:
-        check_pillow()
-    except ConfigurationError as error:
-        if thumbnails is Thumbnails.FETCH:
-            raise
-        notes.append(str(error))
-        return Thumbnails.NONE
-    return thumbnails
 
 
 @contextmanager
@@ -124,14 +107,6 @@ def _source(campaign: Campaign | None, columns: OutputColumns, thumbnails: Thumb
         return open_table(path)
     except TableError:
         return None
-
-
-def _pictures_folder(output: str, campaign: Campaign | None) -> str | None:
-    """Where files that the output names may be read; nothing outside it is."""
-    folder = campaign.plan.images_in if campaign is not None else None
-    if folder is None and not is_url(output):
-        folder = str(Path(output).absolute().parent)
-    return folder if folder is not None and Path(folder).is_dir() else None
 
 
 def _notes(first: Overview, found: Shown, adder: PictureAdder, campaign: Campaign | None) -> list[str]:
@@ -187,16 +162,3 @@ def _document(told: dict[str, Any]) -> str:
     styles = [*map(part, BASE_STYLES), part("page.css", package)]
     scripts = [*map(part, BASE_SCRIPTS), part("gallery.js", package), part("page.js", package)]
     return document(f"{told['title']}: report", part("page.html", package), told, styles, scripts)
-
-
-def _replace(page: str, text: str) -> None:
-    """Write the file whole or not at all. Raises TableError."""
-    replacement = Replacement(page)
-    try:
-        with replacement.opened() as file:
-            file.write(text.encode())
-        replacement.commit()
-    except OSError as error:
-        raise TableError(f"Cannot write {page}: {error.strerror}.") from None
-    finally:
-        replacement.discard()
