@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,7 +148,7 @@ class CampaignRows:
     # Single rows
 
     def _row(self, number: int, cells: Cells | BadRow, known: list[Any] | None, retries: int) -> CampaignRow | None:
-        digest = self._digest(cells)
+        digest = row_digest(self._columns, cells)
         if known is not None and known[0] == digest:
             return None
         if known is None and self._is_left_out(cells):
@@ -172,23 +172,24 @@ class CampaignRows:
         name = identity(self._plan, cells)
         return name is not None and name in self._earlier
 
-    def _digest(self, cells: Cells | BadRow) -> bytes:
-        """The plan stays the same: what a row asks changes with the cells that the plan reads."""
-        digest = hashlib.blake2b(digest_size=8)
-        if isinstance(cells, BadRow):
-            digest.update(b"unreadable")
-            return digest.digest()
-        for name in self._columns:
-            value = cells.get(name)
-            digest.update(value if isinstance(value, bytes) else repr(value).encode(errors="surrogatepass"))
-            digest.update(b"\0")
-        return digest.digest()
-
     def _host(self, cells: Cells | BadRow) -> str | None:
         if isinstance(cells, BadRow):
             return None
         values = (cells.get(name) for name in ([self._plan.image] if self._plan.image else self._columns))
         return next((host for value in values if isinstance(value, str) and (host := host_of(value.strip()))), None)
+
+
+def row_digest(columns: Sequence[str], cells: Cells | BadRow) -> bytes:
+    """8 bytes that change with what a row asks: with its cells in the columns that the plan reads."""
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(cells, BadRow):
+        digest.update(b"unreadable")
+        return digest.digest()
+    for name in columns:
+        value = cells.get(name)
+        digest.update(value if isinstance(value, bytes) else repr(value).encode(errors="surrogatepass"))
+        digest.update(b"\0")
+    return digest.digest()
 
 
 class InOrder:

@@ -9,7 +9,6 @@ import base64
 import io
 import time
 from http.client import HTTPException
-from urllib.parse import urlsplit
 from urllib.request import (
     HTTPDefaultErrorHandler,
     HTTPErrorProcessor,
@@ -78,16 +77,6 @@ def data_uri_bytes(uri: str) -> bytes | None:
 def is_web(address: str) -> bool:
     """Whether a text is an http(s) address."""
     return address[:8].lower().startswith(("http://", "https://"))
-
-
-def host_of(address: str) -> str | None:
-    """The host of an http(s) address; None for other texts."""
-    if not is_web(address):
-        return None
-    try:
-        return urlsplit(address).hostname
-    except ValueError:
-        return None
 
 
 def fetched(address: str) -> bytes | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import IdeficsError
-from ..thumbnails import host_of
+from ...urls import host_of
+from ..output import NotRun
 from .asked import pictures, prompt
 from .columns import OutputColumns
 from .rows import Campaign, OutputRow
@@ -89,8 +90,9 @@ def _count(statistics: Statistics, row: OutputRow, columns: OutputColumns) -> No
 
 
 def _code(row: OutputRow, columns: OutputColumns) -> str | None:
-    """The error's code; None for a row that has not failed."""
-    return _text(columns.value(row.values, "error_code"), MAX_CELL) or None
+    """The error's code; None for a row that has not failed. One that was not run is open."""
+    code = _text(columns.value(row.values, "error_code"), MAX_CELL)
+    return code if code and code != NotRun.code else None
 
 
 def _is_answered(row: OutputRow, columns: OutputColumns) -> bool:
@@ -161,7 +163,7 @@ def _item(
         "label": _text(value("label"), MAX_CELL),
         "score": number_of(value("score")),
         "code": code,
-        "error": _text(value("error"), MAX_TEXT),
+        "error": _text(value("error"), MAX_TEXT) if code else None,
         "finish": _text(value("finish_reason"), MAX_CELL),
         "seconds": number_of(value("seconds")),
         "tokens": tokens if None not in tokens else None,

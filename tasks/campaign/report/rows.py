@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..plan import Plan
+from ..rows import InOrder, row_digest
 from ..state import About, CampaignState, StoredAnswer
 from ..tables import BadRow, Table
 
@@ -33,37 +34,25 @@ class OutputRow:
 
 
 def output_rows(table: Table, campaign: Campaign | None, source: Table | None = None) -> Iterator[OutputRow]:
-    """All rows. `source` is the input's table."""
+    """All rows. `source` is the input's table: its rows are used where they ask what they asked then."""
     if campaign is None:
         for number, row in enumerate(table, start=1):
             yield OutputRow(number, values_of(row))
         return
-    left_out = _Cursor(campaign.state.left_out(), lambda row: row)
-    answers = _Cursor(campaign.state.answers(), lambda answer: answer.row)
-    inputs = _Cursor(enumerate(source, start=1) if source is not None else (), lambda pair: pair[0])
+    columns = campaign.plan.needed_columns
+    left_out = InOrder((row, True) for row in campaign.state.left_out())
+    answers = InOrder((answer.row, answer) for answer in campaign.state.answers())
+    inputs = InOrder(enumerate(source, start=1) if source is not None else ())
     number = 0
     for row in table:
         number += 1
-        while left_out.at(number) is not None:
+        while left_out.at(number):
             number += 1
-        beside = inputs.at(number)
-        yield OutputRow(number, values_of(row), answers.at(number), None if beside is None else values_of(beside[1]))
+        answer, cells = answers.at(number), inputs.at(number)
+        is_same = cells is not None and answer is not None and row_digest(columns, cells) == answer.digest
+        yield OutputRow(number, values_of(row), answer, values_of(cells) if is_same else None)
 
 
 def values_of(row: Mapping[str, Any] | BadRow) -> Mapping[str, Any]:
     """A row's cells; of one that cannot be read, those that could."""
     return row.values if isinstance(row, BadRow) else row
-
-
-class _Cursor:
-    """Finds entries by their row in an ordered stream, for rows that are asked for in order."""
-
-    def __init__(self, entries: Iterable[Any], row_of: Callable[[Any], int]) -> None:
-        self._entries = iter(entries)
-        self._row_of = row_of
-        self._next = next(self._entries, None)
-
-    def at(self, row: int) -> Any | None:
-        while self._next is not None and self._row_of(self._next) < row:
-            self._next = next(self._entries, None)
-        return self._next if self._next is not None and self._row_of(self._next) == row else None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import PlanError, TableError, nearest
@@ -127,7 +128,7 @@ def _notes(first: Overview, found: Shown, adder: PictureAdder, campaign: Campaig
 
 
 def _about(output: str, campaign: Campaign | None, found: Shown) -> dict[str, Any]:
-    name = output.rstrip("/").rpartition("/")[2]
+    name = _name(output)
     told = {"title": name, "output": name, "written": time.time(), "campaign": None, "asked": [], "seconds": None}
     if campaign is None:
         return told
@@ -139,8 +140,9 @@ def _about(output: str, campaign: Campaign | None, found: Shown) -> dict[str, An
         ("Id", plan.id),
         *((field, _setting(value)) for field, value in plan.set.items()),
         *((f"Column {column}", field) for column, field in plan.columns.items()),
-        ("Input", about.input),
-        ("Output", about.output),
+        # Not the folders: the page is made to be passed on.
+        ("Input", _name(about.input)),
+        ("Output", _name(about.output)),
         ("Model", models or None),
         ("Campaign", about.id),
     ]
@@ -151,6 +153,12 @@ def _about(output: str, campaign: Campaign | None, found: Shown) -> dict[str, An
         "asked": [[label, value] for label, value in asked if value],
         "seconds": about.seconds or None,
     }
+
+
+def _name(path: str) -> str:
+    """A file's own name. Of a URL neither the place nor a signature."""
+    plain = path.partition("?")[0] if is_url(path) else path
+    return PurePosixPath(plain).name or plain
 
 
 def _setting(value: str | Sequence[str]) -> str:

@@ -16,10 +16,10 @@ import tasks.campaign.report.pictures as report_pictures
 from tasks.campaign.plan import Plan
 from tasks.campaign.report import Thumbnails, write_report
 from tasks.campaign.report.columns import guessed
-from tasks.campaign.thumbnails import SIDE, host_of, thumbnail
+from tasks.campaign.thumbnails import SIDE, thumbnail
 from tasks.cli import main
 from tasks.errors import ImageInvalid, ImageUnreachable
-from tests.support.campaign_output import BEGAN, answered, write_output
+from tests.support.campaign_output import BEGAN, answered, finish, write_output
 from tests.support.pictures import data_uri, png
 from tests.support.web import Quiet, serving
 from worker.demo.stack import CHECKOUT
@@ -157,6 +157,21 @@ def test_files_of_the_campaigns_folder_get_thumbnails_and_no_others(tmp_path: Pa
     assert ["thumb" in item for item in _reported(tmp_path / "out.csv")["items"]] == [True, False, False]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_pictures_that_only_the_input_has_are_found_there(tmp_path: Path, suffix: str) -> None:
+    folder, output = tmp_path / "pictures", tmp_path / f"out{suffix}"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.png").write_bytes(png("red"))
+    finish(folder, output, lambda _: answered("cat", 0.5), plan=Plan(task="caption", image="file", id="file"))
+    items = _reported(output)["items"]
+    assert [item["id"] for item in items] == ["a.png", "b.png", "c.png"]
+    assert ["thumb" in item for item in items] == [True, True, True]
+    # A picture that came later moves the others: its neighbours' answers are not its own.
+    (folder / "aa.png").write_bytes(png("blue"))
+    assert ["thumb" in item for item in _reported(output)["items"]] == [True, False, False]
+
+
 def test_pictures_on_the_web_are_downloaded_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.png").write_bytes(png("red", BIG))
@@ -189,20 +204,6 @@ def test_a_thumbnail_is_small(tmp_path: Path) -> None:
     assert small is not None
     assert len(small) < 20_000
     assert SIDE < 256
-
-
-@pytest.mark.parametrize(
-    ("address", "host"),
-    [
-        ("https://CDN.example:8443/a.jpg", "cdn.example"),
-        ("http://[::1", None),
-        ("javascript:alert(1)", None),
-        ("file:///etc/passwd", None),
-        ("", None),
-    ],
-)
-def test_a_host_is_a_web_addresss(address: str, host: str | None) -> None:
-    assert host_of(address) == host
 
 
 # Columns
