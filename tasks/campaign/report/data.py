@@ -12,6 +12,7 @@ from typing import Any
 from ...errors import IdeficsError
 from ...urls import host_of
 from ..output import NotRun
+from ..thumbnails import is_web
 from .asked import pictures, prompt
 from .columns import OutputColumns
 from .rows import Campaign, OutputRow
@@ -142,6 +143,13 @@ def _picture(row: OutputRow, columns: OutputColumns, arguments: Mapping[str, Any
     return sent[0] if sent else row.values.get(columns.image) if columns.image else None
 
 
+def _address(row: OutputRow, columns: OutputColumns, picture: Any) -> Any:
+    """What tells a picture to people: its address, the name of its file, or what else the cell has."""
+    cell = row.values.get(columns.image) if columns.image else None
+    is_plain = isinstance(picture, str) and is_web(picture)
+    return picture if is_plain or cell in (None, "") else cell
+
+
 def _item(
     row: OutputRow, columns: OutputColumns, arguments: Mapping[str, Any], picture: Any, found: Shown
 ) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def _item(
         "row": row.number,
         "id": _text(row.values.get(columns.id), MAX_CELL) if columns.id else None,
         "state": FAILED if code else ANSWERED if _is_answered(row, columns) else OPEN,
-        "image": _text(picture, MAX_TEXT),
+        "image": _text(_address(row, columns, picture), MAX_TEXT),
         "more": max(len(pictures(arguments)) - 1, 0) or None,
         "host": _host(row, columns),
         "prompt": _text(prompt(arguments), MAX_TEXT),

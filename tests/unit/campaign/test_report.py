@@ -163,9 +163,9 @@ def test_pictures_that_only_the_input_has_are_found_there(tmp_path: Path, suffix
     folder.mkdir()
     for name in "abc":
         (folder / f"{name}.png").write_bytes(png("red"))
-    finish(folder, output, lambda _: answered("cat", 0.5), plan=Plan(task="caption", image="file", id="file"))
+    finish(folder, output, lambda _: answered("cat", 0.5), plan=Plan(task="caption", image="file"))
     items = _reported(output)["items"]
-    assert [item["id"] for item in items] == ["a.png", "b.png", "c.png"]
+    assert [item["image"] for item in items] == ["a.png", "b.png", "c.png"]
     assert ["thumb" in item for item in items] == [True, True, True]
     # A picture that came later moves the others: its neighbours' answers are not its own.
     (folder / "aa.png").write_bytes(png("blue"))
