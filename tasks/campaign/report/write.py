@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import PlanError, TableError, nearest
 from ..page import BASE_SCRIPTS, BASE_STYLES, document, part, write_page
 from ..plan import Plan
+from ..record import public_id
 from ..state import CampaignState, state_path
 from ..tables import Table, open_table
 from ..tables.files import is_url, suffixes
@@ -144,12 +145,12 @@ def _about(output: str, campaign: Campaign | None, found: Shown) -> dict[str, An
         ("Input", _name(about.input)),
         ("Output", _name(about.output)),
         ("Model", models or None),
-        ("Campaign", about.id),
+        ("Campaign", public_id(about.id)),
     ]
     return {
         **told,
         "title": about.name or name,
-        "campaign": {"id": about.id, "created": about.created},
+        "campaign": {"id": public_id(about.id), "created": about.created},
         "asked": [[label, value] for label, value in asked if value],
         "seconds": about.seconds or None,
     }

@@ -66,6 +66,8 @@ def test_a_report_tells_all_of_a_campaign(tmp_path: Path) -> None:
     assert data["stages"][0] == {"name": "queue", "seconds": pytest.approx((1 + 2 + 4) / 2 / 3)}
     assert ["labels", '["cat", "duck"]'] in data["asked"]
     assert ["Model", "demo (idefics, float32)"] in data["asked"]
+    # As others see it: the ids of its jobs are made from its own.
+    assert "c0ffee" not in json.dumps(data)
     assert data["seconds"] == 90.0
     assert data["columns"] == ["name"]
 
