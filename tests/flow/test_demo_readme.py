@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import io
 import json
 import os
@@ -51,8 +52,8 @@ def test_no_block_names_a_host_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("code", [pytest.param(code, id=f"{page}-{code.splitlines()[0]}") for page, code in PYTHON])
-def test_a_python_block_prints_what_its_comments_say(code: str, demo_broker: Broker) -> None:
-    code = _placed(code, demo_broker)
+def test_a_python_block_prints_what_its_comments_say(code: str, demo_broker: Broker, tmp_path: Path) -> None:
+    code = _placed(code, demo_broker).replace("captions.jsonl", f"{tmp_path}/captions.jsonl")
     promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     _, printed = _run(code)
     assert [line.strip() for line in printed] == promised
@@ -115,6 +116,15 @@ def test_the_shell_block_of_bulk_jobs_answers_the_shipped_lines(demo_broker: Bro
     assert told["label"]["result"]["label"] == "animal"
     message = told["chat"]["response"]["body"]["choices"][0]["message"]
     assert message["content"].strip() == "The image shows a cat."
+
+
+def test_the_shell_block_of_a_campaign_captions_the_shipped_pictures(demo_broker: Broker, tmp_path: Path) -> None:
+    [code] = [code for code in SHELL if "idefics-jobs run" in code]
+    _said(code.replace("captions.csv", f"{tmp_path}/captions.csv"), demo_broker)
+    with (tmp_path / "captions.csv").open(newline="") as file:
+        texts = {row["file"]: row["text"].strip() for row in csv.DictReader(file)}
+    assert texts["cat.png"] == "A cat on a blue background."
+    assert [*texts] == sorted(texts)
 
 
 def test_the_shell_block_of_failed_jobs_lists_and_sends_again(demo_broker: Broker, pictures_url: str) -> None:
