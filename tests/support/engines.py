@@ -73,9 +73,11 @@ class Gate(Recorder):
 class Joinable(Recorder):
     """Rows join at each step; each ends after as many steps as it wants. A step with a row called `poison` fails."""
 
-    def __init__(self, step_s: float = 0.0) -> None:
+    def __init__(self, step_s: float = 0.0, prefill_steps: int = 0) -> None:
+        """`prefill_steps`: the steps of a row before it has a token."""
         super().__init__()
         self._step_s = step_s
+        self._prefill_steps = prefill_steps
 
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         running, steps = list(rows), dict.fromkeys(rows, 0)
@@ -88,6 +90,8 @@ class Joinable(Recorder):
                 raise ValueError("boom")
             for one in running:
                 steps[one] += 1
+                if steps[one] > self._prefill_steps:
+                    one.first_token = one.first_token or time.monotonic()
             self.answer([row for row in running if steps[row] >= row.max_steps or row.canceled])
             running = [row for row in running if not row.is_done]
             steps = {row: steps[row] for row in running}

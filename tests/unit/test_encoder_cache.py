@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.encoder_cache import CHUNK, AdaptiveBatchWindow, EncoderCache, EncoderThread
+from worker.engine.encoder_cache import CHUNK, CHUNK_S, AdaptiveBatchWindow, EncoderCache, EncoderThread
 from worker.engine.pauses import without_pauses
 from worker.engine.row import Picture
 
@@ -293,6 +294,29 @@ def test_two_threads_share_the_frames_of_a_picture() -> None:
     assert known.result(5) == 0
     assert numbers(got(features, [cut(20)])[b"20"]) == [2_000 + number for number in range(20)]
     assert encoder.encoded == 21
+
+
+class Slow(Held):
+    """Takes CHUNK_S for each frame."""
+
+    def __call__(self, pictures: Sequence[Picture]) -> Tensor:
+        time.sleep(CHUNK_S * len(pictures))
+        return super().__call__(pictures)
+
+
+def test_two_threads_share_a_picture_of_few_frames_that_take_long() -> None:
+    encoder = Slow()
+    encoder_thread = EncoderThread(EncoderCache(encoder, max_bytes=10_000))
+    prefetcher(encoder_thread)([picture(0)])
+    known = Future[int]()
+    encoder_thread.prefetch([cut(5)], known.set_result)
+    assert encoder.entered.wait(5)
+    while encoder_thread.help(CHUNK_S):
+        pass
+    assert encoder.chunks == [1, 1, 1, 1]
+    encoder.opened.set()
+    assert known.result(5) == 0
+    assert encoder.chunks == [1] * 6
 
 
 def test_a_picture_with_a_frame_that_cannot_be_encoded_ahead_is_left_to_the_engine() -> None:

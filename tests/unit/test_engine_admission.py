@@ -46,6 +46,55 @@ def test_a_running_batch_waits_for_a_row_that_comes_soon() -> None:
     assert runner.batches == [["first", "second"]]
 
 
+@pytest.mark.parametrize(("prefill_steps", "waits"), [(0, True), (3, False)])
+def test_a_batch_waits_for_others_only_once_its_prompts_are_prefilled(
+    prefill_steps: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "JOIN_WAIT_S", 2 * SOON)
+    runner = Joinable(prefill_steps=prefill_steps)
+    with running(runner) as engine:
+        (second,) = submit(engine, row("second", wanted=1, pictures=(PICTURE,)))
+        (first,) = submit(engine, row("first", wanted=3))
+        if waits:
+            time.sleep(0.05)
+            assert not first.is_done
+        else:
+            assert text(first) == "first"
+        runner.encoded.pop()(0)
+        assert text(second) == "second"
+
+
+class Helped(Joinable):
+    """Encodes when the engine helps."""
+
+    def help(self, within_s: float) -> bool:
+        helped = bool(self.encoded)
+        while self.encoded:
+            self.encoded.pop()(0)
+        return helped
+
+
+def test_a_batch_that_waits_for_a_row_helps_to_encode_its_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "JOIN_WAIT_S", 2 * SOON)
+    runner = Helped(step_s=0.001)
+    with running(runner, Limits(rows=8, tokens=1_000_000)) as engine:
+        (first,) = submit(engine, row("first", wanted=50_000))
+        eventually(lambda: first.first_token > 0)
+        for word in ("second", "third"):
+            (shown,) = submit(engine, row(word, wanted=1, pictures=(PICTURE,)))
+            assert text(shown) == word
+        engine.cancel(first)
+    assert runner.batches == [["first", "second", "third"]]
+
+
+def test_an_idle_engine_helps_as_soon_as_pictures_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "IDLE_HEARTBEAT_S", 2 * SOON)
+    with running(Helped()) as engine:
+        time.sleep(0.05)
+        (shown,) = submit(engine, row("shown", wanted=1, pictures=(PICTURE,)))
+        assert text(shown) == "shown"
+
+
 def test_a_running_batch_does_not_wait_forever_for_a_joining_row() -> None:
     with running(Joinable()) as engine:
         submit(engine, row("never", pictures=(PICTURE,)))

@@ -4,7 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.support.rows import row
-from worker.engine.row_queue import RowQueue
+from worker.engine.row_queue import JoinableBatch, RowQueue
 from worker.engine.scheduler import Limits
 
 LIMITS = Limits(rows=8, tokens=10_000)
@@ -23,7 +23,9 @@ def test_the_engine_does_not_wait_for_rows_of_a_closed_queue() -> None:
 def awaited_s(queue: RowQueue, encoded_s: float = 0.0, decoded_s: float = 0.0) -> float:
     """Seconds that a running row waits for others."""
     started = time.monotonic()
-    queue.await_joining(1, LIMITS, started + encoded_s, started + decoded_s)
+    batch = JoinableBatch(1, LIMITS, started + encoded_s, started + decoded_s)
+    while queue.should_await_joining(batch):
+        queue.await_change(batch)
     return time.monotonic() - started
 
 

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: Maximum frames encoded at once: larger chunks are not faster and need more memory.
 CHUNK = 8
+#: About the seconds that a chunk of several frames takes at most: so two threads can share the frames of one picture,
+#: and its row is ready sooner. Frames that take long are encoded one by one as fast as together.
+CHUNK_S = 0.05
 #: Weight of the newest value in moving averages.
 NEWEST_WEIGHT = 0.1
 #: Maximum seconds between two pictures that enter the average; a longer time counts as this.
@@ -154,8 +157,9 @@ class AdaptiveBatchWindow:
 class EncoderThread:
     """A thread that encodes pictures before their rows run, while the engine thread decodes other rows.
 
-    On a CPU the two threads share the cores, and an engine without rows may help. On a GPU the encoder has a stream of
-    its own: no decode step waits for a chunk, and a row enters the engine only when its features are complete.
+    On a CPU the two threads share the cores, and an engine that waits for rows may help. On a GPU the encoder has a
+    stream of its own: no decode step waits for a chunk, and a row enters the engine only when its features are
+    complete.
     """
 
     def __init__(self, cache: EncoderCache, in_stream: InStream = at_once) -> None:
@@ -168,7 +172,7 @@ class EncoderThread:
         self._waiting: dict[bytes, _WaitingPicture] = {}
         self._lock = threading.Lock()
         self._window = AdaptiveBatchWindow()
-        #: Seconds for each frame of the last chunk.
+        #: Seconds for each frame, the shortest of the last chunks: other threads may have delayed the others.
         self._frame_s = float("inf")
         threading.Thread(target=self._loop, name="encoder", daemon=True).start()
 
@@ -193,9 +197,9 @@ class EncoderThread:
 
         Returns False if nothing was encoded.
         """
-        waiting = self._queue.qsize()
-        count = min(self._cache.chunk, waiting // 2, max(1, int(within_s / self._frame_s)))
-        if waiting < self._cache.chunk or count < 1:
+        waiting, chunk_frames = self._queue.qsize(), self._frames_within(CHUNK_S)
+        count = min(waiting // 2, self._frames_within(within_s))
+        if waiting < chunk_frames or count < 1:
             return False
         chunk: list[tuple[Picture, int]] = []
         with contextlib.suppress(queue.Empty):
@@ -226,9 +230,13 @@ class EncoderThread:
         chunk = [self._queue.get()]
         begun = time.monotonic()
         with contextlib.suppress(queue.Empty):
-            while len(chunk) < self._cache.chunk:
+            while len(chunk) < self._frames_within(CHUNK_S):
                 chunk.append(self._queue.get(timeout=self._window.wait_s(begun, time.monotonic())))
         return chunk
+
+    def _frames_within(self, seconds: float) -> int:
+        """Number of frames that are encoded within some time: one at least, and no more than a chunk may have."""
+        return min(self._cache.chunk, max(1, int(seconds / self._frame_s)))
 
     def _encode(self, chunk: Sequence[tuple[Picture, int]]) -> None:
         # The other frames of a picture that failed are not needed.
@@ -245,7 +253,8 @@ class EncoderThread:
         encoding_s = time.monotonic() - started
         self._window.record_encoding(encoding_s)
         metrics.PHASES["encode"].inc(encoding_s)
-        self._frame_s = encoding_s / max(1, len(chunk))
+        if chunk:
+            self._frame_s = min(encoding_s / len(chunk), (1 + NEWEST_WEIGHT) * self._frame_s)
         for picture, features in encoded:
             self._cache.keep(picture.key, features)
             self._finish(picture)

@@ -17,7 +17,7 @@ from worker.engine.ceiling import Ceiling
 from worker.engine.device_errors import is_device_lost
 from worker.engine.interfaces import Runner, SendHeartbeat
 from worker.engine.row import Output, Row
-from worker.engine.row_queue import RowQueue
+from worker.engine.row_queue import JoinableBatch, RowQueue
 from worker.engine.scheduler import Limits
 from worker.engine.throughput import Throughput, ThroughputMeter
 from worker.observability.metrics import MAX_ROWS, PHASES, REQUESTS_RUNNING, REQUESTS_WAITING
@@ -88,6 +88,8 @@ class Engine:
         self._queue.add(row)
         if row.tokens.pictures:
             self._runner.prefetch(row.tokens.pictures, functools.partial(self._queue.mark_ready, row))
+            # An engine that waits may help to encode them.
+            self._queue.wake()
         else:
             self._queue.mark_ready(row)
         return row.output
@@ -152,7 +154,8 @@ class Engine:
         def admit(running: Sequence[Row]) -> Sequence[Row]:
             self._meter.is_joinable = joinable
             nonlocal widest
-            if joinable:
+            # A chunk of a prompt takes as long in any company, so it does not wait.
+            if joinable and running and all(row.is_prefilled for row in running):
                 self._await_joining(len(running))
             # Without a running row the next one starts a new run, since it may need beam search.
             joining = self._take(running) if joinable and running and not self._stopping else []
@@ -180,11 +183,16 @@ class Engine:
             self._recover(batch, unfinished, error)
 
     def _await_joining(self, running: int) -> None:
-        now = time.monotonic()
-        step_s = min(now - self._stepped_at, JOIN_WAIT_S)
-        self._queue.await_joining(running, self.limits, self._joined_at + JOIN_WAIT_S, now + DECODING_STEPS * step_s)
+        """Let a batch that is far from full wait for more rows, and help the encoder meanwhile."""
+        now, encoded_until = time.monotonic(), self._joined_at + JOIN_WAIT_S
+        decoded_until = now + DECODING_STEPS * min(now - self._stepped_at, JOIN_WAIT_S)
+        batch = JoinableBatch(running, self.limits, encoded_until, decoded_until)
+        while self._queue.should_await_joining(batch):
+            now = time.monotonic()
+            if not self._runner.help(min(HELP_S, encoded_until - now)):
+                self._queue.await_change(batch)
+                PHASES["idle"].inc(time.monotonic() - now)
         self._stepped_at = time.monotonic()
-        PHASES["idle"].inc(self._stepped_at - now)
 
     def _update_throughput(self, batch: Sequence[Row], free: int) -> None:
         self._meter.update(batch, free, others_wait=not self._queue.is_empty)

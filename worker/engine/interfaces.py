@@ -69,7 +69,8 @@ class Runner(Protocol):
         """
 
     def help(self, within_s: float) -> bool:
-        """Encode waiting pictures in the engine's thread for about `within_s` seconds, while no row can run.
+        """Encode waiting pictures in the engine's thread for about `within_s` seconds, while no row can run or a few
+        wait for more.
 
         Returns False if nothing was encoded.
         """

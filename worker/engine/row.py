@@ -140,6 +140,11 @@ class Row:
         """Maximum decode steps of the row."""
         return 0 if self.labels else self.sampling.max_new_tokens
 
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the row has a token, so its prompt was prefilled. A row with labels ends when its prompt is."""
+        return self.first_token > 0
+
     def abort_reason(self, now: float) -> FinishReason | None:
         """Why the row should end before the model ends it; None if it should go on. `now`: time.monotonic()."""
         if self.canceled:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from tasks.errors import DeadlineExceeded, Internal
 from worker.engine.row import Output, Row, urgency
@@ -17,6 +18,16 @@ ARRIVAL_GAP_S = 0.003
 BATCHING_WINDOW_S = 0.02
 #: A row is withdrawn for an idle worker only after this many seconds: moving a row that starts soon does not pay.
 WITHDRAWN_AFTER_S = 0.5
+
+
+class JoinableBatch(NamedTuple):
+    """A batch of `running` rows, and how long it may wait for more: until time.monotonic() `encoded_until` for rows
+    whose pictures are being encoded, and until `decoded_until` for those whose pictures are being decoded."""
+
+    running: int
+    limits: Limits
+    encoded_until: float
+    decoded_until: float
 
 
 class RowQueue:
@@ -129,20 +140,23 @@ class RowQueue:
                 if not self._changed.wait(ARRIVAL_GAP_S):
                     return
 
-    def await_joining(self, running: int, limits: Limits, encoded_until: float, decoded_until: float) -> None:
-        """Let a batch of `running` rows that is far from full wait for more: see scheduler.should_wait.
-
-        It waits until time.monotonic() `encoded_until` for rows whose pictures are being encoded, and until
-        `decoded_until` for those whose pictures are being decoded.
-        """
+    def should_await_joining(self, batch: JoinableBatch) -> bool:
+        """Whether a batch that is far from full should wait for more rows now: see scheduler.should_wait."""
         with self._changed:
-            while True:
-                now = time.monotonic()
-                coming = len(self._encoding) if now < encoded_until else 0
-                coming += self._expected if now < decoded_until else 0
-                if not should_wait(running, len(self._ready), coming, limits):
-                    return
-                self._changed.wait(min(end - now for end in (encoded_until, decoded_until) if end > now))
+            return self._should_await_joining(batch, time.monotonic())
+
+    def await_change(self, batch: JoinableBatch) -> None:
+        """Wait until the waiting rows change or a time of the batch is over, if it should still wait for more."""
+        with self._changed:
+            now = time.monotonic()
+            if self._should_await_joining(batch, now):
+                ends = batch.encoded_until, batch.decoded_until
+                self._changed.wait(min(end - now for end in ends if end > now))
+
+    def _should_await_joining(self, batch: JoinableBatch, now: float) -> bool:
+        coming = len(self._encoding) if now < batch.encoded_until else 0
+        coming += self._expected if now < batch.decoded_until else 0
+        return should_wait(batch.running, len(self._ready), coming, batch.limits)
 
     def _remove(self, rows: Sequence[Row]) -> None:
         """Remove ready rows. The caller must hold the lock."""
