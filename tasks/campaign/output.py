@@ -30,7 +30,8 @@ def write_output(path: str, table: Table, plan: Plan, state: CampaignState) -> N
     remove_unfinished(path)
     answers = InOrder((answer.row, answer) for answer in state.answers())
     left_out = InOrder((row, True) for row in state.left_out())
-    columns = [*table.columns, *plan.outcome_columns]
+    # A row of JSON may bring a column of an answer's name after the plan was checked.
+    columns = list(dict.fromkeys([*table.columns, *plan.outcome_columns]))
     not_run = plan.outcome(NotRun())
     with open_writer(path, columns, table.schema, plan.outcome_types) as writer:
         for number, cells in enumerate(table, 1):

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ImageInvalid, InvalidRequest, JobError
+from ..errors import ImageInvalid, ImageTooLarge, InvalidRequest
 from ..image_sources import is_inner_path
 from ..pictures import Image
 from .errors import PlanError
@@ -66,8 +66,11 @@ class PictureCells:
                 return Image.from_bytes(value)
             if isinstance(value, str):
                 return value if _URL.match(value) else self._file(value.strip(), column)
-        except (ImageInvalid, OSError) as error:
-            raise _named(error, column) from None
+        except OSError as error:
+            told = f"Column {column!r}: the picture cannot be read ({error.strerror or error}): check it."
+            raise ImageInvalid(told, detail="no_file") from None
+        except (ImageInvalid, ImageTooLarge) as error:
+            raise type(error)(f"Column {column!r}: {error}", detail=error.detail) from None
         raise InvalidRequest(f"Column {column!r} holds no picture but a {type(value).__name__}: use another column.")
 
     def _file(self, name: str, column: str) -> Any:
@@ -80,7 +83,7 @@ class PictureCells:
         path = self._inner(name)
         if path is None:
             raise InvalidRequest(f"Column {column!r} names no file in the pictures' folder: check the name.")
-        return Image.from_bytes(path.read_bytes())
+        return Image.from_file(path)
 
     def _inner(self, name: str) -> Path | None:
         """The file, if it is in the folder, also after symbolic links are followed."""
@@ -91,10 +94,3 @@ class PictureCells:
         except (OSError, RuntimeError):
             return None
         return path if path.is_relative_to(self._root) and path.is_file() else None
-
-
-def _named(error: Exception, column: str) -> JobError:
-    if isinstance(error, JobError):
-        return type(error)(f"Column {column!r}: {error}", detail=error.detail)
-    told = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return ImageInvalid(f"Column {column!r}: the picture cannot be read ({told}): check it.", detail="no_file")

@@ -52,6 +52,9 @@ class Plan:
     images_in: str | None = None
     #: Whether cells with pictures may name files below the workers' image root.
     image_paths: bool = False
+    #: The encoding and the delimiter of an input that is a text; None: recognized.
+    encoding: str | None = None
+    delimiter: str | None = None
 
     def check(self, columns: Sequence[str]) -> None:
         """Raises PlanError, with the cure, if the plan is wrong or does not fit the input's columns."""

@@ -5,23 +5,23 @@ from __future__ import annotations
 import threading
 
 from .errors import CampaignError
-from .tables import Table, open_table
+from .tables import Table
 
 
 class RowCount:
     """The number of an input's rows."""
 
     def __init__(self, table: Table, path: str) -> None:
-        """`path`: opened a second time if its rows must be counted."""
+        """`path`: the table's, which is read a second time if its rows must be counted."""
         #: None while they are counted.
         self.rows: int | None = table.count
         if self.rows is None and "://" not in path:
             # Not a URL's: it would be downloaded twice.
-            threading.Thread(target=self._run, args=[path], daemon=True, name="row-count").start()
+            threading.Thread(target=self._run, args=[table], daemon=True, name="row-count").start()
 
-    def _run(self, path: str) -> None:
+    def _run(self, table: Table) -> None:
         try:
-            self.rows = sum(1 for _ in open_table(path))
+            self.rows = sum(1 for _ in table)
         except CampaignError:
             # The run itself reads the input, and says what is wrong with it.
             return

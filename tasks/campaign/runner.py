@@ -28,7 +28,7 @@ from .record import base_name
 from .row_count import RowCount
 from .rows import CampaignRow, CampaignRows
 from .state import CampaignState, StoredAnswer
-from .tables import Table, open_table
+from .tables import Table, check_output, open_table
 
 #: How a run ended: all rows have an answer; a limit was reached; others canceled it; it was interrupted.
 End = Literal["finished", "limit", "canceled", "interrupted"]
@@ -103,8 +103,9 @@ def run(
     campaign's; ModelNotFound for a client of a model that no worker serves; sqlite3.Error where the disk fails.
     """
     options, watch = options or Options(), watch or Watch()
-    table = open_table(input)
+    table = open_table(input, encoding=plan.encoding, delimiter=plan.delimiter)
     plan.check(table.columns)
+    check_output(output)
     for note in table.notes:
         watch.on_note(note)
     with opened(input, output, plan, name=options.name, only_new=options.only_new) as state:

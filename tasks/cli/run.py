@@ -35,6 +35,8 @@ STOPPED = 3
 @click.option("--column", "columns", multiple=True, metavar="NAME=FIELD", help="A column of the output.")
 @click.option("--images-in", help="A folder: the column IMAGE names files in it, which are sent.")
 @click.option("--image-paths", is_flag=True, help="It names files below the workers' IDEFICS_IMAGE_ROOT.")
+@click.option("--encoding", help="Of an INPUT that is a text. [default: recognized]")
+@click.option("--delimiter", help="Of CSV. [default: recognized by the header]")
 @click.option("--window", type=click.IntRange(1), default=WINDOW, show_default=True, help="Jobs in flight at most.")
 @click.option("--priority", type=click.IntRange(0, 9), default=PRIORITY, show_default=True, help="9 is last.")
 @click.option("--max-failures", help="Stop after so many failed rows, or a share of the answers, as 5%.")
@@ -62,6 +64,8 @@ def run(
     columns: Sequence[str],
     images_in: str | None,
     image_paths: bool,
+    encoding: str | None,
+    delimiter: str | None,
     window: int,
     priority: int,
     max_failures: str | None,
@@ -98,6 +102,8 @@ def run(
             columns=_single(assignments(columns, "--column")),
             images_in=images_in,
             image_paths=image_paths,
+            encoding=encoding,
+            delimiter=delimiter,
         )
         options = Options(
             name=name,

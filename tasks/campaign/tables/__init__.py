@@ -6,6 +6,7 @@ the extra `data`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,9 @@ from .rows import BadRow, Picture, Row, Table, Writer
 from .text_writers import CsvWriter, JsonlWriter
 from .webdataset_table import WebDatasetTable
 
-__all__ = ["BadRow", "Picture", "Row", "Table", "TableError", "Writer", "open_table", "open_writer"]
+__all__ = ["BadRow", "Picture", "Row", "Table", "TableError", "Writer", "check_output", "open_table", "open_writer"]
 
-_JSONL = (".jsonl", ".ndjson")
+_JSONL = (".jsonl", ".ndjson", ".json")
 _DELIMITED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _PARQUET = (".parquet", ".pq")
 _ARROW = (".arrow", ".feather", ".ipc")
@@ -69,6 +70,17 @@ def open_writer(
     if form in _PARQUET:
         return ParquetWriter(path, columns, schema, types or {})
     raise TableError(f"{path}: {_named(form)} cannot be written: use .parquet, .csv, .tsv or .jsonl.")
+
+
+class _Checked(Exception):
+    pass
+
+
+def check_output(path: str) -> None:
+    """Raises TableError if an output could not be made: to be called before a long run."""
+    with contextlib.suppress(_Checked), open_writer(path, ["a"]):
+        # So that an output which is there already stays.
+        raise _Checked
 
 
 def _named(form: str) -> str:

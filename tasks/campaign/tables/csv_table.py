@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from ..errors import TableError
 from .csv_records import Record, nulls, records
@@ -59,7 +60,7 @@ class CsvTable:
 
     def _fault(self, record: Record) -> str:
         if not is_readable(record.text):
-            return f"is not {self._encoding.upper()}: name the file's encoding, or save it as UTF-8."
+            return f"is not {self._encoding.upper()}: name the encoding with --encoding, or save the file as UTF-8."
         has, needs = len(record.cells), len(self.columns)
         return f"has {has} fields, and the header {needs}: put quotes around a field with {self._delimiter!r} in it."
 
@@ -71,12 +72,14 @@ class CsvTable:
             yield from records(source, self._delimiter)
 
     def _first_lines(self) -> tuple[str, str]:
-        """The delimiter that Excel's first line tells, else empty; and the header's first line."""
+        """The delimiter that Excel's first line tells, or else the header's first line."""
         with opened_text(self._path, self._encoding, "") as text:
-            found = (line for line in lines(text) if line.strip())
+            found = lines(text)
             first = next(found, "")
             told = first.rstrip("\r\n").removeprefix(_TOLD)
-            return (told, next(found, "")) if first.startswith(_TOLD) and len(told) == 1 else ("", first)
+            if first.startswith(_TOLD) and len(told) == 1:
+                return told, ""
+            return "", next((line for line in chain([first], found) if line.strip()), "")
 
 
 def _recognized(header: str, path: str) -> str:
@@ -87,7 +90,7 @@ def _recognized(header: str, path: str) -> str:
         return ","
     if len(found) > 1:
         raise TableError(
-            f"{path}: its columns may be separated by {' or '.join(map(repr, found))}: name the delimiter."
+            f"{path}: its columns may be separated by {' or '.join(map(repr, found))}: name it with --delimiter."
         )
     return found[0]
 
@@ -96,7 +99,9 @@ def _header(record: Record | None, path: str) -> list[str]:
     if record is None:
         raise TableError(f"{path} is empty: its first line must name the columns.")
     if record.fault or not is_readable(record.text):
-        raise TableError(f"{path}: line {record.line} {record.fault or 'is no text in its encoding: name another.'}")
+        raise TableError(
+            f"{path}: line {record.line} {record.fault or 'is no text in its encoding: name another with --encoding.'}"
+        )
     names = record.cells
     if any(name.strip().lower().startswith(_URLS) for name in names):
         raise TableError(f"{path}: its first line holds a URL where the names of columns belong: write them above it.")

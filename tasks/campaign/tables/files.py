@@ -67,8 +67,17 @@ def reported(path: str) -> Iterator[None]:
     except ImportError as error:
         raise TableError(f"{path}: {error}") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
-        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        raise TableError(f"Cannot read {path}: {told}.") from None
+        raise TableError(f"Cannot read {path}: {_told(error)}.") from None
+    except Exception as error:
+        # Each of fsspec's filesystems has exceptions of its own.
+        if is_url(path):
+            raise TableError(f"Cannot read {path}: {_told(error)}.") from None
+        raise
+
+
+def _told(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return reason.rstrip(".")
 
 
 def located(url: str) -> tuple[Any, str]:
@@ -118,6 +127,8 @@ class Replacement:
     def __init__(self, path: str) -> None:
         """Raises TableError if it cannot be made."""
         self._path = path
+        if is_url(path):
+            _check_can_be_written(path)
         folder = None if is_url(path) else str(Path(path).absolute().parent)
         name = PurePosixPath(path.rstrip("/")).name
         try:
@@ -145,8 +156,11 @@ class Replacement:
                 os.fsync(file.fileno())
             self._take_permissions()
             Path(self.path).replace(self._path)
-        except (OSError, ImportError, NotImplementedError) as error:
-            raise TableError(f"Cannot write {self._path}: {error}.") from None
+        except TableError:
+            raise
+        except Exception as error:
+            # Each of fsspec's filesystems has exceptions of its own.
+            raise TableError(f"Cannot write {self._path}: {_told(error)}.") from None
         finally:
             self.discard()
 
@@ -163,3 +177,10 @@ class Replacement:
             os.umask(mask)
             mode = 0o666 & ~mask
         Path(self.path).chmod(mode)
+
+
+def _check_can_be_written(url: str) -> None:
+    files, _ = located(url)
+    protocols = {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
+    if protocols & {"http", "https"}:
+        raise TableError(f"Cannot write {url}: name a file, or a bucket as in s3://.")

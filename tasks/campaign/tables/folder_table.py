@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ...errors import ImageTooLarge, JobError
+from ...protocol import MAX_JOB_BYTES
 from ..errors import TableError
 from .files import is_url, located, reported
 from .rows import BadRow, Picture, Row
@@ -49,11 +51,35 @@ def _local(root: Path) -> Iterator[Row | BadRow]:
         folders.sort()
         for name in sorted(filter(_is_picture, files)):
             path = Path(folder, name)
-            row = _row(_text(path.relative_to(root).as_posix()), path.read_bytes)
+            row = _row(_text(path.relative_to(root).as_posix()), partial(_content, path))
             if path.is_symlink() and not path.resolve().is_relative_to(whole):
                 yield BadRow(f"{row['file']} is a link out of the folder: copy the picture into it.", row)
+            elif not path.is_file():
+                # A pipe would be waited for.
+                yield BadRow(f"{row['file']} is no file: remove it.", row)
             else:
                 yield row
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return _bounded(file.read(MAX_JOB_BYTES + 1))
+
+
+def _fetched(files: Any, path: str) -> bytes:
+    try:
+        return _bounded(files.cat_file(path, end=MAX_JOB_BYTES + 1))
+    except (OSError, JobError):
+        raise
+    except Exception as error:
+        # Each of fsspec's filesystems has exceptions of its own.
+        raise OSError(str(error)) from None
+
+
+def _bounded(content: bytes) -> bytes:
+    if len(content) > MAX_JOB_BYTES:
+        raise ImageTooLarge(f"The picture has more than {MAX_JOB_BYTES:,} bytes: scale it down.", detail="bytes")
+    return content
 
 
 def _remote(url: str) -> Iterator[Row]:
@@ -63,7 +89,7 @@ def _remote(url: str) -> Iterator[Row]:
         folders.sort()
         for name in sorted(filter(_is_picture, names)):
             path = f"{folder}/{name}"
-            yield _row(path[len(root) :].lstrip("/"), partial(files.cat_file, path))
+            yield _row(path[len(root) :].lstrip("/"), partial(_fetched, files, path))
 
 
 def _row(name: str, load: Callable[[], Any]) -> Row:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 from ..errors import TableError
 from .rows import BadRow, Row
@@ -32,26 +31,28 @@ class JsonlTable:
         """Raises TableError if the file is clearly not JSONL."""
         self._path = path
         self._encoding, self.notes = chosen_encoding(path, encoding)
-        self.columns: list[str] = []
-        self._known: set[str] = set()
+        #: Several threads may read the table, and add to it.
+        self._columns: dict[str, None] = {}
         _refuse_others(self._first_line(), path)
-        _read(islice(self, HEAD_ROWS))
+        for _ in islice(self, HEAD_ROWS):
+            pass
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         with opened_text(self._path, self._encoding, "\n") as text:
             for number, line in enumerate(lines(text), 1):
                 if not line.isspace():
                     row = _row(line, number)
-                    if isinstance(row, dict) and not self._known.issuperset(row):
+                    if isinstance(row, dict) and not row.keys() <= self._columns.keys():
                         self._learn(row)
                     yield row
 
+    @property
+    def columns(self) -> list[str]:
+        return list(self._columns)
+
     def _learn(self, row: Row) -> None:
-        for name in row:
-            if name not in self._known:
-                self._known.add(name)
-                self.columns.append(name)
-        if len(self.columns) > MAX_COLUMNS:
+        self._columns.update(dict.fromkeys(row))
+        if len(self._columns) > MAX_COLUMNS:
             raise TableError(
                 f"{self._path} has more than {MAX_COLUMNS:,} keys: write changing names as values instead."
             )
@@ -59,11 +60,6 @@ class JsonlTable:
     def _first_line(self) -> str:
         with opened_text(self._path, self._encoding, "\n") as text:
             return next((line.strip() for line in lines(text) if not line.isspace()), "")
-
-
-def _read(rows: Iterable[Any]) -> None:
-    for _ in rows:
-        pass
 
 
 def _row(line: str, number: int) -> Row | BadRow:

@@ -39,15 +39,21 @@ class Picture(str):
 class Table(Protocol):
     """An input. Each iteration reads it anew from its start, and needs memory for some rows only."""
 
-    #: Names of the columns. Where each row names its own (JSONL, WebDataset), those of the first rows; later ones are
-    #: added as they are read.
-    columns: list[str]
-    #: Number of rows, where it is known without reading them.
-    count: int | None
-    #: The pyarrow.Schema of a typed table; None otherwise.
-    schema: Any
-    #: What was assumed about the file and the user should know: sentences.
-    notes: list[str]
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns. Where each row names its own (JSONL, WebDataset), those of the rows read so far."""
+
+    @property
+    def count(self) -> int | None:
+        """Number of rows, where it is known without reading them."""
+
+    @property
+    def schema(self) -> Any:
+        """The pyarrow.Schema of a typed table; None otherwise."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What was assumed about the file and the user should know: sentences."""
 
     def __iter__(self) -> Iterator[Row | BadRow]: ...
 

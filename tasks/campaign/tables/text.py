@@ -51,7 +51,7 @@ def recognized(head: bytes, is_all: bool) -> tuple[str, list[str]]:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head, final=is_all)
     except UnicodeDecodeError:
-        return _FALLBACK, ["It is not UTF-8, and is read as Windows-1252: name its encoding if it is another."]
+        return _FALLBACK, ["It is not UTF-8, and is read as Windows-1252: name another with --encoding."]
     return "utf-8", []
 
 

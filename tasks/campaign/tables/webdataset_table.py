@@ -54,18 +54,21 @@ class WebDatasetTable:
     def __init__(self, path: str) -> None:
         """Raises TableError if the file is no tar file, or an empty one."""
         self._path = path
-        self.columns: list[str] = []
         self.notes: list[str] = []
+        self._columns: dict[str, None] = {}
         for _ in islice(self, HEAD_ROWS):
             pass
-        if not self.columns:
+        if not self._columns:
             raise TableError(f"{path} has no files in it.")
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self._columns)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         for key, files in groupby(self._files(), key=lambda file: file.key):
             row = _row(key, list(islice(files, MAX_FILES + 1)))
-            known = row.values if isinstance(row, BadRow) else row
-            self.columns += [name for name in known if name not in self.columns]
+            self._columns.update(dict.fromkeys(row.values if isinstance(row, BadRow) else row))
             yield row
 
     def _files(self) -> Iterator[_File]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from tasks.campaign.plan import Plan
-from tasks.campaign.tables import BadRow, Picture, TableError, open_table, open_writer, webdataset_table
-from tasks.errors import ImageInvalid
+from tasks.campaign.tables import BadRow, Picture, TableError, folder_table, open_table, open_writer, webdataset_table
+from tasks.errors import ImageInvalid, ImageTooLarge
 from tests.support.pictures import png
 
 
@@ -57,6 +58,16 @@ def test_a_picture_that_vanishes_fails_alone(tmp_path: Path) -> None:
     with pytest.raises(ImageInvalid, match="Column 'file': the picture cannot be read") as caught:
         Plan("caption", image="file").job(row)  # type: ignore[arg-type]
     assert caught.value.detail == "no_file"
+
+
+def test_what_is_no_picture_to_send_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_table, "MAX_JOB_BYTES", 1_000)
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"x" * 2_000)
+    pipe, large = open_table(str(tmp_path))
+    assert pipe == BadRow("a.png is no file: remove it.", {"file": "a.png", "folder": ""})
+    with pytest.raises(ImageTooLarge, match="Column 'file': The picture has more than 1,000 bytes"):
+        Plan("caption", image="file").job(large)  # type: ignore[arg-type]
 
 
 # WebDataset

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.campaign.tables import BadRow, Row, TableError, csv_records, open_table, open_writer, text
+from tasks.campaign.tables import BadRow, Row, TableError, check_output, csv_records, open_table, open_writer, text
 from tests.support.pictures import png
 
 CSV = 'url,name\nhttps://example.com/a.jpg,Größe\nb,"two\nlines, and ""quotes"""\n'
@@ -47,7 +47,7 @@ def test_windows_encoding_is_assumed_and_told(tmp_path: Path) -> None:
     path = saved(tmp_path, CSV.encode("cp1252"))
     found = open_table(path)
     assert list(found) == ROWS
-    assert found.notes == ["It is not UTF-8, and is read as Windows-1252: name its encoding if it is another."]
+    assert found.notes == ["It is not UTF-8, and is read as Windows-1252: name another with --encoding."]
     assert open_table(path, encoding="latin-1").notes == []
     with pytest.raises(TableError, match="no encoding 'uft-8'"):
         open_table(path, encoding="uft-8")
@@ -58,7 +58,8 @@ def test_a_row_in_another_encoding_fails_alone(tmp_path: Path, monkeypatch: pyte
     assert table(tmp_path, b"a,b\n1,x\n2,Gr\xf6\xdfe\n3,y\n") == [
         {"a": "1", "b": "x"},
         BadRow(
-            "Line 3 is not UTF-8: name the file's encoding, or save it as UTF-8.", {"a": "2", "b": "Gr\ufffd\ufffde"}
+            "Line 3 is not UTF-8: name the encoding with --encoding, or save the file as UTF-8.",
+            {"a": "2", "b": "Gr\ufffd\ufffde"},
         ),
         {"a": "3", "b": "y"},
     ]
@@ -84,7 +85,7 @@ def test_a_comma_in_the_header_decides(tmp_path: Path) -> None:
     assert open_table(saved(tmp_path, "a;x,b|y\n"), delimiter=";").columns == ["a", "x,b|y"]
     assert open_table(saved(tmp_path, "sep=;\na;b,c\n1;2\n")).columns == ["a", "b,c"]
     assert table(tmp_path, "a,b\tc\n1,2\t3\n", "t.tsv") == [{"a,b": "1,2", "c": "3"}]
-    with pytest.raises(TableError, match=r"separated by ';' or '\|': name the delimiter"):
+    with pytest.raises(TableError, match=r"separated by ';' or '\|': name it with --delimiter"):
         open_table(saved(tmp_path, "a;b|c\n"))
     with pytest.raises(TableError, match="A delimiter is one character"):
         open_table(saved(tmp_path, "a;b\n"), delimiter="::")
@@ -231,6 +232,19 @@ def test_an_output_is_replaced_whole_or_not_at_all(name: str, tmp_path: Path) ->
     assert next(iter(open_table(str(path)))) in ({"a": "1"}, {"a": 1})
     assert [one.name for one in tmp_path.iterdir()] == [name]
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet", "a.tsv.gz"])
+def test_an_output_is_checked_without_a_trace(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    check_output(str(path))
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("before")
+    check_output(str(path))
+    assert path.read_text() == "before"
+    for wrong in (tmp_path / "a.xlsx", tmp_path / "none" / name):
+        with pytest.raises(TableError, match=r"annot be written|Cannot write"):
+            check_output(str(wrong))
 
 
 # What is written is read as it was
