@@ -16,7 +16,7 @@ from ..campaign.record import CampaignRecord, base_name, public_id
 from ..campaign.state import CampaignState, state_path
 from .console import echo, echo_json, echo_rows, json_option
 
-#: What stands for the host of a row whose image has no URL.
+#: What stands for no host: the image has no URL, or its host is not among the 1,000 with the most failures.
 NO_HOST = "-"
 
 
