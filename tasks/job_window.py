@@ -18,6 +18,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from .errors import IdeficsError, JobError, ModelNotFound, QueueFull, from_broker
 from .outcomes import Outcome
 from .payloads import Job
+from .steering import MAX_HELD_BACK_S
 
 #: Jobs in flight: enough for some workers with full batches.
 WINDOW = 1_000
@@ -150,9 +151,9 @@ class JobWindow(Generic[ItemT, AnswerT]):
             yield answers
             if ended and not self._keep_results:
                 self._forget(ended)
-            # Workers hold the jobs back while it is paused: they are in no queue.
             if answers or self.trouble or self.is_paused:
-                self._last_news = time.monotonic()
+                # Workers hold the jobs back while it is paused, and for a while longer: they are in no queue.
+                self._last_news = time.monotonic() + (MAX_HELD_BACK_S if self.is_paused else 0)
             pause = FIRST_PAUSE_S if answers else min(pause * 1.5, LAST_PAUSE_S)
             if not self._can_send or self.trouble or self.in_flight >= self._window:
                 self._check_for_lost_jobs()

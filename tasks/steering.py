@@ -17,6 +17,8 @@ State = Literal["running", "paused", "canceled"]
 
 #: Seconds for which producers and workers use what they have read.
 READ_S = 1.0
+#: Seconds for which a worker holds a paused campaign's job back at most, before it looks again.
+MAX_HELD_BACK_S = 30.0
 #: The id under which others see a campaign (tasks/campaign/record.py).
 _ID_CHARS, _ID_DIGITS = 12, frozenset("0123456789abcdef")
 

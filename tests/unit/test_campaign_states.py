@@ -10,8 +10,16 @@ import pytest
 
 from tasks.protocol import CAMPAIGN
 from tasks.steering import READ_S, Wanted, campaign_of
-from tests.support.waiting import SOON_S
-from worker.queue.campaigns import MAX_COUNTDOWN_S, MAX_KNOWN, MIN_COUNTDOWN_S, CampaignStates, held_back_s
+from tests.support.waiting import SOON_S, eventually
+from worker.queue.campaigns import (
+    MAX_COUNTDOWN_S,
+    MAX_KNOWN,
+    MIN_COUNTDOWN_S,
+    WATCH_S,
+    CampaignStates,
+    CampaignWatch,
+    held_back_s,
+)
 
 PAUSED = Wanted("paused", 5.0)
 
@@ -112,3 +120,33 @@ def test_a_countdown_grows_with_the_pause_within_its_bounds_and_is_spread() -> N
     assert len({round(each, 3) for each in first}) > 100
     # A worker's clock may be behind the server's.
     assert held_back_s(-100.0) >= MIN_COUNTDOWN_S
+
+
+# The parent
+
+
+def test_the_parent_learns_what_is_wanted_without_waiting(redis: Redis) -> None:
+    watch = CampaignWatch(redis, lambda: redis.now)
+    redis.wanted["a"] = PAUSED
+    assert watch.wanted("a") == Wanted()
+    watch.start()
+
+    def is_known() -> bool:
+        watch.refresh()
+        return watch.wanted("a") == PAUSED
+
+    eventually(is_known)
+    # A campaign without jobs is polled no longer.
+    redis.now += WATCH_S
+    watch.refresh()
+    assert watch.wanted("a") == Wanted()
+
+
+def test_the_parent_polls_a_bounded_number_of_campaigns(redis: Redis) -> None:
+    watch = CampaignWatch(redis, lambda: redis.now)
+    for number in range(2 * MAX_KNOWN):
+        watch.wanted(str(number))
+    watch.refresh()
+    watch.start()
+    eventually(lambda: redis.read)
+    assert len(redis.read) == MAX_KNOWN

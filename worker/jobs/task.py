@@ -32,7 +32,7 @@ from worker.jobs.service import Service
 from worker.observability import tracing
 from worker.observability.job_fields import note_code
 from worker.observability.redaction import log_defect
-from worker.queue.campaigns import CampaignStates, held_back_s, reader
+from worker.queue.campaigns import CampaignStates, CampaignWatch, held_back_s, reader
 from worker.queue.publisher import OneProducerEach
 from worker.queue.result_backend import CANCELED, current_submission
 
@@ -45,8 +45,9 @@ class JobApp(OneProducerEach):
     settings: Settings
     #: Records the callbacks of jobs that have ended, in both processes.
     recorder: CallbackRecorder
-    #: What users want of the campaigns whose jobs this process runs.
+    #: What users want of campaigns: in the model process, and in the parent.
     campaigns: CampaignStates
+    campaign_watch: CampaignWatch
     #: Runs jobs; only in the model process, once the model is loaded.
     service: Service | None = None
     #: In the log: `parent` or `model`.
@@ -57,6 +58,7 @@ class JobApp(OneProducerEach):
         self.settings = settings
         self.recorder = CallbackRecorder(self, settings)
         self.campaigns = CampaignStates(reader(self))
+        self.campaign_watch = CampaignWatch(reader(self))
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
         """Celery's, with a priority that the receiver reads: a producer's own worker reads only four of the ten."""

@@ -1,7 +1,12 @@
 """What users want of campaigns: a worker holds back the jobs of a paused one, and ends those of a canceled one.
 
-A job names its campaign in a header (tasks/steering.py); jobs without one cost nothing here. A paused campaign's job is
-sent again with a countdown before it begins, so it waits in Redis (worker/queue/due.py) and takes no place from others.
+A job names its campaign in a header (tasks/steering.py); jobs without one cost nothing here. A paused campaign's job
+waits in Redis (worker/queue/due.py), takes no place from others, and comes back after some seconds, to wait again or to
+begin. Both processes see to it:
+
+- The parent moves a job into the set of those before their time as soon as it is delivered, which costs little. It
+  knows only the campaigns that it has polled, since its event loop must not wait for Redis.
+- The model process reads what is wanted just before a job begins, and sends the job again with a countdown.
 """
 
 from __future__ import annotations
@@ -10,22 +15,30 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from celery import Celery
+from kombu.message import Message
 
 from tasks.outbox import connect
+from tasks.payloads import PAYLOADS
 from tasks.redis_keys import broker_prefix
-from tasks.steering import READ_S, Wanted, read_wanted
+from tasks.steering import MAX_HELD_BACK_S, READ_S, Wanted, campaign_of, read_wanted
+from worker.observability.metrics import RETRIES
+from worker.queue.cancellation import CancellationPoller
+from worker.queue.due import ends_when_delivered
 from worker.runtime import gil
 
 logger = logging.getLogger(__name__)
 
 #: Bounds in seconds of the countdown of a paused campaign's job. It grows with the pause, and differs from job to job:
 #: the least is half of the most.
-MIN_COUNTDOWN_S, MAX_COUNTDOWN_S = 5.0, 30.0
+MIN_COUNTDOWN_S, MAX_COUNTDOWN_S = 5.0, MAX_HELD_BACK_S
 #: Campaigns that are remembered; a producer may name any number.
 MAX_KNOWN = 1_000
+#: Seconds that the parent polls a campaign after its last job: longer than a job is held back.
+WATCH_S = 2 * MAX_COUNTDOWN_S
 
 Reader = Callable[[Sequence[str]], dict[str, Wanted]]
 
@@ -87,3 +100,54 @@ class CampaignStates:
             self._known.clear()
         self._known[campaign] = self._clock(), wanted
         return wanted
+
+
+class CampaignWatch:
+    """What is wanted of the campaigns whose jobs this worker gets, at most about a second old. Never waits for Redis.
+
+    For the parent's event loop alone.
+    """
+
+    def __init__(self, read: Reader, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._poller: CancellationPoller[tuple[str, Wanted]] = CancellationPoller(
+            lambda ids: set(read(tuple(ids)).items()), READ_S
+        )
+        #: When each campaign was last asked for.
+        self._asked_at: dict[str, float] = {}
+        self._known: dict[str, Wanted] = {}
+
+    def start(self) -> None:
+        """Start polling, until the process ends."""
+        self._poller.start()
+
+    def wanted(self, campaign: str) -> Wanted:
+        """What is wanted of a campaign; that it runs, while that is not known. It is polled from now on."""
+        if campaign in self._asked_at or len(self._asked_at) < MAX_KNOWN:
+            self._asked_at[campaign] = self._clock()
+        return self._known.get(campaign, Wanted())
+
+    def refresh(self) -> None:
+        """Take over what the last poll found, and forget campaigns without jobs. To be called at least every second."""
+        now = self._clock()
+        self._asked_at = {id: at for id, at in self._asked_at.items() if now - at < WATCH_S}
+        self._known |= self._poller.exchange(self._asked_at)
+        self._known = {id: wanted for id, wanted in self._known.items() if id in self._asked_at}
+
+
+def hold_back(message: Message, arguments: Mapping[str, Any], watch: CampaignWatch) -> bool:
+    """Have Redis keep a checked message for some seconds if its campaign is paused. False for a job that goes on.
+
+    To be called while the message is being delivered. Jobs with a deadline go on: the model process ends those whose
+    deadline has passed.
+    """
+    headers, channel = message.headers, message.channel
+    campaign = campaign_of(headers)
+    wanted = watch.wanted(campaign) if campaign else Wanted()
+    if wanted.state != "paused" or arguments.get("deadline_s") or headers["task"] not in PAYLOADS:
+        return False
+    if not hasattr(channel, "delay") or ends_when_delivered(headers):
+        return False
+    channel.delay(message.delivery_tag, channel.taken_at + held_back_s(time.time() - wanted.since), headers["id"])
+    RETRIES.labels(headers["task"], "").inc()
+    return True

@@ -21,9 +21,8 @@ from celery.worker import state as worker_state
 
 from tasks.outbox import connect
 from tasks.redis_keys import CANCELLATION, broker_prefix, results_prefix
-from tasks.steering import READ_S, campaign_of
+from tasks.steering import campaign_of
 from worker.observability.job_fields import job_extra
-from worker.queue.campaigns import reader
 from worker.queue.due import DueJob, DueJobs
 from worker.queue.transport import Channel
 
@@ -96,14 +95,11 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         self._canceled: set[str] = set()
         backend, prefix = worker.app.backend, results_prefix(worker.app)
         self._poller = CancellationPoller(lambda ids: canceled_among(ids, backend, prefix))
-        read_wanted = reader(worker.app)
-        self._campaign_poller = CancellationPoller(
-            lambda ids: {id for id, wanted in read_wanted(tuple(ids)).items() if wanted.state == "canceled"}, READ_S
-        )
         jobs = DueJobs(lambda: (connect(worker.app), broker_prefix(worker.app)))
         self._due_poller = CancellationPoller(lambda _: canceled_due_jobs(jobs, backend, prefix))
-        for poller in (self._poller, self._campaign_poller, self._due_poller):
-            poller.start()
+        self._poller.start()
+        self._due_poller.start()
+        worker.app.campaign_watch.start()
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
         """Called at every reconnect to the broker, with an empty event loop."""
@@ -122,11 +118,12 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         self._end_due()
 
     def _end_campaigns(self, held: Mapping[str, list[Any]]) -> None:
-        campaigns = {id: campaign_of(requests[0].request_dict) for id, requests in held.items()}
-        canceled = self._campaign_poller.exchange({campaign for campaign in campaigns.values() if campaign})
-        for id, campaign in campaigns.items():
-            if campaign in canceled and id not in worker_state.revoked:
-                self._end(held[id], f"with its campaign {campaign}")
+        watch = self._worker.app.campaign_watch
+        watch.refresh()
+        for id, requests in held.items():
+            campaign = campaign_of(requests[0].request_dict)
+            if campaign and watch.wanted(campaign).state == "canceled" and id not in worker_state.revoked:
+                self._end(requests, f"with its campaign {campaign}")
 
     def _end(self, requests: list[Any], how: str) -> None:
         id = requests[0].id

@@ -18,6 +18,7 @@ from tasks.errors import Internal, InvalidRequest, JobError
 from tasks.failed import FailedBounds
 from worker.observability.job_fields import job_extra
 from worker.observability.redaction import log_defect, without_message
+from worker.queue.campaigns import hold_back
 from worker.queue.dead_letters import keep_misrouted, misrouted, unknown_task
 from worker.queue.due import delay_until_due, release
 from worker.queue.envelope import NO_ENVELOPE, NO_TASK, UNREADABLE, MessageRefused, checked, readable, usable_id
@@ -66,7 +67,8 @@ class Consumer(ResilientConsumer):
             # Decoded once, and kept only until the request is made: it takes many times the body's memory.
             message._decoded_cache, message._raw = list(envelope.payload), None
             try:
-                if not delay_until_due(message):
+                watch, arguments = self.app.campaign_watch, envelope.payload[1]
+                if not (delay_until_due(message) or hold_back(message, arguments, watch)):
                     handle(message)
             except (*self.connection_errors, *self.channel_errors):
                 raise

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,14 +170,18 @@ def delay_until_due(message: Message) -> bool:
         return False
     at = unix_seconds(headers["eta"])
     if at > channel.taken_at:
-        # Celery ends a revoked or expired job when it is delivered, even before its time.
-        if headers["id"] in worker_state.revoked or unix_seconds(headers.get("expires")) < time.time():
+        if ends_when_delivered(headers):
             return False
         channel.delay(message.delivery_tag, at, headers["id"])
         return True
     # This worker's own clock may be behind: Celery would wait for it.
     del headers["eta"]
     return False
+
+
+def ends_when_delivered(headers: Mapping[str, Any]) -> bool:
+    """Whether Celery ends a job when it is delivered, even before its time: it is revoked or expired."""
+    return headers["id"] in worker_state.revoked or unix_seconds(headers.get("expires")) < time.time()
 
 
 def release(channel: Any, queues: Iterable[str]) -> None:
