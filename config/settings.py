@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from config.injected import is_injected
 from config.parsing import (
     CommaSeparated,
     Networks,
@@ -140,8 +140,12 @@ class Settings(BaseSettings):
     """PEM file with additional certificate authorities, for images and callbacks inside your network. Public
     authorities stay trusted."""
     image_host_concurrency: int = Field(default=8, ge=1)
-    """Simultaneous downloads from one host, so that a bulk job does not overload a site and a slow site does not hold
-    all threads."""
+    """Simultaneous downloads from one host by this worker, so that a bulk job does not overload a site and a slow site
+    does not hold all threads."""
+    image_host_shared: int = Field(default=32, ge=0)
+    """Simultaneous downloads from one host by all workers of the broker together, so that a site is asked no more often
+    when workers are added. Raise it for a host of your own that can take more. Set it to image_host_concurrency if the
+    sites are strangers'. 0: each worker keeps to its own limit only."""
     image_jobs: int = Field(default=0, ge=0)
     """Jobs that download images at the same time, from any host, so that hosts that hang do not hold all threads. 0: a
     third of the jobs that the worker holds."""
@@ -348,31 +352,6 @@ class Settings(BaseSettings):
         return self.image_jobs or max(1, self.job_threads // 3)
 
 
-#: Variables that Kubernetes puts into each pod for a Service of its namespace, and docker for `--link`: the ends of
-#: their names, and the forms of their values. For a Service called `idefics-redis` they begin like our settings.
-_INJECTED = tuple(
-    (re.compile(name + r"\Z"), re.compile(value))
-    for name, value in (
-        (r"_SERVICE_HOST", r"[\w.:-]*"),
-        (r"_SERVICE_PORT(_[A-Z0-9_]+)?", r"\d*"),
-        (r"_PORT", r"(tcp|udp|sctp)://\S+"),
-        (r"_PORT_\d+_(TCP|UDP|SCTP)", r"(tcp|udp|sctp)://\S+"),
-        (r"_PORT_\d+_(TCP|UDP|SCTP)_PROTO", r"tcp|udp|sctp"),
-        (r"_PORT_\d+_(TCP|UDP|SCTP)_PORT", r"\d+"),
-        (r"_PORT_\d+_(TCP|UDP|SCTP)_ADDR", r"[\w.:-]+"),
-        # docker's links: the name, and the other container's environment.
-        (r"_NAME", r"/\S+"),
-        (r"_ENV_\w+", r"(?s:.*)"),
-    )
-)
-
-
-def is_injected(name: str, value: str) -> bool:
-    """Whether a variable was set by Kubernetes or docker, for a service whose name begins like our settings."""
-    rest = name[len(PREFIX) - 1 :]
-    return any(ending.search(rest) and form.fullmatch(value) for ending, form in _INJECTED)
-
-
 #: Old names of settings, without the prefix, and their fields. They are read if the new name is not set.
 RENAMED = {
     "ATOMIC_TAKE": "atomic_reserve",
@@ -385,7 +364,7 @@ def load() -> Settings:
     """The settings of this environment. Raises ValueError for an unknown `IDEFICS_` name."""
     known = {PREFIX + name for name in (*map(str.upper, Settings.model_fields), *RENAMED)}
     others = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name not in known}
-    unknown = sorted(name for name, value in others.items() if not is_injected(name, value))
+    unknown = sorted(name for name, value in others.items() if not is_injected(name[len(PREFIX) - 1 :], value))
     if unknown:
         raise ValueError(f"Unknown settings: {', '.join(unknown)}. `python -m config` lists all.")
     return Settings(**_renamed())

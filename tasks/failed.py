@@ -18,7 +18,7 @@ from celery.backends.redis import RedisBackend
 from kombu.utils import json as kombu_json
 
 from .errors import ConfigurationError, InvalidRequest, NotFound
-from .protocol import CAMPAIGN, CONTINUES, HIDDEN, QUEUE, SUBMITTED_AT
+from .protocol import CAMPAIGN, CONTINUES, HIDDEN, QUEUE, RUN, SUBMITTED_AT
 from .redis_keys import (
     FAILED,
     FAILED_ABOUT,
@@ -209,7 +209,8 @@ def _address(again: Any, queue: str | None) -> None:
     if not (options.get("queue") or options.get("exchange")):
         options["queue"] = QUEUE
     # The deadline counts from now. Its campaign may be paused or canceled, or has gone on without it.
-    kept = {name: value for name, value in (options.get("headers") or {}).items() if name not in (CONTINUES, CAMPAIGN)}
+    gone = (CONTINUES, RUN, CAMPAIGN)
+    kept = {name: value for name, value in (options.get("headers") or {}).items() if name not in gone}
     options["headers"] = {**kept, SUBMITTED_AT: time.time()}
     options.update(HIDDEN)
 

@@ -20,6 +20,8 @@ CONTINUES = "idefics_continues"
 #: The message header of a campaign's job: the id under which others see the campaign (tasks/campaign/record.py). By it
 #: workers hold back the jobs of a paused campaign and end those of a canceled one. Retries keep it.
 CAMPAIGN = "idefics_campaign"
+#: The message header with the number of times that a worker has sent a job again without a retry.
+RUN = "idefics_run"
 #: Celery's options that hide a job's arguments in logs, events and monitors: prompts and signed URLs.
 HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
 #: Seconds that a cancellation's key is kept (tasks/redis_keys.py): longer than a job may wait, also for its `eta`.

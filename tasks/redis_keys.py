@@ -63,6 +63,11 @@ def _of_failed(part: str, type: Type, meaning: str) -> RedisKey:
     return RedisKey(f"idefics:failed{part}", "results", type, "IDEFICS_FAILED_TTL_S", ("worker",), readers, meaning)
 
 
+def _for_workers(pattern: str, type: Type, ttl: str | None, meaning: str) -> RedisKey:
+    """A key of the queues' database that workers alone use."""
+    return RedisKey(pattern, "queues", type, ttl, ("worker",), ("worker",), meaning)
+
+
 def _of_workers(part: str, type: Type, ttl: str, meaning: str) -> RedisKey:
     readers: tuple[User, ...] = ("producer", "worker", "monitor", "exporter")
     return RedisKey(f"idefics:worker:{part}", "queues", type, ttl, ("worker",), readers, meaning)
@@ -107,13 +112,10 @@ UNACKED_INDEX = RedisKey(
     ("worker", "monitor"),
     "Tags of the messages in `unacked`, by the time of their worker's last renewal. Permanent: they belong to jobs.",
 )
-UNACKED_MUTEX = RedisKey(
+UNACKED_MUTEX = _for_workers(
     "unacked_mutex",
-    "queues",
     "string",
     "the time between two sweeps, twice at most",
-    ("worker",),
-    ("worker",),
     "Lock of the worker that sweeps for messages of silent workers.",
 )
 BINDING = RedisKey(
@@ -169,32 +171,30 @@ DUE = RedisKey(
     ("worker", "monitor", "exporter"),
     "Messages of a queue's list that wait for their `eta` or `countdown`, by due time. Permanent: they are jobs.",
 )
-DUE_IDS = RedisKey(
+DUE_IDS = _for_workers(
     "idefics:due-ids",
-    "queues",
     "zset",
     None,
-    ("worker",),
-    ("worker",),
     "Ids of the jobs in `idefics:due:{list}`, by due time: finds canceled jobs. Permanent: they belong to jobs.",
 )
-REDELIVERIES = RedisKey(
+REDELIVERIES = _for_workers(
     "idefics:redeliveries:{id}",
-    "queues",
     "hash",
     "7 days beyond the visibility timeout",
-    ("worker",),
-    ("worker",),
     "A job's redeliveries after deaths of workers, by its retries (worker/queue/redeliveries.py).",
 )
-LOAD = RedisKey(
+LOAD = _for_workers(
     "idefics:load:{queue}",
-    "queues",
     "hash",
     "5",
-    ("worker",),
-    ("worker",),
     "The loads of a queue's workers, while one is busy (worker/queue/load_balancing.py).",
+)
+HOST_SLOTS = _for_workers(
+    "idefics:host:{digest}",
+    "hash",
+    "5, or until the host may be asked again: IDEFICS_IMAGE_RETRY_AFTER_MAX_S at most",
+    "An image host's slots that workers have leased, by worker, and the time until which the host wants no requests "
+    "(worker/images/host_leases.py).",
 )
 WORKER_OPTIONS = RedisKey(
     "idefics:worker:options",

@@ -28,9 +28,11 @@ from celery.app.trace import fast_trace_task
 from celery.concurrency.prefork import process_initializer
 from celery.exceptions import Reject, TaskPredicate
 from celery.states import FAILURE
+from redis import Redis
 
 from config.settings import Settings
-from tasks.redis_keys import results_prefix
+from tasks.outbox import connect
+from tasks.redis_keys import broker_prefix, results_prefix
 from tasks.worker_registry import RENEW_S
 from worker.app import app
 from worker.delivery.recorder import TerminalState
@@ -38,10 +40,13 @@ from worker.engine.device_errors import is_device_lost
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Model
 from worker.engine.throughput import Throughput
+from worker.images.download_limits import DownloadLimits
+from worker.images.host_leases import HostLeases
+from worker.images.parking import ParkedJobs
 from worker.jobs.answer_cache import AnswerCache, fingerprint
 from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
-from worker.jobs.task import RunCanceled, RunReturned
+from worker.jobs.task import RunCanceled, RunParked, RunReturned
 from worker.models.start import batch_limits, load_model, model_facts
 from worker.observability import tracing
 from worker.observability.exposition import ChangedValues
@@ -63,8 +68,10 @@ from worker.pool.wire import (
     GiveBack,
     Heartbeat,
     Metrics,
+    Parked,
     Raised,
     Ready,
+    Resume,
     Returned,
     RunJob,
     Started,
@@ -99,9 +106,12 @@ einfo._Frame.Code = staticmethod(functools.lru_cache(1_000)(einfo._Code))
 class JobThreads:
     """The threads that run jobs, one job each at a time, directed by the parent's messages."""
 
-    def __init__(self, channel: BlockingChannel, service: Service, settings: Settings) -> None:
+    def __init__(
+        self, channel: BlockingChannel, service: Service, settings: Settings, downloads: DownloadLimits
+    ) -> None:
         self._channel = channel
         self._service = service
+        self._downloads = downloads
         self._settings = settings
         self._queue: queue.SimpleQueue[RunJob] = queue.SimpleQueue()
         #: Ids of the queued and running jobs, by serial number.
@@ -166,6 +176,9 @@ class JobThreads:
             outcome = self._outcome(job)
             self._service.forget(self._ids.pop(job.serial))
             self._channel.send(outcome)
+            if isinstance(outcome, Parked):
+                # Not before the parent has heard of it, which the limits then ask for it.
+                self._downloads.park(outcome.host)
 
     def _outcome(self, job: RunJob) -> FinalMessage:
         if self._service.is_canceled(job.arguments[1]):
@@ -206,6 +219,8 @@ def _reported(serial: int, outcome: tuple[Any, ...]) -> FinalMessage:
         error = _bare(value)
         if isinstance(error, RunReturned):
             return Returned(serial)
+        if isinstance(error, RunParked):
+            return Parked(serial, error.host)
         if isinstance(error, RunCanceled):
             return Canceled(serial, error.partial)
     return Done(serial, outcome)
@@ -281,14 +296,17 @@ class HeartbeatSender:
             self._metrics.send_if_due()
 
 
-def _service(settings: Settings, channel: BlockingChannel, metrics: MetricsSender) -> Service:
+def _service(
+    settings: Settings, channel: BlockingChannel, metrics: MetricsSender, downloads: DownloadLimits
+) -> Service:
     """Load the model, start its engine, and check its golden answer. Raises SetupFailed."""
     model, folder = load_model(settings)
     _describe(model)
     limits = batch_limits(model, settings)
     heartbeat = HeartbeatSender(channel, model, limits.rows, metrics)
     engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
-    service = Service(settings, model.info, model.codec, engine, _answers(settings, folder), model.rules)
+    answers = _answers(settings, folder)
+    service = Service(settings, model.info, model.codec, engine, answers, model.rules, downloads)
     heartbeat.throughput, heartbeat.rows = lambda: service.throughput, lambda: engine.running
     engine.start()
     service.check_golden(folder)
@@ -317,6 +335,17 @@ def _end_without_device(error: BaseException) -> None:
     os._exit(DEVICE_LOST)
 
 
+def _download_limits(settings: Settings, channel: BlockingChannel) -> DownloadLimits:
+    parked = ParkedJobs(lambda host, most: channel.send(Resume(host, most)))
+    leases = HostLeases(_broker_client, settings.image_host_shared) if settings.image_host_shared else None
+    return DownloadLimits(settings, parked, leases)
+
+
+def _broker_client() -> tuple[Redis, str]:
+    """A client of the broker, without retries, and the prefix of all keys."""
+    return connect(app), broker_prefix(app)
+
+
 def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:
     if not settings.answer_cache_ttl_s:
         return None
@@ -343,9 +372,10 @@ def main() -> None:
     settings = app.settings
     # Kombu's own attempts to connect would hold the GIL permit; the publisher waits without it.
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "max_retries": 0}
+    downloads = _download_limits(settings, channel)
     metrics = MetricsSender(channel, METRICS_S if settings.metrics_address else UNSERVED_METRICS_S)
     try:
-        service = _service(settings, channel, metrics)
+        service = _service(settings, channel, metrics, downloads)
     except RuntimeError as error:
         if is_device_lost(error):
             # Another process may find it well again.
@@ -356,7 +386,7 @@ def main() -> None:
     tracing.describe(service.model.id)
     # Objects made while loading live as long as the process, so the garbage collector can skip them.
     gc.freeze()
-    JobThreads(channel, service, settings).serve()
+    JobThreads(channel, service, settings, downloads).serve()
     # The parent may be gone.
     with contextlib.suppress(OSError):
         metrics.send()

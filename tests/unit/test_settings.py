@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from config.__main__ import lines
 from config.celery import configuration, drop_overrides
-from config.settings import PREFIX, Settings, is_injected, load
+from config.injected import is_injected
+from config.settings import PREFIX, Settings, load
 from tasks import Client
 
 Environment = Callable[..., Settings]
@@ -210,7 +211,7 @@ def test_a_misspelt_setting_is_no_services(environment: Environment, name: str, 
 
 
 def test_no_setting_could_be_taken_for_a_services() -> None:
-    names = [PREFIX + name.upper() for name in Settings.model_fields]
+    names = [f"_{name.upper()}" for name in Settings.model_fields]
     values = ("tcp://10.0.0.11:6379", "10.0.0.11", "6379", "tcp", "/worker/idefics")
     assert not [name for name in names for value in values if is_injected(name, value)]
 

@@ -1,5 +1,5 @@
 """The pictures of jobs: read from their sources, decoded, cached.
 
 `loader.py` loads a job's images, `sources.py` reads files and data: URIs, `fetch.py` downloads (which addresses are
-allowed is decided in `worker/net/policy.py`), `host_limits.py` limits downloads from one host, `decode.py` decodes.
+allowed is decided in `worker/net/policy.py`), `download_limits.py` limits downloads, `decode.py` decodes.
 """

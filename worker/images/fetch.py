@@ -65,8 +65,6 @@ class FetchPolicy(NetworkPolicy):
     #: The folder below which paths are read. None: paths are refused.
     root: Path | None = None
     max_redirects: int = 5
-    #: Maximum simultaneous downloads from one host.
-    host_concurrency: int = 8
     #: How a host's operators can reach the operator of this worker; part of the User-Agent.
     contact: str | None = None
 

@@ -18,8 +18,8 @@ from tasks.payload_fields import CheckedImage
 from worker.engine.row import Picture
 from worker.images.cache import PictureCache
 from worker.images.decode import ImageLimits, open_image
+from worker.images.download_limits import NETWORK, DownloadLimits
 from worker.images.fetch import FetchPolicy
-from worker.images.host_limits import HostLimiter
 from worker.images.sources import SourceReader, is_remote
 from worker.observability import tracing
 from worker.observability.metrics import STAGES
@@ -49,17 +49,17 @@ class ImageLoader:
         settings: Settings,
         preprocess: Callable[[Image], Picture],
         expecting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        downloads: DownloadLimits | None = None,
     ) -> None:
         """`preprocess` scales a decoded RGB image for the model. `expecting` is entered while a large file is decoded:
-        see RowQueue."""
+        see RowQueue. `downloads`: by default limits that are not shared, and no parked jobs."""
         self._preprocess = preprocess
         self._expecting = expecting
         self._limits = ImageLimits(max_pixels=settings.image_max_pixels)
-        self._sources = SourceReader(fetch_policy(settings))
+        downloads = downloads or DownloadLimits(settings)
+        self._network = downloads.network
+        self._sources = SourceReader(fetch_policy(settings), downloads.hosts)
         self._max_wait_s = settings.image_timeout_s
-        # The whole network counts as one host, so that hosts that hang leave threads to jobs without URLs. Only a
-        # quarter may wait: otherwise all threads could wait before it shows that the hosts hang.
-        self._network = HostLimiter(settings.image_job_concurrency, max_waiting=settings.image_job_concurrency // 4)
         self._cache = PictureCache(self.open, settings.image_cache_bytes)
         # More decoders than cores would only compete for the GIL.
         self._decoders = threading.Semaphore(len(all_cores()))
@@ -74,10 +74,11 @@ class ImageLoader:
         if not sources:
             return []
         started = time.monotonic()
+        may_park = not any(map(_is_inline, sources))
         if sum(map(is_remote, sources)) < 2:
-            decoded = [self._load(source) for source in sources]
+            decoded = [self._load(source, may_park) for source in sources]
         else:
-            with gil.released(), self._network.acquire(""):
+            with gil.released(), self._network.acquire(NETWORK, may_park=may_park):
                 decoded = self._load_at_once(sources)
         _observe(time.monotonic() - started, sum(each.seconds for each in decoded))
         return [each.picture for each in decoded]
@@ -88,11 +89,11 @@ class ImageLoader:
         with self._decoders, cores, tracing.stage("decode"):
             return self._preprocess(open_image(data, self._limits))
 
-    def _load(self, source: CheckedImage) -> _Decoded:
+    def _load(self, source: CheckedImage, may_park: bool) -> _Decoded:
         if not is_remote(source):
             return self._decoded(self._sources.read(source))
-        with gil.released(), self._network.acquire(""):
-            data = self._sources.read(source)
+        with gil.released(), self._network.acquire(NETWORK, may_park=may_park):
+            data = self._sources.read(source, may_park=may_park)
         return self._decoded(data)
 
     def _load_at_once(self, sources: Sequence[CheckedImage]) -> list[_Decoded]:
@@ -123,6 +124,11 @@ class ImageLoader:
             return self._cache.get(data)
 
 
+def _is_inline(source: CheckedImage) -> bool:
+    """True for bytes in the job's message, which takes too much memory to wait in numbers."""
+    return isinstance(source, str) and not is_remote(source)
+
+
 def _observe(seconds: float, decoding_s: float) -> None:
     """Observe the stages of a job's images. Several may be decoded at the same time."""
     decode_s = min(seconds, decoding_s)
@@ -139,7 +145,6 @@ def fetch_policy(settings: Settings) -> FetchPolicy:
         max_bytes=settings.image_max_bytes,
         root=settings.image_root,
         total_s=settings.image_timeout_s,
-        host_concurrency=settings.image_host_concurrency,
         contact=settings.contact,
         max_redirects=settings.image_max_redirects,
         ca_file=settings.ca_file,

@@ -26,13 +26,14 @@ _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_C
 class SourceReader:
     """Reads images from all three kinds of source. Thread-safe."""
 
-    def __init__(self, policy: FetchPolicy) -> None:
+    def __init__(self, policy: FetchPolicy, hosts: HostLimiter | None = None) -> None:
+        """`hosts`: limits of downloads; by default eight from each host."""
         self._policy = policy
         self._fetcher = Fetcher(policy)
-        self._hosts = HostLimiter(policy.host_concurrency)
+        self._hosts = HostLimiter(8) if hosts is None else hosts
 
-    def read(self, source: CheckedImage, wait_s: float | None = None) -> bytes:
-        """The bytes of one image, not yet checked to be a picture. `wait_s`: maximum seconds to wait for its host.
+    def read(self, source: CheckedImage, wait_s: float | None = None, *, may_park: bool = False) -> bytes:
+        """The bytes of one image, not yet checked to be a picture. `wait_s`, `may_park`: see `HostLimiter.acquire`.
 
         Raises ImageBlocked, ImageTooLarge, ImageInvalid, ImageUnreachable (retryable), or HostLimitReached.
         """
@@ -40,7 +41,8 @@ class SourceReader:
             return read_below(self._policy.root, source.path, self._policy.max_bytes)
         if not is_remote(source):
             return decode_data_uri(source, self._policy.max_bytes)
-        with tracing.stage("fetch"), self._hosts.acquire(requested_host(source), wait_s):
+        host = requested_host(source)
+        with tracing.stage("fetch"), self._hosts.acquire(host, wait_s, may_park=may_park):
             return self._fetcher.fetch(source)
 
 

@@ -21,6 +21,7 @@ from worker.engine.generation_rules import NO_RULES, GenerationRules
 from worker.engine.interfaces import Codec
 from worker.engine.row import NotBegun, Output, Picture, Row
 from worker.engine.throughput import Throughput
+from worker.images.download_limits import DownloadLimits
 from worker.images.host_limits import HostLimitReached
 from worker.images.loader import ImageLoader
 from worker.jobs.answer_cache import AnswerCache
@@ -64,13 +65,15 @@ class Service:
         engine: EngineProtocol,
         answers: AnswerCache | None = None,
         rules: GenerationRules = NO_RULES,
+        downloads: DownloadLimits | None = None,
     ) -> None:
-        """`rules`: the checkpoint's generation parameters; each result lists those that applied to it."""
+        """`rules`: the checkpoint's generation parameters; each result lists those that applied to it. `downloads`: see
+        ImageLoader."""
         self._info = info
         self._max_images = settings.max_images
         self._engine = engine
         self._answers = answers
-        self._images = ImageLoader(settings, codec.picture, engine.expecting)
+        self._images = ImageLoader(settings, codec.picture, engine.expecting, downloads)
         self._rows = RowBuilder(settings, codec, rules)
         self._results = ResultBuilder(info, codec, rules)
         self._runs = RunRegistry()

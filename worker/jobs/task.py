@@ -17,7 +17,7 @@ from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import Job, parse
-from tasks.protocol import CONTINUES, HIDDEN, SUBMITTED_AT
+from tasks.protocol import CONTINUES, HIDDEN, RUN, SUBMITTED_AT
 from tasks.redis_keys import results_prefix
 from tasks.results import Result
 from tasks.routing import priority_for
@@ -80,6 +80,14 @@ class RunReturned(Ignore):  # type: ignore[misc]
     """Ends a run that has not begun, for another worker: the parent process returns the message to the queue."""
 
 
+class RunParked(Ignore):  # type: ignore[misc]
+    """Ends a run that waits for an image's host: the parent process keeps the job, and runs it again."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host)
+        self.host = host
+
+
 class RunDropped(Ignore):  # type: ignore[misc]
     """Ends a run whose job has a terminal state already: its message is acknowledged, nothing is stored or sent."""
 
@@ -123,6 +131,9 @@ class JobTask(Task):  # type: ignore[misc]
             raise RunCanceled(canceled.partial) from canceled
         except NotBegun:
             raise RunReturned from None
+        except RunParked as parked:
+            # As below.
+            raise parked.with_traceback(None) from None
         except TaskPredicate:
             raise
         except JobError as error:
@@ -187,6 +198,8 @@ class JobTask(Task):  # type: ignore[misc]
         try:
             return service.run(job, self._context())
         except HostLimitReached as wait:
+            if wait.may_park:
+                raise RunParked(wait.host) from None
             self._drop_if_ended()
             self._reschedule(job, wait.countdown, "it waited for a download slot of an image's host")
         except JobError as error:
@@ -224,8 +237,10 @@ class JobTask(Task):  # type: ignore[misc]
         submitted_at = self.request.get(SUBMITTED_AT)
         if job.deadline_s and submitted_at and time.time() > submitted_at + job.deadline_s:
             raise DeadlineExceeded(f"The deadline passed while {why}: allow more time.")
-        # The deadline counts from the first submission.
-        headers = {**(self.request.headers or {}), SUBMITTED_AT: submitted_at, CONTINUES: True}
+        # The deadline counts from the first submission. The number tells the new message from this one, which the same
+        # worker may still hold when it arrives.
+        run = (self.request.get(RUN) or 0) + 1
+        headers = {**(self.request.headers or {}), SUBMITTED_AT: submitted_at, CONTINUES: True, RUN: run}
         again = self.signature_from_request(countdown=countdown, retries=self.request.retries, headers=headers)
         again.apply_async()
         raise Retry(f"The job runs again later: {why}.", when=countdown)

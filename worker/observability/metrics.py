@@ -96,7 +96,9 @@ REQUESTS_RUNNING = _gauge("idefics_num_requests_running", "Rows in the batch.")
 REQUESTS_WAITING = _gauge("idefics_num_requests_waiting", "Rows that wait for the batch or for their features.")
 JOBS_IN_FLIGHT = _gauge("idefics_num_jobs_in_flight", "Jobs that this worker has taken and that have not ended.")
 JOBS_LOADING_IMAGES = _gauge("idefics_num_jobs_loading_images", "Jobs whose images are being fetched and decoded.")
-WAITING_FOR_HOST = _gauge("idefics_num_jobs_waiting_for_host", "Threads that wait for a slot of an image's host.")
+WAITING_FOR_HOST = _gauge(
+    "idefics_num_jobs_waiting_for_host", "Jobs that wait for a slot of an image's host, in a thread or parked."
+)
 
 # Jobs that ended
 
@@ -107,8 +109,8 @@ JOBS = _counter(
 )  # fmt: skip
 RETRIES = _counter(
     "idefics_job_retries_total",
-    "Runs that ended with another run to come, by the error's code. Without a code: the job waits for an image's host, "
-    "for the first job with its idempotency key, or because its campaign is paused.",
+    "Runs that ended with another run to come, by the error's code. Without a code: the job waits for the first job "
+    "with its idempotency key, because its campaign is paused, or for a host for which too many jobs are parked.",
     "task", "code",
 )  # fmt: skip
 E2E_SECONDS = _histogram(

@@ -17,6 +17,7 @@ from worker.observability.job_fields import job_extra
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.job import PoolJob
 from worker.pool.job_metrics import count_end
+from worker.pool.parking import Parking
 from worker.pool.wire import Away, Broken, Canceled, Done, JobEnd, Raised
 from worker.queue.redeliveries import RedeliveryCounter
 
@@ -26,11 +27,10 @@ logger = logging.getLogger(__name__)
 class JobCompletion:
     """Removes jobs from the table when they end."""
 
-    def __init__(self, jobs: Dispatcher, redeliveries: RedeliveryCounter, free_place: Callable[[], None]) -> None:
-        """`free_place` lets the next job into the pool."""
+    def __init__(self, jobs: Dispatcher, redeliveries: RedeliveryCounter, parking: Parking) -> None:
         self._jobs = jobs
         self._redeliveries = redeliveries
-        self._free_place = free_place
+        self._parking = parking
 
     def report(self, job: PoolJob, outcome: JobEnd) -> None:
         """Report a job's end, of which the model process has sent a message."""
@@ -65,6 +65,15 @@ class JobCompletion:
         for job in jobs:
             self.end(job, job.give_back)
 
+    def has_expired(self, job: PoolJob) -> bool:
+        """Whether a job's time to start is over, or it was revoked; then it has ended."""
+        request = job.callbacks.request
+        if request is None or not request.revoked():
+            return False
+        # The revocation has stored its end.
+        self.end(job, lambda: None)
+        return True
+
     def unmark_started(self, jobs: Sequence[PoolJob]) -> None:
         """Forget the starts of jobs that are requeued in order."""
         self._redeliveries.unmark_started([(job.key, job.returns) for job in jobs if job.returns])
@@ -81,7 +90,7 @@ class JobCompletion:
             self._fail_to_notify(job, error)
         finally:
             if not self._jobs.is_closed:
-                self._free_place()
+                self._parking.ended(job)
 
     def _reject(self, job: PoolJob, raised: Raised) -> None:
         rejection = getattr(raised.exception.exception, "exc", raised.exception.exception)

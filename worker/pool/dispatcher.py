@@ -95,7 +95,7 @@ class Dispatcher:
             return []
         group = self._next_group()
         self._runs_quarantined = bool(group)
-        waiting = [job for job in self._jobs.values() if job.state is JobState.WAITING]
+        waiting = [job for job in self._jobs.values() if job.state is JobState.WAITING and job.waits_for is None]
         return group or [job for job in waiting if self._is_first(job)]
 
     def _is_first(self, job: PoolJob) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from celery.worker.request import Request
 from kombu.serialization import loads
 
-from tasks.protocol import SUBMITTED_AT
+from tasks.protocol import RUN, SUBMITTED_AT
 from worker.queue.result_backend import digest_of
 from worker.runtime.exception_info import exception_info
 
@@ -75,6 +75,9 @@ class PoolJob:
     #: (worker/queue/redeliveries.py).
     returns: int = 0
     is_uncounted: bool = False
+    #: The image host that it waits for, parked; and whether it has one of the pool's places.
+    waits_for: str | None = None
+    has_place: bool = True
 
     #: Its id and the number of its retries.
     key: tuple[str, int] = field(init=False)
@@ -87,7 +90,12 @@ class PoolJob:
         return str(self.trace_arguments[1])
 
     def is_same_as(self, other: PoolJob) -> bool:
-        """Whether both have the same task and arguments: one message delivered again, or one job sent twice."""
+        """Whether both have the same task and arguments: one message delivered again, or one job sent twice.
+
+        Not if a worker has sent one of them again: it must run after the other.
+        """
+        if self.trace_arguments[2].get(RUN) != other.trace_arguments[2].get(RUN):
+            return False
         (task, _, _, body, *_), (other_task, _, _, other_body, *_) = self.trace_arguments, other.trace_arguments
         return (task, body) == (other_task, other_body) or self._asked() == other._asked()
 
@@ -100,6 +108,11 @@ class PoolJob:
     def queue(self) -> str:
         """The name of the queue that it came from."""
         return str((self.trace_arguments[2].get("delivery_info") or {}).get("routing_key"))
+
+    @property
+    def priority(self) -> int:
+        """0 is the most urgent."""
+        return int((self.trace_arguments[2].get("delivery_info") or {}).get("priority") or 0)
 
     def is_overdue(self, now: float) -> bool:
         return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from billiard.exceptions import Terminated
 
@@ -15,6 +14,7 @@ from worker.pool.defects import log_defects
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.job import JobState, PoolJob, RequestCallbacks, is_redelivered, sendable
 from worker.pool.load_sharing import LoadSharing
+from worker.pool.parking import Parking
 from worker.pool.supervisor import Supervisor
 from worker.pool.time_limits import TimeLimits
 from worker.pool.wire import (
@@ -23,6 +23,8 @@ from worker.pool.wire import (
     Heartbeat,
     JobEnd,
     JobMessage,
+    Parked,
+    Resume,
     Returned,
     RunJob,
     Started,
@@ -45,16 +47,15 @@ class JobLifecycle:
         limits: TimeLimits,
         sharing: LoadSharing,
         redeliveries: RedeliveryCounter,
-        free_place: Callable[[], None],
+        parking: Parking,
     ) -> None:
-        """`free_place` lets the next job into the pool."""
         self._jobs = jobs
         self._completion = completion
         self._process = process
         self._limits = limits
         self._sharing = sharing
         self._redeliveries = redeliveries
-        self._free_place = free_place
+        self._parking = parking
 
     # Celery's requests
 
@@ -85,7 +86,7 @@ class JobLifecycle:
             older.acknowledge()
         if running.accepted_at is not None and self._process.pid is not None:
             callbacks.accept(self._process.pid, running.accepted_at)
-        self._free_place()
+        self._parking.free_place()
 
     @log_defects
     def _weigh_history(self, job: PoolJob) -> None:
@@ -166,6 +167,10 @@ class JobLifecycle:
                 self._sharing.withdrawn(serials)
             case Returned(serial):
                 self._return(serial)
+            case Parked(serial, host):
+                self._park(serial, host)
+            case Resume(host, most):
+                self._parking.resume(self._parking.take(host, most), self._unpark)
             case _:
                 self._end(message)
 
@@ -180,6 +185,26 @@ class JobLifecycle:
             self._end(Canceled(serial))
         else:
             self._sharing.returned(job)
+
+    def _park(self, serial: int, host: str) -> None:
+        """Keep a job until a slot of its image's host is free."""
+        self._limits.thread_ended(serial)
+        job = self._jobs.get(serial)
+        if job is None or job.canceled:
+            self._end(Canceled(serial))
+            return
+        self._completion.unmark_started([job])
+        job.state, job.is_uncounted = JobState.WAITING, job.returns > 0
+        if not self._jobs.is_closed:
+            self._parking.park(job, host)
+        self.dispatch()
+
+    def _unpark(self, job: PoolJob) -> None:
+        """Run a job that was parked and has a place again."""
+        if not self._completion.has_expired(job):
+            if job.is_suspect:
+                self._jobs.quarantine(job)
+            self.dispatch()
 
     def _end(self, outcome: JobEnd) -> None:
         self._limits.thread_ended(outcome.serial)
@@ -200,6 +225,7 @@ class JobLifecycle:
             self._completion.fail(job, Terminated("canceled"))
         for job in ended.lost:
             self._completion.fail(job, WorkerLost())
+        self._parking.resume(self._parking.take_all(), self._unpark)
 
     # The shutdown
 

@@ -11,6 +11,7 @@ from worker.pool.completion import JobCompletion
 from worker.pool.defects import log_defects
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.job import JobState, PoolJob
+from worker.pool.parking import Parking
 from worker.pool.supervisor import Supervisor
 from worker.pool.wire import GiveBack, Heartbeat
 from worker.queue.load_estimates import Load
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 KEPT_S = 0.5
 #: Seconds that jobs which return together wait for the last of them.
 TOGETHER_S = 0.3
+#: Seconds for which a worker takes no jobs after it returned parked ones, and until it may return more.
+SHARED_S, SHARE_INTERVAL_S = 0.3, 1.0
 NEVER = float("inf")
 
 
@@ -59,8 +62,11 @@ class Withdrawals:
 class LoadSharing:
     """Computes this worker's load, and returns jobs when worker/queue/load_balancing.py asks for it."""
 
-    def __init__(self, jobs: Dispatcher, completion: JobCompletion, process: Supervisor, settings: Settings) -> None:
+    def __init__(
+        self, jobs: Dispatcher, parking: Parking, completion: JobCompletion, process: Supervisor, settings: Settings
+    ) -> None:
         self._jobs = jobs
+        self._parking = parking
         self._completion = completion
         self._process = process
         self._max_batch_size = settings.max_batch_size
@@ -70,6 +76,7 @@ class LoadSharing:
         #: The model's counters, from its process's last heartbeat.
         self.metrics: Mapping[str, int] = {}
         self._withdrawals = Withdrawals()
+        self._shared_at = float("-inf")
 
     def _unknown_pace(self) -> Heartbeat:
         return Heartbeat({}, capacity=self._max_batch_size, width=self._max_batch_size, job_s=0.0, closed_s=0.0)
@@ -89,11 +96,14 @@ class LoadSharing:
         """This worker's load. `can_begin`: whether a job that arrived now would run."""
         if not can_begin:
             return Load(1, NEVER, len(self._jobs), is_open=False)
-        unbegun = len(self._jobs) - self._pace.capacity
+        # Parked jobs could not begin in another worker either, as long as it has jobs of its own.
+        held = len(self._jobs) - len(self._parking)
+        unbegun = held - self._pace.capacity
         # If image hosts hang, jobs may hold all places of a worker although its model is idle.
-        may_take = unbegun >= 0 or len(self._jobs) < self._places
+        may_take = unbegun >= 0 or held < self._places
         is_open = may_take and not self._jobs.is_closed
-        return Load(self._pace.width, self._pace.job_s, unbegun, is_open, self._pace.closed_s)
+        has_parked = len(self._parking) > 0
+        return Load(self._pace.width, self._pace.job_s, unbegun, is_open, self._pace.closed_s, has_parked)
 
     @log_defects
     def give_back(self, queue: str, most: int) -> None:
@@ -102,6 +112,7 @@ class LoadSharing:
         if self._withdrawals.are_awaited:
             return
         jobs = [job for job in self._jobs if _may_return(job, queue, now)]
+        jobs = [job for job in jobs if job.waits_for is None]
         waiting = [job.serial for job in jobs if job.state is JobState.WAITING][-most:]
         if waiting:
             self._withdrawals.begin(waiting, now)
@@ -109,6 +120,26 @@ class LoadSharing:
             self.hand_back(now)
         elif jobs and self._process.is_ready:
             self._process.send(GiveBack(most, [job.serial for job in jobs]))
+
+    @property
+    def has_just_shared(self) -> bool:
+        """Whether parked jobs went back to the queue a moment ago: this worker must not take them itself."""
+        return time.monotonic() - self._shared_at < SHARED_S
+
+    @log_defects
+    def share_parked(self, queue: str, takers: int) -> None:
+        """Put a part of the parked jobs back into this queue, for as many workers that have nothing to do.
+
+        They get more of the host's slots with these jobs, or leave them parked as this worker did.
+        """
+        now = time.monotonic()
+        if now - self._shared_at < SHARE_INTERVAL_S:
+            return
+        parked = sorted((job for job in self._parking if _may_return(job, queue, now)), key=lambda job: -job.serial)
+        jobs = parked[: len(parked) * takers // (takers + 1)]
+        if jobs:
+            self._shared_at = now
+            self._completion.give_back(jobs)
 
     def withdrawn(self, serials: Sequence[int]) -> None:
         """Note which jobs have not begun and will return, as the model process says."""

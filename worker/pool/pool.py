@@ -1,8 +1,8 @@
 """Celery's pool API for one model process: the worker starts, feeds, inspects and stops the pool here.
 
 The parts: `dispatcher` decides which jobs run, `lifecycle` moves them through their states, `completion` reports their
-ends to Celery, `supervisor` keeps the model process alive, `time_limits` ends jobs that run for too long, and
-`load_sharing` returns jobs for other workers.
+ends to Celery, `supervisor` keeps the model process alive, `time_limits` ends jobs that run for too long, `parking`
+keeps jobs that wait for images' hosts, and `load_sharing` returns jobs for other workers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from worker.pool.job import JobState, PoolJob, RequestCallback, RequestCallbacks
 from worker.pool.launch import ModelProcess
 from worker.pool.lifecycle import JobLifecycle
 from worker.pool.load_sharing import LoadSharing
+from worker.pool.parking import Parking
 from worker.pool.signals import DeferredSignals
-from worker.pool.state_report import StateReport
+from worker.pool.state_report import HeldJobs, StateReport
 from worker.pool.supervisor import LEAVE_S, Supervisor
 from worker.pool.time_limits import TimeLimits
 from worker.queue.load_estimates import Load
@@ -73,23 +74,23 @@ class InferencePool(BasePool):  # type: ignore[misc]
         hostname = str(options.get("initargs", (None, "celery"))[1])
         self._state_file = StateFile(self._settings.state_file, hostname)
         self._redis_check = RedisCheck(redis_pings(self.app) if self.app else {})
-        self._signals = DeferredSignals()
-        self._serials = itertools.count()
+        self._signals, self._serials = DeferredSignals(), itertools.count()
         self._hub: Hub | None = None
         self._process = Supervisor(self._settings, hostname, self._stop_worker, launch)
-        self._set_up_parts()
+        self._set_up_parts(self._settings)
 
-    def _set_up_parts(self) -> None:
-        settings, free_place = self._settings, self.options["semaphore"].release
+    def _set_up_parts(self, settings: Settings) -> None:
         self._jobs = Dispatcher()
-        completion = JobCompletion(self._jobs, self.redeliveries, free_place)
+        self.parking = Parking(self.options["semaphore"])
+        completion = JobCompletion(self._jobs, self.redeliveries, self.parking)
         self._limits = TimeLimits(self._jobs, completion, self._process, settings.time_limit_s)
-        self._sharing = LoadSharing(self._jobs, completion, self._process, settings)
+        self.sharing = LoadSharing(self._jobs, self.parking, completion, self._process, settings)
         self._lifecycle = JobLifecycle(
-            self._jobs, completion, self._process, self._limits, self._sharing, self.redeliveries, free_place
+            self._jobs, completion, self._process, self._limits, self.sharing, self.redeliveries, self.parking
         )
         self._process.listen(self._lifecycle)
-        self._report = StateReport(self._state_file, self._redis_check, self._process, self._jobs, settings.job_threads)
+        held = HeldJobs(self._jobs, self.parking, settings.job_threads)
+        self._report = StateReport(self._state_file, self._redis_check, self._process, held)
 
     # Life cycle
 
@@ -183,12 +184,12 @@ class InferencePool(BasePool):  # type: ignore[misc]
     @property
     def can_accept_jobs(self) -> bool:
         """Whether a job that came now would run here. Otherwise it stays in the queue: another worker may be idle."""
-        return self._can_begin and not self.leaves_to_others
+        return self._can_begin and not self.leaves_to_others and not self.sharing.has_just_shared
 
     @property
     def load(self) -> Load:
         """This worker's load, for comparison with other workers."""
-        return self._sharing.load(can_begin=self._can_begin)
+        return self.sharing.load(can_begin=self._can_begin)
 
     @property
     def _can_begin(self) -> bool:
@@ -196,7 +197,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
 
     def give_back(self, queue: str, most: int) -> None:
         """Put up to `most` jobs that have not begun back into this queue, for other workers."""
-        self._sharing.give_back(queue, most)
+        self.sharing.give_back(queue, most)
 
     def run_signals(self) -> None:
         """Run the handlers of pending signals, for code that blocks the event loop. Raises what they raise."""
@@ -220,7 +221,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             "processes": [self._process.pid] if self._process.pid is not None else [],
             "ready": self._process.is_ready,
             "in-flight": len(self._jobs.in_flight),
-            "model": self._sharing.metrics,
+            "model": self.sharing.metrics,
         }
 
     # The tick
@@ -243,7 +244,7 @@ class InferencePool(BasePool):  # type: ignore[misc]
             logger.critical("%s The worker stops.", self._redis_check.wrong)
             self._process.give_up(self._redis_check.wrong)
         if self._process.maintain(now):
-            self._sharing.hand_back(now)
+            self.sharing.hand_back(now)
             if not self._lifecycle.enforce_limits(now):
                 self._process.replace_if_hung(now)
 

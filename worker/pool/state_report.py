@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from worker.health import StateFile, WorkerState
 from worker.observability.metrics import JOBS_IN_FLIGHT, RESIDENT_MEMORY, WORKER_STATE
 from worker.pool.dispatcher import Dispatcher
+from worker.pool.parking import Parking
 from worker.pool.supervisor import Supervisor
 from worker.queue.redis_check import RedisCheck
 from worker.runtime.process_memory import resident_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class HeldJobs:
+    """The pool's jobs."""
+
+    jobs: Dispatcher
+    parking: Parking
+    #: The number of jobs that the pool takes, without those that are parked.
+    places: int
+
+    @property
+    def are_all(self) -> bool:
+        """Whether the pool takes no more jobs."""
+        return self.jobs.is_closed or len(self.jobs) - len(self.parking) >= self.places
+
+
 class StateReport:
     """Combines the states of the servers, the model process and the jobs."""
 
-    def __init__(
-        self, file: StateFile, redis_check: RedisCheck, process: Supervisor, jobs: Dispatcher, places: int
-    ) -> None:
-        """`places`: the number of jobs that the pool takes."""
+    def __init__(self, file: StateFile, redis_check: RedisCheck, process: Supervisor, held: HeldJobs) -> None:
         self._file = file
         self._redis_check = redis_check
         self._process = process
-        self._jobs = jobs
-        self._places = places
-        JOBS_IN_FLIGHT.set_function(jobs.__len__)
+        self._held = held
+        JOBS_IN_FLIGHT.set_function(held.jobs.__len__)
         RESIDENT_MEMORY.set_function(lambda: resident_bytes(process.pid))
 
     def renew(self, now: float) -> None:
@@ -38,5 +52,4 @@ class StateReport:
         state, why = self._process.state(now)
         if state is not WorkerState.READY:
             return state, why
-        is_full = self._jobs.is_closed or len(self._jobs) >= self._places
-        return (WorkerState.BUSY if is_full else WorkerState.READY), f"{len(self._jobs)} jobs"
+        return (WorkerState.BUSY if self._held.are_all else WorkerState.READY), f"{len(self._held.jobs)} jobs"

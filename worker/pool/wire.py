@@ -160,6 +160,22 @@ class Canceled:
 
 
 @dataclass(frozen=True)
+class Parked:
+    """The job's thread has ended: the job waits for this host until the model process asks for it."""
+
+    serial: int
+    host: str
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Send up to `most` jobs that wait for this host."""
+
+    host: str
+    most: int
+
+
+@dataclass(frozen=True)
 class Withdrawn:
     """These jobs have not begun and will be returned, each by a message `Returned`."""
 
@@ -176,9 +192,9 @@ class Returned:
 ToModelProcess = RunJob | Cancel | Abandon | GiveBack | Stop
 JobEnd = Done | Raised | Broken | Away | Canceled
 #: The last message of a job's thread.
-FinalMessage = JobEnd | Returned
+FinalMessage = JobEnd | Returned | Parked
 #: Messages to the parent about jobs.
-JobMessage = Started | Waited | Withdrawn | FinalMessage
+JobMessage = Started | Waited | Withdrawn | Resume | FinalMessage
 FromModelProcess = Ready | CannotServe | Heartbeat | Metrics | JobMessage
 Message = ToModelProcess | FromModelProcess
 

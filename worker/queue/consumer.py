@@ -52,6 +52,7 @@ class Consumer(ResilientConsumer):
         most = self.app.settings.max_job_bytes
         # Kombu's own channel (IDEFICS_ATOMIC_RESERVE=false) does not call it, and other pools have no such property.
         self.task_consumer.channel.can_accept = lambda: getattr(self.pool, "can_accept_jobs", True)
+        self.task_consumer.channel.parked = lambda: len(getattr(self.pool, "parking", ()))
         self.task_consumer.channel.most_bytes = most
         self.redeliveries.channel = self.task_consumer.channel
         if not self.app.settings.atomic_reserve:

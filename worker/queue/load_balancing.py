@@ -24,7 +24,7 @@ from kombu.utils.uuid import uuid
 from redis import Redis
 
 from tasks.redis_keys import LOAD
-from worker.queue.load_estimates import Load, leaves_to_others, surplus
+from worker.queue.load_estimates import Load, idle, leaves_to_others, surplus
 from worker.queue.transport import Channel
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ class LoadExchange:
         self._client = self._client or self._connect()
         client, prefix = self._client
         load, is_busy = report.load, int(report.is_busy)
-        told = f"{load.width:.2f} {load.job_s:.4f} {load.unbegun} {load.is_open:d}"
+        # Workers of an earlier version take 2 for closed.
+        is_open = 2 if load.is_open and load.has_parked else int(load.is_open)
+        told = f"{load.width:.2f} {load.job_s:.4f} {load.unbegun} {is_open}"
         with client.pipeline(transaction=False) as pipe:
             for queue, lists in report.queues.items():
                 keys = [prefix + key for key in (LOAD.named(queue), *lists)]
@@ -135,7 +137,7 @@ class LoadExchange:
 
 def _load(told: bytes) -> Load:
     width, job_s, unbegun, is_open = told.split()
-    return Load(float(width), float(job_s), int(unbegun), is_open == b"1")
+    return Load(float(width), float(job_s), int(unbegun), is_open in (b"1", b"2"), has_parked=is_open == b"2")
 
 
 class LeaveLimit:
@@ -190,13 +192,16 @@ class LoadBalancing(bootsteps.StartStopStep):  # type: ignore[misc]
             for queue in set(channel.record_endings).intersection(channel.active_queues)
         }
         load: Load = pool.load
-        self._exchange.report = LoadReport(load, load.unbegun > -load.width, lists)
+        self._exchange.report = LoadReport(load, load.unbegun > -load.width or load.has_parked, lists)
         known = {queue: each for queue, each in self._exchange.queue_loads.items() if self._is_fresh(each)}
         pool.leaves_to_others = self._leaves(load, known, len(lists))
         for queue, each in known.items():
             number = surplus(load, each.others, each.queued)
             if number:
                 pool.give_back(queue, number)
+            takers = idle(each.others, each.queued) if load.has_parked else 0
+            if takers:
+                pool.sharing.share_parked(queue, takers)
 
     @staticmethod
     def _is_fresh(each: QueueLoad) -> bool:

@@ -26,6 +26,8 @@ class Load:
     is_open: bool = True
     #: Seconds until the running batch lets further jobs join.
     closed_s: float = 0.0
+    #: Whether further jobs wait here for their images' hosts.
+    has_parked: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "job_s", min(self.job_s, LONGEST_S))
@@ -60,6 +62,13 @@ def surplus(mine: Load, others: Sequence[Load], queued: int) -> int:
     if sooner_s < WORTH_S:
         return 0
     return min(mine.unbegun, int(sooner_s / (1 / mine.rate + 1 / rate)) + free)
+
+
+def idle(others: Sequence[Load], queued: int) -> int:
+    """How many of the other workers have nothing to do, no job of any kind."""
+    if queued:
+        return 0
+    return sum(each.is_open and each.unbegun <= -each.width and not each.has_parked for each in others)
 
 
 def _drained_in_s(takers: Sequence[Load], queued: int) -> float:

@@ -53,6 +53,11 @@ class QoS(RestoringQoS):
         super().__init__(*args, **options)
         self._is_flush_scheduled = False
 
+    def can_consume(self) -> bool:
+        """Kombu's, without the messages of jobs that wait elsewhere than in the pool's places."""
+        held = len(self._delivered) - len(self._dirty) - self.channel.parked()
+        return not self.prefetch_count or held < self.prefetch_count
+
     def append(self, message: Any, delivery_tag: str) -> None:
         if delivery_tag == self.channel.recorded:
             virtual.QoS.append(self, message, delivery_tag)

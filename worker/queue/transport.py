@@ -66,6 +66,8 @@ class Channel(TolerantChannel):
     def __init__(self, connection: Any, **options: Any) -> None:
         #: Whether to reserve messages that need an acknowledgement now.
         self.can_accept: Callable[[], bool] = lambda: True
+        #: Number of messages that are held, and do not count for the prefetch limit.
+        self.parked: Callable[[], int] = lambda: 0
         #: Of each queue with acknowledgements, the end of its records in `unacked`.
         self._record_endings: dict[str, str] = {}
         self._request: ReserveRequest | None = None

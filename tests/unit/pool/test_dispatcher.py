@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from tasks.protocol import RUN
 from worker.pool.dispatcher import Dispatcher
 from worker.pool.job import JobState, PoolJob, RequestCallbacks
 from worker.pool.quarantine import ALONE, MAX_DEATHS_ALONE
@@ -85,6 +86,17 @@ def test_a_message_that_comes_again_stands_for_the_latest_job_of_its_content(dis
 def test_a_retry_is_another_job(dispatcher: Dispatcher) -> None:
     held(dispatcher, "a")
     assert dispatcher.same_as(job("a", retries=1)) is None
+
+
+def test_a_job_that_a_worker_sent_again_is_another_one_even_if_the_first_run_has_not_ended(
+    dispatcher: Dispatcher,
+) -> None:
+    held(dispatcher, "a")
+    again = job("a")
+    again.trace_arguments[2][RUN] = 1
+    assert dispatcher.same_as(again) is None
+    dispatcher.add(again)
+    assert dispatcher.same_as(again) is again
 
 
 def test_a_job_that_ended_while_others_were_sent_is_not_sent(dispatcher: Dispatcher) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from celery.app.task import Context
 
-from tasks.protocol import CONTINUES, SUBMITTED_AT
+from tasks.protocol import CONTINUES, RUN, SUBMITTED_AT
 from worker.queue.envelope import forms
 from worker.queue.envelope.bounds import MAX_LINKS, is_plain
 from worker.queue.envelope.errors import require, shown
@@ -57,6 +57,7 @@ HEADERS: dict[str, Form] = {
     "redelivered": forms.FLAG,
     SUBMITTED_AT: forms.UNIX_SECONDS,
     CONTINUES: forms.FLAG,
+    RUN: forms.COUNT,
 }
 
 _MOMENTS = (forms.DUE_TIME, forms.MOMENT)
@@ -109,7 +110,7 @@ NESTED = {"link", "link_error", "chain", "chord"}
 
 #: Names that a producer's own headers cannot have: Celery would read them as its own.
 RESERVED = frozenset(
-    {*HEADERS, *NESTED, *dir(Context), "callbacks", "errbacks"} - {SUBMITTED_AT, CONTINUES, "redelivered"}
+    {*HEADERS, *NESTED, *dir(Context), "callbacks", "errbacks"} - {SUBMITTED_AT, CONTINUES, RUN, "redelivered"}
 )
 #: Names that stamps cannot have: they are given to `apply_async` beside its options.
 _RESERVED_STAMPS = (
