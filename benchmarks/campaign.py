@@ -8,10 +8,12 @@ input's order, with its own answer. Also measured: the producer's memory over ti
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,9 +33,9 @@ from tasks.job_window import WINDOW
 from worker.demo import stack
 
 ROWS, KILLS = 1_000_000, 5
-#: Seconds between two looks at the producer's memory and at the number of answers.
+#: Seconds between two looks at the producer's memory and at the state.
 LOOK_S = 0.1
-#: The shares of answered rows between which kills come.
+#: The shares of sent rows between which kills come.
 FIRST_KILL, LAST_KILL = 0.02, 0.98
 #: The fake model answers with the last characters of what it is asked.
 DIGITS = 8
@@ -44,10 +46,12 @@ PLAN = ["--task", "complete", "--id", "id", "--set", 'prompt=["{ask}"]', "--set"
 class Observed:
     """What was seen while the producer ran."""
 
-    #: MiB of the producer, with the share of rows that had an answer.
+    #: MiB of the producer, with the share of rows that were sent.
     memory: list[tuple[float, float]] = field(default_factory=list)
     #: Seconds from each restart after a kill to the next new answer.
     resumed_s: list[float] = field(default_factory=list)
+    #: Processor time of the producer, its starts and restarts included.
+    cpu_s: float = 0.0
     kills: int = 0
 
 
@@ -56,7 +60,8 @@ def campaign(
 ) -> dict[str, Any]:
     """Run a campaign to its end, with kills, and check its output."""
     write_input(folder / "in.csv", rows)
-    moments = sorted(random.Random(seed).uniform(FIRST_KILL, LAST_KILL) for _ in range(kills))
+    chance = random.Random(seed)
+    moments = sorted(chance.uniform(FIRST_KILL, LAST_KILL) for _ in range(kills))
     observed, began = Observed(), time.monotonic()
     for moment in [*moments, None]:
         _produce(folder, server, rows, moment, window, observed)
@@ -66,6 +71,7 @@ def campaign(
         "kills": observed.kills,
         "seconds": round(seconds, 1),
         "rows_per_s": round(rows / seconds),
+        "producer_cpu_ms_per_row": round(1_000 * observed.cpu_s / rows, 2),
         **wrong(folder / "out.csv", rows),
         "results_left_in_redis": sum(1 for _ in server.connect(1).scan_iter("celery-task-meta-*", count=1_000)),
         "resumed_s": [round(each, 2) for each in observed.resumed_s],
@@ -109,8 +115,8 @@ def quarters(memory: Sequence[tuple[float, float]]) -> list[int]:
 def _produce(
     folder: Path, server: stack.Broker, rows: int, kill_at: float | None, window: int, observed: Observed
 ) -> None:
-    """Start the producer; kill it when this share of the rows has an answer, or await its end."""
-    before, began = _answered(folder), time.monotonic()
+    """Start the producer; kill it when this share of the rows was sent, or await its end."""
+    (_, before), began, cpu_s = _seen(folder), time.monotonic(), 0.0
     is_new = before == 0
     log = folder / "log"
     environment = {**os.environ, "IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
@@ -121,36 +127,38 @@ def _produce(
         subprocess.Popen(command, cwd=stack.CHECKOUT, env=environment, stdout=output, stderr=output) as process,
     ):
         while process.poll() is None:
-            done = _answered(folder)
-            if done > before and not is_new:
+            sent, tokens = _seen(folder)
+            if tokens > before and not is_new:
                 observed.resumed_s.append(time.monotonic() - began)
                 is_new = True
-            observed.memory.append((done / rows, _mib(process)))
-            if kill_at is not None and done >= kill_at * rows:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                cpu_s = _note(observed, process.pid, sent / rows)
+            if kill_at is not None and sent >= kill_at * rows:
                 process.kill()
                 process.wait()
                 observed.kills += 1
-                return
+                break
             time.sleep(LOOK_S)
-    if process.returncode != 0:
+    observed.cpu_s += cpu_s
+    if process.returncode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"The producer ended with {process.returncode}:\n{log.read_text()[-2000:]}")
 
 
-def _answered(folder: Path) -> int:
-    """The answers that are committed."""
+def _seen(folder: Path) -> tuple[int, int]:
+    """The rows that were sent, and the tokens of all answers: both are known without counting rows."""
     try:
         with CampaignState.read(folder / "out.csv.campaign") as state:
-            return state.counts().done
+            return state.about.sent, state.about.tokens
     except CampaignError:
         # There is no state yet.
-        return 0
+        return 0, 0
 
 
-def _mib(process: subprocess.Popen[bytes]) -> float:
-    try:
-        return float(psutil.Process(process.pid).memory_info().rss / 2**20)
-    except psutil.NoSuchProcess:
-        return 0.0
+def _note(observed: Observed, pid: int, share: float) -> float:
+    """Note a process' memory. Returns its processor time so far."""
+    about = psutil.Process(pid)
+    observed.memory.append((share, about.memory_info().rss / 2**20))
+    return float(sum(about.cpu_times()[:2]))
 
 
 def main() -> None:
