@@ -119,12 +119,23 @@ def test_the_shell_block_of_bulk_jobs_answers_the_shipped_lines(demo_broker: Bro
 
 
 def test_the_shell_block_of_a_campaign_captions_the_shipped_pictures(demo_broker: Broker, tmp_path: Path) -> None:
-    [code] = [code for code in SHELL if "idefics-jobs run" in code]
+    [code] = [code for code in SHELL if "idefics-jobs run examples/pictures" in code]
     _said(code.replace("captions.csv", f"{tmp_path}/captions.csv"), demo_broker)
     with (tmp_path / "captions.csv").open(newline="") as file:
         texts = {row["file"]: row["text"].strip() for row in csv.DictReader(file)}
     assert texts["cat.png"] == "A cat on a blue background."
     assert [*texts] == sorted(texts)
+
+
+def test_the_shell_block_of_one_table_goes_from_its_rows_to_a_comparison(demo_broker: Broker, tmp_path: Path) -> None:
+    [code] = [code for code in SHELL if "examples/campaign/pictures.csv" in code]
+    said = _said(re.sub(r"\b(first|second|mistakes|both)\.", rf"{tmp_path}/\1.", code), demo_broker)
+    # Another processor's rounding may change an answer.
+    assert re.search(r"normalised match\t[234]\d\.\d %\t", said[-3])
+    assert re.search(r"normalised match\t[234]\d\.\d %\t(100\.0|9\d\.\d) %\t", said[-1])
+    assert "B is better." in said[-1]
+    for page in ("first", "mistakes", "both"):
+        assert "data:image/webp;base64," in (tmp_path / f"{page}.html").read_text()
 
 
 def test_the_shell_block_of_failed_jobs_lists_and_sends_again(demo_broker: Broker, pictures_url: str) -> None:
