@@ -4,6 +4,7 @@ The sample is stratified by host (`tasks/campaign/sample.py`): each row counts f
 stands for. Intervals are those of a Bayesian bootstrap: each draw weighs the sampled rows at random and computes the
 whole forecast anew. A host whose few sampled rows all ended alike may still have others: to its rows each draw adds one
 of the whole sample, with half a row's weight. Times have no such row, since one of a dead host would dominate them all.
+A single host's failures have Jeffreys' interval, which is right for no failures, too.
 """
 
 from __future__ import annotations
@@ -157,11 +158,15 @@ class _Model:
 
     def _realised(self, host: str, code: str, expected: float, chance: random.Random) -> float:
         """A count as it may turn out: of the rows that were not sampled, each fails or not."""
-        seen = sum(each.code == code for each in self._by_host[host])
-        unseen = self._sample.hosts[host] - len(self._by_host[host])
+        seen, unseen = self._seen(host, code)
         share = min(1.0, (expected - seen) / unseen) if unseen > 0 else 0.0
-        count = expected + chance.gauss(0.0, math.sqrt(max(0.0, unseen * share * (1 - share))))
-        return min(max(count, seen), seen + max(0, unseen))
+        return seen + _binomial(unseen, share, chance)
+
+    def _seen(self, host: str, code: str | None) -> tuple[int, int]:
+        """The sampled rows of a host that failed, with a code or any; and its rows that were not sampled."""
+        rows = self._by_host[host]
+        failed = sum(each.code is not None and code in (None, each.code) for each in rows)
+        return failed, self._sample.hosts[host] - len(rows)
 
     def _totals(
         self,
@@ -212,10 +217,12 @@ class _Model:
         slots = _slots(host, self._sample, self._fleet)
         whole = sum(weights)
         if not whole:
-            return HostLoad(slots, DOWNLOAD_S, DOWNLOAD_S, DOWNLOAD_S)
+            return HostLoad(slots, DOWNLOAD_S * slowness, DOWNLOAD_S, DOWNLOAD_S)
         download_s = sum(each.download_s * weight for each, weight in zip(seen, weights, strict=True)) / whole
         lasting_s = sum(each.lasting_s * weight for each, weight in zip(seen, weights, strict=True)) / whole
-        return HostLoad(slots, download_s * slowness, lasting_s, max(each.lasting_s for each in seen))
+        longest_s = max(each.lasting_s for each in seen)
+        long_share = sum(2 * each.lasting_s > longest_s for each in seen) / len(seen)
+        return HostLoad(slots, download_s * slowness, lasting_s, longest_s, long_share)
 
     def forecast(self, draws: Sequence[_Totals]) -> Forecast:
         point = self.point()
@@ -243,10 +250,24 @@ class _Model:
             host=host,
             rows=self._sample.hosts[host],
             sampled=len(self._by_host[host]),
-            failed=_failures(point, draws, host, None),
-            failures={code: _failures(point, draws, host, code) for code in codes},
+            failed=self._host_failures(point, host, None),
+            failures={code: self._host_failures(point, host, code) for code in codes},
             seconds=_estimate(point.host_seconds[host], [draw.host_seconds[host] for draw in draws]),
         )
+
+    def _host_failures(self, point: _Totals, host: str, code: str | None) -> Estimate:
+        chance = random.Random(f"{host} {code}")  # noqa: S311 - statistics
+        failed, unseen = self._seen(host, code)
+        fine = len(self._by_host[host]) - failed
+        shares = [chance.betavariate(failed + PRIOR_ROWS, fine + PRIOR_ROWS) for _ in range(DRAWS)]
+        draws = [failed + _binomial(unseen, share, chance) for share in shares]
+        return _estimate(point.failures.get((host, code), 0.0), draws)
+
+
+def _binomial(trials: int, share: float, chance: random.Random) -> float:
+    """A draw of a binomial distribution, approximately."""
+    count = chance.gauss(trials * share, math.sqrt(max(0.0, trials * share * (1 - share))))
+    return min(max(count, 0.0), float(trials))
 
 
 def _slots(host: str, sample: Sample, fleet: Fleet) -> float:

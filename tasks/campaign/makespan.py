@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 
 #: The share of the window that is left to a slow host's rows, however many others are in flight.
 LEAST_SHARE = 0.1
+#: Expected slow rows after which it is as likely as not that there was one: the last.
+LIKELY_ROWS = 0.7
 #: Steps of the search for a part's seconds: each halves the error.
 STEPS = 30
 
@@ -35,9 +37,11 @@ class HostLoad:
     slots: float
     #: Seconds of one of them.
     download_s: float
-    #: Seconds from its start to its end, and those of the slowest rows.
+    #: Seconds from its start to its end.
     lasting_s: float
+    #: The same of the slowest rows, and the share of such rows.
     longest_s: float
+    long_share: float = 1.0
 
     @property
     def row_s(self) -> float:
@@ -74,6 +78,7 @@ def makespan(parts: Sequence[Mapping[str, float]], loads: Mapping[str, HostLoad]
     """The seconds for a table's parts, each with its rows by host, in order."""
     causes: defaultdict[Cause, float] = defaultdict(float)
     left: dict[str, float] = {}
+    ends: list[float] = []
     for part in parts:
         seconds, cause = _shared(part, loads, bounds)
         waiting = {host: left.get(host, 0.0) + part.get(host, 0.0) for host in {*left, *part}}
@@ -85,7 +90,9 @@ def makespan(parts: Sequence[Mapping[str, float]], loads: Mapping[str, HostLoad]
         causes[cause] += seconds
         left = {host: rows - seconds / loads[host].row_s for host, rows in slow.items()}
         left = {host: rows for host, rows in left.items() if rows > 0}
-    _drain(causes, left, parts[-1] if parts else {}, loads, bounds)
+        ends.append((ends[-1] if ends else 0.0) + seconds)
+    if parts:
+        _finish(causes, _waits(left, loads), _tails(parts, ends, loads))
     return Makespan(dict(causes))
 
 
@@ -128,25 +135,32 @@ def _until_room(slow: Mapping[str, float], seconds: float, loads: Mapping[str, H
     return high
 
 
-def _drain(
-    causes: defaultdict[Cause, float],
-    left: Mapping[str, float],
-    last: Mapping[str, float],
-    loads: Mapping[str, HostLoad],
-    bounds: Bounds,
+def _waits(left: Mapping[str, float], loads: Mapping[str, HostLoad]) -> dict[str, tuple[float, float]]:
+    """By host: seconds until its rows that wait are downloaded, and those of its last row's retries."""
+    return {
+        host: (rows * loads[host].row_s, loads[host].lasting_s - loads[host].download_s) for host, rows in left.items()
+    }
+
+
+def _tails(
+    parts: Sequence[Mapping[str, float]], ends: Sequence[float], loads: Mapping[str, HostLoad]
+) -> dict[str, float]:
+    """By host: seconds from the last part's end to that of its last slow row, if it starts as soon as it is sent."""
+    tails = {}
+    for host in {host for part in parts for host in part}:
+        load, expected, index = loads[host], 0.0, len(parts)
+        while index and expected < LIKELY_ROWS:
+            index -= 1
+            expected += parts[index].get(host, 0.0) * load.long_share
+        tails[host] = ends[index] + load.longest_s - ends[-1]
+    return tails
+
+
+def _finish(
+    causes: defaultdict[Cause, float], waits: Mapping[str, tuple[float, float]], tails: Mapping[str, float]
 ) -> None:
-    """Add the seconds from the last row's start to the end."""
-    rows = sum(last.values())
-    queued = {host: rows_left * loads[host].row_s for host, rows_left in left.items()}
-    # Where rows wait for a host, the last of them only has the delays of its retries left when the others have ended.
-    ends = {host: seconds + loads[host].lasting_s - loads[host].download_s for host, seconds in queued.items()}
-    share = min(1.0, bounds.window / rows) if rows else 0.0
-    for host, count in last.items():
-        if count * share >= 1:
-            ends[host] = max(ends.get(host, 0.0), queued.get(host, 0.0) + loads[host].longest_s)
-    if not ends:
-        return
-    slowest = max(ends, key=lambda host: ends[host])
-    queued_s = queued.get(slowest, 0.0)
-    causes[Cause("host", slowest)] += queued_s
-    causes[Cause("retries")] += max(0.0, ends[slowest] - queued_s)
+    """Add the seconds from the last part's end to the campaign's."""
+    ends = [*waits.items(), *((host, (0.0, max(0.0, tail))) for host, tail in tails.items())]
+    host, (queued_s, tail_s) = max(ends, key=lambda end: sum(end[1]))
+    causes[Cause("host", host)] += queued_s
+    causes[Cause("retries")] += tail_s

@@ -10,7 +10,7 @@ import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..outcomes import Outcome
 from ..results import Result
@@ -19,10 +19,13 @@ from .sample import OTHERS
 
 #: Assumed seconds of a download if none of the sample succeeded.
 DOWNLOAD_S = 0.25
-#: The share of a busy time's rows that shows the workers' speed.
-BUSY_SHARE = 0.4
-#: Rows of a host that are enough to know its downloads, and their least share of the host's rows.
-ENOUGH_ROWS, ENOUGH_SHARE = 5, 0.1
+#: The share of the rows whose shortest time shows the workers' speed: a smaller one would show how fast they are when
+#: chance favors them.
+BUSY_SHARE = 0.6
+#: Rows for each slot of a host that are enough to know its downloads.
+ENOUGH_ROWS = 2
+#: Seconds by which outcomes are seen later than they are told to have ended, beyond which clocks differ.
+CLOCKS_S = 2.0
 #: The mean of a retry's random delay, as a share of the longest.
 MEAN_BACKOFF = 0.75
 
@@ -89,6 +92,7 @@ class Speed:
 
 def observe(jobs: Sequence[SampledJob], fleet: Fleet) -> tuple[list[Observation], Speed]:
     """Each job's observation, in order, and the workers' speed."""
+    jobs = _by_one_clock(jobs)
     answered = [job for job in jobs if isinstance(job.outcome, Result)]
     until = _busy_end([_ended(job) for job in jobs if not _is_retried(job)])
     downloads = dict(zip(map(id, answered), _downloads(answered, fleet, until), strict=True))
@@ -145,6 +149,13 @@ def _is_retried(job: SampledJob) -> bool:
     return job.outcome.retryable
 
 
+def _by_one_clock(jobs: Sequence[SampledJob]) -> Sequence[SampledJob]:
+    """The jobs, with the producer's times moved to the workers' clock if that is another."""
+    lags = [job.seen - _told_end(job, job.outcome) for job in jobs if isinstance(job.outcome, Result)]
+    lag = statistics.median(lags) if lags else 0.0
+    return jobs if abs(lag) <= CLOCKS_S else [replace(job, sent=job.sent + lag) for job in jobs]
+
+
 def _started(job: SampledJob, result: Result) -> float:
     return job.sent + result.timing.queued_s
 
@@ -153,8 +164,12 @@ def _ended(job: SampledJob) -> float:
     """When a job ended: by its timing, which is more exact than when its outcome was seen."""
     if not isinstance(job.outcome, Result):
         return job.seen
-    timing = job.outcome.timing
-    return min(job.seen, _started(job, job.outcome) + timing.fetch_s + timing.wait_s + timing.generate_s)
+    return min(job.seen, _told_end(job, job.outcome))
+
+
+def _told_end(job: SampledJob, result: Result) -> float:
+    timing = result.timing
+    return _started(job, result) + timing.fetch_s + timing.wait_s + timing.generate_s
 
 
 # Downloads
@@ -163,8 +178,8 @@ def _ended(job: SampledJob) -> float:
 def _downloads(answered: Sequence[SampledJob], fleet: Fleet, until: float) -> list[float]:
     """Seconds that each answer's image used a download, without the wait for it.
 
-    While the workers are busy, downloads take longer than they do for a slow host alone, for which the campaign waits:
-    what is seen after `until` counts, if it is enough.
+    While the workers are busy, downloads take longer than they do later, when the campaign only waits for a slow host.
+    What is seen after `until` counts, if it is enough.
     """
     seconds = [0.0] * len(answered)
     by_host: defaultdict[str, list[int]] = defaultdict(list)
@@ -174,8 +189,9 @@ def _downloads(answered: Sequence[SampledJob], fleet: Fleet, until: float) -> li
         spans = [_span(answered[index]) for index in indices]
         used = used_s(spans, fleet.host_slots) if host != OTHERS else [end - start for start, end in spans]
         late = [each for each, (start, _) in zip(used, spans, strict=True) if start > until]
-        if host != OTHERS and len(late) >= max(ENOUGH_ROWS, ENOUGH_SHARE * len(used)) and any(used):
-            ratio = statistics.fmean(late) / statistics.fmean(used)
+        if host != OTHERS and len(late) >= ENOUGH_ROWS * fleet.host_slots and any(used):
+            # The last rows seem longer than they are, since they share their slots with no later ones.
+            ratio = min(1.0, statistics.fmean(late) / statistics.fmean(used))
             used = [each * ratio for each in used]
         for index, each in zip(indices, used, strict=True):
             seconds[index] = each

@@ -57,7 +57,8 @@ class Sampler:
 
     def __init__(self, seed: int, size: int | None = None) -> None:
         """`size`: the number of rows to choose, without those added for larger hosts. Default: a SHARE."""
-        self._random = random.Random(seed)  # noqa: S311 - statistics
+        # Not the numbers that a table may be made with from the same seed.
+        self._random = random.Random(f"sample {seed}")  # noqa: S311 - statistics
         self._size = size
         self._uniform: list[_Pick] = []
         self._by_host: dict[str, list[_Pick]] = {}

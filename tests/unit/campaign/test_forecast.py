@@ -1,0 +1,178 @@
+"""A forecast from a sample, against a simulation of the whole campaign that knows nothing of forecasts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+
+from tasks.campaign.forecast import Estimate, Forecast, forecast
+from tasks.campaign.makespan import Cause
+from tasks.campaign.observation import Fleet, SampledJob
+from tasks.campaign.sample import Sample, Sampler
+from tasks.results import Result
+from tests.support.campaign_simulation import Host, Row, Simulation, Workers
+
+ROWS, WINDOW = 12_000, 1_000
+WORLDS = range(8)
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A forecast, and what came true."""
+
+    forecast: Forecast
+    seconds: float
+    rows: list[Row]
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if not isinstance(row.outcome, Result)]
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(row.outcome.usage.completion_tokens for row in self.rows if isinstance(row.outcome, Result))
+
+
+def hosts_of(chance: random.Random) -> tuple[dict[str, Host], list[float]]:
+    """Fast hosts, a slow one, a dead one and a flaky one, with their shares."""
+    fast = {
+        f"fast{number}": Host(chance.uniform(0.02, 0.1), missing=chance.choice([0, 0.05, 0.2]))
+        for number in range(chance.randint(3, 10))
+    }
+    others = {
+        "slow": Host(chance.uniform(0.3, 1.5)),
+        "dead": Host(1.0, is_dead=True),
+        "flaky": Host(chance.uniform(0.05, 0.3), flaky=chance.uniform(0.2, 0.6)),
+    }
+    shares = [chance.uniform(1, 10) for _ in fast]
+    return fast | others, [*shares, chance.uniform(0.5, 5), chance.choice([0.02, 0.1]), chance.uniform(1, 5)]
+
+
+def simulated(hosts: dict[str, Host], workers: Workers, names: list[str], seed: int) -> tuple[list[Row], float]:
+    return Simulation(hosts, workers, WINDOW, random.Random(seed)).run(names)
+
+
+def sample_of(names: list[str], seed: int = 0) -> Sample:
+    sampler = Sampler(seed)
+    for number, name in enumerate(names, 1):
+        sampler.add(number, name)
+    return sampler.finish()
+
+
+def jobs_of(sample: Sample, rows: list[Row]) -> list[SampledJob]:
+    """The sample's outcomes, each seen a little after its end."""
+    jobs = []
+    for host, row in zip(sample.chosen.values(), rows, strict=True):
+        assert row.outcome is not None
+        jobs.append(SampledJob(host, row.sent, row.ended + 0.05, row.outcome))
+    return jobs
+
+
+@cache
+def campaign(world: int) -> Campaign:
+    chance = random.Random(f"world {world}")
+    hosts, shares = hosts_of(chance)
+    names = chance.choices(list(hosts), shares, k=ROWS)
+    workers = Workers(model_s=chance.choice([0.02, 0.1, 0.2]))
+    sample = sample_of(names)
+    rows, _ = simulated(hosts, workers, [names[number - 1] for number in sample.chosen], seed=1)
+    found = forecast(sample, jobs_of(sample, rows), Fleet(), window=WINDOW)
+    rows, seconds = simulated(hosts, workers, names, seed=2)
+    return Campaign(found, seconds, rows)
+
+
+def contains(estimate: Estimate, true: float) -> bool:
+    return estimate.low <= true <= estimate.high
+
+
+def test_the_time_is_right_within_15_percent() -> None:
+    errors = {world: campaign(world).forecast.seconds.value / campaign(world).seconds - 1 for world in WORLDS}
+    wrong = {world: error for world, error in errors.items() if abs(error) > 0.15}
+    assert len(wrong) <= 1, errors
+
+
+def test_tokens_are_right_within_5_percent() -> None:
+    for world in WORLDS:
+        found = campaign(world)
+        assert found.forecast.completion_tokens.value == pytest.approx(found.new_tokens, rel=0.05)
+
+
+def test_intervals_contain_what_comes_true() -> None:
+    contained: list[bool] = []
+    for world in WORLDS:
+        found = campaign(world)
+        codes = Counter(row.outcome.code for row in found.failed)  # type: ignore[union-attr]
+        hosts = Counter(row.host for row in found.failed)
+        contained += [contains(found.forecast.failed, len(found.failed))]
+        contained += [contains(found.forecast.completion_tokens, found.new_tokens)]
+        contained += [contains(estimate, codes[code]) for code, estimate in found.forecast.failures.items()]
+        contained += [contains(each.failed, hosts[each.host]) for each in found.forecast.hosts]
+    # Of 95 % intervals, a few miss.
+    assert len(contained) > 80
+    assert sum(contained) / len(contained) >= 0.9
+
+
+def test_failures_are_told_by_code_and_host() -> None:
+    found = campaign(0).forecast
+    by_host = {each.host: each for each in found.hosts}
+    dead = by_host["dead"]
+    assert dead.failures.keys() == {"image_unreachable"}
+    assert dead.failed.value == dead.rows
+    assert sum(each.rows for each in found.hosts) == found.rows == ROWS
+    assert found.failed.value == pytest.approx(sum(each.failed.value for each in found.hosts))
+
+
+def one_world(host: Host, workers: Workers, name: str = "host", **options: int) -> Forecast:
+    names = [name] * 5_000
+    sample = sample_of(names)
+    rows, _ = simulated({name: host}, workers, [name] * len(sample.chosen), seed=3)
+    return forecast(sample, jobs_of(sample, rows), Fleet(), window=WINDOW, **options)
+
+
+def test_the_largest_cause_is_named() -> None:
+    assert one_world(Host(1.0), Workers(model_s=0.01)).dominant == Cause("host", "host")
+    assert one_world(Host(0.01), Workers(model_s=0.5, model_rows=4)).dominant == Cause("model")
+    assert one_world(Host(0.05), Workers(), queued=1_000_000).dominant == Cause("queue")
+
+
+def test_a_longer_queue_adds_its_jobs_time() -> None:
+    free, queued = (one_world(Host(0.05), Workers(), queued=count) for count in (0, 3_000))
+    assert queued.seconds.value - free.seconds.value == pytest.approx(3_000 / free.rows_per_s)
+
+
+def test_cost_is_that_of_all_workers() -> None:
+    found = one_world(Host(0.05), Workers())
+    assert found.gpu_hours().value == pytest.approx(found.seconds.value / 3_600)
+    assert found.cost(2.0) == found.gpu_hours() * 2.0
+    told = json.loads(json.dumps(found.as_dict(2.0)))
+    assert told["cost"]["value"] == pytest.approx(found.cost(2.0).value)
+    assert "cost" not in found.as_dict()
+    assert told["causes"][0].keys() == {"kind", "host", "seconds"}
+
+
+def test_a_table_that_was_sampled_whole_has_certain_counts() -> None:
+    names = ["host"] * 50
+    sample = sample_of(names)
+    rows, _ = simulated({"host": Host(0.1, missing=0.3)}, Workers(), names, seed=4)
+    found = forecast(sample, jobs_of(sample, rows), Fleet(), window=WINDOW)
+    failed = sum(not isinstance(row.outcome, Result) for row in rows)
+    assert found.failed == Estimate(failed, failed, failed)
+
+
+def test_a_host_none_of_whose_rows_ended_is_taken_for_the_others() -> None:
+    names = ["seen", "unseen"] * 500
+    sample = sample_of(names)
+    rows, _ = simulated({"seen": Host(0.1), "unseen": Host(0.1)}, Workers(), names, seed=5)
+    jobs = [job for job in jobs_of(sample, rows[: len(sample.chosen)]) if job.host == "seen"]
+    found = forecast(sample, jobs, Fleet(), window=WINDOW)
+    assert found.prompt_tokens.value == pytest.approx(20 * 1_000, rel=0.01)
+
+
+def test_without_any_outcome_there_is_no_forecast() -> None:
+    with pytest.raises(ValueError, match="no job"):
+        forecast(sample_of(["host"]), [], Fleet(), window=WINDOW)

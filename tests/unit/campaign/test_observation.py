@@ -1,0 +1,96 @@
+"""What a sample's outcomes say about downloads and about the workers' speed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tasks.campaign.observation import Fleet, SampledJob, observe, used_s
+from tasks.campaign.sample import OTHERS
+from tasks.errors import ImageInvalid, ImageUnreachable, JobError
+from tasks.results import Result, Timing, Usage
+from tests.support.campaign_simulation import MODEL
+
+FLEET = Fleet()
+
+
+def answered(
+    sent: float, queued: float, fetch: float, *, host: str = "a", retries: int = 0, model: float = 0.0, lag: float = 0.1
+) -> SampledJob:
+    timing = Timing(queued_s=queued, fetch_s=fetch, wait_s=0.0, generate_s=model, retries=retries)
+    usage = Usage(prompt_tokens=3, completion_tokens=2, images=1)
+    result = Result(text="", finish_reason="stop", usage=usage, model=MODEL, timing=timing)
+    return SampledJob(host, sent, sent + queued + fetch + model + lag, result)
+
+
+def failed(seen: float, error: JobError, host: str = "a") -> SampledJob:
+    return SampledJob(host, 0.0, seen, error)
+
+
+def test_spans_beyond_the_slots_share_them() -> None:
+    assert used_s([(0, 1), (0, 1), (0, 1), (0, 1)], slots=2) == pytest.approx([0.5] * 4)
+    assert used_s([(0, 2), (5, 6)], slots=1) == pytest.approx([2, 1])
+    assert used_s([(0, 4), (0, 2)], slots=1) == pytest.approx([3, 1])
+    assert used_s([], slots=1) == []
+    assert used_s([(3, 3)], slots=1) == [0]
+
+
+def test_the_wait_for_a_download_is_no_part_of_it() -> None:
+    # 80 rows at once, 8 at a time, of half a second each: the last ones waited.
+    jobs = [answered(0, 0.0, 0.5 * (1 + number // 8)) for number in range(16)]
+    seen, _ = observe(jobs, FLEET)
+    assert sum(each.download_s for each in seen) == pytest.approx(16 * 0.5, rel=0.01)
+
+
+def test_smaller_hosts_together_have_many_slots() -> None:
+    seen, _ = observe([answered(0, 0.0, 1.0, host=OTHERS) for _ in range(40)], FLEET)
+    assert {each.download_s for each in seen} == {1.0}
+
+
+def test_an_answer_after_retries_counts_its_earlier_runs() -> None:
+    (seen,), _ = observe([answered(0, 9.0, 1.0, retries=2)], FLEET)
+    assert seen.download_s == pytest.approx(3.0)
+    assert seen.lasting_s == pytest.approx(3.0 + 0.75 * 2 * 3)
+    assert seen.is_retried
+
+
+def test_a_timeout_costs_all_its_retries() -> None:
+    gone = failed(95, ImageUnreachable("It did not answer.", detail="timeout"), "dead")
+    (_, seen), _ = observe([answered(0, 0, 0.2), gone], FLEET)
+    assert (seen.code, seen.download_s) == ("image_unreachable", 4 * 20.0)
+    assert seen.lasting_s == pytest.approx(80 + 0.75 * 2 * 7)
+
+
+def test_a_quick_failure_takes_as_long_as_its_hosts_downloads() -> None:
+    jobs = [answered(0, 0, 0.2), answered(0, 0, 0.2, host="b"), failed(0.3, ImageInvalid("None.", detail="http_404"))]
+    jobs.append(failed(12, ImageUnreachable("Busy.", detail="http_503"), "unknown"))
+    (_, _, missing, busy), _ = observe(jobs, FLEET)
+    assert missing.download_s == pytest.approx(0.2)
+    assert busy.download_s == pytest.approx(4 * 0.2)
+
+
+def test_the_speed_is_that_of_the_busiest_part() -> None:
+    quick = [answered(number / 100, 0.0, 0.0) for number in range(500)]
+    tail = [answered(10.0 + number, 0.0, 1.0, host="slow") for number in range(20)]
+    _, speed = observe(quick + tail, FLEET)
+    assert speed.rows_per_s == pytest.approx(100, rel=0.02)
+    assert speed.error < 0.05
+    assert speed.until < 6
+
+
+def test_what_jobs_spend_their_time_in_names_the_bound() -> None:
+    assert observe([answered(0, 0, 0.1, model=2.0)], FLEET)[1].is_models
+    assert not observe([answered(0, 0, 2.0, model=0.1)], FLEET)[1].is_models
+
+
+def test_a_worker_with_another_clock_is_understood() -> None:
+    # Its clock is a minute ahead: each job seems to have waited for a minute.
+    jobs = [answered(number / 100, 60.0, 0.5, lag=-59.9) for number in range(200)]
+    seen, speed = observe(jobs, FLEET)
+    assert speed.rows_per_s == pytest.approx(100, rel=0.05)
+    assert all(0 < each.ended < 4 for each in seen)
+
+
+def test_one_job_is_enough() -> None:
+    (seen,), speed = observe([failed(1.0, ImageInvalid("None.", detail="http_404"))], FLEET)
+    assert seen.code == "image_invalid"
+    assert speed.rows_per_s > 0
