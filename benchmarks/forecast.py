@@ -16,7 +16,6 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,10 @@ from typing import Any
 
 from benchmarks.measures import RESULTS
 from tasks import Client
-from tasks.batch import run as run_batch
 from tasks.campaign.dry_run import dry_run
 from tasks.campaign.forecast import Estimate
-from tasks.campaign.hosts import host_of_url
 from tasks.campaign.plan import Plan
+from tasks.campaign.runner import run
 from tasks.campaign.tables import open_table
 from tasks.cli.forecast import show
 from tests.support.pictures import png
@@ -112,28 +110,14 @@ def write_table(path: Path, rows: int, port: int, chance: random.Random) -> None
 # The campaign
 
 
-def lines(path: Path) -> Iterator[str]:
-    """The table as a batch's lines."""
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            arguments = {"image": row["image"], "max_new_tokens": 1}
-            yield json.dumps({"custom_id": row["image"], "task": "caption", "arguments": arguments})
-
-
-def run_all(client: Client, path: Path) -> dict[str, Any]:
+def run_all(client: Client, table: Path, plan: Plan) -> dict[str, Any]:
     """Run the table; what it took."""
-    codes: Counter[str] = Counter()
-    hosts: Counter[str] = Counter()
-    tokens, started = 0, time.monotonic()
-    for answer in run_batch(client, lines(path)):
-        if "error" in answer:
-            codes[answer["error"]["code"]] += 1
-            hosts[host_of_url(answer["custom_id"])] += 1
-        else:
-            usage = answer["result"]["usage"]
-            tokens += usage["prompt_tokens"] + usage["completion_tokens"]
+    output = table.with_name("output.csv")
+    started = time.monotonic()
+    summary = run(client, str(table), str(output), plan)
     seconds = round(time.monotonic() - started, 1)
-    return {"seconds": seconds, "tokens": tokens, "failures": dict(codes), "failed_hosts": dict(hosts)}
+    failed = {"failures": summary.by_code, "failed_hosts": summary.by_host}
+    return {"seconds": seconds, "tokens": summary.tokens, **failed}
 
 
 def compared(forecast: Estimate, true: float) -> dict[str, float | bool]:
@@ -171,7 +155,7 @@ def measure(rows: int, workers: int, seed: int) -> dict[str, Any]:
         found = forecast.forecast
         assert found is not None, forecast.notes
         show(forecast)
-        true = run_all(client, table)
+        true = run_all(client, table, plan)
     tokens = Estimate(
         found.prompt_tokens.value + found.completion_tokens.value,
         found.prompt_tokens.low + found.completion_tokens.low,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
+from .. import urls
 from ..chat_messages import ChatImagePart, ChatMessage
 from ..payloads import Chat, Complete, Job
 from ..prompt_parts import ImagePart
@@ -16,19 +16,8 @@ NO_HOST = ""
 
 def host_of(job: Job) -> str:
     """The host of the first image with a URL, in lower case; NO_HOST without one."""
-    for image in _images(job):
-        # A data: URI may have megabytes.
-        if isinstance(image, str) and image[:4].lower() == "http":
-            return host_of_url(image)
-    return NO_HOST
-
-
-def host_of_url(url: str) -> str:
-    """A URL's host in lower case; NO_HOST if it has none."""
-    try:
-        return (urlsplit(url).hostname or NO_HOST).rstrip(".")
-    except ValueError:
-        return NO_HOST
+    images = (image for image in _images(job) if isinstance(image, str))
+    return next((host for image in images if (host := urls.host_of(image))), NO_HOST)
 
 
 def _images(job: Job) -> Iterator[Any]:

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 LEAST_SHARE = 0.1
 #: Expected slow rows after which it is as likely as not that there was one: the last.
 LIKELY_ROWS = 0.7
+#: The share of the workers' time from which on it is a host's.
+NEARLY = 0.9
 #: Steps of the search for a part's seconds: each halves the error.
 STEPS = 30
 
@@ -84,9 +86,14 @@ def makespan(parts: Sequence[Mapping[str, float]], loads: Mapping[str, HostLoad]
         waiting = {host: left.get(host, 0.0) + part.get(host, 0.0) for host in {*left, *part}}
         slow = {host: rows for host, rows in waiting.items() if rows * loads[host].row_s > seconds}
         room = _room(part, slow, seconds, loads, bounds)
+        alone_s = {host: rows * loads[host].row_s for host, rows in waiting.items()}
+        slowest = max(alone_s, key=lambda host: alone_s[host])
         if _left_rows(slow, seconds, loads) > room:
             seconds = _until_room(slow, seconds, loads, room)
-            cause = Cause("host", max(slow, key=lambda host: slow[host] * loads[host].row_s))
+            cause = Cause("host", slowest)
+        elif cause.kind in ("model", "workers") and alone_s[slowest] > NEARLY * seconds:
+            # The workers' speed was seen while they waited for this host.
+            cause = Cause("host", slowest)
         causes[cause] += seconds
         left = {host: rows - seconds / loads[host].row_s for host, rows in slow.items()}
         left = {host: rows for host, rows in left.items() if rows > 0}

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from typing import Any
 
-from ..campaign.dry_run import DryRun
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from ..campaign.dry_run import DryRun, dry_run
 from ..campaign.forecast import Estimate, Forecast, HostForecast
 from ..campaign.hosts import NO_HOST
 from ..campaign.makespan import Cause
+from ..campaign.plan import Plan
 from ..campaign.sample import OTHERS
+from ..campaign.tables import open_table
 from ..campaign.validation import Validation
-from .console import echo, echo_json, echo_rows
-from .progress import duration
+from ..errors import QueueFull
+from .console import away, echo, echo_json, echo_rows
+from .jobs import fail
+from .progress import LOGGED_S, duration
 
 #: Hosts that are shown; JSON has all.
 SHOWN_HOSTS = 20
@@ -26,6 +35,32 @@ KINDS = {
     "retries": "the last rows, whose images are tried again",
     "queue": "the jobs that wait in the queue already",
 }
+
+
+def forecast(client: Any, input: str, plan: Plan, *, window: int, priority: int, sample: int | None = None) -> DryRun:
+    """Do a dry run, with its progress on standard error. Raises CampaignError or ModelNotFound."""
+    table = open_table(input)
+    for note in table.notes:
+        echo(note, err=True)
+    progress = _Progress()
+    try:
+        return dry_run(client, plan, table, window=window, priority=priority, size=sample, on_progress=progress.tell)
+    except QueueFull as error:
+        fail(error)
+    except (RedisError, OperationalError) as error:
+        raise away(error) from None
+
+
+class _Progress:
+    """A line on standard error now and then."""
+
+    def __init__(self) -> None:
+        self._told_at = time.monotonic()
+
+    def tell(self, text: str) -> None:
+        if time.monotonic() - self._told_at >= LOGGED_S:
+            self._told_at = time.monotonic()
+            echo(text, err=True)
 
 
 def show(run: DryRun, gpu_hour_price: float | None = None, *, as_json: bool = False) -> None:

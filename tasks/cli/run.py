@@ -17,6 +17,7 @@ from ..errors import ModelNotFound
 from ..job_window import PRIORITY, WINDOW
 from .campaign_progress import CampaignDisplay, counts
 from .console import CommandError, echo, echo_json
+from .forecast import forecast, show
 from .jobs import fail
 from .stopping import INTERRUPTED, Stop
 from .waiting import watched
@@ -50,8 +51,16 @@ STOPPED = 3
     metavar="EARLIER",
     help="Leave out the rows that have an answer in this earlier output, by --id or else --image; repeatable.",
 )
+@click.option("--dry-run", is_flag=True, help="Check all rows, run a sample and forecast the campaign; OUTPUT stays.")
+@click.option("--sample", type=click.IntRange(1), help="Rows of --dry-run's sample.  [default: 1 %, 500 to 5,000]")
+@click.option("--gpu-hour-price", type=click.FloatRange(min=0), help="Of one worker, for --dry-run's cost.")
 @click.option("--name", default="", help="As `idefics-jobs campaigns` shows it. [default: OUTPUT]")
-@click.option("--json", "as_json", is_flag=True, help="At the end print the counts as JSON on standard output.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="At the end print the counts as JSON on standard output; with --dry-run the forecast.",
+)
 @click.pass_obj
 def run(
     client: Any,
@@ -74,6 +83,9 @@ def run(
     retry_failed: bool,
     codes: Sequence[str],
     only_new: Sequence[str],
+    dry_run: bool,
+    sample: int | None,
+    gpu_hour_price: float | None,
     name: str,
     as_json: bool,
 ) -> None:
@@ -88,11 +100,14 @@ def run(
 
     \b
     idefics-jobs run shoes.csv captions.csv --task caption --image url
+    idefics-jobs run shoes.csv captions.csv --task caption --image url --dry-run
     idefics-jobs run shoes.csv colors.parquet --task answer --image url --set question="What colour is {name}?"
     idefics-jobs run shoes.csv captions.csv --task caption --image url --retry-failed --code image_unreachable
     """
     if codes and not retry_failed:
         raise click.UsageError("--code chooses among the rows of --retry-failed: give both.")
+    if not dry_run and (sample is not None or gpu_hour_price is not None):
+        raise click.UsageError("--sample and --gpu-hour-price belong to --dry-run.")
     try:
         plan = Plan(
             task=task,
@@ -105,6 +120,10 @@ def run(
             encoding=encoding,
             delimiter=delimiter,
         )
+        if dry_run:
+            found = forecast(client(), input, plan, window=window, priority=priority, sample=sample)
+            show(found, gpu_hour_price, as_json=as_json)
+            return
         options = Options(
             name=name,
             window=window,

@@ -17,8 +17,8 @@ from tasks.campaign.sample import Sample, Sampler
 from tasks.results import Result
 from tests.support.campaign_simulation import Host, Row, Simulation, Workers
 
-ROWS, WINDOW = 12_000, 1_000
-WORLDS = range(8)
+ROWS, WINDOW = 8_000, 1_000
+WORLDS = range(5)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def test_intervals_contain_what_comes_true() -> None:
         contained += [contains(estimate, codes[code]) for code, estimate in found.forecast.failures.items()]
         contained += [contains(each.failed, hosts[each.host]) for each in found.forecast.hosts]
     # Of 95 % intervals, a few miss.
-    assert len(contained) > 80
+    assert len(contained) > 40
     assert sum(contained) / len(contained) >= 0.9
 
 
@@ -128,7 +128,7 @@ def test_failures_are_told_by_code_and_host() -> None:
 
 
 def one_world(host: Host, workers: Workers, name: str = "host", **options: int) -> Forecast:
-    names = [name] * 5_000
+    names = [name] * 3_000
     sample = sample_of(names)
     rows, _ = simulated({name: host}, workers, [name] * len(sample.chosen), seed=3)
     return forecast(sample, jobs_of(sample, rows), Fleet(), window=WINDOW, **options)
