@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ SHOWN = 20
 #: Rows between two calls of `on_rows`.
 TOLD_ROWS = 1_000
 
-_COLUMN = re.compile(r"Column '((?:[^'\\]|\\.)*)'")
+_COLUMN = "Column '"
 _EMPTY = " is empty in this row"
 
 
@@ -47,8 +46,7 @@ class Validation:
 
     def add(self, row: int, error: JobError | BadRow) -> None:
         message = error.reason if isinstance(error, BadRow) else str(error)
-        named = _COLUMN.match(message)
-        column = named[1] if named else None
+        column = message.removeprefix(_COLUMN).partition("'")[0] if message.startswith(_COLUMN) else None
         self.invalid += 1
         self.kinds[_kind(error, column, message)] += 1
         if len(self.first) < SHOWN:
