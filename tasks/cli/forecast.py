@@ -39,7 +39,7 @@ KINDS = {
 
 def forecast(client: Any, input: str, plan: Plan, *, window: int, priority: int, sample: int | None = None) -> DryRun:
     """Do a dry run, with its progress on standard error. Raises CampaignError or ModelNotFound."""
-    table = open_table(input)
+    table = open_table(input, encoding=plan.encoding, delimiter=plan.delimiter)
     for note in table.notes:
         echo(note, err=True)
     progress = _Progress()
