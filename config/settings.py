@@ -150,7 +150,8 @@ class Settings(BaseSettings):
     """Jobs that download images at the same time, from any host, so that hosts that hang do not hold all threads. 0: a
     third of the jobs that the worker holds."""
     image_retry_after_max_s: float = Field(default=300.0, ge=0)
-    """Longest wait in seconds before a retry when an image's server sends Retry-After."""
+    """Longest wait in seconds when an image's server sends Retry-After: before this job's retry, and before any worker
+    asks that host for another image."""
     contact: str | None = Field(default=None, max_length=200, pattern=r"^[ -'*-~]+$")
     """Your URL or e-mail address, sent in the User-Agent to the servers that images are downloaded from."""
     image_root: Path | None = None

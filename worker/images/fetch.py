@@ -65,6 +65,8 @@ class FetchPolicy(NetworkPolicy):
     #: The folder below which paths are read. None: paths are refused.
     root: Path | None = None
     max_redirects: int = 5
+    #: Maximum seconds for which a host that sends Retry-After is left alone.
+    retry_after_max_s: float = 300.0
     #: How a host's operators can reach the operator of this worker; part of the User-Agent.
     contact: str | None = None
 

@@ -147,5 +147,6 @@ def fetch_policy(settings: Settings) -> FetchPolicy:
         total_s=settings.image_timeout_s,
         contact=settings.contact,
         max_redirects=settings.image_max_redirects,
+        retry_after_max_s=settings.image_retry_after_max_s,
         ca_file=settings.ca_file,
     )

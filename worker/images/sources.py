@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from tasks.errors import ImageBlocked, ImageInvalid
+from tasks.errors import ImageBlocked, ImageInvalid, ImageUnreachable
 from tasks.image_sources import BLANKS, base64_bytes, data_head, is_inner_path
 from tasks.payload_fields import CheckedImage
 from worker.images.fetch import Fetcher, FetchPolicy, requested_host, too_large
@@ -43,7 +43,13 @@ class SourceReader:
             return decode_data_uri(source, self._policy.max_bytes)
         host = requested_host(source)
         with tracing.stage("fetch"), self._hosts.acquire(host, wait_s, may_park=may_park):
-            return self._fetcher.fetch(source)
+            try:
+                return self._fetcher.fetch(source)
+            except ImageUnreachable as error:
+                # No job of any worker asks this host before then; it may redirect to the one that answered so.
+                if error.retry_after_s:
+                    self._hosts.close(host, min(error.retry_after_s, self._policy.retry_after_max_s))
+                raise
 
 
 def is_remote(source: CheckedImage) -> bool:
