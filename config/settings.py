@@ -152,6 +152,9 @@ class Settings(BaseSettings):
     image_retry_after_max_s: float = Field(default=300.0, ge=0)
     """Longest wait in seconds when an image's server sends Retry-After: before this job's retry, and before any worker
     asks that host for another image."""
+    image_respect_noai: bool = False
+    """Refuse images whose server forbids their use by AI (`X-Robots-Tag: noai` or `noimageai`). Off by default: the
+    header is about training, and most jobs show pictures of their own. Switch it on for pictures of strangers."""
     contact: str | None = Field(default=None, max_length=200, pattern=r"^[ -'*-~]+$")
     """Your URL or e-mail address, sent in the User-Agent to the servers that images are downloaded from."""
     image_root: Path | None = None

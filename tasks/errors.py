@@ -150,6 +150,7 @@ class ImageBlocked(JobError):
         "data_uri": "Of data: URIs only data:image/...;base64, is read: send the image in this form.",
         "port": "The image's URL names a port that is not allowed: write one without a port.",
         "redirects": "The image's URL leads elsewhere: use its final one.",
+        "noai": "The image's server forbids its use by AI: leave the image out.",
         "path": "No image is read at this path: send the picture itself.",
     }
 

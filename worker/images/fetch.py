@@ -7,7 +7,7 @@ public or that the operator allowed, and never waits longer or reads more than t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import client as http_client
@@ -49,6 +49,8 @@ WITH_IMAGE = frozenset({200, 203})
 #: Content-Encodings that change bytes. Others are labels without meaning (`utf-8`, `binary`): then the first bytes of
 #: the body decide.
 COMPRESSIONS = frozenset({"gzip", "x-gzip", "compress", "x-compress", "deflate", "br", "zstd", "dcb", "dcz"})
+#: Directives of X-Robots-Tag that forbid the use of an image by AI, and the agent that this worker is in that header.
+NO_AI, AGENT = frozenset({"noai", "noimageai"}), "idefics-jobs"
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: Statuses besides 5xx after which the same request may succeed: request timeout, too early, too many requests.
 RETRYABLE_STATUSES = frozenset({408, 425, 429})
@@ -67,6 +69,8 @@ class FetchPolicy(NetworkPolicy):
     max_redirects: int = 5
     #: Maximum seconds for which a host that sends Retry-After is left alone.
     retry_after_max_s: float = 300.0
+    #: Whether images are refused whose server forbids their use by AI.
+    respect_noai: bool = False
     #: How a host's operators can reach the operator of this worker; part of the User-Agent.
     contact: str | None = None
 
@@ -97,7 +101,7 @@ class Fetcher:
             for _ in range(self._policy.max_redirects + 1):
                 with _translated(url, guard), self._response(session, url) as response:
                     if response.status_code not in REDIRECTS:
-                        return _body(response, guard, self._rate)
+                        return _body(response, guard, self._rate, respect_noai=self._policy.respect_noai)
                     url = _redirect_target(response)
         hops = self._policy.max_redirects
         raise ImageBlocked(
@@ -151,9 +155,15 @@ def _redirect_target(response: requests.Response) -> str:
     return target
 
 
-def _body(response: requests.Response, guard: Guard, rate: RateLimiter) -> bytes:
+def _body(response: requests.Response, guard: Guard, rate: RateLimiter, *, respect_noai: bool = False) -> bytes:
     host, max_bytes = _host(response.url), guard.policy.max_bytes
     _check_status(response, host)
+    if respect_noai and _forbids_ai(response.raw.headers.getlist("X-Robots-Tag")):
+        raise ImageBlocked(
+            f"{host} forbids the use of this image by AI (X-Robots-Tag), and this worker respects that "
+            "(IDEFICS_IMAGE_RESPECT_NOAI): leave the image out.",
+            detail="noai",
+        )
     encodings = response.headers.get("Content-Encoding", "").lower().split(",")
     if COMPRESSIONS.intersection(encoding.strip() for encoding in encodings):
         raise ImageInvalid(
@@ -163,6 +173,16 @@ def _body(response: requests.Response, guard: Guard, rate: RateLimiter) -> bytes
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_large(f"{host} sends", max_bytes)
     return _read_capped(response, host, guard, rate)
+
+
+def _forbids_ai(tags: Iterable[str]) -> bool:
+    """Whether one of these X-Robots-Tag headers, for everybody or for this agent, forbids the use of an image by AI."""
+    for tag in tags:
+        agent, colon, directives = tag.rpartition(":")
+        is_meant = not colon or agent.strip().lower() == AGENT
+        if is_meant and NO_AI.intersection(each.strip().lower() for each in directives.split(",")):
+            return True
+    return False
 
 
 def _check_status(response: requests.Response, host: str) -> None:

@@ -148,5 +148,6 @@ def fetch_policy(settings: Settings) -> FetchPolicy:
         contact=settings.contact,
         max_redirects=settings.image_max_redirects,
         retry_after_max_s=settings.image_retry_after_max_s,
+        respect_noai=settings.image_respect_noai,
         ca_file=settings.ca_file,
     )
