@@ -129,6 +129,13 @@ def test_its_plots_have_bars_in_their_colors(tab: Browser, page: Path) -> None:
     assert {"rows", "score", "0", "0.2", "1"} <= set(axis)
 
 
+def test_a_few_rows_have_axes_too(tab: Browser, tmp_path: Path) -> None:
+    page = _report(tmp_path, [{"sku": "a", "url": "a.png"}], lambda _: answered("cat", 0.5))
+    _opened(tab, page)
+    assert "1 s" in tab.run("[...document.querySelectorAll('#latency svg text')].map((one) => one.textContent)")
+    assert tab.run("document.querySelectorAll('#latency rect').length") == 1
+
+
 def test_it_is_dark_for_those_who_prefer_it(tab: Browser, page: Path) -> None:
     tab.show(1280, 900, dark=True)
     shot = _opened(tab, page).screenshot()

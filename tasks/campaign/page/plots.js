@@ -91,13 +91,14 @@ function histogram(box, { bins, place, ticks, format, title, unit = "rows", mark
 }
 
 function drawMarks(root, marks, x, y, width) {
-  // From the right: a label stands left of its line where the next one would run into it.
+  // From the right: a label stands left of its line where it would run into the next one, or nowhere.
   let free = Infinity;
   for (const { at, label } of [...marks].reverse()) {
     const place = x(at);
     const room = label.length * 6.6;
     const isLeft = place + 4 + room > Math.min(free, width);
     root.append(svg("line", { class: "mark", x1: place, x2: place, y1: MARGIN.top - 8, y2: y(0) }));
+    if (isLeft && place - 4 > free) continue;
     const side = isLeft ? { x: place - 4, "text-anchor": "end" } : { x: place + 4 };
     root.append(svg("text", { class: "mark-label", y: MARGIN.top - 2, ...side }, label));
     free = isLeft ? place - 4 - room : place;

@@ -253,9 +253,14 @@ function card(item, { hasPictures, hasPrompts }, onclick) {
         item.score === undefined ? null : meter(item.score),
         item.prompt && hasPrompts ? words(item.prompt, "div", "prompt clamp two") : null,
       ),
-      el("div", { class: "foot" }, el("span", { dir: "auto" }, item.id ?? `row ${count(item.row)}`), el("span", {}, item.seconds === undefined ? "" : duration(item.seconds))),
+      el("div", { class: "foot" }, el("span", { dir: "auto" }, called(item)), el("span", {}, item.seconds === undefined ? "" : duration(item.seconds))),
     ),
   );
+}
+
+/** What a row is called: its id, its picture's file, or its number. */
+function called(item) {
+  return item.id ?? (item.image && !item.host && !item.image.startsWith("data:") ? item.image : `row ${count(item.row)}`);
 }
 
 /** The picture: only what the page's writer made itself, a small JPEG, PNG or WebP as data. */

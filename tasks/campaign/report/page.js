@@ -19,7 +19,6 @@ function drawHead() {
 
 function drawTiles() {
   const { totals, latency } = data;
-  const tokens = totals.prompt_tokens + totals.completion_tokens;
   const tiles = [
     [count(totals.rows), "rows"],
     [count(totals.answered), `answered, ${percent(totals.answered, totals.rows)}`],
@@ -27,8 +26,8 @@ function drawTiles() {
     totals.open ? [count(totals.open), "no answer yet"] : null,
     data.seconds ? [duration(data.seconds), "in all"] : null,
     data.seconds ? [rateOf((totals.answered + totals.failed) / data.seconds), "on average"] : null,
-    tokens ? [short(totals.prompt_tokens), "tokens in prompts"] : null,
-    tokens ? [short(totals.completion_tokens), "tokens in answers"] : null,
+    totals.prompt_tokens ? [short(totals.prompt_tokens), "tokens in prompts"] : null,
+    totals.completion_tokens ? [short(totals.completion_tokens), "tokens in answers"] : null,
     latency ? [duration(latency.p50), "median time of a job"] : null,
   ];
   const tile = ([value, name, kind = ""]) => el("div", { class: `tile ${kind}` }, el("b", {}, value), el("span", {}, name));
@@ -65,7 +64,7 @@ function drawRate() {
 function drawLatency() {
   const { latency } = data;
   if (!latency) return;
-  const bins = latency.bins.map(([from, to, held]) => ({ from, to, count: held }));
+  const bins = roomy(latency.bins.map(([from, to, held]) => ({ from, to, count: held })));
   const [low, high] = [Math.log(bins[0].from), Math.log(bins.at(-1).to)];
   const ticks = [];
   for (let power = -6; power < 8; power += 1) ticks.push(...[1, 2, 5].map((step) => step * 10 ** power));
@@ -81,6 +80,16 @@ function drawLatency() {
       marks,
     }),
   );
+}
+
+/** Logarithmic bins with empty ones at both ends, so that few bars have an axis to stand on. */
+function roomy(bins) {
+  const step = bins[0].to / bins[0].from;
+  while (bins.length < 12) {
+    bins.unshift({ from: bins[0].from / step, to: bins[0].from, count: 0 });
+    bins.push({ from: bins.at(-1).to, to: bins.at(-1).to * step, count: 0 });
+  }
+  return bins;
 }
 
 function drawScores() {
