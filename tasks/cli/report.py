@@ -8,13 +8,14 @@ from pathlib import PurePath
 import click
 
 from ..campaign.report import ROWS, Thumbnails, write_report
+from ..campaign.tables.files import is_url
 from ..errors import IdeficsError
 from .console import CommandError, echo, echo_json, json_line_option
 
 
 @click.command("report")
 @click.argument("output")
-@click.option("-o", "--page", metavar="FILE", help="The page. [default: OUTPUT's name with .html]")
+@click.option("-o", "--page", metavar="FILE", help="The page. [default: OUTPUT with .html]")
 @click.option(
     "--thumbnails",
     type=click.Choice([each.value for each in Thumbnails]),
@@ -42,7 +43,7 @@ def report(output: str, page: str | None, thumbnails: str, rows: int, image: str
     idefics-jobs report captions.csv
     idefics-jobs report captions.parquet -o night.html --thumbnails fetch
     """
-    name = page or f"{PurePath(output.rstrip('/')).name.partition('.')[0] or 'report'}.html"
+    name = page or _page_of(output)
     try:
         written = write_report(output, name, thumbnails=Thumbnails(thumbnails), rows=rows, image=image)
     except sqlite3.Error as error:
@@ -54,3 +55,10 @@ def report(output: str, page: str | None, thumbnails: str, rows: int, image: str
         echo_json(told, on_one_line=True)
     else:
         echo(f"{name}: {written.shown:,} of {written.rows:,} rows, {written.thumbnails:,} thumbnails", err=True)
+
+
+def _page_of(output: str) -> str:
+    """The page beside an output; in the current folder for one at a URL."""
+    path = PurePath(output.partition("?")[0] if is_url(output) else output)
+    name = f"{path.name.partition('.')[0] or 'report'}.html"
+    return name if is_url(output) else str(path.with_name(name))

@@ -125,6 +125,7 @@ def test_the_shell_block_of_a_campaign_captions_the_shipped_pictures(demo_broker
         texts = {row["file"]: row["text"].strip() for row in csv.DictReader(file)}
     assert texts["cat.png"] == "A cat on a blue background."
     assert [*texts] == sorted(texts)
+    assert (tmp_path / "captions.html").read_text().count("data:image/webp;base64,") == len(texts)
 
 
 def test_the_shell_block_of_one_table_goes_from_its_rows_to_a_comparison(demo_broker: Broker, tmp_path: Path) -> None:
