@@ -20,6 +20,8 @@ class WorkerLimits:
 
     #: Simultaneous downloads from one host, and from all hosts.
     host_concurrency: int = 8
+    #: From one host by all workers together; 0: no limit.
+    host_shared: int = 32
     image_jobs: int = 64
     #: Seconds for one download.
     image_timeout_s: float = 20.0

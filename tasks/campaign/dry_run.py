@@ -96,6 +96,7 @@ def fleet_of(statuses: list[WorkerStatus], workers: int) -> Fleet:
     """The workers together. Those that tell nothing are taken for workers with the default settings."""
     limits = [each.limits for each in statuses] + [DEFAULT_LIMITS] * (workers - len(statuses))
     slots = sum(each.host_concurrency for each in limits)
+    slots = min(slots, limits[0].host_shared or slots)
     return Fleet(workers, slots, sum(each.image_jobs for each in limits), limits[0])
 
 

@@ -127,6 +127,8 @@ def test_workers_limits_add_up() -> None:
     assert (fleet.workers, fleet.host_slots, fleet.downloads) == (2, 4 + 8, 10 + 64)
     assert fleet.limits.max_retries == 1
     assert fleet_of([], workers=1).limits == DEFAULT_LIMITS
+    # All workers together keep to what they share.
+    assert fleet_of([], workers=10).host_slots == DEFAULT_LIMITS.host_shared
 
 
 def test_the_sample_runs_before_jobs_of_the_usual_priority() -> None:

@@ -72,6 +72,7 @@ def limits_of(settings: Settings) -> WorkerLimits:
     """The limits that a worker with these settings has."""
     return WorkerLimits(
         host_concurrency=settings.image_host_concurrency,
+        host_shared=settings.image_host_shared,
         image_jobs=settings.image_job_concurrency,
         image_timeout_s=settings.image_timeout_s,
         max_retries=settings.max_retries,
