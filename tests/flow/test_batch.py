@@ -22,8 +22,6 @@ from tests.support.stand import Producer
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 LINES = 2_000
 
 
@@ -80,7 +78,7 @@ def test_a_killed_batch_goes_on_and_has_every_line_once(server: stack.Broker, tm
     assert len(written(output)) < LINES
 
     batch = started(server, input, output, "--window", "300")
-    _, said = batch.communicate(timeout=60)
+    _, said = batch.communicate(timeout=120)
     assert (batch.returncode, said.splitlines()[-1]) == (0, "2,000 lines done, 0 of them failed.")
     assert texts(output) == {f"r{number}": f"{number:04}" for number in range(LINES)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

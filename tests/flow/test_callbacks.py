@@ -31,8 +31,6 @@ from tests.support.stand import callbacks_worker
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 #: Seconds before each attempt: the real schedule, scaled.
 SCHEDULE = (0, 0.3, 0.3, 0.4, 0.5, 0.5, 1, 1, 1, 1)
 TIMEOUT_S = 1.0

@@ -20,8 +20,6 @@ from worker.demo import stack
 #: Seconds in which a run ends, on a busy machine too.
 END_S = 90
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[stack.Broker]:

@@ -20,8 +20,6 @@ from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 from worker.queue.campaigns import MAX_COUNTDOWN_S, MIN_COUNTDOWN_S
 
-pytestmark = pytest.mark.timeout(120)
-
 #: Seconds within which a pause takes effect.
 EFFECT_S = 2.0
 INFO = CampaignInfo("shoes", "idefics.complete", "shoes.csv", "out.csv", "here")

@@ -15,8 +15,6 @@ from tasks.redis_keys import CANCELLATION
 from tests.support.stand import SLOTS, Stand
 from tests.support.waiting import PATIENCE_S, eventually
 
-pytestmark = pytest.mark.timeout(60)
-
 WORD = "abcdefghij"
 #: Takes 10 s, unless somebody ends it.
 ENDLESS = Complete(prompt=[WORD * 50], max_new_tokens=500)

@@ -25,8 +25,6 @@ from tests.support.stand import Producer
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 CHECKOUT = stack.CHECKOUT
 PROGRAMS = Path(sys.executable).parent
 #: Of the processes that the tests stop: seconds that they wait for their jobs.
@@ -266,7 +264,7 @@ def test_what_the_dockerfile_copies_is_all_that_the_worker_imports(tmp_path: Pat
         (tmp_path / source).symlink_to(CHECKOUT / source)
     code = "import worker.app, worker.pool, worker.model_process; print(worker.app.__file__)"
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=tmp_path, env=_bare_environment(), capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=tmp_path, env=_bare_environment(), capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == str(tmp_path / "worker" / "app.py"), run.stderr
 
 

@@ -28,7 +28,6 @@ from tests.support.waiting import eventually
 from worker.demo import stack
 
 pytestmark = [
-    pytest.mark.timeout(120),
     pytest.mark.skipif(not shutil.which("prometheus"), reason="Debian's package `prometheus` is not installed"),
 ]
 

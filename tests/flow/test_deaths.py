@@ -22,8 +22,6 @@ from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 from worker.models.fake import DEVICE_LOST, POISON, POISON_COLOUR
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def stood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
@@ -128,7 +126,7 @@ def test_a_picture_whose_decoding_kills_the_process_costs_its_own_job_only(stood
 
 def outcome(job: SubmittedJob) -> str:
     try:
-        return job.result(timeout=60).text
+        return job.result(timeout=120).text
     except JobError as error:
         return error.code
 

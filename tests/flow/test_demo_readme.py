@@ -92,7 +92,7 @@ def test_the_shell_block_of_jobs_by_their_ids_shows_and_cancels_them(demo_broker
     [code] = [code for code in SHELL if "idefics-jobs status" in code]
     client = Client(demo_broker.url)
     job = client.submit(Caption(image=Image.from_file(CHECKOUT / "examples/pictures/cat.png")))
-    job.result(timeout=60)
+    job.result(timeout=120)
     status, result, canceled, queue = _said(code.replace("JOB_ID", job.id), demo_broker)
     assert status == f"{job.id}\tsucceeded\t-\t-\n"
     assert json.loads(result)["text"].strip() == "A cat on a blue background."
@@ -145,7 +145,7 @@ def test_the_shell_block_of_failed_jobs_lists_and_sends_again(demo_broker: Broke
     away = pictures_url.replace("127.0.0.1", "127.0.0.2")
     job = Client(demo_broker.url).submit(Caption(image=f"{away}/cat.png"))
     with pytest.raises(ImageUnreachable):
-        job.result(timeout=30)
+        job.result(timeout=120)
     listed, sent, dropped = _said(code, demo_broker)
     assert job.id in listed
     assert sent == "1 jobs sent again\n"

@@ -24,8 +24,6 @@ from tests.support.stand import Producer, Stand, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 #: A job later than that was not on time, on a machine that does other things too.
 LATE_S = 1.0
 #: Jobs with a countdown that stopped a worker which held them.

@@ -21,8 +21,6 @@ from tests.support.waiting import PATIENCE_S, eventually
 from worker.app import app
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture(scope="module")
 def stood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
@@ -149,7 +147,7 @@ def test_an_unreadable_record_kills_no_worker(stood: Stand, queues: redis.Redis)
     for number, record in enumerate([b"[" * 5_000, b"garbage", b'[{"body": ""}, "", "idefics"]']):
         queues.hset("unacked", f"broken-{number}", record)
         queues.zadd("unacked_index", {f"broken-{number}": 1})
-    eventually(lambda: queues.zcard("unacked_index") == 0, timeout=60)
+    eventually(lambda: queues.zcard("unacked_index") == 0, timeout=120)
     answers(stood)
 
 

@@ -13,8 +13,6 @@ from tests.support.stand import Producer
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 #: Jobs that a worker runs at once; it takes three times as many.
 SLOTS = 4
 TOKENS = 10

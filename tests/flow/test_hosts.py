@@ -13,8 +13,6 @@ from tasks import Caption, Client, Complete
 from tests.support.waiting import PATIENCE_S
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 #: Downloads from the host at once, by both workers; seconds of each; and jobs that a worker takes.
 SLOTS, DOWNLOAD_S, PLACES = 2, 0.2, 4
 

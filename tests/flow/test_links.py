@@ -23,8 +23,6 @@ from tests.support.stand import command, stand
 from tests.support.waiting import PATIENCE_S
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class Site:
     """The site's code: what it sends."""

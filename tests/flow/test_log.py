@@ -25,8 +25,6 @@ from worker.demo import stack
 from worker.models import DEMO
 from worker.models.fake import POISON
 
-pytestmark = pytest.mark.timeout(120)
-
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TINY = data_uri(png())
 #: Settings with which a receiver on this machine gets callbacks.
@@ -51,7 +49,7 @@ def test_a_jobs_error_is_one_line_without_a_traceback(tmp_path: Path) -> None:
         for error, job in asked.items():
             submitted = client.submit(job)
             with pytest.raises(error):
-                submitted.result(timeout=60)
+                submitted.result(timeout=120)
             eventually(lambda error=error: _lines_with(log, error.__name__))
             told = _lines_with(log, error.__name__)
             assert len(told) == 1, told
@@ -73,7 +71,7 @@ def test_the_commands_level_goes_before_the_settings(tmp_path: Path, arguments: 
     with stack.broker() as server, _worker(server, log, *arguments):
         # A job with a warning: the callback that it asks for may not be called.
         job = Client(server.url).submit(Complete(prompt=["Hello"], max_new_tokens=2))
-        assert job.result(timeout=60).text == "lo"
+        assert job.result(timeout=120).text == "lo"
     found = set(re.findall(r"^\d\S+ \S+ (\w+) \[\d+\]", log.read_text(), re.MULTILINE))
     assert found <= levels
     assert ("INFO" in found) == ("INFO" in levels)
@@ -83,7 +81,7 @@ def test_a_log_file_gets_the_lines_of_both_processes(tmp_path: Path) -> None:
     log, file = tmp_path / "log", tmp_path / "file"
     with stack.broker() as server, _worker(server, log, "--logfile", str(file)):
         job = Client(server.url).submit(Complete(prompt=["Hello"], max_new_tokens=2))
-        assert job.result(timeout=60).text == "lo"
+        assert job.result(timeout=120).text == "lo"
     # The parent tells that it came, the model process that it ended.
     assert f"[{job.id}] received" in file.read_text()
     assert f"[{job.id}] succeeded" in file.read_text()
@@ -142,9 +140,9 @@ def test_one_line_about_a_jobs_error_in_any_format(tmp_path: Path, log_format: s
         client.app.send_task("idefics.caption", kwargs={"image": 7}, queue="idefics", task_id="job-7")
         client.app.send_task("idefics.unknown", queue="idefics", task_id="job-8")
         with pytest.raises(InvalidRequest):
-            client.result("job-7", timeout=60)
+            client.result("job-7", timeout=120)
         with pytest.raises(InvalidRequest):
-            client.result("job-8", timeout=60)
+            client.result("job-8", timeout=120)
         eventually(lambda: len(_lines_with(log, "invalid_request")) >= 1)
     told = [line for id in ("job-7", "job-8") for line in _lines_with(log, id) if "received" not in line]
     assert len(told) == 2, told
@@ -158,7 +156,7 @@ def test_a_json_log_file_gets_the_records_of_both_processes_from_the_commands_le
         _worker(server, log, "--logfile", str(file), "-l", "debug", IDEFICS_LOG_FORMAT="json"),
     ):
         job = Client(server.url).submit(Complete(prompt=["Hello"], max_new_tokens=2))
-        assert job.result(timeout=60).text == "lo"
+        assert job.result(timeout=120).text == "lo"
     assert {record["process"] for record in about(file, job.id)} == {"parent", "model"}
     assert "DEBUG" in {record["level"] for record in records(file)}
     assert job.id not in log.read_text()

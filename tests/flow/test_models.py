@@ -31,8 +31,6 @@ from tests.support.stand import command, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(180)
-
 CAT = Caption(image=Image.from_file(EXAMPLES / "cat.png"))
 HELLO = Complete(prompt=["Hello"], max_new_tokens=3)
 DEMO, FAKE = ServedModel("demo", "idefics"), ServedModel("fake:0.02", "idefics.fast")

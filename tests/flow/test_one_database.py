@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
-
 from tasks import Client, Complete
 from worker.demo import stack
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @dataclass(frozen=True)

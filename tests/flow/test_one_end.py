@@ -24,8 +24,6 @@ from worker.demo import stack
 from worker.queue.cancellation import POLL_INTERVAL_S
 from worker.queue.result_backend import TAKEN
 
-pytestmark = pytest.mark.timeout(90)
-
 
 def name() -> str:
     return uuid.uuid4().hex[:8]

@@ -18,8 +18,6 @@ from tests.support.stand import Stand, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[stack.Broker]:

@@ -29,8 +29,6 @@ from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 from worker.observability.queue import QueueCollector, exporter_app
 
-pytestmark = pytest.mark.timeout(120)
-
 #: Jobs by priority.
 JOBS = {0: 100, 3: 200, 5: 300, 9: 400}
 

@@ -20,8 +20,6 @@ from tests.support.stand import Producer
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 OURS = "worker.queue.transport:Transport"
 #: Workers frozen and killed; more with FREEZES=20 in the environment.
 FREEZES = int(os.environ.get("FREEZES", "3"))

@@ -21,8 +21,6 @@ from tests.support.stand import Producer, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(180)
-
 #: Lists are queues only where somebody has a queue of that name.
 QUEUES = ("idefics", "celery", "shop")
 

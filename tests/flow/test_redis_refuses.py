@@ -23,8 +23,6 @@ from tests.support.stand import Producer
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 #: Seconds that a fault lasts.
 FAULT_S = 2.0
 #: Of each kind of job.

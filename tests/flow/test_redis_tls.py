@@ -18,8 +18,6 @@ from tests.support.guarded import binaries, environment, has_tls, make_secrets, 
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 HELLO = Complete(prompt=["Hello"], max_new_tokens=3)
 
 

@@ -27,8 +27,6 @@ from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 from worker.observability.queue import GAUGES, QueueCollector, exporter_app
 
-pytestmark = pytest.mark.timeout(120)
-
 HELLO = Complete(prompt=["Hello"], max_new_tokens=3)
 SLOW = Complete(prompt=["Hello"], max_new_tokens=500)
 

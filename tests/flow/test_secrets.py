@@ -20,8 +20,6 @@ from tests.support.stand import Stand, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 SECRET = "s3cr3t"
 #: The marker, and what a data: URI makes of it.
 MARKS = (SECRET, base64.b64encode(f"__{SECRET}".encode()).decode().strip("="))

@@ -20,8 +20,6 @@ from tasks import Client, Complete
 from tests.support.waiting import eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(180)
-
 MASTER = "models"
 #: Of the servers, and of the sentinels.
 PASSWORD, SENTINEL_PASSWORD = "p:w/of#servers", "of-sentinels"

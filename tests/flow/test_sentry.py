@@ -18,8 +18,6 @@ from tests.support.stand import callbacks_worker
 from tests.support.waiting import eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 PROCESSES = ("parent", "model", "callbacks")
 
 

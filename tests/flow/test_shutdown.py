@@ -19,8 +19,6 @@ from tests.support.stand import SLOTS, Producer, Stand, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 NAMES = [f"picture-{number}" for number in range(SLOTS)]
 
 

@@ -19,8 +19,6 @@ from tests.support.stand import Producer
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 #: Seconds within which a worker with nothing to do is to be gone.
 IDLE_S = 2.0
 

@@ -19,8 +19,6 @@ from tasks import Client, Complete
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 
 @contextmanager
 def _worker(folder: Path, broker: str, results: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:

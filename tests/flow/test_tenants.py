@@ -17,8 +17,6 @@ from tests.support.stand import Stand, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 #: Jobs of each kind and tenant.
 ROUNDS = 6
 

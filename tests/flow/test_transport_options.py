@@ -17,8 +17,6 @@ from worker.demo import stack
 
 OPTIONS_KEY, RESULTS_KEY = WORKER_OPTIONS.named(), RESULTS_FINGERPRINT.named()
 
-pytestmark = pytest.mark.timeout(120)
-
 HELLO = Complete(prompt=["Hello"], max_new_tokens=3)
 OURS: dict[str, str] = {
     "PRIORITY_SEPARATOR": "/",
@@ -161,7 +159,7 @@ def test_another_prefix_of_answers_is_named(tuned: stack.Broker) -> None:
 def test_a_backend_without_answers_is_named_at_once(plain: stack.Broker, backend: str | None, says: str) -> None:
     job = Client(app=_app(plain, {}, backend=backend)).submit(HELLO)
     with pytest.raises(ConfigurationError, match=says):
-        job.result(timeout=30)
+        job.result(timeout=120)
     with pytest.raises(ConfigurationError, match=says):
         _ = job.status
 

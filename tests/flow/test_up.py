@@ -25,8 +25,6 @@ from tests.support.receiver import Receiver
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def started(arguments: tuple[str, ...], settings: Mapping[str, str], errors: IO[str]) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("IDEFICS_")}
@@ -107,7 +105,7 @@ def test_a_broker_and_a_worker_run_until_ctrl_c() -> None:
     with up("--port", str(port)) as running:
         assert running.told.startswith(f"Started a broker on port {port}.\n")
         job = Client(f"redis://localhost:{port}/0").submit(Caption(image=ImagePath(path="cat.png")))
-        assert job.result(timeout=60).text.strip() == "A cat on a blue background."
+        assert job.result(timeout=120).text.strip() == "A cat on a blue background."
         assert running.interrupted() == 0
     assert not is_listening(port)
 
@@ -117,7 +115,7 @@ def test_a_redis_that_is_there_is_used_and_left() -> None:
         with up("--port", str(server.port)) as running:
             assert running.told.startswith(f"Using the Redis that answers on port {server.port}.\n")
             job = Client(server.url).submit(Caption(image=ImagePath(path="duck.png")))
-            assert "duck" in job.result(timeout=60).text
+            assert "duck" in job.result(timeout=120).text
             assert running.interrupted() == 0
         assert server.connect().ping()
 

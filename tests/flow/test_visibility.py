@@ -14,8 +14,6 @@ from tests.support.stand import Producer, Stand, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 
-pytestmark = pytest.mark.timeout(90)
-
 #: Puts every clock of a Python process two hours ahead, but those that only run.
 AHEAD = "import time; real = time.time; time.time = lambda: real() + 7200"
 #: Visibility timeout of the workers here.

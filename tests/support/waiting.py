@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: Seconds that a test waits for another process.
-PATIENCE_S = 30.0
+#: Seconds that a test waits for another process: a model may take a minute to load on a busy machine.
+PATIENCE_S = 120.0
 #: Seconds that a test waits for another thread.
-SOON_S = 5.0
+SOON_S = 20.0
 
 
 def eventually(holds: Callable[[], Any], timeout: float = PATIENCE_S) -> None:

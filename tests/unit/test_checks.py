@@ -29,7 +29,7 @@ def {name}(items: list[int]) -> int:
 def _check(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     found = shutil.which(program, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert found, f"{program} is not installed: `make setup`"
-    return subprocess.run([found, *arguments], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([found, *arguments], cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
 
 
 def test_a_helper_that_was_written_twice_is_found(tmp_path: Path) -> None:

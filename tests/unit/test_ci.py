@@ -69,7 +69,7 @@ def test_without_a_network_the_audit_is_left_out(tmp_path: Path) -> None:
         env={**os.environ, "HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere, "https_proxy": nowhere, "NO_PROXY": ""},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "left out" in run.stdout

@@ -288,7 +288,7 @@ def test_a_broken_picture_does_not_fill_the_log(tmp_path: Path) -> None:
         for file in Path(sys.argv[1]).iterdir():
             with suppress(JobError):
                 open_image(file.read_bytes())"""
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 

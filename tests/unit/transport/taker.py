@@ -14,7 +14,7 @@ from kombu.message import Message
 
 OURS, STOCK = "worker.queue.transport:Transport", "kombu.transport.redis:Transport"
 #: Seconds for what a broker does at once.
-SOON_S = 5.0
+SOON_S = 20.0
 
 
 class Taker:

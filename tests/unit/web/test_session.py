@@ -93,7 +93,7 @@ def _certificate(folder: Path, name: str) -> ssl.SSLContext:
         "-out",
         str(folder / "crt"),
     ]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True, timeout=20)
+    subprocess.run([*command.split(), *files], check=True, capture_output=True, timeout=120)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "crt", folder / "key")
     return context
