@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 
 class _Reply(BaseModel):
@@ -44,7 +44,14 @@ class Timing(_Reply):
     generate_s: float
     """From its first step to its last."""
     retries: int = 0
-    """Runs before it that ended with a temporary error, such as an unreachable image."""
+    """Runs before it that ended with a temporary error, such as an unreachable image. Left out of the JSON if 0."""
+
+    @model_serializer(mode="wrap")
+    def _without_no_retries(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        if not self.retries:
+            values.pop("retries", None)
+        return values
 
 
 class Result(_Reply):

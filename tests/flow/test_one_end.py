@@ -97,7 +97,7 @@ def test_a_job_that_kills_its_workers_fails_as_lost_and_its_neighbour_succeeds(
     assert server.connect().llen(errbacks) == 1
     kept = server.connect().keys("idefics:*") + server.connect(1).keys("idefics:*")
     # What workers tell of themselves ends by its time to live.
-    others = (b"idefics:failed", b"idefics:worker:", b"idefics:load:")
+    others = (b"idefics:failed", b"idefics:worker:", b"idefics:load:", b"idefics:host:")
     assert [key for key in kept if not key.startswith(others)] == []
 
 

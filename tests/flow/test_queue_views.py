@@ -136,7 +136,8 @@ def _await_the_end_in_top_and_exporter(server: stack.Broker, secrets: Path) -> N
     def has_ended() -> bool:
         found = _top(exporter)
         (status,) = found["workers"].values()
-        return bool(status and found["failures"] == {"invalid_request": 1} and status["tokens_per_s"] > 0)
+        is_idle = status is not None and (status["jobs"], status["tokens_per_s"] > 0) == (0, True)
+        return is_idle and found["failures"] == {"invalid_request": 1}
 
     eventually(has_ended)
     found = _top(exporter)
