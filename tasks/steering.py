@@ -45,6 +45,12 @@ class Wanted:
             return Wanted(cast(State, state))
 
 
+def server_time(redis: Any) -> float:
+    """Unix seconds by the server's clock. Raises RedisError."""
+    seconds, microseconds = redis.time()
+    return float(seconds + microseconds / 1e6)
+
+
 def read_wanted(redis: Any, prefix: str, campaigns: Sequence[str]) -> dict[str, Wanted]:
     """What users want of some campaigns, in one command; none for none. `prefix`: of all keys. Raises RedisError."""
     found = redis.mget([prefix + CAMPAIGN_WANTED.named(id) for id in campaigns]) if campaigns else []

@@ -20,7 +20,7 @@ from ..outbox import connect
 from ..protocol import CAMPAIGN
 from ..redis_keys import CAMPAIGN_ABOUT, CAMPAIGN_INDEX, CAMPAIGN_WANTED, broker_prefix
 from ..setup_check import registry
-from ..steering import READ_S, State, Wanted, read_wanted
+from ..steering import READ_S, State, Wanted, read_wanted, server_time
 from .record import MAX_CAMPAIGNS, TTL_S, CampaignInfo, CampaignProgress, about_mapping, progress_mapping, public_id
 
 __all__ = ["CampaignControl", "CampaignInfo", "CampaignProgress", "State"]
@@ -87,7 +87,7 @@ class CampaignControl:
         return was_canceled
 
     def _write(self, redis: Any, fields: dict[str, str | float]) -> None:
-        now = _now(redis)
+        now = server_time(redis)
         about, wanted = self._key(CAMPAIGN_ABOUT.named(self.id)), self._key(CAMPAIGN_WANTED.named(self.id))
         index = self._key(CAMPAIGN_INDEX.named())
         with redis.pipeline() as pipe:
@@ -121,9 +121,3 @@ class CampaignControl:
 def this_host() -> str:
     """This machine's name, for CampaignInfo."""
     return socket.gethostname()
-
-
-def _now(redis: Any) -> float:
-    """Unix seconds by the server's clock."""
-    seconds, microseconds = redis.time()
-    return float(seconds + microseconds / 1e6)

@@ -10,7 +10,7 @@ from ..errors import NotFound
 from ..outbox import connect
 from ..redis_keys import CAMPAIGN_ABOUT, CAMPAIGN_INDEX, CAMPAIGN_WANTED, broker_prefix
 from ..setup_check import registry
-from ..steering import State, Wanted, read_wanted
+from ..steering import State, Wanted, read_wanted, server_time
 from .record import MAX_CAMPAIGNS, TTL_S, CampaignRecord, record
 
 
@@ -51,8 +51,7 @@ class Campaigns:
         if state == "running":
             self._redis.delete(key)
         else:
-            seconds, microseconds = self._redis.time()
-            self._redis.set(key, Wanted(state, seconds + microseconds / 1e6).written(), ex=TTL_S)
+            self._redis.set(key, Wanted(state, server_time(self._redis)).written(), ex=TTL_S)
 
     def _read(self, ids: list[str]) -> list[CampaignRecord]:
         if not ids:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..errors import IdeficsError
 from .plan import Plan
 from .rows import InOrder
-from .state import CampaignState, StoredAnswer
-from .tables import BadRow, Table, open_writer
+from .state import CampaignState
+from .tables import Table, open_writer, values_of
 
 
 class NotRun(IdeficsError):
@@ -37,15 +35,7 @@ def write_output(path: str, table: Table, plan: Plan, state: CampaignState) -> N
         for number, cells in enumerate(table, 1):
             answer = answers.at(number)
             if not left_out.at(number):
-                writer.write({**_readable(cells), **(not_run if answer is None else _outcome(plan, answer))})
-
-
-def _outcome(plan: Plan, answer: StoredAnswer) -> dict[str, Any]:
-    return plan.outcome(answer.outcome)
-
-
-def _readable(cells: Mapping[str, Any] | BadRow) -> Mapping[str, Any]:
-    return cells.values if isinstance(cells, BadRow) else cells
+                writer.write({**values_of(cells), **(not_run if answer is None else plan.outcome(answer.outcome))})
 
 
 def remove_unfinished(path: str) -> None:

@@ -111,8 +111,7 @@ class LoadSharing:
         now = time.monotonic()
         if self._withdrawals.are_awaited:
             return
-        jobs = [job for job in self._jobs if _may_return(job, queue, now)]
-        jobs = [job for job in jobs if job.waits_for is None]
+        jobs = [job for job in self._jobs if job.waits_for is None and _may_return(job, queue, now)]
         waiting = [job.serial for job in jobs if job.state is JobState.WAITING][-most:]
         if waiting:
             self._withdrawals.begin(waiting, now)

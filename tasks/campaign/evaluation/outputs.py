@@ -9,9 +9,8 @@ from ..page import write_page
 from ..plan import Plan
 from ..report.columns import OutputColumns, guessed, of_plan
 from ..report.pictures import PictureAdder, Thumbnails, pictures_folder, possible
-from ..report.rows import values_of
 from ..state import CampaignState, state_path
-from ..tables import Table, open_table
+from ..tables import Table, open_table, values_of
 from . import ComparedOutputs, EvaluatedOutput
 from .page import page, page_data, shown_rows
 from .rows import Columns, Kind, find_columns

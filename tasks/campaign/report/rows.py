@@ -9,7 +9,7 @@ from typing import Any
 from ..plan import Plan
 from ..rows import InOrder, row_digest
 from ..state import About, CampaignState, StoredAnswer
-from ..tables import BadRow, Table
+from ..tables import Table, values_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,3 @@ def output_rows(table: Table, campaign: Campaign | None, source: Table | None = 
         answer, cells = answers.at(number), inputs.at(number)
         is_same = cells is not None and answer is not None and row_digest(columns, cells) == answer.digest
         yield OutputRow(number, values_of(row), answer, values_of(cells) if is_same else None)
-
-
-def values_of(row: Mapping[str, Any] | BadRow) -> Mapping[str, Any]:
-    """A row's cells; of one that cannot be read, those that could."""
-    return row.values if isinstance(row, BadRow) else row

@@ -16,12 +16,12 @@ from ..page import BASE_SCRIPTS, BASE_STYLES, document, part, write_page
 from ..plan import Plan
 from ..record import public_id
 from ..state import CampaignState, state_path
-from ..tables import Table, open_table
+from ..tables import Table, open_table, values_of
 from ..tables.files import is_url, suffixes
 from .columns import OutputColumns, guessed, of_plan
 from .data import MAX_OTHERS, Overview, Shown, overview, shown
 from .pictures import PictureAdder, Thumbnails, pictures_folder, possible
-from .rows import Campaign, output_rows, values_of
+from .rows import Campaign, output_rows
 
 #: Rows on a page, unless another number is asked for.
 ROWS = 5_000

@@ -17,11 +17,22 @@ from .files import is_folder, suffixes
 from .folder_table import FolderTable
 from .jsonl_table import JsonlTable
 from .parquet_writer import ParquetWriter
-from .rows import BadRow, Picture, Row, Table, Writer
+from .rows import BadRow, Picture, Row, Table, Writer, values_of
 from .text_writers import CsvWriter, JsonlWriter
 from .webdataset_table import WebDatasetTable
 
-__all__ = ["BadRow", "Picture", "Row", "Table", "TableError", "Writer", "check_output", "open_table", "open_writer"]
+__all__ = [
+    "BadRow",
+    "Picture",
+    "Row",
+    "Table",
+    "TableError",
+    "Writer",
+    "check_output",
+    "open_table",
+    "open_writer",
+    "values_of",
+]
 
 _JSONL = (".jsonl", ".ndjson", ".json")
 _DELIMITED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}

@@ -8,7 +8,7 @@ from typing import Any, Self
 from ..errors import TableError
 from .arrow_tables import Exact
 from .files import Replacement, arrow, suffixes
-from .text_writers import as_json, text_cell
+from .text_writers import as_json, check_columns, text_cell
 
 #: Rows and bytes that are converted together.
 BATCH_ROWS, BATCH_BYTES = 1_000, 8_000_000
@@ -63,9 +63,7 @@ class ParquetWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row. Raises TableError for an unknown column, and later for a value that does not fit its column."""
-        if not self._known.issuperset(row):
-            name = next(name for name in row if name not in self._known)
-            raise TableError(f"{self._path}: column {name!r} is not among those that were known at its beginning.")
+        check_columns(self._path, self._known, row)
         self._rows.append(row)
         self._bytes += sum(map(_size, row.values()))
         if len(self._rows) >= BATCH_ROWS or self._bytes >= BATCH_BYTES:

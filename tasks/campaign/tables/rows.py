@@ -20,6 +20,11 @@ class BadRow:
     values: Row = field(default_factory=dict)
 
 
+def values_of(row: Mapping[str, Any] | BadRow) -> Mapping[str, Any]:
+    """A row's cells; of one that cannot be read, those that could."""
+    return row.values if isinstance(row, BadRow) else row
+
+
 class Picture(str):
     """A picture of a folder or an archive: its name as text, and its bytes when they are read."""
 

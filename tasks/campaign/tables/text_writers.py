@@ -69,9 +69,7 @@ class CsvWriter(TextWriter):
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row. Raises TableError for a column that the header lacks."""
-        if not self._known.issuperset(row):
-            name = next(name for name in row if name not in self._known)
-            raise TableError(f"{self._path}: column {name!r} is not among those that were known at its beginning.")
+        check_columns(self._path, self._known, row)
         cells = [text_cell(row.get(name)) for name in self._columns]
         if "" in cells:
             self._line(f"{self._delimiter.join(map(self._quoted, cells))}\r\n")
@@ -86,6 +84,13 @@ class CsvWriter(TextWriter):
     def _line(self, text: str) -> None:
         # Python's writer leaves a bare carriage return in a field unquoted unless its line ends have one.
         self._write(f"{text[:-2]}\n")
+
+
+def check_columns(path: str, known: frozenset[str], row: Mapping[str, Any]) -> None:
+    """Raises TableError for a row with a column that the output at `path` lacks."""
+    if not known.issuperset(row):
+        name = next(name for name in row if name not in known)
+        raise TableError(f"{path}: column {name!r} is not among those that were known at its beginning.")
 
 
 class _Sink:
