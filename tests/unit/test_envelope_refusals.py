@@ -5,13 +5,13 @@ from __future__ import annotations
 import bz2
 import json
 import time
-import tracemalloc
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from tests.support.envelopes import LINK, MOST, message, refusal, with_options
+from tests.support.memory import peak_memory
 from tests.support.messages import ARGUMENTS, raw_message
 from worker.queue.envelope import readable
 from worker.queue.envelope.headers import HEADERS as KNOWN
@@ -245,9 +245,8 @@ def test_what_is_no_envelope_is_refused(raw: bytes) -> None:
 
 def test_a_bomb_is_not_inflated() -> None:
     raw = raw_message({"compression": "bzip2"}, bz2.compress(bytes(2**26)))
-    tracemalloc.start()
-    try:
+
+    def refuse() -> None:
         assert "bytes and this worker takes" in str(refusal(raw))
-        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
-    finally:
-        tracemalloc.stop()
+
+    assert peak_memory(refuse, expected_below=20 * 2**20) < 20 * 2**20

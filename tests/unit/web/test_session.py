@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import ImageBlocked, ImageTooLarge, ImageUnreachable
+from tests.support.memory import peak_memory
 from tests.unit.web.servers import (
     BODY,
     CHUNKED,
@@ -29,7 +30,6 @@ from tests.unit.web.servers import (
     script,
     trickle,
     within,
-    within_memory,
 )
 from worker.images.fetch import Fetcher, FetchPolicy
 from worker.net.session import parse_retry_after, tls_context, user_agent
@@ -161,8 +161,12 @@ def test_a_hostile_server_is_left_within_the_deadline_and_the_cap_on_memory(
     slow = "trickled" in name or name == "silence"
     fetcher = Fetcher(hasty if slow else replace(policy, max_redirects=0))
     assert len(bomb()) < MAX_BYTES
-    with within(LEAVES_S), within_memory(MOST_MEMORY), pytest.raises(HOSTILE_ANSWERS[name][1]):
-        fetcher.fetch(f"http://good.test:{good.port}/hostile/{number}")
+
+    def leave() -> None:
+        with within(LEAVES_S), pytest.raises(HOSTILE_ANSWERS[name][1]):
+            fetcher.fetch(f"http://good.test:{good.port}/hostile/{number}")
+
+    assert peak_memory(leave, expected_below=MOST_MEMORY) < MOST_MEMORY
 
 
 @pytest.mark.parametrize(
