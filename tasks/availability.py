@@ -62,8 +62,19 @@ def is_away(error: BaseException) -> bool:
 
 
 def _refuses(error: ResponseError) -> bool:
-    answer = str(error).rpartition(_OF_A_PIPELINE)[2]
-    return isinstance(error, _REFUSAL_CLASSES) or bool(_REFUSAL.match(answer))
+    return isinstance(error, _REFUSAL_CLASSES) or bool(_REFUSAL.match(_answer(error)))
+
+
+def _answer(error: BaseException) -> str:
+    """The server's answer in an error's message."""
+    return str(error).rpartition(_OF_A_PIPELINE)[2]
+
+
+def without_command(error: BaseException) -> BaseException:
+    """The same error, its message without the pipeline's command: that holds a part of a payload."""
+    if _OF_A_PIPELINE in str(error):
+        error.args = (_answer(error),)
+    return error
 
 
 def is_demoted(error: BaseException) -> bool:
@@ -76,5 +87,6 @@ def is_demoted(error: BaseException) -> bool:
 def is_full(error: BaseException) -> bool:
     """True if the server's memory or disk is full."""
     cause = error.__cause__ or error
-    answer = str(cause).rpartition(_OF_A_PIPELINE)[2]
-    return isinstance(cause, OutOfMemoryError) or (isinstance(cause, ResponseError) and answer.startswith("MISCONF"))
+    return isinstance(cause, OutOfMemoryError) or (
+        isinstance(cause, ResponseError) and _answer(cause).startswith("MISCONF")
+    )

@@ -19,6 +19,7 @@ from typing import Any
 from .batch_input import json_lines
 from .batch_lines import Fingerprints, Line, answer, read_line
 from .batch_models import LineModels
+from .bulk import JobSender
 from .errors import ModelNotFound
 from .job_window import PRIORITY, WINDOW, JobsLost, JobWindow
 from .outcomes import Outcome
@@ -111,8 +112,8 @@ class _Lines:
     def was_sent(self, line: Line) -> bool:
         return line.number <= self._sent
 
-    def submit(self, line: Line, job: Job, priority: int, id: str) -> None:
-        self._models.submit(line, job, priority=priority, task_id=id)
+    def submit(self, sender: JobSender, line: Line, job: Job, priority: int, id: str) -> None:
+        self._models.submit(sender, line, job, priority=priority, task_id=id)
 
     def note_sent(self, line: Line) -> None:
         self._on_sent(line.number)

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from .batch_lines import Line
+from .bulk import JobSender
 from .errors import ModelNotFound
 from .payloads import Job
 
@@ -41,18 +42,18 @@ class LineModels:
         # A client of the caller's own without `is_bound` does not know models.
         return replace(line, model=None) if getattr(self._client, "is_bound", True) else line
 
-    def submit(self, line: Line, job: Job, **options: Any) -> None:
-        """Submit a line's job. Raises the errors of the client's `submit`, such as ModelNotFound for a line that is
-        refused."""
+    def submit(self, sender: JobSender, line: Line, job: Job, **options: Any) -> None:
+        """Submit a line's job to `sender`, the client's. Raises the errors of the client's `submit`, such as
+        ModelNotFound for a line that is refused."""
         if line.model is None or line.model in self._ignored:
-            self._client.submit(job, **options)
+            sender.submit(job, **options)
             return
         try:
-            self._client.submit(job, model=line.model, **options)
+            sender.submit(job, model=line.model, **options)
         except ModelNotFound as unknown:
             if not (line.is_openai and self._has_one_model(unknown)):
                 raise
-            self._client.submit(job, **options)
+            sender.submit(job, **options)
             self._ignore(line.model)
 
     def queued(self, models: set[str | None], priority: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Unpack
 
@@ -10,6 +11,7 @@ from kombu.exceptions import OperationalError
 
 from .apps import app_at, app_beside, reach
 from .broker_errors import with_our_errors
+from .bulk import Bulk, OnSent, ignore_sent
 from .capacity import Capacity
 from .errors import ConfigurationError, from_broker
 from .failed import FailedJob, FailedJobs
@@ -20,7 +22,7 @@ from .protocol import DEFAULT_PRIORITY, MAX_JOB_BYTES, QUEUE
 from .results import Result
 from .setup_check import setup_check_of
 from .stored_results import forget, read_outcomes
-from .submission import SubmitOptions, Submitter
+from .submission import Sent, SubmitOptions, Submitter
 from .submitted_job import Status, SubmittedJob
 from .worker_registry import ServedModel
 
@@ -97,10 +99,13 @@ class BlockingClient:
         return self._submit(job, priority, {**options})
 
     def _submit(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
+        sent = self._send(job, priority, options)
+        return SubmittedJob(self.app.AsyncResult(sent.id), sent.queue, self._app)
+
+    def _send(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
         model, queue = options.pop("model", None), options.pop("queue", None)
         _refuse_both(queue, model)
-        sent = self._submitter.submit(job, self._queue_of(model) if queue is None else queue, priority, options)
-        return SubmittedJob(self.app.AsyncResult(sent.id), sent.queue, self._app)
+        return self._submitter.submit(job, self._queue_of(model) if queue is None else queue, priority, options)
 
     @with_our_errors
     def submit_many(
@@ -116,6 +121,27 @@ class BlockingClient:
                 error.submitted = submitted  # type: ignore[attr-defined]
                 raise
         return submitted
+
+    @contextlib.contextmanager
+    def bulk(self, on_sent: OnSent = ignore_sent) -> Iterator[Bulk]:
+        """Jobs with options of their own, which are sent together: a hundred take little more than one.
+
+        ```python
+        with client.bulk() as bulk:
+            for row in rows:
+                bulk.submit(Caption(image=row.url), task_id=row.id)
+        ```
+
+        They are sent in order, each time that a hundred jobs or a megabyte are collected, and the rest at the end of
+        the block, also where an error ends it. `on_sent` is called with the number of jobs that were sent. Jobs with an
+        `idempotency_key` are sent one by one. Celery's signal `after_task_publish` is sent when a job is collected.
+        """
+        with self._app.producer_pool.acquire(block=True) as producer:
+            bulk = Bulk(self._send, producer, on_sent)
+            try:
+                yield bulk
+            finally:
+                bulk.flush()
 
     def ping(self) -> None:
         """Raises BrokerUnavailable (a ConnectionError) if the broker cannot be reached within seconds.

@@ -7,6 +7,7 @@ tasks/campaign/rows.py).
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from .bulk import JobSender, bulk_of
 from .errors import IdeficsError, JobError, ModelNotFound, QueueFull, from_broker
 from .outcomes import Outcome
 from .payloads import Job
@@ -77,8 +79,8 @@ class Work(Protocol[ItemT, AnswerT_co]):
     def was_sent(self, item: ItemT) -> bool:
         """Whether an earlier run has sent its job: then only its result is asked for."""
 
-    def submit(self, item: ItemT, job: Job, priority: int, id: str) -> None:
-        """Send an item's job. Raises a JobError or ModelNotFound if it is refused."""
+    def submit(self, sender: JobSender, item: ItemT, job: Job, priority: int, id: str) -> None:
+        """Submit an item's job to `sender`, the client's. Raises a JobError or ModelNotFound if it is refused."""
 
     def note_sent(self, item: ItemT) -> None:
         """The jobs of this item and of those before it were sent, or refused and their answers given."""
@@ -108,8 +110,8 @@ class JobWindow(Generic[ItemT, AnswerT]):
         self._window = window
         self._priority = priority
         self._keep_results = keep_results
-        #: An item whose job could not be sent yet.
-        self._held: tuple[ItemT, Job] | None = None
+        #: Items whose jobs must be sent, in order, with these and their ids. Few: those of one round trip.
+        self._unsent: deque[tuple[str, ItemT, Job]] = deque()
         self._is_read = False
         self._flying: dict[str, ItemT] = {}
         #: Ids of jobs that an earlier run sent.
@@ -131,7 +133,7 @@ class JobWindow(Generic[ItemT, AnswerT]):
     @property
     def is_complete(self) -> bool:
         """Whether all items have their answers."""
-        return self._is_read and self._held is None and not self._flying
+        return self._is_read and not self._unsent and not self._flying
 
     def turns(self) -> Iterator[list[AnswerT]]:
         """The answers of each turn, often none. Their results are deleted at the next turn. Raises JobsLost."""
@@ -170,50 +172,59 @@ class JobWindow(Generic[ItemT, AnswerT]):
         """Send jobs until the window is full."""
         if self.is_draining or self.is_paused:
             return
-        until = time.monotonic() + TURN_S
-        while len(self._flying) < self._window and time.monotonic() < until:
-            if self._held is None and not self._read(answers):
-                return
-            if self._held is not None and not self._send(*self._held, answers):
-                return
+        refusal: JobError | ModelNotFound | None = None
+        with bulk_of(self._client, self._note_sent) as bulk:
+            for id, item, job in self._to_send(answers):
+                try:
+                    self._work.submit(bulk, item, job, self._priority, id)
+                except (JobError, ModelNotFound) as fault:
+                    # Too large, with a callback that may not be called, or for a model that no worker serves. Its
+                    # answer must be written before a later job is sent.
+                    refusal = fault
+                    break
+        if refusal is not None:
+            # All before it were sent.
+            id, item, _ = self._unsent.popleft()
+            answers.append(self._work.answer(item, refusal, id))
 
-    def _read(self, answers: list[AnswerT]) -> bool:
-        """Read an item, and keep it if its job must be sent. False at the end."""
+    def _to_send(self, answers: list[AnswerT]) -> Iterator[tuple[str, ItemT, Job]]:
+        """The items whose jobs must be sent, for as long as the window has room: those that could not be sent before,
+        and then those that are read."""
+        until = time.monotonic() + TURN_S
+        yield from tuple(self._unsent)
+        while len(self._flying) + len(self._unsent) < self._window and time.monotonic() < until and not self._is_read:
+            if (unsent := self._read(answers)) is not None:
+                self._unsent.append(unsent)
+                yield unsent
+
+    def _read(self, answers: list[AnswerT]) -> tuple[str, ItemT, Job] | None:
+        """Read an item. Returns what must be sent, if its job must be."""
         try:
             item = next(self._items)
         except StopIteration:
             self._is_read = True
-            return False
+            return None
         if item is None:
-            return True
+            return None
         try:
             job = item.job()
         except JobError as fault:
             answers.append(self._work.answer(item, fault, self._work.job_id(item)))
-            return True
+            return None
         item = item.without_payload()
+        id = self._work.job_id(item)
         if self._work.was_sent(item):
-            id = self._work.job_id(item)
             self._flying[id] = item
             self._resumed.add(id)
-        else:
-            self._held = item, job
-        return True
+            return None
+        return id, item, job
 
-    def _send(self, item: ItemT, job: Job, answers: list[AnswerT]) -> bool:
-        """Send an item's job. False if it is refused: its answer must be written before a later job is sent."""
-        id = self._work.job_id(item)
-        try:
-            self._work.submit(item, job, self._priority, id)
-        except (JobError, ModelNotFound) as fault:
-            # Too large, with a callback that may not be called, or for a model that no worker serves.
-            answers.append(self._work.answer(item, fault, id))
-            self._held = None
-            return False
-        self._flying[id] = item
-        self._held = None
-        self._work.note_sent(item)
-        return True
+    def _note_sent(self, jobs: int) -> None:
+        """Note that the first `jobs` of the unsent ones were sent."""
+        for _ in range(jobs):
+            id, item, _ = self._unsent.popleft()
+            self._flying[id] = item
+            self._work.note_sent(item)
 
     def _collect(self, answers: list[AnswerT]) -> list[str]:
         """Remove the items whose jobs have ended from the window. Returns these jobs' ids."""

@@ -339,10 +339,14 @@ PAYLOADS: dict[str, type[Job]] = {
 
 def check_size(job: Job, most: int) -> None:
     """Raises InvalidRequest for a job with more bytes than `most`; ImageTooLarge if its pictures are the reason."""
-    arguments = job.arguments()
+    checked_size(job.arguments(), most)
+
+
+def checked_size(arguments: dict[str, Any], most: int) -> int:
+    """The bytes of a job's arguments as JSON. Raises as `check_size` does."""
     size = len(json.dumps(arguments))
     if size <= most:
-        return
+        return size
     pictures = [len(uri) for uri in _data_uris(arguments)]
     # Base64 encodes three bytes as four characters.
     has, room = sum(pictures) * 3 // 4, (most - size + sum(pictures)) * 3 // 4

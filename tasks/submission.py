@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypedDict
@@ -16,7 +18,7 @@ from .availability import is_full
 from .capacity import Capacity
 from .errors import QueueFull
 from .idempotency import IdempotencyKeys
-from .payloads import Job, check_size
+from .payloads import Job, checked_size
 from .protocol import HIDDEN, SUBMITTED_AT
 from .redis_keys import results_prefix
 from .setup_check import setup_check_of
@@ -59,10 +61,12 @@ class SubmitOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A job's id and the queue that it was sent to."""
+    """A job's id, the queue that it was sent to, and its size in bytes."""
 
     id: str
     queue: str
+    #: Of its arguments as JSON.
+    size: int
 
 
 class Submitter:
@@ -79,28 +83,32 @@ class Submitter:
         """Queue a job, or find the one that has its idempotency key already. `queue`: its name, or kombu's object."""
         if self._check_callbacks and job.callback is not None:
             check_public(job.callback)
-        check_size(job, self._max_job_bytes)
+        arguments = job.arguments()
+        size = checked_size(arguments, self._max_job_bytes)
         if job.idempotency_key is None or not isinstance(self._app.backend, RedisBackend):
             # Where the results are not in Redis, the workers hold to the key alone.
-            return self._send(job, queue, priority, options)
+            return Sent(*self._send(job.task, arguments, queue, priority, options), size)
         backend, name = self._app.backend, getattr(queue, "name", queue)
         keys = IdempotencyKeys(backend.client, backend.expires, name, results_prefix(self._app))
         claim = keys.claim(job, options.pop("task_id", None) or uuid(), is_sent=False)
         if claim.is_started and self._app.backend.get_task_meta(claim.id, cache=False)["status"] == states.PENDING:
             claim = keys.claim_again(job, claim)
         if claim.is_sent:
-            return Sent(claim.id, name)
-        sent = self._send(job, queue, priority, {**options, "task_id": claim.id})
+            return Sent(claim.id, name, size)
+        sent = self._send(job.task, arguments, queue, priority, {**options, "task_id": claim.id})
         keys.confirm(job, claim)
-        return sent
+        return Sent(*sent, size)
 
-    def _send(self, job: Job, queue: Any, priority: int, options: dict[str, Any]) -> Sent:
+    def _send(
+        self, task: str, arguments: dict[str, Any], queue: Any, priority: int, options: dict[str, Any]
+    ) -> tuple[str, str]:
+        """The job's id, and the queue's name."""
         self._capacity.take(queue)
         self._setup_check.check_sending()
-        try:
+        with queue_full_if_full():
             result = self._app.send_task(
-                job.task,
-                kwargs=job.arguments(),
+                task,
+                kwargs=arguments,
                 queue=queue,
                 priority=priority,
                 # Not the app's default serializer: the workers read JSON only.
@@ -109,11 +117,18 @@ class Submitter:
                 **HIDDEN,
                 **options,
             )
-        except (OperationalError, ResponseError) as error:
-            if is_full(error):
-                raise QueueFull(
-                    f"The broker is full and refused the job ({error}): submit it later, add workers, "
-                    "or give the server more memory or disk."
-                ) from error
-            raise
-        return Sent(result.id, getattr(queue, "name", queue))
+        return result.id, getattr(queue, "name", queue)
+
+
+@contextlib.contextmanager
+def queue_full_if_full() -> Iterator[None]:
+    """Raises QueueFull for the error of a broker that is full."""
+    try:
+        yield
+    except (OperationalError, ResponseError) as error:
+        if is_full(error):
+            raise QueueFull(
+                f"The broker is full and refused the job ({error}): submit it later, add workers, "
+                "or give the server more memory or disk."
+            ) from error
+        raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Unpack
 
+from .bulk import OneByOne, OnSent, ignore_sent
 from .errors import InvalidRequest, JobCanceled, JobError, JobTimeout, ModelNotFound, NotFound
 from .failed import FailedJob
 from .idempotency import digest
@@ -107,6 +109,11 @@ class FakeClient:
         self, jobs: Iterable[Job], *, priority: int = DEFAULT_PRIORITY, **options: Unpack[SubmitOptions]
     ) -> list[FakeJob]:
         return [self.submit(job, priority=priority, **options) for job in jobs]
+
+    @contextlib.contextmanager
+    def bulk(self, on_sent: OnSent = ignore_sent) -> Iterator[OneByOne]:
+        """Every job is answered at once, as with `submit`."""
+        yield OneByOne(self, on_sent)
 
     def ping(self) -> None:
         """Always there."""

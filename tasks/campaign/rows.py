@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..batch_lines import Fingerprints
+from ..bulk import JobSender
 from ..errors import InvalidRequest, ModelNotFound
 from ..outcomes import Outcome
 from ..payloads import Job
@@ -112,8 +113,8 @@ class CampaignRows:
     def was_sent(self, row: CampaignRow) -> bool:
         return row.number <= self._sent_before and not row.has_changed
 
-    def submit(self, row: CampaignRow, job: Job, priority: int, id: str) -> None:
-        self._client.submit(job, priority=priority, task_id=id, headers=self._headers)
+    def submit(self, sender: JobSender, row: CampaignRow, job: Job, priority: int, id: str) -> None:
+        sender.submit(job, priority=priority, task_id=id, headers=self._headers)
 
     def note_sent(self, row: CampaignRow) -> None:
         self._sent = max(self._sent, row.number)
