@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import islice
 
 from ..campaign import Progress
-from .progress import Display, duration
+from .console import duration
+from .progress import Display
 
 #: Codes and hosts that are shown.
 SHOWN = 3

@@ -8,26 +8,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 
 from ..campaign.directory import Campaigns
 from ..campaign.record import CampaignRecord
 from ..errors import IdeficsError
 from ..steering import State
 from .campaign_failures import failures
-from .console import CommandError, away, echo, echo_json, echo_rows, json_line_option, json_option
+from .console import BrokerGroup, CommandError, duration, echo, echo_json, echo_rows, json_line_option, json_option
 from .jobs import fail
 
 COLUMNS = ("id", "name", "status", "done", "failed", "rows/s", "time left", "host", "last report")
 
 
-class _Group(click.Group):
+class _Group(BrokerGroup):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except (RedisError, OperationalError) as error:
-            raise away(error) from None
         except sqlite3.Error as error:
             raise CommandError(f"The campaign's state cannot be read: {error}") from None
         except IdeficsError as error:
@@ -103,7 +99,7 @@ def pause(client: Any, campaigns: Sequence[str], as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def resume(client: Any, campaigns: Sequence[str], as_json: bool) -> None:
-    """Resume paused campaigns. Jobs that were held back run within 30 seconds.
+    """Resume paused campaigns. Jobs that were held back run within about 2 seconds, and all within 30.
 
     \b
     idefics-jobs campaigns resume shoes
@@ -118,8 +114,8 @@ def resume(client: Any, campaigns: Sequence[str], as_json: bool) -> None:
 def cancel(client: Any, campaigns: Sequence[str], as_json: bool) -> None:
     """Cancel campaigns: their jobs end as canceled, and their producers write the answers so far.
 
-    Running jobs end at their next step, waiting ones when a worker takes them, and those held back by a pause within 30
-    seconds. The command that started a campaign takes it up again.
+    Running jobs end at their next step, waiting ones when a worker takes them, and those held back by a pause within
+    about 2 seconds, all within 30. The command that started a campaign takes it up again.
 
     \b
     idefics-jobs campaigns cancel shoes
@@ -154,7 +150,7 @@ def _cells(found: CampaignRecord) -> tuple[str, ...]:
         f"{found.progress.rate:,.1f}",
         _left(found),
         found.info.host,
-        f"{_duration(found.age_s)} ago",
+        f"{duration(found.age_s)} ago",
     )
 
 
@@ -169,7 +165,7 @@ def _rows(found: CampaignRecord) -> list[tuple[str, str]]:
         ("output", info.output),
         ("host", info.host),
         ("started", started),
-        ("last report", f"{_duration(found.age_s)} ago"),
+        ("last report", f"{duration(found.age_s)} ago"),
         ("done", _done(found)),
         ("in flight", f"{progress.in_flight:,}"),
         ("rows/s", f"{progress.rate:,.1f}"),
@@ -187,14 +183,4 @@ def _done(found: CampaignRecord) -> str:
 
 def _left(found: CampaignRecord) -> str:
     is_running = found.status == "running" and found.progress.left_s is not None
-    return _duration(found.progress.left_s or 0.0) if is_running else "-"
-
-
-def _duration(seconds: float) -> str:
-    """As `3 d 4 h`, `2 h 5 min`, `3 min` or `12 s`."""
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86_400)
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+    return duration(found.progress.left_s or 0.0) if is_running else "-"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from ..errors import BrokerUnavailable, from_broker
 from ..printable import escaped, escaped_json
@@ -120,3 +122,25 @@ def away(error: Exception) -> CommandError:
     told = from_broker(error)
     cure = " Name another with --broker or IDEFICS_BROKER_URL." if isinstance(told, BrokerUnavailable) else ""
     return CommandError(f"{told}{cure}")
+
+
+class BrokerGroup(click.Group):
+    """A group whose commands end with one sentence if Redis does not answer or refuses."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except (RedisError, OperationalError) as error:
+            raise away(error) from None
+
+
+def duration(seconds: float) -> str:
+    """Seconds in two units at most: `3 d 04 h`, `1 h 05 min`, `2 min 30 s` or `12 s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

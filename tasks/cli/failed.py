@@ -17,13 +17,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
-from kombu.exceptions import OperationalError
 from kombu.utils import json as kombu_json
-from redis import RedisError
 
 from ..failed import FailedJob, FailedJobs
 from ..printable import escaped
-from .console import CommandError, away, echo, echo_json, echo_rows, json_line_option, json_option
+from .console import BrokerGroup, CommandError, echo, echo_json, echo_rows, json_line_option, json_option
 from .redaction import redacted
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
@@ -67,12 +65,10 @@ def age(written: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-class _Group(click.Group):
+class _Group(BrokerGroup):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except (RedisError, OperationalError) as error:
-            raise away(error) from None
         except LookupError as error:
             raise CommandError(str(error.args[0])) from None
         except RecursionError:

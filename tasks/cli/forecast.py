@@ -18,9 +18,9 @@ from ..campaign.sample import OTHERS
 from ..campaign.tables import open_table
 from ..campaign.validation import Validation
 from ..errors import QueueFull
-from .console import away, echo, echo_json, echo_rows
+from .console import away, duration, echo, echo_json, echo_rows
 from .jobs import fail
-from .progress import LOGGED_S, duration
+from .progress import LOGGED_S
 
 #: Hosts that are shown; JSON has all.
 SHOWN_HOSTS = 20

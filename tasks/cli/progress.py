@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..batch import Batch
 from ..printable import escaped
 from .batch_files import BatchInput, BatchOutput
-from .console import echo, terminal
+from .console import duration, echo, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,12 +105,3 @@ def progress(done: int, failed: int, rate: float, share: float, in_flight: int) 
         left = (done + in_flight) / share - done
         told += f", about {duration(left / rate)} left"
     return told
-
-
-def duration(seconds: float) -> str:
-    """Seconds in two units, as in `1 h 05 min`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

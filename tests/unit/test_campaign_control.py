@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -44,18 +44,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture
-def server(broker: Broker) -> Iterator[Broker]:
-    broker.connect().flushdb()
-    yield broker
-    broker.connect().flushdb()
-
-
-@pytest.fixture
-def app(server: Broker) -> Celery:
-    return app_at(server.url, None)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from click.testing import Result as Outcome
 
 from tasks import ImageUnreachable, JobError
-from tasks.apps import app_at
 from tasks.campaign.control import CampaignControl, CampaignInfo, CampaignProgress, this_host
 from tasks.campaign.record import public_id
 from tasks.campaign.state import About, CampaignState, stored
@@ -33,12 +32,6 @@ FAILURES: tuple[tuple[JobError, str | None], ...] = (
     (ImageUnreachable("x"), "cdn.test"), (ImageUnreachable("x"), "cdn.test"), (ImageInvalid("x"), "other.test"),
     (ImageInvalid("x"), None), (ImageUnreachable("x"), None),
 )  # fmt: skip
-
-
-@pytest.fixture
-def app(broker: Broker) -> Iterator[Celery]:
-    yield app_at(broker.url, None)
-    broker.connect().flushdb()
 
 
 @pytest.fixture
@@ -71,7 +64,7 @@ def kept(path: Path) -> None:
 
 def test_campaigns_are_listed_with_their_progress(control: CampaignControl, run: Callable[..., Outcome]) -> None:
     *cells, seen = run("ls").stdout.rstrip().split("\t")
-    assert cells == [control.id, "shoes", "running", "4,000 of 12,000", "3", "12.5", "10 min", "machine-1"]
+    assert cells == [control.id, "shoes", "running", "4,000 of 12,000", "3", "12.5", "10 min 40 s", "machine-1"]
     assert seen.endswith(" ago")
     (told,) = json_lines(run("ls", "--json"))
     assert (

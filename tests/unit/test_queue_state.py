@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,18 +20,6 @@ from tests.support.messages import raw_message
 from worker.demo.stack import Broker
 
 JOB = Complete(prompt=["Hello"])
-
-
-@pytest.fixture
-def server(broker: Broker) -> Iterator[Broker]:
-    broker.connect().flushdb()
-    yield broker
-    broker.connect().flushdb()
-
-
-@pytest.fixture
-def app(server: Broker) -> Celery:
-    return app_at(server.url, None)
 
 
 def state(app: Celery) -> QueueState:
