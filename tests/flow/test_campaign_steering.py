@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from tasks import Client, Complete, JobCanceled, JobError, SubmittedJob
 from tasks.campaign.control import CampaignControl, CampaignInfo
 from tasks.campaign.directory import Campaigns
+from tasks.cli import main
 from tasks.redis_keys import CANCELLATION
 from tests.support.gallery import Gallery
 from tests.support.stand import SLOTS, Stand, command, stand
@@ -29,12 +36,12 @@ ENDLESS = Complete(prompt=["abcdefghij" * 50], max_new_tokens=500)
 
 @pytest.fixture(scope="module")
 def stood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
-    """A worker whose jobs have no retry to use up."""
+    """A worker whose jobs have no retry to use up, and which asks for each picture again."""
     log = tmp_path_factory.mktemp("campaigns") / "log"
     with (
         Gallery().open() as gallery,
         stack.broker() as server,
-        stand(server, gallery, log, MAX_RETRIES="0") as stood,
+        stand(server, gallery, log, MAX_RETRIES="0", IMAGE_CACHE_BYTES="0") as stood,
     ):
         yield stood
 
@@ -51,9 +58,9 @@ def control(client: Client) -> CampaignControl:
     return control
 
 
-def steer(stood: Stand, order: str, control: CampaignControl) -> list[dict[str, Any]]:
+def steer(stood: Stand, order: str, campaign: str) -> list[dict[str, Any]]:
     """Give an order from another process."""
-    said = command(stood.producer.server, "tasks", "campaigns", order, control.id, "--json")
+    said = command(stood.producer.server, "tasks", "campaigns", order, campaign, "--json")
     return [json.loads(line) for line in said.splitlines()]
 
 
@@ -79,7 +86,7 @@ def test_a_pause_from_another_process_holds_jobs_back_and_a_resume_loses_none(
     jobs = [show(client, stood.gallery.held(name), control) for name in running]
     jobs += [show(client, stood.gallery.picture(name), control) for name in queued]
     stood.gallery.await_requests(*running)
-    assert steer(stood, "pause", control) == [{"id": control.id, "requested": True, "status": "running"}]
+    assert steer(stood, "pause", control.id) == [{"id": control.id, "requested": True, "status": "running"}]
     time.sleep(EFFECT_S)
     stood.gallery.release(*running)
     # Jobs that run end; the others have gone back to wait for their time.
@@ -93,10 +100,8 @@ def test_a_pause_from_another_process_holds_jobs_back_and_a_resume_loses_none(
     # A run that finds the campaign still paused waits again, with no retry used up.
     time.sleep(1.5 * MIN_COUNTDOWN_S)
     assert set(stood.gallery.asked) & set(queued) == set()
-    steer(stood, "resume", control)
-    resumed = time.monotonic()
+    steer(stood, "resume", control.id)
     assert {job.result(MAX_COUNTDOWN_S + PATIENCE_S).text for job in jobs[SLOTS:]} == {"llo"}
-    assert time.monotonic() - resumed < MAX_COUNTDOWN_S + PATIENCE_S
     assert sorted(name for name in stood.gallery.asked if name in queued) == sorted(queued)
 
 
@@ -139,7 +144,7 @@ def test_a_cancel_ends_running_and_waiting_jobs_and_no_others(
     queued = names(20)
     waiting_jobs = [show(client, stood.gallery.picture(name), control) for name in queued]
     time.sleep(0.2)
-    steer(stood, "cancel", control)
+    steer(stood, "cancel", control.id)
     partial = _canceled(running).partial
     assert partial is not None
     assert len(partial.text) < 500
@@ -157,3 +162,80 @@ def _canceled(job: SubmittedJob) -> JobCanceled:
         job.result(PATIENCE_S)
     assert job.status == "canceled"
     return caught.value
+
+
+# `idefics-jobs run`
+
+
+def write_table(stood: Stand, folder: Path, rows: Sequence[str]) -> None:
+    table = "".join(f"{name},{stood.gallery.picture(name)}\n" for name in rows)
+    (folder / "in.csv").write_text(f"sku,image\n{table}")
+
+
+def start(stood: Stand, folder: Path) -> subprocess.Popen[str]:
+    """Run the table in a process of its own, as a campaign with the folder's name."""
+    server = stood.producer.server
+    words = ["run", str(folder / "in.csv"), str(folder / "out.csv"), "--task", "caption", "--image", "image"]
+    words += ["--set", "max_new_tokens=10", "--window", "40", "--name", folder.name]
+    environment = {**os.environ, "IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tasks", *words], cwd=stack.CHECKOUT, env=environment, text=True, stderr=subprocess.PIPE
+    )
+
+
+def order(stood: Stand, order: str, campaign: str) -> None:
+    """Give an order from this process, at once: the campaign must not end before."""
+    done = CliRunner().invoke(main, ["--broker", stood.producer.server.url, "campaigns", order, campaign])
+    assert done.exit_code == 0, done.output
+
+
+def codes(folder: Path) -> dict[str, str]:
+    """The output's error codes by row, in its order."""
+    with (folder / "out.csv").open(newline="") as file:
+        return {row["sku"]: row["error_code"] for row in csv.DictReader(file)}
+
+
+def asked(stood: Stand, rows: Sequence[str]) -> list[str]:
+    return [name for name in stood.gallery.asked if name in rows]
+
+
+def test_a_command_is_paused_and_goes_on_from_another_process(stood: Stand, client: Client, tmp_path: Path) -> None:
+    rows = names(160)
+    write_table(stood, tmp_path, rows)
+    with start(stood, tmp_path) as process:
+        eventually(lambda: len(asked(stood, rows)) > 2 * SLOTS)
+        order(stood, "pause", tmp_path.name)
+        paused = time.monotonic()
+        eventually(lambda: time.monotonic() - stood.gallery.asked_at > 2 * EFFECT_S)
+        assert len(asked(stood, rows)) < len(rows)
+        # Generous, for a busy machine.
+        assert stood.gallery.asked_at - paused < 5 * EFFECT_S
+        assert Campaigns(client.app).get(tmp_path.name).status == "paused"
+        assert process.poll() is None
+        order(stood, "resume", tmp_path.name)
+        told = process.communicate(timeout=PATIENCE_S)[1]
+    assert process.returncode == 0, told
+    assert list(codes(tmp_path).items()) == [(name, "") for name in rows]
+    assert sorted(asked(stood, rows)) == sorted(rows)
+
+
+def test_a_canceled_command_ends_and_the_same_command_sends_what_is_missing(stood: Stand, tmp_path: Path) -> None:
+    rows = names(160)
+    write_table(stood, tmp_path, rows)
+    with start(stood, tmp_path) as process:
+        eventually(lambda: len(asked(stood, rows)) > 3 * SLOTS)
+        order(stood, "cancel", tmp_path.name)
+        told = process.communicate(timeout=PATIENCE_S)[1].splitlines()
+    assert process.returncode == 3, told
+    assert told[-1].endswith("It was canceled: run the same command to go on.")
+    found = codes(tmp_path)
+    assert list(found) == rows
+    assert set(found.values()) - {"not_run"} == {"", "canceled"}
+
+    missing = [name for name, code in found.items() if code]
+    before = len(stood.gallery.asked)
+    with start(stood, tmp_path) as process:
+        told = process.communicate(timeout=PATIENCE_S)[1].splitlines()
+    assert process.returncode == 0, told
+    assert list(codes(tmp_path).items()) == [(name, "") for name in rows]
+    assert sorted(stood.gallery.asked[before:]) == sorted(missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -20,10 +21,11 @@ MOST_HELD_S = 40.0
 
 
 class Gallery:
-    """Serves `/NAME`. `asked` holds the names in the order of their requests."""
+    """Serves `/NAME`. `asked` holds the names in the order of their requests, `asked_at` the time of the last one."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.asked_at = 0.0
         self._held: dict[str, threading.Event] = {}
         self._broken: Counter[str] = Counter()
         self._changed = threading.Condition()
@@ -65,6 +67,7 @@ class Gallery:
         """Write a request down. True for one that is to fail."""
         with self._changed:
             self.asked.append(name)
+            self.asked_at = time.monotonic()
             self._changed.notify_all()
             self._broken[name] -= 1
             return self._broken[name] >= 0

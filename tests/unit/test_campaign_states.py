@@ -19,7 +19,9 @@ from worker.queue.campaigns import (
     CampaignStates,
     CampaignWatch,
     held_back_s,
+    resent_after_s,
 )
+from worker.queue.due import DueJob
 
 PAUSED = Wanted("paused", 5.0)
 
@@ -140,6 +142,34 @@ def test_the_parent_learns_what_is_wanted_without_waiting(redis: Redis) -> None:
     redis.now += WATCH_S
     watch.refresh()
     assert watch.wanted("a") == Wanted()
+
+
+def test_jobs_are_freed_once_when_their_campaign_is_no_longer_paused(redis: Redis) -> None:
+    watch = CampaignWatch(redis, lambda: redis.now)
+    redis.wanted |= dict.fromkeys("abc", PAUSED)
+    watch.start()
+
+    def is_known() -> bool:
+        watch.refresh()
+        return {campaign: watch.wanted(campaign) for campaign in redis.wanted} == redis.wanted
+
+    eventually(is_known)
+    for campaign in "abcab":
+        watch.remember(campaign, DueJob(campaign, "key", 7.0))
+    assert watch.freed(9) == []
+    redis.wanted |= {"a": Wanted(), "b": Wanted("canceled")}
+    eventually(is_known)
+    assert [job.id for job in watch.freed(3)] == ["a", "b", "a"]
+    assert [job.id for job in watch.freed(3)] == ["b"]
+    redis.wanted["c"] = Wanted()
+    eventually(is_known)
+    assert [job.id for job in watch.freed(3)] == ["c"]
+
+
+def test_jobs_that_are_sent_again_come_back_when_the_parent_knows_their_campaign() -> None:
+    soon = [resent_after_s(1e6, None) for _ in range(200)]
+    assert all(READ_S <= each < MIN_COUNTDOWN_S for each in soon)
+    assert resent_after_s(1e6, 60.0) > MIN_COUNTDOWN_S
 
 
 def test_the_parent_polls_a_bounded_number_of_campaigns(redis: Redis) -> None:

@@ -32,7 +32,7 @@ from worker.jobs.service import Service
 from worker.observability import tracing
 from worker.observability.job_fields import note_code
 from worker.observability.redaction import log_defect
-from worker.queue.campaigns import CampaignStates, CampaignWatch, held_back_s, reader
+from worker.queue.campaigns import CampaignStates, CampaignWatch, reader, resent_after_s
 from worker.queue.publisher import OneProducerEach
 from worker.queue.result_backend import CANCELED, current_submission
 
@@ -182,7 +182,8 @@ class JobTask(Task):  # type: ignore[misc]
         if wanted.state == "canceled":
             raise CancellationError
         if wanted.state == "paused":
-            self._reschedule(job, held_back_s(time.time() - wanted.since), "its campaign was paused")
+            countdown = resent_after_s(time.time() - wanted.since, job.deadline_s)
+            self._reschedule(job, countdown, "its campaign was paused")
 
     def _first_answer(self, job: Job) -> Result | None:
         settings, service = self.app.settings, self.app.service

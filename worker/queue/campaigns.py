@@ -5,8 +5,10 @@ waits in Redis (worker/queue/due.py), takes no place from others, and comes back
 begin. Both processes see to it:
 
 - The parent moves a job into the set of those before their time as soon as it is delivered, which costs little. It
-  knows only the campaigns that it has polled, since its event loop must not wait for Redis.
-- The model process reads what is wanted just before a job begins, and sends the job again with a countdown.
+  knows only the campaigns that it has polled, since its event loop must not wait for Redis. It remembers such jobs, and
+  makes them due as soon as their campaign goes on or is canceled.
+- The model process reads what is wanted just before a job begins, and sends the job again with a countdown: a short
+  one, since by then the parent knows the campaign.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +30,7 @@ from tasks.redis_keys import broker_prefix
 from tasks.steering import MAX_HELD_BACK_S, READ_S, Wanted, campaign_of, read_wanted
 from worker.observability.metrics import RETRIES
 from worker.queue.cancellation import CancellationPoller
-from worker.queue.due import ends_when_delivered
+from worker.queue.due import DueJob, ends_when_delivered
 from worker.runtime import gil
 
 logger = logging.getLogger(__name__)
@@ -35,8 +38,10 @@ logger = logging.getLogger(__name__)
 #: Bounds in seconds of the countdown of a paused campaign's job. It grows with the pause, and differs from job to job:
 #: the least is half of the most.
 MIN_COUNTDOWN_S, MAX_COUNTDOWN_S = 5.0, MAX_HELD_BACK_S
-#: Campaigns that are remembered; a producer may name any number.
-MAX_KNOWN = 1_000
+#: The same of a job that the model process sends again.
+MIN_RESENT_S, MAX_RESENT_S = 1.0, 2.0
+#: Campaigns that are remembered, since a producer may name any number, and jobs that the parent remembers.
+MAX_KNOWN, MAX_HELD = 1_000, 10_000
 #: Seconds that the parent polls a campaign after its last job: longer than a job is held back.
 WATCH_S = 2 * MAX_COUNTDOWN_S
 
@@ -47,6 +52,11 @@ def held_back_s(paused_s: float) -> float:
     """The countdown of a job whose campaign has been paused for `paused_s` seconds."""
     most = min(max(paused_s, 2 * MIN_COUNTDOWN_S), MAX_COUNTDOWN_S)
     return random.uniform(most / 2, most)  # noqa: S311 - spreads the jobs
+
+
+def resent_after_s(paused_s: float, deadline_s: float | None) -> float:
+    """The same for a job that the model process sends again. Those with a deadline are never left to the parent."""
+    return held_back_s(paused_s) if deadline_s else random.uniform(MIN_RESENT_S, MAX_RESENT_S)  # noqa: S311 - spread
 
 
 def reader(app: Celery) -> Reader:
@@ -116,6 +126,10 @@ class CampaignWatch:
         #: When each campaign was last asked for.
         self._asked_at: dict[str, float] = {}
         self._known: dict[str, Wanted] = {}
+        #: Jobs that this worker has moved to those before their time, with their campaigns: the newest.
+        self._held: deque[tuple[str, DueJob]] = deque(maxlen=MAX_HELD)
+        #: Those of them whose campaign is no longer paused.
+        self._freed: deque[DueJob] = deque()
 
     def start(self) -> None:
         """Start polling, until the process ends."""
@@ -131,8 +145,23 @@ class CampaignWatch:
         """Take over what the last poll found, and forget campaigns without jobs. To be called at least every second."""
         now = self._clock()
         self._asked_at = {id: at for id, at in self._asked_at.items() if now - at < WATCH_S}
+        paused = self._paused()
         self._known |= self._poller.exchange(self._asked_at)
+        if freed := paused - self._paused():
+            self._freed += [job for campaign, job in self._held if campaign in freed]
+            self._held = deque((each for each in self._held if each[0] not in freed), MAX_HELD)
         self._known = {id: wanted for id, wanted in self._known.items() if id in self._asked_at}
+
+    def _paused(self) -> set[str]:
+        return {id for id, wanted in self._known.items() if wanted.state == "paused"}
+
+    def remember(self, campaign: str, job: DueJob) -> None:
+        """Remember a paused campaign's job, which waits for its time."""
+        self._held.append((campaign, job))
+
+    def freed(self, most: int) -> list[DueJob]:
+        """Some jobs that need not wait any longer, each once. Many have left their sets meanwhile."""
+        return [self._freed.popleft() for _ in range(min(most, len(self._freed)))]
 
 
 def hold_back(message: Message, arguments: Mapping[str, Any], watch: CampaignWatch) -> bool:
@@ -144,10 +173,11 @@ def hold_back(message: Message, arguments: Mapping[str, Any], watch: CampaignWat
     headers, channel = message.headers, message.channel
     campaign = campaign_of(headers)
     wanted = watch.wanted(campaign) if campaign else Wanted()
-    if wanted.state != "paused" or arguments.get("deadline_s") or headers["task"] not in PAYLOADS:
+    if campaign is None or wanted.state != "paused" or arguments.get("deadline_s") or headers["task"] not in PAYLOADS:
         return False
     if not hasattr(channel, "delay") or ends_when_delivered(headers):
         return False
-    channel.delay(message.delivery_tag, channel.taken_at + held_back_s(time.time() - wanted.since), headers["id"])
+    due = channel.taken_at + held_back_s(time.time() - wanted.since)
+    watch.remember(campaign, channel.delay(message.delivery_tag, due, headers["id"]))
     RETRIES.labels(headers["task"], "").inc()
     return True

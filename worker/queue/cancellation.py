@@ -2,8 +2,8 @@
 
 The parent process polls for the keys of the jobs that it holds and of the jobs that wait in Redis for their time; the
 model process checks once before it starts a job. In the same way the parent ends the jobs that it holds of a canceled
-campaign; the model process ends the others when they come (worker/jobs/task.py). docs/architecture.md follows a
-cancellation to the engine's next step.
+campaign; the model process ends the others when they come (worker/jobs/task.py). Those that a pause held back become
+due at once. docs/architecture.md follows a cancellation to the engine's next step.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from tasks.outbox import connect
 from tasks.redis_keys import CANCELLATION, broker_prefix, results_prefix
 from tasks.steering import campaign_of
 from worker.observability.job_fields import job_extra
-from worker.queue.due import DueJob, DueJobs
+from worker.queue.due import DueJob, DueJobs, hasten
 from worker.queue.transport import Channel
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two polls.
 POLL_INTERVAL_S = 0.5
-#: Jobs before their time that are ended in one iteration: each costs the event loop some milliseconds.
-MAX_AT_ONCE = 100
+#: Jobs before their time that are ended in one iteration: each costs the event loop some milliseconds. And such that
+#: are made due, all by one script.
+MAX_AT_ONCE, MAX_HASTENED = 100, 500
 
 T = TypeVar("T")
 
@@ -115,7 +116,10 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         for id in self._poller.exchange(id for id in held if id not in worker_state.revoked) & held.keys():
             self._end(held[id], "by its key")
         self._end_campaigns(held)
-        self._end_due()
+        channel = self._channel()
+        if channel is not None:
+            self._end_due(channel)
+            self._hasten_freed(channel)
 
     def _end_campaigns(self, held: Mapping[str, list[Any]]) -> None:
         watch = self._worker.app.campaign_watch
@@ -134,14 +138,21 @@ class Cancellations(bootsteps.StartStopStep):  # type: ignore[misc]
         for request in requests:
             request.terminate(self._pool)
 
-    def _end_due(self) -> None:
-        """Deliver canceled jobs before their time: Celery ends a revoked job when it is delivered."""
+    def _channel(self) -> Channel | None:
+        """The one that jobs come from; None while there is no connection, and for kombu's own."""
         consumer = self._worker.consumer.task_consumer
         channel = consumer and consumer.channel
-        if not isinstance(channel, Channel):
-            return
+        return channel if isinstance(channel, Channel) else None
+
+    def _end_due(self, channel: Channel) -> None:
+        """Deliver canceled jobs before their time: Celery ends a revoked job when it is delivered."""
         for job in itertools.islice(self._due_poller.exchange(), MAX_AT_ONCE):
             if job.id not in worker_state.revoked:
                 self._canceled.add(job.id)
                 worker_state.revoked.add(job.id)
             channel.deliver_early(job)
+
+    def _hasten_freed(self, channel: Channel) -> None:
+        """Make jobs due whose campaign was paused and is no longer."""
+        if jobs := self._worker.app.campaign_watch.freed(MAX_HASTENED):
+            hasten(channel, jobs)

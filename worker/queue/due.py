@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from celery.worker import state as worker_state
 from kombu.message import Message
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from tasks.redis_keys import DUE, DUE_IDS
 from worker.queue.envelope import unix_seconds
@@ -125,6 +126,25 @@ return false
 """
 
 
+#: Makes jobs due now, in their order, that wait for their time. KEYS: the ids, then each job's set. ARGV: for each its
+#: score and its id. A message that has left its set, or that a full server refuses, stays as it is.
+HASTEN = f"""
+{ID}
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+for i = 2, #KEYS do
+  local score, id = ARGV[2 * i - 3], ARGV[2 * i - 2]
+  local due = string.format('%.6f', now + i / 1e6)
+  for _, raw in ipairs(redis.call('ZRANGEBYSCORE', KEYS[i], score, score, 'LIMIT', 0, 10)) do
+    if id_of(raw) == id then
+      redis.pcall('ZADD', KEYS[i], due, raw)
+      redis.pcall('ZADD', KEYS[1], due, id .. '\\n' .. KEYS[i])
+    end
+  end
+end
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class DueJob:
     """A job that waits for its time."""
@@ -177,6 +197,17 @@ def delay_until_due(message: Message) -> bool:
     # This worker's own clock may be behind: Celery would wait for it.
     del headers["eta"]
     return False
+
+
+def hasten(channel: Any, jobs: Sequence[DueJob]) -> None:
+    """Make jobs due now. Those that Redis refuses, or that have left their sets, come at their time."""
+    keys = [channel.global_keyprefix + DUE_IDS.pattern, *(job.key for job in jobs)]
+    arguments = [part for job in jobs for part in (repr(job.score), job.id)]
+    try:
+        with channel.conn_or_acquire() as client:
+            client.execute_command("EVAL", HASTEN, len(keys), *keys, *arguments)
+    except (*channel.connection_errors, ResponseError) as error:
+        channel.backoff.complain(error)
 
 
 def ends_when_delivered(headers: Mapping[str, Any]) -> bool:

@@ -99,12 +99,14 @@ class Channel(TolerantChannel):
         """Whether this channel consumes queues with acknowledgements."""
         return bool(self._record_endings)
 
-    def delay(self, tag: str, at: float, id: str) -> None:
+    def delay(self, tag: str, at: float, id: str) -> DueJob:
         """Have the message that is being delivered wait in Redis until `at`, in unix seconds."""
         assert self._reserved is not None
         # Not all messages at one time: see worker/queue/due.py.
         at += random.random() / 1_000  # noqa: S311 - spread
-        self.qos.delay(tag, DelayedMessage(self._due_key(self._reserved.list), at, len(self._reserved.ending), id))
+        job = DueJob(id, self._due_key(self._reserved.list), at)
+        self.qos.delay(tag, DelayedMessage(job.key, at, len(self._reserved.ending), id))
+        return job
 
     def _due_key(self, name: str) -> str:
         prefix: str = self.global_keyprefix

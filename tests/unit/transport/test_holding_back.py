@@ -17,6 +17,7 @@ from tests.unit.transport.taker import STOCK, Start, Taker, held
 from worker.observability.metrics import RETRIES
 from worker.queue import due
 from worker.queue.campaigns import MAX_COUNTDOWN_S, MIN_COUNTDOWN_S, CampaignWatch, hold_back
+from worker.queue.due import DueJob
 
 TASK = "idefics.caption"
 PAUSED, OTHER = "0123456789ab", "ba9876543210"
@@ -27,9 +28,13 @@ class Watch(CampaignWatch):
 
     def __init__(self) -> None:
         super().__init__(lambda campaigns: {})
+        self.remembered: list[tuple[str, DueJob]] = []
 
     def wanted(self, campaign: str) -> Wanted:
         return Wanted("paused" if campaign == PAUSED else "running")
+
+    def remember(self, campaign: str, job: DueJob) -> None:
+        self.remembered.append((campaign, job))
 
 
 def send(taker: Taker, **headers: Any) -> None:
@@ -71,6 +76,26 @@ def test_a_paused_campaigns_message_waits_and_comes_again_as_it_was(start: Start
     assert server.zcard("idefics:due-ids") == 1
     server.zadd(f"idefics:due:{key.decode()}", {raw: 1})
     assert taker.take().decode() == "a"
+
+
+@pytest.mark.parametrize("prefix", ["", "mine:"])
+def test_jobs_that_were_held_back_are_made_due_in_their_order(start: Start, server: redis.Redis, prefix: str) -> None:
+    taker, watch = start(global_keyprefix=prefix), Watch()
+    for name in "abc":
+        assert hold_back(taken(taker, id=name), {}, watch)
+    campaigns, jobs = zip(*watch.remembered, strict=True)
+    assert campaigns == (PAUSED,) * 3
+    gone = DueJob("d", jobs[0].key, 1.5)
+    eventually(lambda: server.zcard(f"{prefix}idefics:due-ids") == 3)
+    in_order = sorted(jobs[:2], key=lambda job: job.score)
+    for _ in range(2):
+        # The second time none is where it was.
+        due.hasten(taker.channel, [*in_order, gone])
+    found = [taker.take().headers["id"] for _ in in_order]
+    assert found == [job.id for job in in_order]
+    ((_, at),) = server.zrange(jobs[2].key, 0, -1, withscores=True)
+    assert at == jobs[2].score
+    assert server.zrange(f"{prefix}idefics:due-ids", 0, -1) == [f"c\n{jobs[2].key}".encode()]
 
 
 @pytest.mark.parametrize(
