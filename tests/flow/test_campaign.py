@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.campaign import PLAN, campaign, write_input
-from tasks.campaign.state import CampaignState
+from benchmarks.campaign import PLAN, campaign, write_input, wrong
+from tasks.campaign.state import CampaignState, StoredAnswer
+from tests.support import stopping_output
 from tests.support.waiting import eventually
 from worker.demo import stack
 
@@ -27,10 +28,12 @@ def server() -> Iterator[stack.Broker]:
         yield server
 
 
-def command(server: stack.Broker, folder: Path, *options: str) -> subprocess.Popen[str]:
+def command(server: stack.Broker, folder: Path, *options: str, module: str = "tasks") -> subprocess.Popen[str]:
     environment = {**os.environ, "IDEFICS_BROKER_URL": server.url, "IDEFICS_RESULT_BACKEND": server.results}
-    words = [sys.executable, "-m", "tasks", "run", str(folder / "in.csv"), str(folder / "out.csv"), *PLAN, *options]
-    return subprocess.Popen(words, cwd=stack.CHECKOUT, env=environment, text=True, stderr=subprocess.PIPE)
+    words = [sys.executable, "-m", module, "run", str(folder / "in.csv"), str(folder / "out.csv"), *PLAN, *options]
+    return subprocess.Popen(
+        words, cwd=stack.CHECKOUT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def answered(folder: Path) -> int:
@@ -74,3 +77,35 @@ def test_a_campaign_that_reaches_a_limit_or_is_interrupted_goes_on(server: stack
         0,
         f"400 rows done, 0 of them failed. The output is {tmp_path}/out.csv.",
     )
+
+
+def answers(folder: Path) -> list[StoredAnswer]:
+    with CampaignState.read(folder / "out.csv.campaign") as state:
+        return list(state.answers())
+
+
+def test_a_command_that_is_killed_while_it_writes_its_output_writes_it_again(
+    server: stack.Broker, tmp_path: Path
+) -> None:
+    write_input(tmp_path / "in.csv", 300)
+    command(server, tmp_path, "--window", "20", "--budget-tokens", "500").communicate(timeout=END_S)
+    output, before = tmp_path / "out.csv", (tmp_path / "out.csv").read_bytes()
+
+    killed = command(server, tmp_path, module=stopping_output.__name__)
+    assert killed.stdout is not None
+    assert killed.stdout.readline().strip() == stopping_output.STOPPED
+    killed.kill()
+    killed.communicate(timeout=END_S)
+    # The earlier output is whole, and the answers are kept.
+    assert output.read_bytes() == before
+    assert len(list(tmp_path.glob(".out.csv.*.part"))) == 1
+    known = answers(tmp_path)
+    assert len(known) == 300
+
+    finished = command(server, tmp_path)
+    told = finished.communicate(timeout=END_S)[1].splitlines()
+    assert (finished.returncode, told[-1].partition(":")[0]) == (0, "Finished")
+    wrongs = wrong(output, 300)
+    assert wrongs == dict.fromkeys(wrongs, 0)
+    assert list(tmp_path.glob(".out.csv.*.part")) == []
+    assert answers(tmp_path) == known, "no row was run again"
