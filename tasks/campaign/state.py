@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -253,6 +253,13 @@ class CampaignState:
         """All answers in the rows' order. Memory stays flat; answers that are stored meanwhile may be among them."""
         found = self._chunks("SELECT * FROM answers WHERE row > ? ORDER BY row LIMIT ?")
         return (StoredAnswer(*each) for each in found)
+
+    def answers_of(self, rows: Collection[int]) -> Iterator[StoredAnswer]:
+        """The answers of some rows, in the rows' order."""
+        for row in sorted(rows):
+            found = self._sql.execute("SELECT * FROM answers WHERE row = ?", (row,)).fetchone()
+            if found:
+                yield StoredAnswer(*found)
 
     def digests(self) -> Iterator[tuple[int, bytes, str | None, str | None]]:
         """The row, digest, code and host of each answer, in the rows' order."""

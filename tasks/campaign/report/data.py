@@ -111,19 +111,17 @@ def _host(row: OutputRow, columns: OutputColumns) -> str | None:
 def shown(
     rows: Iterable[OutputRow],
     columns: OutputColumns,
-    chosen: set[int],
     campaign: Campaign | None,
     see: Callable[[dict[str, Any], Any], None],
 ) -> Shown:
-    """The chosen rows. `see` is called with each item and its picture: an address, a data: URI, bytes, a name."""
+    """The rows to show. `see` is called with each item and its picture: an address, a data: URI, bytes, a name."""
     found = Shown()
     for row in rows:
-        if row.number in chosen:
-            arguments = _arguments(row, campaign)
-            picture = _picture(row, columns, arguments)
-            item = without_nothing(_item(row, columns, arguments, picture, found))
-            see(item, picture)
-            found.items.append(item)
+        arguments = _arguments(row, campaign)
+        picture = _picture(row, columns, arguments)
+        item = without_nothing(_item(row, columns, arguments, picture, found))
+        see(item, picture)
+        found.items.append(item)
     return found
 
 

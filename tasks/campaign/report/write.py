@@ -59,8 +59,8 @@ def write_report(
         columns = _columns(table, campaign, image)
         first = overview(output_rows(table, campaign), columns, rows)
         adder = PictureAdder(thumbnails, pictures_folder(output, campaign.plan if campaign is not None else None))
-        beside = output_rows(table, campaign, _source(campaign, columns, thumbnails))
-        found = shown(beside, columns, first.chosen, campaign, adder)
+        source = _source(campaign, columns, thumbnails)
+        found = shown(output_rows(table, campaign, source, chosen=first.chosen), columns, campaign, adder)
         adder.finish()
     notes += _notes(first, found, adder, campaign)
     told = {
