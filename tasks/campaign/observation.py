@@ -19,9 +19,10 @@ from .sample import OTHERS
 
 #: Assumed seconds of a download if none of the sample succeeded.
 DOWNLOAD_S = 0.25
-#: The share of the rows whose shortest time shows the workers' speed: a smaller one would show how fast they are when
-#: chance favors them.
+#: The least share of the rows from which the workers' speed is read.
 BUSY_SHARE = 0.6
+#: Rows that end earlier than they would at an even speed, as a share of all, beyond which it is no chance.
+UNEVEN = 0.1
 #: Rows for each slot of a host that are enough to know its downloads.
 ENOUGH_ROWS = 2
 #: Seconds by which outcomes are seen later than they are told to have ended, beyond which clocks differ.
@@ -224,27 +225,37 @@ def used_s(spans: Sequence[tuple[float, float]], slots: int) -> list[float]:
 
 def _busy_end(ended: Sequence[float]) -> float:
     times = sorted(ended)
-    _, last = _busiest(times) if times else (0, -1)
-    return times[last] if times else 0.0
+    return times[_last_busy(times)] if times else 0.0
 
 
-def _busiest(times: Sequence[float]) -> tuple[int, int]:
-    """The first and last of the rows that ended in the shortest time: a BUSY_SHARE of all."""
-    length = min(len(times) - 1, max(20, round(len(times) * BUSY_SHARE)))
-    first = min(range(len(times) - length), key=lambda index: times[index + length] - times[index])
-    return first, first + length
+def _last_busy(times: Sequence[float]) -> int:
+    """The last of the rows that ended while the workers were busy; `times` ascend.
+
+    Afterwards fewer end, since some hosts' rows are still waited for: there the curve of ended rows bends. The part of
+    the sample in which rows ended fastest would not do: it shows the speed that chance favored.
+    """
+    least = min(len(times) - 1, max(20, round(len(times) * BUSY_SHARE)))
+    last = len(times) - 1
+    while last > least:
+        seconds = max(times[last] - times[0], 1e-9)
+        early = {index: index / last - (times[index] - times[0]) / seconds for index in range(least, last)}
+        bend = max(early, key=lambda index: early[index])
+        if early[bend] < UNEVEN:
+            break
+        last = bend
+    return last
 
 
 def _speed(observations: Sequence[Observation], until: float, slices: int = 10) -> Speed:
-    """The speed in the busiest part of the sample, and its error by that of equal parts of it."""
+    """The speed while the workers were busy, and its error by that of equal parts of this time."""
     times = sorted(each.ended for each in observations if not each.is_retried) or sorted(
         each.ended for each in observations
     )
-    first, last = _busiest(times)
-    seconds = max(times[last] - times[first], 1e-3)
-    marks = [times[first + (last - first) * part // slices] for part in range(slices + 1)]
+    last = _last_busy(times)
+    seconds = max(times[last] - times[0], 1e-3)
+    marks = [times[last * part // slices] for part in range(slices + 1)]
     parts = [end - start for start, end in itertools.pairwise(marks)]
     error = statistics.pstdev(parts) / (statistics.fmean(parts) or 1.0) / slices**0.5
     answers = [each for each in observations if each.code is None]
     model_s, lasting_s = sum(each.model_s for each in answers), sum(each.lasting_s for each in answers)
-    return Speed(max(1, last - first) / seconds, error, 2 * model_s > lasting_s, until)
+    return Speed(max(1, last) / seconds, error, 2 * model_s > lasting_s, until)

@@ -36,6 +36,8 @@ class Host:
 class Workers:
     """The workers, in the words of their settings."""
 
+    #: Jobs that they hold at once, and those of them that download.
+    places: int = 192
     image_jobs: int = 64
     host_concurrency: int = 8
     image_timeout_s: float = 20.0
@@ -82,7 +84,7 @@ class Simulation:
         self._ready: dict[str, deque[Row]] = {name: deque() for name in self.hosts}
         self._busy = dict.fromkeys(self.hosts, 0)
         self._model: deque[Row] = deque()
-        self._downloads, self._in_model, self._in_flight = 0, 0, 0
+        self._held, self._downloads, self._in_model, self._in_flight = 0, 0, 0, 0
         self._admit()
         while self._events:
             self.now, _, action = heapq.heappop(self._events)
@@ -112,8 +114,10 @@ class Simulation:
                 self._ready[name]
                 and self._busy[name] < self.workers.host_concurrency
                 and self._downloads < self.workers.image_jobs
+                and self._held < self.workers.places
             ):
                 row = self._ready[name].popleft()
+                self._held += 1
                 self._busy[name] += 1
                 self._downloads += 1
                 host = self.hosts[name]
@@ -141,6 +145,7 @@ class Simulation:
         if row.retries == self.workers.max_retries:
             self._end(row, ImageUnreachable("It is not there.", detail=detail))
             return
+        self._held -= 1
         delay_s = self.workers.retry_backoff_s * 2**row.retries * self.chance.uniform(0.5, 1.0)
         row.retries += 1
         self._after(delay_s, lambda: self._wait_for_host(row))
@@ -170,5 +175,7 @@ class Simulation:
 
     def _end(self, row: Row, outcome: Result | JobError) -> None:
         row.outcome, row.ended = outcome, self.now
+        self._held -= 1
         self._in_flight -= 1
         self._admit()
+        self._download()

@@ -3,87 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache
 
 import pytest
 
 from tasks.campaign.forecast import Estimate, Forecast, forecast
 from tasks.campaign.makespan import Cause
-from tasks.campaign.observation import Fleet, SampledJob
-from tasks.campaign.sample import Sample, Sampler
+from tasks.campaign.observation import Fleet
 from tasks.results import Result
-from tests.support.campaign_simulation import Host, Row, Simulation, Workers
+from tests.support.campaign_simulation import Host, Workers
+from tests.support.campaign_worlds import WINDOW, campaign, jobs_of, sample_of, simulated
 
-ROWS, WINDOW = 8_000, 1_000
+ROWS = 8_000
 WORLDS = range(5)
-
-
-@dataclass(frozen=True)
-class Campaign:
-    """A forecast, and what came true."""
-
-    forecast: Forecast
-    seconds: float
-    rows: list[Row]
-
-    @property
-    def failed(self) -> list[Row]:
-        return [row for row in self.rows if not isinstance(row.outcome, Result)]
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(row.outcome.usage.completion_tokens for row in self.rows if isinstance(row.outcome, Result))
-
-
-def hosts_of(chance: random.Random) -> tuple[dict[str, Host], list[float]]:
-    """Fast hosts, a slow one, a dead one and a flaky one, with their shares."""
-    fast = {
-        f"fast{number}": Host(chance.uniform(0.02, 0.1), missing=chance.choice([0, 0.05, 0.2]))
-        for number in range(chance.randint(3, 10))
-    }
-    others = {
-        "slow": Host(chance.uniform(0.3, 1.5)),
-        "dead": Host(1.0, is_dead=True),
-        "flaky": Host(chance.uniform(0.05, 0.3), flaky=chance.uniform(0.2, 0.6)),
-    }
-    shares = [chance.uniform(1, 10) for _ in fast]
-    return fast | others, [*shares, chance.uniform(0.5, 5), chance.choice([0.02, 0.1]), chance.uniform(1, 5)]
-
-
-def simulated(hosts: dict[str, Host], workers: Workers, names: list[str], seed: int) -> tuple[list[Row], float]:
-    return Simulation(hosts, workers, WINDOW, random.Random(seed)).run(names)
-
-
-def sample_of(names: list[str], seed: int = 0) -> Sample:
-    sampler = Sampler(seed)
-    for number, name in enumerate(names, 1):
-        sampler.add(number, name)
-    return sampler.finish()
-
-
-def jobs_of(sample: Sample, rows: list[Row]) -> list[SampledJob]:
-    """The sample's outcomes, each seen a little after its end."""
-    jobs = []
-    for host, row in zip(sample.chosen.values(), rows, strict=True):
-        assert row.outcome is not None
-        jobs.append(SampledJob(host, row.sent, row.ended + 0.05, row.outcome))
-    return jobs
-
-
-@cache
-def campaign(world: int) -> Campaign:
-    chance = random.Random(f"world {world}")
-    hosts, shares = hosts_of(chance)
-    names = chance.choices(list(hosts), shares, k=ROWS)
-    workers = Workers(model_s=chance.choice([0.02, 0.1, 0.2]))
-    sample = sample_of(names)
-    rows, _ = simulated(hosts, workers, [names[number - 1] for number in sample.chosen], seed=1)
-    found = forecast(sample, jobs_of(sample, rows), Fleet(), window=WINDOW)
-    rows, seconds = simulated(hosts, workers, names, seed=2)
-    return Campaign(found, seconds, rows)
 
 
 def contains(estimate: Estimate, true: float) -> bool:
@@ -91,21 +23,21 @@ def contains(estimate: Estimate, true: float) -> bool:
 
 
 def test_the_time_is_right_within_15_percent() -> None:
-    errors = {world: campaign(world).forecast.seconds.value / campaign(world).seconds - 1 for world in WORLDS}
+    errors = {world: campaign(world, ROWS).error for world in WORLDS}
     wrong = {world: error for world, error in errors.items() if abs(error) > 0.15}
     assert len(wrong) <= 1, errors
 
 
 def test_tokens_are_right_within_5_percent() -> None:
     for world in WORLDS:
-        found = campaign(world)
+        found = campaign(world, ROWS)
         assert found.forecast.completion_tokens.value == pytest.approx(found.new_tokens, rel=0.05)
 
 
 def test_intervals_contain_what_comes_true() -> None:
     contained: list[bool] = []
     for world in WORLDS:
-        found = campaign(world)
+        found = campaign(world, ROWS)
         codes = Counter(row.outcome.code for row in found.failed)  # type: ignore[union-attr]
         hosts = Counter(row.host for row in found.failed)
         contained += [contains(found.forecast.failed, len(found.failed))]
@@ -118,7 +50,7 @@ def test_intervals_contain_what_comes_true() -> None:
 
 
 def test_failures_are_told_by_code_and_host() -> None:
-    found = campaign(0).forecast
+    found = campaign(0, ROWS).forecast
     by_host = {each.host: each for each in found.hosts}
     dead = by_host["dead"]
     assert dead.failures.keys() == {"image_unreachable"}

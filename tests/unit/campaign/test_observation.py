@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import statistics
+from collections.abc import Iterable
+
 import pytest
 
 from tasks.campaign.observation import Fleet, SampledJob, observe, used_s
@@ -68,13 +73,27 @@ def test_a_quick_failure_takes_as_long_as_its_hosts_downloads() -> None:
     assert busy.download_s == pytest.approx(4 * 0.2)
 
 
-def test_the_speed_is_that_of_the_busiest_part() -> None:
-    quick = [answered(number / 100, 0.0, 0.0) for number in range(500)]
-    tail = [answered(10.0 + number, 0.0, 1.0, host="slow") for number in range(20)]
-    _, speed = observe(quick + tail, FLEET)
+def at(times: Iterable[float]) -> list[SampledJob]:
+    """Jobs that ended at these times, at once after they were sent."""
+    return [answered(time, 0.0, 0.0) for time in times]
+
+
+def test_the_speed_is_that_of_the_time_before_slow_hosts_alone_are_waited_for() -> None:
+    busy = [number / 100 for number in range(400)]
+    _, speed = observe(at([*busy, *(4 + number / 10 for number in range(80)), *map(float, range(12, 32))]), FLEET)
     assert speed.rows_per_s == pytest.approx(100, rel=0.02)
     assert speed.error < 0.05
-    assert speed.until < 6
+    assert speed.until == pytest.approx(4, abs=0.2)
+
+
+def test_workers_that_are_fast_by_chance_for_a_while_are_not_taken_for_faster() -> None:
+    speeds = []
+    for seed in range(30):
+        chance = random.Random(seed)
+        # Rows end in bursts, 100 a second in the mean.
+        times = itertools.accumulate(chance.gammavariate(0.2, 0.05) for _ in range(500))
+        speeds.append(observe(at(times), FLEET)[1].rows_per_s)
+    assert statistics.fmean(speeds) == pytest.approx(100, rel=0.06)
 
 
 def test_what_jobs_spend_their_time_in_names_the_bound() -> None:
