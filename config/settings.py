@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     device_map: str = "auto"
     """Device, as transformers' `device_map`. `auto`: the first visible GPU, and further ones if the model does not fit;
     without a GPU the CPU."""
+    calibration: FilePath | None = None
+    """File that `idefics-jobs calibrate` wrote for this model: results then have a calibrated `confidence`, and the
+    model's own as `raw_confidence`."""
 
     max_batch_size: int = Field(default=64, ge=1, le=1024)
     """Jobs that the model runs at the same time."""

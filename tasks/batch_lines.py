@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +20,12 @@ from .errors import DeadlineExceeded, InvalidRequest, JobCanceled, JobError, Mod
 from .openai_form import ENDPOINT, chat_arguments, is_endpoint
 from .outcomes import Outcome
 from .payloads import Job, parse
-from .results import Result
+from .results import Choice, Result, TokenLogprob, TopLogprob
 
 MAX_CUSTOM_ID_CHARS = 512
 
+#: What a tokenizer writes for a part of a character.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 #: Finish reasons other than OpenAI's `stop`.
 _FINISH_REASONS = {"length": "length", "deadline": "length"}
 #: Error codes of refused requests; other failed jobs have no answer.
@@ -209,14 +212,7 @@ def _completion(result: Result, job_id: str) -> dict[str, Any]:
         "object": "chat.completion",
         "created": int(time.time()),
         "model": result.model.id,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": _FINISH_REASONS.get(result.finish_reason, "stop"),
-            }
-        ],
+        "choices": [_choice(index, choice) for index, choice in enumerate(result.choices or [result])],
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
@@ -224,6 +220,28 @@ def _completion(result: Result, job_id: str) -> dict[str, Any]:
         },
         "system_fingerprint": None,
     }
+
+
+def _choice(index: int, choice: Choice | Result) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": None if choice.logprobs is None else _logprobs(choice.logprobs),
+        "finish_reason": _FINISH_REASONS.get(choice.finish_reason, "stop"),
+    }
+
+
+def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    content = [
+        {**_logprob(token), "top_logprobs": [_logprob(likely) for likely in token.top_logprobs]} for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _logprob(token: TopLogprob) -> dict[str, Any]:
+    # The bytes of a token that is a part of a character are not known.
+    known = REPLACEMENT not in token.token
+    return {"token": token.token, "logprob": token.logprob, "bytes": list(token.token.encode()) if known else None}
 
 
 # Fingerprints

@@ -83,6 +83,8 @@ def chat_arguments(body: dict[str, Any]) -> dict[str, Any]:
     lengths = [arguments.pop(name) for name in _LENGTHS if name in arguments]
     if lengths:
         arguments["max_completion_tokens"] = lengths[0]
+    if arguments.get("logprobs") is True:
+        arguments["logprobs"] = arguments.pop("top_logprobs", 0)
     if isinstance(arguments.get("stop"), str):
         arguments["stop"] = [arguments["stop"]]
     if arguments.get("top_p") == 0:

@@ -18,13 +18,6 @@ from .validation import IN_UNION, PayloadModel, for_pydantic
 
 _LINE_OR_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-#: Lower temperatures count as 0: they would choose the likeliest token anyway, but with numbers that overflow.
-NEAR_GREEDY = 1e-5
-
-
-def greedy_near_zero(temperature: float) -> float:
-    """The temperature, or 0 below NEAR_GREEDY."""
-    return temperature if temperature >= NEAR_GREEDY else 0.0
 
 
 def _checked_image_url(text: str) -> str:

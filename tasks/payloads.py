@@ -17,7 +17,6 @@ from .chat_messages import ChatImagePart, ChatImageUrl, ChatMessage, ChatMessage
 from .errors import ImageTooLarge, InvalidRequest
 from .outcomes import Outcome
 from .payload_fields import (
-    NEAR_GREEDY,
     CheckedImage,
     ImagePath,
     ImageSource,
@@ -28,7 +27,6 @@ from .payload_fields import (
     StopString,
     Text,
     checked_metadata,
-    greedy_near_zero,
     refuse_tokens_in_pieces,
     without_tokens,
 )
@@ -51,6 +49,7 @@ from .protocol import (
     SUBMITTED_AT,
 )
 from .results import ModelInfo, Result, Timing, Usage
+from .sampling_fields import NEAR_GREEDY, Sampled
 from .urls import fault_of
 from .validation import PayloadModel, refusal
 
@@ -132,7 +131,7 @@ class Callback(PayloadModel):
     """Events to be sent. Empty: all three."""
 
 
-class Job(PayloadModel):
+class Job(Sampled):
     """The fields that every task takes."""
 
     #: The Celery task's name.
@@ -140,17 +139,6 @@ class Job(PayloadModel):
 
     max_new_tokens: int | None = Field(default=None, ge=1)
     """New tokens at most. Default: the worker's. More than the worker's maximum is refused."""
-    num_beams: int = Field(default=1, ge=1, le=16)
-    """Beams of the search. More than one requires temperature 0."""
-    temperature: Annotated[float, AfterValidator(greedy_near_zero)] = Field(default=0.0, ge=0.0, le=10.0)
-    """0: greedy decoding; so is a value below 0.00001. Above: sampling."""
-    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Sample from the most likely tokens whose probabilities add up to this. Default: the checkpoint's, else 1."""
-    top_k: int | None = Field(default=None, ge=0, le=1_000_000)
-    """Sample from this many most likely tokens; 0: from all. Default: the checkpoint's, else all. (The default of 50 in
-    transformers is not used.)"""
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Makes sampling reproducible."""
     stop: list[StopString] = Field(default=[], max_length=16)
     """Strings that end the text; it is cut before the first of them."""
     deadline_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
@@ -177,12 +165,6 @@ class Job(PayloadModel):
     @classmethod
     def _metadata_is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         return checked_metadata(metadata)
-
-    @model_validator(mode="after")
-    def _sampling_is_one_of_beams_or_temperature(self) -> Job:
-        if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError("num_beams above 1 needs temperature 0: beams and sampling do not go together")
-        return self
 
     def arguments(self) -> dict[str, Any]:
         """The Celery task's keyword arguments: JSON, without the fields left at their defaults."""
@@ -253,6 +235,12 @@ class Classify(Job):
         if len(set(spoken)) < len(labels):
             raise ValueError("the labels must be distinct, blanks around them apart")
         return labels
+
+    @model_validator(mode="after")
+    def _has_one_answer(self) -> Classify:
+        if self.n > 1 or self.logprobs is not None:
+            raise ValueError("n and logprobs do not go with labels: the result's scores has the probability of each")
+        return self
 
     @property
     def spoken_labels(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
@@ -10,6 +10,18 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 class _Reply(BaseModel):
     # An older client ignores fields that a newer worker adds.
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    #: Fields that the JSON leaves out while they have their default, so that it grows only for jobs with the feature.
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    # Without the type of what it returns, which would replace the fields in a JSON Schema of outputs.
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        values: dict[str, Any] = serialize(self)
+        for name in self.optional:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                values.pop(name, None)
+        return values
 
 
 class Usage(_Reply):
@@ -35,6 +47,8 @@ class ModelInfo(_Reply):
 class Timing(_Reply):
     """Seconds of a job's last run, and how many runs came before it."""
 
+    optional = ("retries",)
+
     queued_s: float
     """From submission to its start in a worker, earlier runs included."""
     fetch_s: float
@@ -46,16 +60,46 @@ class Timing(_Reply):
     retries: int = 0
     """Runs before it that ended with a temporary error, such as an unreachable image. Left out of the JSON if 0."""
 
-    @model_serializer(mode="wrap")
-    def _without_no_retries(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialize(self)
-        if not self.retries:
-            values.pop("retries", None)
-        return values
+
+class TopLogprob(_Reply):
+    """One of the likeliest tokens in a token's place."""
+
+    token: str
+    """Its text."""
+    id: int
+    """Its id in the model's vocabulary."""
+    logprob: float
+    """Natural logarithm of its probability; -9999 for none."""
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer."""
+
+    top_logprobs: list[TopLogprob] = []
+    """The likeliest tokens in its place, the likeliest first: as many as the job's `logprobs`."""
+
+
+class Choice(_Reply):
+    """One of several answers of a job with `n` above 1."""
+
+    optional = ("confidence", "raw_confidence", "logprobs")
+
+    text: str
+    """The new text, without the prompt."""
+    finish_reason: Literal["stop", "length", "stop_sequence", "canceled", "deadline"]
+    """Why the text ends."""
+    confidence: float | None = None
+    """See the result's."""
+    raw_confidence: float | None = None
+    """See the result's."""
+    logprobs: list[TokenLogprob] | None = None
+    """See the result's."""
 
 
 class Result(_Reply):
     """A finished job's answer. `text` is the new text only; `label` and `scores` come from `classify`."""
+
+    optional = ("confidence", "raw_confidence", "logprobs", "choices")
 
     text: str
     """The new text, without the prompt."""
@@ -65,6 +109,16 @@ class Result(_Reply):
     """The most likely label, for `classify`."""
     scores: dict[str, float] | None = None
     """Each label's probability, for `classify`."""
+    confidence: float | None = None
+    """How sure the model is, from 0 to 1: the label's probability; for a text the geometric mean of the probabilities
+    of its tokens and of the one that ended it. Left out of the JSON if there is no token."""
+    raw_confidence: float | None = None
+    """The model's own confidence where `confidence` is calibrated (IDEFICS_CALIBRATION of the worker). Left out of the
+    JSON otherwise."""
+    logprobs: list[TokenLogprob] | None = None
+    """The text's tokens with their log-probabilities, for jobs with `logprobs`. Left out of the JSON otherwise."""
+    choices: list[Choice] | None = None
+    """All answers, the result's own first, for jobs with `n` above 1. Left out of the JSON otherwise."""
     usage: Usage
     """Counts of tokens and images."""
     model: ModelInfo

@@ -233,6 +233,7 @@ def canned(text: str, job: Job, model: str = "fake") -> Result:
         finish_reason="stop",
         label=label if labels else None,
         scores={each: float(each == label) for each in labels} or None,
+        confidence=1.0,
         usage=Usage(prompt_tokens=10, completion_tokens=len(text.split()), images=1),
         model=ModelInfo(id=model, family="fake", dtype="float32"),
         timing=Timing(queued_s=0.0, fetch_s=0.0, wait_s=0.0, generate_s=0.0),

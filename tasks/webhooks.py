@@ -171,7 +171,7 @@ def check_public(callback: Callback) -> None:
 def body(type: JobEvent, timestamp: str, data: dict[str, Any]) -> str:
     """An event as ASCII JSON of at most 20 kB. Fields that are too large are cut and listed in `truncated`."""
     text = _dumps(type, timestamp, data)
-    for cut in (_cut_scores, _cut_text, _cut_message, _cut_metadata, _cut_result):
+    for cut in (_cut_logprobs, _cut_choices, _cut_scores, _cut_text, _cut_message, _cut_metadata, _cut_result):
         if len(text) <= MAX_BODY_BYTES:
             break
         data = cut(data)
@@ -187,6 +187,14 @@ def batch_body(timestamp: str, events: Iterable[tuple[str, str]]) -> str:
 
 def _dumps(type: str, timestamp: str, data: dict[str, Any]) -> str:
     return json.dumps({"type": type, "timestamp": timestamp, "data": data}, separators=(",", ":"))
+
+
+def _cut_logprobs(data: dict[str, Any]) -> dict[str, Any]:
+    return _cut(data, "result", "logprobs", lambda logprobs: None)
+
+
+def _cut_choices(data: dict[str, Any]) -> dict[str, Any]:
+    return _cut(data, "result", "choices", lambda choices: None)
 
 
 def _cut_scores(data: dict[str, Any]) -> dict[str, Any]:

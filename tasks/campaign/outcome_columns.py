@@ -38,6 +38,7 @@ FIELDS: dict[str, tuple[Getter, type]] = {
     "text": (_of_result(lambda result: result.text), str),
     "label": (_of_result(lambda result: result.label), str),
     "score": (_of_result(_score), float),
+    "confidence": (_of_result(lambda result: result.confidence), float),
     "finish_reason": (_of_result(lambda result: result.finish_reason), str),
     "prompt_tokens": (_of_result(lambda result: result.usage.prompt_tokens), int),
     "completion_tokens": (_of_result(lambda result: result.usage.completion_tokens), int),

@@ -15,7 +15,7 @@ from ..errors import IdeficsError
 from .console import CommandError, echo, echo_json
 from .evaluation_tables import show_comparison, show_evaluation
 
-_MISSING = "The evaluation needs numpy and scipy: pip install 'idefics-jobs[evaluate]'."
+MISSING = "The evaluation needs numpy and scipy: pip install 'idefics-jobs[evaluate]'."
 
 
 @click.command("eval")
@@ -74,7 +74,7 @@ def evaluate_output(
     except IdeficsError as error:
         raise CommandError(str(error)) from None
     except ModuleNotFoundError as error:
-        raise CommandError(_MISSING) from error
+        raise CommandError(MISSING) from error
     if as_json:
         echo_json(found.as_dict())
     elif isinstance(found, EvaluatedOutput):

@@ -9,6 +9,7 @@ import click
 from ..protocol import QUEUE
 from ..schema import schema
 from .batch import batch
+from .calibrate import calibrate_output
 from .campaigns import campaigns
 from .connection import open_client
 from .console import echo_json
@@ -65,6 +66,7 @@ for command in (
     campaigns,
     report,
     evaluate_output,
+    calibrate_output,
     failed,
     deliveries,
     print_schema,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from PIL import Image
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from tasks import Answer, Caption, CaptionExample, Chat, Complete, ImagePath, Job, Write
 from worker.engine.continuous import ContinuousModel
@@ -87,6 +90,33 @@ def stock_prefilled(model: Model, prompts: Sequence[Tokens], chunk_tokens: int =
     adapter = stock_of(model).adapter
     features = without_pauses(adapter.encode(picture for tokens in prompts for picture in tokens.pictures))
     return prefill(adapter.model, adapter.padded(prompts, features), lambda: None, chunk_tokens)
+
+
+class OpenAIPenalties(LogitsProcessor):  # type: ignore[misc]
+    """Frequency and presence penalties by their definition, for prompts of one length."""
+
+    def __init__(self, prompt_length: int, frequency: float, presence: float) -> None:
+        self._prompt_length = prompt_length
+        self._frequency = frequency
+        self._presence = presence
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        changed = scores.clone()
+        for row, ids in enumerate(input_ids[:, self._prompt_length :].tolist()):
+            for id, count in Counter(ids).items():
+                changed[row, id] = scores[row, id] - self._frequency * count - self._presence
+        return changed
+
+
+def stock_processors(sampling: Sampling, prompt_length: int) -> LogitsProcessorList:
+    """What transformers has for a row's bias and penalties, and OpenAI's penalties."""
+    processors = LogitsProcessorList()
+    if sampling.logit_bias:
+        processors.append(SequenceBiasLogitsProcessor({(id,): bias for id, bias in sampling.logit_bias}))
+    if sampling.repetition_penalty is not None:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    processors.append(OpenAIPenalties(prompt_length, sampling.frequency_penalty, sampling.presence_penalty))
+    return processors
 
 
 @torch.inference_mode()

@@ -22,10 +22,11 @@ from tasks import Job
 from tasks.errors import PromptTooLong
 from tasks.payloads import Chat, parse
 from tests.model.hub import HUB, stock_processor
-from tests.model.jobs import Parts, prepared, stock_of
+from tests.model.jobs import Parts, prepared, stock_of, stock_processors
 from tests.support.pictures import data_uri, encoded
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Model
+from worker.engine.logits_processors import rules_of
 from worker.engine.row import Output, Row
 from worker.engine.scheduler import Limits
 from worker.images.decode import ImageLimits, open_image
@@ -105,7 +106,18 @@ TASKS: list[tuple[str, Callable[[random.Random], dict[str, Any]]]] = [
     ("complete", lambda rng: {"prompt": [_picture(rng), _text(rng), *(_picture(rng) for _ in range(3)), _text(rng)]}),
     ("chat", lambda rng: {"messages": _messages(rng)}),
 ]
-OPTIONS: list[dict[str, Any]] = [{}, {}, {"num_beams": 2}, {"num_beams": 4}, {"temperature": 1.5, "seed": 1}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {},
+    {"num_beams": 2},
+    {"num_beams": 4},
+    {"temperature": 1.5, "seed": 1},
+    {"temperature": 1.5, "seed": 1, "min_p": 0.1, "presence_penalty": 2},
+    {"repetition_penalty": 1.5},
+    {"frequency_penalty": 1.5, "presence_penalty": 1.5},
+    {"logit_bias": {"400": 100, "401": 99.5}, "frequency_penalty": 0.7},
+    {"num_beams": 3, "repetition_penalty": 1.3, "presence_penalty": 1.5},
+]
 
 
 def random_job(rng: random.Random) -> Job:
@@ -178,7 +190,12 @@ class Checkpoint:
         beams = row.sampling.num_beams
         ids = stock.adapter.model.generate(
             **inputs,
-            **{name: value for name, value in self.rules.items() if beams > 1 or name != "length_penalty"},
+            **{
+                name: value
+                for name, value in rules_of(row.sampling, self.rules).items()
+                if beams > 1 or name != "length_penalty"
+            },
+            logits_processor=stock_processors(row.sampling, len(row.tokens.ids)),
             do_sample=False,
             num_beams=beams,
             max_new_tokens=row.sampling.max_new_tokens,

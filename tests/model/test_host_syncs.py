@@ -107,6 +107,8 @@ def test_each_kind_of_read_is_counted_once(read: Callable[[torch.Tensor], Any], 
 BATCHES: dict[str, list[dict[str, Any]]] = {
     "greedy": [{}] * 4,
     "sampled": [{"temperature": 1.0}, {"temperature": 0.5, "top_p": 0.9}, {"temperature": 2.0, "top_k": 5}],
+    "penalties": [{"repetition_penalty": 1.2}, {}, {"presence_penalty": 0.5, "logit_bias": ((7, 1.0),)}],
+    "log-probabilities": [{"logprobs": 5}, {}, {"logprobs": 20}, {"logprobs": 0}],
     "mixed": [{}, {"temperature": 1.0, "top_p": 0.5, "top_k": 20}, {}, {"temperature": 1.0}],
 }
 
@@ -129,7 +131,7 @@ def test_the_host_reads_once_in_each_decode_step(served: Served, name: str) -> N
     transfers_by_step(served, options)
     prefill, *steps = transfers_by_step(served, options)
     assert len(steps) == STEPS - 1
-    # The step's tokens and lengths; the sampled rows' numbers.
+    # The step's tokens and lengths; the sampled rows' numbers, the penalized rows' last tokens, or which rows ask.
     uploads = 1 if name == "greedy" else 2
     assert steps == [({"tolist": 1}, uploads)] * len(steps)
     reads, uploads = prefill

@@ -24,7 +24,7 @@ from tasks.redis_keys import ANSWER
 from tasks.results import ModelInfo
 from worker.demo import stack
 from worker.engine.engine import Engine
-from worker.engine.row import Output, Picture, Row, Sampling, Tokens
+from worker.engine.row import Output, Picture, Row, Sampling, Tokens, TokenScore
 from worker.engine.scheduler import Limits
 from worker.jobs.answer_cache import AnswerCache, digest, fingerprint
 from worker.jobs.runs import CancellationError, JobContext
@@ -81,6 +81,8 @@ def test_what_changes_an_answer_changes_its_digest() -> None:
         row("a"), row("b"), row("a", picture=b"q"), row("a", max_new_tokens=5), row("a", num_beams=2),
         row("a", top_p=0.5), row("a", stop=(".",)), row("a", eos_ids=frozenset({7})), row("a", labels=((1,), (2,))),
         row("a", labels=((1, 2),)), row("a", temperature=1.0, seed=1), row("a", temperature=1.0, seed=2),
+        row("a", min_p=0.1), row("a", repetition_penalty=1.1), row("a", presence_penalty=0.1),
+        row("a", frequency_penalty=0.1), row("a", logit_bias=((5, 1.0),)), row("a", logprobs=0), row("a", answers=2),
     ]  # fmt: skip
     models = [MODEL, MODEL.model_copy(update={"revision": "abc"}), MODEL.model_copy(update={"dtype": "bfloat16"})]
     digests = {digest(one, model) for one in rows for model in models}
@@ -118,7 +120,8 @@ def test_identical_jobs_in_flight_share_one_row(answers: AnswerCache, text: str)
 
 
 def test_a_finished_answer_is_used_again_by_any_worker(answers: AnswerCache, text: str, broker: stack.Broker) -> None:
-    scored = Output((), "stop", (0.25, 0.75))
+    other = Output((3,), "length", confidence=0.5, scores=(TokenScore(3, -0.7),))
+    scored = Output((), "stop", (0.25, 0.75), 0.75, (TokenScore(1, -0.25, ((1, -0.25), (2, -1.0))),), (other,))
     first = row(text, labels=((1,), (2,)))
     first.finish(scored)
     answers.output(first, MODEL, Model().compute)

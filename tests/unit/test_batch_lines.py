@@ -19,6 +19,7 @@ from tasks import (
 )
 from tasks.batch_lines import Fingerprints, Line, answer, answered, fingerprint, is_failed, read_line
 from tasks.payloads import Chat, Complete
+from tasks.results import Choice, TokenLogprob, TopLogprob
 from tasks.testing import canned
 
 URL = "https://example.com/a.jpg"
@@ -108,6 +109,37 @@ def test_openais_options_that_ask_for_nothing_are_passed_over(name: str, value: 
     assert line(openai(**{name: value})).job() == line(openai()).job()
 
 
+def test_openais_sampling_is_ours() -> None:
+    asked = {
+        "temperature": 0.5, "n": 3, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.2,
+        "min_p": 0.1, "logit_bias": {"50256": -100},
+    }  # fmt: skip
+    sent = line(openai(**asked, logprobs=True, top_logprobs=4)).job().arguments()
+    assert sent == {**sent, **asked, "logprobs": 4}
+    assert line(openai(logprobs=True)).job().logprobs == 0
+
+
+def test_an_openai_answer_has_its_choices_and_log_probabilities() -> None:
+    likely = TopLogprob(token=" c\N{LATIN SMALL LETTER E WITH ACUTE}", id=7, logprob=-0.1)
+    part = TopLogprob(token="\N{REPLACEMENT CHARACTER}", id=8, logprob=-3.0)
+    tokens = [TokenLogprob(**likely.model_dump(), top_logprobs=[likely, part])]
+    first = Choice(text="a", finish_reason="stop", logprobs=tokens)
+    done = RESULT.model_copy(update={"choices": [first, Choice(text="b", finish_reason="length")]})
+    told = answer(line(openai()), done, "j")["response"]["body"]["choices"]
+    assert [(each["index"], each["message"]["content"], each["finish_reason"]) for each in told] == [
+        (0, "a", "stop"),
+        (1, "b", "length"),
+    ]
+    known = {"token": " c\xe9", "logprob": -0.1, "bytes": [32, 99, 195, 169]}
+    assert told[0]["logprobs"] == {
+        "content": [
+            {**known, "top_logprobs": [known, {"token": "\N{REPLACEMENT CHARACTER}", "logprob": -3.0, "bytes": None}]}
+        ],
+        "refusal": None,
+    }
+    assert told[1]["logprobs"] is None
+
+
 def test_a_top_p_of_nothing_is_greedy() -> None:
     assert line(openai(top_p=0, temperature=0.7)).job() == line(openai()).job()
 
@@ -119,12 +151,11 @@ def test_a_top_p_of_nothing_is_greedy() -> None:
         ("stream", True),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("logprobs", True),
         ("top_logprobs", 5),
         ("seed", -1),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"50256": -100}),
+        ("presence_penalty", 3),
+        ("logit_bias", {"50256": -101}),
+        ("logit_bias", {"cat": 1}),
         ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),

@@ -43,7 +43,9 @@ class Forgetful(Recorder):
 
 def test_a_row_gets_its_answer() -> None:
     with running(FakeModel()) as engine:
-        assert engine.submit(row("the red door", wanted=4)).result(SOON) == Output(tuple(map(ord, "door")), "length")
+        assert engine.submit(row("the red door", wanted=4)).result(SOON) == Output(
+            tuple(map(ord, "door")), "length", confidence=1.0
+        )
 
 
 def test_the_engines_thread_is_prepared_before_its_first_batch() -> None:

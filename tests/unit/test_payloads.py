@@ -102,6 +102,13 @@ def test_the_common_fields_have_the_contracts_defaults(task: str) -> None:
         "temperature": 0.0,
         "top_p": None,
         "top_k": None,
+        "min_p": None,
+        "repetition_penalty": None,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "n": 1,
+        "logprobs": None,
         "seed": None,
         "stop": [],
         "deadline_s": None,
@@ -163,6 +170,18 @@ def test_unknown_fields_are_refused_inside_a_payload_too() -> None:
         ("top_p", 0),
         ("top_p", 1.1),
         ("top_k", -1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("logit_bias", {"5": 100.5}),
+        ("logit_bias", {"5": float("nan")}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"cat": 1}),
+        ("n", 0),
+        ("n", 17),
+        ("logprobs", -1),
+        ("logprobs", 21),
         ("top_k", 1.5),
         ("seed", -1),
         ("seed", 2**63),
@@ -199,6 +218,24 @@ def test_a_value_out_of_bounds_is_refused_by_its_fields_name(name: str, value: A
 )
 def test_values_on_the_bounds_are_taken(fields: dict[str, Any]) -> None:
     assert parse("idefics.caption", {"image": URL, **fields})
+
+
+def test_several_answers_need_a_way_to_differ() -> None:
+    assert "temperature" in refusal("idefics.caption", n=2)
+    assert "temperature" in refusal("idefics.caption", n=3, num_beams=2)
+    for asked in ({"temperature": 0.5}, {"num_beams": 2}):
+        assert parse("idefics.caption", {"image": URL, "n": 2, **asked}).n == 2
+
+
+def test_labels_have_one_answer_and_no_tokens() -> None:
+    for asked in ({"n": 2, "temperature": 1}, {"logprobs": 0}):
+        assert "scores" in refusal("idefics.classify", **asked)
+
+
+def test_a_bias_goes_by_token_ids_as_json_writes_them() -> None:
+    job = Caption(image=URL, logit_bias={7: -100})
+    assert job.arguments()["logit_bias"] == {"7": -100.0}
+    assert parse(job.task, job.arguments()) == job
 
 
 def test_beams_and_temperature_do_not_go_together() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from worker.engine.prefix_cache import MIN_TOKENS, PrefixCache, PrefixKey, prefix_keys
@@ -37,6 +39,15 @@ def test_a_prefix_is_kept_once_it_is_shared_or_comes_again() -> None:
     assert keep(kept, [key("a")]) == ["a"]
     assert keep(kept, [key("a")]) == []
     assert keep(kept, [key("b")], [key("b")]) == ["b"]
+
+
+def test_a_prompt_of_several_rows_is_kept_at_once_but_for_its_last_token() -> None:
+    repeated = replace(tokens("x" * 100, (20, 20)), is_repeated=True)
+    kept, keys = cache(1_000), prefix_keys(repeated)
+    assert [(found.length, found.images) for found in keys] == [(99, 1), (40, 1), (20, 0)]
+    assert kept.worth_keeping([keys]) == [(0, keys[0])]
+    # Within a picture no prefix can end.
+    assert prefix_keys(replace(tokens("x" * 40, (20, 20)), is_repeated=True)) == prefix_keys(tokens("x" * 40, (20, 20)))
 
 
 def test_the_longest_that_fits_is_kept() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from config.settings import Settings
-from tasks.errors import PromptTooLong
+from tasks.errors import InvalidRequest, PromptTooLong
 from tasks.payloads import parse
 from worker.engine.generation_rules import NO_RULES
-from worker.jobs.row_builder import RowBuilder, prompt_bound
+from worker.jobs.row_builder import RowBuilder, others, prompt_bound
 from worker.models.fake import END, FakeCodec
 
 IMAGE = "https://example.com/a.png"
@@ -35,6 +35,41 @@ def test_every_tasks_answer_ends_where_the_model_ends_one(task: str) -> None:
 def test_labels_are_scored_without_beams(task: str, beams: int) -> None:
     job = parse(f"idefics.{task}", {**TASKS[task], "num_beams": 4})
     assert RowBuilder(Settings(), FakeCodec(), NO_RULES).build(job, ["a"], 4).sampling.num_beams == beams
+
+
+class Small(FakeCodec):
+    """A codec of a model with ten tokens."""
+
+    vocabulary = 10
+    reserved_ids = frozenset({8})
+
+
+@pytest.mark.parametrize(
+    ("bias", "fault"), [({9: 100}, ""), ({10: -1}, "0 to 9"), ({8: 0.1}, "reserved"), ({8: -100}, ""), ({END: 5}, "")]
+)
+def test_a_bias_is_of_the_models_tokens_and_forces_no_reserved_one(bias: dict[int, float], fault: str) -> None:
+    builder = RowBuilder(Settings(), Small(), NO_RULES)
+    job = parse("idefics.complete", {**TASKS["complete"], "logit_bias": bias})
+    if not fault:
+        assert builder.build(job, ["a"], 4).sampling.logit_bias == tuple(bias.items())
+        return
+    with pytest.raises(InvalidRequest, match=f"logit_bias.*{fault}"):
+        builder.build(job, ["a"], 4)
+
+
+def test_further_samples_have_seeds_of_their_own_and_end_with_the_first() -> None:
+    builder = RowBuilder(Settings(), FakeCodec(), NO_RULES)
+    job = parse("idefics.complete", {**TASKS["complete"], "temperature": 1, "seed": 2**63 - 1, "n": 4})
+    row, again = (builder.build(job, ["a"], 4, priority=3, deadline=9.0) for _ in range(2))
+    rows = [row, *others(row)]
+    seeds = [each.sampling.seed for each in rows]
+    assert len(set(seeds)) == 4
+    assert seeds[0] == 2**63 - 1
+    assert seeds[1:] == [each.sampling.seed for each in others(again)]
+    assert all((each.tokens, each.priority, each.deadline) == (row.tokens, 3, 9.0) for each in rows)
+    assert all(each.tokens.is_repeated for each in rows)
+    row.canceled = True
+    assert {each.abort_reason(0.0) for each in rows} == {"canceled"}
 
 
 @pytest.mark.parametrize(

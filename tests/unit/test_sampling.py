@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from tasks.payload_fields import NEAR_GREEDY
+from tasks.sampling_fields import NEAR_GREEDY
 from tests.support.rows import row
 from worker.engine.row import Row, Sampling
 from worker.engine.sampling import BatchSampler, RowSampler, RowSampling, drawn, keep_nucleus, keep_top_k, scaled

@@ -136,7 +136,7 @@ class Batch:
     def _abort(self, row: Row, now: float) -> None:
         run, reason = self.state(row), row.abort_reason(now)
         assert reason, "the row goes on"
-        row.finish(Output(tuple(run.progress.new) if run else (), reason))
+        row.finish(run.progress.output(reason) if run else Output((), reason))
 
     def clear(self) -> None:
         """Forget all rows, after a failure."""

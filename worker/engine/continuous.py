@@ -20,7 +20,7 @@ from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Admit, Decoder, Encode, PendingPrompt, SendHeartbeat
 from worker.engine.label_scorer import LABEL_TOKENS, LabelScorer
 from worker.engine.logits_processors import RowRules
-from worker.engine.next_tokens import NO_TOKEN, NextTokens, Running
+from worker.engine.next_tokens import NextTokens, Running
 from worker.engine.pauses import Pauses
 from worker.engine.prefill import PREFILL_CHUNK_TOKENS, PromptPrefiller
 from worker.engine.prefix_cache import PrefixCache
@@ -30,6 +30,7 @@ from worker.engine.sampling import RowSampler
 from worker.engine.scoring import overflow
 from worker.engine.step_metrics import phase
 from worker.engine.stock import StockModel, memory_errors
+from worker.engine.token_scores import NO_TOKEN
 
 #: Maximum prompt tokens, with padding, in one prefill: more would delay the running rows and need more memory.
 PREFILL_TOKENS = 4096
@@ -228,7 +229,7 @@ class ContinuousModel:
         tokens = self._next_tokens.choose(logits, running)
         now = time.monotonic()
         for place, run in running.items():
-            if tokens[place] == NO_TOKEN:
+            if tokens[place].id == NO_TOKEN:
                 run.progress.row.fail(overflow())
                 self.decoder.cache.spoil(slots[place])
                 continue

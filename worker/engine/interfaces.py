@@ -38,6 +38,10 @@ class Codec(Protocol):
     context_tokens: int
     #: The ids of the tokens that end an answer, that of `<end_of_utterance>` among them.
     eos_ids: frozenset[int]
+    #: Number of the model's tokens: ids are below it.
+    vocabulary: int
+    #: The ids of special tokens that do not end an answer.
+    reserved_ids: frozenset[int]
 
     def picture(self, image: Image) -> Picture:
         """Scale an RGB image for the model."""
@@ -57,6 +61,9 @@ class Codec(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn new tokens into text, without special tokens."""
+
+    def token_text(self, id: int) -> str:
+        """The text that one token adds to an answer; a special token's name."""
 
 
 class Runner(Protocol):

@@ -25,7 +25,7 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
-from worker.engine.row import Row
+from worker.engine.row import Row, Sampling
 from worker.engine.tensors import to_device
 
 #: Rules about n-grams: whether n-grams with new tokens count, or only those of the prompt.
@@ -44,7 +44,7 @@ class RowRules:
             NGramBan(row.tokens.ids, value, counts_new=NGRAM_RULES[name])
             if name in NGRAM_RULES
             else _MAKERS[name](value, self._ids, eos_ids, limit)
-            for name, value in rules.items()
+            for name, value in rules_of(row.sampling, rules).items()
         ]
 
     def apply(self, new: Sequence[int], scores: Tensor) -> Tensor:
@@ -54,6 +54,12 @@ class RowRules:
         for processor in self._processors:
             changed = processor.apply(new, changed) if isinstance(processor, NGramBan) else processor(ids, changed)
         return changed[0]
+
+
+def rules_of(sampling: Sampling, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's rules that apply to a row: without those for which its job has a value of its own."""
+    own = {"repetition_penalty"} if sampling.repetition_penalty is not None else set()
+    return {name: value for name, value in rules.items() if name not in own}
 
 
 class NGramBan:

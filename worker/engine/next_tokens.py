@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from worker.engine.logits_processors import RowRules
+from worker.engine.penalties import Penalties
 from worker.engine.progress import RowProgress
+from worker.engine.row import TokenScore
 from worker.engine.sampling import BatchSampler, RowSampler
 from worker.engine.tensors import to_device
+from worker.engine.token_scores import NO_TOKEN, best, chosen, read
 from worker.engine.traced import Traced
-
-#: The next token of a row whose logits are NaN.
-NO_TOKEN = -1
 
 
 class Running(NamedTuple):
@@ -34,32 +34,35 @@ class NextTokens:
         self._forbidden = to_device(list(forbidden), device, torch.long)
         self._device = device
         self._best = Traced(best)
+        self._penalties = Penalties(device)
         #: Those of the last batch's sampled rows, by the row's index.
         self._samplers: dict[int, RowSampler] = {}
         self._batch_sampler: BatchSampler | None = None
 
-    def choose(self, logits: Tensor, rows: Mapping[int, Running]) -> list[int]:
+    def choose(self, logits: Tensor, rows: Mapping[int, Running]) -> list[TokenScore]:
         """The next token of each row of `logits` (rows, vocabulary), which are changed; NO_TOKEN for those with NaN.
 
         `rows`: the rows that are continued, by index. The others' tokens are any. The host waits for the device once,
         at the end, unless the checkpoint has rules that need more.
         """
+        logits = self._penalties.apply(logits, {place: run.progress for place, run in rows.items()})
         likeliest = self._best(logits, self._forbidden)
-        chosen = self._sampled(self._ruled(likeliest, logits, rows), logits, rows)
-        if chosen is not likeliest:
-            chosen = torch.where(likeliest == NO_TOKEN, NO_TOKEN, chosen)
-        tokens: list[int] = chosen.tolist()
-        return tokens
+        scores = self._sampled(self._ruled(likeliest, logits, rows), logits, rows)
+        if scores is not likeliest:
+            scores[0].masked_fill_(likeliest[0] == NO_TOKEN, NO_TOKEN)
+        asked = {place: run.progress.row.sampling.logprobs for place, run in rows.items()}
+        return read(scores, logits, {place: count for place, count in asked.items() if count})
 
     def _ruled(self, likeliest: Tensor, logits: Tensor, rows: Mapping[int, Running]) -> Tensor:
-        """The likeliest tokens (rows,) after the checkpoint's rules, which are applied to `logits` in place."""
+        """The likeliest tokens' scores (3, rows) after the checkpoint's rules, which are applied to `logits` in
+        place."""
         ruled = [(place, run.progress.new, run.rules) for place, run in rows.items() if run.rules]
         for place, new, rules in ruled:
             logits[place] = rules.apply(new, logits[place])
         return self._best(logits, self._forbidden) if ruled else likeliest
 
     def _sampled(self, likeliest: Tensor, logits: Tensor, rows: Mapping[int, Running]) -> Tensor:
-        """The tokens (rows,): samples for the sampled rows, and `likeliest` for the others."""
+        """The tokens' scores (3, rows): of samples for the sampled rows, and `likeliest` for the others."""
         samplers = {place: run.sampler for place, run in rows.items() if run.sampler}
         if not samplers:
             return likeliest
@@ -67,13 +70,5 @@ class NextTokens:
             self._samplers = samplers
             self._batch_sampler = BatchSampler(samplers, self._device, logits.shape[1])
         drawn = self._batch_sampler.draw(logits, [len(rows[place].progress.new) for place in samplers])
-        return likeliest.index_copy(0, self._batch_sampler.places, drawn)
-
-
-def best(logits: Tensor, forbidden: Tensor) -> Tensor:
-    """The most likely token (rows,) of each row of `logits` (rows, vocabulary); NO_TOKEN for a row with NaN.
-
-    Sets the logits of the tokens `forbidden` (any,) to -inf in place.
-    """
-    chances, tokens = logits.index_fill_(1, forbidden, -torch.inf).max(dim=-1)
-    return torch.where(chances.isnan(), NO_TOKEN, tokens)
+        tokens = likeliest[0].long().index_copy(0, self._batch_sampler.places, drawn)
+        return chosen(logits, likeliest[2], tokens.clamp(min=0))

@@ -30,27 +30,31 @@ class PrefixKey:
     length: int
     #: Number of pictures before the position.
     images: int
+    #: Whether the prefix is known to recur.
+    recurs: bool = False
 
 
 def prefix_keys(tokens: Tokens) -> list[PrefixKey]:
     """The positions in a prompt where a prefix is worth keeping, the longest first: before each picture, and after each
-    picture of at least MIN_TOKENS tokens."""
+    picture of at least MIN_TOKENS tokens. In a prompt that several rows have also before its last token."""
     found: list[PrefixKey] = []
     content = hashlib.blake2b(digest_size=16)
     start = 0
 
-    def cut(place: int, images: int, *, is_worth: bool) -> None:
+    def cut(place: int, images: int, *, is_worth: bool, recurs: bool = False) -> None:
         nonlocal start
         content.update(array("q", tokens.ids[start:place]).tobytes())
         start = place
         # At least one token must be left after a prefix, since prefill computes the logits of the last token.
         if is_worth and MIN_TOKENS <= place < len(tokens.ids):
-            found.append(PrefixKey(content.digest(), place, images))
+            found.append(PrefixKey(content.digest(), place, images, recurs))
 
     for span in tokens.spans:
         cut(span.start, span.image, is_worth=True)
         content.update(tokens.pictures[span.image].key)
         cut(span.end, span.image + 1, is_worth=span.length >= MIN_TOKENS)
+    if tokens.is_repeated and start < len(tokens.ids):
+        cut(len(tokens.ids) - 1, len(tokens.pictures), is_worth=True, recurs=True)
     return found[::-1]
 
 
@@ -92,7 +96,7 @@ class PrefixCache:
         found: dict[bytes, tuple[int, PrefixKey]] = {}
         room = self._max_bytes
         for index, keys in enumerate(batch):
-            recurring = (key for key in keys if shared[key.key] > 1 or key.key in self._recent_keys)
+            recurring = (key for key in keys if key.recurs or shared[key.key] > 1 or key.key in self._recent_keys)
             key = next((key for key in recurring if self._size(key) <= self._max_bytes), None)
             if key is not None and key.key not in self._kept and key.key not in found and self._size(key) <= room:
                 found[key.key] = index, key

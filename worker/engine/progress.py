@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from worker.engine.row import FinishReason, Output, Row
+from worker.engine.row import FinishReason, Output, Row, TokenScore
 from worker.engine.stop_strings import Decode, StopStrings
+from worker.engine.token_scores import Confidence
 from worker.observability.metrics import TIME_TO_FIRST_TOKEN
 
 
@@ -16,6 +17,8 @@ class RowProgress:
         self.row = row
         self._stop_strings = StopStrings(row.sampling.stop, decode)
         self._new: list[int] = []
+        self._confidence = Confidence()
+        self._scores: list[TokenScore] = []
 
     @property
     def new(self) -> Sequence[int]:
@@ -27,18 +30,26 @@ class RowProgress:
         """The newest token."""
         return self._new[-1]
 
-    def take(self, token: int, now: float) -> None:
+    def take(self, score: TokenScore, now: float) -> None:
         """Append the next token. `now`: time.monotonic()."""
+        token = score.id
         if not self.row.first_token:
             self.row.first_token = now
             TIME_TO_FIRST_TOKEN.observe(now - self.row.arrived)
+        self._confidence.add(score.logprob)
         if token in self.row.sampling.eos_ids:
-            self.row.finish(Output(tuple(self._new), "stop"))
+            self.row.finish(self.output("stop"))
             return
         self._new.append(token)
+        if self.row.sampling.logprobs is not None:
+            self._scores.append(score)
         reason = self.row.abort_reason(now) or self._limit()
         if reason:
-            self.row.finish(Output(tuple(self._new), reason))
+            self.row.finish(self.output(reason))
+
+    def output(self, reason: FinishReason) -> Output:
+        """The row's output if it ends now."""
+        return Output(tuple(self._new), reason, confidence=self._confidence.value, scores=tuple(self._scores))
 
     def _limit(self) -> FinishReason | None:
         if self._stop_strings.are_in(self._new):

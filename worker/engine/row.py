@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,24 @@ class Sampling:
     epsilon_cutoff: float | None = None
     eta_cutoff: float | None = None
     seed: int | None = None
+    #: Changes of the logits before a token is chosen, in this order: see worker/engine/penalties.py. The checkpoint's
+    #: repetition penalty applies if this one is None.
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    #: Number of likeliest tokens whose log-probabilities are returned with each new token's; None returns no token's.
+    logprobs: int | None = None
+    #: Number of answers: the best beams of a search, or so many samples, each a row of its own.
+    answers: int = 1
     stop: tuple[str, ...] = ()
     eos_ids: frozenset[int] = frozenset()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a bias or a penalty of the row's own changes its logits."""
+        penalty = self.repetition_penalty not in (None, 1.0) or self.frequency_penalty or self.presence_penalty
+        return bool(penalty or self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +97,8 @@ class Tokens:
     pictures: tuple[Picture, ...] = ()
     #: Each picture's position, in order. May be empty for a family without a fast path.
     spans: tuple[ImageSpan, ...] = ()
+    #: Whether several rows have this prompt: all but its last token is prefilled once for them.
+    is_repeated: bool = False
 
     def until(self, length: int) -> Tokens:
         """The first `length` tokens. `length` must not be within a picture."""
@@ -98,6 +116,18 @@ class Tokens:
         return sum(span.end <= length for span in self.spans)
 
 
+class TokenScore(NamedTuple):
+    """A chosen token and its log-probability, and the likeliest tokens in its place with theirs, the likeliest first.
+
+    Probabilities are those of the distribution from which a greedy row takes the likeliest token: after the forbidden
+    tokens, the penalties and the checkpoint's rules, before temperature and truncation.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """The result of a finished row."""
@@ -107,6 +137,12 @@ class Output:
     finish_reason: FinishReason
     #: Probabilities of the row's labels, in order.
     probabilities: tuple[float, ...] = ()
+    #: Geometric mean of the probabilities of the new tokens and of the one that ended the row; None without any.
+    confidence: float | None = None
+    #: Scores of the new tokens, if the row asks for log-probabilities.
+    scores: tuple[TokenScore, ...] = ()
+    #: The further answers of a row that asks for several.
+    others: tuple[Output, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +156,8 @@ class Row:
     #: time.monotonic() at which the row ends with the tokens so far.
     deadline: float | None = None
     canceled: bool = False
+    #: The first row of a job that asks for several samples; with it, the others are canceled.
+    leader: Row | None = None
     #: Number of pictures whose features were cached.
     cached_images: int = 0
     #: time.monotonic(). 0.0 until its pictures are encoded (`ready`), it runs (`started`), it has a new token
@@ -136,6 +174,11 @@ class Row:
         return self.output.done()
 
     @property
+    def is_canceled(self) -> bool:
+        """Whether the row, or the one that leads it, was canceled."""
+        return self.canceled or (self.leader is not None and self.leader.canceled)
+
+    @property
     def max_steps(self) -> int:
         """Maximum decode steps of the row."""
         return 0 if self.labels else self.sampling.max_new_tokens
@@ -147,7 +190,7 @@ class Row:
 
     def abort_reason(self, now: float) -> FinishReason | None:
         """Why the row should end before the model ends it; None if it should go on. `now`: time.monotonic()."""
-        if self.canceled:
+        if self.is_canceled:
             return "canceled"
         return "deadline" if self.deadline is not None and now >= self.deadline else None
 

@@ -103,7 +103,7 @@ class RowQueue:
         since = time.monotonic() - WITHDRAWN_AFTER_S
         with self._changed:
             unstarted = {*self._ready, *self._encoding}
-            late = [row for row in rows if row in unstarted and row.arrived < since and not row.canceled]
+            late = [row for row in rows if row in unstarted and row.arrived < since and not row.is_canceled]
             withdrawn = sorted(late, key=urgency, reverse=True)[:max_count]
             self._remove(withdrawn)
             for row in withdrawn:
@@ -170,7 +170,7 @@ def _stopped() -> Internal:
 
 def _abort(row: Row) -> None:
     """End a row that was canceled or passed its deadline before it started."""
-    if row.canceled:
+    if row.is_canceled:
         row.finish(Output(ids=(), finish_reason="canceled"))
     else:
         row.fail(DeadlineExceeded("The job's deadline passed before it started: add workers or allow more time."))

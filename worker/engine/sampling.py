@@ -14,7 +14,6 @@ from transformers import (
     EtaLogitsWarper,
     LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
     TypicalLogitsWarper,
 )
 
@@ -103,7 +102,7 @@ class RowSampling(LogitsProcessor):  # type: ignore[misc]
         self._step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """In scores (rows, vocabulary), in place, set all of each sampled row but those of the drawn token to -inf.
+        """Scores (rows, vocabulary) in which all of each sampled row but the drawn token's are -inf.
 
         `input_ids`: (rows, length).
         """
@@ -111,7 +110,7 @@ class RowSampling(LogitsProcessor):  # type: ignore[misc]
             sampler = BatchSampler(self._samplers, scores.device, scores.shape[1])
             tokens = sampler.draw(scores, [self._step] * len(self._samplers))
             only_drawn = scores.new_full((len(tokens), scores.shape[1]), -torch.inf).scatter_(1, tokens[:, None], 0.0)
-            scores.index_copy_(0, sampler.places, only_drawn)
+            scores = scores.index_copy(0, sampler.places, only_drawn)
         self._step += 1
         return scores
 
@@ -173,6 +172,14 @@ def keep_nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
     return scores.masked_fill(bucket > last, -torch.inf)
 
 
+def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
+    """Keep the tokens of each row with at least `min_p` (rows, 1) times the probability of the likeliest one.
+
+    `scores`, of which the largest is 0, and what is returned: (rows, vocabulary).
+    """
+    return scores.masked_fill(scores < min_p.log(), -torch.inf)
+
+
 def _truncations(sampled: Sequence[Sampling], device: torch.device) -> Iterator[tuple[Tensor, Truncate]]:
     """Truncations in the order of stock `generate`, with the indices (any,) of the sampled rows that ask for them."""
     top_k = {place: [sampling.top_k] for place, sampling in enumerate(sampled) if sampling.top_k}
@@ -189,30 +196,32 @@ def _truncations(sampled: Sequence[Sampling], device: torch.device) -> Iterator[
         # In double precision: in single precision the smallest numbers would be 0.
         numbers = to_device(list(top_p.values()), device, torch.float64)
         yield to_device(list(top_p), device), functools.partial(keep_nucleus, top_p=numbers)
+    min_p = {place: [sampling.min_p] for place, sampling in enumerate(sampled) if sampling.min_p}
+    if min_p:
+        truncate = functools.partial(keep_min_p, min_p=to_device(list(min_p.values()), device))
+        yield to_device(list(min_p), device), truncate
     for others, places in _by_other_parameters(sampled).items():
         warpers = LogitsProcessorList(_warpers(*others))
         if warpers:
             yield to_device(places, device), functools.partial(warpers, None)
 
 
-#: `min_p`, `typical_p`, `epsilon_cutoff` and `eta_cutoff`. Only a checkpoint gives them, so rows rarely differ in them.
-_Others = tuple[float | None, float | None, float | None, float | None]
+#: `typical_p`, `epsilon_cutoff` and `eta_cutoff`. Only a checkpoint gives them, so rows rarely differ in them.
+_Others = tuple[float | None, float | None, float | None]
 
 
 def _by_other_parameters(sampled: Sequence[Sampling]) -> dict[_Others, list[int]]:
     """The indices of the rows by their other parameters."""
     places: dict[_Others, list[int]] = {}
     for place, row in enumerate(sampled):
-        others = row.min_p, row.typical_p, row.epsilon_cutoff, row.eta_cutoff
+        others = row.typical_p, row.epsilon_cutoff, row.eta_cutoff
         places.setdefault(others, []).append(place)
     return places
 
 
 def _warpers(
-    min_p: float | None, typical_p: float | None, epsilon_cutoff: float | None, eta_cutoff: float | None
+    typical_p: float | None, epsilon_cutoff: float | None, eta_cutoff: float | None
 ) -> Iterator[LogitsProcessor]:
-    if min_p:
-        yield MinPLogitsWarper(min_p)
     if typical_p is not None and typical_p < 1.0:
         yield TypicalLogitsWarper(typical_p)
     if epsilon_cutoff:

@@ -101,7 +101,8 @@ def _group(row: Row) -> Hashable:
     sampling = row.sampling
     if sampling.num_beams == 1:
         return None
-    return sampling.num_beams, sampling.max_new_tokens, sampling.eos_ids
+    has_penalty = sampling.repetition_penalty is not None
+    return sampling.num_beams, sampling.max_new_tokens, sampling.eos_ids, sampling.answers, has_penalty
 
 
 def _distance(row: Row, first: Row) -> tuple[int, int]:

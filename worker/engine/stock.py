@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,18 +21,21 @@ from transformers import (
 
 from tasks.errors import OutOfMemory
 from tasks.results import ModelInfo
+from worker.engine.beam_scores import BeamRecorder
 from worker.engine.generation_rules import NO_RULES, GenerationRules
 from worker.engine.interfaces import Admit, Codec, Encode, SendHeartbeat
-from worker.engine.logits_processors import BatchRules
+from worker.engine.logits_processors import BatchRules, rules_of
 from worker.engine.pauses import without_pauses
+from worker.engine.penalties import StockPenalties
 from worker.engine.progress import RowProgress
-from worker.engine.row import FinishReason, Output, Picture, Row, Tokens
+from worker.engine.row import FinishReason, Output, Picture, Row, Tokens, TokenScore
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
 from worker.engine.step_metrics import count_step, phase
 from worker.engine.stock_prefill import CHUNK_TOKENS, PaddedPrompts, Prefilled, prefill
 from worker.engine.stock_scoring import label_log_likelihoods
 from worker.engine.stop_strings import Decode, StopStrings
+from worker.engine.token_scores import Confidence, ScoreRecorder
 
 #: Messages of torch's plain RuntimeErrors for a lack of memory on a CPU or in a GPU's matrix library.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -131,6 +136,7 @@ class StockModel:
         finish_scored(rows, likelihoods)
 
     def _continue(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
+        recorder = ScoreRecorder()
         self._generate(
             rows,
             heartbeat,
@@ -138,13 +144,18 @@ class StockModel:
             max_new_tokens=max(row.max_steps for row in rows),
             eos_token_id=sorted(self.codec.eos_ids),
             bad_words_ids=self.codec.bad_words_ids,
-            logits_processor=LogitsProcessorList([Overflow(rows), *self._batch_rules(rows), RowSampling(rows)]),
-            stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.codec.decode, heartbeat)]),
+            logits_processor=LogitsProcessorList(
+                [Overflow(rows), self._penalties(rows), *self._batch_rules(rows), recorder, RowSampling(rows)]
+            ),
+            stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.codec.decode, heartbeat, recorder)]),
         )
 
+    def _penalties(self, rows: Sequence[Row], num_beams: int = 1) -> StockPenalties:
+        return StockPenalties(rows, num_beams, _longest(rows), self.adapter.model.device)
+
     def _batch_rules(self, rows: Sequence[Row]) -> list[LogitsProcessor]:
-        length = max(len(row.tokens.ids) for row in rows)
-        return [BatchRules(rows, self.rules.scores, self.adapter.model.device, length)] if self.rules.scores else []
+        device = self.adapter.model.device
+        return [BatchRules(rows, self.rules.scores, device, _longest(rows))] if self.rules.scores else []
 
     def _search(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         # Each prompt runs alone if transformers would apply the rules to the padding of a batch.
@@ -153,23 +164,33 @@ class StockModel:
 
     def _search_together(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         sampling = rows[0].sampling
+        rules = rules_of(sampling, self.rules.scores)
+        # The search compares so many tokens of each row.
+        compared = max(2, 1 + len(sampling.eos_ids)) * sampling.num_beams
+        asked = max(row.sampling.logprobs or 0 for row in rows)
+        recorder = BeamRecorder(sampling.num_beams, _longest(rows), max(compared, asked))
         sequences = self._generate(
             rows,
             heartbeat,
             num_beams=sampling.num_beams,
+            num_return_sequences=sampling.answers,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(sampling.eos_ids),
             **{
-                **self.rules.scores,
+                **rules,
                 **self.rules.beams,
-                "bad_words_ids": [*self.codec.bad_words_ids, *self.rules.scores.get("bad_words_ids", [])],
+                "bad_words_ids": [*self.codec.bad_words_ids, *rules.get("bad_words_ids", [])],
             },
-            logits_processor=LogitsProcessorList([Overflow(rows)]),
+            logits_processor=LogitsProcessorList([Overflow(rows), self._penalties(rows, sampling.num_beams), recorder]),
             stopping_criteria=StoppingCriteriaList([AllAborted(rows, heartbeat)]),
         )
-        for row, sequence in zip(rows, sequences.tolist(), strict=True):
+        for number, (row, answers) in enumerate(zip(rows, sequences.split(sampling.answers), strict=True)):
             if not row.is_done:
-                row.finish(_search_output(row, sequence, self.codec.decode))
+                best, *others = (
+                    _search_output(row, ids, self.codec.decode, functools.partial(recorder.of, number))
+                    for ids in answers.tolist()
+                )
+                row.finish(dataclasses.replace(best, others=tuple(others)))
 
     def _generate(self, rows: Sequence[Row], heartbeat: SendHeartbeat, num_beams: int, **options: Any) -> Tensor:
         """The new tokens (rows, length) of stock `generate`, with padding after their end."""
@@ -217,8 +238,17 @@ def _is_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
-def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:
-    """The output of a row. `sequence`: the new tokens of its best beam, with padding after their end."""
+def _longest(rows: Sequence[Row]) -> int:
+    """Tokens of the longest prompt."""
+    return max(len(row.tokens.ids) for row in rows)
+
+
+#: Returns the scores of a sequence with its end, each with so many of the likeliest tokens.
+_Scores = Callable[[Sequence[int], int], list[TokenScore]]
+
+
+def _search_output(row: Row, sequence: list[int], decode: Decode, scores: _Scores) -> Output:
+    """The output of a row. `sequence`: the new tokens of one of its beams, with padding after their end."""
     end = next((n for n, token in enumerate(sequence) if token in row.sampling.eos_ids), None)
     ids = tuple(sequence[:end])
     reason: FinishReason = "length" if end is None else "stop"
@@ -226,8 +256,17 @@ def _search_output(row: Row, sequence: list[int], decode: Decode) -> Output:
     # As for greedy rows, the token that completes the stop string is the last.
     length = next((n for n in range(1, len(ids) + 1) if stop_strings.are_in(ids[:n])), None)
     if length is not None:
-        ids, reason = ids[:length], "stop_sequence"
-    return Output(ids, row.abort_reason(time.monotonic()) or reason)
+        ids, reason, end = ids[:length], "stop_sequence", None
+    found = scores(ids if end is None else sequence[: end + 1], row.sampling.logprobs or 0)
+    confidence = Confidence()
+    for score in found:
+        confidence.add(score.logprob)
+    return Output(
+        ids,
+        row.abort_reason(time.monotonic()) or reason,
+        confidence=confidence.value,
+        scores=() if row.sampling.logprobs is None else tuple(found[: len(ids)]),
+    )
 
 
 class Overflow(LogitsProcessor):  # type: ignore[misc]
@@ -248,18 +287,20 @@ class Overflow(LogitsProcessor):  # type: ignore[misc]
 class RowStopping(StoppingCriteria):  # type: ignore[misc]
     """Ends each row by its own conditions, and finishes it at that step, without waiting for its batch."""
 
-    def __init__(self, rows: Sequence[Row], decode: Decode, heartbeat: SendHeartbeat) -> None:
+    def __init__(self, rows: Sequence[Row], decode: Decode, heartbeat: SendHeartbeat, recorder: ScoreRecorder) -> None:
         self._progress = [RowProgress(row, decode) for row in rows]
         self._heartbeat = heartbeat
+        self._recorder = recorder
+        self._asked = {place: row.sampling.logprobs for place, row in enumerate(rows) if row.sampling.logprobs}
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         """Which rows are done (rows,). `input_ids`: all tokens (rows, length)."""
         self._heartbeat()
         count_step(sum(not progress.row.is_done for progress in self._progress))
         now = time.monotonic()
-        for progress, token in zip(self._progress, input_ids[:, -1].tolist(), strict=True):
+        for progress, score in zip(self._progress, self._recorder.of(input_ids[:, -1], self._asked), strict=True):
             if not progress.row.is_done:
-                progress.take(token, now)
+                progress.take(score, now)
         return torch.tensor([progress.row.is_done for progress in self._progress], device=input_ids.device)
 
 

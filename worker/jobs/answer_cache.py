@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 
 from tasks.redis_keys import ANSWER
 from tasks.results import ModelInfo
-from worker.engine.row import Output, Row
+from worker.engine.row import Output, Row, TokenScore
 from worker.observability.metrics import ANSWER_CACHE
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class AnswerCache:
             if shared is not None:
                 return _reused(row, shared)
             output = compute(row)
-            if output.finish_reason not in ("canceled", "deadline"):
+            if all(each.finish_reason not in ("canceled", "deadline") for each in (output, *output.others)):
                 shared = output
                 self._keep(key, output)
             return output
@@ -165,5 +165,16 @@ def _reused(row: Row, output: Output) -> Output:
 
 
 def _read(kept: bytes) -> Output:
-    content = json.loads(kept)
-    return Output(tuple(content["ids"]), content["finish_reason"], tuple(content["probabilities"]))
+    return _output(json.loads(kept))
+
+
+def _output(content: Mapping[str, Any]) -> Output:
+    scores = (TokenScore(id, logprob, tuple(map(tuple, top))) for id, logprob, top in content["scores"])
+    return Output(
+        tuple(content["ids"]),
+        content["finish_reason"],
+        tuple(content["probabilities"]),
+        content["confidence"],
+        tuple(scores),
+        tuple(map(_output, content["others"])),
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from typing import Any
 
 from config.settings import Settings
@@ -49,6 +51,8 @@ class RowBuilder:
             # Tokenizing 200,000 characters takes a quarter of a second, during which other threads cannot run.
             raise self._too_long(f"at least {least}")
         tokens = self._codec.prepare(parts)
+        if job.n > 1 and job.num_beams == 1:
+            tokens = dataclasses.replace(tokens, is_repeated=True)
         labels = self._codec.encode_labels(parts[-2:], job.spoken_labels if isinstance(job, Classify) else [])
         # The longest label counts too: it is in the same context window.
         length = len(tokens.ids) + max(map(len, labels), default=0)
@@ -64,14 +68,48 @@ class RowBuilder:
             temperature=job.temperature,
             **truncation(job, self._rules),
             seed=job.seed,
+            logit_bias=self._bias(job),
+            repetition_penalty=job.repetition_penalty,
+            frequency_penalty=job.frequency_penalty,
+            presence_penalty=job.presence_penalty,
+            logprobs=job.logprobs,
+            answers=job.n,
             stop=tuple(job.stop),
             eos_ids=self._codec.eos_ids,
         )
+
+    def _bias(self, job: Job) -> tuple[tuple[int, float], ...]:
+        """The job's bias by token. Raises InvalidRequest for a token that the model does not have, or that no answer
+        may contain."""
+        for id, bias in job.logit_bias.items():
+            last = self._codec.vocabulary - 1
+            if id > last:
+                raise InvalidRequest(f"logit_bias: token {id} is none of the model's, which are 0 to {last}.")
+            if bias > 0 and id in self._codec.reserved_ids:
+                raise InvalidRequest(f"logit_bias: token {id} is reserved: no bias may make it more likely.")
+        return tuple(sorted(job.logit_bias.items()))
 
     def _too_long(self, count: str) -> PromptTooLong:
         return PromptTooLong(
             f"The prompt has {count} tokens and this worker takes {self._max_prompt_tokens}: {self._cure}."
         )
+
+
+def others(row: Row) -> list[Row]:
+    """The rows of a job's further samples, each with a seed of its own."""
+    seeds = [_derived_seed(row.sampling.seed, number) for number in range(1, row.sampling.answers)]
+    return [
+        Row(row.tokens, dataclasses.replace(row.sampling, seed=seed), (), row.priority, row.deadline, leader=row)
+        for seed in seeds
+    ]
+
+
+def _derived_seed(seed: int | None, number: int) -> int | None:
+    if seed is None:
+        return None
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    # As large as a job's own may be.
+    return int.from_bytes(digest, "little") >> 1
 
 
 def prompt_bound(settings: Settings, context_tokens: int) -> tuple[int, str]:
@@ -85,5 +123,5 @@ def prompt_bound(settings: Settings, context_tokens: int) -> tuple[int, str]:
 
 def truncation(job: Job, rules: GenerationRules) -> dict[str, Any]:
     """The parameters that exclude unlikely tokens from sampling: the job's own, else the checkpoint's."""
-    asked = {name: value for name in ("top_k", "top_p") if (value := getattr(job, name)) is not None}
+    asked = {name: value for name in ("top_k", "top_p", "min_p") if (value := getattr(job, name)) is not None}
     return {**rules.sampling, **asked} if job.temperature > 0 else {}

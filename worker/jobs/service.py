@@ -6,6 +6,7 @@ The thread loads the job's images, submits a row to the engine and waits. So dow
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from config.settings import Settings
+from tasks.calibration import Calibration, CalibrationError, read_calibration
 from tasks.errors import InvalidRequest, JobError, OutOfMemory
 from tasks.payloads import Job
 from tasks.results import ModelInfo, Result, Timing
@@ -28,9 +30,10 @@ from worker.jobs.answer_cache import AnswerCache
 from worker.jobs.golden_check import GoldenCheck
 from worker.jobs.prompts import ImageRef, Prompt
 from worker.jobs.result_builder import ResultBuilder
-from worker.jobs.row_builder import RowBuilder
+from worker.jobs.row_builder import RowBuilder, others
 from worker.jobs.run_metrics import count_answer, observe_row
 from worker.jobs.runs import CancellationError, JobContext, Run, RunRegistry, deadline_of
+from worker.models import SetupFailed
 from worker.observability.metrics import JOBS_LOADING_IMAGES, STAGES
 from worker.runtime import gil
 
@@ -68,14 +71,14 @@ class Service:
         downloads: DownloadLimits | None = None,
     ) -> None:
         """`rules`: the checkpoint's generation parameters; each result lists those that applied to it. `downloads`: see
-        ImageLoader."""
+        ImageLoader. Raises SetupFailed for another model's calibration."""
         self._info = info
         self._max_images = settings.max_images
         self._engine = engine
         self._answers = answers
         self._images = ImageLoader(settings, codec.picture, engine.expecting, downloads)
         self._rows = RowBuilder(settings, codec, rules)
-        self._results = ResultBuilder(info, codec, rules)
+        self._results = ResultBuilder(info, codec, rules, _calibration(settings, info))
         self._runs = RunRegistry()
         self._golden_check = GoldenCheck(info, codec, self._rows, self._images.open, engine.submit)
 
@@ -180,4 +183,25 @@ class Service:
         return [next(pictures) if isinstance(part, ImageRef) else part for part in prompt]
 
     def _compute(self, row: Row) -> Output:
-        return self._engine.submit(row).result()
+        if row.sampling.answers == 1 or row.sampling.num_beams > 1:
+            return self._engine.submit(row).result()
+        rows = [row, *others(row)]
+        running = [self._engine.submit(each) for each in rows]
+        try:
+            first, *further = (each.result() for each in running)
+        except BaseException:
+            self._engine.cancel(row)
+            raise
+        return dataclasses.replace(first, others=tuple(further))
+
+
+def _calibration(settings: Settings, info: ModelInfo) -> Calibration | None:
+    """The calibration that the settings name. Raises SetupFailed if it is not this model's."""
+    if settings.calibration is None:
+        return None
+    try:
+        calibration = read_calibration(settings.calibration)
+        calibration.check_model(info.id, info.revision)
+    except CalibrationError as error:
+        raise SetupFailed(f"IDEFICS_CALIBRATION: {error}") from None
+    return calibration

@@ -37,6 +37,8 @@ class FakeCodec:
     has_end_of_utterance = True
     context_tokens = 2048
     eos_ids = frozenset({END})
+    vocabulary = 0x110000
+    reserved_ids: frozenset[int] = frozenset()
 
     def picture(self, image: Image) -> Picture:
         if image.getpixel((0, 0)) == POISON_COLOUR:
@@ -55,6 +57,9 @@ class FakeCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
+
+    def token_text(self, id: int) -> str:
+        return chr(id)
 
 
 class FakeModel:
@@ -99,4 +104,5 @@ def _advance(row: Row, step: int) -> None:
     if row.labels and not why:
         row.finish(Output((), "stop", (1.0, *[0.0] * (len(row.labels) - 1))))
     elif why or step >= row.max_steps:
-        row.finish(Output(row.tokens.ids[-step:] if step else (), why or "length"))
+        ids = row.tokens.ids[-step:] if step else ()
+        row.finish(Output(ids, why or "length", confidence=1.0 if ids else None))

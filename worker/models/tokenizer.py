@@ -27,6 +27,10 @@ _MARKUP = re.compile(r"<\S+>")
 CACHED_TEXTS = 128
 #: Maximum characters of a cached text: longer texts are rare and would take memory.
 CACHED_CHARS = 8_000
+#: Maximum tokens whose text is cached.
+CACHED_TOKENS = 8_192
+#: A text before a token, which keeps the token's blank.
+LEAD = "a"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,10 @@ class BaseCodec:
         special = _special_tokens(tokenizer)
         self._reserved = sorted(special - {END_OF_UTTERANCE} | {IMAGE, FAKE})
         self._special_ids = frozenset(_ids_that_texts_never_have(tokenizer, special))
+        self._marked_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(special)))
+        self.reserved_ids = self._marked_ids - self.eos_ids
+        self.vocabulary = model.vocabulary
+        self.token_text = functools.lru_cache(CACHED_TOKENS)(self._token_text)
         self._markers = functools.lru_cache(CACHED_TEXTS)(self._markers_of)
 
     def picture(self, image: Image) -> Picture:
@@ -129,6 +137,13 @@ class BaseCodec:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _token_text(self, id: int) -> str:
+        """The text that one token adds to an answer; a special token's name."""
+        if id in self._marked_ids:
+            return str(self.tokenizer.convert_ids_to_tokens(id))
+        (lead,) = self.tokens_of(LEAD)
+        return self.decode([*lead, id]).removeprefix(self.decode(lead))
 
     def padded(self, prompts: Collection[Tokens]) -> tuple[Tensor, Tensor]:
         """The token ids of prompts, padded on the left, and their mask, 0 for padding: each (prompts, length)."""

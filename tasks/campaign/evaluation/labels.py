@@ -65,7 +65,7 @@ class LabelTally:
         truth = row.answer if row.match.is_exact and row.answer is not None else row.truths[0]
         self.pairs[truth, row.answer] += 1
         if row.score is not None:
-            self.scores[round(row.score * _STEPS), row.match.is_exact] += 1
+            self.scores[score_step(row.score), row.match.is_exact] += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def label_figures(tally: LabelTally, seed: int = SEED) -> LabelFigures:
         accuracy=share(right, rows, seed),
         accuracy_answered=share(right, rows - unanswered, seed),
         macro_f1=estimate(counts, sums.macro_f1, seed),
-        calibration_error=_calibration_error(tally.scores, seed) if tally.scores else None,
+        calibration_error=calibration_error(tally.scores, seed) if tally.scores else None,
         classes=sums.figures(counts),
         confusion=[ConfusionCell(*pair, count) for pair, count in zip(pairs, counts.tolist(), strict=True)],
         calibration=_calibration(tally.scores),
@@ -164,6 +164,11 @@ class ClassSums:
         ]
 
 
+def score_step(score: float) -> int:
+    """A probability in steps."""
+    return round(score * _STEPS)
+
+
 def _bin(step: int) -> int:
     """The bin of a probability in steps: 0 for (0, 0.1] and for 0 itself."""
     return max(0, (step * BINS - 1) // _STEPS)
@@ -185,7 +190,7 @@ def _calibration(scores: Counter[tuple[int, bool]]) -> list[CalibrationBin]:
     ]
 
 
-def _calibration_error(scores: Counter[tuple[int, bool]], seed: int) -> Estimate:
+def calibration_error(scores: Counter[tuple[int, bool]], seed: int) -> Estimate:
     """The mean distance between probability and accuracy over the bins, weighted by their rows (ECE)."""
     import numpy as np
     from scipy.sparse import csr_array

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
+from ...results import Result
 from ..page import write_page
 from ..plan import Plan
 from ..report.columns import OutputColumns, guessed, of_plan
@@ -37,7 +38,21 @@ def open_output(path: str, wanted: Columns, kind: Kind | None = None) -> Output:
         of_output = of_plan(plan, table.columns)
     else:
         of_output = guessed(table.columns, map(values_of, itertools.islice(table, 20)))
-    return Output(path, table, find_columns(table.columns, _with(wanted, of_output), kind), plan)
+    chosen = _with(wanted, of_output)
+    if chosen.score and not wanted.score and kind is None:
+        # Texts have a confidence too.
+        kind = "labels" if chosen.answer == of_output.by_field.get("label") or "score" in of_output.by_field else "text"
+    return Output(path, table, find_columns(table.columns, chosen, kind), plan)
+
+
+def models_of(output: Output) -> list[tuple[str, str | None]]:
+    """The id and revision of each model that answered, by the campaign's file; none without it."""
+    path = state_path(output.path)
+    if not path.exists():
+        return []
+    with CampaignState.read(path) as state:
+        answers = (answer.outcome for answer in state.answers() if answer.code is None)
+        return sorted({(each.model.id, each.model.revision) for each in answers if isinstance(each, Result)}, key=str)
 
 
 def _plan(output: str) -> Plan | None:
@@ -54,7 +69,7 @@ def _with(wanted: Columns, of_output: OutputColumns) -> Columns:
     return replace(
         wanted,
         answer=wanted.answer or held.get("label") or held.get("text") or "",
-        score=wanted.score or (None if wanted.answer else held.get("score")),
+        score=wanted.score or (None if wanted.answer else held.get("score") or held.get("confidence")),
         error=held.get("error_code"),
         image=wanted.image or of_output.image,
     )

@@ -84,10 +84,16 @@ def _count(statistics: Statistics, row: OutputRow, columns: OutputColumns) -> No
     statistics.completion_tokens += int(number("completion_tokens") or 0)
     if (seconds := number("seconds")) is not None:
         statistics.durations.add(seconds)
-    if (score := number("score")) is not None:
+    if (score := _score(row, columns)) is not None:
         statistics.add_score(score)
     if label := _text(columns.value(row.values, "label"), MAX_CELL):
         statistics.labels.add(label)
+
+
+def _score(row: OutputRow, columns: OutputColumns) -> float | None:
+    """A label's probability, or the answer's confidence where the output has only that."""
+    score = number_of(columns.value(row.values, "score"))
+    return number_of(columns.value(row.values, "confidence")) if score is None else score
 
 
 def _code(row: OutputRow, columns: OutputColumns) -> str | None:
@@ -167,7 +173,7 @@ def _item(
         "prompt": _text(prompt(arguments), MAX_TEXT),
         "answer": _text(value("text"), MAX_TEXT),
         "label": _text(value("label"), MAX_CELL),
-        "score": number_of(value("score")),
+        "score": _score(row, columns),
         "code": code,
         "error": _text(value("error"), MAX_TEXT) if code else None,
         "finish": _text(value("finish_reason"), MAX_CELL),
