@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_a_finished_answer_is_used_again_by_any_worker(answers: AnswerCache, tex
     first.finish(scored)
     answers.output(first, MODEL, Model().compute)
     elsewhere, again = AnswerCache(broker.connect(1), 60), row(text, labels=((1,), (2,)))
-    assert elsewhere.output(again, MODEL, Model().compute) == scored
+    assert asdict(elsewhere.output(again, MODEL, Model().compute)) == asdict(scored)
     assert again.cached_images == 1
     assert 0 < broker.connect(1).ttl(ANSWER.named(digest(again, MODEL))) <= 60
 

@@ -137,10 +137,11 @@ class Output:
     finish_reason: FinishReason
     #: Probabilities of the row's labels, in order.
     probabilities: tuple[float, ...] = ()
-    #: Geometric mean of the probabilities of the new tokens and of the one that ended the row; None without any.
-    confidence: float | None = None
+    #: Geometric mean of the probabilities of the new tokens and of the one that ended the row; None without any. Not
+    #: compared, as the next: by rounding they depend on the other rows of the batch.
+    confidence: float | None = field(default=None, compare=False)
     #: Scores of the new tokens, if the row asks for log-probabilities.
-    scores: tuple[TokenScore, ...] = ()
+    scores: tuple[TokenScore, ...] = field(default=(), compare=False)
     #: The further answers of a row that asks for several.
     others: tuple[Output, ...] = ()
 
