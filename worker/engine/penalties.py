@@ -33,7 +33,7 @@ class Penalties:
         """Logits (rows, vocabulary) after the changes, in single precision if there are any. `rows`: by index."""
         changed = {place: run for place, run in rows.items() if run.row.sampling.changes_logits}
         if not changed:
-            self._changes = None
+            self._changes, self._rows = None, {}
             return logits
         logits = logits.float()
         now = {place: (run.row, len(run.new)) for place, run in changed.items()}

@@ -36,7 +36,7 @@ class Confidence:
         """Between 0 and 1; None without tokens."""
         if not self._count:
             return None
-        # NaN: all tokens were impossible.
+        # NaN: no token was possible.
         return 0.0 if math.isnan(self._sum) else min(1.0, math.exp(self._sum / self._count))
 
 
@@ -50,7 +50,9 @@ def best(logits: Tensor, forbidden: Tensor) -> Tensor:
     # Softmax reads the vocabulary once; logsumexp takes several passes.
     shares = logits.softmax(dim=-1, dtype=torch.float32).gather(1, tokens[:, None])[:, 0].log()
     tokens = torch.where(highest.isnan(), NO_TOKEN, tokens)
-    return torch.stack([tokens.double(), shares.double(), highest.double() - shares])
+    scores = torch.stack([tokens.double(), shares.double(), highest.double() - shares])
+    # Recorded graphs are compared with functions by equality, and NaN equals nothing.
+    return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def chosen(logits: Tensor, normalizers: Tensor, tokens: Tensor) -> Tensor:
