@@ -57,6 +57,13 @@ COMMON: dict[str, Any] = {
     "temperature": 0.7,
     "top_p": 0.9,
     "top_k": 40,
+    "min_p": 0.05,
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": {"7": -100.0},
+    "n": 1,
+    "logprobs": None,
     "seed": 3,
     "stop": ["\n"],
     "deadline_s": 30.0,
@@ -136,7 +143,8 @@ def test_every_field_of_a_task_is_read_from_a_message_of_either_protocol(task: s
     job = parse(read.headers["task"], read.payload[1])
     assert job.model_dump(mode="json", include=set(sent)) == sent
     # `exclude_defaults`: one beam is the default.
-    assert job.arguments() == {name: value for name, value in sent.items() if name != "num_beams"}
+    defaults = ("num_beams", "n", "logprobs")
+    assert job.arguments() == {name: value for name, value in sent.items() if name not in defaults}
 
 
 @pytest.mark.parametrize("task", OWN)
