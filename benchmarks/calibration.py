@@ -23,7 +23,7 @@ from tasks import Caption, Classify, Image, Job
 from tasks.calibration import Fit
 from tasks.campaign.evaluation.calibrating import Example, calibrated, expected_error, fit
 from tasks.campaign.evaluation.intervals import Estimate
-from worker.demo.dialogue import expected_caption
+from worker.demo.sayings import expected_caption
 from worker.demo.training import art
 from worker.demo.training.shards import sprite
 from worker.demo.world import HELD_OUT_STYLE, THINGS, TRAIN_STYLES, Scene, any_picture, compose
@@ -36,14 +36,14 @@ from worker.models.loading import load
 #: Jobs that run together.
 COMPANY = 32
 #: By name: the job about a picture, and the right answer.
-TASKS: dict[str, tuple[Callable[[Image], Job], Callable[[Scene], str]]] = {
+TASKS: dict[str, tuple[Callable[[str], Job], Callable[[Scene], str]]] = {
     "classify": (lambda image: Classify(image=image, labels=sorted(THINGS)), lambda scene: scene.thing),
     "caption": (lambda image: Caption(image=image), expected_caption),
 }
 
 
-def pictures(styles: Sequence[str], count: int, seed: str) -> Iterator[tuple[Scene, Image]]:
-    """Scenes and their pictures, drawn anew."""
+def pictures(styles: Sequence[str], count: int, seed: str) -> Iterator[tuple[Scene, str]]:
+    """Scenes and their pictures as data: URIs, drawn anew."""
     rng = random.Random(f"calibration {seed}")
     for _ in range(count):
         scene, style = any_picture(rng), rng.choice(styles)
@@ -52,7 +52,7 @@ def pictures(styles: Sequence[str], count: int, seed: str) -> Iterator[tuple[Sce
         yield scene, Image.from_bytes(file.getvalue())
 
 
-def examples(service: Service, task: str, shown: Sequence[tuple[Scene, Image]]) -> list[Example]:
+def examples(service: Service, task: str, shown: Sequence[tuple[Scene, str]]) -> list[Example]:
     """The model's answers about pictures."""
     job, right = TASKS[task]
 

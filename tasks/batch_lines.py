@@ -207,12 +207,13 @@ def _response(status: int, job_id: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def _completion(result: Result, job_id: str) -> dict[str, Any]:
     usage = result.usage
+    answers: Sequence[Choice | Result] = result.choices or [result]
     return {
         "id": f"chatcmpl-{job_id}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": result.model.id,
-        "choices": [_choice(index, choice) for index, choice in enumerate(result.choices or [result])],
+        "choices": [_choice(index, choice) for index, choice in enumerate(answers)],
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,

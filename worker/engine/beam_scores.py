@@ -41,7 +41,7 @@ class BeamRecorder(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (rows times beams, vocabulary) unchanged. `input_ids`: (rows times beams, length)."""
-        beams = torch.stack(input_ids[:, self._prompt_length :].split(self._num_beams))
+        beams = torch.stack(torch.split(input_ids[:, self._prompt_length :], self._num_beams))
         if self._steps:
             # (rows, beams, beams before): whether the one continues the other.
             parents = (beams[:, :, None, :-1] == self._before[:, None]).all(dim=-1).int().argmax(dim=-1)

@@ -82,7 +82,7 @@ class _Changes:
         #: (rows,)
         self.places = to_device(list(rows), device)
         penalties = [_penalties(row.sampling) for row in rows.values()]
-        self._repetition, self._frequency, self._presence = to_device(penalties, device).split(1, dim=1)
+        self._repetition, self._frequency, self._presence = torch.split(to_device(penalties, device), 1, dim=1)
         bias = [(place, *pair) for place, row in rows.items() for pair in row.sampling.logit_bias]
         self._biased = _places([(place, id) for place, id, _ in bias], device)
         self._bias = to_device([value for _, _, value in bias], device, torch.float32)

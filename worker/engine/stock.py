@@ -184,7 +184,7 @@ class StockModel:
             logits_processor=LogitsProcessorList([Overflow(rows), self._penalties(rows, sampling.num_beams), recorder]),
             stopping_criteria=StoppingCriteriaList([AllAborted(rows, heartbeat)]),
         )
-        for number, (row, answers) in enumerate(zip(rows, sequences.split(sampling.answers), strict=True)):
+        for number, (row, answers) in enumerate(zip(rows, torch.split(sequences, sampling.answers), strict=True)):
             if not row.is_done:
                 best, *others = (
                     _search_output(row, ids, self.codec.decode, functools.partial(recorder.of, number))
