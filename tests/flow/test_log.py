@@ -162,8 +162,15 @@ def test_a_json_log_file_gets_the_records_of_both_processes_from_the_commands_le
     assert job.id not in log.read_text()
 
 
-@pytest.mark.parametrize("app", ["worker.app", "worker.callbacks"])
-@pytest.mark.parametrize("option", ["log_format=x", "redirect_stdouts=false", "log_color=true"])
+@pytest.mark.parametrize(
+    ("app", "option"),
+    [
+        ("worker.app", "log_format=x"),
+        ("worker.app", "redirect_stdouts=false"),
+        ("worker.app", "log_color=true"),
+        ("worker.callbacks", "log_format=x"),
+    ],
+)
 def test_celerys_own_options_of_a_log_are_refused_with_the_cure(tmp_path: Path, app: str, option: str) -> None:
     log = tmp_path / "log"
     with stack.broker() as server, _worker(server, log, "--", f"worker.{option}", app=app) as process:
@@ -173,14 +180,14 @@ def test_celerys_own_options_of_a_log_are_refused_with_the_cure(tmp_path: Path, 
     assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.parametrize("app", ["worker.app", "worker.callbacks"])
 @pytest.mark.parametrize(
-    ("setup", "told"),
+    ("app", "setup", "told"),
     [
-        ("nowhere:set_up", "No module named 'nowhere'"),
-        ("tests.support.sabotage:nothing", "has no attribute 'nothing'"),
-        ("tests.support.sabotage:SECRET", "is not a function"),
-        ("just_a_module", "such as shop.sentry:set_up"),
+        ("worker.app", "nowhere:set_up", "No module named 'nowhere'"),
+        ("worker.app", "tests.support.sabotage:nothing", "has no attribute 'nothing'"),
+        ("worker.app", "tests.support.sabotage:SECRET", "is not a function"),
+        ("worker.app", "just_a_module", "such as shop.sentry:set_up"),
+        ("worker.callbacks", "nowhere:set_up", "No module named 'nowhere'"),
     ],
 )
 def test_a_setup_that_cannot_be_called_ends_the_start_with_the_cure(

@@ -184,7 +184,7 @@ def arrived(site: Site) -> set[str]:
 
 
 def test_a_busy_worker_has_few_connections(site: Site) -> None:
-    jobs = group(site.producer.complete(tokens=20) for _ in range(600)).apply_async()
+    jobs = group(site.producer.complete(tokens=20) for _ in range(300)).apply_async()
     # The producer's own, and this test's.
     others = [len(ours(server)) for server in site.both]
     # Its clients close none, so all that it ever needed is there at the end.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,8 +60,27 @@ LLAMA3: Mapping[str, Any] = {
 }
 
 
+#: Holds each checkpoint that was made, until this process ends. Tests get copies: these take a tenth of the time.
+_ORIGINALS = tempfile.TemporaryDirectory(prefix="idefics-checkpoints-")
+
+
 def random_checkpoint(folder: Path, *, use_resampler: bool, seed: int = 0) -> Path:
     """A tiny IDEFICS with the demo's tokenizer, saved in a folder as a hub checkpoint is."""
+    return shutil.copytree(_random_original(use_resampler, seed), folder)
+
+
+def later_checkpoint(folder: Path, family: str, template: str | None) -> Path:
+    """A tiny Idefics2, Idefics3 or SmolVLM, whose pictures are cut into frames."""
+    return shutil.copytree(_later_original(family, template), folder)
+
+
+def _new_folder() -> Path:
+    return Path(tempfile.mkdtemp(dir=_ORIGINALS.name)) / "checkpoint"
+
+
+@functools.cache
+def _random_original(use_resampler: bool, seed: int) -> Path:
+    folder = _new_folder()
     tokenizer = _tokenizer(folder)
     torch.manual_seed(seed)
     model = IdeficsForVisionText2Text(_config(len(tokenizer), use_resampler)).eval()
@@ -70,8 +91,9 @@ def random_checkpoint(folder: Path, *, use_resampler: bool, seed: int = 0) -> Pa
     return folder
 
 
-def later_checkpoint(folder: Path, family: str, template: str | None) -> Path:
-    """A tiny Idefics2, Idefics3 or SmolVLM, whose pictures are cut into frames."""
+@functools.cache
+def _later_original(family: str, template: str | None) -> Path:
+    folder = _new_folder()
     tokenizer = _tokenizer(folder)
     torch.manual_seed(0)
     model, processor = _FAMILIES[family](tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +37,15 @@ RANDOM = {
 }
 #: What opens the prompts of the bundled ones.
 OPENINGS = {"demo": "", "demo-smolvlm": "<|im_start|>"}
-#: One of each family, and the bundled ones.
-FAMILIES = [*BUNDLED, "with resampler", "without resampler", "idefics2 chat", "idefics3 base", "smolvlm chat"]
-#: Those that also run with their keys and values in blocks.
-IN_BLOCKS = ["with resampler", "idefics2 chat", "smolvlm chat"]
+#: Random checkpoints of each family, and some with their keys and values in blocks.
+IN_SLOTS = ["with resampler", "without resampler", "idefics2 chat", "idefics3 base", "smolvlm chat"]
+SERVED = [*IN_SLOTS, "with resampler, in blocks", "idefics2 chat, in blocks", "smolvlm chat, in blocks"]
+
+
+#: What stock `generate` said to a job alone, by the job's JSON.
+StockAnswers = dict[str, list[int]]
+#: By checkpoint: the same weights are loaded for several files and layouts of the cache, and each asks the same jobs.
+_STOCK_ANSWERS: dict[str, StockAnswers] = {}
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Served:
     images: dict[str, Image.Image]
     #: What opens a prompt.
     opening: str = ""
+    stock_answers: StockAnswers = field(default_factory=dict)
 
     @property
     def stock(self) -> StockModel:
@@ -82,7 +88,10 @@ class Served:
 
     def stock_ids(self, job: Job, parts: Parts) -> list[int]:
         """The new tokens of transformers' own processor and `generate` for this job alone, up to their end."""
-        return generated(self.model, self.processor, job, self.stock_inputs(parts))
+        asked = job.model_dump_json()
+        if asked not in self.stock_answers:
+            self.stock_answers[asked] = generated(self.model, self.processor, job, self.stock_inputs(parts))
+        return self.stock_answers[asked]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,8 +99,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=[*FAMILIES, *(f"{name}, in blocks" for name in IN_BLOCKS)])
+@pytest.fixture(scope="session", params=SERVED)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """A random checkpoint. A test may ask for a bundled one by its name; these take ten times as long."""
     name, *layout = request.param.split(", in ")
     if name in BUNDLED:
         return _bundled(name)
@@ -105,7 +115,7 @@ def demo() -> Served:
 
 def _bundled(name: str) -> Served:
     images = {path.name: open_image(path.read_bytes()) for path in PICTURES.glob("*.png")}
-    return _served(Settings(model=name, dtype="float32"), BUNDLED[name], images, OPENINGS[name])
+    return _served(name, Settings(model=name, dtype="float32"), BUNDLED[name], images, OPENINGS[name])
 
 
 def random_model(folder: Path, name: str, kv_layout: Literal["slots", "blocks"] = "slots") -> Served:
@@ -116,13 +126,15 @@ def random_model(folder: Path, name: str, kv_layout: Literal["slots", "blocks"] 
     else:
         later_checkpoint(folder, family, None if opening is None else opening + TEMPLATE)
     images = {f"{n}.png": noise(n) for n in range(12)}
-    return _served(Settings(model=str(folder), dtype="float32", kv_layout=kv_layout), folder, images, opening or "")
+    settings = Settings(model=str(folder), dtype="float32", kv_layout=kv_layout)
+    return _served(name, settings, folder, images, opening or "")
 
 
-def _served(settings: Settings, folder: Path, images: dict[str, Image.Image], opening: str = "") -> Served:
+def _served(name: str, settings: Settings, folder: Path, images: dict[str, Image.Image], opening: str) -> Served:
     model = load(settings)
     assert isinstance(model, ContinuousModel)
-    return Served(settings, model, AutoProcessor.from_pretrained(folder), images, opening)
+    answers = _STOCK_ANSWERS.setdefault(name, {})
+    return Served(settings, model, AutoProcessor.from_pretrained(folder), images, opening, answers)
 
 
 def noise(seed: int) -> Image.Image:

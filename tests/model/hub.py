@@ -3,6 +3,7 @@ and processor sizes, with tiny networks and tokenizers that know few words."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -73,7 +74,7 @@ class HubCheckpoint:
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
         self._write(folder, self.files)
-        self.tokenizer().save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(_tokenizer_json(self.tokenizer))
         return folder
 
     def _write(self, folder: Path, files: Mapping[str, Any]) -> None:
@@ -84,6 +85,12 @@ class HubCheckpoint:
         """The same with other values in its files, which are named without `.json`."""
         changed = {f"{name}.json": {**self.files.get(f"{name}.json", {}), **values} for name, values in changes.items()}
         return replace(self, files={**self.files, **changed})
+
+
+@functools.cache
+def _tokenizer_json(make: Callable[[], Tokenizer]) -> str:
+    """Of up to 128,000 words, which take a while to make."""
+    return make().to_str(pretty=True)
 
 
 def _tokenizer_config(kind: str, processor: str, special: Iterable[str], **more: Any) -> dict[str, Any]:

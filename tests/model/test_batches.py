@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks import Answer, Caption, CaptionExample, ImagePath, Job
 from tasks.errors import Internal, OutOfMemory
-from tests.model.conftest import Served, noise
+from tests.model.conftest import SERVED, Served, noise
 from tests.model.jobs import Parts, mixed_jobs, prepared, row_of, stock_prefilled
 from worker.engine import prefix_cache
 from worker.engine.block_cache import BlockCache
@@ -27,6 +27,7 @@ from worker.engine.scheduler import Limits
 from worker.engine.slot_cache import SlotCache
 from worker.engine.slots import Move
 from worker.engine.stock import memory_errors
+from worker.models import BUNDLED
 
 
 def _nobody(running: Sequence[Row]) -> Sequence[Row]:
@@ -56,6 +57,7 @@ def _in_turn(groups: list[list[Row]]) -> Admit:
     return lambda running: groups.pop(0) if groups else []
 
 
+@pytest.mark.parametrize("served", [*BUNDLED, *SERVED], indirect=True)
 def test_a_batch_of_32_mixed_jobs_says_what_stock_generate_says_to_each_alone(served: Served) -> None:
     jobs = mixed_jobs(32, sorted(served.images))
     prompts = [served.parts(job) for job in jobs]
@@ -71,7 +73,8 @@ def test_rows_that_join_a_running_batch_and_fill_its_gaps_say_what_they_say_alon
 ) -> None:
     moves: list[Move] = []
     filled: list[int] = []
-    decoder = served.model.decoder
+    model = rebuilt(served.model)
+    decoder = model.decoder
     stock_compact, stock_prefill = decoder.compact, decoder.prefill
 
     def compact() -> list[Move]:
@@ -86,9 +89,9 @@ def test_rows_that_join_a_running_batch_and_fill_its_gaps_say_what_they_say_alon
 
     monkeypatch.setattr(decoder, "compact", compact)
     monkeypatch.setattr(decoder, "prefill", prefill)
-    jobs = mixed_jobs(40, sorted(served.images), seed=3)
+    jobs = mixed_jobs(40, sorted(served.images))
     prompts = [served.parts(job) for job in jobs]
-    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    rows = [row_of(model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
     waiting = rows[5:]
 
     def one_or_two(running: Sequence[Row]) -> Sequence[Row]:
@@ -96,9 +99,9 @@ def test_rows_that_join_a_running_batch_and_fill_its_gaps_say_what_they_say_alon
         # Nobody is forgotten when the batch runs empty.
         return joining or ([waiting.pop(0)] if waiting and len(running) < 2 else [])
 
-    served.model.run(rows[:5], _nothing, one_or_two)
+    model.run(rows[:5], _nothing, one_or_two)
     while waiting:
-        served.model.run([waiting.pop(0)], _nothing, one_or_two)
+        model.run([waiting.pop(0)], _nothing, one_or_two)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == served.stock_ids(job, parts), job
     assert moves
@@ -110,7 +113,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_between_the_steps_of_the_others(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = rebuilt(served.model, chunk_tokens=7)
-    jobs = [job.model_copy(update={"max_new_tokens": 25}) for job in mixed_jobs(16, sorted(served.images), seed=4)]
+    jobs = mixed_jobs(16, sorted(served.images))
     prompts = [served.parts(job) for job in jobs]
     rows = [row_of(model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
     events: list[str] = []
@@ -201,9 +204,9 @@ def test_recorded_and_replayed_steps_give_the_same_answers(served: Served) -> No
         return recorded(step)
 
     model = rebuilt(served.model, record=record)
-    jobs = mixed_jobs(24, sorted(served.images), seed=8)
+    jobs = mixed_jobs(24, sorted(served.images))
     prompts = [served.parts(job) for job in jobs]
-    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    rows = [row_of(model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
     steps = []
     model.run(rows[:12], lambda: steps.append(1), _in_turn([[], [], rows[12:20], [], [], [], rows[20:]]))
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
@@ -212,19 +215,20 @@ def test_recorded_and_replayed_steps_give_the_same_answers(served: Served) -> No
 
 
 def test_answers_are_right_with_caches_that_must_grow(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rebuilt(served.model)
     for name in ("decoder", "scratch"):
-        monkeypatch.setattr(served.model, name, served.model.decoder.empty_like(1))
-    jobs = mixed_jobs(24, sorted(served.images), seed=6)
+        monkeypatch.setattr(model, name, model.decoder.empty_like(1))
+    jobs = mixed_jobs(24, sorted(served.images))
     prompts = [served.parts(job) for job in jobs]
-    rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
-    never_ends = Row(prepared(served.model, prompts[0]), Sampling(100))
+    rows = [row_of(model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    never_ends = Row(prepared(model, prompts[0]), Sampling(100))
     # The others join when that one is long.
-    served.model.run([never_ends, *rows[:12]], _nothing, _in_turn([[]] * 80 + [rows[12:]]))
+    model.run([never_ends, *rows[:12]], _nothing, _in_turn([[]] * 80 + [rows[12:]]))
     assert never_ends.output.result() == _alone(served, never_ends)
     for job, parts, row in zip(jobs, prompts, rows, strict=True):
         assert list(row.output.result().ids) == served.stock_ids(job, parts), job
-    if isinstance(served.model.decoder.cache, SlotCache):
-        assert served.model.decoder.cache.positions == 0
+    if isinstance(model.decoder.cache, SlotCache):
+        assert model.decoder.cache.positions == 0
 
 
 def test_many_short_rows_and_a_long_one_after_them_take_no_more_than_each_alone(
@@ -306,7 +310,7 @@ def test_a_long_prompt_that_is_canceled_waits_for_no_other(served: Served) -> No
 
 def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served) -> None:
     jobs = [job.model_copy(update={"num_beams": 3, "max_new_tokens": 12})
-            for job in mixed_jobs(10, sorted(served.images), seed=1) if job.task != "idefics.chat"]  # fmt: skip
+            for job in mixed_jobs(10, sorted(served.images)) if job.task != "idefics.chat"]  # fmt: skip
     prompts = [served.parts(job) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
     served.model.run(rows, _nothing, _nobody)
@@ -315,7 +319,7 @@ def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served)
 
 
 def test_beams_that_wait_for_a_running_batch_to_end_say_what_stock_beams_say(served: Served) -> None:
-    jobs = mixed_jobs(12, sorted(served.images), seed=5)
+    jobs = mixed_jobs(12, sorted(served.images))
     jobs = [job.model_copy(update={"num_beams": 3} if n % 2 else {}) for n, job in enumerate(jobs)]
     prompts = [served.parts(job) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
@@ -336,6 +340,7 @@ def test_torchs_memory_errors_become_out_of_memory() -> None:
         torch.zeros(2) @ torch.zeros(3, 4)
 
 
+@pytest.mark.parametrize("served", [*BUNDLED, *SERVED], indirect=True)
 def test_prompts_and_pixels_are_those_of_transformers_own_processor(served: Served) -> None:
     for job in mixed_jobs(16, sorted(served.images), seed=2):
         parts = served.parts(job)

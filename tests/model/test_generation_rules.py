@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer, Idefics2ForConditionalGeneration, IdeficsForVisionText2Text
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    Idefics2ForConditionalGeneration,
+    IdeficsForVisionText2Text,
+    PreTrainedModel,
+)
 from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
@@ -19,6 +26,7 @@ from tasks.payloads import parse
 from tests.model.checkpoints import later_checkpoint, random_checkpoint
 from tests.model.conftest import noise
 from tests.model.jobs import mixed_jobs, parts_of, row_of
+from tests.support.waiting import PATIENCE_S
 from worker.engine.engine import Engine
 from worker.engine.generation_rules import UNSUPPORTED
 from worker.engine.interfaces import Model
@@ -76,11 +84,16 @@ def model_of(folder: Path) -> Model:
     return load(Settings(model=str(folder), dtype="float32"))
 
 
-@torch.inference_mode()
-def stock_answer(folder: Path, row: Row, inputs: dict[str, torch.Tensor], bad_words: list[list[int]]) -> list[int]:
-    """What stock `generate` says, with the checkpoint's own generation config."""
+def stock_network(folder: Path) -> PreTrainedModel:
     network = Idefics2ForConditionalGeneration if "idefics2" in str(folder) else IdeficsForVisionText2Text
-    model = network.from_pretrained(folder, dtype=torch.float32).eval()
+    return network.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def stock_answer(
+    model: PreTrainedModel, row: Row, inputs: dict[str, torch.Tensor], bad_words: list[list[int]]
+) -> list[int]:
+    """What stock `generate` says, with the checkpoint's own generation config."""
     ids = model.generate(
         **inputs,
         do_sample=False,
@@ -93,37 +106,58 @@ def stock_answer(folder: Path, row: Row, inputs: dict[str, torch.Tensor], bad_wo
     return list(ids[:end])
 
 
+def answers_of(model: Model, rows: Sequence[Row]) -> list[list[int]]:
+    """What a model answers to rows that run together."""
+    engine = Engine(model, Limits(rows=32, tokens=10_000))
+    for row in rows:
+        engine.submit(row)
+    engine.start()
+    try:
+        return [list(row.output.result(PATIENCE_S).ids) for row in rows]
+    finally:
+        engine.stop()
+
+
+#: What a checkpoint of a family with these rules answers to rows. All tests ask the same, which is computed once.
+Plain = Callable[[str, dict[str, Any], Sequence[Row]], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    known: dict[str, list[list[int]]] = {}
+
+    def answers(family: str, rules: dict[str, Any], rows: Sequence[Row]) -> list[list[int]]:
+        name = f"{family} {json.dumps(rules)}"
+        if name not in known:
+            model = model_of(checkpoint(tmp_path_factory.mktemp("plain") / family, family, rules))
+            known[name] = answers_of(model, [Row(row.tokens, row.sampling) for row in rows])
+        return known[name]
+
+    return answers
+
+
 @pytest.mark.parametrize("family", ["idefics", "idefics2"])
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_of_the_checkpoint_counts_for_greedy_rows_and_beams_in_any_company(
-    tmp_path: Path, family: str, name: str
+    tmp_path: Path, family: str, name: str, plain: Plain
 ) -> None:
     without_it = WITHOUT.get(name, {})
     folder = checkpoint(tmp_path / f"{family} checkpoint", family, {**without_it, **RULES[name]})
     model, processor = model_of(folder), AutoProcessor.from_pretrained(folder)
-    plain = model_of(checkpoint(tmp_path / f"plain {family}", family, without_it))
     jobs = [
         job for job in mixed_jobs(9, sorted(IMAGES), seed=4) if job.task not in ("idefics.chat", "idefics.complete")
     ]
     jobs += [job.model_copy(update={"num_beams": 2, "max_new_tokens": 8}) for job in jobs[:3]]
     prompts = [parts_of(job, IMAGES) for job in jobs]
     rows = [row_of(model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
-    without = [Row(row.tokens, row.sampling) for row in rows]
-    for each, of in ((rows, model), (without, plain)):
-        engine = Engine(of, Limits(rows=32, tokens=10_000))
-        for row in each:
-            engine.submit(row)
-        engine.start()
-        for row in each:
-            row.output.result(60)
-        engine.stop()
-    answers = [list(row.output.result().ids) for row in rows]
+    answers = answers_of(model, rows)
     inputs = [_stock_inputs(processor, parts, family) for parts in prompts]
+    stock = stock_network(folder)
     assert answers == [
-        stock_answer(folder, row, each, model.codec.bad_words_ids) for row, each in zip(rows, inputs, strict=True)
+        stock_answer(stock, row, each, model.codec.bad_words_ids) for row, each in zip(rows, inputs, strict=True)
     ]
     # The rule is one that these answers feel.
-    assert answers != [list(row.output.result().ids) for row in without]
+    assert answers != plain(family, without_it, rows)
 
 
 def _stock_inputs(processor: Any, parts: list[Any], family: str) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.model.conftest import Served, noise
+from tests.model.conftest import IN_SLOTS, Served, noise
 from tests.model.jobs import prepared
 from worker.engine.generation_rules import SCORE_RULES
 from worker.engine.logits_processors import RowRules
@@ -124,6 +124,11 @@ def transfers_by_step(served: Served, options: Sequence[dict[str, Any]]) -> list
     return [(now[0] - then[0], now[1] - then[1]) for then, now in itertools.pairwise(totals)]
 
 
+#: Each kind of decoder, in both layouts.
+DECODERS = ["with resampler", "idefics2 chat", "with resampler, in blocks", "smolvlm chat, in blocks"]
+
+
+@pytest.mark.parametrize("served", DECODERS, indirect=True)
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_host_reads_once_in_each_decode_step(served: Served, name: str) -> None:
     options = BATCHES[name]
@@ -140,6 +145,7 @@ def test_the_host_reads_once_in_each_decode_step(served: Served, name: str) -> N
     assert uploads <= 16
 
 
+@pytest.mark.parametrize("served", DECODERS, indirect=True)
 def test_the_host_reads_a_batchs_labels_once(served: Served) -> None:
     prompt = prepared(served.model, [served.images[min(served.images)], "Say what this is."])
     labels = tuple((5 + n, 6 + n, 7) for n in range(4))
@@ -188,6 +194,7 @@ def test_a_rule_of_the_checkpoint_reads_nothing_from_the_device(name: str) -> No
     assert transfers.uploads <= 2 * 2
 
 
+@pytest.mark.parametrize("served", IN_SLOTS, indirect=True)
 def test_pictures_are_encoded_without_a_read_from_the_device(served: Served) -> None:
     picture = served.model.codec.picture(noise(100))
 

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from config.settings import Settings
 from tasks import Job
 from tests.model.checkpoints import TEMPLATE, later_checkpoint
-from tests.model.conftest import Served, noise
+from tests.model.conftest import IN_SLOTS, Served, noise
 from tests.model.jobs import mixed_jobs, prepared, row_of
 from worker.engine.row import Row, Sampling
 from worker.engine.stock import StockModel
@@ -44,6 +44,7 @@ def assert_answers_are_stocks(served: Served, jobs: Sequence[Job], rows: Sequenc
         assert list(row.output.result().ids) == served.stock_ids(job, served.parts(job)), job
 
 
+@pytest.mark.parametrize("served", IN_SLOTS, indirect=True)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_prompt_is_prefilled_once_in_bounded_chunks_with_heartbeats(
     served: Served, beams: int, monkeypatch: pytest.MonkeyPatch
@@ -70,6 +71,7 @@ def test_a_prompt_is_prefilled_once_in_bounded_chunks_with_heartbeats(
     assert all(0 in pair for pair in itertools.pairwise(events))
 
 
+@pytest.mark.parametrize("served", IN_SLOTS, indirect=True)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_picture_is_encoded_once_in_chunks_with_heartbeats(
     served: Served, beams: int, monkeypatch: pytest.MonkeyPatch

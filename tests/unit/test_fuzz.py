@@ -21,16 +21,16 @@ def answering() -> Iterator[fuzz.Answering]:
         yield answering
 
 
-def test_two_thousand_broken_images_open_or_are_refused_in_time() -> None:
-    found = fuzz.images(2_000)
+def test_broken_images_open_or_are_refused_in_time() -> None:
+    found = fuzz.images(600)
     assert set(found["ends"]) == {"opened", "image_invalid", "image_too_large"}
-    assert sum(found["ends"].values()) == found["tried"] == 2_000
+    assert sum(found["ends"].values()) == found["tried"] == 600
     # Neither all whole nor all broken at the first byte.
-    assert 200 < found["ends"]["opened"] < 1_000
+    assert 60 < found["ends"]["opened"] < 300
     assert found["over_2_s"] == 0
 
 
-@settings(max_examples=500, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(job=fuzz.jobs())
 def test_a_fuzzed_payload_ends_in_a_result_or_a_refusal(
     job: tuple[str, dict[str, Any]], answering: fuzz.Answering

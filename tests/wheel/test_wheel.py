@@ -75,9 +75,9 @@ def test_the_wheel_holds_the_client_alone(wheel: Path) -> None:
 def test_the_wheel_imports_where_torch_tasks_worker_and_config_are_absent(
     wheel: Path, tmp_path: Path, pins: Sequence[str | Path]
 ) -> None:
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", *pins, wheel]
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *pins, wheel]
     subprocess.run(install, check=True, capture_output=True)
     done = subprocess.run([python, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
