@@ -70,10 +70,10 @@ def test_a_limit_ends_one_job_with_its_text_and_spares_its_neighbours(
 ) -> None:
     process = held_up.producer.model_process()
     before, late, after = client.submit(SHORT), client.submit(job, **options), client.submit(SHORT)
-    answer = late.result(timeout=5)
+    answer = late.result(timeout=PATIENCE_S)
     assert answer.finish_reason == "deadline"
     assert 0 < len(answer.text) < 500
-    assert [neighbour.result(timeout=5).text for neighbour in (before, after)] == [WORD, WORD]
+    assert [neighbour.result(timeout=PATIENCE_S).text for neighbour in (before, after)] == [WORD, WORD]
     assert held_up.producer.model_process() == process
 
 
@@ -106,7 +106,7 @@ def test_a_canceled_job_ends_at_its_next_step_and_its_text_so_far_is_kept(
     assert partial.finish_reason == "canceled"
     assert 0 < len(partial.text) < 500
     assert (WORD * 50).endswith(partial.text)
-    assert neighbour.result(timeout=5).text == WORD
+    assert neighbour.result(timeout=PATIENCE_S).text == WORD
     assert held_up.producer.model_process() == process
 
 

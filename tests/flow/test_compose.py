@@ -22,7 +22,7 @@ import yaml
 from config.settings import PREFIX, Settings
 from tests.support.guarded import MOUNT, as_user, make_secrets
 from tests.support.stand import Producer
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.support.waiting import PATIENCE_S, SOON_S, eventually
 from worker.demo import stack
 
 CHECKOUT = stack.CHECKOUT
@@ -439,7 +439,7 @@ def _stop(process: subprocess.Popen[bytes], within: float | None = None) -> None
     status = process.wait(within or _seconds(SERVICES["worker-cpu"]["stop_grace_period"]))
     # Celery exits with 1 after SIGQUIT, which SIGTERM stands for here.
     assert status in (0, 1), shlex.join(map(str, process.args))
-    assert psutil.wait_procs(children, timeout=5.0)[1] == []
+    assert psutil.wait_procs(children, timeout=SOON_S)[1] == []
 
 
 def _unfinished(server: stack.Broker) -> int:

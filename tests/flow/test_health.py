@@ -40,7 +40,9 @@ def probe(file: Path, kind: str = "--ready") -> tuple[int, str]:
     """Exit status, and the state's name."""
     command = [sys.executable, "-m", "worker.health", kind]
     environment = {**os.environ, "IDEFICS_STATE_FILE": str(file)}
-    done = subprocess.run(command, cwd=stack.CHECKOUT, env=environment, capture_output=True, text=True, timeout=10)
+    done = subprocess.run(
+        command, cwd=stack.CHECKOUT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     return done.returncode, done.stdout.partition(": ")[2].partition(".")[0].partition(" ")[0]
 
 

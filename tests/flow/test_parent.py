@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.gallery import Gallery
 from tests.support.stand import Stand, stand
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.support.waiting import PATIENCE_S, SOON_S, eventually
 from worker.demo import stack
 
 
@@ -109,7 +109,7 @@ def _eventual_children(process: subprocess.Popen[bytes]) -> list[psutil.Process]
 
 def _left(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that still run, given a moment."""
-    return list(psutil.wait_procs(processes, timeout=5.0)[1])
+    return list(psutil.wait_procs(processes, timeout=SOON_S)[1])
 
 
 def _addresses(server: stack.Broker) -> dict[str, str]:

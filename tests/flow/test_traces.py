@@ -26,7 +26,7 @@ from tests.support.json_log import about
 from tests.support.otlp import ReceivedSpan, TraceReceiver
 from tests.support.receiver import Receiver
 from tests.support.stand import callbacks_worker
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
 from worker.models.fake import POISON
 
@@ -243,7 +243,7 @@ def test_a_collector_that_is_away_delays_neither_jobs_nor_the_end(
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{stack.free_port()}")
     with stack.broker() as server, stack.worker(server, settings={"MODEL": "fake", "TRACES": "otlp"}) as process:
-        Client(server.url).submit(Complete(prompt=["Hello"], max_new_tokens=2)).result(timeout=10)
+        Client(server.url).submit(Complete(prompt=["Hello"], max_new_tokens=2)).result(timeout=PATIENCE_S)
         asked = time.monotonic()
         process.terminate()
         process.wait(20)

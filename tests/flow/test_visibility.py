@@ -108,7 +108,7 @@ def test_a_job_that_claims_to_be_redelivered_runs_beside_the_others(
         held = producer.show(gallery.held(shown)).apply_async()
         gallery.await_requests(shown)
         liar = producer.app.AsyncResult(forged(stood, "Hello"))
-        assert liar.get(timeout=5)["text"] == "llo"
+        assert liar.get(timeout=PATIENCE_S)["text"] == "llo"
         gallery.release(shown)
         assert held.get(timeout=PATIENCE_S)["text"] == "llo"
     assert server.connect().keys("idefics:redeliveries:*") + server.connect(1).keys("idefics:redeliveries:*") == []

@@ -54,7 +54,7 @@ def test_a_hanging_redis_does_not_block_the_caller() -> None:
     assert hangs.wait(SOON)
     began = time.monotonic()
     assert watched.exchange(["a"]) == set()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < SOON / 2
     goes_on.set()
     eventually(lambda: watched.exchange(["a"]) == {"a"})
 

@@ -43,13 +43,13 @@ def test_a_row_canceled_while_it_runs_ends_at_its_next_step_with_its_text() -> N
 
 
 def test_a_fake_batch_ends_with_its_last_row() -> None:
-    with running(FakeModel(step_s=0.01)) as engine:
+    with running(FakeModel(step_s=0.05)) as engine:
         (one,) = submit(engine, row("a" * 100, wanted=100))
         time.sleep(0.05)
         engine.cancel(one)
         started = time.monotonic()
         submit(engine, row("next", wanted=1))[0].output.result(SOON)
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 2.5
 
 
 def test_a_row_whose_deadline_passes_while_it_waits_fails() -> None:

@@ -12,7 +12,14 @@ import pytest
 
 from tests.support.waiting import SOON_S, eventually
 from worker.images.host_leases import Lease, LeaseRequest
-from worker.images.host_limits import LEASE_WAIT_S, MAX_COUNTDOWN_S, MIN_COUNTDOWN_S, HostLimiter, HostLimitReached
+from worker.images.host_limits import (
+    LEASE_WAIT_S,
+    MAX_COUNTDOWN_S,
+    MAX_WAIT_S,
+    MIN_COUNTDOWN_S,
+    HostLimiter,
+    HostLimitReached,
+)
 from worker.images.parking import ParkedJobs
 
 
@@ -46,7 +53,7 @@ def test_a_job_that_would_wait_long_is_sent_back_at_once_with_a_countdown_and_ot
             countdowns.append(busy.value.countdown)
         with hosts.acquire("other.test"):
             pass
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 3 * MAX_WAIT_S
     assert countdowns == pytest.approx([MIN_COUNTDOWN_S, MIN_COUNTDOWN_S + 5, MIN_COUNTDOWN_S + 10], abs=0.2)
 
 

@@ -97,8 +97,8 @@ def test_texts_stay_texts(text: str) -> None:
     ["https://" + "a " * 10**5, "data:" + ";" * 10**6, "a" * 10**6, "/9j/" + "a " * 10**6 + "!", "\ufeff" * 10**6],
 )
 def test_no_text_takes_long(text: str) -> None:
-    started = time.process_time()
+    started = time.thread_time()
     is_meant_as_image(text)
     with contextlib.suppress(ImageBlocked, ValueError):
         image_url(text)
-    assert time.process_time() - started < 0.5
+    assert time.thread_time() - started < 0.5

@@ -174,10 +174,10 @@ def test_a_pattern_takes_linear_time_on_its_worst_text(name: str, worst: tuple[s
         # What is not called by its name, as one of a dictionary's or of two, may be called by any.
         for method in (pattern.methods & METHODS) or METHODS:
             arguments = (text[:0], text) if method == "sub" else (text,)
-            began = time.process_time()
+            began = time.thread_time()
             outcome = getattr(compiled, method)(*arguments)
             list(outcome) if method == "finditer" else outcome
-            assert time.process_time() - began < MOST_S, (compiled, method)
+            assert time.thread_time() - began < MOST_S, (compiled, method)
 
 
 def test_pydantics_patterns_are_rusts_which_take_linear_time() -> None:
@@ -199,10 +199,10 @@ def test_show_is_fast_for_any_prompt(text: str, broker: stack.Broker, monkeypatc
     )
     monkeypatch.setattr(FailedJobs, "get", lambda *_: job)
     monkeypatch.setattr(FailedJobs, "signature", lambda *_: {"kwargs": {"prompt": [text]}})
-    began = time.process_time()
+    began = time.thread_time()
     outcome = CliRunner().invoke(main, ["--broker", broker.url, "failed", "show", "a"])
     assert outcome.exit_code == 0, outcome.output
-    assert time.process_time() - began < 4 * MOST_S
+    assert time.thread_time() - began < 4 * MOST_S
 
 
 @pytest.mark.parametrize(

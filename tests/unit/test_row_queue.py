@@ -9,7 +9,7 @@ from worker.engine.scheduler import Limits
 
 LIMITS = Limits(rows=8, tokens=10_000)
 #: Seconds.
-SOON, LONG = 0.5, 5.0
+SOON, LONG = 2.0, 5.0
 
 
 def test_the_engine_does_not_wait_for_rows_of_a_closed_queue() -> None:

@@ -76,7 +76,7 @@ def test_a_broker_that_is_away_is_one_of_our_errors(make: Any, call: Any, monkey
     began = time.monotonic()
     with pytest.raises(BrokerUnavailable) as away:
         call(make(NOWHERE, NOWHERE))
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     assert (away.value.code, away.value.retryable, away.value.http_status) == ("broker_unavailable", True, 503)
     assert isinstance(away.value, ConnectionError)
     assert isinstance(away.value, OperationalError)
@@ -106,26 +106,26 @@ def test_a_redis_that_dies_is_given_up_in_time(make: Any, call: Any, monkeypatch
         began = time.monotonic()
         with pytest.raises(BrokerUnavailable):
             call(client)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
 
 
 @both_ways
 def test_a_job_is_queued_although_the_results_redis_is_away(broker: stack.Broker, make: Any) -> None:
     began = time.monotonic()
     assert make(broker.url, NOWHERE).submit(JOB, queue=uuid.uuid4().hex).id
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_a_silent_server_is_not_asked_again(broker: stack.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apps, "SOCKET_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(apps, "SOCKET_TIMEOUT_S", 1.5)
     client = of_an_app(broker.url, broker.results)
     client.submit(JOB, queue="never")
     with broker.connect() as server:
-        server.execute_command("CLIENT", "PAUSE", 4_000, "WRITE")
+        server.execute_command("CLIENT", "PAUSE", 6_000, "WRITE")
         began = time.monotonic()
         with pytest.raises(BrokerUnavailable):
             client.submit(JOB, queue="never")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 2 * 1.5
         server.execute_command("CLIENT", "UNPAUSE")
 
 
