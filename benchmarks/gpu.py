@@ -38,6 +38,7 @@ from worker.engine.decoder import SlotDecoder
 from worker.engine.next_tokens import NextTokens
 from worker.engine.pauses import without_pauses
 from worker.engine.row import Picture, Row, Sampling, Tokens
+from worker.engine.token_masks import TokenMasks
 
 ROWS = (1, 16, 64)
 PICTURES = (1, 8, 32)
@@ -128,7 +129,7 @@ def setups(measured: Measured) -> Iterator[Setup]:
 @torch.inference_mode()
 def decode_step_s(setup: Setup, rows: int) -> tuple[float, float]:
     """The time of a step of the decoder, and that of the GPU's kernels in a step that also chooses tokens."""
-    decoder, choose = setup.decoder(rows), NextTokens([], setup.device).choose
+    decoder, choose = setup.decoder(rows), NextTokens([], setup.device, TokenMasks((), setup.device)).choose
 
     def steps(*, choosing: bool) -> None:
         for _ in range(STEPS):

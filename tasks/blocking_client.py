@@ -100,7 +100,8 @@ class BlockingClient:
 
     def _submit(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
         sent = self._send(job, priority, options)
-        return SubmittedJob(self.app.AsyncResult(sent.id), sent.queue, self._app)
+        response_model = getattr(job, "response_model", None)
+        return SubmittedJob(self.app.AsyncResult(sent.id), sent.queue, self._app, response_model)
 
     def _send(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
         model, queue = options.pop("model", None), options.pop("queue", None)

@@ -116,14 +116,15 @@ def checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
         json.dumps(metadata, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
         raise ValueError("metadata holds what JSON cannot represent") from None
-    if _is_deeper(metadata, MAX_METADATA_DEPTH):
+    if is_deeper(metadata, MAX_METADATA_DEPTH):
         raise ValueError(f"metadata is nested more than {MAX_METADATA_DEPTH} deep")
     if size > MAX_METADATA_BYTES:
         raise ValueError(f"metadata has more than {MAX_METADATA_BYTES} bytes as JSON")
     return metadata
 
 
-def _is_deeper(value: Any, most: int) -> bool:
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects in a JSON value are nested more than `most` deep, itself included."""
     level = [value]
     for _ in range(most):
         inner = (entry for outer in level for entry in (outer.values() if isinstance(outer, dict) else outer))

@@ -48,6 +48,7 @@ from .protocol import (
     RESERVED_TOKENS,
     SUBMITTED_AT,
 )
+from .response_format import Formatted, ResponseFormat
 from .results import ModelInfo, Result, Timing, Usage
 from .sampling_fields import NEAR_GREEDY, Sampled
 from .urls import fault_of
@@ -99,6 +100,7 @@ __all__ = [
     "Outcome",
     "Parts",
     "RawText",
+    "ResponseFormat",
     "Result",
     "StopString",
     "Text",
@@ -196,7 +198,7 @@ class AnswerExample(PayloadModel):
     answer: Text
 
 
-class Answer(Job):
+class Answer(Formatted, Job):
     """Answer a question about an image."""
 
     task = "idefics.answer"
@@ -248,7 +250,7 @@ class Classify(Job):
         return [label.strip() for label in self.labels]
 
 
-class Write(Job):
+class Write(Formatted, Job):
     """Write a text that images guide: a story, an advert, a post."""
 
     task = "idefics.write"
@@ -261,7 +263,7 @@ class Write(Job):
     """The line before the text."""
 
 
-class Complete(Job):
+class Complete(Formatted, Job):
     """Continue a list of texts and images, exactly as the IDEFICS guide writes it.
 
     A string that is wholly an http(s) URL or a `data:image/` URI is an image; `{"image": ...}` and
@@ -287,7 +289,7 @@ class Complete(Job):
         return prompt
 
 
-class Chat(Job):
+class Chat(Formatted, Job):
     """Answer the last of a conversation's messages (OpenAI's form). For instruct checkpoints."""
 
     task = "idefics.chat"

@@ -34,6 +34,9 @@ MAX_METADATA_BYTES = 16_384
 MAX_METADATA_DEPTH = 32
 #: Entries of any list of a payload: examples, images, messages, parts.
 MAX_ENTRIES = 1_000
+#: A `response_format` as JSON, and the depth of its schema. Larger ones take seconds to compile.
+MAX_FORMAT_BYTES = 65_536
+MAX_FORMAT_DEPTH = 64
 #: A job's arguments as JSON. The worker's default IDEFICS_MAX_JOB_BYTES, less what Celery adds.
 MAX_JOB_BYTES = 31_900_000
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import json
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
 
 class _Reply(BaseModel):
@@ -129,3 +130,19 @@ class Result(_Reply):
     """transformers' generation parameters that applied, including the checkpoint's. Empty: plain greedy decoding."""
     metadata: dict[str, Any] = {}
     """The job's own metadata."""
+    _response_model: type[BaseModel] | None = PrivateAttr(default=None)
+
+    @property
+    def parsed(self) -> Any:
+        """The text as JSON: an instance of the job's `response_model` if the job was submitted here with one, else
+        plain values.
+
+        Raises ValueError for a text that is no JSON, as one that `max_new_tokens` has cut (`finish_reason` `length`).
+        """
+        model = self._response_model
+        return json.loads(self.text) if model is None else model.model_validate_json(self.text)
+
+    def parsed_as(self, model: type[BaseModel] | None) -> Self:
+        """The same result, whose `parsed` is an instance of `model`."""
+        self._response_model = model
+        return self

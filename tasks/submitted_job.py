@@ -10,6 +10,7 @@ from celery import Celery, states
 from celery.backends.redis import RedisBackend
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
+from pydantic import BaseModel
 from redis.exceptions import RedisError
 
 from .broker_errors import with_our_errors
@@ -37,12 +38,20 @@ _STATUS: dict[str, Status] = {
 class SubmittedJob:
     """A job on its way. Keep its `id`: `Client.job(id)` finds it again from any process."""
 
-    def __init__(self, outcome: AsyncResult[Any], queue: str | None = QUEUE, app: Celery | None = None) -> None:
-        """`queue`: where it waits, if that is known. `app`: the one to ask by, where it is not the handle's own."""
+    def __init__(
+        self,
+        outcome: AsyncResult[Any],
+        queue: str | None = QUEUE,
+        app: Celery | None = None,
+        response_model: type[BaseModel] | None = None,
+    ) -> None:
+        """`queue`: where it waits, if that is known. `app`: the one to ask by, where it is not the handle's own.
+        `response_model`: what its result is parsed as."""
         #: Celery's own handle, for all that Celery can do.
         self.async_result = outcome
         self.id: str = outcome.id
         self._queue = queue
+        self._response_model = response_model
         self._app: Celery = app or outcome.app
 
     def __repr__(self) -> str:
@@ -73,14 +82,14 @@ class SubmittedJob:
         wait = ResultWait(self._app, self.id, self._queue, timeout)
         while (outcome := wait.poll()) is None:
             time.sleep(wait.pause_s())
-        return _answer(outcome)
+        return _answer(outcome).parsed_as(self._response_model)
 
     async def aresult(self, timeout: float | None = None) -> Result:
         """`result` for asyncio, without blocking a thread."""
         wait = ResultWait(self._app, self.id, self._queue, timeout)
         while (outcome := await asyncio.to_thread(wait.poll)) is None:
             await asyncio.sleep(wait.pause_s())
-        return _answer(outcome)
+        return _answer(outcome).parsed_as(self._response_model)
 
     async def astatus(self) -> Status:
         """`status` for asyncio."""

@@ -206,7 +206,8 @@ class FakeClient:
             answer = self._answer(job)
         except (JobError, JobCanceled) as error:
             return error
-        return answer if isinstance(answer, Result) else canned(answer, job, model)
+        result = answer.model_copy() if isinstance(answer, Result) else canned(answer, job, model)
+        return result.parsed_as(getattr(job, "response_model", None))
 
 
 def _failed(job: Job, id: str, error: JobError) -> FailedJob:

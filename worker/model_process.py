@@ -307,6 +307,7 @@ def _service(
     engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
     answers = _answers(settings, folder)
     service = Service(settings, model.info, model.codec, engine, answers, model.rules, downloads)
+    service.prepare()
     heartbeat.throughput, heartbeat.rows = lambda: service.throughput, lambda: engine.running
     engine.start()
     service.check_golden(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, Union, get_args, get_origin
@@ -84,6 +85,9 @@ def field_of(path: str) -> tuple[Getter, type]:
     """How the field at a path is read, and its type: str, int, float, or object for any JSON. Raises PlanError."""
     if path in FIELDS:
         return FIELDS[path]
+    if path.split(".")[0] == "parsed":
+        # The text as JSON, of a job with a response_format.
+        return _of_result(lambda result: _at(_json(result.text), path.split(".")[1:])), object
     names, kind = _resolved(path)
     return _of_result(lambda result: _at(result, names)), kind if kind in (str, int, float) else object
 
@@ -109,6 +113,14 @@ def _resolved(path: str) -> tuple[list[str], Any]:
 def _not_optional(annotation: Any) -> Any:
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return next(member for member in members if member is not types.NoneType)
+
+
+def _json(text: str) -> Any:
+    """A text as JSON; None for one that is cut."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _at(value: Any, names: Sequence[str]) -> Any:

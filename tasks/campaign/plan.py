@@ -21,7 +21,10 @@ from .values import Pictures, Value, columns_of, filled, value_of
 
 _PREFIX = "idefics."
 #: Fields that a campaign sets itself.
-_OWN = {"idempotency_key": "a campaign runs each row once anyway"}
+_OWN = {
+    "idempotency_key": "a campaign runs each row once anyway",
+    "response_model": "it is for Python: set response_format",
+}
 _A_URL = "https://example.com/a.jpg"
 #: Stand for what only a row can say, while the constant fields are checked.
 _STAND_INS: dict[str, Any] = {

@@ -119,13 +119,26 @@ def test_the_shell_block_of_bulk_jobs_answers_the_shipped_lines(demo_broker: Bro
 
 
 def test_the_shell_block_of_a_campaign_captions_the_shipped_pictures(demo_broker: Broker, tmp_path: Path) -> None:
-    [code] = [code for code in SHELL if "idefics-jobs run examples/pictures" in code]
+    [code] = [code for code in SHELL if "idefics-jobs run examples/pictures captions.csv" in code]
     _said(code.replace("captions.csv", f"{tmp_path}/captions.csv"), demo_broker)
     with (tmp_path / "captions.csv").open(newline="") as file:
         texts = {row["file"]: row["text"].strip() for row in csv.DictReader(file)}
     assert texts["cat.png"] == "A cat on a blue background."
     assert [*texts] == sorted(texts)
     assert (tmp_path / "captions.html").read_text().count("data:image/webp;base64,") == len(texts)
+
+
+def test_the_shell_block_of_attributes_writes_them_into_columns(demo_broker: Broker, tmp_path: Path) -> None:
+    [code] = [code for code in SHELL if "response_format" in code]
+    _said(code.replace("subjects.csv", f"{tmp_path}/subjects.csv"), demo_broker)
+    with (tmp_path / "subjects.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    for row in rows:
+        assert row["finish_reason"] == "stop"
+        assert row["subject"] in ("animal", "car", "food", "plant", "other")
+        assert row["count"] in set("123456789")
+        assert json.loads(row["text"]) == {"subject": row["subject"], "count": int(row["count"])}
 
 
 def test_the_shell_block_of_one_table_goes_from_its_rows_to_a_comparison(demo_broker: Broker, tmp_path: Path) -> None:

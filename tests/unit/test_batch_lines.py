@@ -156,7 +156,7 @@ def test_a_top_p_of_nothing_is_greedy() -> None:
         ("presence_penalty", 3),
         ("logit_bias", {"50256": -101}),
         ("logit_bias", {"cat": 1}),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "xml"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
         ("reasoning_effort", "high"),

@@ -71,6 +71,7 @@ COMMON: dict[str, Any] = {
     "metadata": {"row": 7, "tags": ["a", None]},
     "idempotency_key": "row-7",
 }
+FORM = {"type": "choice", "choice": ["yes", "no"]}
 #: Each task's own fields, all set.
 OWN: dict[str, dict[str, Any]] = {
     "idefics.caption": {
@@ -83,15 +84,22 @@ OWN: dict[str, dict[str, Any]] = {
         "image": PATH,
         "question": "What is this?",
         "examples": [{"image": URL, "question": "Who?", "answer": "Me"}],
+        "response_format": FORM,
     },
     "idefics.classify": {
         "image": URL,
         "labels": ["food", "animal"],
         "examples": [{"image": URL, "label": "food"}],
     },
-    "idefics.write": {"images": [URL, PATH], "instruction": "Write an advert.", "lead": "Advert:"},
-    "idefics.complete": {"prompt": [{"text": "User:"}, {"image": URL}, {"image": PATH}]},
+    "idefics.write": {
+        "images": [URL, PATH],
+        "instruction": "Write an advert.",
+        "lead": "Advert:",
+        "response_format": FORM,
+    },
+    "idefics.complete": {"prompt": [{"text": "User:"}, {"image": URL}, {"image": PATH}], "response_format": FORM},
     "idefics.chat": {
+        "response_format": FORM,
         "messages": [
             {"role": "system", "content": "Be brief."},
             {"role": "assistant", "content": "Yes."},
@@ -150,8 +158,10 @@ def test_every_field_of_a_task_is_read_from_a_message_of_either_protocol(task: s
 @pytest.mark.parametrize("task", OWN)
 def test_all_fields_of_a_task_are_among_these(task: str) -> None:
     job = parse(task, OWN[task])
-    # Chat takes one of two names for its length.
-    assert set(type(job).model_fields) == {*COMMON, *OWN[task], *(["max_completion_tokens"] * (task == "idefics.chat"))}
+    # Chat takes one of two names for its length. A `response_model` is sent as its schema.
+    further = ["max_completion_tokens"] if task == "idefics.chat" else []
+    sent = {name for name, field in type(job).model_fields.items() if not field.exclude}
+    assert sent == {*COMMON, *OWN[task], *further}
 
 
 def test_either_name_of_a_conversations_length_is_read() -> None:
@@ -160,5 +170,6 @@ def test_either_name_of_a_conversations_length_is_read() -> None:
 
 
 def test_beams_are_read() -> None:
-    read = envelope("idefics.write", {**OWN["idefics.write"], "num_beams": 4}, 1)
+    # A form needs one beam.
+    read = envelope("idefics.write", {**OWN["idefics.write"], "num_beams": 4, "response_format": None}, 1)
     assert parse("idefics.write", read.payload[1]).num_beams == 4

@@ -73,7 +73,7 @@ class ContinuousModel:
         self._labels = LabelScorer(self.scratch, label_tokens)
         self._device = decoder.spec.device
         self._budget_tokens = budget_tokens or (BUDGET_TOKENS if self._device.type == "cuda" else chunk_tokens)
-        self._next_tokens = NextTokens([id for ids in stock.codec.bad_words_ids for id in ids], self._device)
+        self._next_tokens = NextTokens(itertools.chain(*stock.codec.bad_words_ids), self._device, stock.masks)
         self._batch = Batch(self.decoder)
 
     @torch.inference_mode()
@@ -234,6 +234,7 @@ class ContinuousModel:
                 self.decoder.cache.spoil(slots[place])
                 continue
             run.progress.take(tokens[place], now)
+        self.stock.masks.compute(run.progress for run in running.values())
         done = [slots[place] for place, run in running.items() if run.progress.row.is_done]
         for slot in done:
             del self._batch.running[slot]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from worker.engine.grammar import GrammarTokens
     from worker.engine.scoring import TokenTree
 
 #: A prompt's texts and pictures, in reading order.
@@ -58,6 +59,9 @@ class Codec(Protocol):
         `lead`: the end of the prompt, from its last picture on, or the whole prompt. Texts before a picture do not
         change how a text after it is tokenized. Raises InvalidRequest.
         """
+
+    def grammar_tokens(self) -> GrammarTokens | None:
+        """What grammars are compiled for; None if the model does not keep to any. Takes up to a second."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn new tokens into text, without special tokens."""

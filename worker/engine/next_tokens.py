@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from worker.engine.progress import RowProgress
 from worker.engine.row import TokenScore
 from worker.engine.sampling import BatchSampler, RowSampler
 from worker.engine.tensors import to_device
+from worker.engine.token_masks import TokenMasks
 from worker.engine.token_scores import NO_TOKEN, best, chosen, read
 from worker.engine.traced import Traced
 
@@ -29,10 +30,11 @@ class Running(NamedTuple):
 class NextTokens:
     """Chooses the next token of each row of a batch: the likeliest one, or a sample."""
 
-    def __init__(self, forbidden: Sequence[int], device: torch.device) -> None:
-        """`forbidden`: tokens that no answer contains."""
+    def __init__(self, forbidden: Iterable[int], device: torch.device, masks: TokenMasks) -> None:
+        """`forbidden`: tokens that no answer contains. `masks`: of the rows with grammars."""
         self._forbidden = to_device(list(forbidden), device, torch.long)
         self._device = device
+        self._masks = masks
         self._best = Traced(best)
         self._penalties = Penalties(device)
         #: Those of the last batch's sampled rows, by the row's index.
@@ -54,12 +56,15 @@ class NextTokens:
         return read(scores, logits, {place: count for place, count in asked.items() if count})
 
     def _ruled(self, likeliest: Tensor, logits: Tensor, rows: Mapping[int, Running]) -> Tensor:
-        """The likeliest tokens' scores (3, rows) after the checkpoint's rules, which are applied to `logits` in
-        place."""
+        """The likeliest tokens' scores (3, rows) after the checkpoint's rules and the rows' grammars, which are applied
+        to `logits` in place."""
         ruled = [(place, run.progress.new, run.rules) for place, run in rows.items() if run.rules]
         for place, new, rules in ruled:
             logits[place] = rules.apply(new, logits[place])
-        return self._best(logits, self._forbidden) if ruled else likeliest
+        grammars = {place: grammar for place, run in rows.items() if (grammar := run.progress.grammar)}
+        if grammars:
+            self._masks.apply(logits, grammars)
+        return self._best(logits, self._forbidden) if ruled or grammars else likeliest
 
     def _sampled(self, likeliest: Tensor, logits: Tensor, rows: Mapping[int, Running]) -> Tensor:
         """The tokens' scores (3, rows): of samples for the sampled rows, and `likeliest` for the others."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from worker.engine.grammar import Grammar
+
 FinishReason = Literal["stop", "length", "stop_sequence", "canceled", "deadline"]
 
 
@@ -157,6 +159,8 @@ class Row:
     #: time.monotonic() at which the row ends with the tokens so far.
     deadline: float | None = None
     canceled: bool = False
+    #: What its text keeps to; None: to nothing.
+    grammar: Grammar | None = None
     #: The first row of a job that asks for several samples; with it, the others are canceled.
     leader: Row | None = None
     #: Number of pictures whose features were cached.

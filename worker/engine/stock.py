@@ -35,6 +35,7 @@ from worker.engine.step_metrics import count_step, phase
 from worker.engine.stock_prefill import CHUNK_TOKENS, PaddedPrompts, Prefilled, prefill
 from worker.engine.stock_scoring import label_log_likelihoods
 from worker.engine.stop_strings import Decode, StopStrings
+from worker.engine.token_masks import TokenMasks
 from worker.engine.token_scores import Confidence, ScoreRecorder
 
 #: Messages of torch's plain RuntimeErrors for a lack of memory on a CPU or in a GPU's matrix library.
@@ -98,6 +99,8 @@ class StockModel:
         self.adapter = adapter
         self.max_tokens = max_tokens
         self._chunk_tokens = chunk_tokens
+        reserved = [id for id in self.codec.reserved_ids if id < self.codec.vocabulary]
+        self.masks = TokenMasks(reserved, adapter.model.device)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
@@ -137,6 +140,8 @@ class StockModel:
 
     def _continue(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         recorder = ScoreRecorder()
+        progress = [RowProgress(row, self.codec.decode) for row in rows]
+        grammars = [Grammars(progress, self.masks)] if any(row.grammar for row in rows) else []
         self._generate(
             rows,
             heartbeat,
@@ -145,9 +150,16 @@ class StockModel:
             eos_token_id=sorted(self.codec.eos_ids),
             bad_words_ids=self.codec.bad_words_ids,
             logits_processor=LogitsProcessorList(
-                [Overflow(rows), self._penalties(rows), *self._batch_rules(rows), recorder, RowSampling(rows)]
+                [
+                    Overflow(rows),
+                    self._penalties(rows),
+                    *self._batch_rules(rows),
+                    *grammars,
+                    recorder,
+                    RowSampling(rows),
+                ]
             ),
-            stopping_criteria=StoppingCriteriaList([RowStopping(rows, self.codec.decode, heartbeat, recorder)]),
+            stopping_criteria=StoppingCriteriaList([RowStopping(progress, self.masks, heartbeat, recorder)]),
         )
 
     def _penalties(self, rows: Sequence[Row], num_beams: int = 1) -> StockPenalties:
@@ -284,14 +296,37 @@ class Overflow(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
+class Grammars(LogitsProcessor):  # type: ignore[misc]
+    """Keeps each row with a grammar to it."""
+
+    def __init__(self, progress: Sequence[RowProgress], masks: TokenMasks) -> None:
+        self._progress = progress
+        self._masks = masks
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Mask scores (rows, vocabulary) in place. `input_ids`: (rows, length)."""
+        states = {
+            place: progress.grammar
+            for place, progress in enumerate(self._progress)
+            if progress.grammar and not progress.row.is_done
+        }
+        if states:
+            self._masks.apply(scores, states)
+        return scores
+
+
 class RowStopping(StoppingCriteria):  # type: ignore[misc]
     """Ends each row by its own conditions, and finishes it at that step, without waiting for its batch."""
 
-    def __init__(self, rows: Sequence[Row], decode: Decode, heartbeat: SendHeartbeat, recorder: ScoreRecorder) -> None:
-        self._progress = [RowProgress(row, decode) for row in rows]
+    def __init__(
+        self, progress: Sequence[RowProgress], masks: TokenMasks, heartbeat: SendHeartbeat, recorder: ScoreRecorder
+    ) -> None:
+        self._progress = progress
+        self._masks = masks
         self._heartbeat = heartbeat
         self._recorder = recorder
-        self._asked = {place: row.sampling.logprobs for place, row in enumerate(rows) if row.sampling.logprobs}
+        counts = [each.row.sampling.logprobs for each in progress]
+        self._asked = {place: count for place, count in enumerate(counts) if count}
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         """Which rows are done (rows,). `input_ids`: all tokens (rows, length)."""
@@ -301,6 +336,7 @@ class RowStopping(StoppingCriteria):  # type: ignore[misc]
         for progress, score in zip(self._progress, self._recorder.of(input_ids[:, -1], self._asked), strict=True):
             if not progress.row.is_done:
                 progress.take(score, now)
+        self._masks.compute(self._progress)
         return torch.tensor([progress.row.is_done for progress in self._progress], device=input_ids.device)
 
 

@@ -145,6 +145,8 @@ def digest(row: Row, model: ModelInfo) -> str | None:
         "labels": row.labels,
         "sampling": {**asdict(sampling), "eos_ids": sorted(sampling.eos_ids)},
     }
+    if row.grammar:
+        asked["grammar"] = row.grammar.definition
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

@@ -33,7 +33,7 @@ class ResultBuilder:
         self._told = rules.abbreviated()
 
     def build(self, job: Job, row: Row, output: Output, timing: Timing) -> Result:
-        text = _until_stop(self._codec.decode(output.ids), job.stop)
+        text = self._text(job, row, output)
         scores = dict(zip(labels_of(job), output.probabilities, strict=True)) if output.probabilities else None
         label = max(scores, key=scores.__getitem__) if scores else None
         outputs = (output, *output.others)
@@ -50,7 +50,7 @@ class ResultBuilder:
             scores=scores,
             **self._confidence(scores[label] if scores and label else output.confidence, label),
             logprobs=self._logprobs(job, output),
-            choices=[self._choice(job, each) for each in outputs] if job.n > 1 else None,
+            choices=[self._choice(job, row, each) for each in outputs] if job.n > 1 else None,
             usage=usage,
             model=self._info,
             timing=timing,
@@ -58,9 +58,13 @@ class ResultBuilder:
             metadata=job.metadata,
         )
 
-    def _choice(self, job: Job, output: Output) -> Choice:
+    def _text(self, job: Job, row: Row, output: Output) -> str:
+        decode = row.grammar.text if row.grammar else self._codec.decode
+        return _until_stop(decode(output.ids), job.stop)
+
+    def _choice(self, job: Job, row: Row, output: Output) -> Choice:
         return Choice(
-            text=_until_stop(self._codec.decode(output.ids), job.stop),
+            text=self._text(job, row, output),
             finish_reason=output.finish_reason,
             logprobs=self._logprobs(job, output),
             **self._confidence(output.confidence, None),

@@ -9,9 +9,12 @@ from typing import Any
 from config.settings import Settings
 from tasks.errors import InvalidRequest, PromptTooLong
 from tasks.payloads import Chat, Classify, Job
+from tasks.response_format import ResponseFormat
 from worker.engine.generation_rules import GenerationRules
+from worker.engine.grammar import Grammar
 from worker.engine.interfaces import Codec, PromptContent
 from worker.engine.row import Row, Sampling
+from worker.jobs.grammars import Grammars
 from worker.jobs.prompts import Prompt, build, in_turns, without_ends
 
 
@@ -25,6 +28,7 @@ class RowBuilder:
         self._default_new_tokens = settings.default_new_tokens
         self._codec = codec
         self._rules = rules
+        self._grammars = Grammars(codec.grammar_tokens)
 
     def prompt(self, job: Job) -> Prompt:
         """The job's prompt in the model's form: texts and references to images."""
@@ -42,6 +46,15 @@ class RowBuilder:
             raise InvalidRequest(f"max_new_tokens is {job.max_new_tokens}: this worker's maximum is {most}.")
         return job.max_new_tokens
 
+    def prepare(self) -> None:
+        """See Grammars."""
+        self._grammars.prepare()
+
+    def grammar(self, job: Job) -> Grammar | None:
+        """The grammar that the job's text keeps to. Raises InvalidRequest for a `response_format` that is refused."""
+        form: ResponseFormat | None = getattr(job, "response_format", None)
+        return self._grammars.of(form) if form else None
+
     def build(
         self, job: Job, parts: PromptContent, new_tokens: int, priority: int = 5, deadline: float | None = None
     ) -> Row:
@@ -58,7 +71,8 @@ class RowBuilder:
         length = len(tokens.ids) + max(map(len, labels), default=0)
         if length > self._max_prompt_tokens:
             raise self._too_long(str(length))
-        return Row(tokens, self._sampling(job, new_tokens), tuple(labels), priority, deadline)
+        sampling = self._sampling(job, new_tokens)
+        return Row(tokens, sampling, tuple(labels), priority, deadline, grammar=self.grammar(job))
 
     def _sampling(self, job: Job, new_tokens: int) -> Sampling:
         return Sampling(
@@ -99,7 +113,15 @@ def others(row: Row) -> list[Row]:
     """The rows of a job's further samples, each with a seed of its own."""
     seeds = [_derived_seed(row.sampling.seed, number) for number in range(1, row.sampling.answers)]
     return [
-        Row(row.tokens, dataclasses.replace(row.sampling, seed=seed), (), row.priority, row.deadline, leader=row)
+        Row(
+            row.tokens,
+            dataclasses.replace(row.sampling, seed=seed),
+            (),
+            row.priority,
+            row.deadline,
+            grammar=row.grammar,
+            leader=row,
+        )
         for seed in seeds
     ]
 

@@ -93,6 +93,10 @@ class Service:
         throughput = self._engine.throughput
         return throughput._replace(capacity=throughput.capacity + self._images.jobs_on_network)
 
+    def prepare(self) -> None:
+        """Do what would halt the engine at the first job with a `response_format`."""
+        self._rows.prepare()
+
     def check_golden(self, folder: Path | None) -> None:
         """Check the model's answers before it serves. Raises SetupFailed."""
         self._golden_check.run(folder)
@@ -151,6 +155,8 @@ class Service:
         new_tokens = self._rows.new_tokens(job)
         started = time.monotonic()
         run.check()
+        # One that is refused costs no download.
+        self._rows.grammar(job)
         parts = self._load_images(self._rows.prompt(job))
         run.check()
         row = self._rows.build(job, parts, new_tokens, run.context.priority, run.deadline)

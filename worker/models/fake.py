@@ -55,6 +55,9 @@ class FakeCodec:
     def encode_labels(self, lead: PromptContent, labels: Sequence[str]) -> list[tuple[int, ...]]:
         return [tuple(map(ord, label)) for label in labels]
 
+    def grammar_tokens(self) -> None:
+        """It writes what its prompt says."""
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 

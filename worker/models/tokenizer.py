@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.errors import InvalidRequest
 from tasks.protocol import END_OF_UTTERANCE
+from worker.engine.grammar import GrammarTokens
 from worker.engine.interfaces import PromptContent
 from worker.engine.row import Picture, Tokens
 from worker.models import SetupFailed
@@ -170,6 +172,13 @@ class BaseCodec:
         self._refuse_unknown(ids)
         plain = [_plainest(part) if isinstance(part, str) else part for part in parts]
         self._refuse_others(ids, self._markers(_Shape(plain)))
+
+    def grammar_tokens(self) -> GrammarTokens:
+        """What grammars are compiled for."""
+        tokenizer = copy.copy(self.tokenizer.backend_tokenizer)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return GrammarTokens(tokenizer.to_str(), self._model.vocabulary, tuple(sorted(self.eos_ids)))
 
     def _known(self, id: int | None) -> int | None:
         """A token's id; None if the model has no embedding of it."""
