@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,6 +16,7 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError
 
+from ..bulk import bulk_of, ignore_sent
 from ..errors import JobError
 from ..payloads import Job
 from ..queue_state import QueueReader, QueueState
@@ -167,15 +169,12 @@ class _SampleRun:
 
     def _send(self, jobs: list[tuple[str, Job]]) -> bool:
         """False at the end of the jobs."""
-        sent: list[_Sent] = []
-
-        def passing() -> Iterator[Job]:
+        # As the campaign sends them: otherwise the workers would seem slower or faster beside the producer.
+        with bulk_of(self._client, ignore_sent) as bulk:
             for host, job in jobs:
-                sent.append(_Sent(host, time.time()))
-                yield job
-
-        for handle, each in zip(self._client.submit_many(passing(), priority=PRIORITY), sent, strict=True):
-            self._pending[handle.id] = each
+                id = str(uuid.uuid4())
+                self._pending[id] = _Sent(host, time.time())
+                bulk.submit(job, priority=PRIORITY, task_id=id)
         return bool(jobs)
 
     def _collect(self) -> None:
