@@ -42,6 +42,7 @@ from .payloads import (
 )
 from .pictures import Image
 from .results import ModelInfo, Result, Timing, Usage
+from .updates import EndUpdate, RestartedUpdate, StageUpdate, TextUpdate, Update, server_sent_event
 from .worker_registry import ServedModel
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Complete",
     "ConfigurationError",
     "DeadlineExceeded",
+    "EndUpdate",
     "FailedJob",
     "IdeficsError",
     "Image",
@@ -81,11 +83,16 @@ __all__ = [
     "OutOfMemory",
     "PromptTooLong",
     "QueueFull",
+    "RestartedUpdate",
     "Result",
     "ServedModel",
+    "StageUpdate",
     "SubmittedJob",
+    "TextUpdate",
     "Timing",
+    "Update",
     "Usage",
     "WorkerLost",
     "Write",
+    "server_sent_event",
 ]

@@ -101,7 +101,7 @@ class BlockingClient:
     def _submit(self, job: Job, priority: int, options: dict[str, Any]) -> SubmittedJob:
         sent = self._send(job, priority, options)
         response_model = getattr(job, "response_model", None)
-        return SubmittedJob(self.app.AsyncResult(sent.id), sent.queue, self._app, response_model)
+        return SubmittedJob(self.app.AsyncResult(sent.id), sent.queue, self._app, response_model, priority)
 
     def _send(self, job: Job, priority: int, options: dict[str, Any]) -> Sent:
         model, queue = options.pop("model", None), options.pop("queue", None)

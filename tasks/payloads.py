@@ -146,6 +146,8 @@ class Job(Sampled):
     deadline_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """Seconds from submission. After it a job that has not started fails, and a running one ends with its text so
     far."""
+    stream: bool = False
+    """Have workers write the text as it grows, for `job.watch()`. The result is the same."""
     callback: Callback | None = None
     """Where the outcome is posted, signed."""
     metadata: dict[str, Any] = {}

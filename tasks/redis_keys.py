@@ -15,7 +15,7 @@ from celery import Celery
 
 #: `queues` is the broker's database, 0; `results` that of the answers, 1 (IDEFICS_BROKER_URL, IDEFICS_RESULT_BACKEND).
 Database = Literal["queues", "results"]
-Type = Literal["string", "list", "hash", "set", "zset"]
+Type = Literal["string", "list", "hash", "set", "zset", "stream"]
 #: The users of config/redis/users.acl.template. The operator's commands run with the worker's rights.
 User = Literal["producer", "worker", "callbacks", "monitor", "exporter"]
 
@@ -63,9 +63,9 @@ def _of_failed(part: str, type: Type, meaning: str) -> RedisKey:
     return RedisKey(f"idefics:failed{part}", "results", type, "IDEFICS_FAILED_TTL_S", ("worker",), readers, meaning)
 
 
-def _for_workers(pattern: str, type: Type, ttl: str | None, meaning: str) -> RedisKey:
-    """A key of the queues' database that workers alone use."""
-    return RedisKey(pattern, "queues", type, ttl, ("worker",), ("worker",), meaning)
+def _for_workers(pattern: str, type: Type, ttl: str | None, meaning: str, database: Database = "queues") -> RedisKey:
+    """A key that workers alone use."""
+    return RedisKey(pattern, database, type, ttl, ("worker",), ("worker",), meaning)
 
 
 def _of_workers(part: str, type: Type, ttl: str, meaning: str) -> RedisKey:
@@ -295,14 +295,11 @@ CHORD_RESULTS = RedisKey(
     ("worker",),
     "The results of a chord's parts that have ended.",
 )
-CHORD_PARTS = RedisKey(
-    "celery-taskset-meta-{id}.d",
-    "results",
-    "set",
-    "IDEFICS_RESULT_TTL_S",
-    ("producer", "worker"),
-    ("worker",),
-    "The ids of a chord's parts that have ended: a part that runs twice counts once.",
+CHORD_PARTS = replace(
+    CHORD_RESULTS,
+    pattern="celery-taskset-meta-{id}.d",
+    type="set",
+    meaning="The ids of a chord's parts that have ended: a part that runs twice counts once.",
 )
 CANCELLATION = RedisKey(
     "idefics:cancel:{id}",
@@ -313,23 +310,26 @@ CANCELLATION = RedisKey(
     ("worker",),
     "While it exists, the job does not start, and ends if it runs. Setting it needs no access to Celery's mailbox.",
 )
-IDEMPOTENCY = RedisKey(
-    "idefics:key:{sha256}",
-    "results",
-    "string",
-    "IDEFICS_IDEMPOTENCY_TTL_S",
-    ("producer", "worker"),
-    ("producer", "worker"),
-    "The job of a queue's idempotency key (tasks/idempotency.py).",
+IDEMPOTENCY = replace(
+    GROUP,
+    pattern="idefics:key:{sha256}",
+    ttl="IDEFICS_IDEMPOTENCY_TTL_S",
+    meaning="The job of a queue's idempotency key (tasks/idempotency.py).",
 )
-ANSWER = RedisKey(
+UPDATES = replace(
+    RESULT,
+    pattern="idefics:updates:{id}",
+    type="stream",
+    ttl="3600",
+    readers=("producer", "worker", "monitor"),
+    meaning="Stages and text of a job with `stream`: 5,000 entries at most (worker/jobs/live_updates.py).",
+)
+ANSWER = _for_workers(
     "idefics:answer:{digest}",
-    "results",
     "string",
     "IDEFICS_ANSWER_CACHE_TTL_S",
-    ("worker",),
-    ("worker",),
     "An answer that is reused for identical jobs (worker/jobs/answer_cache.py).",
+    "results",
 )
 RESULTS_FINGERPRINT = RedisKey(
     "idefics:worker:results",

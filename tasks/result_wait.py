@@ -14,7 +14,7 @@ from .broker_errors import with_our_errors
 from .errors import JobTimeout
 from .outcomes import Outcome
 from .setup_check import setup_check_of
-from .stored_results import read_outcome
+from .stored_results import read_state
 
 #: Seconds between two polls of a result: short at first, since most jobs end within a second. They grow so that the
 #: delay of an answer is at most a tenth of its time.
@@ -45,6 +45,8 @@ class ResultWait:
         #: The error of the last poll, while Redis is away.
         self._away: RedisError | None = None
         self._checked_at = now
+        #: The job's state in Celery when it was last read; None before.
+        self.state: str | None = None
 
     @with_our_errors
     def poll(self) -> Outcome | None:
@@ -71,7 +73,7 @@ class ResultWait:
 
     def _outcome(self) -> Outcome | None:
         try:
-            outcome = read_outcome(self._app, self._id)
+            self.state, outcome = read_state(self._app, self._id)
         except (RedisConnectionError, RedisTimeoutError) as error:
             self._away = error
             return None
@@ -81,4 +83,9 @@ class ResultWait:
     def pause_s(self) -> float:
         """Seconds until the next poll."""
         pause, self._pause_s = self._pause_s, min(self._pause_s * PAUSE_GROWTH, LAST_PAUSE_S)
-        return min(pause, max(0.0, self._end - time.monotonic()))
+        return min(pause, self.left_s)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the timeout."""
+        return max(0.0, self._end - time.monotonic())

@@ -22,10 +22,10 @@ def readable_backend(app: Celery) -> Any:
     return app.backend
 
 
-def read_outcome(app: Celery, id: str) -> Outcome | None:
-    """A job's outcome; None if it has not ended."""
+def read_state(app: Celery, id: str) -> tuple[str, Outcome | None]:
+    """A job's state in Celery, and its outcome; None if it has not ended."""
     record = readable_backend(app).get_task_meta(id)
-    return _outcome(record) if _has_ended(record) else None
+    return record["status"], _outcome(record) if _has_ended(record) else None
 
 
 def read_outcomes(app: Celery, ids: Iterable[str]) -> dict[str, Outcome]:

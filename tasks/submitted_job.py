@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 from celery import Celery, states
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from redis.exceptions import RedisError
 
 from .broker_errors import with_our_errors
+from .job_watch import JobWatch
 from .outcomes import Outcome
 from .protocol import CANCEL_TTL_S, QUEUE
 from .redis_keys import CANCELLATION, results_prefix
@@ -21,6 +23,7 @@ from .result_wait import ResultWait
 from .results import Result
 from .setup_check import setup_check_of
 from .stored_results import readable_backend
+from .updates import EndUpdate, Update
 
 Status = Literal["starting", "processing", "succeeded", "failed", "canceled"]
 
@@ -44,14 +47,16 @@ class SubmittedJob:
         queue: str | None = QUEUE,
         app: Celery | None = None,
         response_model: type[BaseModel] | None = None,
+        priority: int = 9,
     ) -> None:
         """`queue`: where it waits, if that is known. `app`: the one to ask by, where it is not the handle's own.
-        `response_model`: what its result is parsed as."""
+        `response_model`: what its result is parsed as. `priority`: its own, or the last one if that is not known."""
         #: Celery's own handle, for all that Celery can do.
         self.async_result = outcome
         self.id: str = outcome.id
         self._queue = queue
         self._response_model = response_model
+        self._priority = priority
         self._app: Celery = app or outcome.app
 
     def __repr__(self) -> str:
@@ -90,6 +95,35 @@ class SubmittedJob:
         while (outcome := await asyncio.to_thread(wait.poll)) is None:
             await asyncio.sleep(wait.pause_s())
         return _answer(outcome).parsed_as(self._response_model)
+
+    def watch(self, timeout: float | None = None) -> Iterator[Update]:
+        """The job's updates to its end, all of them also for one who comes late: StageUpdate, TextUpdate where the job
+        has `stream`, RestartedUpdate, and EndUpdate.
+
+        Raises JobTimeout after `timeout` seconds, and as `result` does where no answer can come; a job's own error is
+        in its EndUpdate. A watch continues through a restart of Redis.
+        """
+        watch = JobWatch(self._app, self.id, self._queue, timeout, self._priority)
+        while True:
+            yield from map(self._with_parsed, watch.poll())
+            if watch.has_ended:
+                return
+            time.sleep(watch.pause_s())
+
+    async def awatch(self, timeout: float | None = None) -> AsyncIterator[Update]:
+        """`watch` for asyncio, without blocking a thread."""
+        watch = JobWatch(self._app, self.id, self._queue, timeout, self._priority)
+        while True:
+            for update in await asyncio.to_thread(watch.poll):
+                yield self._with_parsed(update)
+            if watch.has_ended:
+                return
+            await asyncio.sleep(watch.pause_s())
+
+    def _with_parsed(self, update: Update) -> Update:
+        if isinstance(update, EndUpdate) and isinstance(update.outcome, Result):
+            return EndUpdate(update.outcome.parsed_as(self._response_model))
+        return update
 
     async def astatus(self) -> Status:
         """`status` for asyncio."""

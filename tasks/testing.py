@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Unpack
 
 from .bulk import OneByOne, OnSent, ignore_sent
@@ -18,6 +18,7 @@ from .protocol import DEFAULT_PRIORITY, QUEUE
 from .results import ModelInfo, Result, Timing, Usage
 from .submission import SubmitOptions
 from .submitted_job import Status
+from .updates import EndUpdate, StageUpdate, TextUpdate, Update, text_of
 from .worker_registry import NAMED, ServedModel
 
 Answer = Callable[[Job], Result | str]
@@ -26,9 +27,10 @@ Answer = Callable[[Job], Result | str]
 class FakeJob:
     """What FakeClient.submit returns: a SubmittedJob that has ended. One without an outcome waits for ever."""
 
-    def __init__(self, outcome: Outcome | None, id: str | None = None) -> None:
+    def __init__(self, outcome: Outcome | None, id: str | None = None, *, is_streamed: bool = False) -> None:
         self.id = id or str(uuid.uuid4())
         self.outcome = outcome
+        self._is_streamed = is_streamed
 
     @property
     def status(self) -> Status:
@@ -42,6 +44,22 @@ class FakeJob:
         if isinstance(self.outcome, Result):
             return self.outcome
         raise self.outcome or JobTimeout(f"Job {self.id} has no answer: it was not submitted, or was forgotten.")
+
+    def watch(self, timeout: float | None = None) -> Iterator[Update]:
+        """That it runs, the text word by word where the job has `stream`, and the end."""
+        if self.outcome is None:
+            yield StageUpdate("queued")
+            self.result()
+            return
+        yield StageUpdate("running")
+        text = text_of(self.outcome) if self._is_streamed else None
+        words = (text or "").split(" ")
+        yield from (TextUpdate(piece) for piece in (words[0], *(f" {word}" for word in words[1:])) if piece)
+        yield EndUpdate(self.outcome)
+
+    async def awatch(self, timeout: float | None = None) -> AsyncIterator[Update]:
+        for update in self.watch():
+            yield update
 
     async def aresult(self, timeout: float | None = None) -> Result:
         return self.result()
@@ -102,7 +120,7 @@ class FakeClient:
         outcome = self._outcome(job, model)
         if isinstance(outcome, JobError):
             self._failed[id] = (_failed(job, id, outcome), job, model)
-        self._jobs[id] = FakeJob(outcome, id)
+        self._jobs[id] = FakeJob(outcome, id, is_streamed=job.stream)
         return self._jobs[id]
 
     def submit_many(

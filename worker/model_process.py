@@ -44,6 +44,7 @@ from worker.images.download_limits import DownloadLimits
 from worker.images.host_leases import HostLeases
 from worker.images.parking import ParkedJobs
 from worker.jobs.answer_cache import AnswerCache, fingerprint
+from worker.jobs.live_updates import LiveUpdates
 from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunParked, RunReturned
@@ -305,8 +306,9 @@ def _service(
     limits = batch_limits(model, settings)
     heartbeat = HeartbeatSender(channel, model, limits.rows, metrics)
     engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
+    live = LiveUpdates(app.backend.client, model.codec.decode, results_prefix(app))
     answers = _answers(settings, folder)
-    service = Service(settings, model.info, model.codec, engine, answers, model.rules, downloads)
+    service = Service(settings, model.info, model.codec, engine, answers, model.rules, downloads, live)
     service.prepare()
     heartbeat.throughput, heartbeat.rows = lambda: service.throughput, lambda: engine.running
     engine.start()
@@ -319,8 +321,7 @@ def _service(
 def _describe(model: Model) -> None:
     """Set the metric with the model's description."""
     info, engine = model.info, type(model).__name__.removesuffix("Model").lower()
-    quantization = info.quantization or "none"
-    MODEL.labels(info.id, info.revision or "", info.family, info.dtype, quantization, engine).set(1)
+    MODEL.labels(info.id, info.revision or "", info.family, info.dtype, info.quantization or "none", engine).set(1)
 
 
 def _prepare_engine() -> None:
@@ -337,9 +338,8 @@ def _end_without_device(error: BaseException) -> None:
 
 
 def _download_limits(settings: Settings, channel: BlockingChannel) -> DownloadLimits:
-    parked = ParkedJobs(lambda host, most: channel.send(Resume(host, most)))
     leases = HostLeases(_broker_client, settings.image_host_shared) if settings.image_host_shared else None
-    return DownloadLimits(settings, parked, leases)
+    return DownloadLimits(settings, ParkedJobs(lambda host, most: channel.send(Resume(host, most))), leases)
 
 
 def _broker_client() -> tuple[Redis, str]:

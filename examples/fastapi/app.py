@@ -1,27 +1,25 @@
-"""FastAPI: submit, poll, and watch a job over server-sent events.
+"""FastAPI: submit, poll, and watch a job's text as it is written, over server-sent events.
 
 Beside `make up`, with the client installed (`pip install . fastapi uvicorn`):
 
     uvicorn --app-dir examples/fastapi app:api
     curl localhost:8000/captions --json '{"image": "https://..."}'    # 202 {"id": "..."}; 422 with what is wrong
     curl localhost:8000/captions/<id>                                 # {"status": "succeeded", "text": "A cat ..."}
-    curl --no-buffer localhost:8000/captions/<id>/events              # event: starting, processing, succeeded
+    curl --no-buffer localhost:8000/captions/<id>/events              # event: stage, text, text ... end
 
 Errors of the client have one body everywhere: {"error": {"code": ..., "message": ..., "detail": ..., ...}}.
 """
 
-import asyncio
 import json
 import os
-import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from idefics_jobs import Caption, Client, IdeficsError, JobCanceled, JobError
+from idefics_jobs import Caption, Client, IdeficsError, server_sent_event
 from pydantic import BaseModel, Field
 
-#: Longest duration of a stream of events in seconds, since an id that does not exist stays `starting` for ever.
+#: Longest duration of a stream of events in seconds, since an id that does not exist stays `queued` for ever.
 MAX_STREAM_S = 300
 ENDS = ("succeeded", "failed", "canceled")
 
@@ -49,7 +47,7 @@ async def refuse(request: Request, error: IdeficsError) -> JSONResponse:
 
 @api.post("/captions", status_code=202)
 async def create(asked: NewCaption) -> dict[str, str]:
-    job = await client.asubmit(Caption(image=asked.image, prompt=asked.prompt))
+    job = await client.asubmit(Caption(image=asked.image, prompt=asked.prompt, stream=True))
     return {"id": job.id}
 
 
@@ -68,34 +66,16 @@ async def cancel(id: str) -> None:
 
 @api.get("/captions/{id}/events")
 async def watch(id: str) -> StreamingResponse:
+    # 503 if Redis is away; a watch that has begun waits for it.
+    await client.astatus(id)
     return StreamingResponse(events(id), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 async def events(id: str) -> AsyncIterator[str]:
-    """An event for each change: the number of jobs that wait in the queue, and finally the text or the error."""
-    told, end = "", time.monotonic() + MAX_STREAM_S
+    """An event for each update: its place in the queue, its stage, the text while it is written, the end."""
     try:
-        while time.monotonic() < end:
-            status, data = await progress(id)
-            if told != (told := event(status, data)):
-                yield told
-            if status in ENDS:
-                return
-            await asyncio.sleep(0.1)
+        async for update in client.job(id).awatch(MAX_STREAM_S):
+            yield server_sent_event(update)
     except IdeficsError as error:
         # The response has begun with 200, and its status cannot change any more.
-        yield event("error", error.response()[1])
-
-
-async def progress(id: str) -> tuple[str, Mapping[str, object]]:
-    status = await client.astatus(id)
-    if status not in ENDS:
-        return status, {"queued": await client.aqueued()}
-    try:
-        return status, {"text": (await client.aresult(id)).text.strip()}
-    except (JobError, JobCanceled) as error:
-        return status, error.response()[1]
-
-
-def event(name: str, data: Mapping[str, object]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+        yield f"event: error\ndata: {json.dumps(error.response()[1])}\n\n"

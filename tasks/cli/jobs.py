@@ -1,9 +1,10 @@
-"""`idefics-jobs submit`, `result`, `status` and `cancel`."""
+"""`idefics-jobs submit`, `result`, `watch`, `status` and `cancel`."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from ..worker_registry import no_worker
 from .console import away, echo, echo_error, echo_json, echo_rows, json_line_option, json_option
 from .fields import arguments
 from .redaction import redacted
+from .updates import show_updates
 from .waiting import is_unserved, watched
 
 #: `caption` for `idefics.caption`.
@@ -36,11 +38,24 @@ timeout_option = click.option("--timeout", type=float, show_default="no limit", 
     "--priority", type=click.IntRange(0, 9), default=DEFAULT_PRIORITY, show_default=True, help="0 is first, 9 last."
 )
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
+@click.option("--stream", is_flag=True, help="Print the text while it is written.")
 @timeout_option
-@click.option("--json", "as_json", is_flag=True, help='Print {"id": ...}, or with --wait the result, on one line.')
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help='Print {"id": ...}, with --wait the result, with --stream each update: on one line.',
+)
 @click.pass_obj
 def submit(
-    client: Any, task: str, fields: tuple[str, ...], priority: int, wait: bool, timeout: float | None, as_json: bool
+    client: Any,
+    task: str,
+    fields: tuple[str, ...],
+    priority: int,
+    wait: bool,
+    stream: bool,
+    timeout: float | None,
+    as_json: bool,
 ) -> None:
     """Queue a job and print its id, or with --wait its result.
 
@@ -48,11 +63,13 @@ def submit(
 
     \b
     idefics-jobs submit caption image=@cat.png --wait
+    idefics-jobs submit caption image=@cat.png --stream
     idefics-jobs submit answer image=https://example.com/a.jpg question="What is this?"
     idefics-jobs submit classify image=@cat.png labels=animal labels=food --wait
     """
     try:
-        payload = parse(f"idefics.{task}", arguments(TASKS[task], fields))
+        asked = arguments(TASKS[task], fields)
+        payload = parse(f"idefics.{task}", {**asked, "stream": True} if stream else asked)
     except JobError as error:
         fail(error)
     try:
@@ -62,7 +79,9 @@ def submit(
         raise away(error) from None
     except IdeficsError as error:
         fail(error)
-    if wait:
+    if stream:
+        _print_updates(source, job, timeout, as_json)
+    elif wait:
         _print_result(source, job, timeout, as_json)
     elif as_json:
         echo_json({"id": job.id}, on_one_line=True)
@@ -88,14 +107,42 @@ def result(client: Any, id: str, timeout: float | None, as_json: bool) -> None:
 
 
 def _print_result(source: Any, job: Any, timeout: float | None, as_json: bool) -> None:
+    with _errors_shown(), watched(source):
+        answer: Result = job.result(timeout)
+    echo_json(answer.model_dump(mode="json"), on_one_line=as_json)
+
+
+@click.command()
+@click.argument("id")
+@timeout_option
+@json_option
+@click.pass_obj
+def watch(client: Any, id: str, timeout: float | None, as_json: bool) -> None:
+    """Print a job's text while it is written, and its stages on standard error.
+
+    The text of a job without `stream` comes at its end. For a failed job it exits with 1 and prints the code on
+    standard error.
+
+    \b
+    idefics-jobs watch 8f14e45f-ceea-4672-a9b5-0a2f9d7c2c1f
+    """
+    source = client()
+    _print_updates(source, source.job(id), timeout, as_json)
+
+
+def _print_updates(source: Any, job: Any, timeout: float | None, as_json: bool) -> None:
+    with _errors_shown(), watched(source):
+        show_updates(job, timeout, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
     try:
-        with watched(source):
-            answer: Result = job.result(timeout)
+        yield
     except RedisError as error:
         raise away(error) from None
     except (IdeficsError, TimeoutError) as error:
         fail(error)
-    echo_json(answer.model_dump(mode="json"), on_one_line=as_json)
 
 
 def fail(error: Exception) -> NoReturn:

@@ -16,7 +16,7 @@ from .console import echo_json
 from .deliveries import deliveries
 from .evaluate import evaluate_output
 from .failed import failed
-from .jobs import cancel, result, status, submit
+from .jobs import cancel, result, status, submit, watch
 from .models import show_models
 from .queue import show_queue
 from .report import report
@@ -57,6 +57,7 @@ for command in (
     submit,
     result,
     status,
+    watch,
     cancel,
     show_queue,
     top,

@@ -172,22 +172,26 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
         yield client
 
 
-def watched(api: TestClient, id: str) -> list[tuple[str, dict[str, Any]]]:
-    """The events of a job to its end."""
-    with api.stream("GET", f"/captions/{id}/events") as stream:
+def watched(api: TestClient | httpx2.Client, path: str) -> list[tuple[str, dict[str, Any]]]:
+    """A job's events to its end."""
+    with api.stream("GET", path) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         told = "".join(stream.iter_text())
     found = re.findall(r"^event: (\w+)\ndata: (.*)\n\n", told, re.MULTILINE)
     return [(name, json.loads(data)) for name, data in found]
 
 
-def test_a_fastapi_app_submits_polls_and_tells_progress(api: TestClient) -> None:
+def assert_told_as_it_was_written(events: list[tuple[str, dict[str, Any]]]) -> None:
+    *told, (last, end) = events
+    assert {name for name, _ in told} == {"stage", "text"}
+    assert (last, end["status"], end["result"]["text"].strip()) == ("end", "succeeded", CAPTION)
+    assert "".join(data["text"] for name, data in told if name == "text") == end["result"]["text"]
+
+
+def test_a_fastapi_app_submits_polls_and_tells_the_text_while_it_is_written(api: TestClient) -> None:
     sent = api.post("/captions", json={"image": data_uri((EXAMPLES / "pictures" / "cat.png").read_bytes())})
     assert sent.status_code == 202
-    events = watched(api, sent.json()["id"])
-    names = [name for name, _ in events]
-    assert names == sorted(names, key=["starting", "processing", "succeeded"].index)
-    assert events[-1] == ("succeeded", {"text": CAPTION})
+    assert_told_as_it_was_written(watched(api, f"/captions/{sent.json()['id']}/events"))
     assert api.get(f"/captions/{sent.json()['id']}").json() == {"status": "succeeded", "text": CAPTION}
 
 
@@ -196,10 +200,10 @@ def test_a_fastapi_app_answers_with_4xx_for_what_its_caller_can_mend(api: TestCl
     for wrong in ({}, {"image": "cat.png"}, {"image": "ftp://a.example/b"}, {"image": url, "num_beams": 9}):
         assert api.post("/captions", json=wrong).status_code == 422
     sent = api.post("/captions", json={"image": data_uri(broken.read_bytes())})
-    name, body = watched(api, sent.json()["id"])[-1]
-    assert (name, body["error"]["code"]) == ("failed", "image_invalid")
+    name, body = watched(api, f"/captions/{sent.json()['id']}/events")[-1]
+    assert (name, body["status"], body["error"]["code"]) == ("end", "failed", "image_invalid")
     read = api.get(f"/captions/{sent.json()['id']}")
-    assert (read.status_code, read.json()) == (422, body)
+    assert (read.status_code, read.json()["error"]) == (422, body["error"])
 
 
 def test_a_fastapi_app_cancels(api: TestClient) -> None:
@@ -207,8 +211,8 @@ def test_a_fastapi_app_cancels(api: TestClient) -> None:
     assert api.get(f"/captions/{id}").json() == {"status": "starting", "text": None}
     assert api.delete(f"/captions/{id}").status_code == 204
     eventually(lambda: api.get(f"/captions/{id}").status_code == 409)
-    [(name, body)] = watched(api, id)
-    assert (name, body["error"]["code"]) == ("canceled", "canceled")
+    [(name, body)] = watched(api, f"/captions/{id}/events")
+    assert (name, body["status"], body["error"]["code"]) == ("end", "canceled", "canceled")
 
 
 def test_a_fastapi_app_tells_watchers_too_that_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +220,9 @@ def test_a_fastapi_app_tells_watchers_too_that_redis_is_away(monkeypatch: pytest
         monkeypatch.setenv(name, url)
     with served(monkeypatch) as api:
         read = api.get("/captions/a")
-        [(name, body)] = watched(api, "a")
-    assert (read.status_code, read.json()) == (503, body)
-    assert (name, body["error"]["code"]) == ("error", "broker_unavailable")
+        refused = api.get("/captions/a/events")
+    assert (refused.status_code, refused.json()) == (503, read.json())
+    assert read.json()["error"]["code"] == "broker_unavailable"
 
 
 # --- examples/django ------------------------------------------------------------------------------
@@ -254,6 +258,8 @@ def test_a_django_site_saves_captions_by_a_link(environment: dict[str, str], bro
         stack.await_line(worker, tmp_path / "log", " ready.", PATIENCE_S)
         row = ended(address, EXAMPLES / "pictures" / "cat.png")
         assert (row["state"], row["text"]) == ("done", CAPTION)
+        with httpx2.Client(base_url=address) as site_client:
+            assert_told_as_it_was_written(watched(site_client, f"/pictures/{row['id']}/events/"))
         row = ended(address, broken)
         assert row["state"] == "failed"
         assert row["text"].startswith("The ")

@@ -95,7 +95,13 @@ def test_a_mixed_load_leaves_only_keys_of_the_table(server: stack.Broker, galler
     assert lasting <= {key.pattern for key in (BINDING, PERMANENT_BINDING, BINDING_DEADLINES)}
     assert seen >= {
         *("unacked", "unacked_index", "idefics:redeliveries:{id}", "celery-task-meta-{id}", "idefics:key:{sha256}"),
-        *("idefics:answer:{digest}", "idefics:failed", "idefics:failed:signatures", "idefics:cancel:{id}"),
+        *(
+            "idefics:updates:{id}",
+            "idefics:answer:{digest}",
+            "idefics:failed",
+            "idefics:failed:signatures",
+            "idefics:cancel:{id}",
+        ),
         *(
             "idefics:worker:options",
             "idefics:worker:results",
@@ -113,7 +119,7 @@ def _send_everything(producer: Producer, client: Client, receiver: Receiver) -> 
     def callback(path: str = "/hook") -> Callback:
         return Callback(url=receiver.url.replace("/hook", path), key_id="main")
 
-    jobs = [submit("Hello"), submit("Hello"), submit("Once", idempotency_key="once")]
+    jobs = [submit("Hello", stream=True), submit("Hello"), submit("Once", idempotency_key="once")]
     jobs.append(client.submit(Complete(prompt=["First"], max_new_tokens=3), priority=0))
     jobs.append(submit("Delivered", callback=callback()))
     for job in jobs:

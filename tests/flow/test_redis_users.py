@@ -14,12 +14,13 @@ from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
 from config.settings import Settings
-from tasks import Client, Complete, InvalidRequest, JobCanceled, batch
+from tasks import Client, Complete, EndUpdate, InvalidRequest, JobCanceled, TextUpdate, batch
 from tasks.campaign.control import CampaignControl, CampaignInfo, CampaignProgress
 from tasks.campaign.directory import Campaigns
 from tasks.cli.queue import queue_state
 from tasks.failed import FailedJobs
 from tasks.outbox import Delivery, Outbox, delivery_id
+from tasks.redis_keys import UPDATES
 from tests.support.guarded import USERS, as_user, binaries, make_secrets
 from tests.support.outbox import delivery
 from tests.support.stand import Producer, callbacks_worker
@@ -90,6 +91,21 @@ def test_a_producer_submits_with_every_option_of_our_client_and_reads_its_answer
     assert client.submit(keyed).result(PATIENCE_S).text == "llo"
     assert len(client.workers()) == 1
     assert guarded.refusals("producer") == set()
+
+
+def test_a_producer_watches_its_streamed_jobs_and_a_monitor_reads_their_updates(guarded: Guarded) -> None:
+    client = Client(guarded["producer"].url)
+    job = client.submit(SLOW.model_copy(update={"stream": True}))
+    *updates, end = job.watch(PATIENCE_S)
+    assert isinstance(end, EndUpdate)
+    assert "".join(update.text for update in updates if isinstance(update, TextUpdate)) == end.result().text
+    # It counts, since it may not read the queue.
+    assert guarded.refusals("producer") <= {"eval"}
+    name = UPDATES.named(job.id)
+    assert guarded["monitor"].connect(1).xrange(name)
+    for user in ("producer", "monitor"):
+        _refused(guarded[user].connect(1).xadd, name, {"text": "x"})
+    _refused(guarded["callbacks"].connect(1).xrange, name)
 
 
 def test_a_producer_reads_no_id_from_a_key_whose_payload_it_does_not_know(guarded: Guarded) -> None:

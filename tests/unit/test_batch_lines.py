@@ -148,7 +148,6 @@ def test_a_top_p_of_nothing_is_greedy() -> None:
     ("name", "value"),
     [
         ("n", 2),
-        ("stream", True),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("top_logprobs", 5),

@@ -227,3 +227,41 @@ def test_a_redis_that_is_away_is_told(words: tuple[str, ...]) -> None:
     outcome = CliRunner().invoke(main, ["--broker", "redis://localhost:1/0", *words])
     assert (outcome.exit_code, outcome.stdout) == (1, "")
     assert outcome.stderr.startswith("Error: Redis does not answer")
+
+
+# watch
+
+
+def _command(client: FakeClient, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Outcome:
+    monkeypatch.setattr(connection, "Client", lambda *_, **__: client)
+    return CliRunner().invoke(main, arguments)
+
+
+def test_watch_prints_the_text_and_its_stages_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient(lambda job: "a\n\x1b[2Jcat")
+    job = client.submit(CAPTION.model_copy(update={"stream": True}))
+    for id in (job.id, client.submit(CAPTION).id):
+        told = _command(client, monkeypatch, "watch", id)
+        assert (told.exit_code, told.stdout) == (0, "a\n\\x1b[2Jcat\n")
+        assert told.stderr == "[running]\n"
+    updates = json_lines(_command(client, monkeypatch, "watch", job.id, "--json"))
+    assert [update["kind"] for update in updates] == ["stage", "text", "end"]
+    assert updates[-1]["result"]["text"] == "a\n\x1b[2Jcat"
+
+
+def test_a_job_is_submitted_and_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient(lambda job: "a cat")
+    told = _command(client, monkeypatch, "submit", "caption", f"image={CAPTION.arguments()['image']}", "--stream")
+    assert (told.exit_code, told.stdout) == (0, "a cat\n")
+    assert client.submitted[0].stream
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_watching_a_job_that_fails_exits_with_its_code(more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(job: Any) -> str:
+        raise WorkerLost("It was lost.")
+
+    client = FakeClient(fail)
+    told = _command(client, monkeypatch, "watch", client.submit(CAPTION).id, *more)
+    assert told.exit_code == 1
+    assert told.stderr.splitlines()[-1] == "worker_lost: It was lost."

@@ -20,10 +20,11 @@ from worker.queue.envelope import Envelope, checked, opened
 NAMES = {
     "": """
         Answer AnswerExample BrokerRefused BrokerUnavailable Callback Caption CaptionExample Chat ChatMessage Classify
-        ClassifyExample Client Complete ConfigurationError DeadlineExceeded FailedJob IdeficsError Image ImageBlocked
-        ImageInvalid ImagePath ImageTooLarge ImageUnreachable Internal InvalidRequest Job JobCanceled JobError
-        JobTimeout ModelInfo ModelNotFound NotFound NotPermitted OutOfMemory PromptTooLong QueueFull Result ServedModel
-        SubmittedJob Timing Usage WorkerLost Write
+        ClassifyExample Client Complete ConfigurationError DeadlineExceeded EndUpdate FailedJob IdeficsError
+        Image ImageBlocked ImageInvalid ImagePath ImageTooLarge ImageUnreachable Internal InvalidRequest Job JobCanceled
+        JobError JobTimeout ModelInfo ModelNotFound NotFound NotPermitted OutOfMemory PromptTooLong QueueFull
+        RestartedUpdate Result ServedModel StageUpdate SubmittedJob TextUpdate Timing Update Usage WorkerLost Write
+        server_sent_event
     """,
     ".payloads": """
         Answer AnswerExample CALLBACK_QUEUE CANCEL_TTL_S Callback Caption CaptionExample Chat ChatImagePart
@@ -67,6 +68,7 @@ COMMON: dict[str, Any] = {
     "seed": 3,
     "stop": ["\n"],
     "deadline_s": 30.0,
+    "stream": True,
     "callback": {"url": "https://example.com/hook", "key_id": "k", "events": ["job.failed"]},
     "metadata": {"row": 7, "tags": ["a", None]},
     "idempotency_key": "row-7",

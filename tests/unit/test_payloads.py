@@ -112,6 +112,7 @@ def test_the_common_fields_have_the_contracts_defaults(task: str) -> None:
         "seed": None,
         "stop": [],
         "deadline_s": None,
+        "stream": False,
         "callback": None,
         "metadata": {},
         "idempotency_key": None,

@@ -11,13 +11,17 @@ from tasks import (
     Caption,
     Classify,
     Client,
+    EndUpdate,
     ImageBlocked,
     Job,
     JobCanceled,
     JobTimeout,
     ModelNotFound,
     Result,
+    StageUpdate,
     SubmittedJob,
+    TextUpdate,
+    Update,
 )
 from tasks.testing import FakeClient, FakeJob, canned
 
@@ -194,3 +198,24 @@ def test_a_failed_job_is_tried_again_with_its_model() -> None:
     client = FakeClient(lambda job: next(answers)(job), models=["large"])
     job = client.submit(ONE, model="large")
     assert client.retry(job.id).result().model.id == "large"
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_job_is_watched_to_its_end(is_streamed: bool) -> None:
+    client = FakeClient(lambda job: " two  words\n")
+    job = client.submit(ONE.model_copy(update={"stream": is_streamed}))
+    stage, *texts, end = client.job(job.id).watch()
+    assert stage == StageUpdate("running")
+    assert texts == ([TextUpdate(" two"), TextUpdate(" "), TextUpdate(" words\n")] if is_streamed else [])
+    assert isinstance(end, EndUpdate)
+    assert end.result() == job.result()
+
+    async def watched() -> list[Update]:
+        return [update async for update in job.awatch()]
+
+    assert asyncio.run(watched()) == [stage, *texts, end]
+
+
+def test_an_unknown_job_is_watched_until_the_timeout() -> None:
+    with pytest.raises(JobTimeout):
+        list(FakeClient().job("nobody").watch(timeout=1))

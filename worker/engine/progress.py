@@ -19,6 +19,7 @@ class RowProgress:
         self.row = row
         self._stop_strings = StopStrings(row.sampling.stop, decode)
         self._new: list[int] = []
+        row.new_tokens = self._new
         #: None for a row without a grammar.
         self.grammar = GrammarState(row.grammar) if row.grammar else None
         self._confidence = Confidence()

@@ -171,6 +171,9 @@ class Row:
     ready: float = 0.0
     started: float = 0.0
     first_token: float = 0.0
+    #: The new tokens so far, for other threads: a list to which its tokens are appended, and another one when it begins
+    #: anew. Empty while it searches with beams.
+    new_tokens: list[int] = field(default_factory=list)
     output: Future[Output] = field(default_factory=Future)
 
     @property

@@ -60,7 +60,7 @@ class ResultBuilder:
 
     def _text(self, job: Job, row: Row, output: Output) -> str:
         decode = row.grammar.text if row.grammar else self._codec.decode
-        return _until_stop(decode(output.ids), job.stop)
+        return until_stop(decode(output.ids), job.stop)
 
     def _choice(self, job: Job, row: Row, output: Output) -> Choice:
         return Choice(
@@ -120,5 +120,5 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else IMPOSSIBLE
 
 
-def _until_stop(text: str, stop: Sequence[str]) -> str:
+def until_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min((text.find(word) for word in stop if word in text), default=len(text))]

@@ -13,6 +13,7 @@ from tasks.payloads import Job
 from tasks.protocol import seconds_since
 from tasks.results import Result
 from worker.engine.row import Row
+from worker.jobs.live_updates import NO_UPDATES, RunUpdates
 
 
 class CancellationError(Exception):
@@ -40,9 +41,10 @@ class JobContext:
 class Run:
     """One run of a job, as other threads see it."""
 
-    def __init__(self, context: JobContext, deadline: float | None) -> None:
-        """`deadline`: time.monotonic() at which the job ends with the text so far."""
+    def __init__(self, context: JobContext, deadline: float | None, updates: RunUpdates = NO_UPDATES) -> None:
+        """`deadline`: time.monotonic() at which the job ends with the text so far. `updates`: for its watchers."""
         self.context = context
+        self.updates = updates
         self.deadline = deadline
         #: None until its images are loaded.
         self.row: Row | None = None

@@ -28,6 +28,7 @@ from worker.images.host_limits import HostLimitReached
 from worker.images.loader import ImageLoader
 from worker.jobs.answer_cache import AnswerCache
 from worker.jobs.golden_check import GoldenCheck
+from worker.jobs.live_updates import NO_UPDATES, LiveUpdates
 from worker.jobs.prompts import ImageRef, Prompt
 from worker.jobs.result_builder import ResultBuilder
 from worker.jobs.row_builder import RowBuilder, others
@@ -69,13 +70,15 @@ class Service:
         answers: AnswerCache | None = None,
         rules: GenerationRules = NO_RULES,
         downloads: DownloadLimits | None = None,
+        live: LiveUpdates | None = None,
     ) -> None:
         """`rules`: the checkpoint's generation parameters; each result lists those that applied to it. `downloads`: see
-        ImageLoader. Raises SetupFailed for another model's calibration."""
+        ImageLoader. `live`: writes the updates of streamed jobs. Raises SetupFailed for another model's calibration."""
         self._info = info
         self._max_images = settings.max_images
         self._engine = engine
         self._answers = answers
+        self._live = live
         self._images = ImageLoader(settings, codec.picture, engine.expecting, downloads)
         self._rows = RowBuilder(settings, codec, rules)
         self._results = ResultBuilder(info, codec, rules, _calibration(settings, info))
@@ -103,9 +106,10 @@ class Service:
 
     def run(self, job: Job, context: JobContext) -> Result:
         """Answer a job. Raises a JobError, CancellationError, HostLimitReached, or NotBegun where it was withdrawn."""
-        run = Run(context, deadline_of(job, context))
+        updates = self._live.begin(job, context.id) if self._live else NO_UPDATES
+        run = Run(context, deadline_of(job, context), updates)
         STAGES["queued"].observe(run.queued_s)
-        with self._runs.running(run):
+        with contextlib.closing(updates), self._runs.running(run):
             try:
                 return self._answer(job, run)
             except MemoryError:
@@ -157,11 +161,12 @@ class Service:
         run.check()
         # One that is refused costs no download.
         self._rows.grammar(job)
-        parts = self._load_images(self._rows.prompt(job))
+        parts = self._load_images(self._rows.prompt(job), run)
         run.check()
         row = self._rows.build(job, parts, new_tokens, run.context.priority, run.deadline)
         fetched = time.monotonic()
         self._runs.attach(run, row)
+        run.updates.follow(row)
         with gil.released():
             output = self._answers.output(row, self._info, self._compute) if self._answers else self._compute(row)
         ended = time.monotonic()
@@ -174,16 +179,20 @@ class Service:
             retries=run.context.retries,
         )
         result = self._results.build(job, row, output, timing)
+        # A label is no text that grows.
+        run.updates.finish("" if result.label else result.text)
         count_answer(result.usage)
         if output.finish_reason == "canceled":
             raise CancellationError(result)
         return result
 
-    def _load_images(self, prompt: Prompt) -> list[str | Picture]:
+    def _load_images(self, prompt: Prompt, run: Run) -> list[str | Picture]:
         """The prompt with its pictures in place. Raises a JobError, or HostLimitReached."""
         sources = [part.source for part in prompt if isinstance(part, ImageRef)]
         if len(sources) > self._max_images:
             raise InvalidRequest(f"The job shows {len(sources)} images: this worker takes at most {self._max_images}.")
+        if sources:
+            run.updates.loading_images()
         with JOBS_LOADING_IMAGES.track_inprogress() if sources else contextlib.nullcontext():
             pictures = iter(self._images.load(sources))
         return [next(pictures) if isinstance(part, ImageRef) else part for part in prompt]

@@ -104,8 +104,12 @@ class FakeModel:
 
 def _advance(row: Row, step: int) -> None:
     why = row.abort_reason(time.monotonic())
+    if step:
+        row.new_tokens += row.tokens.ids[-row.max_steps :][step - 1 : step]
+    else:
+        row.new_tokens = []
     if row.labels and not why:
         row.finish(Output((), "stop", (1.0, *[0.0] * (len(row.labels) - 1))))
     elif why or step >= row.max_steps:
-        ids = row.tokens.ids[-step:] if step else ()
+        ids = tuple(row.new_tokens)
         row.finish(Output(ids, why or "length", confidence=1.0 if ids else None))

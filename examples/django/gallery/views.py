@@ -1,9 +1,11 @@
+import json
+
 from django.conf import settings
-from django.http import Http404, HttpResponse, JsonResponse
+from django.http import Http404, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.shortcuts import get_object_or_404
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_GET, require_POST
-from idefics_jobs import Callback, Caption, Client, IdeficsError
+from idefics_jobs import Callback, Caption, Client, IdeficsError, server_sent_event
 from idefics_jobs.webhooks import InvalidWebhook, verify
 
 from .celery import app
@@ -23,7 +25,7 @@ def upload(request):
         return JsonResponse({"error": {"message": "Send a file in the field `picture`."}}, status=400)
     picture = Picture(name=file.name)
     try:
-        caption = Caption(image=file, callback=CALLBACK)
+        caption = Caption(image=file, callback=CALLBACK, stream=True)
         # Saved before the job is sent, since the text may come before `submit` returns.
         picture.save()
         submit(caption, str(picture.pk))
@@ -42,6 +44,20 @@ def submit(caption, id):
 @require_GET
 def show(request, id):
     return JsonResponse(shown(get_object_or_404(Picture, pk=id)))
+
+
+@require_GET
+def watch(request, id):
+    """The text while it is written, as server-sent events."""
+    return StreamingHttpResponse(events(str(get_object_or_404(Picture, pk=id).pk)), content_type="text/event-stream")
+
+
+def events(id):
+    try:
+        yield from map(server_sent_event, client.job(id).watch(timeout=300))
+    except IdeficsError as error:
+        # The response has begun with 200, and its status cannot change any more.
+        yield f"event: error\ndata: {json.dumps(error.response()[1])}\n\n"
 
 
 @csrf_exempt  # the signature says who sent it
