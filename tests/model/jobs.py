@@ -97,7 +97,8 @@ class OpenAIPenalties(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, prompt_length: int, frequency: float, presence: float) -> None:
         self._prompt_length = prompt_length
-        self._frequency = frequency
+        # In single precision, as vLLM has it.
+        self._frequency = torch.tensor(frequency)
         self._presence = presence
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -127,3 +127,11 @@ def test_without_its_libraries_the_extra_is_named(a: str, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.sparse", None)
     assert "pip install 'idefics-jobs[evaluate]'" in _refused(a, "--truth", "truth")
+
+
+def test_texts_with_a_confidence_stay_texts_and_their_surest_mistakes_come_first(tmp_path: Path) -> None:
+    rows = ["sku,truth,text,confidence", "1,a cat,A cat.,0.9", "2,a dog,a cat,0.4", "3,a cow,a cat,0.8"]
+    table = _written(tmp_path / "texts.csv", "\n".join(rows) + "\n")
+    assert json.loads(_said(table, "--truth", "truth", "--json"))["kind"] == "text"
+    said = _said(table, "--truth", "truth", "--id", "sku")
+    assert said.index("3\ta cow\ta cat\t0.800") < said.index("2\ta dog\ta cat\t0.400")
