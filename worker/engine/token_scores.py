@@ -37,7 +37,7 @@ class Confidence:
         if not self._count:
             return None
         # NaN: no token was possible.
-        return 0.0 if math.isnan(self._sum) else min(1.0, math.exp(self._sum / self._count))
+        return 0.0 if math.isnan(self._sum) else math.exp(min(0.0, self._sum / self._count))
 
 
 def best(logits: Tensor, forbidden: Tensor) -> Tensor:
