@@ -27,7 +27,7 @@ def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PREFILL_TOKENS", 256)
 
 
-@pytest.mark.parametrize("family", gpu_models.TINY)
+@pytest.mark.parametrize("family", ["idefics", "idefics3"])
 def test_the_gpu_benchmark_measures_steps_prefills_and_encoding(
     family: str, briefly: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,7 +43,7 @@ def test_the_gpu_benchmark_measures_steps_prefills_and_encoding(
     assert set(figures["stock_step_ms"]) == {1, 2}
     assert all(prefill["tokens_per_s"] > 0 for prefill in figures["prefill"])
     frames = 1 if family == "idefics" else figures["encoding"][0]["frames_per_s"] / figures["encoding"][0]["per_s"]
-    assert round(frames) == {"idefics": 1, "idefics3": 5, "smolvlm": 1}[family]
+    assert round(frames) == {"idefics": 1, "idefics3": 5}[family]
 
 
 @torch.inference_mode()

@@ -27,6 +27,8 @@ MAX_WEIGHT_BYTES = 10_000_000
 #: The shipped pictures were chosen for the first model only. The second is asked about every fourth, and may be wrong
 #: in some answers.
 STRIDES = {"demo": 1, "demo-smolvlm": 4}
+#: Of these, every so many are asked about in all forms; `make demo` asks about all, in one form.
+ASKED = {"demo": 4, "demo-smolvlm": 1}
 MAX_WRONG = {"demo": 0.0, "demo-smolvlm": 0.1}
 
 
@@ -93,14 +95,15 @@ def test_the_pictures_show_every_category_colour_style_and_count() -> None:
 def test_the_answers_about_the_shipped_pictures_are_right_word_for_word(speaker: Speaker) -> None:
     shown = pictures()[:: STRIDES[speaker.family.name]]
     others = [shown[1], *shown[:-1]]
-    cases = [case for pair in zip(shown, others, strict=True) for case in cases_about(speaker.family, *pair)]
+    pairs = list(zip(shown, others, strict=True))[:: ASKED[speaker.family.name]]
+    cases = [case for pair in pairs for case in cases_about(speaker.family, *pair)]
     wrong = [(case.dialogue.text, said) for case, said in said_by(speaker, cases) if not is_right(case, said)]
     assert len(wrong) <= MAX_WRONG[speaker.family.name] * len(cases), wrong
 
 
 def test_the_likeliest_label_is_the_right_one(speaker: Speaker) -> None:
     shown = pictures()[:: STRIDES[speaker.family.name]]
-    for example, each in itertools.pairwise(shown):
+    for example, each in list(itertools.pairwise(shown))[:: ASKED[speaker.family.name]]:
         for case in cases_about(speaker.family, each, example):
             if case.dialogue.kind == "classify":
                 assert speaker.choose(case) == case.dialogue.text.strip()

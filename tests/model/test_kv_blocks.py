@@ -87,7 +87,8 @@ def test_many_questions_on_one_picture_hold_its_keys_and_values_once(
 
 def answered(served: Served, count: int) -> tuple[list[Row], list[list[int]]]:
     """Rows of mixed jobs, and what stock `generate` says to each alone."""
-    jobs = mixed_jobs(count, sorted(served.images))
+    # With these, rows are preempted in each family.
+    jobs = mixed_jobs(count, sorted(served.images), seed=11)
     prompts = [served.parts(job) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
     return rows, [served.stock_ids(job, parts) for job, parts in zip(jobs, prompts, strict=True)]
