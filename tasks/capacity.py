@@ -18,6 +18,9 @@ from .redis_keys import GUIDES_SEPARATOR, SEPARATOR, list_name
 
 #: Seconds between two measurements of the broker.
 MEASURE_INTERVAL_S = 1.0
+#: Seconds for which the connection that measures is kept: connecting costs more than measuring, but one that was idle
+#: for long may be half open.
+KEEP_S = 10.0
 #: Celery's priorities; each has its own list in Redis.
 PRIORITIES = range(10)
 
@@ -43,6 +46,8 @@ class Capacity:
         self._max_memory = max_memory
         self._measurements: dict[str, Measurement] = {}
         self._lock = threading.Lock()
+        self._connection: Any = None
+        self._connected_until = 0.0
 
     def take(self, queue: str) -> None:
         """Count a job that is about to be queued.
@@ -83,17 +88,31 @@ class Capacity:
                 raise OperationalError(str(error)) from error
 
     def _measure(self, queue: str) -> Measurement:
-        connection = self._app.connection_for_write()
+        connection = self._connect()
         try:
             reach(connection)
             return Measurement(time.monotonic(), _queued(connection, queue, PRIORITIES), self._memory(connection))
         except (OperationalError, *connection.connection_errors) as error:
+            self._disconnect()
             return Measurement(time.monotonic(), away=error)
         except (ChannelError, *connection.channel_errors):
             # The queue does not exist yet, or this user may not measure: submitting reports the error.
+            self._disconnect()
             return Measurement(time.monotonic())
-        finally:
-            connection.release()
+
+    def _connect(self) -> Any:
+        """The kept connection, or a new one that will be kept."""
+        now = time.monotonic()
+        if now > self._connected_until:
+            self._disconnect()
+        self._connected_until = now + KEEP_S
+        self._connection = self._connection or self._app.connection_for_write()
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.release()
+            self._connection = None
 
     def _memory(self, connection: Any) -> float:
         if self._max_memory is None or connection.transport.driver_type != "redis":

@@ -150,3 +150,21 @@ def test_a_window_holds_no_more_jobs_than_it_may_with_those_that_could_not_be_se
     answered, _ = run(Batch(client, map(line, range(20)), window=4))
     assert len(answered) == 20
     assert max(client.together) == 4
+
+
+def test_the_oldest_jobs_are_asked_for_often_and_all_of_them_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Slow(BulkClient):
+        """The first ten jobs end last."""
+
+        def outcomes(self, ids: Any) -> Any:
+            asked.append(len(ids))
+            found = super().outcomes(ids)
+            first = {*self.arrived[:10]}
+            return found if found.keys() <= first else {id: found[id] for id in found.keys() - first}
+
+    monkeypatch.setattr(job_window, "ASK_ALL_S", 0.02)
+    answered, _ = run(Batch(Slow(), map(line, range(50)), window=50))
+    assert len(answered) == 50
+    assert {asked[0], *asked} >= {50, 10}
