@@ -7,8 +7,9 @@ came before. Of a failed job the time is not known: it is that of its host's oth
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -96,7 +97,7 @@ def observe(jobs: Sequence[SampledJob], fleet: Fleet) -> tuple[list[Observation]
     jobs = _by_one_clock(jobs)
     answered = [job for job in jobs if isinstance(job.outcome, Result)]
     until = _busy_end([_ended(job) for job in jobs if not _is_retried(job)])
-    downloads = dict(zip(map(id, answered), _downloads(answered, fleet, until), strict=True))
+    downloads = dict(zip(map(id, answered), _downloads(answered, _slots(jobs, fleet), fleet, until), strict=True))
     by_host: defaultdict[str, list[float]] = defaultdict(list)
     for job in answered:
         by_host[job.host].append(downloads[id(job)])
@@ -123,7 +124,7 @@ def _of_answer(job: SampledJob, result: Result, download_s: float, failing_s: fl
 
 
 def _of_failure(job: SampledJob, run_s: float, fleet: Fleet) -> Observation:
-    retries = fleet.limits.max_retries if _is_retried(job) else 0
+    retries = _retries(job, fleet)
     slot_s = run_s * (retries + 1)
     code = None if isinstance(job.outcome, Result) else job.outcome.code
     return Observation(job.host, code, slot_s, slot_s + fleet.backoff_s(retries), _ended(job), retries > 0)
@@ -142,6 +143,12 @@ def _failing_s(
 
 def _failed_run_s(job: SampledJob, usual_s: float, fleet: Fleet) -> float:
     return fleet.limits.image_timeout_s if job.outcome.detail == "timeout" else usual_s  # type: ignore[union-attr]
+
+
+def _retries(job: SampledJob, fleet: Fleet) -> int:
+    if isinstance(job.outcome, Result):
+        return job.outcome.timing.retries
+    return fleet.limits.max_retries if job.outcome.retryable else 0
 
 
 def _is_retried(job: SampledJob) -> bool:
@@ -176,26 +183,36 @@ def _told_end(job: SampledJob, result: Result) -> float:
 # Downloads
 
 
-def _downloads(answered: Sequence[SampledJob], fleet: Fleet, until: float) -> list[float]:
-    """Seconds that each answer's image used a download, without the wait for it.
+def _slots(jobs: Sequence[SampledJob], fleet: Fleet) -> dict[str, float]:
+    """By host, the slots that its answers had: runs that failed, whose times are not known, used their part of them."""
+    answers: Counter[str] = Counter(job.host for job in jobs if isinstance(job.outcome, Result))
+    runs: Counter[str] = Counter()
+    for job in jobs:
+        runs[job.host] += 1 + _retries(job, fleet)
+    slots = {host: fleet.host_slots * count / runs[host] for host, count in answers.items()}
+    # Each of the smaller hosts has slots of its own.
+    return {**slots, OTHERS: math.inf}
+
+
+def _downloads(answered: Sequence[SampledJob], slots: Mapping[str, float], fleet: Fleet, until: float) -> list[float]:
+    """Seconds that each answer's image used a download, without the wait for it: for its host's, or for any.
 
     While the workers are busy, downloads take longer than they do later, when the campaign only waits for a slow host.
     What is seen after `until` counts, if it is enough.
     """
-    seconds = [0.0] * len(answered)
+    spans = [_span(job) for job in answered]
+    seconds = used_s(spans, [job.host for job in answered], slots, fleet.downloads)
     by_host: defaultdict[str, list[int]] = defaultdict(list)
     for index, job in enumerate(answered):
         by_host[job.host].append(index)
     for host, indices in by_host.items():
-        spans = [_span(answered[index]) for index in indices]
-        used = used_s(spans, fleet.host_slots) if host != OTHERS else [end - start for start, end in spans]
-        late = [each for each, (start, _) in zip(used, spans, strict=True) if start > until]
+        used = [seconds[index] for index in indices]
+        late = [seconds[index] for index in indices if spans[index][0] > until]
         if host != OTHERS and len(late) >= ENOUGH_ROWS * fleet.host_slots and any(used):
             # The last rows seem longer than they are, since they share their slots with no later ones.
             ratio = min(1.0, statistics.fmean(late) / statistics.fmean(used))
-            used = [each * ratio for each in used]
-        for index, each in zip(indices, used, strict=True):
-            seconds[index] = each
+            for index in indices:
+                seconds[index] *= ratio
     return seconds
 
 
@@ -205,19 +222,28 @@ def _span(job: SampledJob) -> tuple[float, float]:
     return start, start + job.outcome.timing.fetch_s
 
 
-def used_s(spans: Sequence[tuple[float, float]], slots: int) -> list[float]:
-    """Seconds of a slot that each span used, where spans beyond the number of slots share them or wait."""
-    times = sorted({time for span in spans for time in span})
-    changes: defaultdict[float, int] = defaultdict(int)
-    for start, end in spans:
-        changes[start] += 1
-        changes[end] -= 1
-    used_until, running, total = {}, 0, 0.0
-    for time, following in itertools.pairwise([*times, *times[-1:]]):
-        used_until[time] = total
-        running += changes[time]
-        total += (following - time) * min(1.0, slots / running) if running else 0.0
-    return [used_until[end] - used_until[start] for start, end in spans]
+def used_s(
+    spans: Sequence[tuple[float, float]], hosts: Sequence[str], slots: Mapping[str, float], downloads: float
+) -> list[float]:
+    """Seconds of a download that each span used. Those beyond their host's slots, or beyond all downloads, share them
+    or wait."""
+    events = sorted((time, is_end, index) for index, span in enumerate(spans) for is_end, time in enumerate(span))
+    running: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
+    used, before = [0.0] * len(spans), 0.0
+    for time, is_end, index in events:
+        if time > before:
+            loads = {host: min(count, slots[host]) for host, count in running.items()}
+            share = min(1.0, downloads / max(1e-9, sum(loads.values())))
+            for host, load in loads.items():
+                totals[host] += (time - before) * share * load / running[host]
+            before = time
+        host = hosts[index]
+        used[index] = totals[host] - used[index]
+        running[host] += -1 if is_end else 1
+        if not running[host]:
+            del running[host]
+    return used
 
 
 # The workers' speed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -31,12 +31,32 @@ def failed(seen: float, error: JobError, host: str = "a") -> SampledJob:
     return SampledJob(host, 0.0, seen, error)
 
 
+def used(spans: Sequence[tuple[float, float]], slots: int) -> list[float]:
+    return used_s(spans, ["a"] * len(spans), {"a": slots}, downloads=64)
+
+
 def test_spans_beyond_the_slots_share_them() -> None:
-    assert used_s([(0, 1), (0, 1), (0, 1), (0, 1)], slots=2) == pytest.approx([0.5] * 4)
-    assert used_s([(0, 2), (5, 6)], slots=1) == pytest.approx([2, 1])
-    assert used_s([(0, 4), (0, 2)], slots=1) == pytest.approx([3, 1])
-    assert used_s([], slots=1) == []
-    assert used_s([(3, 3)], slots=1) == [0]
+    assert used([(0, 1), (0, 1), (0, 1), (0, 1)], slots=2) == pytest.approx([0.5] * 4)
+    assert used([(0, 2), (5, 6)], slots=1) == pytest.approx([2, 1])
+    assert used([(0, 4), (0, 2)], slots=1) == pytest.approx([3, 1])
+    assert used([], slots=1) == []
+    assert used([(3, 3)], slots=1) == [0]
+
+
+def test_spans_beyond_all_downloads_share_them_among_hosts() -> None:
+    spans = [(0.0, 1.0)] * 4
+    assert used_s(spans, list("abcd"), dict.fromkeys("abcd", 8), downloads=2) == pytest.approx([0.5] * 4)
+    # Host a has one slot, so its two spans count as one.
+    spans.append((0.0, 2.0))
+    found = used_s(spans, list("aabcd"), dict.fromkeys("abcd", 1), downloads=2)
+    assert found == pytest.approx([0.25, 0.25, 0.5, 0.5, 1.5])
+
+
+def test_runs_that_failed_had_their_part_of_the_slots() -> None:
+    # One slot, in which each answer's run came after one that failed: half of the time is theirs.
+    jobs = [answered(0, 0.0, 1.0 + number, retries=1) for number in range(8)]
+    seen, _ = observe(jobs, Fleet(host_slots=1))
+    assert sum(each.download_s for each in seen) == pytest.approx(8.0)
 
 
 def test_the_wait_for_a_download_is_no_part_of_it() -> None:
