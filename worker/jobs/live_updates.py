@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: some hundred entries more than one of a minute.
 WRITE_INTERVAL_S, WRITE_INTERVAL_SHARE = 0.05, 0.01
 #: The share of a processor's time that the thread takes at most: it then writes less often, but for MAX_INTERVAL_S.
-CPU_SHARE, MAX_INTERVAL_S = 0.025, 0.5
+CPU_SHARE, MAX_INTERVAL_S = 0.015, 0.5
 #: Seconds between two attempts while Redis refuses or is away.
 AWAY_PAUSE_S = 1.0
 #: Entries of a stream, those of all runs of its job, and characters of one run's text. What is beyond stands in the
