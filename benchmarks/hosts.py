@@ -1,8 +1,8 @@
 """Pictures of slow and fast hosts, with two workers: `python -m benchmarks.hosts [--save hosts] [NAME ...]`.
 
 `slow`: 1,500 pictures of one host that takes 200 ms for each, with SLOTS downloads at once. The ideal time is that of a
-host whose slots are never idle. `slots_used` is the share of its slots' time in which the host had a connection, from
-the first one to the last. `sent_again` are messages that were published anew, `returned` those that went back to the
+host whose slots are never idle. `slots_used` is the share of its slots' time in which the host had a request, from the
+first one to the last. `sent_again` are messages that were published anew, `returned` those that went back to the
 queue as they were.
 `mixed`: jobs without pictures behind 600 of those; they should not wait for the host.
 `fast`: pictures of a host that answers at once, one worker, with and without slots that all workers share, in turns.
@@ -39,7 +39,7 @@ class Host:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.most_at_once = 0
-        #: Seconds of all connections, and when the first began and the last ended.
+        #: Seconds of all requests, and when the first began and the last ended.
         self._busy_s = 0.0
         self._began, self._ended = math.inf, 0.0
         self._now = 0
@@ -47,7 +47,7 @@ class Host:
         self._picture = png("teal")
 
     def used(self, slots: int) -> float:
-        """The share of the slots' time in which they had a connection."""
+        """The share of the slots' time in which they had a request."""
         return self._busy_s / (slots * (self._ended - self._began))
 
     @contextlib.contextmanager
@@ -58,12 +58,8 @@ class Host:
         class Handler(Quiet, BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def handle(self) -> None:
-                began = time.monotonic()
-                super().handle()
-                host._note_connection(began)
-
             def do_GET(self) -> None:
+                began = time.monotonic()
                 # Not until the response is sent: the worker may ask for the next one before this thread goes on.
                 with host._counted():
                     time.sleep(host.seconds)
@@ -71,6 +67,7 @@ class Host:
                 self.send_header("Content-Length", str(len(host._picture)))
                 self.end_headers()
                 self.wfile.write(host._picture)
+                host._note_request(began)
 
         with serving(Handler) as port:
             yield port
@@ -86,7 +83,7 @@ class Host:
             with self._lock:
                 self._now -= 1
 
-    def _note_connection(self, began: float) -> None:
+    def _note_request(self, began: float) -> None:
         with self._lock:
             self._began, self._ended = min(self._began, began), time.monotonic()
             self._busy_s += self._ended - began

@@ -22,6 +22,7 @@ from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreach
 from tasks.picture_forms import PICTURE_BYTES, PICTURE_FORMS, foreign, may_be_picture
 from worker.net.deadline import Deadline
 from worker.net.guard import Guard, NoAddress, TooManyBytes
+from worker.net.idle import IdleConnections
 from worker.net.policy import NetworkPolicy, Refused, host_of
 from worker.net.rate import RateLimiter
 from worker.net.session import (
@@ -76,18 +77,19 @@ class FetchPolicy(NetworkPolicy):
 
 
 class Fetcher:
-    """Downloads images. Thread-safe: no request changes state that others see."""
+    """Downloads images. Thread-safe: requests share nothing but idle connections."""
 
     def __init__(self, policy: FetchPolicy) -> None:
         self._policy = policy
         self._tls = tls_context(policy.ca_file)
+        self._idle = IdleConnections()
         self._rate = RateLimiter(LARGE_BYTES_PER_S * len(all_cores()))
         self._headers = {
             "User-Agent": user_agent(contact=policy.contact),
             "Accept": "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1",
             # A compressed body may inflate without end, and compression does not make pictures smaller.
             "Accept-Encoding": "identity",
-            "Connection": "close",
+            "Connection": "keep-alive",
         }
 
     def fetch(self, url: str) -> bytes:
@@ -96,13 +98,16 @@ class Fetcher:
         Raises ImageBlocked, ImageTooLarge, ImageInvalid or ImageUnreachable (retryable). Of the URL, messages contain
         only the host: path, query and user may be secrets.
         """
-        guard = Guard(self._policy, Deadline(self._policy.total_s))
+        guard = Guard(self._policy, Deadline(self._policy.total_s), self._idle)
         with GuardedSession(guard, self._tls) as session:
             for _ in range(self._policy.max_redirects + 1):
                 with _translated(url, guard), self._response(session, url) as response:
-                    if response.status_code not in REDIRECTS:
+                    target = _redirect_target(response) if response.status_code in REDIRECTS else None
+                    if response.status_code not in WITH_IMAGE:
+                        session.skip_body(response)
+                    if target is None:
                         return _body(response, guard, self._rate, respect_noai=self._policy.respect_noai)
-                    url = _redirect_target(response)
+                    url = target
         hops = self._policy.max_redirects
         raise ImageBlocked(
             f"{_host(url)} comes after more than {hops} redirects: send the image's final URL, or have "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -49,9 +50,9 @@ class DeadlineWatchdog:
     def watch(self, connection: socket.socket, deadline: Deadline) -> socket.socket:
         """Watch a connection. Returns the handle to `forget` when the connection is closed.
 
-        The handle is a duplicate, since the connection may become part of a TLS socket.
+        The handle is a duplicate, since the connection may become part of a TLS socket, or be one.
         """
-        handle = connection.dup()
+        handle = socket.socket(fileno=os.dup(connection.fileno()))
         with self._changed:
             self._watched[handle] = deadline
             if self._thread is None:

@@ -6,13 +6,15 @@ import io
 import logging
 import socket
 import ssl
+import time
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import client as http_client
 from http.cookiejar import DefaultCookiePolicy
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import certifi
 import requests
@@ -22,6 +24,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from worker.net.guard import Guard, TooManyBytes
+from worker.net.idle import Origin
 from worker.net.policy import GuardError, check_plain, check_url
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 MAX_FRAMING_BYTES = 81_920
 #: Bytes of one read.
 CHUNK_BYTES = 16_384
+#: Statuses from 200 on of responses that have no body, whatever their headers say.
+BODILESS = frozenset({204, 205, 304})
 #: The informational status after which a connection no longer carries HTTP.
 SWITCHING_PROTOCOLS = 101
 
@@ -58,17 +63,26 @@ class LimitedReader(io.RawIOBase):
         self._sock = sock
         self._guard = guard
         self._bytes = 0
+        self._is_at_end = False
+
+    def end(self) -> None:
+        """From now on, give nothing but what a buffer before this reader holds already."""
+        self._is_at_end = True
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         """Raises TimeoutError after the deadline, and TooManyBytes if the framing outgrows the body."""
+        if self._is_at_end:
+            return 0
         self._sock.settimeout(self._guard.deadline.left(self._guard.policy.read_s))
         count = self._raw.readinto(buffer) or 0
         if not count and self._guard.deadline.has_passed():
             # The watchdog and not the server ended the stream, so the body may be incomplete.
             raise TimeoutError
+        if count:
+            self._guard.awaits_kept = False
         self._bytes += count
         # A quarter more than the body, for the chunks' sizes. The received part of the body counts, not its maximum:
         # otherwise 1xx responses and one-byte chunks would take seconds of parsing in Python, with the GIL held.
@@ -78,6 +92,22 @@ class LimitedReader(io.RawIOBase):
 
     def close(self) -> None:
         self._raw.close()
+        super().close()
+
+
+class _Buffer(io.BufferedReader):
+    """Reads ahead. `is_empty` tells, once it is closed, whether all that it read was used."""
+
+    is_empty = False
+
+    def __init__(self, reader: LimitedReader) -> None:
+        super().__init__(reader, CHUNK_BYTES)
+        self._reader = reader
+
+    def close(self) -> None:
+        if not self.closed:
+            self._reader.end()
+            self.is_empty = not self.peek(1)
         super().close()
 
 
@@ -95,7 +125,8 @@ class _Response(http_client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, guard: Guard, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         guard.responses.append(self)
-        self.fp = io.BufferedReader(LimitedReader(self.fp.detach(), sock, guard), CHUNK_BYTES)
+        self._reader = LimitedReader(self.fp.detach(), sock, guard)
+        self.fp = self._buffer = _Buffer(self._reader)
 
     def begin(self) -> None:
         try:
@@ -106,29 +137,104 @@ class _Response(http_client.HTTPResponse):
             # The e-mail parser raises these for invalid parameters of headers; urllib3 and requests do not expect them.
             raise http_client.HTTPException("the response's headers cannot be read") from error
 
+    def stop_waiting(self) -> None:
+        """Read from now on only what has arrived."""
+        self._reader.end()
+
+    def is_complete(self) -> bool:
+        """Whether the response was read to an end that is beyond doubt, so that its connection may be used again.
+
+        Only HTTP/1.1 with one plain Content-Length: chunks, whose parser is lenient, and statuses without a body leave
+        room for a server's and a proxy's opinions on where a response ends.
+        """
+        return self.isclosed() and self._has_plain_length() and self.length == 0 and self._buffer.is_empty
+
+    def _has_plain_length(self) -> bool:
+        headers = self.headers
+        if headers is None or self.version != 11 or self.will_close or self.status in BODILESS or self.status < 200:
+            return False
+        lengths = headers.get_all("Content-Length", [])
+        options = ",".join(headers.get_all("Connection", [])).lower()
+        # What stands in a payload is lines that are no headers.
+        is_understood = not headers.defects and not headers.get_payload()
+        is_plain = len(lengths) == 1 and lengths[0].isascii() and lengths[0].isdecimal()
+        return is_understood and is_plain and "Transfer-Encoding" not in headers and "close" not in options
+
 
 class _Connection(HTTPConnection):
+    scheme = "http"
+
     def __init__(self, *args: Any, guard: Guard, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._guard = guard
-        self.response_class = partial(_Response, guard=guard)  # type: ignore[assignment]
+        self._handle: socket.socket | None = None
+        #: Time when it was opened (time.monotonic()).
+        self._opened = 0.0
+        self._response: _Response | None = None
+        self.response_class = self._receive  # type: ignore[assignment]
+
+    @property
+    def _origin(self) -> Origin:
+        return Origin(self.scheme, self.host, self.port)
+
+    def _receive(self, sock: socket.socket, *args: Any, **kwargs: Any) -> _Response:
+        if hasattr(socket, "TCP_QUICKACK"):
+            # On a kept connection Linux would acknowledge the headers after 40 ms. Simple servers send them in a packet
+            # of their own, and wait for that before they send the body (Nagle's algorithm).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self._response = _Response(sock, *args, guard=self._guard, **kwargs)
+        return self._response
+
+    def connect(self) -> None:
+        """Use a kept connection or open a new one."""
+        kept = self._guard.take_kept(self._origin)
+        if kept is None:
+            super().connect()
+            return
+        self.sock, self._opened = kept.socket, kept.opened
+        self._handle = self._guard.watch(kept.socket)
+        kept.socket.settimeout(self._guard.deadline.left(self._guard.policy.connect_s))
+        # Its certificate was, when it was opened.
+        self.is_verified = self.scheme == "https"
 
     def _new_conn(self) -> socket.socket:
+        self._opened = time.monotonic()
         try:
-            return self._guard.connect(self.host, self.port)
+            connection = self._guard.connect(self.host, self.port)
         except TimeoutError as error:
             raise urllib3.exceptions.ConnectTimeoutError(self, "no connection in time") from error
+        # Already here, so that it is closed if it cannot be watched.
+        self.sock = connection
+        self._handle = self._guard.watch(connection)
+        return connection
+
+    def give_back(self) -> None:
+        """Leave the connection to later requests if its last response is complete; close it otherwise."""
+        connection, handle = self.sock, self._handle
+        if connection is not None and handle is not None and self._response and self._response.is_complete():
+            self.sock = None  # type: ignore[assignment]
+            # First: the next request has a deadline of its own.
+            self._guard.unwatch(handle)
+            self._guard.keep(self._origin, connection, self._opened)
+        self.close()
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
     """A TLS connection. Its certificate must match the host name, although the address was looked up here."""
 
+    scheme = "https"
+
 
 class _Pool(HTTPConnectionPool):
     ConnectionCls = _Connection
 
+    # urllib3 calls this once a response has been read, or has failed. Its own pools keep nothing.
+    def _put_conn(self, conn: Any) -> None:
+        if conn is not None:
+            conn.give_back()
 
-class _TlsPool(HTTPSConnectionPool):
+
+class _TlsPool(_Pool, HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
 
 
@@ -183,7 +289,20 @@ class GuardedSession(requests.Session):
         # Checked after the preparation, in which requests may have rewritten the host (IDNA).
         check_url(str(prepared.url), policy)
         timeout = (policy.connect_s, policy.read_s)
-        return self.send(prepared, stream=True, allow_redirects=False, timeout=timeout, proxies={})
+        send = partial(self.send, prepared, stream=True, allow_redirects=False, timeout=timeout, proxies={})
+        try:
+            return send()
+        except NETWORK_ERRORS:
+            # Servers close idle connections whenever they like.
+            if not self._guard.retry_without_kept():
+                raise
+        return send()
+
+    def skip_body(self, response: requests.Response) -> None:
+        """Read the body of the latest response if it is short and has arrived, so that its connection can be kept."""
+        cast(_Response, self._guard.responses[-1]).stop_waiting()
+        with suppress(*NETWORK_ERRORS):
+            response.raw.read(CHUNK_BYTES, decode_content=False)
 
 
 def tls_context(ca_file: Path | None = None) -> ssl.SSLContext:

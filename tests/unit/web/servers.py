@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import shutil
 import socket
 import ssl
 import threading
@@ -15,9 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import pytest
 
 from tasks.errors import ImageBlocked, ImageInvalid, ImageTooLarge, ImageUnreachable, JobError
+from tests.support.tls import server_context
 
 GOOD = "127.0.0.2"
 BODY = b"\x89PNG\r\n\x1a\n" + b"the bytes of an image" * 100
@@ -59,10 +63,12 @@ class Server:
     #: Sent before any request.
     greeting: Callable[[socket.socket], None] | None = None
     tls: ssl.SSLContext | None = None
+    #: Whether a connection stays open for further requests.
+    keeps_open: bool = False
     hits: int = 0
     heads: list[str] = field(default_factory=list)
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         self._listener = socket.create_server((self.address, self.port), family=family)
         self.port = self._listener.getsockname()[1]
@@ -86,15 +92,30 @@ class Server:
         with suppress(OSError), self._plain(connection) as plain:
             if self.greeting:
                 self.greeting(plain)
-            head = b""
-            while b"\r\n\r\n" not in head and (chunk := plain.recv(4096)):
-                head += chunk
-            self.heads.append(head.decode("latin-1"))
-            if self.answer and head:
-                self.answer(plain, self.heads[-1].split(" ")[1])
+            while head := self._head(plain):
+                self.heads.append(head)
+                if self.answer:
+                    self.answer(plain, head.split(" ")[1])
+                if not self.keeps_open:
+                    return
+
+    @staticmethod
+    def _head(plain: socket.socket) -> str:
+        """The next request; empty at the connection's end."""
+        head = b""
+        while b"\r\n\r\n" not in head and (chunk := plain.recv(4096)):
+            head += chunk
+        return head.decode("latin-1")
 
     def _plain(self, connection: socket.socket) -> socket.socket:
         return self.tls.wrap_socket(connection, server_side=True) if self.tls else connection
+
+
+def tls_server(folder: Path, name: str) -> ssl.SSLContext:
+    """As `server_context`; skips the test where openssl is not installed."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    return server_context(folder, name)
 
 
 def response(body: bytes = BODY, status: str = "200 OK", **headers: object) -> bytes:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +25,7 @@ from tests.unit.web.servers import (
     redirect,
     response,
     script,
+    tls_server,
     trickle,
     within,
 )
@@ -80,25 +78,6 @@ def test_retry_after_is_seconds_or_a_date(header: str, seconds: float | None) ->
     assert parse_retry_after(header, 1_445_412_380) == seconds
 
 
-def _certificate(folder: Path, name: str) -> ssl.SSLContext:
-    program = shutil.which("openssl")
-    if program is None:
-        pytest.skip("openssl makes the certificate")
-    command = f"{program} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
-    files = [
-        "-addext",
-        f"subjectAltName=DNS:{name}",
-        "-keyout",
-        str(folder / "key"),
-        "-out",
-        str(folder / "crt"),
-    ]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True, timeout=120)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "crt", folder / "key")
-    return context
-
-
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
     """Where the certificate of `secure` stands, once that serves."""
@@ -107,7 +86,7 @@ def certificate(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def secure(certificate: Path) -> Iterator[Server]:
-    with Server(GOOD, answer=script, tls=_certificate(certificate.parent, "good.test")) as server:
+    with Server(GOOD, answer=script, tls=tls_server(certificate.parent, "good.test")) as server:
         yield server
 
 
