@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 import uuid
@@ -14,6 +15,7 @@ from .lock import locked
 from .plan import Plan
 from .record import base_name
 from .state import About, CampaignState, state_path
+from .tables.patterns import is_pattern, matching_files, may_match
 
 
 @contextlib.contextmanager
@@ -36,6 +38,8 @@ def opened(
     )
     if asked.input == asked.output:
         raise CampaignError("INPUT and OUTPUT are the same file: name another output.")
+    if may_match(asked.input, asked.output):
+        raise CampaignError("OUTPUT would be one of INPUT's files: name another output, or a folder of its own.")
     if not path.exists() and "://" not in output and Path(output).exists():
         raise CampaignError(f"{output} exists already and is no output of a campaign: name another, or remove it.")
     with locked(path.with_name(f"{path.name}-lock")), CampaignState.begin(path, asked) as state:
@@ -88,8 +92,13 @@ def absolute(path: str) -> str:
 
 
 def stamp(path: str) -> str:
-    """Size and time of a local file, by which a change of it is noticed; empty for a URL and a folder."""
-    if "://" in path or not Path(path).is_file():
+    """Size and time of a local file, or those of a pattern's files, by which a change is noticed.
+
+    Empty for URLs and folders.
+    """
+    paths = [Path(each) for each in matching_files(path)] if is_pattern(path) else [Path(path)]
+    if "://" in path or not all(each.is_file() for each in paths):
         return ""
-    about = Path(path).stat()
-    return f"{about.st_size} {about.st_mtime_ns}"
+    stats = [each.stat() for each in paths]
+    of_files = " ".join(f"{about.st_size} {about.st_mtime_ns}" for about in stats)
+    return of_files if len(paths) == 1 else hashlib.blake2b(of_files.encode(), digest_size=16).hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import TableError
@@ -17,7 +18,9 @@ from .files import is_folder, suffixes
 from .folder_table import FolderTable
 from .jsonl_table import JsonlTable
 from .parquet_writer import ParquetWriter
+from .patterns import is_pattern, matching_files
 from .rows import BadRow, Picture, Row, Table, Writer, values_of
+from .sharded_table import ShardedTable
 from .text_writers import CsvWriter, JsonlWriter
 from .webdataset_table import WebDatasetTable
 
@@ -44,10 +47,17 @@ def open_table(path: str, *, encoding: str | None = None, delimiter: str | None 
     """The table of a file, by the suffix of its name, or of a folder. Its header or its first rows are read at once.
 
     CSV, TSV, JSONL, Parquet, Arrow and Feather, WebDataset tar, a folder of pictures; text and tar also compressed.
+    A pattern (`part-*.parquet`, `{00..99}.tar`) gives the rows of all its files in order.
 
     `encoding` and `delimiter` are those of a text file; None: recognized, and told in `notes` where it is a guess.
     Raises TableError.
     """
+    if is_pattern(path):
+        return ShardedTable(matching_files(path), partial(_open_one, encoding=encoding, delimiter=delimiter))
+    return _open_one(path, encoding, delimiter)
+
+
+def _open_one(path: str, encoding: str | None, delimiter: str | None) -> Table:
     form = suffixes(path)[0]
     if form in _DELIMITED:
         return CsvTable(path, encoding=encoding, delimiter=delimiter, is_tsv=_DELIMITED[form] == "\t")
