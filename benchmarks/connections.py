@@ -1,9 +1,8 @@
-"""Pictures a second from one server, on kept connections and on new ones: `python -m benchmarks.connections --save
-connections`.
+"""A picture's download on a kept connection and on a new one: `python -m benchmarks.connections [--save connections]`.
 
 One thread downloads, without a worker; both kinds take turns. The servers run in processes of their own, and one closes
-each connection after a picture. `far` simulates a round trip of 30 ms: one for a connection, one for its TLS handshake,
-and one for each picture.
+each connection after a picture. `ratio` is the new one's time for each of the kept one's. `far` simulates a round trip
+of 30 ms: one for a connection, one for its TLS handshake, and one for each picture.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ from tests.support.pictures import png
 from tests.support.tls import server_context
 from worker.images.fetch import Fetcher, FetchPolicy
 
-ROUNDS = 7
-#: Pictures of a round.
-NEAR_PICTURES, FAR_PICTURES = 200, 20
+NEAR_PICTURES, FAR_PICTURES, WARM_UP = 500, 60, 3
 ROUND_TRIP_S = 0.03
 
 
@@ -78,22 +75,21 @@ def _server(is_tls: bool, round_trip_s: float, keeps_open: bool) -> Iterator[Cal
 
 
 def _compared(is_tls: bool, round_trip_s: float = 0.0) -> dict[str, Any]:
-    pictures = FAR_PICTURES if round_trip_s else NEAR_PICTURES
-    rates: dict[str, list[float]] = {"kept": [], "new": []}
+    """Milliseconds of a picture, and of those the processor's in this process: medians."""
+    wall: dict[str, list[float]] = {"kept": [], "new": []}
+    cpu: dict[str, list[float]] = {"kept": [], "new": []}
     with _server(is_tls, round_trip_s, True) as kept, _server(is_tls, round_trip_s, False) as new:
-        for fetch in (kept, new):
-            fetch()
-        for _ in range(ROUNDS):
+        for number in range(-WARM_UP, FAR_PICTURES if round_trip_s else NEAR_PICTURES):
             for name, fetch in (("kept", kept), ("new", new)):
-                started = time.monotonic()
-                for _ in range(pictures):
-                    fetch()
-                rates[name].append(pictures / (time.monotonic() - started))
-    ratios = [kept_rate / new_rate for kept_rate, new_rate in zip(rates["kept"], rates["new"], strict=True)]
+                began, cpu_began = time.monotonic(), time.process_time()
+                fetch()
+                if number >= 0:
+                    cpu[name].append(time.process_time() - cpu_began)
+                    wall[name].append(time.monotonic() - began)
     return {
-        "pictures_per_s": {name: round(statistics.median(each), 1) for name, each in rates.items()},
-        "ratio": round(statistics.median(ratios), 2),
-        "ratios": [round(ratio, 2) for ratio in ratios],
+        "ms": {name: round(1_000 * statistics.median(each), 2) for name, each in wall.items()},
+        "cpu_ms": {name: round(1_000 * statistics.median(each), 2) for name, each in cpu.items()},
+        "ratio": round(statistics.median(wall["new"]) / statistics.median(wall["kept"]), 2),
     }
 
 

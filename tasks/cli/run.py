@@ -92,8 +92,8 @@ def run(
     """Run a task for each row of a table, and write the table with the answers.
 
     INPUT and OUTPUT are CSV, TSV, JSONL or Parquet by their suffixes; INPUT also Arrow, a folder of pictures or a
-    WebDataset tar; both may be URLs (s3://, gs://, https://). Rows keep their order. A failed row has its error in the
-    columns error_code and error.
+    WebDataset tar, or several files of a kind ("part-*.parquet", "{00..99}.tar"); both may be URLs (s3://, gs://,
+    https://). Rows keep their order. A failed row has its error in the columns error_code and error.
 
     The state is in OUTPUT.campaign. After any interruption the same command goes on where it stopped. Exit codes: 0
     when all rows have run, 3 if a limit or a cancellation stopped it, 130 after Ctrl-C.

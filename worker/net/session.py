@@ -212,7 +212,7 @@ class _Connection(HTTPConnection):
         """Leave the connection to later requests if its last response is complete; close it otherwise."""
         connection, handle = self.sock, self._handle
         if connection is not None and handle is not None and self._response and self._response.is_complete():
-            self.sock = None  # type: ignore[assignment]
+            self.sock = None
             # First: the next request has a deadline of its own.
             self._guard.unwatch(handle)
             self._guard.keep(self._origin, connection, self._opened)
