@@ -13,7 +13,7 @@ from .files import is_url, located, reported
 #: More would be a mistake in a range.
 MAX_FILES = 100_000
 
-_BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}")
+_BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{},]*,[^{}]*))\}")
 
 
 def is_pattern(path: str) -> bool:
