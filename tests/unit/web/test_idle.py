@@ -27,6 +27,13 @@ Answer = Callable[[socket.socket, str], None]
 ORIGIN = Origin("http", "good.test", 80)
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take seconds between two requests."""
+    monkeypatch.setattr(idle, "MAX_IDLE_S", 30.0)
+    monkeypatch.setattr(idle, "MAX_AGE_S", 60.0)
+
+
 class Site(Server):
     """A server that keeps connections open, and a fetcher that may read from it."""
 
