@@ -179,14 +179,17 @@ def test_a_server_that_sends_the_headers_first_is_not_slower_on_a_kept_connectio
         connection.sendall(head + b"\r\n\r\n")
         connection.sendall(body)
 
-    server, seconds = site(in_two_packets), []
-    for _ in range(20):
-        began = time.monotonic()
-        server.fetch("/a")
-        seconds.append(time.monotonic() - began)
+    server = site(in_two_packets)
+    server.fetch("/a")
+    # Linux delays an acknowledgement by 40 ms; a busy machine may delay one picture or another, too.
+    eventually(lambda: _seconds(lambda: server.fetch("/a")) < 0.035, 10.0)
     assert server.hits == 1
-    # Linux delays an acknowledgement by 40 ms.
-    assert min(seconds[1:]) < 0.035
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
 
 
 def test_what_a_server_sends_unasked_answers_no_request(site: Callable[..., Site]) -> None:
