@@ -324,7 +324,7 @@ def test_the_number_of_idle_connections_is_bounded(site: Callable[..., Site], mo
     monkeypatch.setattr(idle, "MAX_IDLE", 12)
     one = [_keep(kept, server, ORIGIN) for _ in range(idle.MAX_IDLE_PER_ORIGIN + 2)]
     assert [_is_closed(each) for each in one] == [True] * 2 + [False] * idle.MAX_IDLE_PER_ORIGIN
-    others = [_keep(kept, server, ORIGIN._replace(port=port)) for port in range(6)]
+    others = [_keep(kept, server, Origin("http", "good.test", port)) for port in range(6)]
     assert len(kept) == 12
     assert [_is_closed(each) for each in one] == [True] * 4 + [False] * 6
     assert not any(map(_is_closed, others))
