@@ -219,6 +219,9 @@ class Settings(BaseSettings):
     """Seconds that an answer is reused for identical jobs (same pixels, prompt, sampling and model), greedy or seeded
     ones only; identical jobs that run at the same time share one row of the batch. 0: off, since a fast answer can
     reveal what others asked."""
+    canary: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the jobs, such as 0.001, that run again alone while the worker is idle, to see whether their answers
+    depend on the jobs beside them. The metric `idefics_canary_runs_total` counts the outcomes. 0: off."""
     time_limit_s: float = Field(default=600.0, gt=0)
     """Seconds after which a running job is given up: its model process is replaced and the other jobs in it run again.
     A message may set a lower limit (Celery's `time_limit`); then only its job ends."""

@@ -22,6 +22,9 @@ CONTINUES = "idefics_continues"
 CAMPAIGN = "idefics_campaign"
 #: The message header with the number of times that a worker has sent a job again without a retry.
 RUN = "idefics_run"
+#: The message header of a job that runs alone, without what caches have, so that its answer can be compared with one
+#: that it had in company (`idefics-jobs verify`).
+ALONE = "idefics_alone"
 #: Celery's options that hide a job's arguments in logs, events and monitors: prompts and signed URLs.
 HIDDEN = {"argsrepr": "()", "kwargsrepr": "{...}"}
 #: Seconds that a cancellation's key is kept (tasks/redis_keys.py): longer than a job may wait, also for its `eta`.

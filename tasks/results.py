@@ -97,10 +97,53 @@ class Choice(_Reply):
     """See the result's."""
 
 
+class Receipt(_Reply):
+    """What an answer depended on, so that `idefics-jobs verify` can repeat it. Hashes are 16 hexadecimal digits.
+
+    Fields that say nothing are left out of the JSON.
+    """
+
+    model: str
+    """Hub id or name of the checkpoint."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+    weights: str | None = None
+    """Hash of the checkpoint's safetensors files. Unset in the first seconds of a worker, while it reads them."""
+    dtype: str
+    """Precision of the weights."""
+    quantization: str | None = None
+    """Quantization of the weights."""
+    engine: str | None = None
+    """What ran the model: `continuous` (the worker's own decoder), `stock` (transformers' `generate`) or `fake`."""
+    version: str | None = None
+    """Version of the worker."""
+    prompt: str
+    """Hash of the prompt's token ids, and of the labels' for `classify`."""
+    pixels: list[str] = []
+    """Hash of each picture as the model sees it, in order; of more than eight pictures one hash of them all."""
+    sampling: dict[str, Any] = {}
+    """Parameters that differ from plain greedy decoding, and the maximum of new tokens. Of texts a hash."""
+    seed: int | None = None
+    """Seed of a sampled answer: the job's own, or the one that was drawn for it."""
+    output: str
+    """Hash of the answer's token ids, and of its label."""
+    attempts: int = 1
+    """Runs of the job, this one included. Left out if 1."""
+    worker: str | None = None
+    """Celery's name of the worker."""
+    cached: bool = False
+    """True: the answer is that of an identical job, shared or from the answer cache."""
+    token_ends: list[int] = []
+    """Number of characters of the text after each new token; only where the job ran alone to be compared."""
+
+
+Receipt.optional = tuple(name for name, field in Receipt.model_fields.items() if not field.is_required())
+
+
 class Result(_Reply):
     """A finished job's answer. `text` is the new text only; `label` and `scores` come from `classify`."""
 
-    optional = ("confidence", "raw_confidence", "logprobs", "choices")
+    optional = ("confidence", "raw_confidence", "logprobs", "choices", "receipt")
 
     text: str
     """The new text, without the prompt."""
@@ -130,6 +173,8 @@ class Result(_Reply):
     """transformers' generation parameters that applied, including the checkpoint's. Empty: plain greedy decoding."""
     metadata: dict[str, Any] = {}
     """The job's own metadata."""
+    receipt: Receipt | None = None
+    """What the answer depended on: model, weights, prompt, pixels, sampling, seed. Unset by older workers."""
     _response_model: type[BaseModel] | None = PrivateAttr(default=None)
 
     @property

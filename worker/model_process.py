@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -33,28 +33,29 @@ from redis import Redis
 from config.settings import Settings
 from tasks.outbox import connect
 from tasks.redis_keys import broker_prefix, results_prefix
-from tasks.worker_registry import RENEW_S
 from worker.app import app
 from worker.delivery.recorder import TerminalState
 from worker.engine.device_errors import is_device_lost
 from worker.engine.engine import Engine
 from worker.engine.interfaces import Model
-from worker.engine.throughput import Throughput
 from worker.images.download_limits import DownloadLimits
 from worker.images.host_leases import HostLeases
 from worker.images.parking import ParkedJobs
-from worker.jobs.answer_cache import AnswerCache, fingerprint
+from worker.jobs.answer_cache import AnswerCache
+from worker.jobs.canary import Canary
 from worker.jobs.live_updates import LiveUpdates
+from worker.jobs.receipts import Receipts
 from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunParked, RunReturned
+from worker.models.fingerprint import WeightsHash, fingerprint, hashes_folder
 from worker.models.start import batch_limits, load_model, model_facts
 from worker.observability import tracing
-from worker.observability.exposition import ChangedValues
 from worker.observability.job_fields import about_job
 from worker.observability.log_lines import Lines
 from worker.observability.metrics import MODEL
 from worker.observability.redaction import without_message
+from worker.pool.heartbeat import METRICS_S, UNSERVED_METRICS_S, HeartbeatSender, MetricsSender
 from worker.pool.wire import (
     DEVICE_LOST,
     Abandon,
@@ -67,8 +68,6 @@ from worker.pool.wire import (
     Done,
     FinalMessage,
     GiveBack,
-    Heartbeat,
-    Metrics,
     Parked,
     Raised,
     Ready,
@@ -89,16 +88,9 @@ from worker.runtime.cpu import all_cores, go_last, job_cores, leave_cores_to_the
 # By its name as a module, not as the program.
 logger = logging.getLogger("worker.model_process")
 
-#: Seconds between two heartbeats, and the minimum between two if the capacity has changed.
-HEARTBEAT_S, MIN_HEARTBEAT_S = 0.5, 0.05
 #: Seconds that a Python thread keeps the GIL while another thread waits for it. Job threads must not delay the engine:
 #: with the default of 5 ms, 162 steps of an ideal 213 ran in a second, and with this value 192.
 SWITCH_S = 0.0005
-#: Minimum seconds between two messages with metrics. An idle engine's heartbeats come every second.
-METRICS_S = 0.9
-#: The same where no metrics are served: the parent then needs some for the worker's status in Redis only.
-UNSERVED_METRICS_S = RENEW_S - 0.1
-
 # Billiard copies all positions in the code of each frame of a traceback, which took milliseconds for each failure. The
 # cache copies them once for each code object.
 einfo._Frame.Code = staticmethod(functools.lru_cache(1_000)(einfo._Code))
@@ -246,57 +238,6 @@ def _bare(info: ExceptionInfo) -> BaseException:
     return bare
 
 
-class MetricsSender:
-    """Sends the values of metrics that have changed to the parent. Thread-safe."""
-
-    def __init__(self, channel: BlockingChannel, interval_s: float) -> None:
-        self._channel = channel
-        self._interval_s = interval_s
-        self._values = ChangedValues()
-        self._sent_at = 0.0
-        self._lock = threading.Lock()
-
-    def send_if_due(self) -> None:
-        if time.monotonic() - self._sent_at >= self._interval_s:
-            self.send()
-
-    def send(self) -> None:
-        with self._lock:
-            self._sent_at = time.monotonic()
-            try:
-                changed = self._values.take()
-            except Exception as error:
-                # The engine must go on.
-                logger.error("The metrics cannot be read.", exc_info=without_message(error))
-                return
-            self._channel.send(Metrics(changed))
-
-
-class HeartbeatSender:
-    """Called at each step of the engine; sends heartbeats with metrics and throughput to the parent."""
-
-    def __init__(self, channel: BlockingChannel, model: Model, max_rows: int, metrics: MetricsSender) -> None:
-        self.throughput: Callable[[], Throughput] = lambda: Throughput(max_rows, max_rows, 0.0)
-        #: The number of running rows.
-        self.rows: Callable[[], int] = int
-        self._channel = channel
-        self._model = model
-        self._metrics = metrics
-        self._sent_at = 0.0
-        self._sent_capacity = 0
-
-    def __call__(self) -> None:
-        tracing.step(self.rows)
-        since_s = time.monotonic() - self._sent_at
-        if since_s < MIN_HEARTBEAT_S:
-            return
-        throughput = self.throughput()
-        if since_s >= HEARTBEAT_S or throughput.capacity != self._sent_capacity:
-            self._sent_at, self._sent_capacity = time.monotonic(), throughput.capacity
-            self._channel.send(Heartbeat(self._model.metrics(), *throughput))
-            self._metrics.send_if_due()
-
-
 def _service(
     settings: Settings, channel: BlockingChannel, metrics: MetricsSender, downloads: DownloadLimits
 ) -> Service:
@@ -308,7 +249,11 @@ def _service(
     engine = Engine(model, limits, heartbeat, _prepare_engine, _end_without_device)
     live = LiveUpdates(app.backend.client, model.codec.decode, results_prefix(app))
     answers = _answers(settings, folder)
-    service = Service(settings, model.info, model.codec, engine, answers, model.rules, downloads, live)
+    receipts = Receipts(model.info, model.path, WeightsHash(model.info, folder))
+    canary = Canary(settings.canary, engine) if settings.canary else None
+    service = Service(
+        settings, model.info, model.codec, engine, answers, model.rules, downloads, live, receipts, canary
+    )
     service.prepare()
     heartbeat.throughput, heartbeat.rows = lambda: service.throughput, lambda: engine.running
     engine.start()
@@ -350,10 +295,8 @@ def _broker_client() -> tuple[Redis, str]:
 def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:
     if not settings.answer_cache_ttl_s:
         return None
-    from huggingface_hub.constants import HF_HOME
-
     # A hub id needs no fingerprint, since the commit of its snapshot is part of the model's description.
-    weights = fingerprint(folder, Path(HF_HOME) / "idefics-jobs") if folder else ""
+    weights = fingerprint(folder, hashes_folder()) if folder else ""
     return AnswerCache(app.backend.client, settings.answer_cache_ttl_s, weights, results_prefix(app))
 
 

@@ -102,6 +102,8 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
         Panel("Redeliveries and quarantine", EACH_SECOND, "Jobs whose worker or model process died.",
               {"redelivered": rate("idefics_redeliveries_total", "instance"),
                "quarantined": rate("idefics_quarantined_jobs_total", "instance")}),
+        Panel("Canary", EACH_SECOND, "Jobs that ran again alone (IDEFICS_CANARY). In float32 none may diverge.",
+              {"{{outcome}}": rate("idefics_canary_runs_total", "outcome")}, is_stacked=True),
     ]),
     "engine": ("Engine", [
         Panel("Rows", COUNT, "Rows in the batch, its limit, and rows that wait for it.",

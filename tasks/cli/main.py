@@ -22,6 +22,7 @@ from .queue import show_queue
 from .report import report
 from .run import run
 from .top import top
+from .verify import verify
 
 
 @click.group()
@@ -70,6 +71,7 @@ for command in (
     calibrate_output,
     failed,
     deliveries,
+    verify,
     print_schema,
 ):
     main.add_command(command)

@@ -26,10 +26,11 @@ from worker.demo import stack
 from worker.engine.engine import Engine
 from worker.engine.row import Output, Picture, Row, Sampling, Tokens, TokenScore
 from worker.engine.scheduler import Limits
-from worker.jobs.answer_cache import AnswerCache, digest, fingerprint
+from worker.jobs.answer_cache import AnswerCache, digest
 from worker.jobs.runs import CancellationError, JobContext
 from worker.jobs.service import Service
 from worker.models.fake import FakeModel
+from worker.models.fingerprint import fingerprint
 
 MODEL = ModelInfo(id="fake", family="fake", dtype="float32")
 #: Seconds that a test waits for what takes milliseconds.

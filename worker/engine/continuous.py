@@ -17,7 +17,7 @@ from tasks.errors import OutOfMemory
 from worker.engine.batch import Batch
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
-from worker.engine.interfaces import Admit, Decoder, Encode, PendingPrompt, SendHeartbeat
+from worker.engine.interfaces import Admit, Decoder, Encode, EnginePath, PendingPrompt, SendHeartbeat
 from worker.engine.label_scorer import LABEL_TOKENS, LabelScorer
 from worker.engine.logits_processors import RowRules
 from worker.engine.next_tokens import NextTokens, Running
@@ -62,7 +62,7 @@ class ContinuousModel:
         `budget_tokens`: see PREFILL_CHUNK_TOKENS, LABEL_TOKENS and BUDGET_TOKENS."""
         self.stock = stock
         self.info, self.rules, self.codec = stock.info, stock.rules, stock.codec
-        self.prefetch, self.help = stock.prefetch, stock.help
+        self.prefetch, self.help, self.path = stock.prefetch, stock.help, _path
         self.decoder = SlotDecoder(decoder, stock.max_tokens, record, blocks)
         #: Slots for prefixes and scored rows, which are not continued and need no slot among the running rows.
         self.scratch = self.decoder.empty_like(PREFILL_TOKENS + LABEL_TOKENS)
@@ -79,7 +79,7 @@ class ContinuousModel:
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
         """Run rows and those that join them: see interfaces.Runner. Rows with beams run through stock `generate`."""
-        if rows[0].sampling.num_beams > 1:
+        if self.path(rows[0]) == "stock":
             self.stock.run(rows, heartbeat, admit)
             return
         try:
@@ -239,6 +239,11 @@ class ContinuousModel:
         for slot in done:
             del self._batch.running[slot]
         self.decoder.release(done)
+
+
+def _path(row: Row) -> EnginePath:
+    """What runs a row: stock `generate` itself runs beams."""
+    return "stock" if row.sampling.num_beams > 1 else "continuous"
 
 
 def _groups(prompts: Sequence[tuple[Row, PendingPrompt]]) -> Iterator[list[tuple[Row, PendingPrompt]]]:

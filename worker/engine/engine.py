@@ -84,9 +84,12 @@ class Engine:
         self._queue.fail_all()
 
     def submit(self, row: Row) -> Future[Output]:
-        """Queue a row and return its output. Its pictures are encoded first, while other rows run."""
+        """Queue a row and return its output. Its pictures are encoded first, while other rows run.
+
+        Those of a row that runs alone are encoded when it does: not together with others.
+        """
         self._queue.add(row)
-        if row.tokens.pictures:
+        if row.tokens.pictures and not row.alone:
             self._runner.prefetch(row.tokens.pictures, functools.partial(self._queue.mark_ready, row))
             # An engine that waits may help to encode them.
             self._queue.wake()
@@ -103,6 +106,11 @@ class Engine:
     def running(self) -> int:
         """The number of running rows."""
         return self._meter.running
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no row runs or waits, and none is expected soon. Thread-safe."""
+        return not self._meter.running and self._queue.is_idle
 
     @property
     def throughput(self) -> Throughput:
@@ -145,7 +153,7 @@ class Engine:
 
     def _run(self, first: Sequence[Row], *, joinable: bool = True) -> None:
         """Run a batch and the rows that join it until each is done."""
-        batch, widest = list(first), _beams(first)
+        batch, widest, is_alone = list(first), _beams(first), first[0].alone
         # The runner supports joining only if it calls `admit`.
         self._meter.is_joinable = False
         self._update_throughput(batch, free=0)
@@ -155,7 +163,7 @@ class Engine:
             self._meter.is_joinable = joinable
             nonlocal widest
             # A chunk of a prompt takes as long in any company, so it does not wait.
-            if joinable and running and all(row.is_prefilled for row in running):
+            if joinable and running and not is_alone and all(row.is_prefilled for row in running):
                 self._await_joining(len(running))
             # Without a running row the next one starts a new run, since it may need beam search.
             joining = self._take(running) if joinable and running and not self._stopping else []
@@ -170,7 +178,7 @@ class Engine:
 
         error: Exception = Internal("The model left this job without an answer: report it.")
         try:
-            self._runner.run(first, self._heartbeat, admit)
+            self._runner.run(first, functools.partial(self._step, batch), admit)
             if joinable:
                 self._ceiling.ran_well(widest)
         except Exception as caught:
@@ -181,6 +189,13 @@ class Engine:
         unfinished = [row for row in batch if not row.is_done]
         if unfinished:
             self._recover(batch, unfinished, error)
+
+    def _step(self, batch: Sequence[Row]) -> None:
+        """Called at each step of a running batch."""
+        self._heartbeat()
+        # Also for rows whose pictures are still to be encoded: it has ended by then.
+        if batch and batch[0].gives_way and len(self._queue):
+            batch[0].canceled = True
 
     def _await_joining(self, running: int) -> None:
         """Let a batch that is far from full wait for more rows, and help the encoder meanwhile."""

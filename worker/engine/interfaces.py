@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from tasks.results import ModelInfo
 from worker.engine.blocks import BLOCK_TOKENS
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: A prompt's texts and pictures, in reading order.
 PromptContent = Sequence[str | Picture]
+#: What runs a row: the worker's own decoder with continuous batching, or transformers' `generate`.
+EnginePath = Literal["continuous", "stock", "fake"]
 #: Called at each step to show that the engine is alive.
 SendHeartbeat = Callable[[], None]
 #: Takes the running rows and returns the rows that join them now.
@@ -103,6 +105,9 @@ class Model(Runner, Protocol):
 
     @property
     def codec(self) -> Codec: ...
+
+    def path(self, row: Row) -> EnginePath:
+        """What runs a row."""
 
     def metrics(self) -> dict[str, int]:
         """Counters of the model's caches, for monitoring."""

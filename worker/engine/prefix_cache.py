@@ -38,7 +38,7 @@ def prefix_keys(tokens: Tokens) -> list[PrefixKey]:
     """The positions in a prompt where a prefix is worth keeping, the longest first: before each picture, and after each
     picture of at least MIN_TOKENS tokens. In a prompt that several rows have also before its last token."""
     found: list[PrefixKey] = []
-    content = hashlib.blake2b(digest_size=16)
+    content = hashlib.blake2b(tokens.salt, digest_size=16)
     start = 0
 
     def cut(place: int, images: int, *, is_worth: bool, recurs: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -54,6 +56,13 @@ class Sampling:
         penalty = self.repetition_penalty not in (None, 1.0) or self.frequency_penalty or self.presence_penalty
         return bool(penalty or self.logit_bias)
 
+    def with_seed(self) -> Sampling:
+        """The same with a random seed if it is sampled without one, so that the answer can be repeated."""
+        if self.temperature == 0 or self.seed is not None:
+            return self
+        # JavaScript reads integers of up to 53 bits exactly.
+        return dataclasses.replace(self, seed=secrets.randbits(53))
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:
@@ -101,6 +110,13 @@ class Tokens:
     spans: tuple[ImageSpan, ...] = ()
     #: Whether several rows have this prompt: all but its last token is prefilled once for them.
     is_repeated: bool = False
+    #: Content of the keys of cached prefixes: see `apart`.
+    salt: bytes = b""
+
+    def apart(self, salt: bytes) -> Tokens:
+        """The same prompt, for which no cache of the engine has anything: the keys have `salt` in them."""
+        pictures = tuple(dataclasses.replace(picture, key=salt + picture.key) for picture in self.pictures)
+        return dataclasses.replace(self, pictures=pictures, salt=salt)
 
     def until(self, length: int) -> Tokens:
         """The first `length` tokens. `length` must not be within a picture."""
@@ -163,6 +179,12 @@ class Row:
     grammar: Grammar | None = None
     #: The first row of a job that asks for several samples; with it, the others are canceled.
     leader: Row | None = None
+    #: Whether no other row may share its batch.
+    alone: bool = False
+    #: Whether it is canceled once another row waits. For a row that runs alone.
+    gives_way: bool = False
+    #: Whether its output is that of an identical row.
+    is_reused: bool = False
     #: Number of pictures whose features were cached.
     cached_images: int = 0
     #: time.monotonic(). 0.0 until its pictures are encoded (`ready`), it runs (`started`), it has a new token

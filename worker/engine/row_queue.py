@@ -47,6 +47,11 @@ class RowQueue:
         """Whether no row is ready to run."""
         return not self._ready
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no row is ready to run, and none is expected soon."""
+        return not (self._ready or self._encoding or self._expected)
+
     def __len__(self) -> int:
         """Number of waiting rows."""
         return len(self._ready) + len(self._encoding)
@@ -119,6 +124,8 @@ class RowQueue:
             return []
         now = time.monotonic()
         with self._changed:
+            if running or len(self._ready) > 1:
+                self._give_way()
             aborted = [row for row in self._ready if row.abort_reason(now)]
             self._remove(aborted)
             batch = next_batch(self._ready, limits, running, in_groups=in_groups)
@@ -157,6 +164,11 @@ class RowQueue:
         coming = len(self._encoding) if now < batch.encoded_until else 0
         coming += self._expected if now < batch.decoded_until else 0
         return should_wait(batch.running, len(self._ready), coming, batch.limits)
+
+    def _give_way(self) -> None:
+        """Cancel ready rows that give way to others. The caller must hold the lock."""
+        for row in self._ready:
+            row.canceled |= row.gives_way
 
     def _remove(self, rows: Sequence[Row]) -> None:
         """Remove ready rows. The caller must hold the lock."""

@@ -97,8 +97,11 @@ def _is_group(waiting: int, free: int, limits: Limits) -> bool:
 
 
 def _group(row: Row) -> Hashable:
-    """A key that is equal for rows that may share a batch: all without beams; of those with beams, like ones."""
+    """A key that is equal for rows that may share a batch: all without beams; of those with beams, like ones. A row
+    that runs alone has one of its own."""
     sampling = row.sampling
+    if row.alone:
+        return row
     if sampling.num_beams == 1:
         return None
     has_penalty = sampling.repetition_penalty is not None

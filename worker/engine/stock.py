@@ -23,7 +23,7 @@ from tasks.errors import OutOfMemory
 from tasks.results import ModelInfo
 from worker.engine.beam_scores import BeamRecorder
 from worker.engine.generation_rules import NO_RULES, GenerationRules
-from worker.engine.interfaces import Admit, Codec, Encode, SendHeartbeat
+from worker.engine.interfaces import Admit, Codec, Encode, EnginePath, SendHeartbeat
 from worker.engine.logits_processors import BatchRules, rules_of
 from worker.engine.pauses import without_pauses
 from worker.engine.penalties import StockPenalties
@@ -107,6 +107,10 @@ class StockModel:
         """Run rows with labels, and rows with one number of beams: see interfaces.Runner. Never calls `admit`."""
         with memory_errors():
             self._run(rows, heartbeat)
+
+    def path(self, row: Row) -> EnginePath:
+        """Stock `generate`, for every row."""
+        return "stock"
 
     def metrics(self) -> dict[str, int]:
         """Counters of the family's caches."""

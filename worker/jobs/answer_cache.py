@@ -7,17 +7,14 @@ token ids, labels, sampling, stop strings and model; tasks and URLs may differ. 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from redis import Redis
@@ -40,7 +37,7 @@ class AnswerCache:
     """Shares answers among identical jobs (single flight). Without Redis every job is computed. Thread-safe."""
 
     def __init__(self, redis: Redis, ttl_s: int, weights: str = "", prefix: str = "") -> None:
-        """`weights` is the checkpoint's `fingerprint`, since an id and revision may get other weights later.
+        """`weights` is the checkpoint's fingerprint, since an id and revision may get other weights later.
 
         `prefix` stands before all keys.
         """
@@ -101,38 +98,6 @@ class AnswerCache:
             logger.warning("An answer is not kept for reuse: %s", error)
 
 
-def fingerprint(folder: Path, cache: Path | None = None) -> str:
-    """Hash of a checkpoint's files by content, 16 hexadecimal digits: an operator may replace the weights in place.
-
-    Reading takes some seconds for each 10 GB. So each file's hash is kept in the folder `cache`, under the file's path,
-    inode, size and times: no program can set the time of an inode's last change.
-    """
-    hashes = [(path.name, _content_hash(path, cache)) for path in sorted(folder.iterdir()) if path.is_file()]
-    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
-
-
-def _content_hash(path: Path, cache: Path | None) -> str:
-    kept = cache / hashlib.sha256(repr(_identity(path)).encode()).hexdigest() if cache else None
-    with contextlib.suppress(OSError):
-        if kept:
-            return kept.read_text()
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "blake2b").hexdigest()
-    with contextlib.suppress(OSError):
-        if kept:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            # Atomically: another worker may start at the same time.
-            part = kept.with_suffix(f".{os.getpid()}")
-            part.write_text(found)
-            part.rename(kept)
-    return found
-
-
-def _identity(path: Path) -> tuple[str | int, ...]:
-    state = path.stat()
-    return str(path.resolve()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-
-
 def digest(row: Row, model: ModelInfo) -> str | None:
     """Hash of everything that an answer depends on; None if it also depends on chance."""
     sampling = row.sampling
@@ -163,6 +128,7 @@ def _reused(row: Row, output: Output) -> Output:
     ANSWER_CACHE.hits.inc()
     row.started = time.monotonic()
     row.cached_images = len(row.tokens.pictures)
+    row.is_reused = True
     return output
 
 

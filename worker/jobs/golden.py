@@ -19,7 +19,6 @@ from typing import Any
 
 from tasks.payload_fields import ImagePath
 from tasks.payloads import Classify, Job, parse
-from tasks.results import ModelInfo
 from worker.images.sources import read_below
 from worker.jobs.prompts import ImageRef, build
 from worker.models import SetupFailed
@@ -28,9 +27,6 @@ from worker.models import SetupFailed
 MAX_BYTES = 20_000_000
 #: Questions: each delays every start.
 MAX_QUESTIONS = 100
-#: How far a label's probability may be off, by quantization or dtype. The bundled checkpoints' are off by 0.000001 in
-#: float32, 0.007 in bfloat16, 0.014 in 8-bit and 0.07 in 4-bit (`python -m worker.demo.golden`).
-TOLERANCES = {"float32": 0.002, "bfloat16": 0.04, "float16": 0.04, "8bit": 0.08, "4bit": 0.25}
 FORM = "The checkpoint's golden.json has another form than task, image, arguments, text, scores and more."
 
 
@@ -58,11 +54,6 @@ class Golden:
 
     questions: tuple[GoldenQuestion, ...]
     pictures: Mapping[str, bytes]
-
-
-def tolerance(info: ModelInfo) -> float:
-    """How far off a probability may be, by the precision of the loaded model."""
-    return TOLERANCES.get(info.quantization or info.dtype, max(TOLERANCES.values()))
 
 
 def read_golden(folder: Path) -> Golden | None:

@@ -14,9 +14,10 @@ from tasks.errors import Internal, JobError
 from tasks.payload_fields import ImagePath
 from tasks.payloads import Job, parse
 from tasks.results import ModelInfo
+from tasks.verification import tolerance
 from worker.engine.interfaces import Codec
 from worker.engine.row import Output, Picture, Row, Sampling
-from worker.jobs.golden import Golden, GoldenQuestion, read_golden, tolerance
+from worker.jobs.golden import Golden, GoldenQuestion, read_golden
 from worker.jobs.prompts import ImageRef
 from worker.jobs.result_builder import labels_of
 from worker.jobs.row_builder import RowBuilder
@@ -83,7 +84,8 @@ class GoldenCheck:
 
     def _fault(self, question: GoldenQuestion, output: Output) -> str | None:
         scores = dict(zip(labels_of(question.job), output.probabilities, strict=False))
-        return question.fault(self._codec.decode(output.ids), scores, tolerance(self._info))
+        most = tolerance(self._info.dtype, self._info.quantization)
+        return question.fault(self._codec.decode(output.ids), scores, most)
 
     def _row(self, job: Job, pictures: Mapping[str, Picture]) -> Row:
         parts: list[str | Picture] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.calibration import Calibration
 from tasks.payloads import Classify, Job
-from tasks.results import Choice, ModelInfo, Result, Timing, TokenLogprob, TopLogprob, Usage
+from tasks.results import Choice, ModelInfo, Receipt, Result, Timing, TokenLogprob, TopLogprob, Usage
 from worker.engine.generation_rules import GenerationRules
 from worker.engine.interfaces import Codec
 from worker.engine.row import Output, Row
@@ -32,7 +32,7 @@ class ResultBuilder:
         self._rules = rules
         self._told = rules.abbreviated()
 
-    def build(self, job: Job, row: Row, output: Output, timing: Timing) -> Result:
+    def build(self, job: Job, row: Row, output: Output, timing: Timing, receipt: Receipt) -> Result:
         text = self._text(job, row, output)
         scores = dict(zip(labels_of(job), output.probabilities, strict=True)) if output.probabilities else None
         label = max(scores, key=scores.__getitem__) if scores else None
@@ -56,11 +56,14 @@ class ResultBuilder:
             timing=timing,
             generation=self._generation(job),
             metadata=job.metadata,
+            receipt=self._with_token_ends(receipt, row, output) if row.alone else receipt,
         )
 
     def _text(self, job: Job, row: Row, output: Output) -> str:
-        decode = row.grammar.text if row.grammar else self._codec.decode
-        return until_stop(decode(output.ids), job.stop)
+        return until_stop(self._decode(row, output.ids), job.stop)
+
+    def _decode(self, row: Row, ids: Sequence[int]) -> str:
+        return row.grammar.text(ids) if row.grammar else self._codec.decode(ids)
 
     def _choice(self, job: Job, row: Row, output: Output) -> Choice:
         return Choice(
@@ -88,6 +91,10 @@ class ResultBuilder:
             )
             for score in output.scores
         ]
+
+    def _with_token_ends(self, receipt: Receipt, row: Row, output: Output) -> Receipt:
+        ends = [len(self._decode(row, output.ids[: n + 1])) for n in range(len(output.ids))]
+        return receipt.model_copy(update={"token_ends": ends})
 
     def _generation(self, job: Job) -> dict[str, Any]:
         """The generation parameters that applied, by their names in transformers; none for plain greedy decoding."""

@@ -121,6 +121,7 @@ def others(row: Row) -> list[Row]:
             row.deadline,
             grammar=row.grammar,
             leader=row,
+            alone=row.alone,
         )
         for seed in seeds
     ]

@@ -36,6 +36,10 @@ class JobContext:
     soft_limit_s: float | None = None
     #: Runs before this one that ended with a temporary error.
     retries: int = 0
+    #: Celery's name of the worker.
+    worker: str | None = None
+    #: Whether no other job may be in its batch, and nothing in a cache may be used.
+    is_alone: bool = False
 
 
 class Run:

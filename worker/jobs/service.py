@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -27,9 +28,11 @@ from worker.images.download_limits import DownloadLimits
 from worker.images.host_limits import HostLimitReached
 from worker.images.loader import ImageLoader
 from worker.jobs.answer_cache import AnswerCache
+from worker.jobs.canary import Canary
 from worker.jobs.golden_check import GoldenCheck
 from worker.jobs.live_updates import NO_UPDATES, LiveUpdates
 from worker.jobs.prompts import ImageRef, Prompt
+from worker.jobs.receipts import Receipts
 from worker.jobs.result_builder import ResultBuilder
 from worker.jobs.row_builder import RowBuilder, others
 from worker.jobs.run_metrics import count_answer, observe_row
@@ -71,6 +74,8 @@ class Service:
         rules: GenerationRules = NO_RULES,
         downloads: DownloadLimits | None = None,
         live: LiveUpdates | None = None,
+        receipts: Receipts | None = None,
+        canary: Canary | None = None,
     ) -> None:
         """`rules`: the checkpoint's generation parameters; each result lists those that applied to it. `downloads`: see
         ImageLoader. `live`: writes the updates of streamed jobs. Raises SetupFailed for another model's calibration."""
@@ -82,6 +87,8 @@ class Service:
         self._images = ImageLoader(settings, codec.picture, engine.expecting, downloads)
         self._rows = RowBuilder(settings, codec, rules)
         self._results = ResultBuilder(info, codec, rules, _calibration(settings, info))
+        self._receipts = receipts or Receipts(info)
+        self._canary = canary
         self._runs = RunRegistry()
         self._golden_check = GoldenCheck(info, codec, self._rows, self._images.open, engine.submit)
 
@@ -164,11 +171,14 @@ class Service:
         parts = self._load_images(self._rows.prompt(job), run)
         run.check()
         row = self._rows.build(job, parts, new_tokens, run.context.priority, run.deadline)
+        tokens = row.tokens
+        if run.context.is_alone:
+            row.alone, row.tokens = True, tokens.apart(os.urandom(8))
         fetched = time.monotonic()
         self._runs.attach(run, row)
         run.updates.follow(row)
         with gil.released():
-            output = self._answers.output(row, self._info, self._compute) if self._answers else self._compute(row)
+            output = self._output(row)
         ended = time.monotonic()
         observe_row(row, ended)
         timing = Timing(
@@ -178,12 +188,15 @@ class Service:
             generate_s=round(ended - (row.started or ended), 6),
             retries=run.context.retries,
         )
-        result = self._results.build(job, row, output, timing)
+        receipt = self._receipts.receipt(tokens, row, output, run.context)
+        result = self._results.build(job, row, output, timing, receipt)
         # A label is no text that grows.
         run.updates.finish("" if result.label else result.text)
         count_answer(result.usage)
         if output.finish_reason == "canceled":
             raise CancellationError(result)
+        if self._canary and not row.alone:
+            self._canary.offer(run.context.id, row, output, receipt)
         return result
 
     def _load_images(self, prompt: Prompt, run: Run) -> list[str | Picture]:
@@ -197,7 +210,14 @@ class Service:
             pictures = iter(self._images.load(sources))
         return [next(pictures) if isinstance(part, ImageRef) else part for part in prompt]
 
+    def _output(self, row: Row) -> Output:
+        if self._answers is None or row.alone:
+            return self._compute(row)
+        return self._answers.output(row, self._info, self._compute)
+
     def _compute(self, row: Row) -> Output:
+        # Not before the answer cache has seen that it has none.
+        row.sampling = row.sampling.with_seed()
         if row.sampling.answers == 1 or row.sampling.num_beams > 1:
             return self._engine.submit(row).result()
         rows = [row, *others(row)]

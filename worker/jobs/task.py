@@ -17,7 +17,7 @@ from config.settings import Settings
 from tasks.errors import DeadlineExceeded, Internal, InvalidRequest, JobError
 from tasks.idempotency import IdempotencyKeys
 from tasks.payloads import Job, parse
-from tasks.protocol import CONTINUES, HIDDEN, RUN, SUBMITTED_AT
+from tasks.protocol import ALONE, CONTINUES, HIDDEN, RUN, SUBMITTED_AT
 from tasks.redis_keys import results_prefix
 from tasks.results import Result
 from tasks.routing import priority_for
@@ -217,6 +217,8 @@ class JobTask(Task):  # type: ignore[misc]
             submitted_at=request.get(SUBMITTED_AT),
             soft_limit_s=(request.timelimit or [None, None])[1] or self.soft_time_limit,
             retries=request.retries or 0,
+            worker=request.hostname,
+            is_alone=bool(request.get(ALONE)),
         )
 
     def _drop_if_ended(self) -> None:

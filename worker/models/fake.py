@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from tasks.results import ModelInfo
 from worker.engine.generation_rules import NO_RULES
-from worker.engine.interfaces import Admit, PromptContent, SendHeartbeat
+from worker.engine.interfaces import Admit, EnginePath, PromptContent, SendHeartbeat
 from worker.engine.row import Output, Picture, Row, Tokens
 
 END = 0
@@ -81,6 +81,9 @@ class FakeModel:
 
     def help(self, within_s: float) -> bool:
         return False
+
+    def path(self, row: Row) -> EnginePath:
+        return "fake"
 
     def metrics(self) -> dict[str, int]:
         return {"batches": len(self.batches)}

@@ -12,7 +12,6 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from http import client as http_client
 from http.cookiejar import DefaultCookiePolicy
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +25,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from worker.net.guard import Guard, TooManyBytes
 from worker.net.idle import Origin
 from worker.net.policy import GuardError, check_plain, check_url
+from worker.runtime.version import project_version
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -315,11 +315,7 @@ def tls_context(ca_file: Path | None = None) -> ssl.SSLContext:
 
 def user_agent(role: str = "image fetcher", contact: str | None = None) -> str:
     """The User-Agent header: this project, its version, the role, and how to reach the operator."""
-    try:
-        version = metadata.version("idefics-jobs")
-    except metadata.PackageNotFoundError:
-        version = "dev"
-    return f"idefics-jobs/{version} (+{role}{f'; {contact}' if contact else ''})"
+    return f"idefics-jobs/{project_version()} (+{role}{f'; {contact}' if contact else ''})"
 
 
 def parse_retry_after(header: str, now: float) -> float | None:

@@ -187,6 +187,14 @@ DEAD_LETTERS = _counter(
     "idefics_dead_letters_total", "Failed jobs and messages that were kept on the list of failed jobs."
 )
 
+CANARY_RUNS = _counter(
+    "idefics_canary_runs_total",
+    "Jobs that ran again alone (IDEFICS_CANARY): identical, diverged (another answer), dropped (too many waited, or "
+    "others came), failed.",
+    "outcome",
+)
+CANARY = {outcome: CANARY_RUNS.labels(outcome) for outcome in ("identical", "diverged", "dropped", "failed")}
+
 # Devices
 
 GPU_MEMORY = _gauge("idefics_gpu_memory_bytes", "Memory of a GPU: used (by all processes) and total.", "gpu", "kind")

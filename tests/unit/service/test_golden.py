@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tasks.errors import InvalidRequest, OutOfMemory
+from tasks.verification import TOLERANCES
 from tests.support.pictures import data_uri, png
 from tests.unit.service.jobs import CONTEXT, Start, complete, job
 from worker.engine.row import Picture
-from worker.jobs.golden import TOLERANCES
 from worker.jobs.service import Service
 from worker.models.fake import FakeCodec, FakeModel
 
