@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from celery import Celery
 from celery.app.defaults import DEFAULTS
-from kombu import Producer
-from kombu.exceptions import BatchPublishError
+from kombu import Producer, exceptions
 from kombu.utils import symbol_by_name
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -53,7 +53,7 @@ class _Producer(Producer):  # type: ignore[misc]
         return super().publish(*args, retry_policy=policy, **options)
 
     def publish_together(self, messages: Sequence[tuple[Any, dict[str, Any]]]) -> None:
-        """Publish messages, each a body and the options of `publish`, in one round trip where the broker is Redis.
+        """Publish messages, each a body and the options of `publish`, in one round trip: see `_batch`.
 
         If the connection breaks, all are published again. Raises kombu's OperationalError.
         """
@@ -62,14 +62,25 @@ class _Producer(Producer):  # type: ignore[misc]
     def _publish_once(self, messages: Sequence[tuple[Any, dict[str, Any]]]) -> None:
         # Kombu copies each entity that it is to declare, which costs more than sending a message.
         declared: set[int] = set()
-        try:
-            with self.batch():
-                for body, options in messages:
-                    new = [entity for entity in options.get("declare") or () if id(entity) not in declared]
-                    self.publish(body, **{**options, "declare": new, "retry": False})
-                    declared.update(map(id, new))
-        except BatchPublishError as error:
-            raise without_command(error.__cause__ or error) from None
+        with _batch(self):
+            for body, options in messages:
+                new = [entity for entity in options.get("declare") or () if id(entity) not in declared]
+                self.publish(body, **{**options, "declare": new, "retry": False})
+                declared.update(map(id, new))
+
+
+@contextlib.contextmanager
+def _batch(producer: Producer) -> Iterator[None]:
+    """Send what is published within the block to Redis in one round trip. Kombu before 5.7, and other brokers, take
+    each message at once."""
+    if not hasattr(producer, "batch"):
+        yield
+        return
+    try:
+        with producer.batch():
+            yield
+    except exceptions.BatchPublishError as error:
+        raise without_command(error.__cause__ or error) from None
 
 
 def _raise_silence(error: Exception, interval: float) -> None:

@@ -56,7 +56,7 @@ def test_the_answer_may_depend_on_the_job() -> None:
 
 def test_the_answer_may_be_a_whole_result() -> None:
     expected = canned("cut", ONE).model_copy(update={"finish_reason": "length"})
-    assert FakeClient(lambda job: expected).submit(ONE).result() is expected
+    assert FakeClient(lambda job: expected).submit(ONE).result() == expected
 
 
 def test_an_error_that_the_answer_raises_fails_the_job_and_not_its_submission() -> None:

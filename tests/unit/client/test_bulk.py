@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import redis
 from celery import Celery, signals
+from kombu import Producer
 from redis.client import Pipeline
 
 from tasks import BrokerUnavailable, Client, Complete, InvalidRequest, QueueFull, apps, bulk
@@ -72,6 +73,12 @@ def test_jobs_arrive_in_order_with_their_ids_and_options(client: Client) -> None
     assert [message.headers["row"] for message in messages] == list(range(250))
     assert [message.decode()[1]["prompt"] for message in messages] == [[{"text": str(n)}] for n in range(250)]
     assert {message.properties["priority"] for message in messages} == {3}
+
+
+def test_with_an_older_kombu_they_are_sent_one_by_one(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Producer, "batch")
+    assert send(client, ["one", "two"]) == [2]
+    assert ids(client) == ["one", "two"]
 
 
 def test_a_hundred_jobs_take_one_round_trip(client: Client, broker: stack.Broker) -> None:
