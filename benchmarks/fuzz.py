@@ -271,7 +271,27 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "temperature": _mostly(st.floats(0, 10), NUMBERS),
     "top_p": _mostly(st.floats(0.01, 1), NUMBERS),
     "top_k": _mostly(st.integers(0, 100), NUMBERS),
+    "min_p": _mostly(st.floats(0, 1), NUMBERS),
+    "repetition_penalty": _mostly(st.floats(0.1, 5), NUMBERS),
+    "presence_penalty": _mostly(st.floats(-2, 2), NUMBERS),
+    "frequency_penalty": _mostly(st.floats(-2, 2), NUMBERS),
+    "logit_bias": _mostly(st.dictionaries(st.integers(0, 2_000).map(str), st.floats(-100, 100), max_size=4), JUNK),
+    "logprobs": _mostly(st.integers(0, 20), NUMBERS),
+    "n": _mostly(st.integers(1, 4), NUMBERS),
     "seed": _mostly(st.integers(0, 2**63 - 1), NUMBERS),
+    "stream": _mostly(st.booleans(), JUNK),
+    "response_format": _mostly(
+        st.sampled_from(
+            [
+                {"type": "json_object"},
+                {"type": "choice", "choice": ["yes", "no"]},
+                {"type": "regex", "regex": "[a-z]{1,9}"},
+                {"type": "json_schema", "json_schema": {"schema": {"type": "object", "maxProperties": 2}}},
+            ]
+        ),
+        st.fixed_dictionaries({"type": st.just("regex"), "regex": TEXTS}) | JUNK,
+    ),
+    "response_model": JUNK,
     "stop": st.lists(TEXTS, max_size=3),
     "deadline_s": _mostly(st.floats(0, 9), NUMBERS),
     "callback": st.fixed_dictionaries({"url": st.just("https://example.com/done"), "key_id": TEXTS}) | JUNK,

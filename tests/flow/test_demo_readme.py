@@ -41,7 +41,7 @@ def _run(code: str) -> tuple[dict[str, Any], list[str]]:
     namespace: dict[str, Any] = {"__name__": "readme"}
     output = io.StringIO()
     with redirect_stdout(output):
-        exec(compile(code, "README.md", "exec"), namespace)
+        exec(compile(code, "README.md", "exec", dont_inherit=True), namespace)
     return namespace, output.getvalue().splitlines()
 
 

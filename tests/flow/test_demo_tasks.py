@@ -96,11 +96,13 @@ def test_a_result_has_the_contracts_form(demo_broker: Broker) -> None:
     arguments = {"image": {"path": shown.file}, "labels": list(CATEGORIES), "metadata": {"row": 7}}
     [(_, result)] = ask(demo_broker, [("idefics.classify", arguments)])
     assert set(result) == {
-        "text", "finish_reason", "label", "scores", "usage", "model", "timing", "generation", "metadata",
+        "text", "finish_reason", "label", "scores", "confidence", "usage", "model", "timing", "generation", "metadata",
+        "receipt",
     }  # fmt: skip
     assert set(result["scores"]) == set(CATEGORIES)
     assert sum(result["scores"].values()) == pytest.approx(1.0)
     assert result["label"] == max(result["scores"], key=result["scores"].__getitem__)
+    assert result["confidence"] == pytest.approx(result["scores"][result["label"]])
     assert result["usage"]["images"] == 1
     assert result["usage"]["prompt_tokens"] > 10
     assert result["model"] == {
