@@ -40,8 +40,8 @@ def test_a_fuzzed_payload_ends_in_a_result_or_a_refusal(
 
 
 def test_the_campaign_reaches_answers_and_refusals_of_every_task() -> None:
-    found = fuzz.payloads(100)
-    assert found["tried"] == 100
+    found = fuzz.payloads(200)
+    assert found["tried"] == 200
     assert len(found["by_task"]) == 6
     assert min(found["ends"]["result"], found["ends"]["invalid_request"]) > 10
 
