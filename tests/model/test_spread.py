@@ -18,6 +18,7 @@ from tests.model.checkpoints import later_checkpoint, random_checkpoint
 from tests.model.conftest import noise
 from tests.model.jobs import mixed_jobs, parts_of, prepared, row_of
 from worker.__main__ import main
+from worker.engine.encoder_cache import EncoderThread
 from worker.engine.interfaces import Model
 from worker.engine.row import Output, Row, Sampling
 from worker.engine.stock import StockModel
@@ -80,3 +81,16 @@ def test_the_report_and_the_check_say_so(
 def test_a_whole_checkpoint_does_not_say_so(folder: Path) -> None:
     settings = Settings(model=str(folder), dtype="float32")
     assert "several devices" not in "".join(report(load(settings), settings, 100))
+
+
+def test_no_second_thread_encodes_with_weights_that_are_copied_at_each_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(EncoderThread, "help", lambda _, within_s: bool(asked.append(within_s)))
+    settings = Settings(model=str(folder), dtype="float32")
+    load(settings).help(0.1)
+    assert asked == [0.1]
+    has_room_for_half(folder, monkeypatch)
+    load(settings).help(0.2)
+    assert asked == [0.1]

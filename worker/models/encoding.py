@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from worker.engine.encoder_cache import CHUNK, EncoderCache, EncoderThread
 from worker.engine.pauses import Pauses
@@ -21,14 +21,16 @@ class PictureEncoder:
         self,
         encode: Callable[[Sequence[Any]], Sequence[Tensor]],
         max_bytes: int,
-        device: torch.device,
+        network: PreTrainedModel,
         chunk: int = CHUNK,
     ) -> None:
         """`encode` returns the features of each of up to `chunk` frames, in any shape. `max_bytes`: maximum bytes of
-        cached features. `device`: where `encode` computes."""
+        cached features. `network`: what `encode` computes with."""
+        device = network.device
         self._cache = EncoderCache(encode, max_bytes, chunk)
         self._thread = EncoderThread(self._cache, CudaStream(device) if device.type == "cuda" else at_once)
-        self._is_on_cpu = device.type == "cpu"
+        # Weights that are elsewhere are copied at each use, which two threads cannot do at the same time.
+        self._may_help = all(parameter.device.type == "cpu" for parameter in network.parameters())
         self.prefetch = self._thread.prefetch
 
     def help(self, within_s: float) -> bool:
@@ -36,7 +38,7 @@ class PictureEncoder:
 
         Does nothing on a GPU, where two threads that encode take as long as one.
         """
-        return self._is_on_cpu and self._thread.help(within_s)
+        return self._may_help and self._thread.help(within_s)
 
     def features(self, pictures: Iterable[Picture]) -> Pauses[dict[bytes, Tensor]]:
         """The features of each distinct picture by its key, in the shape of `encode`. Pauses between chunks."""

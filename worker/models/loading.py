@@ -148,7 +148,7 @@ def _serve_idefics2_or_3(
     model: PreTrainedModel, processor: ProcessorMixin, info: ModelInfo, settings: Settings, rules: GenerationRules
 ) -> Model:
     frames = FrameEncoder(model)
-    encoder = PictureEncoder(frames.encode, settings.feature_cache_bytes, model.device, frames.chunk)
+    encoder = PictureEncoder(frames.encode, settings.feature_cache_bytes, model, frames.chunk)
     adapter = Idefics2And3Adapter(model, processor, encoder, steady_tokens(model))
     stock = _stock(adapter, info, settings, rules)
     if not has_decoder(model) or _is_spread(model, settings):

@@ -128,7 +128,7 @@ class IdeficsAdapter:
         self.model = model
         self.codec = IdeficsCodec(processor, CodecConfig.of(model))
         self._encoder = Traced(_ImageEncoder(model, self.codec.pixels))
-        pictures = PictureEncoder(self._encode, feature_cache_bytes, model.device)
+        pictures = PictureEncoder(self._encode, feature_cache_bytes, model)
         self.prefetch, self.help, self.metrics = pictures.prefetch, pictures.help, pictures.metrics
         #: The features (width, size) of each picture.
         self.encode = pictures.features
