@@ -31,6 +31,7 @@ from worker.models.fake import FakeCodec, FakeModel
 
 MODEL = ModelInfo(id="fake", revision="abc", family="fake", dtype="float32")
 TIMING = canned("", Answer(image="https://a.example/1.png", question="?")).timing
+RECEIPT = Receipt(model="fake", dtype="float32", prompt="0", output="0")
 #: Halves the logit.
 HALF = Fit(curve=Curve(temperature=2.0, offset=0.0), rows=100)
 
@@ -124,13 +125,13 @@ def test_a_worker_starts_only_with_its_own_models_calibration(
 def test_a_result_has_the_calibrated_confidence_and_the_models_own() -> None:
     builder = ResultBuilder(MODEL, FakeCodec(), NO_RULES, Calibration(model_id="fake", labels=HALF))
     job = Classify(image="https://a.example/1.png", labels=["cat", "dog"])
-    result = builder.build(job, row(), Output((), "stop", (0.9, 0.1)), TIMING)
+    result = builder.build(job, row(), Output((), "stop", (0.9, 0.1)), TIMING, RECEIPT)
     assert result.raw_confidence == 0.9
     assert result.confidence == pytest.approx(0.75)
     assert result.scores == {"cat": 0.9, "dog": 0.1}
     # No fit of texts.
     asked = Answer(image="https://a.example/1.png", question="?")
-    text = builder.build(asked, row(), Output((65,), "stop", confidence=0.9), TIMING)
+    text = builder.build(asked, row(), Output((65,), "stop", confidence=0.9), TIMING, RECEIPT)
     assert (text.confidence, text.raw_confidence) == (0.9, None)
     assert "raw_confidence" not in text.model_dump(mode="json")
 
@@ -139,7 +140,7 @@ def test_each_of_several_answers_is_calibrated() -> None:
     builder = ResultBuilder(MODEL, FakeCodec(), NO_RULES, Calibration(model_id="fake", text=HALF))
     job = Answer(image="https://a.example/1.png", question="?", n=2, temperature=1)
     output = Output((65,), "stop", confidence=0.9, others=(Output((66, 67), "length", confidence=0.5),))
-    result = builder.build(job, row(), output, TIMING)
+    result = builder.build(job, row(), output, TIMING, RECEIPT)
     assert result.choices
     assert [choice.text for choice in result.choices] == ["A", "BC"]
     assert [choice.confidence for choice in result.choices] == pytest.approx([0.75, 0.5])
