@@ -17,7 +17,7 @@ from tasks.campaign.plan import Plan
 from tasks.campaign.state import About, CampaignState, state_path, stored
 from tasks.cli import main
 from tasks.payloads import Answer, Classify
-from tasks.results import ModelInfo
+from tasks.results import ModelInfo, Receipt
 from tasks.testing import canned
 from tests.support.rows import row
 from worker.engine.engine import Engine
