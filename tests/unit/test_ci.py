@@ -76,5 +76,5 @@ def test_without_a_network_the_audit_is_left_out(tmp_path: Path) -> None:
 
 
 def test_ci_names_no_host() -> None:
-    for path in (CHECKOUT / ".ci").iterdir():
+    for path in filter(Path.is_file, (CHECKOUT / ".ci").iterdir()):
         assert not re.search(r"https?://", path.read_text()), path
