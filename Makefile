@@ -22,10 +22,9 @@ demo: setup ## ask a bundled model one question for each task; write demo.html [
 up: setup ## run a broker and a worker until Ctrl-C [PORT=6379] [CALLBACKS=http://localhost:8000/hook]
 	$(BIN)/python -m worker.demo.up $(if $(PORT),--port '$(PORT)') $(if $(CALLBACKS),--callbacks '$(CALLBACKS)')
 
-# The tests start hundreds of Python processes: none of them compiles what another one has.
-test: export PYTHONDONTWRITEBYTECODE :=
+# The tests start hundreds of Python processes: with the variable unset, none compiles what another one has.
 test: setup ## run all tests
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: setup ## lint, types, import rules, repeated code, bandit
 	$(BIN)/ruff check .

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tasks import Complete
 from tasks.cli import main
 from tasks.cli.console import tabbed
 from tasks.cli.deliveries import row
 from tasks.failed import FailedJob, FailedJobs
 from tasks.outbox import Delivery
 from tasks.printable import escaped, escaped_json
+from tasks.testing import canned
 from tests.support.hostile_text import FORGED, HOSTILE, MARKS, is_clean
 from worker import health
 from worker.demo import stack
@@ -143,9 +145,11 @@ def test_a_failed_jobs_reason_is_one_line(broker: stack.Broker) -> None:
     assert is_clean(unknown.stderr.removesuffix("\n"))
 
 
-def test_a_jobs_answer_is_shown_as_json_without_marks(fake_broker: stack.Broker) -> None:
-    job = ["submit", "complete", "--wait", f"prompt={HOSTILE[:60]}\u202e\u202e\u202e", "max_new_tokens=3"]
-    outcome = CliRunner().invoke(main, ["--broker", fake_broker.url, *job])
+def test_a_jobs_answer_is_shown_as_json_without_marks(broker: stack.Broker) -> None:
+    answer = canned(HOSTILE, Complete(prompt=["?"])).model_dump(mode="json")
+    record = {"status": "SUCCESS", "result": answer, "task_id": "answered"}
+    broker.connect(1).set("celery-task-meta-answered", json.dumps(record), ex=60)
+    outcome = CliRunner().invoke(main, ["--broker", broker.url, "result", "answered"])
     assert outcome.exit_code == 0, outcome.output
     assert all(map(is_clean, outcome.stdout.split("\n")))
-    assert json.loads(outcome.stdout)["text"] == "\u202e" * 3
+    assert json.loads(outcome.stdout)["text"] == HOSTILE
