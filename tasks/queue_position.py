@@ -17,7 +17,8 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError, ResponseError
 
 from .errors import ConfigurationError
-from .redis_keys import GUIDES_SEPARATOR, OUR_STEPS, SEPARATOR, broker_prefix, list_name, separator, steps
+from .queue_lists import QueueLists
+from .redis_keys import broker_prefix
 from .setup_check import registry
 
 #: Seconds between two looks at a queue.
@@ -64,6 +65,7 @@ class QueuePositions:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
+        self._lists = QueueLists(app)
         self._redis: Any = None
         #: Whether this user may read messages.
         self._may_read = True
@@ -91,9 +93,7 @@ class QueuePositions:
             return _Queue()
 
     def _read(self, queue: str) -> _Queue:
-        separators = dict.fromkeys((separator(self._app), SEPARATOR, GUIDES_SEPARATOR))
-        priorities = sorted({*OUR_STEPS, *steps(self._app)})
-        lists = {list_name(queue, step, sep): step for step in priorities for sep in separators}
+        lists = self._lists.of(queue)
         names = [broker_prefix(self._app) + name for name in lists]
         # Before the lists are counted: a job that is in none of them was taken, if all were looked through.
         ids = self._next_ids(names)
@@ -101,7 +101,7 @@ class QueuePositions:
             for name in names:
                 pipe.llen(name)
             counts = pipe.execute()
-        lengths = dict.fromkeys(priorities, 0)
+        lengths = dict.fromkeys(self._lists.priorities, 0)
         for step, count in zip(lists.values(), counts, strict=True):
             lengths[step] += count
         return _Queue([id.decode(errors="replace") for id in ids], lengths)

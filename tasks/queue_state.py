@@ -18,7 +18,8 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from .model_directory import known_models
 from .protocol import CANCEL_TTL_S
-from .redis_keys import DUE, GUIDES_SEPARATOR, OUR_STEPS, SEPARATOR, UNACKED, broker_prefix, list_name, separator, steps
+from .queue_lists import QueueLists
+from .redis_keys import DUE, UNACKED, broker_prefix
 from .setup_check import registry
 from .worker_registry import SILENT_S, ServedModel, models_key, status_key, workers_key
 from .worker_status import WorkerStatus
@@ -125,8 +126,7 @@ class QueueReader:
         self._app = app
         self._redis: Any = redis or _connect(app)
         self._prefix = broker_prefix(app)
-        self._separators = dict.fromkeys((separator(app), SEPARATOR, GUIDES_SEPARATOR))
-        self._priorities = sorted({*OUR_STEPS, *steps(app)})
+        self._lists = QueueLists(app)
         self._first_seen = FirstSeen()
 
     def read(self, *queues: str, with_known: bool = False) -> dict[str, QueueState]:
@@ -161,12 +161,8 @@ class QueueReader:
         now = time[0] + time[1] / 1e6 if time else clock()
         return _BrokerReplies(now, in_flight, None if entries is None else known_models(entries, now))
 
-    def _lists(self, queue: str) -> dict[str, int]:
-        """The names of a queue's lists, each with its priority."""
-        return {list_name(queue, step, sep): step for step in self._priorities for sep in self._separators}
-
     def _ask_about(self, queues: list[str]) -> dict[str, _QueueReplies]:
-        lists = {queue: list(self._lists(queue)) for queue in queues}
+        lists = {queue: list(self._lists.of(queue)) for queue in queues}
         commands: list[tuple[Any, ...]] = []
         for queue, names in lists.items():
             commands += [("llen", self._prefix + name) for name in names]
@@ -189,8 +185,8 @@ class QueueReader:
     def _state(
         self, queue: str, replies: _QueueReplies, about: _BrokerReplies, ages: dict[str, float | None]
     ) -> QueueState:
-        by_priority = dict.fromkeys(self._priorities, 0)
-        for name, priority in self._lists(queue).items():
+        by_priority = dict.fromkeys(self._lists.priorities, 0)
+        for name, priority in self._lists.of(queue).items():
             by_priority[priority] += replies.lengths[name] or 0
         models, workers, due = about.models, replies.workers, replies.due
         return QueueState(

@@ -1,4 +1,4 @@
-"""Watchers of real jobs: they see stages and growing text, and end as the job ends, whatever becomes of its worker."""
+"""Watchers of real jobs: they see stages and growing text, and end as the job ends, also if its worker dies."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ MAX_WEIGHT_BYTES = 10_000_000
 #: The shipped pictures were chosen for the first model only. The second is asked about every fourth, and may be wrong
 #: in some answers.
 STRIDES = {"demo": 1, "demo-smolvlm": 4}
-#: Of these, every so many are asked about in all forms; `make demo` asks about all, in one form.
+#: Of these pictures, every fourth or each one is asked about in all forms. `make demo` asks about each in one form.
 ASKED = {"demo": 4, "demo-smolvlm": 1}
 MAX_WRONG = {"demo": 0.0, "demo-smolvlm": 0.1}
 

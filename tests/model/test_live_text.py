@@ -9,7 +9,7 @@ import pytest
 
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, row_of
-from tests.model.token_texts import TOKENIZERS, Words, decoder_of, of_bytes, of_texts, stops_of
+from tests.model.token_texts import TOKENIZERS, Words, counted, decoder_of, of_bytes, of_texts, stops_of
 from worker.engine.interfaces import Runner
 from worker.engine.row import Row
 from worker.engine.stop_strings import REPLACEMENT, Decode, has_stop
@@ -61,12 +61,7 @@ def test_bytes_that_are_no_text_are_noticed_or_held_back(name: str) -> None:
 def test_only_the_end_of_a_long_answer_is_decoded(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]()
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    asked: list[int] = []
-
-    def decode(new: Sequence[int]) -> str:
-        asked.append(len(new))
-        return decoder_of(tokenizer)(new)
-
+    decode, asked = counted(decoder_of(tokenizer))
     live = LiveText(decode, ("\nUser:",))
     for end in range(1, len(ids) + 1):
         live.piece(ids[:end])

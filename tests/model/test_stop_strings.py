@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.model.token_texts import TOKENIZERS, Words, decoder_of, fast, of_bytes, of_texts, stops_of
+from tests.model.token_texts import TOKENIZERS, Words, counted, decoder_of, fast, of_bytes, of_texts, stops_of
 from worker.engine.stop_strings import Decode, StopStrings, has_stop
 
 
@@ -47,12 +47,7 @@ def test_a_stop_string_is_found_where_blanks_are_cleaned_up() -> None:
 def test_only_the_end_of_a_long_answer_is_decoded(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]()
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    asked: list[int] = []
-
-    def decode(new: Sequence[int]) -> str:
-        asked.append(len(new))
-        return decoder_of(tokenizer)(new)
-
+    decode, asked = counted(decoder_of(tokenizer))
     assert first_step(ids, StopStrings(("\nUser:",), decode).are_in) is None
     assert len(asked) == len(ids) > 100
     assert max(asked) < 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -33,6 +33,17 @@ class Words:
 
 def decoder_of(tokenizer: PreTrainedTokenizerFast) -> Decode:
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def counted(decode: Decode) -> tuple[Decode, list[int]]:
+    """The same function, and a list to which it appends the number of tokens of each call."""
+    asked: list[int] = []
+
+    def decode_counted(ids: Sequence[int]) -> str:
+        asked.append(len(ids))
+        return decode(ids)
+
+    return decode_counted, asked
 
 
 def fast(made: Tokenizer) -> PreTrainedTokenizerFast:

@@ -163,6 +163,16 @@ class Output:
     #: The further answers of a row that asks for several.
     others: tuple[Output, ...] = ()
 
+    @property
+    def label(self) -> int | None:
+        """The number of the likeliest label; None without labels."""
+        return self.probabilities.index(max(self.probabilities)) if self.probabilities else None
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a cancellation or the deadline ended the row: run again, it may have another end."""
+        return self.finish_reason in ("canceled", "deadline")
+
 
 @dataclass(slots=True, eq=False)
 class Row:

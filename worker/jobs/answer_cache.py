@@ -74,7 +74,7 @@ class AnswerCache:
             if shared is not None:
                 return _reused(row, shared)
             output = compute(row)
-            if all(each.finish_reason not in ("canceled", "deadline") for each in (output, *output.others)):
+            if not any(each.is_interrupted for each in (output, *output.others)):
                 shared = output
                 self._keep(key, output)
             return output

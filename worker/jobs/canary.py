@@ -70,7 +70,7 @@ class Canary:
 
     def offer(self, id: str, row: Row, output: Output, receipt: Receipt) -> None:
         """Keep a finished job to run it again, if it is chosen and there is room. One that was interrupted is not."""
-        if output.finish_reason in ("canceled", "deadline") or not is_chosen(id, self._share):
+        if output.is_interrupted or not is_chosen(id, self._share):
             return
         nbytes = sum(picture.nbytes for picture in row.tokens.pictures)
         with self._lock:
@@ -134,7 +134,7 @@ def difference(first: Output, again: Output, tolerance: float) -> str | None:
     """
     if first.probabilities and again.probabilities:
         pairs = list(zip(first.probabilities, again.probabilities, strict=True))
-        if _best(first) != _best(again):
+        if first.label != again.label:
             return "the label"
         return None if all(abs(one - other) <= tolerance for one, other in pairs) else "the probabilities"
     same = next((n for n, (one, other) in enumerate(zip(first.ids, again.ids, strict=False)) if one != other), None)
@@ -143,10 +143,6 @@ def difference(first: Output, again: Output, tolerance: float) -> str | None:
     if same is not None:
         return f"token {same + 1}"
     return None if first.finish_reason == again.finish_reason else "the finish reason"
-
-
-def _best(output: Output) -> int:
-    return output.probabilities.index(max(output.probabilities))
 
 
 def _again(row: Row) -> Row:

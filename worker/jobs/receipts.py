@@ -63,7 +63,7 @@ class Receipts:
 
 def output_hash(output: Output) -> str:
     """Hash of an answer's token ids, of the number of its label, and of the token ids of further answers."""
-    label = output.probabilities.index(max(output.probabilities)) if output.probabilities else -1
+    label = -1 if output.label is None else output.label
     return _hash_of_ids([output.ids, [label], *(other.ids for other in output.others)])
 
 

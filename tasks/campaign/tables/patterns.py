@@ -19,7 +19,7 @@ _BRACES = re.compile(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{},]*,[^{}]*))\}")
 def is_pattern(path: str) -> bool:
     """Whether a path names several files. In a URL `*` is a wildcard, and `?` and `[` are not.
 
-    A local file that is there names itself, whatever its letters.
+    The name of an existing local file is no pattern, even if it has such characters.
     """
     return (_has_wildcard(path) or bool(_BRACES.search(path))) and (is_url(path) or not Path(path).exists())
 
