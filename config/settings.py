@@ -260,6 +260,15 @@ class Settings(BaseSettings):
     failed_ttl_s: int = Field(default=1_209_600, ge=1)
     """Seconds that a failed job is kept. Default: two weeks."""
 
+    review_max: int = Field(default=10_000, ge=0)
+    """Doubtful answers, of jobs with `min_confidence`, that are kept for a person to decide (`idefics-jobs review`),
+    decisions included. The oldest are dropped first. 0: none are kept."""
+    review_max_bytes: int = Field(default=2**28, ge=0)
+    """Bytes of all kept doubtful answers, in the results' Redis. Each has small copies of its pictures, of 20 to 100 kB
+    each, until it is decided."""
+    review_ttl_s: int = Field(default=604_800, ge=1)
+    """Seconds that a doubtful answer waits for a decision, and that a decision is kept. Default: a week."""
+
     state_file: Path | None = None
     """File with the worker's state, read by `python -m worker.health`; one for each worker. Unset: a file in the
     temporary directory, where the probe looks."""

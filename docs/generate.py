@@ -36,6 +36,7 @@ GROUPS = {
     "callback_keys": "Callbacks",
     "result_ttl_s": "Results, time and retries",
     "failed_max": "Failed jobs",
+    "review_max": "Review of doubtful answers",
     "state_file": "Health, metrics and logs",
 }
 

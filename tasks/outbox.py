@@ -140,6 +140,7 @@ class Outbox:
         self._add = self._script(scripts.ADD)
         self._claim = self._script(scripts.CLAIM)
         self._settle = self._script(scripts.SETTLE)
+        self._remove = self._script(scripts.REMOVE)
         self._batch = self._script(scripts.BATCH)
         self._replay = self._script(scripts.REPLAY)
         self._trim = self._script(scripts.TRIM)
@@ -241,6 +242,10 @@ class Outbox:
             return self.replay(found[0].batch)
         self._redis.zrem(self._key(DISABLED), found[0].url)
         return bool(self._replay(self._keys(found[0]), [*_arguments(found[0]), size_of(found[0])]))
+
+    def remove(self, delivery: Delivery) -> bool | None:
+        """Remove a delivery that no worker has attempted or claimed. False if one has; None if it does not exist."""
+        return {1: True, 0: None}.get(int(self._remove(self._keys(delivery), _arguments(delivery))), False)
 
     def read(self, ids: Iterable[str]) -> list[Delivery]:
         """The deliveries with these ids that still exist."""

@@ -219,6 +219,20 @@ sort_in(host, ttl)
 return 1
 """
 
+# Returns 1 if it was removed, 0 if there is none, -1 if it was attempted, claimed or has ended.
+REMOVE = """
+local host, id = ARGV[2], ARGV[3]
+ensure_types(host, id)
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+local state, attempts, token = unpack(redis.call('HMGET', KEYS[1], 'state', 'attempts', 'token'))
+if state ~= 'pending' or tonumber(attempts) > 0 or (token and token ~= '') then return -1 end
+redis.call('DEL', KEYS[1])
+leave_pending(host, id)
+count(id)
+sort_in(host, ARGV[1])
+return 1
+"""
+
 # The batch replaces its members in one step, so that each event is in one pending delivery even after a kill.
 # Arguments: the token, its lease, seconds that members are kept, its bytes, the number of members, their ids, fields.
 BATCH = """

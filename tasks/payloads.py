@@ -129,8 +129,10 @@ class Callback(PayloadModel):
     """Public https URL that the event is posted to."""
     key_id: str = Field(min_length=1, max_length=100)
     """Id of the secret that signs it, one of the worker's IDEFICS_CALLBACK_KEYS."""
-    events: list[Literal["job.succeeded", "job.failed", "job.canceled"]] = Field(default=[], max_length=3)
-    """Events to be sent. Empty: all three."""
+    events: list[Literal["job.succeeded", "job.failed", "job.canceled", "job.reviewed"]] = Field(
+        default=[], max_length=4
+    )
+    """Events to be sent. Empty: all."""
 
 
 class Job(Sampled):

@@ -63,6 +63,11 @@ def _of_failed(part: str, type: Type, meaning: str) -> RedisKey:
     return RedisKey(f"idefics:failed{part}", "results", type, "IDEFICS_FAILED_TTL_S", ("worker",), readers, meaning)
 
 
+def _of_review(part: str, type: Type, meaning: str) -> RedisKey:
+    """A key that workers write and operators' commands read and write, with a worker's rights."""
+    return RedisKey(f"idefics:review{part}", "results", type, "IDEFICS_REVIEW_TTL_S", ("worker",), ("worker",), meaning)
+
+
 def _for_workers(pattern: str, type: Type, ttl: str | None, meaning: str, database: Database = "queues") -> RedisKey:
     """A key that workers alone use."""
     return RedisKey(pattern, database, type, ttl, ("worker",), ("worker",), meaning)
@@ -345,6 +350,14 @@ FAILED_INVALID = _of_failed(":invalid", "zset", "Ids of failed invalid requests,
 FAILED_ABOUT = _of_failed(":about", "hash", "Summaries of failed jobs, by id.")
 FAILED_SIGNATURES = _of_failed(":signatures", "hash", "Whole failed jobs, by id, to be sent again.")
 FAILED_BYTES = _of_failed(":bytes", "string", "The bytes of both hashes.")
+REVIEW = _of_review("", "zset", "Ids of jobs whose doubtful answers wait for a person, by time (tasks/review).")
+REVIEW_DECIDED = _of_review(":decided", "zset", "Ids of those that a person has decided, by the time of the decision.")
+REVIEW_UNDOABLE = _of_review(":undoable", "zset", "Of them, those that may still be undone: their pictures are kept.")
+REVIEW_UNSENT = _of_review(":unsent", "zset", "Of them, those whose callbacks may not be in the outbox yet.")
+REVIEW_ITEMS = _of_review(":items", "hash", "Doubtful answers, by id.")
+REVIEW_PICTURES = _of_review(":pictures", "hash", "Small JPEG copies of their pictures, by id.")
+REVIEW_DECISIONS = _of_review(":decisions", "hash", "Decisions, by id.")
+REVIEW_BYTES = _of_review(":bytes", "string", "The bytes of the three hashes.")
 
 #: All of them, in this order.
 REDIS_KEYS = tuple(value for value in list(globals().values()) if isinstance(value, RedisKey))

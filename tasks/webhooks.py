@@ -13,7 +13,7 @@ import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,7 +24,7 @@ from .errors import ConfigurationError, ErrorBody, IdeficsError, InvalidRequest,
 from .payloads import Callback
 from .results import Result
 
-JobEvent: TypeAlias = Literal["job.succeeded", "job.failed", "job.canceled"]
+JobEvent: TypeAlias = Literal["job.succeeded", "job.failed", "job.canceled", "job.reviewed"]
 
 #: Bytes of a body.
 MAX_BODY_BYTES = 20_000
@@ -78,6 +78,17 @@ class Outcome(_Received):
     """Fields that were cut to fit 20 kB: read the whole result by the job's id."""
 
 
+class Review(Outcome):
+    """What a person decided about a doubtful answer (`job.reviewed`). `result` and `error` are unset."""
+
+    answer: str | None
+    """The right answer; null if none of them is right, or if it cannot be told."""
+    model_answer: str
+    """The model's own answer: the result's `text`."""
+    confidence: float
+    """The result's confidence, which was below the job's `min_confidence`."""
+
+
 class Batch(_Received):
     """Several jobs' events in one call, if the workers' operator has enabled batches."""
 
@@ -91,7 +102,7 @@ class Event(_Received):
     """The same for every attempt at the same delivery."""
     type: JobEvent | Literal["job.batch"]
     timestamp: datetime
-    data: Outcome | Batch
+    data: Annotated[Review | Outcome | Batch, Field(union_mode="left_to_right")]
 
     @property
     def events(self) -> list[Event]:

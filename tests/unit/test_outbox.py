@@ -56,6 +56,18 @@ def test_a_job_that_was_delivered_is_not_recorded_again(outbox: Outbox) -> None:
     assert claimed(outbox) == []
 
 
+def test_a_delivery_is_removed_while_no_worker_has_claimed_it(outbox: Outbox) -> None:
+    assert outbox.remove(delivery()) is None
+    outbox.add(delivery())
+    outbox.add(delivery(2))
+    assert outbox.remove(delivery()) is True
+    (found,) = outbox.claim(10, 60)
+    assert outbox.remove(found) is False
+    outbox.put_back(found)
+    assert outbox.remove(found) is True
+    assert (outbox.counts()["pending"], outbox.bytes()) == (0, {})
+
+
 def test_two_outboxes_with_prefixes_share_nothing(outbox: Outbox, broker: stack.Broker) -> None:
     with broker.connect(7) as client:
         mine = Outbox(client, OutboxBounds(keep_s=60), prefix="mine:")

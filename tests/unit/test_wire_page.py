@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from celery.exceptions import TaskRevokedError
 from tasks.errors import ImageInvalid
 from tasks.payloads import PAYLOADS, Callback, Job
 from tasks.results import Result
-from tasks.webhooks import MAX_BODY_BYTES, Event, batch_body, body
+from tasks.review.decision_callback import delivery_of
+from tasks.review.items import Decision, Entry, ReviewItem
+from tasks.webhooks import MAX_BODY_BYTES, Event, Review, batch_body, body
 from worker.delivery.recorder import EVENTS, job_data
 from worker.demo import stack
 
@@ -33,7 +36,7 @@ def row(start: str) -> list[str]:
 
 
 def test_each_type_of_event_has_a_body() -> None:
-    assert blocks().keys() == {*EVENTS.values(), "job.batch"}
+    assert blocks().keys() == {*EVENTS.values(), "job.reviewed", "job.batch"}
 
 
 @pytest.mark.parametrize("event", EVENTS.values())
@@ -49,6 +52,29 @@ def test_a_body_is_as_the_workers_write_it(event: str) -> None:
     written = job_data(data["id"], data["task"], {"metadata": data["metadata"]}, STATES[event], value)  # type: ignore[index]
     assert json.loads(body(event, shown["timestamp"], written)) == shown  # type: ignore[arg-type]
     Event.model_validate({**shown, "id": "msg_1"})
+
+
+def test_a_decision_is_as_reviewers_send_it() -> None:
+    shown = blocks()["job.reviewed"]
+    data = shown["data"]
+    item = ReviewItem(
+        id=data["id"],
+        task=data["task"],
+        asked="Which one?",
+        answers=(),
+        confidence=data["confidence"],
+        min_confidence=0.8,
+        pictures=1,
+        created=0.0,
+        metadata=data["metadata"],
+        answer=data["model_answer"],
+    )
+    decided = datetime.fromisoformat(shown["timestamp"]).timestamp()
+    entry = Entry(item, callback=("https://shop.example/hook", "main"))
+    delivery = delivery_of(entry, Decision(item.id, data["answer"], decided))
+    assert delivery is not None
+    assert json.loads(delivery.body) == shown
+    assert isinstance(Event.model_validate({**shown, "id": "msg_1"}).data, Review)
 
 
 def test_the_result_shown_has_all_fields() -> None:
