@@ -20,6 +20,7 @@ from .jobs import cancel, result, status, submit, watch
 from .models import show_models
 from .queue import show_queue
 from .report import report
+from .review import review
 from .run import run
 from .top import top
 from .verify import verify
@@ -67,6 +68,7 @@ for command in (
     run,
     campaigns,
     report,
+    review,
     evaluate_output,
     calibrate_output,
     failed,

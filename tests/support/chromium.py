@@ -25,6 +25,8 @@ from PIL import Image
 
 from tests.support.waiting import PATIENCE_S
 
+#: A further flag of a browser that may load pages of this machine.
+LOOPBACK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 #: Debian's package `chromium` has it; CI installs it (`.ci/run`), and must not leave these tests out.
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(
@@ -93,10 +95,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, page: Path) -> None:
-        """Open a file and wait until it is loaded."""
+    def open(self, page: Path | str) -> None:
+        """Open a file, or a URL, and wait until it is loaded."""
         self._loaded = False
-        self._call("Page.navigate", url=page.as_uri())
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self._wait(lambda: self._loaded)
 
     def run(self, script: str) -> Any:
@@ -116,11 +118,13 @@ class Browser:
         """Type into the focused element."""
         self._call("Input.insertText", text=text)
 
-    def press(self, key: str) -> None:
-        """Press and release a key: `Enter`, `Escape`, `Tab`, `ArrowRight`."""
+    def press(self, key: str, *, is_held: bool = False) -> None:
+        """Press and release a key: a character's, `Enter`, `Escape`, `Tab`, `ArrowRight`. `is_held`: as it repeats."""
         codes = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowRight": 39}
-        told = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
-        self._call("Input.dispatchKeyEvent", type="keyDown", **told, **({"text": "\r"} if key == "Enter" else {}))
+        code = codes.get(key) or ord(key.upper())
+        told: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        typed = {"text": "\r" if key == "Enter" else key} if key == "Enter" or len(key) == 1 else {}
+        self._call("Input.dispatchKeyEvent", type="keyDown", autoRepeat=is_held, **told, **typed)
         self._call("Input.dispatchKeyEvent", type="keyUp", **told)
 
     def screenshot(self, path: Path | None = None, *, whole: bool = False) -> Image.Image:

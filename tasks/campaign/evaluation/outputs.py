@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 from ...results import Result
-from ..page import write_page
+from ..page_file import write_page
 from ..plan import Plan
 from ..report.columns import OutputColumns, guessed, of_plan
 from ..report.pictures import PictureAdder, Thumbnails, pictures_folder, possible

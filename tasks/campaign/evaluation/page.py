@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..page import BASE_SCRIPTS, BASE_STYLES, document, part
+from ...page import BASE_SCRIPTS, BASE_STYLES, document, part
 from . import ComparedOutputs, EvaluatedOutput
 from .intervals import Estimate
 from .labels import LabelFigures

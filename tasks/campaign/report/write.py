@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from ...page import BASE_SCRIPTS, BASE_STYLES, document, part
 from ..errors import PlanError, TableError, nearest
-from ..page import BASE_SCRIPTS, BASE_STYLES, document, part, write_page
+from ..page_file import write_page
 from ..plan import Plan
 from ..record import public_id
 from ..state import CampaignState, state_path

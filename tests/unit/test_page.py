@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 
-from tasks.campaign.page import BASE_STYLES, document, inert_json, part
+from tasks.page import BASE_STYLES, document, inert_json, part
 from tests.support.hostile_text import HOSTILE, is_clean
 from worker.demo.stack import CHECKOUT
 
@@ -54,6 +54,6 @@ def _hash(text: str) -> str:
 
 def test_no_script_reads_html() -> None:
     reads_html = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function")
-    scripts = list((CHECKOUT / "tasks" / "campaign").rglob("*.js"))
+    scripts = list((CHECKOUT / "tasks").rglob("*.js"))
     assert scripts
     assert [script.name for script in scripts if reads_html.search(script.read_text())] == []

@@ -1,8 +1,8 @@
-"""One self-contained HTML page that loads nothing: inert data, a script and a style sheet known by their hashes.
+"""One HTML page: inert data, a script and a style sheet known by their hashes.
 
 The data stands in the page as JSON, which no browser runs; the script builds the page from it with `textContent` alone.
-The page's policy (CSP) admits that one script, that one style sheet and pictures in the page itself, so even a text
-that got into the page as HTML could run and load nothing.
+The page's policy (CSP) admits that one script and that one style sheet, and no sources but those that are named: none,
+for a self-contained page. So even a text that got into the page as HTML could run and load nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from ...printable import escaped, escaped_json
-from ..errors import TableError
-from ..tables.files import Replacement
+from ..printable import escaped, escaped_json
 
-#: Shared by all pages: colors and layout; building elements; plots.
+#: Shared by the pages: colors and layout; building elements, and plots.
 BASE_STYLES = ("base.css",)
 BASE_SCRIPTS = ("dom.js", "plots.js")
+#: Pictures in the page itself.
+SELF_CONTAINED = "img-src data:"
 #: Could end the script element that holds the data, or begin a comment in it.
 _MARKUP = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
@@ -52,29 +52,31 @@ def part(name: str, package: str = __name__) -> str:
     return files(package).joinpath(name).read_text(encoding="utf-8")
 
 
-def document(title: str, body: str, data: Mapping[str, Any], styles: Sequence[str], scripts: Sequence[str]) -> str:
+def policy(styles: Sequence[str], scripts: Sequence[str], sources: str = SELF_CONTAINED) -> str:
+    """The page's Content-Security-Policy. `sources`: what it may load beside its script and its style sheet."""
+    return (
+        f"default-src 'none'; script-src {_hash(_one_scope(scripts))}; style-src {_hash(_joined(styles))}; {sources}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def document(
+    title: str,
+    body: str,
+    data: Mapping[str, Any],
+    styles: Sequence[str],
+    scripts: Sequence[str],
+    sources: str = SELF_CONTAINED,
+) -> str:
     """The page. `body`, `styles` and `scripts` are trusted text; `title` and `data` may hold anything JSON can."""
-    style, script = "\n".join(styles), _one_scope(scripts)
-    policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'; "
-        "form-action 'none'"
-    )
     return _DOCUMENT.format(
-        policy=policy, title=escape(escaped(title)), style=style, body=body, data=inert_json(data), script=script
+        policy=policy(styles, scripts, sources),
+        title=escape(escaped(title)),
+        style=_joined(styles),
+        body=body,
+        data=inert_json(data),
+        script=_one_scope(scripts),
     )
-
-
-def write_page(path: str, page: str) -> None:
-    """Write a page's file whole or not at all. Raises TableError."""
-    replacement = Replacement(path)
-    try:
-        with replacement.opened() as file:
-            file.write(page.encode())
-        replacement.commit()
-    except OSError as error:
-        raise TableError(f"Cannot write {path}: {error.strerror}.") from None
-    finally:
-        replacement.discard()
 
 
 def inert_json(data: Any) -> str:
@@ -83,6 +85,10 @@ def inert_json(data: Any) -> str:
     for char, escape_ in _MARKUP.items():
         text = text.replace(char, escape_)
     return text
+
+
+def _joined(styles: Sequence[str]) -> str:
+    return "\n".join(styles)
 
 
 def _one_scope(scripts: Sequence[str]) -> str:
