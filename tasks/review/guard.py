@@ -1,8 +1,8 @@
 """Which requests the review page's server answers. Pure.
 
-Any page in the reviewer's browser can send requests to loopback, and any user of this machine can connect to it. So each
-request must name this server as its host, which a foreign name that resolves to loopback does not; it must know the
-token; and what changes anything must come from the page itself and be JSON, which no form can send.
+Any page in the reviewer's browser can send requests to loopback, and any user of this machine can connect to it. So
+each request must name this server as its host, which a foreign name that resolves to loopback does not; it must know
+the token; and what changes anything must come from the page itself and be JSON, which no form can send.
 """
 
 from __future__ import annotations
