@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
+from .described_model import DescribedModel
 
-class _Reply(BaseModel):
+
+class _Reply(DescribedModel):
     # An older client ignores fields that a newer worker adds.
-    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     #: Fields that the JSON leaves out while they have their default, so that it grows only for jobs with the feature.
     optional: ClassVar[tuple[str, ...]] = ()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from .described_model import DescribedModel
 from .errors import ImageBlocked, ImageInvalid, ImageTooLarge, InvalidRequest, JobError
 
 _NAME = re.compile(r"[A-Za-z_-]{1,40}")
@@ -52,11 +53,11 @@ def _bad_fields(error: ValidationError) -> _BadFields:
     return bad
 
 
-class PayloadModel(BaseModel):
+class PayloadModel(DescribedModel):
     """The base of payloads and of their parts: frozen, unknown fields refused."""
 
     # Messages without inputs: prompts and signed URLs must not reach logs.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     if not TYPE_CHECKING:
 

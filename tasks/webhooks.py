@@ -16,10 +16,11 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from .addresses import is_public, literal
+from .described_model import DescribedModel
 from .errors import ConfigurationError, ErrorBody, IdeficsError, InvalidRequest, from_exception
 from .payloads import Callback
 from .results import Result
@@ -46,9 +47,9 @@ class InvalidWebhook(IdeficsError, ValueError):
     public = {"": "The signature is not valid."}
 
 
-class _Received(BaseModel):
+class _Received(DescribedModel):
     # An older receiver ignores fields that a newer worker adds.
-    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Failure(_Received):
