@@ -234,11 +234,12 @@ class ContinuousModel:
                 self.decoder.cache.spoil(slots[place])
                 continue
             run.progress.take(tokens[place], now)
-        self.stock.masks.compute(run.progress for run in running.values())
-        done = [slots[place] for place, run in running.items() if run.progress.row.is_done]
-        for slot in done:
-            del self._batch.running[slot]
-        self.decoder.release(done)
+        done = {place for place, run in running.items() if run.progress.row.is_done}
+        grammars = ((place, run.progress.grammar) for place, run in running.items())
+        self.stock.masks.compute([grammar for place, grammar in grammars if grammar and place not in done])
+        for place in done:
+            del self._batch.running[slots[place]]
+        self.decoder.release([slots[place] for place in done])
 
 
 def _path(row: Row) -> EnginePath:

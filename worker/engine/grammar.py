@@ -112,7 +112,7 @@ class GrammarState:
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
         self.matcher = grammar.matcher()
-        #: The call that computes the next mask, and the mask: see TokenMasks. None: it is the grammar's first one.
+        #: The masks of one step, and the place of the next one among them: see TokenMasks. None: it is the first one.
         self.next_mask: Any = None
 
     @property

@@ -48,23 +48,23 @@ class NextTokens:
         at the end, unless the checkpoint has rules that need more.
         """
         logits = self._penalties.apply(logits, {place: run.progress for place, run in rows.items()})
+        self._apply_rules(logits, rows)
         likeliest = self._best(logits, self._forbidden)
-        scores = self._sampled(self._ruled(likeliest, logits, rows), logits, rows)
+        scores = self._sampled(likeliest, logits, rows)
         if scores is not likeliest:
             scores[0].masked_fill_(likeliest[0] == NO_TOKEN, NO_TOKEN)
         asked = {place: run.progress.row.sampling.logprobs for place, run in rows.items()}
         return read(scores, logits, {place: count for place, count in asked.items() if count})
 
-    def _ruled(self, likeliest: Tensor, logits: Tensor, rows: Mapping[int, Running]) -> Tensor:
-        """The likeliest tokens' scores (3, rows) after the checkpoint's rules and the rows' grammars, which are applied
-        to `logits` in place."""
-        ruled = [(place, run.progress.new, run.rules) for place, run in rows.items() if run.rules]
-        for place, new, rules in ruled:
-            logits[place] = rules.apply(new, logits[place])
+    def _apply_rules(self, logits: Tensor, rows: Mapping[int, Running]) -> None:
+        """Apply the checkpoint's rules and the rows' grammars to `logits` in place. Rows with NaN stay as they are."""
+        for place, run in rows.items():
+            if run.rules:
+                row = logits[place]
+                logits[place] = torch.where(row.isnan().any(), row, run.rules.apply(run.progress.new, row))
         grammars = {place: grammar for place, run in rows.items() if (grammar := run.progress.grammar)}
         if grammars:
             self._masks.apply(logits, grammars)
-        return self._best(logits, self._forbidden) if ruled or grammars else likeliest
 
     def _sampled(self, likeliest: Tensor, logits: Tensor, rows: Mapping[int, Running]) -> Tensor:
         """The tokens' scores (3, rows): of samples for the sampled rows, and `likeliest` for the others."""

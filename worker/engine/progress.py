@@ -61,7 +61,7 @@ class RowProgress:
     def _keeps_to(self, grammar: GrammarState, token: int) -> bool:
         """Whether the row goes on with a token in its grammar. Otherwise it ends here."""
         is_end = token in self.row.sampling.eos_ids
-        if not grammar.has_failed() and (grammar.may_end if is_end else grammar.take(token)):
+        if grammar.may_end if is_end else grammar.take(token):
             return True
         if grammar.has_failed():
             self.row.fail(too_complex())

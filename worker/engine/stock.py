@@ -340,7 +340,8 @@ class RowStopping(StoppingCriteria):  # type: ignore[misc]
         for progress, score in zip(self._progress, self._recorder.of(input_ids[:, -1], self._asked), strict=True):
             if not progress.row.is_done:
                 progress.take(score, now)
-        self._masks.compute(self._progress)
+        grammars = ((progress.row, progress.grammar) for progress in self._progress)
+        self._masks.compute([grammar for row, grammar in grammars if grammar and not row.is_done])
         return torch.tensor([progress.row.is_done for progress in self._progress], device=input_ids.device)
 
 
