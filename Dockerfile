@@ -27,7 +27,7 @@ COPY constraints.txt ./
 RUN [ "$EXTRA" != worker ] \
     || pip install --constraint constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE idefics_jobs_celery.py ./
 COPY tasks ./tasks
 RUN pip install --constraint constraints.txt ".[$EXTRA${WITH:+,$WITH}]"
 

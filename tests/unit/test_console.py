@@ -14,7 +14,9 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
+import idefics_jobs_celery
 from tasks.batch_lines import Fingerprints
 from tasks.cli import console, main, progress
 from tasks.cli.failed import failed
@@ -241,6 +243,15 @@ def _read(descriptor: int) -> str:
 def test_rich_is_not_loaded_for_producers_and_celerys_processes() -> None:
     program = "import sys, tasks, tasks.cli; sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, check=False).returncode == 0
+
+
+def test_celery_imports_the_package_only_when_its_command_is_used() -> None:
+    program = "import sys, idefics_jobs_celery; sys.exit(bool({'idefics_jobs', 'tasks'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, check=False).returncode == 0
+    celery = click.Group(commands=[idefics_jobs_celery.failed])
+    assert "send them again" in CliRunner().invoke(celery, ["--help"]).output
+    shown = CliRunner().invoke(celery, ["failed", "drop", "--help"])
+    assert "--older-than" in shown.output, shown.output
 
 
 def test_the_command_for_celery_keeps_its_former_name() -> None:

@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _copy_sources(target: Path) -> None:
     target.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "idefics_jobs_celery.py"):
         (target / name).write_bytes((CHECKOUT / name).read_bytes())
     for path in (CHECKOUT / "tasks").rglob("*"):
         if path.suffix in (".css", ".html", ".js", ".py", ".typed"):
@@ -61,7 +61,7 @@ def _copy_sources(target: Path) -> None:
 def test_the_wheel_holds_the_client_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"idefics_jobs"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"idefics_jobs", "idefics_jobs_celery.py"}
     assert "idefics_jobs/py.typed" in names
     assert "idefics_jobs/client.py" in names
     assert "idefics_jobs/cli/main.py" in names
