@@ -279,6 +279,7 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": _mostly(st.integers(0, 20), NUMBERS),
     "n": _mostly(st.integers(1, 4), NUMBERS),
     "seed": _mostly(st.integers(0, 2**63 - 1), NUMBERS),
+    "min_confidence": _mostly(st.floats(0, 1), NUMBERS),
     "stream": _mostly(st.booleans(), JUNK),
     "response_format": _mostly(
         st.sampled_from(

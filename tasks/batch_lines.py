@@ -220,6 +220,8 @@ def _completion(result: Result, job_id: str) -> dict[str, Any]:
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         },
         "system_fingerprint": None,
+        # Not OpenAI's, as the `min_confidence` that was asked for.
+        **({"abstained": True} if result.abstained else {}),
     }
 
 

@@ -148,6 +148,8 @@ class Job(Sampled):
     deadline_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """Seconds from submission. After it a job that has not started fails, and a running one ends with its text so
     far."""
+    min_confidence: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Below this confidence the result says `abstained`, and the answer waits for a person (`idefics-jobs review`)."""
     stream: bool = False
     """Have workers write the text as it grows, for `job.watch()`. The result is the same."""
     callback: Callback | None = None

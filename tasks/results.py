@@ -145,7 +145,7 @@ Receipt.optional = tuple(name for name, field in Receipt.model_fields.items() if
 class Result(_Reply):
     """A finished job's answer. `text` is the new text only; `label` and `scores` come from `classify`."""
 
-    optional = ("confidence", "raw_confidence", "logprobs", "choices", "receipt")
+    optional = ("confidence", "raw_confidence", "abstained", "logprobs", "choices", "receipt")
 
     text: str
     """The new text, without the prompt."""
@@ -161,6 +161,9 @@ class Result(_Reply):
     raw_confidence: float | None = None
     """The model's own confidence where `confidence` is calibrated (IDEFICS_CALIBRATION of the worker). Left out of the
     JSON otherwise."""
+    abstained: bool = False
+    """The confidence is below the job's `min_confidence`: the answer is a guess, to be decided by a person. Left out of
+    the JSON if false."""
     logprobs: list[TokenLogprob] | None = None
     """The text's tokens with their log-probabilities, for jobs with `logprobs`. Left out of the JSON otherwise."""
     choices: list[Choice] | None = None

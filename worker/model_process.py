@@ -33,6 +33,7 @@ from redis import Redis
 from config.settings import Settings
 from tasks.outbox import connect
 from tasks.redis_keys import broker_prefix, results_prefix
+from tasks.review import ReviewBounds, ReviewList
 from worker.app import app
 from worker.delivery.recorder import TerminalState
 from worker.engine.device_errors import is_device_lost
@@ -45,6 +46,7 @@ from worker.jobs.answer_cache import AnswerCache
 from worker.jobs.canary import Canary
 from worker.jobs.live_updates import LiveUpdates
 from worker.jobs.receipts import Receipts
+from worker.jobs.reviews import Reviews
 from worker.jobs.row_builder import prompt_bound
 from worker.jobs.service import Service
 from worker.jobs.task import RunCanceled, RunParked, RunReturned
@@ -252,7 +254,17 @@ def _service(
     receipts = Receipts(model.info, model.path, WeightsHash(model.info, folder))
     canary = Canary(settings.canary, engine) if settings.canary else None
     service = Service(
-        settings, model.info, model.codec, engine, answers, model.rules, downloads, live, receipts, canary
+        settings,
+        model.info,
+        model.codec,
+        engine,
+        answers,
+        model.rules,
+        downloads,
+        live,
+        receipts,
+        canary,
+        _reviews(settings),
     )
     service.prepare()
     heartbeat.throughput, heartbeat.rows = lambda: service.throughput, lambda: engine.running
@@ -298,6 +310,16 @@ def _answers(settings: Settings, folder: Path | None) -> AnswerCache | None:
     # A hub id needs no fingerprint, since the commit of its snapshot is part of the model's description.
     weights = fingerprint(folder, hashes_folder()) if folder else ""
     return AnswerCache(app.backend.client, settings.answer_cache_ttl_s, weights, results_prefix(app))
+
+
+def _reviews(settings: Settings) -> Reviews | None:
+    if not settings.review_max:
+        return None
+    # A client that does not wait: a job must not, for its place on the list.
+    redis = Redis(connection_pool=app.backend.client.connection_pool)
+    return Reviews(
+        ReviewList(app, redis), ReviewBounds(settings.review_max, settings.review_max_bytes, settings.review_ttl_s)
+    )
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ from .evaluate import MISSING
 )
 @click.option("--per-class", is_flag=True, help="Fit each label that has enough rows on its own, too.")
 @click.option("--save", metavar="FILE", help="Write the calibration, for IDEFICS_CALIBRATION.")
-@click.option("--for", "model", metavar="MODEL", help="The model's id.  [default: from OUTPUT.campaign]")
-@click.option("--revision", metavar="COMMIT", help="The model's revision.  [default: from OUTPUT.campaign, or any]")
+@click.option("--for", "model", metavar="MODEL", help="The model's id.  [default: from OUTPUT.campaign or OUTPUT]")
+@click.option("--revision", metavar="COMMIT", help="The model's revision.  [default: as the model's id, or any]")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def calibrate_output(
     output: str,

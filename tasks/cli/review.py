@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .console import BrokerGroup
+from .review_lists import export_decisions, list_reviews
 from .review_page import PORT, serve
 
 
@@ -25,3 +26,7 @@ def review(context: click.Context, port: int) -> None:
     """
     if context.invoked_subcommand is None:
         serve(context.obj(), port)
+
+
+review.add_command(list_reviews)
+review.add_command(export_decisions)

@@ -21,11 +21,13 @@ from tasks.cli.queue import queue_state
 from tasks.failed import FailedJobs
 from tasks.outbox import Delivery, Outbox, delivery_id
 from tasks.redis_keys import UPDATES
+from tasks.review import ReviewBounds, ReviewList
 from tests.support.guarded import USERS, as_user, binaries, make_secrets
 from tests.support.outbox import delivery
 from tests.support.stand import Producer, callbacks_worker
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
+from worker.models.fake import UNSURE
 from worker.observability.queue import GAUGES, QueueCollector, exporter_app
 
 HELLO = Complete(prompt=["Hello"], max_new_tokens=3)
@@ -209,6 +211,7 @@ def test_a_producer_cannot_list_or_read_what_is_not_its_own(guarded: Guarded, da
     _refused(redis.hgetall, "unacked")
     _refused(redis.get, "idefics:answer:x")
     _refused(redis.hgetall, "idefics:failed:signatures")
+    _refused(redis.hgetall, "idefics:review:items")
     _refused(redis.hgetall, "idefics:callbacks:delivery:x")
 
 
@@ -275,6 +278,21 @@ def test_a_worker_retries_and_keeps_failures_which_its_operator_sends_again(guar
     eventually(lambda: [kept.id for kept in operator.failed()] == [job.id])
     jobs = FailedJobs(operator.app)
     assert jobs.drop(jobs.get(job.id))
+    assert guarded.refusals("worker") == set()
+
+
+def test_a_worker_keeps_doubtful_answers_which_its_operator_decides(guarded: Guarded) -> None:
+    asked = Complete(prompt=[f"{UNSURE} Hello"], max_new_tokens=3, min_confidence=0.9, metadata={"row": 7})
+    assert Client(guarded["producer"].url).submit(asked).result(timeout=PATIENCE_S).abstained
+    reviews = ReviewList(Client(guarded["worker"].url).app)
+    (item,) = reviews.waiting()
+    reviews.put(item, [b"jpeg"], ReviewBounds(10, 10_000, 60), callback=("https://shop.test/hook", "main"))
+    assert reviews.picture(item.id, 0) == b"jpeg"
+    assert reviews.decide(item.id, "Goodbye")
+    assert reviews.undo(item.id)
+    assert reviews.decide(item.id, None)
+    assert [decision.answer for _, decision in reviews.decisions()] == [None]
+    guarded.admin.delete(*guarded.admin.keys("idefics:callbacks:*"))
     assert guarded.refusals("worker") == set()
 
 

@@ -109,6 +109,14 @@ def test_openais_options_that_ask_for_nothing_are_passed_over(name: str, value: 
     assert line(openai(**{name: value})).job() == line(openai()).job()
 
 
+def test_openais_line_may_abstain() -> None:
+    asked = line(openai(min_confidence=0.7))
+    assert asked.job().min_confidence == 0.7
+    doubtful = RESULT.model_copy(update={"abstained": True})
+    assert answer(asked, doubtful, "job")["response"]["body"]["abstained"] is True
+    assert "abstained" not in answer(asked, RESULT, "job")["response"]["body"]
+
+
 def test_openais_sampling_is_ours() -> None:
     asked = {
         "temperature": 0.5, "n": 3, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.2,

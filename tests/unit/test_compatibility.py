@@ -68,6 +68,7 @@ COMMON: dict[str, Any] = {
     "seed": 3,
     "stop": ["\n"],
     "deadline_s": 30.0,
+    "min_confidence": 0.7,
     "stream": True,
     "callback": {"url": "https://example.com/hook", "key_id": "k", "events": ["job.failed"]},
     "metadata": {"row": 7, "tags": ["a", None]},

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import copy_context
+from functools import partial
 from typing import NamedTuple
 
 from PIL.Image import Image
@@ -17,6 +18,7 @@ from config.settings import Settings
 from tasks.payload_fields import CheckedImage
 from worker.engine.row import Picture
 from worker.images.cache import PictureCache
+from worker.images.copies import PictureCopies, small_copy
 from worker.images.decode import ImageLimits, open_image
 from worker.images.download_limits import NETWORK, DownloadLimits
 from worker.images.fetch import FetchPolicy
@@ -32,6 +34,10 @@ DOWNLOADS = 4
 #: A thread that decodes a file of more bytes releases its GIL permit meanwhile, and uses any core: other threads would
 #: wait too long.
 LARGE_BYTES = 40_000
+
+
+#: Is given a picture's file once it was decoded.
+Keep = Callable[[bytes], None]
 
 
 class _Decoded(NamedTuple):
@@ -69,17 +75,18 @@ class ImageLoader:
         """Number of jobs that load from the network, or wait to."""
         return self._network.in_use
 
-    def load(self, sources: Sequence[CheckedImage]) -> list[Picture]:
-        """A job's pictures, in order. Raises a JobError, or HostLimitReached."""
+    def load(self, sources: Sequence[CheckedImage], copies: PictureCopies | None = None) -> list[Picture]:
+        """A job's pictures, in order. Their files are kept for `copies`. Raises a JobError, or HostLimitReached."""
         if not sources:
             return []
         started = time.monotonic()
         may_park = not any(map(_is_inline, sources))
+        keepers = [partial(copies.keep, number) if copies else _keep_nothing for number in range(len(sources))]
         if sum(map(is_remote, sources)) < 2:
-            decoded = [self._load(source, may_park) for source in sources]
+            decoded = [self._load(source, keep, may_park) for source, keep in zip(sources, keepers, strict=True)]
         else:
             with gil.released(), self._network.acquire(NETWORK, may_park=may_park):
-                decoded = self._load_at_once(sources)
+                decoded = self._load_at_once(sources, keepers)
         _observe(time.monotonic() - started, sum(each.seconds for each in decoded))
         return [each.picture for each in decoded]
 
@@ -89,32 +96,42 @@ class ImageLoader:
         with self._decoders, cores, tracing.stage("decode"):
             return self._preprocess(open_image(data, self._limits))
 
-    def _load(self, source: CheckedImage, may_park: bool) -> _Decoded:
+    def copy(self, data: bytes) -> bytes:
+        """A file as a small JPEG. Raises a JobError for one that cannot be opened."""
+        with gil.released(), self._decoders:
+            return small_copy(data, self._limits)
+
+    def _load(self, source: CheckedImage, keep: Keep, may_park: bool) -> _Decoded:
         if not is_remote(source):
-            return self._decoded(self._sources.read(source))
+            return self._decoded(self._sources.read(source), keep)
         with gil.released(), self._network.acquire(NETWORK, may_park=may_park):
             data = self._sources.read(source, may_park=may_park)
-        return self._decoded(data)
+        return self._decoded(data, keep)
 
-    def _load_at_once(self, sources: Sequence[CheckedImage]) -> list[_Decoded]:
+    def _load_at_once(self, sources: Sequence[CheckedImage], keepers: Sequence[Keep]) -> list[_Decoded]:
         threads = ThreadPoolExecutor(min(DOWNLOADS, len(sources)), thread_name_prefix="download")
         try:
             # Each thread has a copy of this one's context: its log records and stages are the job's.
-            loads = [threads.submit(copy_context().run, self._load_in_thread, source) for source in sources]
+            loads = [
+                threads.submit(copy_context().run, self._load_in_thread, source, keep)
+                for source, keep in zip(sources, keepers, strict=True)
+            ]
             return [load.result() for load in loads]
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _load_in_thread(self, source: CheckedImage) -> _Decoded:
+    def _load_in_thread(self, source: CheckedImage, keep: Keep) -> _Decoded:
         # A long wait for the host, since a job that is sent back loses the images that it has loaded.
         data = self._sources.read(source, wait_s=self._max_wait_s)
         # Decoded without waiting for the other files, which take much more memory than the decoded pictures.
         with gil.held():
-            return self._decoded(data)
+            return self._decoded(data, keep)
 
-    def _decoded(self, data: bytes) -> _Decoded:
+    def _decoded(self, data: bytes, keep: Keep) -> _Decoded:
         started = time.monotonic()
-        return _Decoded(self._picture(data), time.monotonic() - started)
+        picture = self._picture(data)
+        keep(data)
+        return _Decoded(picture, time.monotonic() - started)
 
     def _picture(self, data: bytes) -> Picture:
         # Around the whole call: otherwise a thread that holds a permit could wait for a decoder, or for this picture.
@@ -122,6 +139,10 @@ class ImageLoader:
             return self._cache.get(data)
         with gil.released(), self._expecting():
             return self._cache.get(data)
+
+
+def _keep_nothing(data: bytes) -> None:
+    pass
 
 
 def _is_inline(source: CheckedImage) -> bool:

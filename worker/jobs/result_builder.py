@@ -37,6 +37,7 @@ class ResultBuilder:
         scores = dict(zip(labels_of(job), output.probabilities, strict=True)) if output.probabilities else None
         label = max(scores, key=scores.__getitem__) if scores else None
         outputs = (output, *output.others)
+        confidence = self._confidence(scores[label] if scores and label else output.confidence, label)
         usage = Usage(
             prompt_tokens=len(row.tokens.ids),
             completion_tokens=sum(len(each.ids) for each in outputs),
@@ -48,7 +49,8 @@ class ResultBuilder:
             finish_reason=output.finish_reason,
             label=label,
             scores=scores,
-            **self._confidence(scores[label] if scores and label else output.confidence, label),
+            **confidence,
+            abstained=_is_doubtful(job, output, confidence["confidence"]),
             logprobs=self._logprobs(job, output),
             choices=[self._choice(job, row, each) for each in outputs] if job.n > 1 else None,
             usage=usage,
@@ -116,6 +118,13 @@ def _own_penalties(job: Job) -> dict[str, Any]:
         "logit_bias": {str(id): bias for id, bias in job.logit_bias.items()},
     }
     return {name: value for name, value in asked.items() if value}
+
+
+def _is_doubtful(job: Job, output: Output, confidence: float | None) -> bool:
+    """Whether an answer is less sure than its job wants. One that was interrupted, or has no confidence, is not."""
+    if job.min_confidence is None or confidence is None or output.is_interrupted:
+        return False
+    return confidence < job.min_confidence
 
 
 def labels_of(job: Job) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tasks.results import Usage
 from worker.engine.row import Row
-from worker.observability.metrics import GENERATION_TOKENS, IMAGES, PROMPT_TOKENS, STAGES
+from worker.observability.metrics import ABSTAINED, GENERATION_TOKENS, IMAGES, PROMPT_TOKENS, STAGES
 from worker.observability.tracing import add_stage
 
 
@@ -28,3 +28,7 @@ def count_answer(usage: Usage) -> None:
     PROMPT_TOKENS.inc(usage.prompt_tokens)
     GENERATION_TOKENS.inc(usage.completion_tokens)
     IMAGES.inc(usage.images)
+
+
+def count_abstained(task: str) -> None:
+    ABSTAINED.labels(task).inc()

@@ -24,6 +24,7 @@ from worker.engine.generation_rules import NO_RULES, GenerationRules
 from worker.engine.interfaces import Codec
 from worker.engine.row import NotBegun, Output, Picture, Row
 from worker.engine.throughput import Throughput
+from worker.images.copies import PictureCopies
 from worker.images.download_limits import DownloadLimits
 from worker.images.host_limits import HostLimitReached
 from worker.images.loader import ImageLoader
@@ -31,11 +32,12 @@ from worker.jobs.answer_cache import AnswerCache
 from worker.jobs.canary import Canary
 from worker.jobs.golden_check import GoldenCheck
 from worker.jobs.live_updates import NO_UPDATES, LiveUpdates
-from worker.jobs.prompts import ImageRef, Prompt
+from worker.jobs.prompts import ImageRef
 from worker.jobs.receipts import Receipts
 from worker.jobs.result_builder import ResultBuilder
+from worker.jobs.reviews import Reviews, picture_copies
 from worker.jobs.row_builder import RowBuilder, others
-from worker.jobs.run_metrics import count_answer, observe_row
+from worker.jobs.run_metrics import count_abstained, count_answer, observe_row
 from worker.jobs.runs import CancellationError, JobContext, Run, RunRegistry, deadline_of
 from worker.models import SetupFailed
 from worker.observability.metrics import JOBS_LOADING_IMAGES, STAGES
@@ -76,6 +78,7 @@ class Service:
         live: LiveUpdates | None = None,
         receipts: Receipts | None = None,
         canary: Canary | None = None,
+        reviews: Reviews | None = None,
     ) -> None:
         """`rules`: the checkpoint's generation parameters; each result lists those that applied to it. `downloads`: see
         ImageLoader. `live`: writes the updates of streamed jobs. Raises SetupFailed for another model's calibration."""
@@ -89,6 +92,7 @@ class Service:
         self._results = ResultBuilder(info, codec, rules, _calibration(settings, info))
         self._receipts = receipts or Receipts(info)
         self._canary = canary
+        self._reviews = reviews
         self._runs = RunRegistry()
         self._golden_check = GoldenCheck(info, codec, self._rows, self._images.open, engine.submit)
 
@@ -168,7 +172,7 @@ class Service:
         run.check()
         # One that is refused costs no download.
         self._rows.grammar(job)
-        parts = self._load_images(self._rows.prompt(job), run)
+        parts, copies = self._load_images(job, run)
         run.check()
         row = self._rows.build(job, parts, new_tokens, run.context.priority, run.deadline)
         tokens = row.tokens
@@ -195,20 +199,30 @@ class Service:
         count_answer(result.usage)
         if output.finish_reason == "canceled":
             raise CancellationError(result)
+        if result.abstained and not row.alone:
+            count_abstained(job.task)
+            if self._reviews:
+                self._reviews.add(job, run.context, result, copies)
         if self._canary and not row.alone:
             self._canary.offer(run.context.id, row, output, receipt)
         return result
 
-    def _load_images(self, prompt: Prompt, run: Run) -> list[str | Picture]:
-        """The prompt with its pictures in place. Raises a JobError, or HostLimitReached."""
+    def _load_images(self, job: Job, run: Run) -> tuple[list[str | Picture], PictureCopies | None]:
+        """The prompt with its pictures in place, and copies for a reviewer if the answer may be doubtful.
+
+        Raises a JobError, or HostLimitReached.
+        """
+        prompt = self._rows.prompt(job)
         sources = [part.source for part in prompt if isinstance(part, ImageRef)]
         if len(sources) > self._max_images:
             raise InvalidRequest(f"The job shows {len(sources)} images: this worker takes at most {self._max_images}.")
         if sources:
             run.updates.loading_images()
+        may_abstain = self._reviews is not None and job.min_confidence is not None
+        copies = picture_copies(job, len(sources), self._images.copy) if may_abstain else None
         with JOBS_LOADING_IMAGES.track_inprogress() if sources else contextlib.nullcontext():
-            pictures = iter(self._images.load(sources))
-        return [next(pictures) if isinstance(part, ImageRef) else part for part in prompt]
+            pictures = iter(self._images.load(sources, copies))
+        return [next(pictures) if isinstance(part, ImageRef) else part for part in prompt], copies
 
     def _output(self, row: Row) -> Output:
         if self._answers is None or row.alone:

@@ -20,6 +20,8 @@ END = 0
 POISON = "(poison)"
 #: A prompt that holds this breaks the device, as a failed assertion on a GPU does: no batch succeeds any more.
 DEVICE_LOST = "(device lost)"
+#: A prompt that holds this is answered with the confidence below, as by a model that is not sure.
+UNSURE, UNSURE_CONFIDENCE = "(unsure)", 0.5
 #: A picture of this colour kills the process while it is decoded, as a defect of an image decoder would.
 POISON_COLOUR = (6, 66, 6)
 
@@ -112,7 +114,12 @@ def _advance(row: Row, step: int) -> None:
     else:
         row.new_tokens = []
     if row.labels and not why:
-        row.finish(Output((), "stop", (1.0, *[0.0] * (len(row.labels) - 1))))
+        first = _confidence(row)
+        row.finish(Output((), "stop", (first, 1.0 - first, *[0.0] * (len(row.labels) - 2))))
     elif why or step >= row.max_steps:
         ids = tuple(row.new_tokens)
-        row.finish(Output(ids, why or "length", confidence=1.0 if ids else None))
+        row.finish(Output(ids, why or "length", confidence=_confidence(row) if ids else None))
+
+
+def _confidence(row: Row) -> float:
+    return UNSURE_CONFIDENCE if UNSURE in FakeCodec().decode(row.tokens.ids) else 1.0

@@ -187,6 +187,11 @@ DEAD_LETTERS = _counter(
     "idefics_dead_letters_total", "Failed jobs and messages that were kept on the list of failed jobs."
 )
 
+# Answers
+
+ABSTAINED = _counter(
+    "idefics_abstained_total", "Jobs whose answer was less sure than their `min_confidence` (`abstained`).", "task"
+)
 CANARY_RUNS = _counter(
     "idefics_canary_runs_total",
     "Jobs that ran again alone (IDEFICS_CANARY): identical, diverged (another answer), dropped (too many waited, or "

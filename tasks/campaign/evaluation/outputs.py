@@ -46,13 +46,19 @@ def open_output(path: str, wanted: Columns, kind: Kind | None = None) -> Output:
 
 
 def models_of(output: Output) -> list[tuple[str, str | None]]:
-    """The id and revision of each model that answered, by the campaign's file; none without it."""
+    """The id and revision of each model that answered, by the campaign's file, or by the columns `model_id` and
+    `model_revision` of exported decisions; none without either."""
     path = state_path(output.path)
     if not path.exists():
-        return []
+        return _models_in(output.table) if "model_id" in output.table.columns else []
     with CampaignState.read(path) as state:
         answers = (answer.outcome for answer in state.answers() if answer.code is None)
         return sorted({(each.model.id, each.model.revision) for each in answers if isinstance(each, Result)}, key=str)
+
+
+def _models_in(table: Table) -> list[tuple[str, str | None]]:
+    found = {(str(row.get("model_id") or ""), row.get("model_revision") or None) for row in map(values_of, table)}
+    return sorted((each for each in found if each[0]), key=str)
 
 
 def _plan(output: str) -> Plan | None:
