@@ -64,12 +64,11 @@ def _of_failed(part: str, type: Type, meaning: str) -> RedisKey:
 
 
 def _of_review(part: str, type: Type, meaning: str) -> RedisKey:
-    """A key that workers write and operators' commands read and write, with a worker's rights."""
-    return RedisKey(f"idefics:review{part}", "results", type, "IDEFICS_REVIEW_TTL_S", ("worker",), ("worker",), meaning)
+    return _for_workers(f"idefics:review{part}", type, "IDEFICS_REVIEW_TTL_S", meaning, "results")
 
 
 def _for_workers(pattern: str, type: Type, ttl: str | None, meaning: str, database: Database = "queues") -> RedisKey:
-    """A key that workers alone use."""
+    """A key that workers alone use, and operators' commands with their rights."""
     return RedisKey(pattern, database, type, ttl, ("worker",), ("worker",), meaning)
 
 
@@ -100,23 +99,13 @@ PRIORITY_LIST = replace(
     meaning="Waiting messages of another priority. Permanent: they are jobs.",
 )
 UNACKED = RedisKey(
-    "unacked",
-    "queues",
-    "hash",
-    None,
-    ("worker",),
-    ("worker", "monitor", "exporter"),
+    "unacked", "queues", "hash", None, ("worker",), ("worker", "monitor", "exporter"),
     "Messages that a worker has taken and not acknowledged, by tag. Permanent: they are jobs.",
-)
+)  # fmt: skip
 UNACKED_INDEX = RedisKey(
-    "unacked_index",
-    "queues",
-    "zset",
-    None,
-    ("worker",),
-    ("worker", "monitor"),
+    "unacked_index", "queues", "zset", None, ("worker",), ("worker", "monitor"),
     "Tags of the messages in `unacked`, by the time of their worker's last renewal. Permanent: they belong to jobs.",
-)
+)  # fmt: skip
 UNACKED_MUTEX = _for_workers(
     "unacked_mutex",
     "string",
@@ -147,23 +136,13 @@ BINDING_DEADLINES = RedisKey(
     "Bindings of queues that expire, by the time of expiry. Permanent: kombu removes its members.",
 )
 MAILBOX_REPLY = RedisKey(
-    "{id}.reply.{mailbox}.pidbox",
-    "queues",
-    "list",
-    "10",
-    ("worker", "callbacks"),
-    ("worker", "callbacks"),
+    "{id}.reply.{mailbox}.pidbox", "queues", "list", "10", ("worker", "callbacks"), ("worker", "callbacks"),
     "Replies to Celery's remote control (`inspect`, `control`).",
-)
+)  # fmt: skip
 EVENT_QUEUE = RedisKey(
-    "celeryev.{id}",
-    "queues",
-    "list",
-    "60",
-    ("worker", "callbacks", "monitor"),
-    ("worker", "callbacks", "monitor"),
+    "celeryev.{id}", "queues", "list", "60", ("worker", "callbacks", "monitor"), ("worker", "callbacks", "monitor"),
     "Events for one receiver, if they are not published.",
-)
+)  # fmt: skip
 
 # The queues' database: ours
 

@@ -68,7 +68,7 @@ class ReviewServer(ThreadingHTTPServer):
         self.session = session
         self.guard = Guard(self.server_port, secrets.token_urlsafe(24))
         self._connection_s = connection_s
-        self._open: set[socket.socket] = set()
+        self.connections: set[socket.socket] = set()
         self._lock = threading.Lock()
 
     @property
@@ -95,7 +95,7 @@ class ReviewServer(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the port, end connections without a request, and wait for those that have one."""
         with self._lock:
-            for connection in self._open:
+            for connection in self.connections:
                 _shut(connection, socket.SHUT_RD)
         super().server_close()
 
@@ -107,9 +107,9 @@ class ReviewServer(ThreadingHTTPServer):
     @contextmanager
     def _counted(self, connection: socket.socket) -> Iterator[bool]:
         with self._lock:
-            has_room = len(self._open) < CONNECTIONS
+            has_room = len(self.connections) < CONNECTIONS
             if has_room:
-                self._open.add(connection)
+                self.connections.add(connection)
         timer = threading.Timer(self._connection_s, _shut, (connection, socket.SHUT_RDWR))
         timer.daemon = True
         timer.start()
@@ -118,7 +118,7 @@ class ReviewServer(ThreadingHTTPServer):
         finally:
             timer.cancel()
             with self._lock:
-                self._open.discard(connection)
+                self.connections.discard(connection)
 
 
 def _shut(connection: socket.socket, how: int) -> None:

@@ -387,7 +387,7 @@ def test_the_end_waits_for_a_decision_and_for_no_idle_connection(reviews: Review
         told: list[int] = []
         asking = threading.Thread(target=lambda: told.append(_decide(server)))
         asking.start()
-        eventually(lambda: len(server._open) == 2, SOON_S)
+        eventually(lambda: len(server.connections) == 2, SOON_S)
         threading.Timer(0.3, reviews.held.set).start()
         began = time.monotonic()
     assert time.monotonic() - began < SOON_S
