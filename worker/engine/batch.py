@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from tasks.errors import OutOfMemory
+from worker.engine.beam_rows import BeamRows
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
 from worker.engine.next_tokens import Running
 from worker.engine.row import Output, Row, Tokens, urgency
+from worker.engine.slots import Move
 from worker.observability.metrics import PREEMPTIONS
 
 #: Room for this many tokens of each running row is left when others begin: a preempted row would be prefilled often if
@@ -20,10 +22,12 @@ SPARE_TOKENS = 16
 class Batch:
     """Rows that were admitted and are not done, and the blocks of a decoder that they need."""
 
-    def __init__(self, decoder: SlotDecoder) -> None:
+    def __init__(self, decoder: SlotDecoder, beams: BeamRows) -> None:
         self._decoder = decoder
-        #: By slot of the decoder.
+        #: Rows without beams, by slot of the decoder.
         self.running: dict[int, Running] = {}
+        #: Rows with beams.
+        self.beams = beams
         #: Rows whose prompt is prefilled in chunks, with the rest of it.
         self.prefilling: list[tuple[Row, PendingPrompt]] = []
         #: Rows that wait until enough blocks are free.
@@ -36,16 +40,34 @@ class Batch:
     @property
     def rows(self) -> list[Row]:
         """All rows."""
+        return [*self.holders, *self.waiting]
+
+    @property
+    def holders(self) -> list[Row]:
+        """The rows that hold slots or blocks."""
         return [
             *(run.progress.row for run in self.running.values()),
+            *(search.row for search in self.beams.running),
             *(row for row, _ in self.prefilling),
-            *self.waiting,
         ]
 
     @property
-    def holders(self) -> int:
-        """Number of rows that hold slots or blocks."""
-        return len(self.running) + len(self.prefilling)
+    def slots(self) -> int:
+        """Number of slots that running rows hold."""
+        return len(self.running) + self.beams.slots
+
+    def move(self, move: Move) -> None:
+        """Say that a slot's content was moved to another."""
+        source, target = move
+        if source in self.running:
+            self.running[target] = self.running.pop(source)
+        else:
+            self.beams.move(move)
+
+    def newest(self) -> list[int]:
+        """The newest token of each slot of the decoder; any for a free one."""
+        newest = {slot: run.progress.last for slot, run in self.running.items()} | self.beams.newest()
+        return [newest.get(slot, 0) for slot in range(len(self._decoder.slots))]
 
     def tokens(self, row: Row) -> Tokens:
         """What is to be prefilled for a row: its prompt, and the new tokens that it had when it was preempted."""
@@ -64,7 +86,7 @@ class Batch:
     def fitting(self, rows: Sequence[tuple[int, int]]) -> int:
         """How many of these rows, the first ones, can begin so that the running ones have room for SPARE_TOKENS more
         each: see KVCache.fitting."""
-        return self._decoder.cache.fitting(rows, SPARE_TOKENS * len(self.running))
+        return self._decoder.cache.fitting(rows, SPARE_TOKENS * self.slots)
 
     def that_fit(
         self, group: Sequence[tuple[Row, PendingPrompt]], room: Callable[[Row], int]
@@ -80,48 +102,53 @@ class Batch:
 
     def make_room(self) -> bool:
         """Preempt rows until each running one has room for a token. Returns False if the last one has none."""
-        while self.running and not self._decoder.has_room():
-            if self.holders == 1:
+        while self.slots and not self._decoder.has_room():
+            if len(self.holders) == 1:
                 return False
             self._preempt()
         return True
 
     def fail_last(self) -> None:
-        """Fail the only running row: all blocks together are too few for it."""
-        ((slot, run),) = self.running.items()
-        run.progress.row.fail(OutOfMemory())
-        del self.running[slot]
-        self._decoder.release([slot])
+        """Fail the only row that holds blocks: all blocks together are too few for it."""
+        (row,) = self.holders
+        self._drop(row)
+        row.fail(OutOfMemory())
 
     def free_for_chunk(self) -> None:
         """Preempt a row whose prompt is prefilled, or fail the only one: all blocks together are too few for it.
 
         While rows run, their end frees blocks.
         """
-        if self.running:
+        if self.slots:
             return
-        if self.holders > 1:
+        if len(self.holders) > 1:
             self._preempt()
-            return
-        row, prompt = self.prefilling.pop()
-        prompt.release()
-        row.fail(OutOfMemory())
+        else:
+            self.fail_last()
 
     def _preempt(self) -> None:
-        """Take the blocks of the last row in order of urgency: it waits then, and keeps its new tokens and state."""
+        """Take the blocks of the last row in order of urgency: it waits then, and keeps its new tokens and state. A row
+        with beams begins anew."""
         self.preemptions += 1
         PREEMPTIONS.inc()
-        slot = max(self.running, key=lambda slot: urgency(self.running[slot].progress.row), default=None)
-        pair = max(self.prefilling, key=lambda pair: urgency(pair[0]), default=None)
-        if pair and (slot is None or urgency(pair[0]) > urgency(self.running[slot].progress.row)):
+        row = max(self.holders, key=urgency)
+        run = self._drop(row)
+        if run:
+            self._preempted[row] = run
+        self.waiting.append(row)
+
+    def _drop(self, row: Row) -> Running | None:
+        """Free the slots and blocks of a row. Returns its state if it was running without beams."""
+        for pair in [pair for pair in self.prefilling if pair[0] is row]:
             self.prefilling.remove(pair)
             pair[1].release()
-            self.waiting.append(pair[0])
-        elif slot is not None:
-            run = self.running.pop(slot)
-            self._decoder.release([slot])
-            self._preempted[run.progress.row] = run
-            self.waiting.append(run.progress.row)
+        for search in [search for search in self.beams.running if search.row is row]:
+            self.beams.release(search)
+        slot = next((slot for slot, run in self.running.items() if run.progress.row is row), None)
+        if slot is None:
+            return None
+        self._decoder.release([slot])
+        return self.running.pop(slot)
 
     def end_aborted(self, now: float) -> None:
         """End rows that are canceled or passed their deadline while they do not run. `now`: time.monotonic()."""
@@ -141,6 +168,7 @@ class Batch:
     def clear(self) -> None:
         """Forget all rows, after a failure."""
         self.running.clear()
+        self.beams.running.clear()
         self.prefilling.clear()
         self.waiting.clear()
         self._preempted.clear()

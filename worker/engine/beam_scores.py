@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from worker.engine.row import TokenScore
+from worker.engine.row import FinishReason, Output, Row, TokenScore
+from worker.engine.stop_strings import Decode, StopStrings
+from worker.engine.token_scores import Confidence
 
 
 class _Step(NamedTuple):
@@ -75,3 +78,29 @@ def _score(step: _Step, beam: int, token: int, top: int) -> TokenScore:
     logprob = logprobs[tokens.index(token)] if token in tokens else logprobs[-1]
     likeliest = zip(tokens[:top], logprobs[:top], strict=True)
     return TokenScore(token, logprob, tuple(pair for pair in likeliest if pair[1] > -math.inf))
+
+
+#: Returns the scores of a sequence with its end, each with so many of the likeliest tokens.
+_Scores = Callable[[Sequence[int], int], Sequence[TokenScore]]
+
+
+def search_output(row: Row, sequence: list[int], decode: Decode, scores: _Scores) -> Output:
+    """The output of a row. `sequence`: the new tokens of one of its beams, with padding after their end."""
+    end = next((n for n, token in enumerate(sequence) if token in row.sampling.eos_ids), None)
+    ids = tuple(sequence[:end])
+    reason: FinishReason = "length" if end is None else "stop"
+    stop_strings = StopStrings(row.sampling.stop, decode)
+    # As for greedy rows, the token that completes the stop string is the last.
+    length = next((n for n in range(1, len(ids) + 1) if stop_strings.are_in(ids[:n])), None)
+    if length is not None:
+        ids, reason, end = ids[:length], "stop_sequence", None
+    found = scores(ids if end is None else sequence[: end + 1], row.sampling.logprobs or 0)
+    confidence = Confidence()
+    for score in found:
+        confidence.add(score.logprob)
+    return Output(
+        ids,
+        row.abort_reason(time.monotonic()) or reason,
+        confidence=confidence.value,
+        scores=() if row.sampling.logprobs is None else tuple(found[: len(ids)]),
+    )

@@ -130,6 +130,28 @@ class BlockCache(KVCache):
         if copies:
             self.pool.copy(copies)
 
+    def _fork(self, slot: int, slots: Sequence[int]) -> None:
+        for target in slots:
+            self._entries.share(slot, target)
+        self._give([(slot, target) for target in slots])
+
+    def copy(self, moves: Sequence[Move], start: int) -> None:
+        """Share blocks with other slots, and copy those that are not full: see KVCache.copy."""
+        for _, target in moves:
+            self._tables.release(target)
+        self._give(moves)
+
+    def _give(self, moves: Sequence[Move]) -> None:
+        """Give slots without blocks the tokens of others."""
+        copies = []
+        for source, target in moves:
+            length = self.slots.lengths[source]
+            copied = self._tables.begin(target, self._tables[source], length, length)
+            copies += [copied] if copied else []
+            self._show(target)
+        if copies:
+            self.pool.copy(copies)
+
     def reserve(self, tokens: Sequence[int]) -> None:
         """Take the blocks that rows of this many tokens need in addition. Raises OutOfBlocks."""
         for slot, count in enumerate(tokens):

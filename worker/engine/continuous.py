@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tasks.errors import OutOfMemory
 from worker.engine.batch import Batch
+from worker.engine.beam_candidates import BeamCandidates, RunningSearch
+from worker.engine.beam_rows import BeamRows
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Admit, Decoder, Encode, EnginePath, PendingPrompt, SendHeartbeat
@@ -40,10 +42,7 @@ BUDGET_TOKENS = 2048
 
 
 class ContinuousModel:
-    """A checkpoint on its family's decoder. In float32, each token is the one of stock `generate`.
-
-    Stock `generate` itself runs beams.
-    """
+    """A checkpoint on its family's decoder. In float32, each token is the one of stock `generate`."""
 
     def __init__(
         self,
@@ -62,7 +61,7 @@ class ContinuousModel:
         `budget_tokens`: see PREFILL_CHUNK_TOKENS, LABEL_TOKENS and BUDGET_TOKENS."""
         self.stock = stock
         self.info, self.rules, self.codec = stock.info, stock.rules, stock.codec
-        self.prefetch, self.help, self.path = stock.prefetch, stock.help, _path
+        self.prefetch, self.help = stock.prefetch, stock.help
         self.decoder = SlotDecoder(decoder, stock.max_tokens, record, blocks)
         #: Slots for prefixes and scored rows, which are not continued and need no slot among the running rows.
         self.scratch = self.decoder.empty_like(PREFILL_TOKENS + LABEL_TOKENS)
@@ -73,15 +72,14 @@ class ContinuousModel:
         self._labels = LabelScorer(self.scratch, label_tokens)
         self._device = decoder.spec.device
         self._budget_tokens = budget_tokens or (BUDGET_TOKENS if self._device.type == "cuda" else chunk_tokens)
-        self._next_tokens = NextTokens(itertools.chain(*stock.codec.bad_words_ids), self._device, stock.masks)
-        self._batch = Batch(self.decoder)
+        forbidden = tuple(itertools.chain(*stock.codec.bad_words_ids))
+        self._next_tokens = NextTokens(forbidden, self._device, stock.masks)
+        candidates = BeamCandidates(forbidden, self._device)
+        self._batch = Batch(self.decoder, BeamRows(self.decoder, candidates, stock.codec.decode))
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
-        """Run rows and those that join them: see interfaces.Runner. Rows with beams run through stock `generate`."""
-        if self.path(rows[0]) == "stock":
-            self.stock.run(rows, heartbeat, admit)
-            return
+        """Run rows and those that join them: see interfaces.Runner."""
         try:
             with memory_errors():
                 self._run(rows, heartbeat, admit)
@@ -91,6 +89,10 @@ class ContinuousModel:
             self.decoder.clear()
             self.scratch.clear()
             raise
+
+    def path(self, row: Row) -> EnginePath:
+        """Continuous batching, for every row."""
+        return "continuous"
 
     def metrics(self) -> dict[str, int]:
         """Counters of the caches, and of preempted rows."""
@@ -115,14 +117,13 @@ class ContinuousModel:
 
     @phase("decode")
     def _step(self) -> None:
-        running = self._batch.running
-        if not running:
+        batch = self._batch
+        if not batch.slots:
             return
-        for source, target in self.decoder.compact():
-            running[target] = running.pop(source)
+        for move in self.decoder.compact():
+            batch.move(move)
         slots = range(len(self.decoder.slots))
-        tokens = [running[slot].progress.last if slot in running else 0 for slot in slots]
-        self._advance(self.decoder.step(tokens), slots)
+        self._advance(self.decoder.step(batch.newest()), slots)
 
     def _go_through(self, work: Pauses[None], heartbeat: SendHeartbeat) -> None:
         """Do work, with a step of the running rows between two parts of it."""
@@ -155,7 +156,10 @@ class ContinuousModel:
 
     def _room(self, row: Row) -> int:
         """Number of tokens that a row needs room for when it begins."""
-        return len(self._batch.tokens(row).ids) + self._labels.room(row)
+        # Each beam writes into a block of its own.
+        beams = row.sampling.num_beams
+        blocks = beams * self.decoder.family.spec.block_tokens if beams > 1 else 0
+        return len(self._batch.tokens(row).ids) + self._labels.room(row) + blocks
 
     def _prefill(self, rows: Sequence[Row], *, are_new: bool = True) -> Pauses[None]:
         """Prefill the prompts of rows. `are_new`: see PromptPrefiller.pending."""
@@ -214,7 +218,10 @@ class ContinuousModel:
         """Prefill the prompts of rows that are continued, and add the rows to the running ones."""
         slots, logits = self.decoder.prefill(prompts)
         for slot, row in zip(slots, rows, strict=True):
-            self._batch.running[slot] = self._batch.state(row) or self._new_state(row)
+            if row.sampling.num_beams > 1:
+                self._batch.beams.running.append(RunningSearch(row, slot, self.rules, self._device))
+            else:
+                self._batch.running[slot] = self._batch.state(row) or self._new_state(row)
         self._advance(logits, slots)
 
     def _new_state(self, row: Row) -> Running:
@@ -225,7 +232,12 @@ class ContinuousModel:
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in `slots` their next tokens by `logits` (slots, vocabulary), and free the slots of rows that
         are done."""
+        if self._batch.beams.running:
+            # First, since the others change the logits.
+            self._batch.beams.advance(logits, slots)
         running = {place: run for place, slot in enumerate(slots) if (run := self._batch.running.get(slot))}
+        if not running:
+            return
         tokens = self._next_tokens.choose(logits, running)
         now = time.monotonic()
         for place, run in running.items():
@@ -240,11 +252,6 @@ class ContinuousModel:
         for place in done:
             del self._batch.running[slots[place]]
         self.decoder.release([slots[place] for place in done])
-
-
-def _path(row: Row) -> EnginePath:
-    """What runs a row: stock `generate` itself runs beams."""
-    return "stock" if row.sampling.num_beams > 1 else "continuous"
 
 
 def _groups(prompts: Sequence[tuple[Row, PendingPrompt]]) -> Iterator[list[tuple[Row, PendingPrompt]]]:

@@ -173,6 +173,16 @@ class SlotDecoder:
         self.cache.release(slots)
 
     @torch.inference_mode()
+    def fork(self, slot: int, count: int) -> list[int]:
+        """Take `count` more slots with the content of a slot. Raises OutOfBlocks, and takes none then."""
+        return self.cache.fork(slot, count)
+
+    @torch.inference_mode()
+    def copy(self, moves: Sequence[Move], start: int) -> None:
+        """Put the tokens of slots into others that have the same first `start` tokens: see KVCache.copy."""
+        self.cache.copy(moves, start)
+
+    @torch.inference_mode()
     def compact(self) -> list[Move]:
         """Move the last rows to free slots if many slots are free. Returns the moves."""
         return self.cache.compact()

@@ -87,6 +87,26 @@ class KVCache(abc.ABC):
     def _fill(self, slots: Sequence[int], prefixes: Sequence[Prefix | None], tokens: Sequence[int], room: int) -> None:
         """Put prefixes into slots that were taken, and make room for `tokens` tokens in each."""
 
+    def fork(self, slot: int, count: int) -> list[int]:
+        """Take `count` more slots with the content of a slot. Raises OutOfBlocks, and takes none then."""
+        length, has_extra = self.slots.lengths[slot], self.slots.has_extra[slot]
+        slots = self.slots.take([length] * count, [has_extra] * count, at_end=False)
+        try:
+            self._fork(slot, slots)
+        except OutOfBlocks:
+            self.release(slots)
+            raise
+        return slots
+
+    @abc.abstractmethod
+    def _fork(self, slot: int, slots: Sequence[int]) -> None:
+        """Put a slot's content into slots that were taken."""
+
+    @abc.abstractmethod
+    def copy(self, moves: Sequence[Move], start: int) -> None:
+        """Put the tokens of slots into others, without those of the extra pools and without the first `start` tokens:
+        these are the same. No slot may be the source of one move and the target of another."""
+
     @abc.abstractmethod
     def fitting(self, rows: Sequence[tuple[int, int]], spare_tokens: int = 0) -> int:
         """How many of these rows, the first ones, can begin so that room for `spare_tokens` is left. Each row has the

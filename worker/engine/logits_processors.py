@@ -5,13 +5,15 @@ The processors are transformers' own, with the arguments that stock `generate` g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
@@ -19,6 +21,7 @@ from transformers.generation.logits_process import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
@@ -37,14 +40,9 @@ class RowRules:
 
     def __init__(self, row: Row, rules: Mapping[str, Any], device: torch.device) -> None:
         self._ids = to_device([row.tokens.ids], device)
-        eos_ids = to_device(sorted(row.sampling.eos_ids), device)
-        limit = len(row.tokens.ids) + row.sampling.max_new_tokens
-        # SCORE_RULES has the order in which stock `generate` applies them.
         self._processors = [
-            NGramBan(row.tokens.ids, value, counts_new=NGRAM_RULES[name])
-            if name in NGRAM_RULES
-            else _MAKERS[name](value, self._ids, eos_ids, limit)
-            for name, value in rules_of(row.sampling, rules).items()
+            NGramBan(row.tokens.ids, rules[name], counts_new=NGRAM_RULES[name]) if name in NGRAM_RULES else make()
+            for name, make in _makers(row, rules, self._ids)
         ]
 
     def apply(self, new: Sequence[int], scores: Tensor) -> Tensor:
@@ -54,6 +52,28 @@ class RowRules:
         for processor in self._processors:
             changed = processor.apply(new, changed) if isinstance(processor, NGramBan) else processor(ids, changed)
         return changed[0]
+
+
+class BeamRules:
+    """The rules of one row's beams."""
+
+    def __init__(self, row: Row, rules: Mapping[str, Any], device: torch.device) -> None:
+        makers = _makers(row, rules, to_device([row.tokens.ids], device))
+        self._processors = LogitsProcessorList(make() for _, make in makers)
+
+    def apply(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """The beams' scores (beams, vocabulary) after the rules. `ids` (beams, length): prompts and new tokens."""
+        changed: Tensor = self._processors(ids, scores)
+        return changed
+
+
+def _makers(row: Row, rules: Mapping[str, Any], ids: Tensor) -> Iterator[tuple[str, Callable[[], LogitsProcessor]]]:
+    """What makes transformers' processor of each of a row's rules. `ids` (1, length): the prompt's tokens."""
+    eos_ids = to_device(sorted(row.sampling.eos_ids), ids.device)
+    limit = ids.shape[1] + row.sampling.max_new_tokens
+    # SCORE_RULES has the order in which stock `generate` applies them.
+    for name, value in rules_of(row.sampling, rules).items():
+        yield name, functools.partial(_MAKERS[name], value, ids, eos_ids, limit)
 
 
 def rules_of(sampling: Sampling, rules: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +133,8 @@ _MAKERS: Mapping[str, _Maker] = {
     "sequence_bias": lambda value, ids, eos, limit: SequenceBiasLogitsProcessor(value),
     "encoder_repetition_penalty": lambda value, ids, eos, limit: EncoderRepetitionPenaltyLogitsProcessor(value, ids),
     "repetition_penalty": lambda value, ids, eos, limit: RepetitionPenaltyLogitsProcessor(value),
+    "no_repeat_ngram_size": lambda value, ids, eos, limit: NoRepeatNGramLogitsProcessor(value),
+    "encoder_no_repeat_ngram_size": lambda value, ids, eos, limit: EncoderNoRepeatNGramLogitsProcessor(value, ids),
     "bad_words_ids": lambda value, ids, eos, limit: NoBadWordsLogitsProcessor(value, eos),
     "min_length": lambda value, ids, eos, limit: MinLengthLogitsProcessor(value, eos, ids.device),
     "min_new_tokens": lambda value, ids, eos, limit: MinNewTokensLengthLogitsProcessor(

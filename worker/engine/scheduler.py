@@ -17,7 +17,7 @@ from worker.engine.row import Row, urgency
 class Limits:
     """What fits on the device at once: rows, where one with four beams counts four, and tokens.
 
-    In blocks each row counts with its own tokens; otherwise, and with beams, with those of the longest one.
+    In blocks each row counts with its own tokens; otherwise with those of the longest one.
     """
 
     rows: int
@@ -28,7 +28,8 @@ class Limits:
 
 
 class Size(NamedTuple):
-    """The size of a batch: its rows, the tokens of the longest, and those of all together."""
+    """The size of a batch: its rows, each counted once for each of its beams, the tokens of the longest, and those of
+    all together: beams share their prompt."""
 
     rows: int = 0
     longest: int = 0
@@ -36,8 +37,9 @@ class Size(NamedTuple):
 
     def plus(self, row: Row) -> Size:
         """The size with one more row."""
-        length = _length(row)
-        return Size(self.rows + 1, max(self.longest, length), self.tokens + length)
+        prompt, beams = len(row.tokens.ids), row.sampling.num_beams
+        longest = max(self.longest, prompt + row.max_steps)
+        return Size(self.rows + beams, longest, self.tokens + prompt + beams * row.max_steps)
 
 
 #: While others run and more wait than fit, rows join in groups of at least limit / JOINING_PART: each group delays the
@@ -72,7 +74,8 @@ def next_batch(
     batch, size = [first], functools.reduce(Size.plus, (*running, first), Size())
     if running and not _may_join(first, size, limits, running):
         return []
-    if running and in_groups and not _is_group(len(waiting), limits.rows - len(running), limits):
+    free = limits.rows - sum(row.sampling.num_beams for row in running)
+    if running and in_groups and not _is_group(len(waiting), free, limits):
         return []
     companions = sorted(
         (row for row in waiting if row is not first and _group(row) == _group(first)),
@@ -80,7 +83,7 @@ def next_batch(
     )
     for row in companions:
         larger = size.plus(row)
-        if _fits(larger, first, limits):
+        if _fits(larger, limits):
             batch.append(row)
             size = larger
     return batch
@@ -88,7 +91,7 @@ def next_batch(
 
 def _may_join(first: Row, size: Size, limits: Limits, running: Sequence[Row]) -> bool:
     """Whether the most urgent row may join. If not, none joins: the batch drains, then this row starts the next."""
-    return _group(first) == _group(running[0]) and _fits(size, first, limits)
+    return _group(first) == _group(running[0]) and _fits(size, limits)
 
 
 def _is_group(waiting: int, free: int, limits: Limits) -> bool:
@@ -97,31 +100,16 @@ def _is_group(waiting: int, free: int, limits: Limits) -> bool:
 
 
 def _group(row: Row) -> Hashable:
-    """A key that is equal for rows that may share a batch: all without beams; of those with beams, like ones. A row
-    that runs alone has one of its own."""
-    sampling = row.sampling
-    if row.alone:
-        return row
-    if sampling.num_beams == 1:
-        return None
-    has_penalty = sampling.repetition_penalty is not None
-    return sampling.num_beams, sampling.max_new_tokens, sampling.eos_ids, sampling.answers, has_penalty
+    """A key that is equal for rows that may share a batch: all, but for a row that runs alone."""
+    return row if row.alone else None
 
 
 def _distance(row: Row, first: Row) -> tuple[int, int]:
     return abs(row.max_steps - first.max_steps), abs(len(row.tokens.ids) - len(first.tokens.ids))
 
 
-def _fits(size: Size, like: Row, limits: Limits) -> bool:
-    """Whether a batch of this size fits, if each row has as many beams as `like`."""
-    beams = like.sampling.num_beams
-    rows = size.rows * beams
-    # Beams run through stock `generate`, which pads.
-    in_blocks = limits.block_tokens and beams == 1
-    fits = size.tokens <= limits.block_tokens if in_blocks else rows * size.longest <= limits.tokens
-    return rows <= limits.rows and fits
-
-
-def _length(row: Row) -> int:
-    """Maximum tokens of the prompt and the answer together."""
-    return len(row.tokens.ids) + row.max_steps
+def _fits(size: Size, limits: Limits) -> bool:
+    """Whether a batch of this size fits."""
+    in_blocks = size.tokens <= limits.block_tokens
+    fits = in_blocks if limits.block_tokens else size.rows * size.longest <= limits.tokens
+    return size.rows <= limits.rows and fits

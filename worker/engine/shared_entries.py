@@ -41,6 +41,11 @@ class SharedEntries:
         self._holders[entry] = self._holders.get(entry, 0) + 1
         self._entries[slot] = entry
 
+    def share(self, source: int, target: int) -> None:
+        """Give a slot without an entry the one that another has, if it has one."""
+        if source in self._entries:
+            self.take(target, self._contents[self._entries[source]])
+
     def move(self, source: int, target: int) -> None:
         """Give a slot without an entry the one of another."""
         if source in self._entries:

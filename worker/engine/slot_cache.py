@@ -98,6 +98,18 @@ class SlotCache(KVCache):
             assert isinstance(prefix, CopiedPrefix)
             self._restore(to_device(places[key], self.spec.device), *self._pool.tensors, *prefix.tensors)
 
+    def _fork(self, slot: int, slots: Sequence[int]) -> None:
+        rows, has_extra = len(self.slots), self.slots.has_extra[slot]
+        extra = self.extra_views(rows) if has_extra else []
+        moves = [(slot, target) for target in slots]
+        super()._compact(moves, rows, [*self.views(rows, self.slots.lengths[slot]), *extra])
+
+    def copy(self, moves: Sequence[Move], start: int) -> None:
+        """Copy tokens to other slots: see KVCache.copy."""
+        length = max(self.slots.lengths[source] for source, _ in moves)
+        rows = len(self.slots)
+        super()._compact(moves, rows, [view[:, :, start:] for view in self.views(rows, length)])
+
     def fitting(self, rows: Sequence[tuple[int, int]], spare_tokens: int = 0) -> int:
         """All: slots grow until the device's memory is full."""
         return len(rows)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,22 +21,21 @@ from transformers import (
 
 from tasks.errors import OutOfMemory
 from tasks.results import ModelInfo
-from worker.engine.beam_scores import BeamRecorder
+from worker.engine.beam_scores import BeamRecorder, search_output
 from worker.engine.generation_rules import NO_RULES, GenerationRules
 from worker.engine.interfaces import Admit, Codec, Encode, EnginePath, SendHeartbeat
 from worker.engine.logits_processors import BatchRules, rules_of
 from worker.engine.pauses import without_pauses
 from worker.engine.penalties import StockPenalties
 from worker.engine.progress import RowProgress
-from worker.engine.row import FinishReason, Output, Picture, Row, Tokens, TokenScore
+from worker.engine.row import Picture, Row, Sampling, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
 from worker.engine.step_metrics import count_step, phase
 from worker.engine.stock_prefill import CHUNK_TOKENS, PaddedPrompts, Prefilled, prefill
 from worker.engine.stock_scoring import label_log_likelihoods
-from worker.engine.stop_strings import Decode, StopStrings
 from worker.engine.token_masks import TokenMasks
-from worker.engine.token_scores import Confidence, ScoreRecorder
+from worker.engine.token_scores import ScoreRecorder
 
 #: Messages of torch's plain RuntimeErrors for a lack of memory on a CPU or in a GPU's matrix library.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -104,7 +103,7 @@ class StockModel:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
-        """Run rows with labels, and rows with one number of beams: see interfaces.Runner. Never calls `admit`."""
+        """Run rows: see interfaces.Runner. Never calls `admit`."""
         with memory_errors():
             self._run(rows, heartbeat)
 
@@ -119,11 +118,14 @@ class StockModel:
     def _run(self, rows: Sequence[Row], heartbeat: SendHeartbeat) -> None:
         for part in self._parts([row for row in rows if row.labels and not row.is_done]):
             self._score(part, heartbeat)
-        for part in self._parts([row for row in rows if not row.labels and not row.is_done]):
-            if part[0].sampling.num_beams == 1:
-                self._continue(part, heartbeat)
-            else:
-                self._search(part, heartbeat)
+        kinds: dict[Hashable, list[Row]] = {}
+        for row in rows:
+            if not row.labels and not row.is_done:
+                kinds.setdefault(_kind(row.sampling), []).append(row)
+        for alike in kinds.values():
+            for part in self._parts(alike):
+                run = self._continue if part[0].sampling.num_beams == 1 else self._search
+                run(part, heartbeat)
 
     def _parts(self, rows: Sequence[Row]) -> Sequence[Sequence[Row]]:
         """Divide rows into those that run together: all, but for those that would change the others' embeddings."""
@@ -203,7 +205,7 @@ class StockModel:
         for number, (row, answers) in enumerate(zip(rows, torch.split(sequences, sampling.answers), strict=True)):
             if not row.is_done:
                 best, *others = (
-                    _search_output(row, ids, self.codec.decode, functools.partial(recorder.of, number))
+                    search_output(row, ids, self.codec.decode, functools.partial(recorder.of, number))
                     for ids in answers.tolist()
                 )
                 row.finish(dataclasses.replace(best, others=tuple(others)))
@@ -254,35 +256,17 @@ def _is_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
+def _kind(sampling: Sampling) -> Hashable:
+    """A key that is equal for rows that run together: all without beams; of those with beams, like ones."""
+    if sampling.num_beams == 1:
+        return None
+    has_penalty = sampling.repetition_penalty is not None
+    return sampling.num_beams, sampling.max_new_tokens, sampling.eos_ids, sampling.answers, has_penalty
+
+
 def _longest(rows: Sequence[Row]) -> int:
     """Tokens of the longest prompt."""
     return max(len(row.tokens.ids) for row in rows)
-
-
-#: Returns the scores of a sequence with its end, each with so many of the likeliest tokens.
-_Scores = Callable[[Sequence[int], int], list[TokenScore]]
-
-
-def _search_output(row: Row, sequence: list[int], decode: Decode, scores: _Scores) -> Output:
-    """The output of a row. `sequence`: the new tokens of one of its beams, with padding after their end."""
-    end = next((n for n, token in enumerate(sequence) if token in row.sampling.eos_ids), None)
-    ids = tuple(sequence[:end])
-    reason: FinishReason = "length" if end is None else "stop"
-    stop_strings = StopStrings(row.sampling.stop, decode)
-    # As for greedy rows, the token that completes the stop string is the last.
-    length = next((n for n in range(1, len(ids) + 1) if stop_strings.are_in(ids[:n])), None)
-    if length is not None:
-        ids, reason, end = ids[:length], "stop_sequence", None
-    found = scores(ids if end is None else sequence[: end + 1], row.sampling.logprobs or 0)
-    confidence = Confidence()
-    for score in found:
-        confidence.add(score.logprob)
-    return Output(
-        ids,
-        row.abort_reason(time.monotonic()) or reason,
-        confidence=confidence.value,
-        scores=() if row.sampling.logprobs is None else tuple(found[: len(ids)]),
-    )
 
 
 class Overflow(LogitsProcessor):  # type: ignore[misc]
