@@ -19,11 +19,9 @@ from worker.engine.block_cache import BlockCache
 from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
-from worker.engine.engine import Engine
 from worker.engine.interfaces import Admit, PendingPrompt, Prefix, Runner
 from worker.engine.pauses import Pauses
 from worker.engine.row import Output, Picture, Row, Sampling
-from worker.engine.scheduler import Limits
 from worker.engine.slot_cache import SlotCache
 from worker.engine.slots import Move
 from worker.engine.stock import memory_errors
@@ -318,18 +316,45 @@ def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served)
         assert list(row.output.result().ids) == served.stock_ids(job, parts), job
 
 
-def test_beams_that_wait_for_a_running_batch_to_end_say_what_stock_beams_say(served: Served) -> None:
-    jobs = mixed_jobs(12, sorted(served.images))
-    jobs = [job.model_copy(update={"num_beams": 3} if n % 2 else {}) for n, job in enumerate(jobs)]
+def test_beams_beside_other_rows_say_what_stock_beams_say_to_each_alone(served: Served) -> None:
+    jobs = mixed_jobs(16, sorted(served.images), seed=3)
+    jobs = [job.model_copy(update={"num_beams": (1, 3, 1, 2, 5)[n % 5]}) for n, job in enumerate(jobs)]
     prompts = [served.parts(job) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
-    engine = Engine(served.model, Limits(rows=32, tokens=10_000))
-    for row in rows:
-        engine.submit(row)
-    engine.start()
-    answers = [list(row.output.result(60).ids) for row in rows]
-    engine.stop()
-    assert answers == [served.stock_ids(job, parts) for job, parts in zip(jobs, prompts, strict=True)]
+    together: list[int] = []
+
+    def heartbeat() -> None:
+        together.append(len({row.sampling.num_beams for row in rows if row.first_token and not row.is_done}))
+
+    served.model.run(rows[:6], heartbeat, _in_turn([[], rows[6:9], [], [], rows[9:]]))
+    assert [list(row.output.result().ids) for row in rows] == [
+        served.stock_ids(job, parts) for job, parts in zip(jobs, prompts, strict=True)
+    ]
+    assert max(together) == 4
+
+
+def test_beams_that_are_canceled_answer_the_best_so_far_while_others_go_on(served: Served) -> None:
+    prompts = [[served.images[name], "Say"] for name in sorted(served.images)[:2]]
+    # Neither ends before.
+    asked = Sampling(12, num_beams=3, logprobs=0, eos_ids=frozenset({2}), logit_bias=((2, -100.0),))
+    canceled, going_on = (Row(prepared(served.model, parts), asked) for parts in prompts)
+
+    beats: list[bool] = []
+
+    def heartbeat() -> None:
+        beats.append(canceled.is_prefilled)
+        canceled.canceled = sum(beats) > 3
+
+    served.model.run([canceled, going_on], heartbeat, _nobody)
+    cut, whole = canceled.output.result(), going_on.output.result()
+    assert (cut.finish_reason, whole.finish_reason) == ("canceled", "length")
+    assert 3 <= len(cut.ids) == len(cut.scores) < len(whole.ids) == 12
+    # As if so many tokens had been wanted.
+    cut_short = dataclasses.replace(asked, max_new_tokens=len(cut.ids))
+    alone = [Row(canceled.tokens, cut_short), Row(going_on.tokens, asked)]
+    for row in alone:
+        served.stock.run([row], _nothing, _nobody)
+    assert [cut.ids, whole.ids] == [row.output.result().ids for row in alone]
 
 
 def test_torchs_memory_errors_become_out_of_memory() -> None:

@@ -278,12 +278,14 @@ def test_after_a_failure_all_blocks_are_free(in_blocks: Served) -> None:
 
 
 def some_row(served: Served, dice: random.Random) -> Row:
-    """A row of any kind: with and without pictures, labels, shared beginnings and samples."""
+    """A row of any kind: with and without pictures, labels, shared beginnings, samples and beams."""
     shown = served.images[dice.choice(sorted(served.images)[:4])]
     example = [served.images[sorted(served.images)[5]], "An example. " * 6]
     parts = [*dice.choice([[], example]), *dice.choice([[], [shown]]), "Say " * dice.randint(1, 12)]
     labels = tuple(tuple(dice.choices(range(5, 30), k=dice.randint(1, 6))) for _ in range(dice.choice([0, 0, 5])))
     sampling = Sampling(dice.randint(1, 40), temperature=dice.choice([0.0, 1.0]), seed=dice.randrange(99))
+    if not labels and dice.random() < 0.3:
+        sampling = Sampling(dice.randint(1, 20), num_beams=dice.randint(2, 5))
     return Row(prepared(served.model, parts), sampling, labels)
 
 

@@ -38,6 +38,16 @@ def test_an_entry_moves_with_its_slot() -> None:
     assert (len(entries), entries.used) == (1, 0)
 
 
+def test_a_slot_shares_the_entry_of_another() -> None:
+    entries = SharedEntries()
+    entries.take(5, "a")
+    entries.share(5, 0)
+    entries.share(4, 1)
+    entries.release(5)
+    assert [entries[slot] for slot in (0, 1, 5)] == [1, NO_ENTRY, NO_ENTRY]
+    assert entries.used == 1
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_each_content_in_use_has_one_entry(seed: int) -> None:
     dice, entries, held = random.Random(seed), SharedEntries(), dict[int, str]()

@@ -64,10 +64,9 @@ class Batch:
         else:
             self.beams.move(move)
 
-    def newest(self) -> list[int]:
-        """The newest token of each slot of the decoder; any for a free one."""
-        newest = {slot: run.progress.last for slot, run in self.running.items()} | self.beams.newest()
-        return [newest.get(slot, 0) for slot in range(len(self._decoder.slots))]
+    def newest(self) -> dict[int, int]:
+        """The newest token of each running row or beam, by slot."""
+        return {slot: run.progress.last for slot, run in self.running.items()} | self.beams.newest()
 
     def tokens(self, row: Row) -> Tokens:
         """What is to be prefilled for a row: its prompt, and the new tokens that it had when it was preempted."""

@@ -122,8 +122,8 @@ class ContinuousModel:
             return
         for move in self.decoder.compact():
             batch.move(move)
-        slots = range(len(self.decoder.slots))
-        self._advance(self.decoder.step(batch.newest()), slots)
+        slots, newest = range(len(self.decoder.slots)), batch.newest()
+        self._advance(self.decoder.step([newest.get(slot, 0) for slot in slots]), slots)
 
     def _go_through(self, work: Pauses[None], heartbeat: SendHeartbeat) -> None:
         """Do work, with a step of the running rows between two parts of it."""

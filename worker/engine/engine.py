@@ -165,7 +165,7 @@ class Engine:
             # A chunk of a prompt takes as long in any company, so it does not wait.
             if joinable and running and not is_alone and all(row.is_prefilled for row in running):
                 self._await_joining(len(running))
-            # Without a running row the next one starts a new run, since it may need beam search.
+            # Without a running row the next one starts a new run, since it may be one that runs alone.
             joining = self._take(running) if joinable and running and not self._stopping else []
             if joining:
                 self._joined_at = time.monotonic()

@@ -21,8 +21,8 @@ from worker.engine.row import Tokens
 from worker.engine.scheduler import Limits
 from worker.models import SetupFailed
 
-#: Share of the memory left over that becomes blocks. The rest is for CUDA graphs, for beams, which run through stock
-#: `generate`, and for what torch's allocator cannot use.
+#: Share of the memory left over that becomes blocks. The rest is for CUDA graphs, and for what torch's allocator cannot
+#: use.
 BLOCKS_SHARE = 0.9
 #: Pictures that are encoded together to measure an encoder's memory, and their width and height in pixels.
 PICTURES, PICTURE_SIZE = 8, (1600, 1600)
@@ -134,7 +134,4 @@ def batch_limits(model: Model, settings: Settings) -> Limits:
         in_blocks = model.decoder.cache.block_tokens
         if "max_batch_tokens" in settings.model_fields_set:
             in_blocks = min(in_blocks, tokens)
-        if model.decoder.cache.spec.device.type == "cuda":
-            # Beams have their keys and values in the memory beside the blocks.
-            tokens = min(tokens, int(in_blocks * (1 / BLOCKS_SHARE - 1)))
     return Limits(settings.max_batch_size, tokens, in_blocks)

@@ -47,7 +47,7 @@ def devices_of(network: PreTrainedModel) -> list[torch.device]:
 
 def _engine(model: Model) -> str:
     if isinstance(model, ContinuousModel):
-        return f"continuous batching, {_layout(model.decoder.cache)}; beams through transformers' generate"
+        return f"continuous batching, {_layout(model.decoder.cache)}"
     is_spread = len(devices_of(_stock(model).adapter.model)) > 1
     reason = ", since the weights are on several devices" if is_spread else ""
     return f"transformers' generate: no continuous batching, no prefix cache{reason}"
