@@ -317,8 +317,10 @@ def test_beams_in_a_batch_say_what_stock_beams_say_to_each_alone(served: Served)
 
 
 def test_beams_beside_other_rows_say_what_stock_beams_say_to_each_alone(served: Served) -> None:
-    jobs = mixed_jobs(16, sorted(served.images), seed=3)
-    jobs = [job.model_copy(update={"num_beams": (1, 3, 1, 2, 5)[n % 5]}) for n, job in enumerate(jobs)]
+    jobs = [
+        job.model_copy(update={"num_beams": (1, 3, 1, 2, 4)[n % 5], "max_new_tokens": 5 + 3 * n % 7})
+        for n, job in enumerate(mixed_jobs(10, sorted(served.images), seed=3))
+    ]
     prompts = [served.parts(job) for job in jobs]
     rows = [row_of(served.model, job, parts) for job, parts in zip(jobs, prompts, strict=True)]
     together: list[int] = []
@@ -326,7 +328,7 @@ def test_beams_beside_other_rows_say_what_stock_beams_say_to_each_alone(served: 
     def heartbeat() -> None:
         together.append(len({row.sampling.num_beams for row in rows if row.first_token and not row.is_done}))
 
-    served.model.run(rows[:6], heartbeat, _in_turn([[], rows[6:9], [], [], rows[9:]]))
+    served.model.run(rows[:6], heartbeat, _in_turn([[], rows[6:8], [], rows[8:]]))
     assert [list(row.output.result().ids) for row in rows] == [
         served.stock_ids(job, parts) for job, parts in zip(jobs, prompts, strict=True)
     ]
