@@ -4,8 +4,8 @@
 
 `alike`: jobs with four beams and one length, which stock `generate` runs as one batch. `mixed`: of different numbers of
 beams and lengths. `beside`: the mixed ones together with jobs without beams, which run before them where stock
-`generate` runs the beams. Prompts have no pictures. Each is the processor time of stock `generate` divided by that of the
-continuous batch, on the mid-size checkpoint, in rounds by turns.
+`generate` runs the beams. Prompts have no pictures. Each figure is the processor time with stock `generate` divided by
+that of the continuous batch, on the mid-size checkpoint, in rounds by turns.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def made(model: Model, wanted: Sequence[tuple[int, int]]) -> list[Row]:
 
 
 def seconds(model: ContinuousModel, rows: Sequence[Row], *, is_stock: bool) -> float:
-    """Seconds of processor time that rows take. `is_stock`: those with beams run through stock `generate`, after the others."""
+    """Seconds of processor time that rows take. `is_stock`: those with beams run in stock `generate`, after others."""
     searching = [row for row in rows if row.sampling.num_beams > 1] if is_stock else []
     others = [row for row in rows if row not in searching]
     started = time.process_time()

@@ -19,7 +19,7 @@ from worker.engine.continuous import ContinuousModel
 from worker.engine.cuda_graphs import Step
 from worker.engine.interfaces import Admit, PendingPrompt, Prefix
 from worker.engine.pauses import Pauses
-from worker.engine.row import Picture, Row, Sampling
+from worker.engine.row import Output, Picture, Row, Sampling
 from worker.observability.metrics import WORKER
 
 PREEMPTIONS = "idefics_num_preemptions_total"
@@ -132,6 +132,19 @@ def test_a_preempted_row_goes_on_with_its_samples(in_blocks: Served) -> None:
     roomy, tight = with_blocks(in_blocks, 400), with_blocks(in_blocks, 10)
     assert sampled(tight) == sampled(roomy)
     assert tight.metrics()["preemptions"] > 0 == roomy.metrics()["preemptions"]
+
+
+def test_preempted_beams_begin_anew_and_say_the_same(in_blocks: Served) -> None:
+    def searched(model: ContinuousModel) -> list[Output]:
+        sampling = Sampling(24, num_beams=3, answers=2)
+        rows = [Row(prepared(in_blocks.model, [f"Say {n}" + " and more" * n]), sampling) for n in range(5)]
+        model.run(rows, lambda: None, _nobody)
+        return [row.output.result() for row in rows]
+
+    roomy, tight = with_blocks(in_blocks, 400), with_blocks(in_blocks, 16)
+    assert searched(tight) == searched(roomy)
+    assert tight.metrics()["preemptions"] > 0 == roomy.metrics()["preemptions"]
+    assert is_empty(tight)
 
 
 def test_the_youngest_of_the_least_urgent_rows_is_preempted(in_blocks: Served) -> None:

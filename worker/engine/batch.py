@@ -9,7 +9,7 @@ from tasks.errors import OutOfMemory
 from worker.engine.beam_rows import BeamRows
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import PendingPrompt
-from worker.engine.next_tokens import Running
+from worker.engine.next_tokens import NewState, Running
 from worker.engine.row import Output, Row, Tokens, urgency
 from worker.engine.slots import Move
 from worker.observability.metrics import PREEMPTIONS
@@ -22,8 +22,9 @@ SPARE_TOKENS = 16
 class Batch:
     """Rows that were admitted and are not done, and the blocks of a decoder that they need."""
 
-    def __init__(self, decoder: SlotDecoder, beams: BeamRows) -> None:
+    def __init__(self, decoder: SlotDecoder, beams: BeamRows, new_state: NewState) -> None:
         self._decoder = decoder
+        self._new_state = new_state
         #: Rows without beams, by slot of the decoder.
         self.running: dict[int, Running] = {}
         #: Rows with beams.
@@ -73,9 +74,14 @@ class Batch:
         run = self._preempted.get(row)
         return dataclasses.replace(row.tokens, ids=(*row.tokens.ids, *run.progress.new)) if run else row.tokens
 
-    def state(self, row: Row) -> Running | None:
-        """The state of a row that runs again after it was preempted; None for another row."""
-        return self._preempted.pop(row, None)
+    def begin(self, row: Row, slot: int) -> None:
+        """Add a row whose prompt was prefilled into a slot to the running ones, with the state that it had if it was
+        preempted."""
+        if row.sampling.num_beams > 1:
+            self.beams.begin(row, slot)
+        else:
+            known = self._preempted.pop(row, None)
+            self.running[slot] = known or self._new_state(row)
 
     def next_waiting(self, count: int) -> list[Row]:
         """Remove and return the first waiting rows."""
@@ -160,7 +166,7 @@ class Batch:
         self.waiting = [row for row in self.waiting if not row.is_done]
 
     def _abort(self, row: Row, now: float) -> None:
-        run, reason = self.state(row), row.abort_reason(now)
+        run, reason = self._preempted.pop(row, None), row.abort_reason(now)
         assert reason, "the row goes on"
         row.finish(run.progress.output(reason) if run else Output((), reason))
 

@@ -77,7 +77,7 @@ class BeamCandidates:
             self._ranked(logits, group, [place for search in group for place in places[search]])
             for group in groups.values()
         ]
-        numbers = torch.cat([part.flatten() for part in ranked]).tolist()
+        numbers = torch.cat([part.flatten() for part in ranked]).tolist() if ranked else []
         found: dict[RunningSearch, list[Candidate]] = {}
         for group, part in zip(groups.values(), ranked, strict=True):
             for search in group:

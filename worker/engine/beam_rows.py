@@ -12,6 +12,7 @@ from worker.engine.beam_candidates import BeamCandidates, RunningSearch
 from worker.engine.beam_scores import search_output
 from worker.engine.beam_search import Candidate, rearranged
 from worker.engine.decoder import SlotDecoder
+from worker.engine.generation_rules import GenerationRules
 from worker.engine.row import Output, Row, TokenScore
 from worker.engine.scoring import overflow
 from worker.engine.slots import Move
@@ -19,11 +20,15 @@ from worker.engine.stop_strings import Decode
 
 
 class BeamRows:
-    """Rows with beams. The caller adds them to `running` when their prompts are prefilled."""
+    """Rows with beams."""
 
-    def __init__(self, decoder: SlotDecoder, candidates: BeamCandidates, decode: Decode) -> None:
+    def __init__(
+        self, decoder: SlotDecoder, candidates: BeamCandidates, rules: GenerationRules, decode: Decode
+    ) -> None:
+        """`rules`: the checkpoint's."""
         self._decoder = decoder
         self._candidates = candidates
+        self._rules = rules
         self._decode = decode
         self.running: list[RunningSearch] = []
 
@@ -31,6 +36,15 @@ class BeamRows:
     def slots(self) -> int:
         """Number of slots that are in use."""
         return sum(len(search.slots) for search in self.running)
+
+    def room(self, row: Row) -> int:
+        """Number of tokens that a row needs room for beside its prompt: each beam writes into a block of its own."""
+        spec, beams = self._decoder.family.spec, row.sampling.num_beams
+        return beams * spec.block_tokens if beams > 1 else 0
+
+    def begin(self, row: Row, slot: int) -> None:
+        """Begin the search of a row whose prompt was prefilled into a slot."""
+        self.running.append(RunningSearch(row, slot, self._rules, self._decoder.family.spec.device))
 
     def move(self, move: Move) -> None:
         """Say that a slot's content was moved to another."""
@@ -48,10 +62,10 @@ class BeamRows:
 
     def advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Continue the beams in `slots` by `logits` (slots, vocabulary), and free the slots of rows that are done."""
+        if not self.running:
+            return
         places = {slot: place for place, slot in enumerate(slots)}
         stepped = [search for search in self.running if search.slots[0] in places]
-        if not stepped:
-            return
         found = self._candidates.find(logits, {search: [places[slot] for slot in search.slots] for search in stepped})
         now = time.monotonic()
         for search, candidates in found.items():

@@ -15,20 +15,17 @@ from torch import Tensor
 
 from tasks.errors import OutOfMemory
 from worker.engine.batch import Batch
-from worker.engine.beam_candidates import BeamCandidates, RunningSearch
+from worker.engine.beam_candidates import BeamCandidates
 from worker.engine.beam_rows import BeamRows
 from worker.engine.cuda_graphs import Step
 from worker.engine.decoder import SlotDecoder
 from worker.engine.interfaces import Admit, Decoder, Encode, EnginePath, PendingPrompt, SendHeartbeat
 from worker.engine.label_scorer import LABEL_TOKENS, LabelScorer
-from worker.engine.logits_processors import RowRules
-from worker.engine.next_tokens import NextTokens, Running
+from worker.engine.next_tokens import NewState, NextTokens
 from worker.engine.pauses import Pauses
 from worker.engine.prefill import PREFILL_CHUNK_TOKENS, PromptPrefiller
 from worker.engine.prefix_cache import PrefixCache
-from worker.engine.progress import RowProgress
 from worker.engine.row import Row, urgency
-from worker.engine.sampling import RowSampler
 from worker.engine.scoring import overflow
 from worker.engine.step_metrics import phase
 from worker.engine.stock import StockModel, memory_errors
@@ -74,8 +71,8 @@ class ContinuousModel:
         self._budget_tokens = budget_tokens or (BUDGET_TOKENS if self._device.type == "cuda" else chunk_tokens)
         forbidden = tuple(itertools.chain(*stock.codec.bad_words_ids))
         self._next_tokens = NextTokens(forbidden, self._device, stock.masks)
-        candidates = BeamCandidates(forbidden, self._device)
-        self._batch = Batch(self.decoder, BeamRows(self.decoder, candidates, stock.codec.decode))
+        beams = BeamRows(self.decoder, BeamCandidates(forbidden, self._device), stock.rules, stock.codec.decode)
+        self._batch = Batch(self.decoder, beams, NewState(stock.rules, stock.codec.decode, self._device))
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], heartbeat: SendHeartbeat, admit: Admit) -> None:
@@ -156,10 +153,7 @@ class ContinuousModel:
 
     def _room(self, row: Row) -> int:
         """Number of tokens that a row needs room for when it begins."""
-        # Each beam writes into a block of its own.
-        beams = row.sampling.num_beams
-        blocks = beams * self.decoder.family.spec.block_tokens if beams > 1 else 0
-        return len(self._batch.tokens(row).ids) + self._labels.room(row) + blocks
+        return len(self._batch.tokens(row).ids) + self._labels.room(row) + self._batch.beams.room(row)
 
     def _prefill(self, rows: Sequence[Row], *, are_new: bool = True) -> Pauses[None]:
         """Prefill the prompts of rows. `are_new`: see PromptPrefiller.pending."""
@@ -218,23 +212,14 @@ class ContinuousModel:
         """Prefill the prompts of rows that are continued, and add the rows to the running ones."""
         slots, logits = self.decoder.prefill(prompts)
         for slot, row in zip(slots, rows, strict=True):
-            if row.sampling.num_beams > 1:
-                self._batch.beams.running.append(RunningSearch(row, slot, self.rules, self._device))
-            else:
-                self._batch.running[slot] = self._batch.state(row) or self._new_state(row)
+            self._batch.begin(row, slot)
         self._advance(logits, slots)
-
-    def _new_state(self, row: Row) -> Running:
-        sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
-        rules = RowRules(row, self.rules.scores, self._device) if self.rules.scores else None
-        return Running(RowProgress(row, self.codec.decode), sampler, rules)
 
     def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Give the rows in `slots` their next tokens by `logits` (slots, vocabulary), and free the slots of rows that
         are done."""
-        if self._batch.beams.running:
-            # First, since the others change the logits.
-            self._batch.beams.advance(logits, slots)
+        # First, since the others change the logits.
+        self._batch.beams.advance(logits, slots)
         running = {place: run for place, slot in enumerate(slots) if (run := self._batch.running.get(slot))}
         if not running:
             return

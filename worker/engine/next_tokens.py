@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from worker.engine.generation_rules import GenerationRules
 from worker.engine.logits_processors import RowRules
 from worker.engine.penalties import Penalties
 from worker.engine.progress import RowProgress
-from worker.engine.row import TokenScore
+from worker.engine.row import Row, TokenScore
 from worker.engine.sampling import BatchSampler, RowSampler
+from worker.engine.stop_strings import Decode
 from worker.engine.tensors import to_device
 from worker.engine.token_masks import TokenMasks
 from worker.engine.token_scores import NO_TOKEN, best, chosen, read
@@ -25,6 +28,21 @@ class Running(NamedTuple):
     progress: RowProgress
     sampler: RowSampler | None
     rules: RowRules | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewState:
+    """Makes the state of rows that begin. `rules`: the checkpoint's."""
+
+    rules: GenerationRules
+    decode: Decode
+    device: torch.device
+
+    def __call__(self, row: Row) -> Running:
+        """The state of a row without tokens."""
+        sampler = RowSampler(row.sampling) if row.sampling.temperature > 0 else None
+        rules = RowRules(row, self.rules.scores, self.device) if self.rules.scores else None
+        return Running(RowProgress(row, self.decode), sampler, rules)
 
 
 class NextTokens:
