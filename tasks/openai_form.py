@@ -91,7 +91,16 @@ def chat_arguments(body: dict[str, Any]) -> dict[str, Any]:
         # With a top_p of 0 only the likeliest token is left: greedy.
         del arguments["top_p"]
         arguments.pop("temperature", None)
+    elif _are_several(arguments):
+        # OpenAI's default. Greedy answers would be equal.
+        arguments.setdefault("temperature", 1)
     return arguments
+
+
+def _are_several(arguments: dict[str, Any]) -> bool:
+    """Whether more than one answer is asked for, and not the best beams."""
+    count = arguments.get("n")
+    return isinstance(count, int) and count > 1 and "num_beams" not in arguments
 
 
 def plain_message(message: Any) -> Any:

@@ -152,10 +152,22 @@ def test_a_top_p_of_nothing_is_greedy() -> None:
     assert line(openai(top_p=0, temperature=0.7)).job() == line(openai()).job()
 
 
+def test_several_answers_are_sampled_at_openais_default_and_a_single_one_is_greedy() -> None:
+    assert line(openai(n=2)).job() == line(openai(n=2, temperature=1)).job()
+    assert line(openai(n=2, temperature=0.3)).job().temperature == 0.3
+    assert line(openai(n=2, num_beams=3)).job().temperature == 0
+    assert line(openai(n=1)).job().temperature == 0
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0}, {"top_p": 0}])
+def test_several_greedy_answers_are_refused(greedy: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="temperature"):
+        line(openai(n=2, **greedy)).job()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("top_logprobs", 5),
