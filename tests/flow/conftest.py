@@ -25,7 +25,7 @@ from tests.support.web import Quiet, serving
 from worker.demo import stack
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def fake_broker() -> Iterator[stack.Broker]:
     """A Redis server with a worker whose model answers with its prompt's last characters."""
     with stack.broker() as server, stack.worker(server, settings={"MODEL": "fake", "RETRY_BACKOFF_S": "0.2"}):
@@ -79,13 +79,13 @@ def client(fake_broker: stack.Broker) -> Client:
     return Client(fake_broker.url)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def producer(fake_broker: stack.Broker) -> Producer:
     """Of the worker with the fake model."""
     return Producer(fake_broker)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def backend(fake_broker: stack.Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The worker of the web backend's own tasks."""
     log = tmp_path_factory.mktemp("shop") / "log"

@@ -55,7 +55,21 @@ def test_a_jobs_error_is_one_line_without_a_traceback(tmp_path: Path) -> None:
             assert len(told) == 1, told
             assert " INFO " in told[0]
             assert error.code in told[0]
+        _tells_of_each_refused_message_in_one_line(log, client)
     assert "Traceback" not in log.read_text()
+
+
+def _tells_of_each_refused_message_in_one_line(log: Path, client: Client) -> None:
+    refused = {"job-7": ("idefics.caption", {"image": 7}), "job-8": ("idefics.unknown", {})}
+    for job, (task, arguments) in refused.items():
+        client.app.send_task(task, kwargs=arguments, queue="idefics", task_id=job)
+        with pytest.raises(InvalidRequest):
+            client.result(job, timeout=120)
+        eventually(lambda job=job: any("received" not in line for line in _lines_with(log, job)))
+    told = [line for job in refused for line in _lines_with(log, job) if "received" not in line]
+    assert len(told) == 2, told
+    assert "invalid_request" in told[0]
+    assert not re.search("WARNING|ERROR|CRITICAL|Traceback", "".join(told))
 
 
 def _lines_with(log: Path, text: str) -> list[str]:
@@ -105,11 +119,14 @@ def test_each_line_of_all_three_processes_is_a_record(tmp_path: Path) -> None:
             image = "http://10.1.2.3/cat.png" if id == "blocked" else TINY
             client.submit(Caption(image=image, callback=callback), task_id=id)
         eventually(lambda: all(_told(log, id) for id in ("well", "blocked", "parent", "model")))
+        _tells_of_each_refused_message_in_one_line(log, client)
         eventually(lambda: all(_told(callbacks_log, id) for id in ("well", "blocked", "parent", "model", "callbacks")))
     all_records = records(log) + records(callbacks_log)
     assert {record["process"] for record in all_records} == {"parent", "model", "callbacks"}
     assert SECRET not in log.read_text() + callbacks_log.read_text()
-    assert all(record["task"] == "idefics.caption" for record in all_records if "job_id" in record)
+    tasks = {record["job_id"]: record["task"] for record in all_records if "job_id" in record}
+    assert tasks.pop("job-8") == "idefics.unknown"
+    assert set(tasks.values()) == {"idefics.caption"}
     _has_no_defects(all_records, "well", None)
     _has_no_defects(all_records, "blocked", "image_blocked")
     for process in ("parent", "model", "callbacks"):
@@ -129,24 +146,6 @@ def _has_no_defects(all_records: list[dict[str, Any]], id: str, code: str | None
     assert {record["level"] for record in found} == {"INFO"}
     assert not [record for record in found if "traceback" in record]
     assert found[-1].get("code") == code
-
-
-@pytest.mark.parametrize("log_format", ["text", "json"])
-def test_one_line_about_a_jobs_error_in_any_format(tmp_path: Path, log_format: str) -> None:
-    log = tmp_path / "log"
-    settings = {"MODEL": "fake", "MAX_RETRIES": "0", "LOG_FORMAT": log_format}
-    with stack.broker() as server, stack.worker(server, settings=settings, log=log):
-        client = Client(server.url)
-        client.app.send_task("idefics.caption", kwargs={"image": 7}, queue="idefics", task_id="job-7")
-        client.app.send_task("idefics.unknown", queue="idefics", task_id="job-8")
-        with pytest.raises(InvalidRequest):
-            client.result("job-7", timeout=120)
-        with pytest.raises(InvalidRequest):
-            client.result("job-8", timeout=120)
-        eventually(lambda: len(_lines_with(log, "invalid_request")) >= 1)
-    told = [line for id in ("job-7", "job-8") for line in _lines_with(log, id) if "received" not in line]
-    assert len(told) == 2, told
-    assert not re.search("WARNING|ERROR|CRITICAL|Traceback", "".join(told))
 
 
 def test_a_json_log_file_gets_the_records_of_both_processes_from_the_commands_level_on(tmp_path: Path) -> None:
@@ -199,15 +198,13 @@ def test_a_setup_that_cannot_be_called_ends_the_start_with_the_cure(
     assert told in log.read_text()
 
 
-@pytest.mark.parametrize("source", ["folder", "hub cache"])
 def test_the_log_tells_what_the_model_needs_and_has_no_progress_bars(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, settings = tmp_path / "log", {"MODEL": "demo"}
-    if source == "hub cache":
-        settings = {"MODEL": "some/model", "MODEL_REVISION": COMMIT, "OFFLINE": "true"}
-        monkeypatch.setenv("HF_HOME", str(tmp_path))
-        shutil.copytree(DEMO, tmp_path / "hub" / "models--some--model" / "snapshots" / COMMIT)
+    # From the hub's cache, since that has bars of its own beside those of the weights.
+    log, settings = tmp_path / "log", {"MODEL": "some/model", "MODEL_REVISION": COMMIT, "OFFLINE": "true"}
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    shutil.copytree(DEMO, tmp_path / "hub" / "models--some--model" / "snapshots" / COMMIT)
     with stack.broker() as server, stack.worker(server, settings=settings, log=log):
         pass
     assert "\n    Prompt   at most 2,048 tokens, pictures included\n" in log.read_text()

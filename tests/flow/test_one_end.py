@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -273,40 +274,43 @@ def test_a_cancellation_ends_all_jobs_under_its_id_and_by_key_none_that_follows(
         await_answer(producer, id, "ree")
 
 
+@pytest.fixture(scope="module")
+def one_of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """One of two workers at one broker, each with a job at a time."""
+    folder, settings = tmp_path_factory.mktemp("two"), {"PREFETCH": "1", "MODEL": "fake:0.002"}
+    with (
+        Gallery().open() as gallery,
+        stack.broker() as server,
+        stand(server, gallery, folder / "one", **settings) as stood,
+        stand(server, gallery, folder / "other", **settings),
+    ):
+        yield stood
+
+
 @pytest.mark.parametrize("released", [(0, 1), (1, 0)])
 def test_of_two_payloads_running_under_one_id_the_later_ones_result_is_kept(
-    server: stack.Broker, gallery: Gallery, tmp_path: Path, released: tuple[int, int]
+    one_of_two: Stand, released: tuple[int, int]
 ) -> None:
-    shown, links, id = [name(), name()], [name(), name()], name()
-    with (
-        stand(server, gallery, tmp_path / "one", PREFETCH="1") as stood,
-        stand(server, gallery, tmp_path / "other", PREFETCH="1"),
-    ):
-        producer = stood.producer
-        pushed(producer, id, *map(saying, [stood] * 2, ("one", "two"), shown, links))
-        gallery.await_requests(*shown)
-        for number in released:
-            gallery.release(shown[number])
-            eventually(lambda number=number: server.connect().llen(links[number]) == 1)
-        eventually(lambda: settled(producer))
-        assert answered(producer, id, "two")
+    producer, shown, links, id = one_of_two.producer, [name(), name()], [name(), name()], name()
+    pushed(producer, id, *map(saying, [one_of_two] * 2, ("one", "two"), shown, links))
+    one_of_two.gallery.await_requests(*shown)
+    for number in released:
+        one_of_two.gallery.release(shown[number])
+        eventually(lambda number=number: producer.server.connect().llen(links[number]) == 1)
+    eventually(lambda: settled(producer))
+    assert answered(producer, id, "two")
 
 
 @pytest.mark.parametrize("order", [("old", "new"), ("new", "old")])
-def test_two_workers_agree_on_the_last_payload_under_a_used_id(
-    server: stack.Broker, gallery: Gallery, tmp_path: Path, order: tuple[str, str]
-) -> None:
-    with (
-        stand(server, gallery, tmp_path / "one", PREFETCH="1", MODEL="fake:0.002") as stood,
-        stand(server, gallery, tmp_path / "other", PREFETCH="1", MODEL="fake:0.002"),
-    ):
-        for _ in range(20):
-            id = name()
-            again(stood.producer, id, "old")
-            await_answer(stood.producer, id, "old")
-            pushed(stood.producer, id, *map(stood.producer.complete, order))
-            eventually(lambda: settled(stood.producer))
-            assert answered(stood.producer, id, order[-1])
+def test_two_workers_agree_on_the_last_payload_under_a_used_id(one_of_two: Stand, order: tuple[str, str]) -> None:
+    producer = one_of_two.producer
+    for _ in range(20):
+        id = name()
+        again(producer, id, "old")
+        await_answer(producer, id, "old")
+        pushed(producer, id, *map(producer.complete, order))
+        eventually(lambda: settled(producer))
+        assert answered(producer, id, order[-1])
 
 
 # Idempotency keys
