@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo up test check audit format bench chaos fuzz docs
+.PHONY: help setup demo up test testall check audit format bench chaos fuzz docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-12s%s\n", $$1, $$2 }'
@@ -25,6 +25,9 @@ up: setup ## run a broker and a worker until Ctrl-C [PORT=6379] [CALLBACKS=http:
 # The tests start hundreds of Python processes: with the variable unset, none compiles what another one has.
 test: setup ## run all tests
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+testall: ## run all tests, those of the models with each checkpoint in both layouts of its cache
+	EVERY_LAYOUT=1 $(MAKE) test
 
 check: setup ## lint, types, import rules, repeated code, bandit
 	$(BIN)/ruff check .

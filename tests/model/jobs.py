@@ -23,10 +23,13 @@ from worker.jobs.prompts import ImageRef, Prompt, build
 Parts = list[str | Image.Image]
 
 
-def mixed_jobs(count: int, pictures: Sequence[str], seed: int = 0) -> list[Job]:
-    """Jobs of every form, over pictures named by their files; no two alike in length or wish."""
+def mixed_jobs(count: int, pictures: Sequence[str], seed: int = 0, longest: int = 40) -> list[Job]:
+    """Jobs of every form, over pictures named by their files; no two alike in length or wish.
+
+    `longest`: most new tokens.
+    """
     rng = random.Random(seed)
-    return [_FORMS[n % len(_FORMS)](rng, pictures).model_copy(update={"max_new_tokens": rng.randint(1, 40)})
+    return [_FORMS[n % len(_FORMS)](rng, pictures).model_copy(update={"max_new_tokens": rng.randint(1, longest)})
             for n in range(count)]  # fmt: skip
 
 

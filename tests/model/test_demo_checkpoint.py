@@ -27,8 +27,8 @@ MAX_WEIGHT_BYTES = 10_000_000
 #: The shipped pictures were chosen for the first model only. The second is asked about every fourth, and may be wrong
 #: in some answers.
 STRIDES = {"demo": 1, "demo-smolvlm": 4}
-#: Of these pictures, every fourth or each one is asked about in all forms. `make demo` asks about each in one form.
-ASKED = {"demo": 4, "demo-smolvlm": 1}
+#: Of these pictures, every eighth or second one is asked about in all forms. `make demo` asks about each in one form.
+ASKED = {"demo": 8, "demo-smolvlm": 2}
 MAX_WRONG = {"demo": 0.0, "demo-smolvlm": 0.1}
 
 

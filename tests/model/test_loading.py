@@ -62,8 +62,7 @@ def test_a_folder_without_golden_pictures_is_checked_for_any_answer(tmp_path: Pa
     _checked(Settings(model=str(folder)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32")])
 def test_a_model_with_a_twentieth_of_its_weights_negated_does_not_serve(tmp_path: Path, dtype: str, seed: int) -> None:
     folder = shutil.copytree(DEMO, tmp_path / "checkpoint")
     weights = load_file(folder / "model.safetensors")
