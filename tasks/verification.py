@@ -5,13 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from .results import Receipt, Result
+from .results import Choice, Receipt, Result
 
 #: What an answer depends on, in the order in which it is compared.
 CAUSES = ("model", "revision", "weights", "dtype", "quantization", "prompt", "pixels", "sampling", "seed")
 #: How far off a label's probability may be, by quantization or dtype. The bundled checkpoints' are off by 0.000001 in
 #: float32, 0.007 in bfloat16, 0.014 in 8-bit and 0.07 in 4-bit (`python -m worker.demo.golden`).
 TOLERANCES = {"float32": 0.002, "bfloat16": 0.04, "float16": 0.04, "8bit": 0.08, "4bit": 0.25}
+#: Why an answer ends that was not whole.
+INTERRUPTED = ("canceled", "deadline")
 
 
 def tolerance(dtype: str, quantization: str | None) -> float:
@@ -53,21 +55,26 @@ def _difference(first: Result, again: Result, receipt: Receipt) -> str | None:
     if first.scores is not None and again.scores is not None:
         off = max(abs(first.scores[label] - again.scores.get(label, -1.0)) for label in first.scores)
         return None if off <= tolerance(receipt.dtype, receipt.quantization) else "probabilities"
-    if first.finish_reason in ("canceled", "deadline"):
+    if first.finish_reason in INTERRUPTED:
         # It was interrupted, so only its beginning can be the same.
         return None if again.text.startswith(first.text) else _place(first.text, again.text, receipt)
     if first.text != again.text:
         return _place(first.text, again.text, receipt)
-    if _texts(first) != _texts(again):
+    choices, others = first.choices or [], again.choices or []
+    if len(choices) != len(others) or not all(map(_fits, choices, others)):
         return "choices"
-    if first.receipt is not None and first.receipt.output != receipt.output:
+    is_whole = all(choice.finish_reason not in INTERRUPTED for choice in choices)
+    if is_whole and first.receipt is not None and first.receipt.output != receipt.output:
         # Such as a special token, of which the text has nothing.
         return "token"
     return None if first.finish_reason == again.finish_reason else "finish_reason"
 
 
-def _texts(result: Result) -> list[str]:
-    return [choice.text for choice in result.choices or ()]
+def _fits(first: Choice, again: Choice) -> bool:
+    """Whether one of several answers is the same alone. Of an interrupted one the beginning must be."""
+    if first.finish_reason in INTERRUPTED:
+        return again.text.startswith(first.text)
+    return (first.text, first.finish_reason) == (again.text, again.finish_reason)
 
 
 def _place(first: str, again: str, receipt: Receipt) -> str:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from worker.engine.interfaces import Admit, SendHeartbeat
 from worker.engine.row import Output, Picture, Row
 from worker.jobs import canary as module
 from worker.jobs.canary import Canary, difference, is_chosen
+from worker.jobs.row_builder import joined, others
 from worker.jobs.runs import JobContext
 from worker.jobs.service import Service
 from worker.models.fake import FakeModel
@@ -176,6 +178,61 @@ def test_a_job_that_fails_alone_is_counted(counted: Callable[[str], float]) -> N
     eventually(lambda: counted("failed") == 1)
 
 
+class Sampled(Busy):
+    """An engine that is idle, whose answers are their seeds."""
+
+    is_idle = True  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.rows, self.interruptions = [], 0
+
+    def submit(self, row: Row) -> Future[Output]:
+        self.rows.append(row)
+        seed = row.sampling.seed
+        row.finish(Output((seed or 0,), "canceled" if len(self.rows) == self.interruptions else "length"))
+        return row.output
+
+
+def several(engine: Sampled) -> tuple[Row, Output]:
+    """A job of three samples, and its output by an engine."""
+    job = row(temperature=1.0, seed=5, answers=3)
+    return job, joined([engine.submit(each).result() for each in (job, *others(job))])
+
+
+@pytest.mark.parametrize("interruptions", [0, 2])
+def test_each_of_several_answers_runs_again(interruptions: int, counted: Callable[[str], float]) -> None:
+    job, output = several(Sampled())
+    engine = Sampled()
+    engine.interruptions = interruptions
+    Canary(1.0, engine).offer("job", job, output, RECEIPT)
+    eventually(lambda: counted("identical") == 1)
+    # After an interruption all of them do.
+    assert len(engine.rows) == interruptions + 3
+    assert all(one.alone and one.gives_way for one in engine.rows)
+    assert len({one.tokens.salt for one in engine.rows}) == len(engine.rows)
+
+
+def test_a_further_answer_that_differs_is_found(
+    counted: Callable[[str], float], caplog: pytest.LogCaptureFixture
+) -> None:
+    job, output = several(Sampled())
+    wrong = replace(output.others[1], ids=(1,))
+    Canary(1.0, Sampled()).offer("job", job, replace(output, others=(output.others[0], wrong)), RECEIPT)
+    eventually(lambda: counted("diverged") == 1)
+    assert "differ in token 1 of answer 3" in caplog.text
+
+
+def test_several_answers_of_which_one_was_interrupted_are_not_taken(counted: Callable[[str], float]) -> None:
+    job, output = several(Sampled())
+    cut = replace(output.others[1], finish_reason="deadline")
+    engine = Sampled()
+    canary = Canary(1.0, engine)
+    canary.offer("job", job, replace(output, others=(output.others[0], cut)), RECEIPT)
+    canary.offer("other", *several(Sampled()), RECEIPT)
+    eventually(lambda: counted("identical") == 1)
+    assert len(engine.rows) == 3
+
+
 # What differs
 
 
@@ -187,6 +244,7 @@ def test_a_job_that_fails_alone_is_counted(counted: Callable[[str], float]) -> N
         (Output((1,), "length"), "token 2"),
         (Output((1, 2, 3), "length"), "token 3"),
         (Output((1, 2), "stop"), "the finish reason"),
+        (Output((1, 2), "length", others=(Output((), "stop"),)), "the number of answers"),
     ],
 )
 def test_the_first_difference_of_tokens(again: Output, where: str | None) -> None:

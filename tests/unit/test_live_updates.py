@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,9 +15,11 @@ from redis.retry import Retry
 from tasks.payloads import Complete
 from tests.support.rows import row
 from worker.demo import stack
+from worker.engine.grammar import Grammar, GrammarTokens
 from worker.engine.row import Row
 from worker.jobs import live_updates
 from worker.jobs.live_updates import TTL_S, LiveRun, LiveUpdates, pause_after
+from worker.models import DEMO
 from worker.models.fake import FakeCodec
 
 KEY = "shop:idefics:updates:a"
@@ -140,6 +143,22 @@ def test_a_row_that_the_engine_runs_once_more_begins_its_text_anew(story: Story,
     add(story.row, "A cat")
     story.live.flush()
     assert [(entry["run"], entry["text"]) for entry in written(server)] == [("0", "A dog"), ("1", "A cat")]
+
+
+def test_of_an_answer_in_a_form_the_text_of_its_grammar_is_told_also_when_it_begins_anew(
+    story: Story, server: redis.Redis
+) -> None:
+    tokenizer = GrammarTokens((DEMO / "tokenizer.json").read_text(), 1403, (2, 1402)).tokenizer()
+    grammar = Grammar(tokenizer, json.dumps({"grammars": [{"lark_grammar": "start: /( ?[a-z]+)+/"}]}), drops_blank=True)
+    row = Row(story.row.tokens, story.row.sampling, grammar=grammar, started=1.0)
+    story.run.follow(row)
+    for text in (" a cat", " a red dog"):
+        row.new_tokens = tokenizer.greedy_tokenize(text)
+        story.live.flush()
+    story.end("a red dog")
+    story.live.flush()
+    texts = [(entry["run"], entry["text"]) for entry in written(server) if "text" in entry]
+    assert texts == [("0", "a cat"), ("1", "a red dog")]
 
 
 def test_a_text_that_became_another_one_begins_anew(story: Story, server: redis.Redis) -> None:

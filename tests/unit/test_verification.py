@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tasks import Caption, Classify
-from tasks.results import Receipt, Result
+from tasks.results import Choice, Receipt, Result
 from tasks.testing import canned
 from tasks.verification import compare
 
@@ -67,6 +67,24 @@ def test_of_an_interrupted_answer_the_beginning_is_compared(reason: str) -> None
     cut = answer("a red").model_copy(update={"finish_reason": reason})
     assert compare(cut, answer("a red cat")).is_identical
     assert compare(cut, answer("a blue cat", token_ends=[1, 6, 10])).answer == "token 2"
+
+
+def several(*texts: str, reason: Any = "stop") -> Result:
+    """Answers of one job; the last of them ends for a reason of its own."""
+    ends = ["stop"] * (len(texts) - 1) + [reason]
+    choices = [Choice(text=text, finish_reason=end) for text, end in zip(texts, ends, strict=True)]
+    return answer(texts[0], output=" ".join(texts)).model_copy(update={"choices": choices})
+
+
+def test_each_of_several_answers_is_compared() -> None:
+    first = several("a cat", "a dog")
+    assert compare(first, several("a cat", "a dog")).is_identical
+    assert compare(first, several("a cat", "a cow")).answer == "choices"
+    assert compare(first, several("a cat")).answer == "choices"
+    assert compare(first, several("a cat", "a dog", reason="length")).answer == "choices"
+    cut = several("a cat", "a d", reason="deadline")
+    assert compare(cut, first).is_identical
+    assert compare(cut, several("a cat", "a cow")).answer == "choices"
 
 
 def test_labels_and_their_probabilities_are_compared() -> None:

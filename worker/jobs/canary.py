@@ -20,6 +20,7 @@ from tasks.results import Receipt
 from tasks.verification import tolerance
 from worker.engine.row import Output, Row
 from worker.jobs.receipts import output_hash
+from worker.jobs.row_builder import joined, others
 from worker.observability.metrics import CANARY
 from worker.observability.redaction import without_message
 
@@ -70,7 +71,7 @@ class Canary:
 
     def offer(self, id: str, row: Row, output: Output, receipt: Receipt) -> None:
         """Keep a finished job to run it again, if it is chosen and there is room. One that was interrupted is not."""
-        if output.is_interrupted or not is_chosen(id, self._share):
+        if not is_chosen(id, self._share) or any(each.is_interrupted for each in (output, *output.others)):
             return
         nbytes = sum(picture.nbytes for picture in row.tokens.pictures)
         with self._lock:
@@ -100,8 +101,8 @@ class Canary:
         """Run a job again, and say how that went: see the metric. Raises the row's error."""
         for _ in range(MAX_TRIES):
             self._await_idle()
-            again = self._engine.submit(_again(kept.row)).result()
-            if again.finish_reason != "canceled":
+            again = self._again(kept.row)
+            if again is not None:
                 break
         else:
             return "dropped"
@@ -113,6 +114,15 @@ class Canary:
             kept.id, where, kept.receipt.model_dump_json(), output_hash(again),
         )  # fmt: skip
         return "diverged"
+
+    def _again(self, row: Row) -> Output | None:
+        """The output of a row alone, with its job's further samples, each alone. None if another job interrupted it."""
+        outputs: list[Output] = []
+        for each in (row, *others(row)):
+            outputs.append(self._engine.submit(_alone(each)).result())
+            if outputs[-1].finish_reason == "canceled":
+                return None
+        return joined(outputs)
 
     def _await_idle(self) -> None:
         idle = 0
@@ -137,6 +147,16 @@ def difference(first: Output, again: Output, tolerance: float) -> str | None:
         if first.label != again.label:
             return "the label"
         return None if all(abs(one - other) <= tolerance for one, other in pairs) else "the probabilities"
+    if len(first.others) != len(again.others):
+        return "the number of answers"
+    answers = enumerate(zip((first, *first.others), (again, *again.others), strict=True))
+    found = ((number, _place(*pair)) for number, pair in answers)
+    number, place = next(((number, place) for number, place in found if place), (0, None))
+    return f"{place} of answer {number + 1}" if place and number else place
+
+
+def _place(first: Output, again: Output) -> str | None:
+    """Where two texts differ first."""
     same = next((n for n, (one, other) in enumerate(zip(first.ids, again.ids, strict=False)) if one != other), None)
     if same is None and len(first.ids) != len(again.ids):
         same = min(len(first.ids), len(again.ids))
@@ -145,7 +165,7 @@ def difference(first: Output, again: Output, tolerance: float) -> str | None:
     return None if first.finish_reason == again.finish_reason else "the finish reason"
 
 
-def _again(row: Row) -> Row:
+def _alone(row: Row) -> Row:
     """A row that runs alone, gives way to others, and finds nothing of its own in the caches."""
     tokens = row.tokens.apart(os.urandom(8))
     return Row(tokens, row.sampling, row.labels, LAST_PRIORITY, grammar=row.grammar, alone=True, gives_way=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from config.settings import Settings
@@ -13,7 +14,7 @@ from tasks.response_format import ResponseFormat
 from worker.engine.generation_rules import GenerationRules
 from worker.engine.grammar import Grammar
 from worker.engine.interfaces import Codec, PromptContent
-from worker.engine.row import Row, Sampling
+from worker.engine.row import Output, Row, Sampling
 from worker.jobs.grammars import Grammars
 from worker.jobs.prompts import Prompt, build, in_turns, without_ends
 
@@ -110,7 +111,9 @@ class RowBuilder:
 
 
 def others(row: Row) -> list[Row]:
-    """The rows of a job's further samples, each with a seed of its own."""
+    """The rows of a job's further samples, each with a seed of its own. Beams are all of one row."""
+    if row.sampling.num_beams > 1:
+        return []
     seeds = [_derived_seed(row.sampling.seed, number) for number in range(1, row.sampling.answers)]
     return [
         Row(
@@ -125,6 +128,12 @@ def others(row: Row) -> list[Row]:
         )
         for seed in seeds
     ]
+
+
+def joined(outputs: Sequence[Output]) -> Output:
+    """The output of a job by those of its rows: the first one, which has the others."""
+    first, *further = outputs
+    return dataclasses.replace(first, others=tuple(further)) if further else first
 
 
 def _derived_seed(seed: int | None, number: int) -> int | None:

@@ -6,7 +6,6 @@ The thread loads the job's images, submits a row to the engine and waits. So dow
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from worker.jobs.prompts import ImageRef
 from worker.jobs.receipts import Receipts
 from worker.jobs.result_builder import ResultBuilder
 from worker.jobs.reviews import Reviews, picture_copies
-from worker.jobs.row_builder import RowBuilder, others
+from worker.jobs.row_builder import RowBuilder, joined, others
 from worker.jobs.run_metrics import count_abstained, count_answer, observe_row
 from worker.jobs.runs import CancellationError, JobContext, Run, RunRegistry, deadline_of
 from worker.models import SetupFailed
@@ -232,16 +231,15 @@ class Service:
     def _compute(self, row: Row) -> Output:
         # Not before the answer cache has seen that it has none.
         row.sampling = row.sampling.with_seed()
-        if row.sampling.answers == 1 or row.sampling.num_beams > 1:
+        further = others(row)
+        if not further:
             return self._engine.submit(row).result()
-        rows = [row, *others(row)]
-        running = [self._engine.submit(each) for each in rows]
+        running = [self._engine.submit(each) for each in (row, *further)]
         try:
-            first, *further = (each.result() for each in running)
+            return joined([each.result() for each in running])
         except BaseException:
             self._engine.cancel(row)
             raise
-        return dataclasses.replace(first, others=tuple(further))
 
 
 def _calibration(settings: Settings, info: ModelInfo) -> Calibration | None:
