@@ -20,6 +20,8 @@ def delivery_of(entry: Entry, decision: Decision) -> Delivery | None:
     url, key_id = entry.callback
     moment = datetime.fromtimestamp(decision.decided, UTC).isoformat()
     item = entry.item
+    whole = {"answer": decision.answer, "model_answer": item.answer}
+    short = {name: text and webhooks.shortened(text) for name, text in whole.items()}
     body = webhooks.body(
         EVENT,
         moment,
@@ -28,11 +30,10 @@ def delivery_of(entry: Entry, decision: Decision) -> Delivery | None:
             "task": item.task,
             "result": None,
             "error": None,
-            "answer": decision.answer,
-            "model_answer": webhooks.shortened(item.answer),
+            **short,
             "confidence": item.confidence,
             "metadata": item.metadata,
-            "truncated": [] if webhooks.shortened(item.answer) == item.answer else ["model_answer"],
+            "truncated": [name for name in whole if short[name] != whole[name]],
         },
     )
     return Delivery(delivery_id(item.id, EVENT, moment), item.id, EVENT, url, key_id, body)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-#: Characters of a decision's answer.
+#: Characters of a decision's answer that is none of the item's own.
 MAX_ANSWER_CHARS = 4_000
 
 

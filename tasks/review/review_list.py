@@ -110,14 +110,16 @@ class ReviewList:
     def decide(self, id: str, answer: str | None) -> bool:
         """Record a person's answer, and send it as the job's callback. None: no answer is right, or it is not clear.
 
-        False if it was decided already, or is not on the list. Raises InvalidRequest for an answer that is too long.
+        False if it was decided already, or is not on the list. Raises InvalidRequest for an answer that is too long and
+        none of the item's own.
         """
-        if answer is not None and len(answer) > MAX_ANSWER_CHARS:
-            raise InvalidRequest(f"The answer has {len(answer)} characters: {MAX_ANSWER_CHARS} are allowed.")
         self._send_unsent()
         entry = self._entry(id)
         if entry is None:
             return False
+        is_own = answer in [each.text for each in entry.item.answers]
+        if answer is not None and len(answer) > MAX_ANSWER_CHARS and not is_own:
+            raise InvalidRequest(f"The answer has {len(answer)} characters: {MAX_ANSWER_CHARS} are allowed.")
         decision = Decision(id, answer, time.time())
         arguments = [id, repr(decision.decided), json.dumps(asdict(decision)), entry.ttl_s]
         if not self._run(scripts.DECIDE, *arguments, self._settled(), int(entry.callback is not None)):

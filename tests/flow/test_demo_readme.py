@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tasks import Caption, Client, Image, ImageUnreachable
+from tasks.review import ReviewList
 from worker.demo.stack import CHECKOUT, Broker
 
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
@@ -129,7 +130,7 @@ def test_the_shell_block_of_a_campaign_captions_the_shipped_pictures(demo_broker
 
 
 def test_the_shell_block_of_attributes_writes_them_into_columns(demo_broker: Broker, tmp_path: Path) -> None:
-    [code] = [code for code in SHELL if "response_format" in code]
+    [code] = [code for code in SHELL if "subjects.csv" in code]
     _said(code.replace("subjects.csv", f"{tmp_path}/subjects.csv"), demo_broker)
     with (tmp_path / "subjects.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -139,6 +140,33 @@ def test_the_shell_block_of_attributes_writes_them_into_columns(demo_broker: Bro
         assert row["subject"] in ("animal", "car", "food", "plant", "other")
         assert row["count"] in set("123456789")
         assert json.loads(row["text"]) == {"subject": row["subject"], "count": int(row["count"])}
+
+
+def test_the_shell_blocks_of_a_review_go_from_pictures_to_an_evaluation(demo_broker: Broker, tmp_path: Path) -> None:
+    [asked] = [code for code in SHELL if "products.csv" in code]
+    [decided] = [code for code in SHELL if "reviewed.csv" in code]
+    reviews = ReviewList(Client(demo_broker.url).app)
+    _, listed = _said(asked.replace("products.csv", f"{tmp_path}/products.csv"), demo_broker)
+    with (tmp_path / "products.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    doubtful = {row["file"]: row for row in rows if row["abstained"] == "true"}
+    assert 0 < len(doubtful) < len(rows) == 6
+    assert all((float(row["confidence"]) < 0.9) == (row["file"] in doubtful) for row in rows)
+
+    waiting = {item.metadata.get("file"): item for item in reviews.waiting()}
+    assert waiting.keys() >= doubtful.keys()
+    for name, row in doubtful.items():
+        item = waiting[name]
+        assert item.id in listed
+        assert (item.answers[0].text, item.pictures) == (row["text"], 1)
+        assert reviews.decide(item.id, '{"subject": "plant", "count": 1}')
+    _, evaluated = _said(decided.replace("reviewed.csv", f"{tmp_path}/reviewed.csv"), demo_broker)
+    with (tmp_path / "reviewed.csv").open(newline="") as file:
+        exported = {json.loads(row["metadata"])["file"]: row for row in csv.DictReader(file)}
+    assert {name: row["text"] for name, row in exported.items()} == {
+        name: row["text"] for name, row in doubtful.items()
+    }
+    assert "exact match\t" in evaluated
 
 
 def test_the_shell_block_of_one_table_goes_from_its_rows_to_a_comparison(demo_broker: Broker, tmp_path: Path) -> None:
@@ -174,7 +202,7 @@ def _said(code: str, broker: Broker) -> list[str]:
         "IDEFICS_RESULT_BACKEND": broker.results,
     }
     said = []
-    for line in code.splitlines():
+    for line in code.replace("\\\n", " ").splitlines():
         done = subprocess.run(
             line, shell=True, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120
         )

@@ -44,9 +44,10 @@ def test_a_receiver_that_looks_for_a_result_finds_none() -> None:
 
 def test_long_texts_fit_into_a_callback() -> None:
     long = item("a", answer="\u20ac" * 20_000, metadata={"text": "x" * 16_000})
-    event = received(Entry(long, callback=HOOK), Decision("a", "\u20ac" * 600, time.time()))
+    event = received(Entry(long, callback=HOOK), Decision("a", "\u20ac" * 20_000, time.time()))
     assert isinstance(event.data, Review)
-    assert event.data.truncated == ["model_answer", "metadata"]
+    assert event.data.truncated == ["answer", "model_answer", "metadata"]
+    assert event.data.answer == event.data.model_answer
     assert long.answer.startswith(event.data.model_answer)
 
 

@@ -15,7 +15,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from tasks import ConfigurationError, InvalidRequest
 from tasks.apps import app_at
 from tasks.outbox import Outbox
-from tasks.review import ReviewBounds, ReviewList, review_list, scripts
+from tasks.review import RankedAnswer, ReviewBounds, ReviewList, review_list, scripts
 from tests.unit.review.listed import HOOK, WIDE, ids, item, put
 from worker.demo.stack import Broker
 
@@ -158,6 +158,13 @@ def test_what_is_gone_or_too_long_is_not_decided(reviews: ReviewList) -> None:
     with pytest.raises(InvalidRequest):
         reviews.decide("a", "x" * 4_001)
     assert ids(reviews) == ["a"]
+
+
+def test_an_answer_of_the_models_own_may_be_long(reviews: ReviewList) -> None:
+    long = "x" * 20_000
+    put(reviews, item("a", answers=(RankedAnswer(long, 0.5),)))
+    assert reviews.decide("a", long)
+    assert [decision.answer for _, decision in reviews.decisions()] == [long]
 
 
 def test_an_undone_item_waits_in_its_old_place_with_its_pictures(reviews: ReviewList) -> None:
