@@ -78,7 +78,7 @@ class Plan:
         """The job of a row. Raises InvalidRequest, or an error of its picture, with the column and the cure."""
         arguments: dict[str, Any] = {}
         for name, value in self._values.items():
-            found = filled(value, row, self._pictures)
+            found = filled(value, row, None if name == "metadata" else self._pictures)
             if found is not None:
                 arguments[name] = found
             elif self._payload.model_fields[name].is_required():

@@ -134,8 +134,11 @@ def columns_of(value: Value) -> Iterator[str]:
             yield from columns_of(entry)
 
 
-def filled(value: Value, row: Mapping[str, Any], pictures: PictureCells) -> Any:
-    """The value for a row; None where a field of one column alone is empty. Raises a JobError naming the column."""
+def filled(value: Value, row: Mapping[str, Any], pictures: PictureCells | None) -> Any:
+    """The value for a row; None where a field of one column alone is empty. Raises a JobError naming the column.
+
+    `pictures`: None for a field without pictures, in which a file of a folder or an archive is its name.
+    """
     if isinstance(value, Template):
         sole = value.sole_column
         if sole is not None and is_empty(row.get(sole)):
@@ -144,11 +147,12 @@ def filled(value: Value, row: Mapping[str, Any], pictures: PictureCells) -> Any:
     if isinstance(value, Cell):
         return _json_cell(row.get(value.column), value.column)
     if isinstance(value, Pictures):
+        assert pictures is not None
         return _picture_cells(row.get(value.column), value, pictures)
     return _filled_tree(value, row, pictures)
 
 
-def _filled_tree(value: Value, row: Mapping[str, Any], pictures: PictureCells) -> Any:
+def _filled_tree(value: Value, row: Mapping[str, Any], pictures: PictureCells | None) -> Any:
     if isinstance(value, Template):
         return _filled_leaf(value, row, pictures)
     if isinstance(value, list):
@@ -158,9 +162,9 @@ def _filled_tree(value: Value, row: Mapping[str, Any], pictures: PictureCells) -
     return value
 
 
-def _filled_leaf(value: Template, row: Mapping[str, Any], pictures: PictureCells) -> Any:
+def _filled_leaf(value: Template, row: Mapping[str, Any], pictures: PictureCells | None) -> Any:
     sole = value.sole_column
-    if sole is not None and is_picture(row.get(sole)):
+    if pictures is not None and sole is not None and is_picture(row.get(sole)):
         return pictures.image(row[sole], sole)
     return value.fill(row)
 

@@ -138,6 +138,13 @@ def test_bytes_are_sent_inline() -> None:
     assert inner[0]["image"].startswith("data:image/png")
 
 
+def test_metadata_has_a_files_name_and_not_its_picture() -> None:
+    plan = Plan("caption", image="file", set={"metadata": '{"file": "{file}"}'})
+    assert plan.job({"file": Picture("a.png", png)}).metadata == {"file": "a.png"}
+    with pytest.raises(InvalidRequest, match="Column 'file' holds bytes where a text is needed"):
+        plan.job({"file": png()})
+
+
 def test_bytes_that_are_no_picture_are_refused() -> None:
     with pytest.raises(ImageInvalid, match="Column 'url': The bytes are not a"):
         Plan("caption", image="url").job({"url": b"<html>"})
