@@ -104,6 +104,8 @@ DASHBOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
                "quarantined": rate("idefics_quarantined_jobs_total", "instance")}),
         Panel("Canary", EACH_SECOND, "Jobs that ran again alone (IDEFICS_CANARY). In float32 none may diverge.",
               {"{{outcome}}": rate("idefics_canary_runs_total", "outcome")}, is_stacked=True),
+        Panel("Abstained", EACH_SECOND, "Jobs whose answer was less sure than their min_confidence.",
+              {"{{task}}": rate("idefics_abstained_total", "task")}, is_stacked=True),
     ]),
     "engine": ("Engine", [
         Panel("Rows", COUNT, "Rows in the batch, its limit, and rows that wait for it.",

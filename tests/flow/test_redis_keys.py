@@ -20,6 +20,7 @@ from tests.support.redis_servers import let_the_visibility_timeout_pass
 from tests.support.stand import Producer, stand
 from tests.support.waiting import PATIENCE_S, eventually
 from worker.demo import stack
+from worker.models.fake import UNSURE
 
 #: Lists are queues only where somebody has a queue of that name.
 QUEUES = ("idefics", "celery", "shop")
@@ -99,6 +100,7 @@ def test_a_mixed_load_leaves_only_keys_of_the_table(server: stack.Broker, galler
             "idefics:updates:{id}",
             "idefics:answer:{digest}",
             "idefics:failed",
+            "idefics:review",
             "idefics:failed:signatures",
             "idefics:cancel:{id}",
         ),
@@ -122,6 +124,7 @@ def _send_everything(producer: Producer, client: Client, receiver: Receiver) -> 
     jobs = [submit("Hello", stream=True), submit("Hello"), submit("Once", idempotency_key="once")]
     jobs.append(client.submit(Complete(prompt=["First"], max_new_tokens=3), priority=0))
     jobs.append(submit("Delivered", callback=callback()))
+    jobs.append(submit(f"{UNSURE} Hello", min_confidence=0.9))
     for job in jobs:
         assert job.result(timeout=PATIENCE_S)
     eventually(lambda: len(receiver.calls) == 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 
 from worker.images.decode import ImageLimits, open_image
@@ -13,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 #: Pixels of a copy's longer side, and the quality of its JPEG.
 EDGE, QUALITY = 768, 80
-#: Bytes of a file up to which it is held while its job runs, and copied only when the copy is needed. The copy of a
-#: larger one is made at once: a hundred jobs would hold gigabytes.
-HELD_BYTES = 500_000
+#: Bytes of files that all jobs together hold while they run, to be copied only if the copy is needed: that takes nearly
+#: as long as the picture's decoding. Beyond them a copy is made at once.
+HELD_BYTES = 2**28
 
 
 def small_copy(data: bytes, limits: ImageLimits) -> bytes:
@@ -27,6 +28,31 @@ def small_copy(data: bytes, limits: ImageLimits) -> bytes:
     return file.getvalue()
 
 
+class _HeldBytes:
+    """Counts bytes up to a limit. Thread-safe."""
+
+    def __init__(self) -> None:
+        # Python may collect garbage, and so release bytes, in a thread that holds it.
+        self._lock = threading.RLock()
+        self._sum = 0
+
+    def take(self, count: int) -> bool:
+        """Count so many more bytes, unless they would be too many."""
+        with self._lock:
+            if self._sum + count > HELD_BYTES:
+                return False
+            self._sum += count
+            return True
+
+    def release(self, files: dict[int, bytes]) -> None:
+        with self._lock:
+            self._sum -= sum(map(len, files.values()))
+
+
+# Of the process.
+_held = _HeldBytes()
+
+
 class PictureCopies:
     """Copies of some of a job's pictures. Its files may be kept from several threads at once."""
 
@@ -35,24 +61,26 @@ class PictureCopies:
         self._chosen = chosen
         self._copy = copy
         self._lock = threading.Lock()
-        #: By number: small files, and copies of large ones.
+        #: By number.
         self._files: dict[int, bytes] = {}
         self._copies: dict[int, bytes] = {}
+        # However its job ends.
+        weakref.finalize(self, _held.release, self._files)
 
     def keep(self, number: int, data: bytes) -> None:
         """Keep a picture's file, if it is one of those chosen."""
         if number not in self._chosen:
             return
-        if len(data) <= HELD_BYTES:
+        if _held.take(len(data)):
             with self._lock:
                 self._files[number] = data
         else:
             self._add(number, data)
 
     def jpegs(self) -> list[bytes]:
-        """The copies, in order, without pictures of which none could be made. To be called once."""
-        while self._files:
-            self._add(*self._files.popitem())
+        """The copies, in order, without pictures of which none could be made."""
+        for number, data in self._files.items():
+            self._add(number, data)
         return [self._copies[number] for number in sorted(self._copies)]
 
     def _add(self, number: int, data: bytes) -> None:

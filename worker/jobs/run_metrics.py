@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from tasks.payloads import PAYLOADS
 from tasks.results import Usage
 from worker.engine.row import Row
 from worker.observability.metrics import ABSTAINED, GENERATION_TOKENS, IMAGES, PROMPT_TOKENS, STAGES
 from worker.observability.tracing import add_stage
+
+#: Made at once, so that a task without abstained jobs is exported as 0.
+_ABSTAINED = {task: ABSTAINED.labels(task) for task in PAYLOADS}
 
 
 def observe_row(row: Row, ended: float) -> None:
@@ -31,4 +35,4 @@ def count_answer(usage: Usage) -> None:
 
 
 def count_abstained(task: str) -> None:
-    ABSTAINED.labels(task).inc()
+    _ABSTAINED[task].inc()

@@ -27,6 +27,7 @@ from worker.demo.stack import Broker
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Limits
 from worker.images import copies
+from worker.images.copies import PictureCopies
 from worker.jobs import asked as asked_module
 from worker.jobs.answer_cache import AnswerCache
 from worker.jobs.asked import asked
@@ -184,10 +185,14 @@ def test_a_decision_is_sent_if_the_callback_names_it_or_no_event(
     assert [(each.event, each.url) for each in pending] == [("job.reviewed", HOOK["url"])] * is_sent
 
 
-def test_copies_are_small_and_of_the_last_four_pictures(service: Service, reviews: ReviewList) -> None:
+@pytest.mark.parametrize("held_bytes", [copies.HELD_BYTES, 5_000])
+def test_copies_are_small_and_of_the_last_four_pictures(
+    service: Service, reviews: ReviewList, monkeypatch: pytest.MonkeyPatch, held_bytes: int
+) -> None:
+    monkeypatch.setattr(copies, "HELD_BYTES", held_bytes)
     large = io.BytesIO()
     Image.effect_noise((1_600, 900), 80).convert("RGB").save(large, "JPEG", quality=95)
-    assert len(large.getvalue()) > copies.HELD_BYTES
+    assert len(large.getvalue()) > 5_000
     pictures = [data_uri(png(name)) for name in ("blue", "red", "lime", "white")]
     shown = [*pictures, data_uri(large.getvalue(), "image/jpeg")]
     service.run(job("complete", prompt=[*shown, UNSURE], min_confidence=0.8), CONTEXT)
@@ -198,6 +203,24 @@ def test_copies_are_small_and_of_the_last_four_pictures(service: Service, review
     copy = Image.open(io.BytesIO(found[3] or b""))
     assert (copy.format, copy.size) == ("JPEG", (768, 432))
     assert "exif" not in copy.info
+
+
+def test_files_are_held_up_to_a_limit_and_copied_at_once_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "HELD_BYTES", 10)
+    copied: list[bytes] = []
+
+    def copy(data: bytes) -> bytes:
+        copied.append(data)
+        return data[:1]
+
+    first, second = (PictureCopies(range(2), copy) for _ in range(2))
+    first.keep(0, b"a" * 8)
+    second.keep(0, b"b" * 8)
+    assert copied == [b"b" * 8]
+    del first
+    second.keep(1, b"c" * 8)
+    assert copied == [b"b" * 8]
+    assert second.jpegs() == [b"b", b"c"]
 
 
 def test_what_fails_beside_a_job_is_logged_and_the_job_succeeds(
