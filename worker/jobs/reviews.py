@@ -17,7 +17,6 @@ from tasks.review.decision_callback import EVENT
 from worker.images.copies import PictureCopies
 from worker.jobs.asked import asked
 from worker.jobs.runs import JobContext
-from worker.observability.job_fields import job_extra
 from worker.runtime import gil
 
 logger = logging.getLogger(__name__)
@@ -47,8 +46,7 @@ class Reviews:
                     item, pictures, self._bounds, callback=_callback(job), submitted_at=context.submitted_at
                 )
         except Exception as error:
-            about = job_extra(context.id, job.task, "")
-            logger.error("The doubtful answer of job %s is not on the review list: %s", context.id, error, extra=about)
+            logger.error("The doubtful answer of job %s is not on the review list: %s", context.id, error)
 
 
 def picture_copies(job: Job, pictures: int, copy: Callable[[bytes], bytes]) -> PictureCopies:
