@@ -28,7 +28,7 @@ from worker.engine.interfaces import Model
 from worker.engine.row import Row, Sampling
 from worker.models.loading import load
 
-ROUNDS = 7
+ROUNDS = 5
 ALIKE = [(4, 24)] * 6
 MIXED = [(2, 12), (4, 24), (3, 16), (4, 8), (2, 24), (5, 16)]
 PLAIN = [(1, 8 + n % 17) for n in range(16)]
