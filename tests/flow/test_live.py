@@ -80,8 +80,9 @@ def test_a_plain_celery_group_is_streamed_and_only_where_it_is_asked_for(held_up
         assert 0 < results.ttl(UPDATES.named(ids[0])) <= 3_600
 
 
-def test_a_job_whose_worker_dies_starts_its_text_anew(held_up: Stand, client: Client) -> None:
-    watch = client.submit(LONG).watch(PATIENCE_S)
+@pytest.mark.parametrize("several", [{}, {"n": 3, "temperature": 1.0}])
+def test_a_job_whose_worker_dies_starts_its_text_anew(held_up: Stand, client: Client, several: dict[str, Any]) -> None:
+    watch = client.submit(LONG.model_copy(update=several)).watch(PATIENCE_S)
     before = told(watch, TextUpdate)
     os.kill(held_up.producer.model_process(), signal.SIGKILL)
     after = list(watch)

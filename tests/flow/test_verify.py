@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 from click.testing import Result as Outcome
 
-from tasks import Answer, Client, ImagePath, Job
+from tasks import Answer, Client, ImagePath, Job, TextUpdate
 from tasks.cli import main
+from tasks.response_format import RegexFormat
 from tests.conftest import PICTURES
 from tests.support.waiting import PATIENCE_S
 from worker.demo.stack import Broker
@@ -47,6 +49,28 @@ def test_an_answer_in_company_is_the_one_that_its_job_gets_alone(
     for number, job in ((0, sampled), (8, JOB)):
         said = verify(jobs[number].id, job)
         assert (said.stdout, said.exit_code) == ("identical\n", 0), said.output
+
+
+def test_several_answers_in_a_form_are_watched_and_verified(
+    demo_client: Client, verify: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    regex = "[a-z]{2,6}( [a-z]{2,6}){2}"
+    form = RegexFormat(type="regex", regex=regex)
+    asked = {"response_format": form, "max_new_tokens": 24, "n": 3, "temperature": 2.0, "stream": True}
+    job = JOB.model_copy(update=asked)
+    sent = demo_client.submit(job)
+    updates = list(sent.watch(PATIENCE_S))
+    result = sent.result(PATIENCE_S)
+    assert "".join(update.text for update in updates if isinstance(update, TextUpdate)) == result.text
+    assert result.choices
+    assert result.choices[0].text == result.text
+    assert all(re.fullmatch(regex, choice.text) for choice in result.choices if choice.finish_reason == "stop")
+    said = verify(sent.id, job)
+    assert (said.stdout, said.exit_code) == ("identical\n", 0), said.output
+    other = result.choices[2].model_copy(update={"text": "another"})
+    file = tmp_path / "result.json"
+    file.write_text(result.model_copy(update={"choices": [*result.choices[:2], other]}).model_dump_json())
+    assert json.loads(verify(str(file), job, "--json").stdout)["answer"] == "choices"
 
 
 @pytest.mark.parametrize(

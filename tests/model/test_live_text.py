@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from tasks.response_format import RegexFormat
 from tests.model.conftest import Served
 from tests.model.jobs import mixed_jobs, row_of
 from tests.model.token_texts import TOKENIZERS, Words, counted, decoder_of, of_bytes, of_texts, stops_of
+from worker.engine.grammar import Grammar
 from worker.engine.interfaces import Runner
-from worker.engine.row import Row
+from worker.engine.row import Row, Sampling
 from worker.engine.stop_strings import REPLACEMENT, Decode, has_stop
+from worker.jobs.grammar_text import grammar_text
 from worker.jobs.live_text import LiveText
 from worker.jobs.result_builder import until_stop
+from worker.jobs.row_builder import others
 
 
 def given(rng: random.Random, ids: Sequence[int], decode: Decode) -> tuple[LiveText, str]:
@@ -101,6 +105,23 @@ def test_every_family_gives_its_text_while_it_grows(served: Served) -> None:
 
 def test_stock_generate_gives_its_text_while_it_grows(demo: Served) -> None:
     _assert_texts_grow(demo, demo.stock)
+
+
+@pytest.mark.parametrize("path", ["model", "stock"])
+def test_samples_in_a_form_give_the_text_that_their_grammar_has(demo: Served, path: str) -> None:
+    tokenizer = demo.model.codec.grammar_tokens().tokenizer()  # type: ignore[union-attr]
+    form = grammar_text(RegexFormat(type="regex", regex=r'( ?[a-z\n "世é]{1,6}){30,60}'), with_blank=True)
+    grammar = Grammar(tokenizer, form, drops_blank=True)
+    (job,) = mixed_jobs(1, list(demo.images))
+    sampling = Sampling(80, temperature=3.0, seed=4, answers=4)
+    first = Row(row_of(demo.model, job, demo.parts(job)).tokens, sampling, grammar=grammar)
+    rows = [first, *others(first)]
+    texts = _watched(getattr(demo, path), rows, grammar.text)
+    for row, text in zip(rows, texts, strict=True):
+        whole = grammar.text(row.output.result(0).ids)
+        assert text.given
+        assert text.rest(whole) is not None
+    assert len({text.given for text in texts}) > 1
 
 
 def test_a_search_with_beams_gives_its_text_at_the_end_alone(demo: Served) -> None:
