@@ -22,7 +22,7 @@ from benchmarks.workloads import WORKLOADS
 from tasks import Client
 from worker.demo import stack
 
-JOBS, PAIRS = 200, 8
+JOBS, PAIRS = 200, 12
 
 
 def captions() -> dict[str, Any]:

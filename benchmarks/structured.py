@@ -2,7 +2,8 @@
 structured]`.
 
 `shipped` and `mid-size` are the tokens a second of rows that keep to a schema, divided by those of rows without one, in
-turns on one model. `valid` checks 10,000 random answers in random forms.
+turns on one model. `valid` checks 10,000 complete answers, greedy and sampled, in random forms: half of their schemas
+are those of the JSON Schema test suite that are supported.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from worker.models.loading import load
 
 ROWS, TOKENS, ROUNDS = 32, 64, 15
 ANSWERS = 10_000
-#: Answers in one form.
-EACH = 20
+#: Answers in one form, forms that run together, and the tokens after which an answer is cut.
+EACH, TOGETHER, MOST_TOKENS = 20, 100, 150
+#: See tests/unit/test_grammars.py.
+SUITE = Path(__file__).parents[1] / "tests" / "unit" / "json_schema_suite.json"
 PRODUCT = {
     "type": "object",
     "properties": {
@@ -96,8 +99,9 @@ def seconds(model: Model, grammar: Grammar | None) -> float:
 
 
 def valid(count: int = ANSWERS) -> dict[str, int]:
-    """Random answers, greedy and sampled, in random forms and beside answers without one."""
+    """So many complete answers, beside answers without a form; `cut` ones are not among them."""
     rng = random.Random(0)
+    suite = [case["schema"] for case in json.loads(SUITE.read_text())["cases"]]
     model = load(Settings(model="demo", dtype="float32"))
     grammars = Grammars(model.codec.grammar_tokens)
     engine = Engine(model, Limits(rows=64, tokens=60_000))
@@ -105,7 +109,7 @@ def valid(count: int = ANSWERS) -> dict[str, int]:
     found = {"answers": 0, "wrong": 0, "cut": 0, "tokens": 0}
     try:
         while found["answers"] < count:
-            forms = [form(rng) for _ in range(max(1, min(500, count) // EACH))]
+            forms = [form(rng, suite) for _ in range(min(TOGETHER, -(-count // EACH)))]
             asked = [(fits, engine_row(rng, model, compiled(grammars, asked))) for asked, fits in forms * EACH]
             plain = [engine_row(rng, model, None) for _ in range(len(asked) // 4)]
             for row in rng.sample([*(row for _, row in asked), *plain], len(asked) + len(plain)):
@@ -123,9 +127,8 @@ def judge(found: dict[str, int], fits: Callable[[str], bool], row: Row) -> None:
     output = row.output.result()
     assert row.grammar
     text = row.grammar.text(output.ids)
-    found["answers"] += 1
     found["tokens"] += len(output.ids)
-    found["cut"] += output.finish_reason == "length"
+    found["answers" if output.finish_reason == "stop" else "cut"] += 1
     if output.finish_reason == "stop" and not fits(text):
         found["wrong"] += 1
         print("WRONG:", repr(text), row.grammar.definition)
@@ -135,7 +138,7 @@ def engine_row(rng: random.Random, model: Model, grammar: Grammar | None) -> Row
     tokens = model.codec.prepare([rng.choice(["Question: What is it? Answer:", "Story: \n", "User: Hi\nAssistant:"])])
     temperature = rng.choice([0.0, 1.0, 2.0])
     sampling = Sampling(
-        max_new_tokens=400 if grammar else 30,
+        max_new_tokens=MOST_TOKENS if grammar else 30,
         temperature=temperature,
         top_p=rng.choice([None, 0.9]) if temperature else None,
         seed=rng.getrandbits(60),
@@ -153,11 +156,11 @@ def of_schema(schema: Schema) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
-def form(rng: random.Random) -> Form:
-    """A random one of each kind."""
-    kind = rng.choice(["schema", "schema", "schema", "schema", "regex", "choice"])
-    if kind == "schema":
-        schema = random_object(rng, 3)
+def form(rng: random.Random, suite: Sequence[Schema]) -> Form:
+    """A random one of any kind."""
+    kind = rng.choice(["schema", "schema", "suite", "suite", "regex", "choice"])
+    if kind in ("schema", "suite"):
+        schema = rng.choice(suite) if kind == "suite" else random_object(rng, 3)
         return of_schema(schema), partial(fits_schema, schema)
     if kind == "regex":
         parts = rng.choices(["[a-z]{1,5}", "[0-9]{2}", "(red|blue)", " ", "é?", "[^\\n]{3}", "[世界]{1,2}"], k=4)
