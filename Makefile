@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo up test testall check audit format bench chaos fuzz docs
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-12s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-14s%s\n", $$1, $$2 }'
 
 setup: $(VENV)/.installed ## install everything into .venv; the other targets do it themselves
 

@@ -101,7 +101,9 @@ def seconds(model: Model, grammar: Grammar | None) -> float:
 def valid(count: int = ANSWERS) -> dict[str, int]:
     """So many complete answers, beside answers without a form; `cut` ones are not among them."""
     rng = random.Random(0)
-    suite = [case["schema"] for case in json.loads(SUITE.read_text())["cases"]]
+    schemas = [case["schema"] for case in json.loads(SUITE.read_text())["cases"]]
+    # Python's `re`, by which answers are checked, has no classes of Unicode.
+    suite = [schema for schema in schemas if "\\p{" not in json.dumps(schema).replace("\\\\", "\\")]
     model = load(Settings(model="demo", dtype="float32"))
     grammars = Grammars(model.codec.grammar_tokens)
     engine = Engine(model, Limits(rows=64, tokens=60_000))

@@ -46,8 +46,9 @@ def list_reviews(source: Any, limit: int, as_json: bool) -> None:
 @click.command("export")
 @click.argument("file")
 @click.option("--task", help="Of this task only, as idefics.classify.")
+@json_option
 @click.pass_obj
-def export_decisions(source: Any, file: str, task: str | None) -> None:
+def export_decisions(source: Any, file: str, task: str | None, as_json: bool) -> None:
     """Write the decisions to FILE: .csv, .tsv, .jsonl or .parquet.
 
     The column `truth` has the person's answer; it is empty where no answer was right. `confidence` is the model's own,
@@ -70,7 +71,10 @@ def export_decisions(source: Any, file: str, task: str | None) -> None:
                 writer.write(row)
     except TableError as error:
         raise CommandError(str(error)) from None
-    echo(f"{len(decided):,} decisions written to {file}")
+    if as_json:
+        echo_json({"decisions": len(decided), "file": file}, on_one_line=True)
+    else:
+        echo(f"{len(decided):,} decisions written to {file}")
 
 
 def rows(decided: Iterable[tuple[ReviewItem, Decision]], answer: str) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from ..worker_status import FAILURES_S, WorkerStatus
 from .console import away, echo, echo_json, echo_rows, json_option, tabbed, table, terminal
 from .jobs import fail
 from .queue import number, seconds
+from .stopping import Stop
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -120,13 +120,14 @@ def _show_live(reader: QueueReader, queue: str, interval: float, console: Any) -
     from rich.live import Live
     from rich.text import Text
 
-    with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
+    # A KeyboardInterrupt could come while the screen is drawn, or be lost in a destructor.
+    with Stop() as stop, Live(console=console, screen=True, auto_refresh=False) as live:
+        while not stop.is_asked:
             try:
                 live.update(_screen(overview(reader, queue), console.width), refresh=True)
             except RedisError as error:
                 live.update(Text(escaped(str(away(error)))), refresh=True)
-            time.sleep(interval)
+            stop.sleep(interval)
 
 
 def _screen(found: Overview, width: int) -> RenderableType:

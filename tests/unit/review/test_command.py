@@ -90,7 +90,8 @@ def test_texts_are_exported_apart_from_labels(reviews: ReviewList, broker: Broke
     reviews.decide("text", '["a", "cat"]')
     refused = run(broker, "review", "export", file)
     assert (refused.exit_code, "idefics.answer (1), idefics.classify (2)" in refused.stderr) == (1, True)
-    assert run(broker, "review", "export", file, "--task", "idefics.answer").exit_code == 0
+    exported = run(broker, "review", "export", file, "--task", "idefics.answer", "--json")
+    assert json.loads(exported.stdout) == {"decisions": 1, "file": file}
     (row,) = open_table(file)
     assert isinstance(row, dict)
     assert (row["text"], json.loads(row["truth"]), "label" in row) == ("a cat", ['["a", "cat"]'], False)
