@@ -4,6 +4,7 @@
 host whose slots are never idle. `slots_used` is the share of its slots' time in which the host had a request, from the
 first one to the last. `sent_again` are messages that were published anew, `returned` those that went back to the
 queue as they were.
+`many`: 6,000 of them, more than wait in the workers.
 `mixed`: jobs without pictures behind 600 of those; they should not wait for the host.
 `fast`: pictures of a host that answers at once, one worker, with and without slots that all workers share, in turns.
 """
@@ -27,7 +28,7 @@ from tests.support.pictures import png
 from tests.support.web import Quiet, serving
 from worker.demo import stack
 
-PICTURES = 1_500
+PICTURES, MANY_PICTURES = 1_500, 6_000
 #: Downloads at once from the slow host, and seconds of each.
 SLOTS, DOWNLOAD_S = 8, 0.2
 FAST_PICTURES, ROUNDS = 1_000, 5
@@ -109,26 +110,30 @@ def _pushes(broker: stack.Broker) -> tuple[int, int]:
     return published, returned
 
 
-def slow() -> dict[str, Any]:
+def slow(pictures: int = PICTURES) -> dict[str, Any]:
     host = Host(DOWNLOAD_S)
     with host.open() as port, stack.broker() as broker, _workers(broker, 2, port, **_slots()):
         client = Client(broker.url)
         published, returned = _pushes(broker)
         started = time.monotonic()
-        ids = [job.id for job in client.submit_many(_captions(port, PICTURES))]
+        ids = [job.id for job in client.submit_many(_captions(port, pictures))]
         await_results(broker.connect(1), ids)
         seconds = time.monotonic() - started
         published, returned = (now - before for now, before in zip(_pushes(broker), (published, returned), strict=True))
-    ideal_s = PICTURES * DOWNLOAD_S / SLOTS
+    ideal_s = pictures * DOWNLOAD_S / SLOTS
     return {
         "seconds": round(seconds, 1),
         "ideal_s": ideal_s,
         "slots_used": round(host.used(SLOTS), 3),
-        "sent_again": published - PICTURES,
-        "sent_again_share": round((published - PICTURES) / PICTURES, 4),
+        "sent_again": published - pictures,
+        "sent_again_share": round((published - pictures) / pictures, 4),
         "returned": returned,
         "most_at_once": host.most_at_once,
     }
+
+
+def many() -> dict[str, Any]:
+    return slow(MANY_PICTURES)
 
 
 def _slots() -> dict[str, str]:
@@ -174,7 +179,7 @@ def _rate(port: int, total: str) -> float:
         return FAST_PICTURES / (time.monotonic() - started)
 
 
-MEASURES = {"slow": slow, "mixed": mixed, "fast": fast}
+MEASURES = {"slow": slow, "many": many, "mixed": mixed, "fast": fast}
 
 
 if __name__ == "__main__":
