@@ -17,7 +17,7 @@ from .errors import PlanError, nearest
 from .outcome_columns import Getter, check_clashes, field_of, outcome_fields
 from .picture_cells import PictureCells
 from .templates import Template, empty, is_empty, text_of
-from .values import Pictures, Value, columns_of, filled, value_of
+from .values import Pictures, Value, columns_of, filled, takes_pictures, value_of
 
 _PREFIX = "idefics."
 #: Fields that a campaign sets itself.
@@ -78,7 +78,7 @@ class Plan:
         """The job of a row. Raises InvalidRequest, or an error of its picture, with the column and the cure."""
         arguments: dict[str, Any] = {}
         for name, value in self._values.items():
-            found = filled(value, row, None if name == "metadata" else self._pictures)
+            found = filled(value, row, self._pictures if name in self._picture_fields else None)
             if found is not None:
                 arguments[name] = found
             elif self._payload.model_fields[name].is_required():
@@ -167,6 +167,10 @@ class Plan:
             if one.is_required() and name not in values:
                 raise PlanError(f"{self.task} needs {name}: {_how(name)}.")
         return values
+
+    @cached_property
+    def _picture_fields(self) -> frozenset[str]:
+        return frozenset(name for name in self._values if takes_pictures(self._payload, name))
 
     def _image_field(self) -> str:
         found = [name for name in ("image", "images") if name in self._payload.model_fields]

@@ -34,6 +34,9 @@ class Pictures:
     is_list: bool
 
 
+#: Fields that may hold pictures where they are lists: the prompt of a caption is a text.
+_LISTS_WITH_PICTURES = ("images", "prompt", "examples", "messages")
+
 #: A field's value over a row: constants, with templates and cells in them.
 Value: TypeAlias = Any
 
@@ -51,6 +54,11 @@ def value_of(payload: type[Job], field: str, given: str | Sequence[str]) -> Valu
     if len(texts) == 1 and (whole := _whole(texts[0], field, is_list)) is not None:
         return whole
     return [_entry(text, field) for text in texts]
+
+
+def takes_pictures(payload: type[Job], field: str) -> bool:
+    """Whether a column with pictures stands for the pictures in a field. In others it stands for their files' names."""
+    return field == "image" or (field in _LISTS_WITH_PICTURES and _takes(payload, field, list))
 
 
 def _takes(payload: type[Job], field: str, kind: type) -> bool:

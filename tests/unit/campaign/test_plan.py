@@ -145,6 +145,12 @@ def test_metadata_has_a_files_name_and_not_its_picture() -> None:
         plan.job({"file": png()})
 
 
+@pytest.mark.parametrize(("task", "field"), [("caption", "prompt"), ("caption", "instruction"), ("answer", "question")])
+def test_a_text_has_a_files_name_and_not_its_picture(task: str, field: str) -> None:
+    plan = Plan(task, image="file", set={field: "{file}"})
+    assert getattr(plan.job({"file": Picture("a.png", png)}), field) == "a.png"
+
+
 def test_bytes_that_are_no_picture_are_refused() -> None:
     with pytest.raises(ImageInvalid, match="Column 'url': The bytes are not a"):
         Plan("caption", image="url").job({"url": b"<html>"})
