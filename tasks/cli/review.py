@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from .console import BrokerGroup
-from .review_lists import export_decisions, list_reviews
+from .review_lists import export_decisions, list_reviews, review_list
 from .review_page import PORT, serve
 
 
@@ -25,7 +25,7 @@ def review(context: click.Context, port: int) -> None:
     idefics-jobs review
     """
     if context.invoked_subcommand is None:
-        serve(context.obj(), port)
+        serve(review_list(context.obj), port)
 
 
 review.add_command(list_reviews)

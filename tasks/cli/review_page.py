@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..review import ReviewList
 from ..review.server import ReviewServer
 from ..review.session import Session
@@ -13,9 +11,9 @@ from .stopping import Stop
 PORT = 8600
 
 
-def serve(client: Any, port: int) -> None:
+def serve(reviews: ReviewList, port: int) -> None:
     """Print the page's address, answer its requests until Ctrl-C or SIGTERM, and print what was decided."""
-    session = Session(ReviewList(client.app))
+    session = Session(reviews)
     try:
         server = ReviewServer(session, port)
     except OSError as error:
