@@ -25,6 +25,7 @@ from worker.engine.next_tokens import NewState, NextTokens
 from worker.engine.pauses import Pauses
 from worker.engine.prefill import PREFILL_CHUNK_TOKENS, PromptPrefiller
 from worker.engine.prefix_cache import PrefixCache
+from worker.engine.progress import grammars_going_on
 from worker.engine.row import Row, urgency
 from worker.engine.scoring import overflow
 from worker.engine.step_metrics import phase
@@ -231,12 +232,11 @@ class ContinuousModel:
                 self.decoder.cache.spoil(slots[place])
                 continue
             run.progress.take(tokens[place], now)
-        done = {place for place, run in running.items() if run.progress.row.is_done}
-        grammars = ((place, run.progress.grammar) for place, run in running.items())
-        self.stock.masks.compute([grammar for place, grammar in grammars if grammar and place not in done])
-        for place in done:
-            del self._batch.running[slots[place]]
-        self.decoder.release([slots[place] for place in done])
+        self.stock.masks.compute(grammars_going_on(run.progress for run in running.values()))
+        done = [slots[place] for place, run in running.items() if run.progress.row.is_done]
+        for slot in done:
+            del self._batch.running[slot]
+        self.decoder.release(done)
 
 
 def _groups(prompts: Sequence[tuple[Row, PendingPrompt]]) -> Iterator[list[tuple[Row, PendingPrompt]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tasks.errors import InvalidRequest
 from worker.engine.grammar import GrammarState
@@ -81,3 +81,8 @@ class RowProgress:
 def too_complex() -> InvalidRequest:
     """The error of a row whose grammar needs too much at a step."""
     return InvalidRequest("response_format: it needs too much computing: make it simpler.", detail="response_format")
+
+
+def grammars_going_on(rows: Iterable[RowProgress]) -> list[GrammarState]:
+    """The states of those rows with grammars that are not done."""
+    return [row.grammar for row in rows if row.grammar and not row.row.is_done]

@@ -27,7 +27,7 @@ from worker.engine.interfaces import Admit, Codec, Encode, EnginePath, SendHeart
 from worker.engine.logits_processors import BatchRules, rules_of
 from worker.engine.pauses import without_pauses
 from worker.engine.penalties import StockPenalties
-from worker.engine.progress import RowProgress
+from worker.engine.progress import RowProgress, grammars_going_on
 from worker.engine.row import Picture, Row, Sampling, Tokens
 from worker.engine.sampling import RowSampling
 from worker.engine.scoring import finish_scored, overflow
@@ -324,8 +324,7 @@ class RowStopping(StoppingCriteria):  # type: ignore[misc]
         for progress, score in zip(self._progress, self._recorder.of(input_ids[:, -1], self._asked), strict=True):
             if not progress.row.is_done:
                 progress.take(score, now)
-        grammars = ((progress.row, progress.grammar) for progress in self._progress)
-        self._masks.compute([grammar for row, grammar in grammars if grammar and not row.is_done])
+        self._masks.compute(grammars_going_on(self._progress))
         return torch.tensor([progress.row.is_done for progress in self._progress], device=input_ids.device)
 
 
