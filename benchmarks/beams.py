@@ -35,7 +35,7 @@ PLAIN = [(1, 8 + n % 17) for n in range(16)]
 
 
 def against(wanted: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """The ratio of both times for jobs of so many beams and tokens."""
+    """Stock `generate`'s time divided by ours. `wanted`: beams and new tokens of each job."""
     with tempfile.TemporaryDirectory() as folder:
         model = load(Settings(model=str(CHECKPOINTS["mid-size"].make(Path(folder))), dtype="float32"))
     assert isinstance(model, ContinuousModel)
@@ -50,7 +50,7 @@ def against(wanted: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 
 def made(model: Model, wanted: Sequence[tuple[int, int]]) -> list[Row]:
-    """Rows of so many beams and tokens."""
+    """A row for each pair of a number of beams and one of new tokens."""
     prompts = [model.codec.prepare([f"Question {n}: what is it?" + " Say more." * (n % 9)]) for n in range(len(wanted))]
     return [
         Row(prompt, Sampling(tokens, num_beams=beams, eos_ids=model.codec.eos_ids))

@@ -99,7 +99,7 @@ def seconds(model: Model, grammar: Grammar | None) -> float:
 
 
 def valid(count: int = ANSWERS) -> dict[str, int]:
-    """So many complete answers, beside answers without a form; `cut` ones are not among them."""
+    """Check `count` complete answers, which run beside answers without a form. Answers that are cut do not count."""
     rng = random.Random(0)
     schemas = [case["schema"] for case in json.loads(SUITE.read_text())["cases"]]
     # Python's `re`, by which answers are checked, has no classes of Unicode.

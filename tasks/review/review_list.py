@@ -101,7 +101,7 @@ class ReviewList:
             chunk = ids[start : start + CHUNK]
             decisions = self._redis.hmget(self._decisions, chunk)
             for entry, decision in zip(self._entries(chunk), decisions, strict=True):
-                # One may have been undone or dropped meanwhile.
+                # Another process may have undone the decision, or a worker dropped the item, since the ids were read.
                 if entry is not None and decision is not None:
                     yield entry.item, decision_of(json.loads(decision))
 

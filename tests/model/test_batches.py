@@ -355,7 +355,7 @@ def test_beams_that_are_canceled_answer_the_best_so_far_while_others_go_on(serve
     cut, whole = canceled.output.result(), going_on.output.result()
     assert (cut.finish_reason, whole.finish_reason) == ("canceled", "length")
     assert 3 <= len(cut.ids) == len(cut.scores) < len(whole.ids) == 12
-    # As if so many tokens had been wanted.
+    # As if the job had asked for as many tokens as it got.
     cut_short = dataclasses.replace(asked, max_new_tokens=len(cut.ids))
     alone = [Row(canceled.tokens, cut_short), Row(going_on.tokens, asked)]
     for row in alone:

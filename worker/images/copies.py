@@ -37,7 +37,7 @@ class _HeldBytes:
         self._sum = 0
 
     def take(self, count: int) -> bool:
-        """Count so many more bytes, unless they would be too many."""
+        """Count `count` more bytes, and return True; False, and count none, if that would exceed the limit."""
         with self._lock:
             if self._sum + count > HELD_BYTES:
                 return False

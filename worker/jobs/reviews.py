@@ -50,13 +50,13 @@ class Reviews:
 
 
 def picture_copies(job: Job, pictures: int, copy: Callable[[bytes], bytes]) -> PictureCopies:
-    """Copies to be made of a job's pictures, of which its prompt has so many: those of its examples come first."""
+    """Copies to be made of a job's pictures. `pictures`: how many its prompt has; those of its examples come first."""
     most = 1 if "image" in type(job).model_fields else MAX_PICTURES
     return PictureCopies(range(max(0, pictures - most), pictures), copy)
 
 
 def review_item(job: Job, context: JobContext, result: Result, pictures: int) -> ReviewItem:
-    """The item of an abstained job, whose pictures have so many copies."""
+    """The item of an abstained job. `pictures`: the number of copies."""
     assert result.confidence is not None
     assert job.min_confidence is not None
     return ReviewItem(
